@@ -1,0 +1,266 @@
+"""The results of the example as a file, a table and a figure."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from math import isnan
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from examples.checkpoint import Settings, TrainingState
+from examples.evaluation import EvaluationSet, maps_of
+from examples.slot_model import SlotModel
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ssync_loss.visualize import PANEL_ROWS, ROLE_COLORS, filmstrip, overlay, panel
+
+RUN_NAMES = {"shared": "shared part only", "baseline": "own losses", "ssync": "+ SSync"}
+# title, score, digits
+COLUMNS = (
+    ("FG-ARI", "dec_fg_ari", 3),
+    ("ARI", "dec_ari", 3),
+    ("mBO", "dec_mbo", 3),
+    ("encoder FG-ARI", "enc_fg_ari", 3),
+    ("slots in use", "dec_slots", 1),
+    ("object recall", "dec_recall", 3),
+    ("fragmentation", "dec_fragmentation", 2),
+)
+COLUMNS_WITHOUT_TRUTH = (
+    ("agreement of the maps", "agreement", 3),
+    ("slots in use", "dec_slots", 1),
+    ("encoder slots in use", "enc_slots", 1),
+    ("slots merged", "merges", 1),
+    ("boundary share", "boundary_share", 3),
+    ("interior share", "interior_share", 3),
+)
+HISTORY_WINDOW = 50
+FIGURE_CLIPS, SCALE = 3, 2
+
+
+@dataclass
+class Run:
+    """One trained model: how far it got, what it scored, and its losses as means over windows of steps."""
+
+    step: int
+    seconds: float
+    scores: dict[str, float]
+    history: list[dict[str, float]]
+
+    @classmethod
+    def of(cls, state: TrainingState, scores: dict[str, float]) -> "Run":
+        """Take what is worth keeping from a training state."""
+        windows = [
+            state.history[start : start + HISTORY_WINDOW] for start in range(0, len(state.history), HISTORY_WINDOW)
+        ]
+        history = [
+            {"step": min((i + 1) * HISTORY_WINDOW, state.step)}
+            | {name: round(fmean(losses[name] for losses in window), 5) for name in window[0]}
+            for i, window in enumerate(windows)
+        ]
+        return cls(state.step, round(state.seconds, 1), scores, history)
+
+
+@dataclass
+class SeedReport:
+    """The runs of one seed, and what the premise was when the loss was about to start."""
+
+    seed: int
+    premise: dict[str, float] | None = None
+    runs: dict[str, Run] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """The numbers, and what makes them credible: settings, machine, versions, commit and date."""
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    complete: bool = False
+    seeds: list[SeedReport] = field(default_factory=list)
+
+    @classmethod
+    def here(cls, settings: Settings) -> "Report":
+        """Start a report on this machine."""
+        return cls(asdict(settings) | {"start_step": settings.start_step}, _machine())
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        seeds = [
+            SeedReport(s["seed"], s["premise"], {name: Run(**run) for name, run in s["runs"].items()})
+            for s in content["seeds"]
+        ]
+        return cls(content["settings"], content["machine"], content["complete"], seeds)
+
+
+def table(report: Report) -> str:
+    """Lay out the scores as a Markdown table: the runs, their difference, and the difference seed by seed."""
+    scores = [run.scores for seed in report.seeds for run in seed.runs.values()]
+    with_truth = bool(scores) and "dec_fg_ari" in scores[0]
+    columns = COLUMNS if with_truth else COLUMNS_WITHOUT_TRUTH
+    names = [name for name in RUN_NAMES if any(name in seed.runs for seed in report.seeds)]
+    paired = [seed for seed in report.seeds if {"baseline", "ssync"} <= seed.runs.keys()]
+
+    rows = [["", *(title for title, _, _ in columns)]]
+    for name in names:
+        runs = [seed.runs[name] for seed in report.seeds if name in seed.runs]
+        steps = sorted({run.step for run in runs})
+        unfinished = "" if steps == [_last_step(report, name)] else f" (step {', '.join(map(str, steps))})"
+        cells = [_mean_sd([run.scores[key] for run in runs], digits) for _, key, digits in columns]
+        rows.append([RUN_NAMES[name] + unfinished, *cells])
+    if paired:
+        gains = {key: [_gain(seed, key) for seed in paired] for _, key, _ in columns}
+        rows.append(["difference", *(_mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
+        if len(paired) > 1:
+            for i, seed in enumerate(paired):
+                cells = [_number(gains[key][i], digits, sign="+") for _, key, digits in columns]
+                rows.append([f"difference, seed {seed.seed}", *cells])
+    return "\n".join([*_caption(report, with_truth), "", *_markdown(rows), "", *_premise_lines(report)]).rstrip()
+
+
+def _last_step(report: Report, name: str) -> int:
+    last: int = report.settings["start_step" if name == "shared" else "steps"]
+    return last
+
+
+def _gain(seed: SeedReport, key: str) -> float:
+    return seed.runs["ssync"].scores[key] - seed.runs["baseline"].scores[key]
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return "-" if isnan(value) else f"{value:{sign}.{digits}f}"
+
+
+def _mean_sd(values: list[float], digits: int, sign: str = "") -> str:
+    mean = _number(fmean(values), digits, sign)
+    return mean if len(values) < 2 else f"{mean} ± {_number(stdev(values), digits)}"
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+    return [line(rows[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows[1:])]
+
+
+def _caption(report: Report, with_truth: bool) -> list[str]:
+    settings, machine = report.settings, report.machine
+    seeds = ", ".join(str(seed.seed) for seed in report.seeds)
+    what = (
+        "Masks of the decoder on fresh clips, per clip at full size: FG-ARI, mBO, recall and fragmentation over "
+        "objects only, ARI with the background. Slots in use win a pixel of the clip; recall is the share of "
+        "objects with a slot of IoU above 1/2; fragmentation counts the slots that lie mostly inside an object, "
+        "0 for an object without one."
+        if with_truth
+        else "No ground truth: what can be said without it, on clips that were trained on."
+    )
+    spread = " Mean ± sd over seeds; differences are paired." if len(report.seeds) > 1 else ""
+    return [
+        f"{what}{spread}",
+        f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, "
+        f"{settings['steps']} steps, SSync with merge threshold {settings['threshold']} from step "
+        f"{settings['start_step']}, seed {seeds}.",
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}.",
+    ]
+
+
+def _premise_lines(report: Report) -> list[str]:
+    def line(seed: int, premise: dict[str, float]) -> str:
+        verb = "holds" if premise["holds"] else "does not hold"
+        margin = f"{premise['margin']:+.3f} ± {premise['margin_standard_error']:.3f}"
+        return (
+            f"Premise at step {report.settings['start_step']}, seed {seed}: {verb}, "
+            f"margin {margin} (standard error over {premise['num_clips']} clips)."
+        )
+
+    return [line(seed.seed, seed.premise) for seed in report.seeds if seed.premise is not None]
+
+
+def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel], path: Path) -> None:
+    """Put the runs side by side on the same clips: both maps, the merged labels and who is taught where."""
+    chosen = torch.linspace(0, len(data.video) - 1, min(FIGURE_CLIPS, len(data.video))).round().long()
+    video = data.video[chosen]
+    threshold = report.settings["threshold"]
+    blocks = {
+        RUN_NAMES[name]: panel(video, *maps_of(model, data.features[chosen]), merge_threshold=threshold, scale=SCALE)
+        for name, model in models.items()
+    }
+    rows = {name: list(PANEL_ROWS) for name in blocks}
+    if data.ids is not None:
+        truth = overlay(video.mean(dim=2, keepdim=True).expand_as(video), data.ids[chosen], alpha=0.6)
+        enlarged = truth.repeat_interleave(SCALE, dim=-1).repeat_interleave(SCALE, dim=-2)
+        blocks = {"ground truth": filmstrip(enlarged, gap=2)} | blocks
+        rows["ground truth"] = ["ground truth"]
+
+    heights = [block.shape[-2] for block in blocks.values()]
+    width = sum(picture.shape[-1] for picture in next(iter(blocks.values())))
+    inch = 110
+    figure = Figure(figsize=(width / inch + 1.6, sum(heights) / inch + 1.2), layout="constrained")
+    axes = figure.subplots(len(blocks), len(chosen), squeeze=False, height_ratios=heights)
+    for row, (name, block) in zip(axes, blocks.items(), strict=True):
+        for axis, picture in zip(row, block, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        band = block.shape[-2] / len(rows[name])
+        row[0].set_yticks([(i + 0.5) * band for i in range(len(rows[name]))], rows[name])
+        row[0].tick_params(length=0)
+        if len(rows[name]) > 1:
+            row[0].set_ylabel(name, fontsize="x-large", fontweight="bold")
+    patches = [
+        Patch(color=(red / 255, green / 255, blue / 255), label=role)
+        for role, (red, green, blue) in ROLE_COLORS.items()
+        if role != "invalid"
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), title="who is taught", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Name the commit of the code, marked when the working tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,322 @@
+"""Train a small video slot model twice, with and without one line, and show what the line did.
+
+    python examples/train_moving_objects.py                    # one seed, about three minutes on two cores
+    python examples/train_moving_objects.py --seeds 0 1 2      # mean ± sd over three
+    python examples/train_moving_objects.py --clips my_videos  # your own mp4 files or folders of frames
+    python examples/train_moving_objects.py --table runs/moving_objects/results.json
+
+Both runs share the first 30 % of the steps: the same weights, optimizer state and order of the data. Then one
+goes on with the model's own losses, reconstruction and slot contrast, and the other with `SSyncLoss` added.
+Ctrl-C stops after the current step and keeps what was trained; `--resume` goes on from there.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+
+from examples.checkpoint import Settings, TrainingState, batch_of_step
+from examples.clips import load_clips
+from examples.evaluation import EvaluationSet, ask_premise, evaluate, premise_summary
+from examples.features import FrozenFeatures
+from examples.moving_objects import moving_objects
+from examples.report import Report, Run, SeedReport, save_figure, table
+from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
+
+from ssync_loss import SSyncLoss
+from ssync_loss.diagnostics import report as premise_report
+
+TRAIN_SEED, PREMISE_SEED, TEST_SEED = 1, 2, 777
+SAVE_EVERY = 100
+
+
+class Losses(NamedTuple):
+    """The terms of one step; `total` is what is minimized."""
+
+    total: Tensor
+    reconstruction: Tensor
+    contrast: Tensor
+    ssync: Tensor
+
+
+def compute_losses(
+    model: SlotModel, features: Tensor, step: int, *, contrast_weight: float, criterion: SSyncLoss | None
+) -> Losses:
+    """Compute the losses of a batch: the model's own two, and SSync where there is a criterion."""
+    output: SlotOutput = model(features)
+    reconstruction = reconstruction_loss(output, features)
+    contrast = slot_contrast_loss(output.slots)
+    loss = own = reconstruction + contrast_weight * contrast
+
+    if criterion is not None:
+        # ------------------------------- the one line -------------------------------
+        loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
+        # -----------------------------------------------------------------------------
+
+    return Losses(loss, reconstruction, contrast, (loss - own).detach())
+
+
+def train(
+    state: TrainingState,
+    features: Tensor,
+    *,
+    criterion: SSyncLoss | None,
+    until: int,
+    checkpoint: Path,
+    stop: Event,
+    title: str,
+) -> None:
+    """Train up to a step, showing the losses; save now and then, and when stopped."""
+    settings = state.settings
+    with tqdm(total=until, initial=state.step, desc=title, dynamic_ncols=True) as bar:
+        while state.step < until and not stop.is_set():
+            started = time.perf_counter()
+            batch = batch_of_step(state.step, num_clips=len(features), batch_size=settings.batch_size, seed=state.seed)
+            losses = compute_losses(
+                state.model,
+                features[batch],
+                state.step,
+                contrast_weight=settings.contrast_weight,
+                criterion=criterion,
+            )
+            state.optimizer.zero_grad()
+            losses.total.backward()
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm)
+            state.optimizer.step()
+            state.scheduler.step()
+            state.step += 1
+            state.seconds += time.perf_counter() - started
+
+            shown = {name: value.item() for name, value in losses._asdict().items() if name != "total"}
+            state.history.append(shown)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+            bar.update()
+            if state.step % SAVE_EVERY == 0:
+                state.save(checkpoint)
+    state.save(checkpoint)
+
+
+@contextmanager
+def stop_on_ctrl_c() -> Iterator[Event]:
+    """Let the first Ctrl-C ask for a stop between two steps, and the second one have its usual effect."""
+    stop = Event()
+    usual = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """End the program with one line where the user's files or options are at fault, not with a traceback."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+class Data(NamedTuple):
+    """Training features, and the clips that the premise and the scores are taken from."""
+
+    description: str
+    features: Tensor
+    premise: EvaluationSet
+    test: EvaluationSet
+
+
+def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
+    """Make the moving objects: three sets from three seeds."""
+    train_clips = moving_objects(num_train, seed=TRAIN_SEED)
+    featurize = FrozenFeatures().fit(train_clips.video)
+
+    def held_out(num_clips: int, seed: int) -> EvaluationSet:
+        clips = moving_objects(num_clips, seed=seed)
+        return EvaluationSet(clips.video, featurize(clips.video), clips.ids)
+
+    return Data(
+        f"moving objects, seed {TRAIN_SEED}",
+        featurize(train_clips.video),
+        held_out(num_premise, PREMISE_SEED),
+        held_out(num_test, TEST_SEED),
+    )
+
+
+def read_data(directory: Path, *, match: str, stride: int, num_test: int) -> Data:
+    """Read the user's clips; without ground truth they are trained on and looked at."""
+    video, sources = load_clips(directory, match=match, stride=stride)
+    features = FrozenFeatures().fit(video)(video)
+    spread = torch.linspace(0, len(video) - 1, min(num_test, len(video))).round().long()
+    looked_at = EvaluationSet(video[spread], features[spread], None)
+    print(f"{len(video)} clips of {video.shape[1]} frames from {len(set(sources))} videos in {directory}")
+    return Data(f"{directory}, {match}, stride {stride}", features, looked_at, looked_at)
+
+
+def train_one_seed(
+    seed: int, settings: Settings, data: Data, checkpoints: Path, *, resume: bool, stop: Event
+) -> SeedReport:
+    """Train the shared part, ask for the premise, train both branches; report what there is when stopped."""
+    criterion = SSyncLoss(merge_threshold=settings.threshold, start_step=settings.start_step)
+    report = SeedReport(seed)
+
+    def run(stage: str, start: Path | None, criterion: SSyncLoss | None, until: int) -> TrainingState:
+        checkpoint = checkpoint_path(checkpoints, seed, stage)
+        if resume and checkpoint.exists():
+            with explained():
+                state = TrainingState.load(checkpoint, settings, seed)
+        elif start is not None:
+            state = TrainingState.load(start, settings, seed)
+        else:
+            state = TrainingState.fresh(settings, seed)
+        title = f"seed {seed}, {stage}"
+        train(
+            state,
+            data.features,
+            criterion=criterion,
+            until=until,
+            checkpoint=checkpoint,
+            stop=stop,
+            title=title,
+        )
+        return state
+
+    # before its start step the criterion is exactly zero: this part belongs to both runs
+    shared = run("shared", None, criterion, settings.start_step)
+    if stop.is_set():
+        report.runs["shared"] = Run.of(shared, evaluate(shared.model, data.test, settings.threshold))
+        return report
+    verdict = ask_premise(shared.model, data.premise)
+    print(f"\n{premise_report(verdict)}\n")
+    report.premise = premise_summary(verdict)
+
+    for stage, line in (("baseline", None), ("ssync", criterion)):
+        state = run(stage, checkpoint_path(checkpoints, seed, "shared"), line, settings.steps)
+        report.runs[stage] = Run.of(state, evaluate(state.model, data.test, settings.threshold))
+        if stop.is_set():
+            break
+    return report
+
+
+def checkpoint_path(checkpoints: Path, seed: int, stage: str) -> Path:
+    """Name the checkpoint of a seed's shared part, baseline or ssync run."""
+    return checkpoints / f"seed{seed}_{stage}.pt"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a small video slot model with and without SSync, and show the difference.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0], help="training seeds, one pair of runs each")
+    add("--slots", type=int, default=9, help="number of slots")
+    add("--steps", type=int, default=1500, help="optimizer steps of a run, the shared 30 %% included")
+    add("--threshold", type=float, default=0.6, help="merge threshold of the loss")
+    add("--clips", type=Path, help="your own videos or folders of frames instead of the moving objects")
+    add("--match", default="*", help="with --clips: pattern for the names of videos and folders")
+    add("--stride", type=int, default=1, help="with --clips: take every n-th frame")
+    add("--out", type=Path, help="where everything is written; runs/moving_objects or runs/clips if not given")
+    add("--resume", action="store_true", help="go on with what --out holds")
+    add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished run")
+    options = parser.parse_args(arguments)
+    for name, low in (("slots", 1), ("steps", 10), ("stride", 1), ("threads", 1)):
+        if getattr(options, name) < low:
+            parser.error(f"--{name} must be at least {low}; got {getattr(options, name)}")
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold must be within [0, 1]; got {options.threshold}")
+    if options.out is None:
+        options.out = Path("runs/moving_objects" if options.clips is None else "runs/clips")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 130 when Ctrl-C cut it short."""
+    options = parse(arguments)
+    if options.table is not None:
+        print(table(Report.load(options.table)))
+        return 0
+    torch.set_num_threads(options.threads)
+    checkpoints, results = options.out / "checkpoints", options.out / "results.json"
+    if not options.resume:
+        start_over(checkpoints, results)
+
+    num_train, num_held_out, num_test, steps = 1500, 100, 200, options.steps
+    if options.quick:
+        num_train, num_held_out, num_test, steps = 48, 8, 8, min(steps, 40)
+    if options.clips is None:
+        data = make_data(num_train=num_train, num_premise=num_held_out, num_test=num_test)
+    else:
+        with explained():
+            data = read_data(options.clips, match=options.match, stride=options.stride, num_test=num_test)
+    settings = Settings(
+        data=data.description,
+        num_clips=len(data.features),
+        slots=options.slots,
+        steps=steps,
+        threshold=options.threshold,
+    )
+
+    report = Report.here(settings)
+    with stop_on_ctrl_c() as stop:
+        for seed in options.seeds:
+            report.seeds.append(train_one_seed(seed, settings, data, checkpoints, resume=options.resume, stop=stop))
+            report.complete = seed == options.seeds[-1] and not stop.is_set()
+            report.save(results)
+            if stop.is_set():
+                break
+    print(f"\n{table(report)}\n")
+    figure = options.out / "comparison.png"
+    first = report.seeds[0]
+    models = {
+        stage: TrainingState.load(checkpoint_path(checkpoints, first.seed, stage), settings, first.seed).model
+        for stage in first.runs
+    }
+    save_figure(report, data.test, models, figure)
+    print(f"pictures {figure}\nnumbers  {results}")
+    if stop.is_set():
+        print(f"stopped; --resume --out {options.out} goes on from here")
+        return 130
+    return 0
+
+
+def start_over(checkpoints: Path, results: Path) -> None:
+    """Make room for a fresh run, unless that would throw away one that was cut short.
+
+    Raises:
+        SystemExit: if there is an unfinished run.
+    """
+    earlier = list(checkpoints.glob("*.pt"))
+    if not earlier:
+        return
+    if not (results.exists() and Report.load(results).complete):
+        raise SystemExit(
+            f"{checkpoints.parent} holds an unfinished run: go on with --resume, take another --out, "
+            "or delete that folder."
+        )
+    results.unlink()
+    for checkpoint in earlier:
+        checkpoint.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

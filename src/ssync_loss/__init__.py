@@ -1,0 +1,19 @@
+"""Losses for video object-centric learning: SSync as one line.
+
+>>> from ssync_loss import SSyncLoss
+>>> criterion = SSyncLoss(merge_threshold=0.6)  # loss = loss + criterion(enc_logits, dec_logits)
+"""
+
+from ssync_loss._types import PseudoLabels
+from ssync_loss.losses.ssync import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss, SSyncTerms
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoundaryRefinementLoss",
+    "InteriorDenoisingLoss",
+    "PseudoLabels",
+    "SSyncLoss",
+    "SSyncTerms",
+    "__version__",
+]

@@ -1,0 +1,23 @@
+"""One place that switches autocast off: a loss is a float32 island."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which nothing on the tensor's device is cast down.
+
+    Intersections are counted by matrix products of zeros and ones; in half precision those round from
+    2048 (float16) or 256 (bfloat16) on.
+    """
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return halves as float32, float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,119 @@
+"""Argument checks: every message names the argument, what was wanted and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str, int]:
+    """Bind the axes of a tensor to names, e.g. ``"B T S H W"``, and require the sizes already known.
+
+    A name that stands twice asks for equal sizes.
+
+    Returns:
+        The known sizes together with those bound here.
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if the rank or a known size differs.
+
+    >>> check_shape("labels", torch.zeros(2, 3), "B N", B=2)
+    {'B': 2, 'N': 3}
+    >>> check_shape("labels", torch.zeros(2, 3), "B N", B=4)
+    Traceback (most recent call last):
+    ValueError: `labels` must have shape (B=4, N); got (2, 3).
+    """
+    check_tensor(name, tensor)
+    names = axes.split()
+    shape = tuple(tensor.shape)
+    bound = dict(sizes)
+    fits = len(shape) == len(names) and all(
+        bound.setdefault(axis, size) == size for axis, size in zip(names, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in names)
+        raise ValueError(f"`{name}` must have shape ({wanted}); got {shape}.")
+    return bound
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Require a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(tensor).__name__}.")
+
+
+def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
+    """Require at least one element along each of the named axes."""
+    for axis in axes.split():
+        if sizes[axis] < 1:
+            raise ValueError(f"`{name}` must have {axis} >= 1; got {axis}={sizes[axis]}.")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Require a floating-point tensor."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point; got {tensor.dtype}.")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Require an integer tensor (bool does not count)."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"`{name}` must hold integers; got {tensor.dtype}.")
+
+
+def check_bool(name: str, tensor: Tensor) -> None:
+    """Require a boolean tensor."""
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"`{name}` must be boolean; got {tensor.dtype}.")
+
+
+def check_same_device(name: str, tensor: Tensor, **beside: Tensor) -> None:
+    """Require a tensor on the device of another, which is passed under its name."""
+    for other_name, other in beside.items():
+        if tensor.device != other.device:
+            raise ValueError(f"`{name}` must be on the device of `{other_name}` ({other.device}); got {tensor.device}.")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Require a Python integer within [low, high]; a bool is no integer here."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer; got {type(value).__name__}.")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"within [{low}, {high}]"
+        raise ValueError(f"`{name}` must be {wanted}; got {value}.")
+
+
+def check_number(name: str, value: object, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+    """Require a finite Python number within [low, high], or above low when ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
+    inside = (value > low if open_low else value >= low) and value < float("inf")
+    if not inside or (high is not None and value > high):
+        if high is None:
+            wanted = f"finite and {'above' if open_low else 'at least'} {low}"
+        else:
+            wanted = f"within [{low}, {high}]"
+        raise ValueError(f"`{name}` must be {wanted}; got {value}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Require one of a few names."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
+
+
+def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
+    """Require slot labels within [0, num_slots), where that can be seen without waiting for a device.
+
+    Only plain CPU tensors outside compilation are read. On an accelerator the check would stall the step;
+    there an index out of range trips the device's own assertion.
+    """
+    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
+        return
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_slots:
+        raise ValueError(f"`{name}` must lie within [0, {num_slots - 1}]; got values from {low} to {high}.")

@@ -1,0 +1,272 @@
+"""From what a host gives to two maps on one grid: binding of shapes, probabilities, resizing, masks.
+
+Everything behind this file sees logits (B, T, S, H, W) in float32 or float64.
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+
+Kind: TypeAlias = Literal["logits", "probs"]
+KindArgument: TypeAlias = Kind | Sequence[Kind]
+Size: TypeAlias = tuple[int, int]
+Grid: TypeAlias = Size | tuple[Size, Size] | None
+
+KINDS = ("logits", "probs")
+# the smallest normal float32: where a probability of zero is put before its logarithm is taken
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Maps(NamedTuple):
+    """Both maps on the encoder's grid, and which of their cells count.
+
+    Attributes:
+        enc: encoder logits (B, T, S, H, W), float32 or float64.
+        dec: decoder logits, likewise.
+        valid: (B, T, H, W) bool, or None when every patch counts.
+        slot_mask: (B, S) bool, or None when every slot is present.
+    """
+
+    enc: Tensor
+    dec: Tensor
+    valid: Tensor | None
+    slot_mask: Tensor | None
+
+
+def check_kind(kind: object) -> tuple[Kind, Kind]:
+    """Return the kinds of the encoder's and the decoder's map."""
+    kinds = (kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kinds, Sequence) or len(kinds) != 2:
+        raise ValueError(f"`kind` must be 'logits', 'probs' or a pair of them (encoder, decoder); got {kind!r}.")
+    for one in kinds:
+        check_choice("kind", one, KINDS)
+    return kinds[0], kinds[1]
+
+
+def check_grid(grid: object) -> tuple[Size | None, Size | None]:
+    """Return the grids of the encoder's and the decoder's map; None where it is to be inferred."""
+    if grid is None:
+        return None, None
+    whole = _as_size(grid)
+    if whole is not None:
+        return whole, None
+    if isinstance(grid, Sequence) and len(grid) == 2:
+        enc, dec = _as_size(grid[0]), _as_size(grid[1])
+        if enc is not None and dec is not None:
+            return enc, dec
+    raise ValueError(
+        f"`grid` must be (H, W) or ((H, W), (H_d, W_d)) for encoder and decoder, positive integers; got {grid!r}."
+    )
+
+
+def _as_size(value: object) -> Size | None:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        return None
+    if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in value):
+        return None
+    return value[0], value[1]
+
+
+def bind_maps(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> Maps:
+    """Check all shapes, dtypes and devices, and view both maps as (B, T, S, H, W); nothing is computed.
+
+    The decoder's map keeps its own grid and dtype here.
+
+    Raises:
+        TypeError: if a map is not floating point, or a mask not boolean.
+        ValueError: if a shape does not fit; the message names the argument, the wanted and the given.
+    """
+    enc_grid, dec_grid = check_grid(grid)
+    enc = _on_grid("enc_logits", enc_logits, enc_grid)
+    size = check_shape("enc_logits", enc, "B T S H W")
+    check_not_empty("enc_logits", size, "T S H W")
+    # a grid for the encoder speaks for a flat decoder map too; a decoder map with H, W speaks for itself
+    if dec_grid is None and isinstance(dec_logits, Tensor) and dec_logits.dim() == 4:
+        dec_grid = enc_grid
+    dec = _on_grid("dec_logits", dec_logits, dec_grid)
+    dec_size = check_shape("dec_logits", dec, "B T S H_d W_d", B=size["B"], T=size["T"], S=size["S"])
+    check_not_empty("dec_logits", dec_size, "H_d W_d")
+    check_same_device("dec_logits", dec, enc_logits=enc)
+    if valid is not None:
+        valid = check_valid(valid, size, enc_logits=enc)
+    if slot_mask is not None:
+        check_slot_mask(slot_mask, size, enc_logits=enc)
+    return Maps(enc, dec, valid, slot_mask)
+
+
+def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
+    check_tensor(name, logits)
+    check_floating(name, logits)
+    shape = tuple(logits.shape)
+    if logits.dim() == 5:
+        if grid is not None and shape[3:] != grid:
+            raise ValueError(f"`{name}` must have H, W = {grid} as `grid` says; got {shape}.")
+        return logits
+    if logits.dim() != 4:
+        raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.")
+    num_patches = shape[3]
+    if grid is None:
+        side = isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(
+                f"`{name}` has N={num_patches} patches, which is no square: pass grid=(H, W); got {shape}."
+            )
+        grid = (side, side)
+    if grid[0] * grid[1] != num_patches:
+        raise ValueError(
+            f"`{name}` must have N = H*W = {grid[0]}*{grid[1]} = {grid[0] * grid[1]} patches as `grid` says; "
+            f"got {shape}."
+        )
+    return logits.reshape(*shape[:3], *grid)
+
+
+def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor:
+    """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W)."""
+    check_tensor("valid", valid)
+    axes = "B T" if valid.dim() == 2 else "B T H W"
+    known = {axis: size[axis] for axis in axes.split()}
+    check_shape("valid", valid, axes, **known)
+    check_bool("valid", valid)
+    check_same_device("valid", valid, **beside)
+    if valid.dim() == 2:
+        valid = valid[:, :, None, None]
+    return valid.expand(size["B"], size["T"], size["H"], size["W"])
+
+
+def check_slot_mask(slot_mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
+    """Require ``slot_mask`` of shape (B, S)."""
+    check_shape("slot_mask", slot_mask, "B S", B=size["B"], S=size["S"])
+    check_bool("slot_mask", slot_mask)
+    check_same_device("slot_mask", slot_mask, **beside)
+
+
+def prepare_maps(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> tuple[Maps, Tensor]:
+    """Bring both maps to logits on the encoder's grid, in float32 or wider.
+
+    Args:
+        enc_logits: (B, T, S, H, W), or (B, T, S, N) with ``grid`` or a square N.
+        dec_logits: likewise, on any grid.
+        kind: what the maps hold. ``"probs"``: put to zero for absent slots, renormalized over slots, clamped
+            at the smallest normal float32 and logged.
+        grid: (H, W), or one for each map.
+        valid: (B, T) or (B, T, H, W) bool, on the encoder's grid. A cell of a decoder grid of its own is
+            invalid when no valid patch of the encoder overlaps it.
+        slot_mask: (B, S) bool. A clip without a present slot is invalid throughout.
+
+    Returns:
+        The maps, and a scalar bool: whether no valid cell of a present slot holds NaN or +inf.
+    """
+    enc_kind, dec_kind = check_kind(kind)
+    enc, dec, valid, slot_mask = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
+    if slot_mask is not None:
+        has_slots = slot_mask.any(1)[:, None, None, None]
+        valid = has_slots.expand(enc.shape[0], enc.shape[1], *enc.shape[3:]) if valid is None else valid & has_slots
+    with no_autocast(enc):
+        enc_usable = _usable(valid, slot_mask)
+        enc = _as_logits(enc, enc_kind, enc_usable)
+        finite = _is_clean(enc, enc_usable)
+        if dec.shape == enc.shape:
+            dec = _as_logits(dec, dec_kind, enc_usable)
+            return Maps(enc, dec, valid, slot_mask), finite & _is_clean(dec, enc_usable)
+        dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
+        dec_usable = _usable(dec_valid, slot_mask)
+        dec = _as_logits(dec, dec_kind, dec_usable)
+        finite = finite & _is_clean(dec, dec_usable)
+        dec = _resize(dec, enc.shape[3:], dec_valid, dec_usable)
+        return Maps(enc, dec, valid, slot_mask), finite
+
+
+def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
+    """Broadcastable to (B, T, S, H, W): cells that are valid and belong to a present slot."""
+    if valid is None:
+        return None
+    cells = valid.unsqueeze(2)
+    return cells if slot_mask is None else cells & slot_mask[:, None, :, None, None]
+
+
+def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
+    maps = at_least_float32(maps)
+    if kind == "logits":
+        return maps
+    if usable is not None:
+        maps = torch.where(usable, maps, 0.0)
+    maps = maps / maps.sum(2, keepdim=True).clamp_min(TINY)
+    return maps.clamp_min(TINY).log()
+
+
+def _is_clean(logits: Tensor, usable: Tensor | None) -> Tensor:
+    """Tell, as a scalar tensor, whether all usable cells are below +inf (NaN is not)."""
+    logits = logits.detach()
+    if usable is not None:
+        logits = torch.where(usable, logits, 0.0)
+    # the largest slot shows a NaN or a +inf of any slot; comparing that is a pass over patches, not cells
+    return (logits.amax(2) < float("inf")).all()
+
+
+def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
+    """Which cells of another grid share area with a valid cell of this one: (B, T, H, W) -> (B, T, *size)."""
+    rows = _shares_length(size[0], valid.shape[2], valid.device)
+    columns = _shares_length(size[1], valid.shape[3], valid.device)
+    return rows @ valid.float() @ columns.T > 0
+
+
+def _shares_length(num_to: int, num_from: int, device: torch.device) -> Tensor:
+    # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
+    to = torch.arange(num_to, device=device)[:, None]
+    start = torch.arange(num_from, device=device)[None, :]
+    return ((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float()
+
+
+def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: Tensor | None) -> Tensor:
+    """Interpolate bilinearly between cells that count.
+
+    Invalid cells get no weight, and the rest is renormalized: at the edge of a valid box this is the clamping
+    at a grid's own edge. A -inf that has any weight gives -inf.
+    """
+    impossible = logits == float("-inf")
+    if usable is not None:
+        impossible = impossible & usable
+        logits = torch.where(usable, logits, 0.0)
+    # zero weight times infinity would be NaN, so infinities travel on a map of their own
+    resized = _interpolate(logits.masked_fill(impossible, 0.0), size)
+    if valid is not None:
+        weight = _interpolate(valid.unsqueeze(2).to(logits.dtype), size)
+        resized = resized / torch.where(weight > 0, weight, 1.0)
+    return resized.masked_fill(_interpolate(impossible.to(logits.dtype), size) > 0, float("-inf"))
+
+
+def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
+    frames = rearrange(maps, "b t s h w -> (b t) s h w")
+    frames = F.interpolate(frames, size=tuple(size), mode="bilinear", align_corners=False)
+    return rearrange(frames, "(b t) s h w -> b t s h w", b=maps.shape[0])

@@ -1,0 +1,84 @@
+"""The two maps of a model, in the form a criterion takes."""
+
+from typing import NamedTuple, Self, TypeAlias
+
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._checks import check_int, check_tensor
+from ssync_loss.adapters.logit_tap import LogitTap
+from ssync_loss.adapters.output_tap import OutputTap
+
+Source: TypeAlias = Tensor | LogitTap | OutputTap
+
+
+class SlotMaps(NamedTuple):
+    """Encoder and decoder maps of one forward: ``criterion(*maps)``.
+
+    Attributes:
+        enc_logits: (B, T, S, N) or (B, T, S, H, W), of slot attention.
+        dec_logits: likewise, of the decoder, perhaps on another grid.
+    """
+
+    enc_logits: Tensor
+    dec_logits: Tensor
+
+    @classmethod
+    def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> Self:
+        """Empty the taps, and put clips and frames on axes of their own.
+
+        The encoder's B, T and S say how the decoder is read: (B, T, S, ...) stays as it is, (B*T, S, ...) is
+        taken apart. Values are untouched.
+
+        Shape:
+            enc: (B, T, S, N) or (B, T, S, H, W); with ``num_frames`` also (B*T, S, N). dec: (B, T, S, N_d),
+            (B, T, S, H_d, W_d), (B*T, S, N_d) or (B*T, S, H_d, W_d). A still image is T=1.
+
+        Args:
+            enc: the encoder's map, or the tap that has it.
+            dec: the decoder's.
+            num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is
+                checked.
+
+        Returns:
+            Both maps.
+
+        Raises:
+            TypeError: if a map is neither a tensor nor a tap.
+            RuntimeError: if a tap has not collected one forward.
+            ValueError: if the shapes do not go together.
+
+        >>> import torch
+        >>> maps = SlotMaps.join(torch.zeros(2, 3, 4, 25), torch.zeros(6, 4, 10, 10))
+        >>> [tuple(one.shape) for one in maps]
+        [(2, 3, 4, 25), (2, 3, 4, 10, 10)]
+        """
+        if num_frames is not None:
+            check_int("num_frames", num_frames, 1)
+        enc_logits = enc.pop(num_frames=num_frames) if isinstance(enc, LogitTap) else _take("enc", enc)
+        dec_logits = _take("dec", dec)
+        if num_frames is not None and enc_logits.dim() == 3 and len(enc_logits) % num_frames == 0:
+            enc_logits = rearrange(enc_logits, "(b t) s n -> b t s n", t=num_frames)
+        shape = tuple(enc_logits.shape)
+        if len(shape) not in (4, 5) or num_frames not in (None, shape[1]):
+            time = "T" if num_frames is None else f"T={num_frames}"
+            raise ValueError(
+                f"`enc` must have shape (B, {time}, S, N) or (B, {time}, S, H, W), or (B*T, S, N) where "
+                f"`num_frames` gives T; got {shape}."
+            )
+        B, T, S = shape[:3]
+        if dec_logits.dim() in (3, 4) and dec_logits.shape[:2] == (B * T, S):
+            dec_logits = rearrange(dec_logits, "(b t) s ... -> b t s ...", b=B)
+        if dec_logits.dim() not in (4, 5) or dec_logits.shape[:3] != (B, T, S):
+            raise ValueError(
+                f"`dec` must have shape (B={B}, T={T}, S={S}, ...) or (B*T={B * T}, S={S}, ...), ending in "
+                f"N or H, W, to go with `enc`; got {tuple(dec_logits.shape)}."
+            )
+        return cls(enc_logits, dec_logits)
+
+
+def _take(name: str, source: Source) -> Tensor:
+    if isinstance(source, LogitTap | OutputTap):
+        return source.pop()
+    check_tensor(name, source)
+    return source

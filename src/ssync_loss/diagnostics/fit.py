@@ -1,0 +1,158 @@
+"""How well a partition into slots fits the features it was made from."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._checks import (
+    check_floating,
+    check_int,
+    check_integer,
+    check_label_range,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss._maps import check_valid
+
+# features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
+_CHANNELS = 64
+
+
+def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, valid: Tensor | None = None) -> Tensor:
+    """Share of a clip's feature variance that a partition explains: ``1 - SS_within / SS_total``.
+
+    ``SS_total`` is the summed squared distance of all patches of the clip to their mean, ``SS_within`` to the
+    mean of their own slot over the whole clip.
+
+    Shape:
+        features: (B, T, D, H, W). labels: (B, T, H, W). Returns (B,), float64, within [0, 1]; 0 where
+        features are constant or no patch is valid, NaN where features of a valid patch are not finite.
+
+    Args:
+        features: floating point; a large common mean does no harm.
+        labels: the slot of every patch, integers within [0, num_slots).
+        num_slots: number of slots.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if shapes or devices differ, or labels are out of range.
+        TypeError: if a dtype is wrong.
+
+    >>> features = torch.tensor([0.0, 2.0, 6.0, 8.0]).view(1, 1, 1, 1, 4)
+    >>> explained_variance(features, torch.tensor([[[[0, 0, 1, 1]]]]), num_slots=2).tolist()  # 1 - 4/40
+    [0.9]
+    """
+    patches = _check_labeled_features(features, labels, valid)
+    check_int("num_slots", num_slots, 1)
+    check_label_range("labels", labels, num_slots)
+    with torch.no_grad():
+        return explained_of(features, labels, num_slots, patches)
+
+
+def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Tell how well label edges follow feature edges, as an AUC.
+
+    Of all pairs of side-by-side patches in a frame (four neighbors), some carry two labels. The value is the
+    probability that the features of such a pair are further apart than those of a pair with one label,
+    ``P(edge > no edge) + P(edge == no edge) / 2``: 1 when every label edge is a stronger feature edge than
+    all the rest, 0.5 for chance.
+
+    Shape:
+        features: (B, T, D, H, W). labels: (B, T, H, W). Returns (B,), float64; 0.5 where there is no pair of
+        one or of the other sort, NaN where features of a valid pair are not finite.
+
+    Args:
+        features: floating point.
+        labels: the slot of every patch, integers.
+        valid: (B, T) or (B, T, H, W) bool; a pair counts when both patches do. All when None.
+
+    Raises:
+        ValueError: if shapes or devices differ.
+        TypeError: if a dtype is wrong.
+
+    >>> features = torch.tensor([0.0, 1.0, 3.0, 6.0]).view(1, 1, 1, 1, 4)  # steps of 1, 2 and 3
+    >>> edge_alignment(features, torch.tensor([[[[0, 0, 1, 1]]]])).tolist()  # 2 > 1, but 2 < 3
+    [0.5]
+    """
+    patches = _check_labeled_features(features, labels, valid)
+    with torch.no_grad():
+        distance = _pairs(*_squared_steps(features))
+        edge = _pairs(labels[..., 1:] != labels[..., :-1], labels[..., 1:, :] != labels[..., :-1, :])
+        counted = _pairs(patches[..., 1:] & patches[..., :-1], patches[..., 1:, :] & patches[..., :-1, :])
+        return _auc(distance, edge, counted)
+
+
+def check_features(features: Tensor, **sizes: int) -> None:
+    """Require features (B, T, D, H, W) of the sizes known."""
+    size = check_shape("features", features, "B T D H W", **sizes)
+    check_not_empty("features", size, "D")
+    check_floating("features", features)
+
+
+def _check_labeled_features(features: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
+    """Check both, and return ``valid`` as (B, T, H, W)."""
+    size = check_shape("labels", labels, "B T H W")
+    check_integer("labels", labels)
+    check_not_empty("labels", size, "T H W")
+    check_features(features, **size)
+    check_same_device("features", features, labels=labels)
+    return torch.ones_like(labels, dtype=torch.bool) if valid is None else check_valid(valid, size, labels=labels)
+
+
+def explained_of(features: Tensor, labels: Tensor, num_slots: int, patches: Tensor) -> Tensor:
+    """Measure as :func:`explained_variance` does, without checks."""
+    slots = torch.arange(num_slots, device=labels.device)
+    counted = patches.flatten(1)
+    member = ((labels.flatten(1)[:, None] == slots[:, None]) & counted[:, None]).double()
+    area = member.sum(2).clamp_min(1.0)
+    # any valid patch does as the origin: features that are all the same become exactly 0
+    origin = counted.to(torch.uint8).argmax(1)[:, None, None]
+    total = features.new_zeros(features.shape[0], dtype=torch.float64)
+    between = torch.zeros_like(total)
+    for block in _channel_blocks(features):
+        values = rearrange(block, "b t d h w -> b (t h w) d").double()
+        values = values - values.take_along_dim(origin, 1)
+        values = torch.where(counted[:, :, None], values, 0.0)
+        mean = values.sum(1, keepdim=True) / counted.sum(1).clamp_min(1)[:, None, None]
+        values = torch.where(counted[:, :, None], values - mean, 0.0)
+        total = total + values.square().sum((1, 2))
+        # SS_within = SS_total - SS_between; with the mean taken out first, nothing cancels
+        between = between + ((member @ values).square().sum(2) / area).sum(1)
+    return (between / torch.where(total == 0, 1.0, total)).clamp_max(1.0)
+
+
+def _channel_blocks(features: Tensor) -> tuple[Tensor, ...]:
+    return features.chunk(-(-features.shape[2] // _CHANNELS), dim=2)
+
+
+def _squared_steps(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared feature distance of every patch to its right and to its lower neighbor."""
+    B, T, _, H, W = features.shape
+    right = features.new_zeros((B, T, H, W - 1), dtype=torch.float64)
+    below = features.new_zeros((B, T, H - 1, W), dtype=torch.float64)
+    for block in _channel_blocks(features):
+        values = block.double()
+        right = right + values.diff(dim=4).square().sum(2)
+        below = below + values.diff(dim=3).square().sum(2)
+    return right, below
+
+
+def _pairs(right: Tensor, below: Tensor) -> Tensor:
+    return torch.cat([right.flatten(1), below.flatten(1)], dim=1)
+
+
+def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
+    """Rank statistic of Mann and Whitney per row, ties counted half."""
+    positive, negative = positive & counted, ~positive & counted
+    # what does not count sorts behind every score and is never reached by one
+    ranked = torch.where(negative, score, float("inf")).sort(dim=1).values
+    score = score.contiguous()
+    below = torch.searchsorted(ranked, score)
+    up_to = torch.searchsorted(ranked, score, right=True)
+    # integers: twice the number of won pairs, exact at any size
+    won = torch.where(positive, below + up_to, 0).sum(1)
+    pairs = positive.sum(1) * negative.sum(1)
+    auc = torch.where(pairs == 0, 0.5, won.double() / (2 * pairs).clamp_min(1))
+    broken = (counted & ~score.isfinite()).any(1)
+    return torch.where(broken, torch.nan, auc)

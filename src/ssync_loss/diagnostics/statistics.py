@@ -1,0 +1,221 @@
+"""What the pseudo-labels of a step look like, as tensors a logger can take."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssync_loss._checks import check_bool, check_integer, check_not_empty, check_same_device, check_shape
+from ssync_loss._maps import check_slot_mask, check_valid
+from ssync_loss._types import PseudoLabels
+
+
+class Summary(NamedTuple):
+    """One value per clip for each thing worth watching while the loss is on.
+
+    The three shares and the agreement are of the clip's valid patches, the flips of its valid pairs of
+    consecutive frames; slots and merges are counts.
+
+    Attributes:
+        boundary_share: (B,), where the encoder teaches the decoder.
+        interior_share: (B,), where the decoder teaches the encoder.
+        untaught_share: (B,), where neither teaches the other.
+        agreement: (B,), where both maps carry the same merged label.
+        enc_slots: (B,) int64, different merged labels in the encoder's map.
+        dec_slots: (B,) int64, different merged labels in the decoder's map.
+        merges: (B,) int64, slots renamed to another one by merging.
+        enc_flips: (B,), encoder labels that change from one frame to the next.
+        dec_flips: (B,), decoder labels that change from one frame to the next.
+    """
+
+    boundary_share: Tensor
+    interior_share: Tensor
+    untaught_share: Tensor
+    agreement: Tensor
+    enc_slots: Tensor
+    dec_slots: Tensor
+    merges: Tensor
+    enc_flips: Tensor
+    dec_flips: Tensor
+
+
+def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Summary:
+    """Summarize pseudo-labels per clip, without waiting for the device.
+
+    Everything is read from the labels *after* merging. A logger takes the means over the batch as
+    ``{f"ssync/{name}": value.float().mean() for name, value in summary(labels)._asdict().items()}``.
+
+    Args:
+        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned.
+        valid: (B, T) or (B, T, H, W) bool, as given there.
+        slot_mask: (B, S) bool, as given there; a clip without any slot has no valid patch.
+
+    Returns:
+        Summary of (B,) tensors; a share of nothing is 0.
+
+    Raises:
+        ValueError: if shapes or devices differ.
+        TypeError: if a mask is not boolean or labels are not integers.
+
+    >>> row = torch.tensor([[[[0, 0, 1, 1]]]])
+    >>> everywhere = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    >>> labels = PseudoLabels(row, row.flip(-1), everywhere, ~everywhere, torch.tensor([[0, 1, 1]]))
+    >>> {name: value.item() for name, value in summary(labels)._asdict().items()}["merges"]
+    1
+    """
+    size = check_shape("labels.enc_labels", labels.enc_labels, "B T H W")
+    size = check_shape("labels.representative", labels.representative, "B S", **size)
+    if slot_mask is not None:
+        check_slot_mask(slot_mask, size, representative=labels.representative)
+        valid = _valid_patches(valid, labels.enc_labels) & slot_mask.any(1)[:, None, None, None]
+    return Summary(
+        boundary_share=region_share(labels.boundary, valid=valid),
+        interior_share=region_share(labels.interior, valid=valid),
+        untaught_share=region_share(~(labels.boundary | labels.interior), valid=valid),
+        agreement=agreement(labels.enc_labels, labels.dec_labels, valid=valid),
+        enc_slots=slots_in_use(labels.enc_labels, valid=valid),
+        dec_slots=slots_in_use(labels.dec_labels, valid=valid),
+        merges=merges(labels.representative),
+        enc_flips=label_flips(labels.enc_labels, valid=valid),
+        dec_flips=label_flips(labels.dec_labels, valid=valid),
+    )
+
+
+def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Share of a clip's valid patches that lie in a region: ``(region & valid).sum() / valid.sum()``.
+
+    Shape:
+        region: (B, T, H, W), bool. Returns (B,), float32; 0 for a clip without a valid patch.
+
+    Args:
+        region: where something holds, for example ``PseudoLabels.boundary``.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if a shape or device differs.
+        TypeError: if a tensor is not boolean.
+
+    >>> region_share(torch.tensor([[[[True, False, False, False]]]])).tolist()
+    [0.25]
+    """
+    check_shape("region", region, "B T H W")
+    check_bool("region", region)
+    return _share(region, _valid_patches(valid, region))
+
+
+def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Share of a clip's valid patches on which both maps carry one label: ``mean(enc == dec)``.
+
+    Shape:
+        enc_labels, dec_labels: (B, T, H, W), integer. Returns (B,), float32; 0 for a clip without a valid
+        patch.
+
+    Args:
+        enc_labels: labels of the encoder map.
+        dec_labels: labels of the decoder map.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if a shape or device differs.
+        TypeError: if labels are not integers or ``valid`` is not boolean.
+
+    >>> agreement(torch.tensor([[[[0, 0, 1, 1]]]]), torch.tensor([[[[0, 0, 0, 1]]]])).tolist()
+    [0.75]
+    """
+    size = check_shape("enc_labels", enc_labels, "B T H W")
+    check_integer("enc_labels", enc_labels)
+    check_shape("dec_labels", dec_labels, "B T H W", **size)
+    check_integer("dec_labels", dec_labels)
+    check_same_device("dec_labels", dec_labels, enc_labels=enc_labels)
+    return _share(enc_labels == dec_labels, _valid_patches(valid, enc_labels))
+
+
+def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Count the different labels on a clip's valid patches.
+
+    A slot that wins a single patch of the clip is in use. Give labels before merging to count slots, after
+    merging to count objects.
+
+    Shape:
+        labels: (B, T, H, W), integer >= 0. Returns (B,), int64; 0 for a clip without a valid patch.
+
+    Args:
+        labels: slot of every patch.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if a shape or device differs.
+        TypeError: if labels are not integers or ``valid`` is not boolean.
+
+    >>> slots_in_use(torch.tensor([[[[4, 0, 4, 2]]]])).tolist()
+    [3]
+    """
+    size = check_shape("labels", labels, "B T H W")
+    check_integer("labels", labels)
+    check_not_empty("labels", size, "T H W")
+    # sorted, equal labels stand together and every new value starts a run; -1 keeps the invalid apart
+    values = labels.long().masked_fill(~_valid_patches(valid, labels), -1).flatten(1).sort(dim=1).values
+    starts = F.pad(values.diff(dim=1) != 0, (1, 0), value=True)
+    return (starts & (values >= 0)).sum(1)
+
+
+def merges(representative: Tensor) -> Tensor:
+    """Count the slots that merging renames: ``(representative != arange(S)).sum()``.
+
+    Three slots merged into one object are two merges.
+
+    Shape:
+        representative: (B, S), integer, from ``merge_slots`` or ``PseudoLabels``. Returns (B,), int64.
+
+    Args:
+        representative: the slot that stands for each slot.
+
+    Raises:
+        ValueError: if the rank differs.
+        TypeError: if it does not hold integers.
+
+    >>> merges(torch.tensor([[0, 0, 2, 0]])).tolist()
+    [2]
+    """
+    size = check_shape("representative", representative, "B S")
+    check_integer("representative", representative)
+    return (representative != torch.arange(size["S"], device=representative.device)).sum(1)
+
+
+def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Share of patches whose label changes from one frame to the next: ``mean(l[t + 1] != l[t])``.
+
+    Counted over the pairs (t, t + 1) of one place that are valid in both frames. Objects that move flip
+    labels too, so compare maps of the same clips.
+
+    Shape:
+        labels: (B, T, H, W), integer. Returns (B,), float32; 0 without a pair, as for T = 1.
+
+    Args:
+        labels: slot of every patch.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if a shape or device differs.
+        TypeError: if labels are not integers or ``valid`` is not boolean.
+
+    >>> label_flips(torch.tensor([[[[0, 0, 1, 1]], [[0, 1, 1, 1]]]])).tolist()
+    [0.25]
+    """
+    check_shape("labels", labels, "B T H W")
+    check_integer("labels", labels)
+    counted = _valid_patches(valid, labels)
+    return _share(labels[:, 1:] != labels[:, :-1], counted[:, 1:] & counted[:, :-1])
+
+
+def _share(event: Tensor, counted: Tensor) -> Tensor:
+    hits = (event & counted).flatten(1).sum(1)
+    return hits.float() / counted.flatten(1).sum(1).clamp_min(1)
+
+
+def _valid_patches(valid: Tensor | None, labels: Tensor) -> Tensor:
+    """Bring ``valid`` to the (B, T, H, W) of the labels; everything where it is None."""
+    if valid is None:
+        return torch.ones_like(labels, dtype=torch.bool)
+    return check_valid(valid, dict(zip("BTHW", labels.shape, strict=True)), labels=labels)

@@ -1,0 +1,273 @@
+"""Does the premise of the loss hold for a model? Asked of its maps and features, without ground truth.
+
+The loss copies encoder labels into the decoder at boundaries and decoder labels into the encoder in
+interiors. It can only help where the encoder has something to teach: where its partition fits the image
+better than the decoder's. Fit is measured on the features both maps are made from.
+"""
+
+from collections.abc import Sequence
+from math import isfinite, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import check_same_device
+from ssync_loss._maps import Grid, KindArgument, prepare_maps
+from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
+from ssync_loss.diagnostics.statistics import agreement, label_flips
+from ssync_loss.pseudo_labels import first_argmax
+
+
+class Premise(NamedTuple):
+    """What :func:`premise` measures, one value per clip unless said otherwise.
+
+    Attributes:
+        enc_explained: (B,), share of the feature variance explained by the encoder's hard partition.
+        dec_explained: (B,), the same of the decoder.
+        enc_confidence: (B,), mean of the encoder's largest slot probability.
+        dec_confidence: (B,), the same of the decoder.
+        enc_edge_alignment: (B,), AUC of the feature distance across the encoder's label edges.
+        dec_edge_alignment: (B,), the same of the decoder.
+        enc_flicker: (B,), share of encoder labels that change from one frame to the next.
+        dec_flicker: (B,), the same of the decoder.
+        agreement: (B,), share of patches with one label in both maps.
+        margin: (B,), ``enc_explained - dec_explained``.
+        measured: (B,) bool, clips with a valid patch; the others are left out of every mean.
+        holds: scalar bool, ``margin[measured].mean() > 0``.
+    """
+
+    enc_explained: Tensor
+    dec_explained: Tensor
+    enc_confidence: Tensor
+    dec_confidence: Tensor
+    enc_edge_alignment: Tensor
+    dec_edge_alignment: Tensor
+    enc_flicker: Tensor
+    dec_flicker: Tensor
+    agreement: Tensor
+    margin: Tensor
+    measured: Tensor
+    holds: Tensor
+
+
+def premise(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    features: Tensor,
+    *,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> Premise:
+    """Ask whether the encoder's partition explains more of the features than the decoder's.
+
+    ``holds = mean(explained(enc) - explained(dec)) > 0``, with :func:`explained_variance` of the unmerged
+    hard labels. Ask it of a model trained with its own losses, before this one is switched on, and of a
+    whole, varied evaluation set: :func:`pool` puts batches together, :func:`report` puts the verdict in
+    words. Confidence, edge alignment, flicker and agreement are there to be looked at; they do not enter the
+    verdict.
+
+    NaN or +inf in a valid patch of either map (or -inf for every slot of it), and NaN or infinities in its
+    features, make the clip's margin NaN, and then the premise does not hold.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's
+        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool.
+
+    Args:
+        enc_logits: slot attention's map.
+        dec_logits: the decoder's map.
+        features: what the model encodes, for example backbone features; any floating point.
+        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        grid: (H, W) of flat maps, or one for each map.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        slot_mask: (B, S) bool, the slots present; all when None. A clip without any has no valid patch.
+
+    Returns:
+        Premise: tensors only, nothing is read on the host.
+
+    Raises:
+        ValueError: if shapes or devices differ, or features are on another grid than the encoder map.
+        TypeError: if maps or features are not floating point, or a mask is not boolean.
+
+    >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
+    >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4)
+    >>> dec = torch.tensor([[9.0, 9.0, 9.0, 0.0], [0.0, 0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 4)
+    >>> verdict = premise(enc, dec, features)
+    >>> round(verdict.margin.item(), 4), verdict.holds.item()  # 16/16 explained, less 16/3 of 16
+    (0.6667, True)
+    """
+    with torch.no_grad():
+        maps, _ = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        B, T, S, H, W = maps.enc.shape
+        check_features(features, B=B, T=T, H=H, W=W)
+        check_same_device("features", features, enc_logits=enc_logits)
+        patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if maps.valid is None else maps.valid
+        enc, dec = (first_argmax(logits, maps.valid, maps.slot_mask) for logits in (maps.enc, maps.dec))
+        enc_confidence, dec_confidence = (
+            _confidence(logits, patches, maps.slot_mask) for logits in (maps.enc, maps.dec)
+        )
+        enc_explained, dec_explained = (explained_of(features, labels, S, patches) for labels in (enc, dec))
+        margin = enc_explained - dec_explained
+        # a map that holds NaN has an argmax all the same, and would be judged by it
+        margin = torch.where((enc_confidence + dec_confidence).isfinite(), margin, torch.nan)
+        measured = patches.flatten(1).any(1)
+        return Premise(
+            enc_explained=enc_explained,
+            dec_explained=dec_explained,
+            enc_confidence=enc_confidence,
+            dec_confidence=dec_confidence,
+            enc_edge_alignment=edge_alignment(features, enc, valid=patches),
+            dec_edge_alignment=edge_alignment(features, dec, valid=patches),
+            enc_flicker=label_flips(enc, valid=patches).double(),
+            dec_flicker=label_flips(dec, valid=patches).double(),
+            agreement=agreement(enc, dec, valid=patches).double(),
+            margin=margin,
+            measured=measured,
+            holds=_holds(margin, measured),
+        )
+
+
+def pool(parts: Sequence[Premise]) -> Premise:
+    """Put the clips of several batches together and judge them as one set.
+
+    The verdict is of all clips, each counted once; it is not a vote of the batches.
+
+    Args:
+        parts: one Premise per batch, on one device.
+
+    Returns:
+        Premise of all clips, in the order given.
+
+    Raises:
+        ValueError: if there is none.
+
+    >>> nine, yes = [torch.zeros(1)] * 9, torch.tensor([True])
+    >>> parts = [Premise(*nine, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, -0.125)]
+    >>> pool(parts).holds.item()  # 0.125 in sum, though two of three are negative
+    True
+    """
+    if not parts:
+        raise ValueError("`parts` must hold at least one Premise; got none.")
+    margin = torch.cat([part.margin for part in parts])
+    measured = torch.cat([part.measured for part in parts])
+    # every field but the last has a value per clip
+    *per_clip, _ = zip(*parts, strict=True)
+    return Premise._make([*(torch.cat(values) for values in per_clip), _holds(margin, measured)])
+
+
+def report(premise: Premise) -> str:
+    """Put a verdict in words, with mean ± standard error over clips and with its limits.
+
+    This one reads the tensors: call it where a wait for the device does no harm.
+
+    Args:
+        premise: what :func:`premise` or :func:`pool` returned.
+
+    Returns:
+        A few lines to print.
+
+    >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
+    >>> margin, measured = torch.tensor([0.25, 0.75]), torch.tensor([True, True])
+    >>> print(report(Premise(**clips, margin=margin, measured=measured, holds=torch.tensor(True))))
+    ... # doctest: +ELLIPSIS
+    SSync's premise holds on these 2 clips: margin +0.500 ± 0.250 (mean ± standard error).
+    ...
+    """
+    margin = _over_clips(premise.margin, premise.measured)
+    lines = [_headline(margin), ""]
+    lines.append(f"{'':<32}{'encoder':>16}{'decoder':>16}")
+    for title, enc, dec in (
+        ("feature variance explained", premise.enc_explained, premise.dec_explained),
+        ("confidence", premise.enc_confidence, premise.dec_confidence),
+        ("edge alignment (AUC)", premise.enc_edge_alignment, premise.dec_edge_alignment),
+        ("label flips over time", premise.enc_flicker, premise.dec_flicker),
+    ):
+        cells = (_over_clips(values, premise.measured).text() for values in (enc, dec))
+        lines.append(f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells))
+    lines.append(f"{'same label in both maps':<32}{_over_clips(premise.agreement, premise.measured).text():>16}")
+    num_left_out = len(premise.measured) - margin.num_clips
+    if margin.num_clips and num_left_out:
+        subject = "1 clip" if num_left_out == 1 else f"{num_left_out} clips"
+        verb = "was" if num_left_out == 1 else "were"
+        lines.append(f"{subject} without a valid patch {verb} left out.")
+    return "\n".join([*lines, "", *_reading(margin)])
+
+
+class _Mean(NamedTuple):
+    """Mean over clips, its standard error (NaN below two clips) and how many clips there are."""
+
+    value: float
+    error: float
+    num_clips: int
+
+    def text(self, sign: str = "") -> str:
+        if self.num_clips == 0:
+            return "-"
+        value = f"{self.value:{sign}.3f}"
+        return value if self.num_clips < 2 else f"{value} ± {self.error:.3f}"
+
+
+def _over_clips(values: Tensor, measured: Tensor) -> _Mean:
+    kept = values.detach()[measured].double().cpu()
+    num_clips = len(kept)
+    if num_clips == 0:
+        return _Mean(float("nan"), float("nan"), 0)
+    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else float("nan")
+    return _Mean(kept.mean().item(), error, num_clips)
+
+
+def _headline(margin: _Mean) -> str:
+    if margin.num_clips == 0:
+        return "SSync's premise cannot be judged: no clip has a valid patch."
+    if not isfinite(margin.value):
+        return "SSync's premise cannot be judged: maps or features of some clips hold NaN or infinities."
+    verb = "holds" if margin.value > 0 else "does not hold"
+    if margin.num_clips == 1:
+        return f"SSync's premise {verb} on this one clip: margin {margin.text('+')} (no standard error)."
+    return (
+        f"SSync's premise {verb} on these {margin.num_clips} clips: margin {margin.text('+')} (mean ± standard error)."
+    )
+
+
+def _reading(margin: _Mean) -> list[str]:
+    if margin.num_clips == 0 or not isfinite(margin.value):
+        return []
+    if margin.num_clips > 1 and abs(margin.value) < 2 * margin.error:
+        lines = [
+            "Both partitions explain about as much of the features: the margin is within two standard errors of",
+            "zero, so its sign is open. Take more clips.",
+        ]
+    elif margin.value > 0:
+        lines = [
+            "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
+            "something to teach, and the loss can be expected to help.",
+        ]
+    else:
+        lines = [
+            "The encoder's partition explains no more of the features than the decoder's: copied into the",
+            "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
+        ]
+    if margin.num_clips == 1:
+        lines.append("One clip says next to nothing: ask a whole evaluation set.")
+    return [
+        *lines,
+        "How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,",
+        "and on a single kind of clips its sign can mislead. Take a whole, varied evaluation set.",
+    ]
+
+
+def _holds(margin: Tensor, measured: Tensor) -> Tensor:
+    return torch.where(measured, margin, 0.0).sum() > 0
+
+
+def _confidence(logits: Tensor, patches: Tensor, slot_mask: Tensor | None) -> Tensor:
+    # the largest probability is exp(max - logsumexp); invalid patches may hold anything
+    if slot_mask is not None:
+        logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
+    logits = logits.double()
+    largest = (logits.amax(2) - logits.logsumexp(2)).exp()
+    total = torch.where(patches, largest, 0.0).flatten(1).sum(1)
+    return total / patches.flatten(1).sum(1).clamp_min(1)

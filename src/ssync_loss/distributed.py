@@ -1,0 +1,61 @@
+"""The mean over all ranks, when it is asked for: the only place with a collective."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssync_loss.distillation import num_averaged
+from ssync_loss.losses.ssync import SSyncLoss
+
+
+def global_mean(
+    criterion: SSyncLoss,
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    step: int | None = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Compute the loss so that data parallelism optimizes the mean over the selection of *all* ranks.
+
+    Ranks select different numbers of patches, so the average of their means is not the mean of the whole
+    batch. Here each rank's mean is weighted with its share, ``world_size * n_rank / sum n``; where gradients are
+    averaged over ranks (DDP, FSDP), they then equal those of one process with the whole batch. The value itself
+    is this rank's part; its average over ranks is the loss of the whole batch::
+
+        loss = loss + global_mean(criterion, enc_logits, dec_logits)  # instead of criterion(...)
+
+    One all-reduce of two integers; before ``start_step`` none. Without an initialized process group it is
+    ``criterion(...)``. All ranks must call it at the same step.
+
+    Shape:
+        As :class:`SSyncLoss`; returns a scalar.
+
+    Args:
+        criterion: the loss.
+        enc_logits: this rank's encoder map.
+        dec_logits: this rank's decoder map.
+        step: as in ``SSyncLoss.forward``, like the next two.
+        valid: patches that count.
+        slot_mask: slots that are present.
+        group: process group; None is the default one.
+
+    Source: the global mean of Moon & Heo, ECCV 2026 (arXiv:2606.15527), over all selected patches and slots.
+
+    >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
+    >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)
+    >>> global_mean(SSyncLoss(interior_weight=0.0), sharp, blurred).item()
+    0.25
+    """
+    if not (dist.is_available() and dist.is_initialized()) or not criterion.is_on(step):
+        return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
+    terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
+    regions = (terms.labels.boundary, terms.labels.interior)
+    num_slots = terms.labels.representative.shape[1]
+    local = torch.stack([num_averaged(one, num_slots, slot_mask, criterion.criterion) for one in regions])
+    everywhere = local.clone()
+    dist.all_reduce(everywhere, group=group)
+    share = local / everywhere.clamp_min(1) * dist.get_world_size(group)
+    return criterion.weigh(terms.boundary * share[0], terms.interior * share[1], step)

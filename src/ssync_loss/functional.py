@@ -1,0 +1,19 @@
+"""Every pure function of the library in one place; modules only remember their arguments."""
+
+from ssync_loss.distillation import selective_distillation_loss
+from ssync_loss.losses.ssync import boundary_refinement_loss, interior_denoising_loss
+from ssync_loss.merging import merge_slots, slot_overlap
+from ssync_loss.pseudo_labels import pseudo_labels
+from ssync_loss.regions import boundary_region, interior_region, neighbor_difference
+
+__all__ = [
+    "boundary_refinement_loss",
+    "boundary_region",
+    "interior_denoising_loss",
+    "interior_region",
+    "merge_slots",
+    "neighbor_difference",
+    "pseudo_labels",
+    "selective_distillation_loss",
+    "slot_overlap",
+]

@@ -1,0 +1,626 @@
+"""SSync: each of two maps teaches the other where it is the reliable one."""
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32
+from ssync_loss._backends import Backend, resolve_backend
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_integer,
+    check_label_range,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
+from ssync_loss._types import PseudoLabels
+from ssync_loss.distillation import Criterion, check_criterion, distill
+from ssync_loss.pseudo_labels import check_label_settings, labels_of
+
+# merge thresholds of the published configurations
+PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
+
+
+def boundary_refinement_loss(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    labels: PseudoLabels | None = None,
+    merge_threshold: float | None = 0.6,
+    min_different: int = 1,
+    min_same: int = 1,
+    criterion: Criterion = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Teach the decoder the encoder's labels at boundaries.
+
+    ``L_b = mean over boundary patches and slots of (softmax_s(dec / temperature) - 1[e])^2`` with e the merged
+    hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
+    exactly 0, attached to the graph.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+
+    Args:
+        enc_logits: the teacher.
+        dec_logits: the pupil.
+        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
+            of the region idle.
+        merge_threshold: see :func:`pseudo_labels`, like the next two.
+        min_different: differing neighbors that make a boundary.
+        min_same: agreeing neighbors without which a patch is noise.
+        criterion: see :func:`selective_distillation_loss`, like the next two.
+        label_smoothing: for ``"cross_entropy"`` only.
+        temperature: of the softmax.
+        kind: see :func:`pseudo_labels`, like the rest.
+        grid: (H, W) of (B, T, S, N) maps.
+        valid: patches that count.
+        slot_mask: slots that are present.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
+
+    Raises:
+        TypeError, ValueError: on wrong shapes, dtypes or settings.
+
+    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
+    >>> dec = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
+    >>> boundary_refinement_loss(enc, dec).item()
+    0.25
+    """
+    check_label_settings(merge_threshold, min_different, min_same, 0)
+    check_criterion(criterion, label_smoothing, temperature)
+    backend = resolve_backend(backend)
+    maps, clean = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    if labels is None:
+        labels = labels_of(
+            maps,
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=0,
+            backend=backend,
+        )
+    else:
+        _check_labels("enc_labels", labels.enc_labels, "boundary", labels.boundary, maps)
+    loss = distill(
+        maps.dec,
+        labels.enc_labels,
+        labels.boundary,
+        criterion=criterion,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        slot_mask=maps.slot_mask,
+        reduction="mean",
+        backend=backend,
+    )
+    return _poisoned(loss, clean)
+
+
+def interior_denoising_loss(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    labels: PseudoLabels | None = None,
+    merge_threshold: float | None = 0.6,
+    max_different: int = 0,
+    criterion: Criterion = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Teach the encoder the decoder's labels in interiors.
+
+    ``L_i = mean over interior patches and slots of (softmax_s(enc / temperature) - 1[d])^2`` with d the merged
+    hard labels of the decoder. No gradient reaches the decoder's map. Where there is no interior the loss is
+    exactly 0, attached to the graph.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+
+    Args:
+        enc_logits: the pupil.
+        dec_logits: the teacher.
+        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
+            of the region idle.
+        merge_threshold: see :func:`pseudo_labels`, like the next.
+        max_different: differing neighbors allowed in an interior.
+        criterion: see :func:`selective_distillation_loss`, like the next two.
+        label_smoothing: for ``"cross_entropy"`` only.
+        temperature: of the softmax.
+        kind: see :func:`pseudo_labels`, like the rest.
+        grid: (H, W) of (B, T, S, N) maps.
+        valid: patches that count.
+        slot_mask: slots that are present.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
+
+    Raises:
+        TypeError, ValueError: on wrong shapes, dtypes or settings.
+
+    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> enc = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
+    >>> interior_denoising_loss(enc, dec).item()
+    0.25
+    """
+    check_label_settings(merge_threshold, 1, 1, max_different)
+    check_criterion(criterion, label_smoothing, temperature)
+    backend = resolve_backend(backend)
+    maps, clean = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    if labels is None:
+        labels = labels_of(
+            maps,
+            merge_threshold=merge_threshold,
+            min_different=1,
+            min_same=1,
+            max_different=max_different,
+            backend=backend,
+        )
+    else:
+        _check_labels("dec_labels", labels.dec_labels, "interior", labels.interior, maps)
+    loss = distill(
+        maps.enc,
+        labels.dec_labels,
+        labels.interior,
+        criterion=criterion,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        slot_mask=maps.slot_mask,
+        reduction="mean",
+        backend=backend,
+    )
+    return _poisoned(loss, clean)
+
+
+def _check_labels(target_name: str, target: Tensor, region_name: str, region: Tensor, maps: Maps) -> None:
+    size = dict(zip("BTSHW", maps.enc.shape, strict=True))
+    num_slots = size.pop("S")
+    check_shape(f"labels.{target_name}", target, "B T H W", **size)
+    check_integer(f"labels.{target_name}", target)
+    check_same_device(f"labels.{target_name}", target, enc_logits=maps.enc)
+    check_label_range(f"labels.{target_name}", target, num_slots)
+    check_shape(f"labels.{region_name}", region, "B T H W", **size)
+    check_bool(f"labels.{region_name}", region)
+    check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
+
+
+def _poisoned(loss: Tensor, clean: Tensor) -> Tensor:
+    """Make the loss, and every gradient of it, NaN when a map held NaN or +inf: labels mean nothing then."""
+    return loss * torch.where(clean, 1.0, float("nan")).to(loss.dtype)
+
+
+def attached_zero(*maps: Tensor) -> Tensor:
+    """Return exactly 0 with a graph to the maps, whatever they hold; no cell is read.
+
+    >>> attached_zero(torch.tensor([float("nan")], requires_grad=True)).item()
+    0.0
+    """
+    total = at_least_float32(maps[0][:0]).sum()
+    for one in maps[1:]:
+        total = total + at_least_float32(one[:0]).sum()
+    return total
+
+
+class SSyncTerms(NamedTuple):
+    """What :meth:`SSyncLoss.terms` returns: tensors only, so that logging decides when to wait for a device.
+
+    Attributes:
+        total: weighted, ramped sum; what ``forward`` returns.
+        boundary: unweighted mean of the boundary term, which teaches the decoder.
+        interior: unweighted mean of the interior term, which teaches the encoder.
+        num_boundary: number of boundary patches in the batch, int64.
+        num_interior: number of interior patches in the batch, int64.
+        labels: the merged labels and the regions behind them.
+    """
+
+    total: Tensor
+    boundary: Tensor
+    interior: Tensor
+    num_boundary: Tensor
+    num_interior: Tensor
+    labels: PseudoLabels
+
+
+class SSyncLoss(nn.Module):
+    """Selective synergistic learning: one loss line for a slot model that already trains.
+
+    ``loss = ramp * (boundary_weight * L_b + interior_weight * L_i)``: the encoder's labels teach the decoder at
+    boundaries (:func:`boundary_refinement_loss`), the decoder's labels teach the encoder in interiors
+    (:func:`interior_denoising_loss`), after redundant slots are merged transitively
+    (:func:`pseudo_labels`). Time and memory are linear in the patches; no gradient crosses between the maps.
+
+    The module has no parameters and no buffers, so old checkpoints load strictly, and calls no collectives:
+    see :func:`ssync_loss.distributed.global_mean` for a mean over all ranks.
+
+    Args:
+        merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. The
+            sensitive knob: see :meth:`from_preset` for the published values.
+        boundary_weight: weight of the boundary term, at least 0.
+        interior_weight: weight of the interior term, at least 0.
+        criterion: ``"mse"`` (published) or ``"cross_entropy"``.
+        label_smoothing: within [0, 1], for ``"cross_entropy"`` only.
+        temperature: of the softmax over slots, above 0.
+        min_different: differing neighbors, of ten, that make a boundary; 0 to 10.
+        min_same: agreeing neighbors without which a patch is noise; 0 to 10.
+        max_different: differing neighbors allowed in an interior; 0 to 10.
+        kind: what the maps hold: ``"logits"``, ``"probs"``, or a pair for encoder and decoder. With an
+            encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
+        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes N for a square.
+        start_step: step from which the loss is on. The published start is 30 % of training.
+        ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
+            ``start_step + ramp_steps``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"`` (slow loops, for checking).
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64.
+        Returns a float32 scalar (float64 for float64 maps).
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
+
+    Raises:
+        TypeError, ValueError: on a wrong setting, or maps that do not fit, already before ``start_step``.
+
+    >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
+    >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
+    >>> SSyncLoss(interior_weight=0.0)(sharp, blurred).item()
+    0.25
+    """
+
+    def __init__(
+        self,
+        *,
+        merge_threshold: float | None = 0.6,
+        boundary_weight: float = 1.0,
+        interior_weight: float = 1.0,
+        criterion: Criterion = "mse",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        min_different: int = 1,
+        min_same: int = 1,
+        max_different: int = 0,
+        kind: KindArgument = "logits",
+        grid: Grid = None,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_label_settings(merge_threshold, min_different, min_same, max_different)
+        check_criterion(criterion, label_smoothing, temperature)
+        check_number("boundary_weight", boundary_weight, 0.0)
+        check_number("interior_weight", interior_weight, 0.0)
+        check_kind(kind)
+        check_grid(grid)
+        check_int("start_step", start_step, 0)
+        check_int("ramp_steps", ramp_steps, 0)
+        resolve_backend(backend)
+        self.merge_threshold = merge_threshold
+        self.boundary_weight = boundary_weight
+        self.interior_weight = interior_weight
+        self.criterion = criterion
+        self.label_smoothing = label_smoothing
+        self.temperature = temperature
+        self.min_different = min_different
+        self.min_same = min_same
+        self.max_different = max_different
+        self.kind = kind
+        self.grid = grid
+        self.start_step = start_step
+        self.ramp_steps = ramp_steps
+        self.backend = backend
+        self._warned = False
+
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Self:
+        """Build the loss with the merge threshold published for a data set.
+
+        Args:
+            name: ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9).
+            **settings: any argument of the constructor; they win over the preset.
+
+        Raises:
+            ValueError: if the name is unknown.
+
+        >>> SSyncLoss.from_preset("movi_e").merge_threshold
+        0.65
+        """
+        check_choice("name", name, tuple(PRESETS))
+        return cls(**{"merge_threshold": PRESETS[name], **settings})
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        step: int | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss to add to a model's own.
+
+        Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode,
+        a map that should be taught and carries no gradient (a host that hands out detached attention, say) is
+        warned about once.
+
+        Args:
+            enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
+            dec_logits: alpha logits of the decoder, before the softmax over slots.
+            step: the training step, a Python int; needed with ``start_step`` or ``ramp_steps``. Capturing a
+                step as a CUDA graph freezes the ramp at the step of capture: capture once it has ended.
+            valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
+            slot_mask: (B, S) bool, slots that are present.
+        """
+        self._warn_if_detached(enc_logits, dec_logits, stacklevel=5)
+        if not self.is_on(step):
+            bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
+            return attached_zero(bound.enc, bound.dec)
+        return self.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask).total
+
+    def terms(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        step: int | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> SSyncTerms:
+        """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
+
+        Before ``start_step`` all but ``total``, which is 0, are what they would be.
+        """
+        is_on = self.is_on(step)
+        maps, clean = prepare_maps(
+            enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask
+        )
+        self._warn_if_detached(enc_logits, dec_logits, stacklevel=3)
+        backend = resolve_backend(self.backend)
+        labels = labels_of(
+            maps,
+            merge_threshold=self.merge_threshold,
+            min_different=self.min_different,
+            min_same=self.min_same,
+            max_different=self.max_different,
+            backend=backend,
+        )
+        boundary = self._teach(maps.dec, labels.enc_labels, labels.boundary, maps.slot_mask, backend, clean)
+        interior = self._teach(maps.enc, labels.dec_labels, labels.interior, maps.slot_mask, backend, clean)
+        total = self.weigh(boundary, interior, step) if is_on else attached_zero(maps.enc, maps.dec)
+        return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
+
+    def is_on(self, step: int | None) -> bool:
+        """Tell whether the loss has started at a step.
+
+        Raises:
+            TypeError: if the step is no Python int.
+            ValueError: if there is a schedule and no step.
+        """
+        if step is None:
+            if self.start_step > 0 or self.ramp_steps > 0:
+                raise ValueError(
+                    "`step` must be given with a schedule "
+                    f"(start_step={self.start_step}, ramp_steps={self.ramp_steps}); got None."
+                )
+            return True
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
+        return step >= self.start_step
+
+    def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
+        """Add both terms with their weights and the ramp of a step that is not before the start."""
+        total = self.boundary_weight * boundary + self.interior_weight * interior
+        if step is None or self.ramp_steps == 0:
+            return total
+        return total * self._ramp(step - self.start_step, total)
+
+    def _ramp(self, progress: int, total: Tensor) -> Tensor | float:
+        if torch.compiler.is_compiling():
+            # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
+            done = torch.full((), progress, device=total.device, dtype=total.dtype)
+            return (done / self.ramp_steps).clamp_max(1.0)
+        return min(progress / self.ramp_steps, 1.0)
+
+    def _teach(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        backend: Backend,
+        clean: Tensor,
+    ) -> Tensor:
+        loss = distill(
+            logits,
+            target,
+            region,
+            criterion=self.criterion,
+            label_smoothing=self.label_smoothing,
+            temperature=self.temperature,
+            slot_mask=slot_mask,
+            reduction="mean",
+            backend=backend,
+        )
+        return _poisoned(loss, clean)
+
+    def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor, *, stacklevel: int) -> None:
+        if torch.compiler.is_compiling() or self._warned or not self.training or not torch.is_grad_enabled():
+            return
+        check_tensor("enc_logits", enc_logits)
+        check_tensor("dec_logits", dec_logits)
+        detached = []
+        if self.boundary_weight > 0 and not dec_logits.requires_grad:
+            detached.append("`dec_logits` (taught by the boundary term)")
+        if self.interior_weight > 0 and not enc_logits.requires_grad:
+            detached.append("`enc_logits` (taught by the interior term)")
+        if detached:
+            self._warned = True
+            warnings.warn(
+                f"{' and '.join(detached)} carries no gradient, so SSync cannot teach it. Does the model detach "
+                "it? Set the term's weight to 0 if that is meant. (Said once.)",
+                stacklevel=stacklevel,
+            )
+
+    def extra_repr(self) -> str:
+        """Show the settings that differ from the defaults, and the threshold always."""
+        defaults = SSyncLoss.__init__.__kwdefaults__ or {}
+        shown = {
+            name: getattr(self, name)
+            for name, default in defaults.items()
+            if name == "merge_threshold" or getattr(self, name) != default
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    # nn.Module.__call__ is typed Any
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102 (forward says it)
+            self,
+            enc_logits: Tensor,
+            dec_logits: Tensor,
+            *,
+            step: int | None = None,
+            valid: Tensor | None = None,
+            slot_mask: Tensor | None = None,
+        ) -> Tensor: ...
+
+
+class BoundaryRefinementLoss(nn.Module):
+    """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
+
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
+    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
+
+    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
+    >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2)).item()
+    0.25
+    """
+
+    def __init__(
+        self,
+        *,
+        merge_threshold: float | None = 0.6,
+        min_different: int = 1,
+        min_same: int = 1,
+        criterion: Criterion = "mse",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        kind: KindArgument = "logits",
+        grid: Grid = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_label_settings(merge_threshold, min_different, min_same, 0)
+        check_criterion(criterion, label_smoothing, temperature)
+        check_kind(kind)
+        check_grid(grid)
+        resolve_backend(backend)
+        self.settings: dict[str, Any] = {
+            "merge_threshold": merge_threshold,
+            "min_different": min_different,
+            "min_same": min_same,
+            "criterion": criterion,
+            "label_smoothing": label_smoothing,
+            "temperature": temperature,
+            "kind": kind,
+            "grid": grid,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the boundary term; see :func:`boundary_refinement_loss`."""
+        return boundary_refinement_loss(
+            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class InteriorDenoisingLoss(nn.Module):
+    """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
+
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
+    as ``labels`` to this and to :class:`BoundaryRefinementLoss`, and they are computed once.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
+
+    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2), dec).item()
+    0.25
+    """
+
+    def __init__(
+        self,
+        *,
+        merge_threshold: float | None = 0.6,
+        max_different: int = 0,
+        criterion: Criterion = "mse",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        kind: KindArgument = "logits",
+        grid: Grid = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_label_settings(merge_threshold, 1, 1, max_different)
+        check_criterion(criterion, label_smoothing, temperature)
+        check_kind(kind)
+        check_grid(grid)
+        resolve_backend(backend)
+        self.settings: dict[str, Any] = {
+            "merge_threshold": merge_threshold,
+            "max_different": max_different,
+            "criterion": criterion,
+            "label_smoothing": label_smoothing,
+            "temperature": temperature,
+            "kind": kind,
+            "grid": grid,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the interior term; see :func:`interior_denoising_loss`."""
+        return interior_denoising_loss(
+            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

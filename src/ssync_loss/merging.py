@@ -1,0 +1,139 @@
+"""Redundant slots: which are active in the same places, and which slot speaks for each group."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._blocks import Blocks, indicator
+from ssync_loss._checks import (
+    check_floating,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss._maps import check_slot_mask, check_valid
+
+
+def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
+    """Measure how far two slots are active on the same patches.
+
+    A slot is active where its logit exceeds its own mean over the clip, ``A = logits > mean``. Per frame
+    ``IoU[i, j] = |A_i and A_j| / |A_i or A_j|`` (0 where the union is empty), then the mean over frames.
+    Invalid patches are not active and do not enter the mean; a frame without valid patches leaves the mean over
+    frames; absent slots overlap with nobody. No gradient flows.
+
+    The rule is about logits: log-probabilities differ from them by a shift per patch, which changes it.
+
+    Shape:
+        logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool.
+        Returns (B, S, S) within [0, 1], symmetric; the diagonal is the share of frames a slot is active in.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), spatio-temporal activation consistency.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype or shape.
+
+    >>> logits = torch.tensor([[4.0, 4.0, 0.0, 0.0], [0.0, 6.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
+    >>> slot_overlap(logits)[0, 0, 1].item()  # one patch in common, two in the union
+    0.5
+    """
+    size = check_shape("logits", logits, "B T S H W")
+    check_not_empty("logits", size, "T S H W")
+    check_floating("logits", logits)
+    if valid is not None:
+        valid = check_valid(valid, size, logits=logits)
+    if slot_mask is not None:
+        check_slot_mask(slot_mask, size, logits=logits)
+    with torch.no_grad(), no_autocast(logits):
+        return overlap_of(at_least_float32(logits), valid, slot_mask)
+
+
+def overlap_of(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
+    """Measure as :func:`slot_overlap` does, without checks, in the dtype of the logits."""
+    num_clips, num_frames, num_slots = logits.shape[:3]
+    mean = slot_means(logits, valid)[:, None, :, None, None]
+    both = torch.empty(num_clips, num_frames, num_slots, num_slots, device=logits.device, dtype=logits.dtype)
+    blocks = Blocks(logits)
+    scratch = blocks.scratch(logits, logits.dtype)
+    for piece in blocks:
+        active = indicator(torch.gt, logits[piece], mean[piece[0]], scratch)
+        if valid is not None:
+            active.mul_(valid[piece].unsqueeze(2))
+        if slot_mask is not None:
+            active.mul_(slot_mask[piece[0], None, :, None, None])
+        # zeros and ones: the products are exact counts in float32 (and in TF32) up to 2^24 patches a frame
+        active = active.flatten(3)
+        both[piece] = active @ active.mT
+    area = both.diagonal(dim1=-2, dim2=-1)
+    either = area.unsqueeze(-1) + area.unsqueeze(-2) - both
+    iou = both / either.clamp_min(1.0)
+    if valid is None:
+        return iou.sum(1) / num_frames
+    return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
+
+
+def slot_means(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Average every slot over the valid patches of a clip, a sum over a count: (B, S)."""
+    if valid is None:
+        return logits.sum((1, 3, 4)) / (logits.shape[1] * logits.shape[3] * logits.shape[4])
+    counted = torch.where(valid.unsqueeze(2), logits, 0.0)
+    return counted.sum((1, 3, 4)) / valid.sum((1, 2, 3)).clamp_min(1)[:, None]
+
+
+def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
+    """Merge slots transitively and name each slot's representative.
+
+    Slots i != j are linked when ``overlap[i, j] > threshold``; the connected components of that graph are the
+    objects: links A-B and B-C merge A with C too. The representative of a component is its member with the
+    largest area, the lowest index among equals. This is union-find, as ceil(log2 S) squarings of a boolean
+    matrix: batched, of fixed length, without a look at the data.
+
+    Shape:
+        overlap: (B, S, S). A link in either direction counts. area: (B, S), integer or floating point.
+        Returns (B, S) int64: the representative of every slot.
+
+    Args:
+        overlap: how far slots overlap, see :func:`slot_overlap`.
+        area: hard area of every slot.
+        threshold: within [0, 1]; 1 merges nothing. None merges nothing either.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), transitive pseudo-label merging.
+
+    Raises:
+        TypeError: if the threshold is no number, or a tensor of the wrong dtype.
+        ValueError: if the threshold lies outside [0, 1] or a shape does not fit.
+
+    >>> chain = torch.tensor([[[1.0, 0.8, 0.0], [0.8, 1.0, 0.8], [0.0, 0.8, 1.0]]])
+    >>> merge_slots(chain, torch.tensor([[3, 5, 5]]), threshold=0.6).tolist()
+    [[1, 1, 1]]
+    """
+    size = check_shape("overlap", overlap, "B S S")
+    check_not_empty("overlap", size, "S")
+    check_floating("overlap", overlap)
+    check_shape("area", area, "B S", **size)
+    if area.dtype == torch.bool or area.is_complex():
+        raise TypeError(f"`area` must hold integers or floating-point numbers; got {area.dtype}.")
+    check_same_device("area", area, overlap=overlap)
+    if threshold is not None:
+        check_number("threshold", threshold, 0.0, 1.0)
+    with torch.no_grad(), no_autocast(overlap):
+        return representatives(at_least_float32(overlap), area, threshold)
+
+
+def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor:
+    """Merge as :func:`merge_slots` does, without checks."""
+    num_slots = overlap.shape[-1]
+    index = torch.arange(num_slots, device=overlap.device)
+    if threshold is None:
+        return index.expand(overlap.shape[0], num_slots).clone()
+    linked = overlap > threshold
+    # a path has at most S - 1 links, and every squaring doubles the reach
+    reach = (linked | linked.mT | (index[:, None] == index)).float()
+    for _ in range((num_slots - 1).bit_length()):
+        reach = (reach @ reach).clamp_max_(1.0)
+    member = reach > 0
+    area = area.unsqueeze(-2)
+    largest = torch.where(member, area, -1).amax(-1, keepdim=True)
+    leads = member & (area == largest)
+    return torch.where(leads, index, num_slots).amin(-1).clamp_max_(num_slots - 1)

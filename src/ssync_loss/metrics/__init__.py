@@ -1,0 +1,88 @@
+"""Metrics on hard slot labels, each with its definition in its name.
+
+"FG-ARI 55" says little: on one and the same prediction the usual definitions lie 30 points and more apart.
+Here two slots swap their objects between two frames, and are otherwise right to the pixel:
+
+>>> import torch
+>>> target = torch.tensor([[[[0, 0, 1, 1, 2, 2]], [[0, 0, 1, 1, 2, 2]]]])
+>>> pred = torch.tensor([[[[0, 0, 1, 1, 2, 2]], [[0, 0, 2, 2, 1, 1]]]])
+>>> for metric in (video_fg_ari, image_fg_ari, video_mbo, image_mbo):
+...     average = MetricAverage(metric, background=0)
+...     average.update(pred, target)
+...     print(average)
+video_fg_ari(background=0) = -0.1667 over 1 videos
+image_fg_ari(background=0) = 1.0000 over 2 frames
+video_mbo(background=0) = 0.3333 over 1 videos
+image_mbo(background=0) = 1.0000 over 2 frames
+
+So print the definition with the number, as :class:`MetricAverage` does. Four choices make a definition:
+
+==============  ==========================================  ==================================================
+choice          here                                        what it moves
+==============  ==========================================  ==================================================
+unit            ``video_`` pools the pixels of a clip,      a video score punishes identity switches, a mean
+                ``image_`` scores frames, then the mean     over frames cannot see them
+background      ``background=`` is always given: an id,     ``ari`` rewards a clean background, ``fg_ari``
+                or None if no id stands for it              does not look at it
+annotation      a negative target id drops the pixel        COCO drops what two objects claim
+                from truth and prediction
+matching        ``mbo``: the best slot for each object,     a slot that covers two objects serves both in
+                ``miou``: a slot for one object only        mBO, one in mIoU
+==============  ==========================================  ==================================================
+
+**Labels.** ``pred`` and ``target`` are (B, T, H, W) integers; the numbers are names and may be any, of any
+size, except that negative target ids are "not annotated". A still image is T=1. ``masks_to_labels`` makes
+``pred`` from soft masks, ``objects_to_labels`` makes ``target`` from one mask per object. Compare unmerged
+decoder masks: merged labels are training targets. Every function returns (B,) float64.
+
+**The background trap.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO
+annotate objects only, so their "ARI with background" *is* FG-ARI, and removing the first mask as if it were
+the background deletes an object. Say ``background=None`` if ids from 0 are objects and everything else is
+-1. For overlaps go through ``objects_to_labels`` and say ``background=0``: published mBO charges a slot for
+the pixels it covers outside all objects, and a pixel marked -1 is charged to nobody. A void id such as 255
+is an object until it is mapped to -1.
+
+**Nothing to score.** No function returns NaN. A video without an object has an FG-ARI of 1.0 (the
+denominator is 0) and overlaps, recall and fragmentation of 0.0; neither says anything, so leave such videos
+out: ``has_objects`` finds them, and :class:`MetricAverage` weighs them with zero. Some published code counts
+a frame that shows nothing but annotated background as 1.0; a mean over frames can be a little higher there.
+
+**Precision.** Counts and scores are float64: the pixel pairs of 30 frames of 518 x 518 reach 6e13, where
+float32 is exact to 2^24 only and products of pairs overflow int64. ``ari`` equals scikit-learn's. These
+functions read data on the host and belong in evaluation, not in a training step.
+"""
+
+from ssync_loss.metrics.accumulator import MetricAverage
+from ssync_loss.metrics.ari import ari, fg_ari, image_ari, image_fg_ari, video_ari, video_fg_ari
+from ssync_loss.metrics.labels import has_objects, masks_to_labels, objects_to_labels
+from ssync_loss.metrics.overlap import (
+    image_mbo,
+    image_miou,
+    mean_best_overlap,
+    mean_iou,
+    video_mbo,
+    video_miou,
+)
+from ssync_loss.metrics.slots import fragmentation, object_recall, unused_slots
+
+__all__ = [
+    "MetricAverage",
+    "ari",
+    "fg_ari",
+    "fragmentation",
+    "has_objects",
+    "image_ari",
+    "image_fg_ari",
+    "image_mbo",
+    "image_miou",
+    "masks_to_labels",
+    "mean_best_overlap",
+    "mean_iou",
+    "object_recall",
+    "objects_to_labels",
+    "unused_slots",
+    "video_ari",
+    "video_fg_ari",
+    "video_mbo",
+    "video_miou",
+]

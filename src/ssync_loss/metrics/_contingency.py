@@ -1,0 +1,145 @@
+"""The table under every metric: how many pixels each object shares with each slot."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import check_choice, check_int, check_integer, check_same_device, check_shape
+
+Per = Literal["video", "image"]
+
+# tables and id ranges up to this size are cheaper to lay out in full than to sort for
+_SMALL = 2**16
+
+
+class Contingency(NamedTuple):
+    """Pixel counts of the (object, slot) pairs that share a pixel, unit by unit.
+
+    A unit is what one number is computed on: a whole video or a single frame. Pairs that never meet are
+    absent, so ids may be as many and as large as they like.
+    """
+
+    num_units: int
+    shared: Tensor
+    pair_object: Tensor
+    pair_slot: Tensor
+    object_area: Tensor
+    object_unit: Tensor
+    object_id: Tensor
+    slot_area: Tensor
+    slot_unit: Tensor
+
+    def per_unit(self, values: Tensor, unit: Tensor) -> Tensor:
+        """Sum values into their units, in float64."""
+        return _sum_by(values, unit, self.num_units)
+
+    def per_object(self, values: Tensor) -> Tensor:
+        """Sum a value of each pair into the pair's object, in float64."""
+        return _sum_by(values, self.pair_object, len(self.object_area))
+
+    def union(self) -> Tensor:
+        """Pixels that the object or the slot of each pair covers."""
+        return self.object_area[self.pair_object] + self.slot_area[self.pair_slot] - self.shared
+
+    def is_object(self, background: int | None) -> Tensor:
+        """Tell objects from the background, which is a row of the table like them."""
+        if background is None:
+            return torch.ones_like(self.object_id, dtype=torch.bool)
+        return self.object_id != background
+
+
+def contingency(pred: Tensor, target: Tensor, keep: Tensor, per: Per) -> Contingency:
+    """Count the pixels in ``keep`` by (unit, object, slot); all inputs are (B, T, H, W)."""
+    batch, frames = pred.shape[:2]
+    num_units = batch if per == "video" else batch * frames
+    slot_code, slot_names = _encode(pred[keep])
+    object_code, object_names = _encode(target[keep])
+    num_slots, num_objects = len(slot_names), len(object_names)
+
+    row = unit_index(pred, per)[keep] * num_objects + object_code
+    pair, shared = _tally(row * num_slots + slot_code, num_units * num_objects * num_slots)
+
+    # pairs come sorted by (unit, object, slot), so the objects of a unit lie side by side
+    rows, pair_object = torch.unique_consecutive(pair // max(num_slots, 1), return_inverse=True)
+    object_unit = rows // max(num_objects, 1)
+    columns = object_unit[pair_object] * num_slots + pair % max(num_slots, 1)
+    columns, pair_slot = torch.unique(columns, return_inverse=True)
+    return Contingency(
+        num_units=num_units,
+        shared=shared,
+        pair_object=pair_object,
+        pair_slot=pair_slot,
+        object_area=_sum_by(shared, pair_object, len(rows)),
+        object_unit=object_unit,
+        object_id=object_names[rows % max(num_objects, 1)],
+        slot_area=_sum_by(shared, pair_slot, len(columns)),
+        slot_unit=columns // max(num_slots, 1),
+    )
+
+
+def unit_index(labels: Tensor, per: Per) -> Tensor:
+    """Number the unit that each pixel of (B, T, H, W) labels belongs to."""
+    batch, frames = labels.shape[:2]
+    if per == "video":
+        unit = torch.arange(batch, device=labels.device).view(batch, 1, 1, 1)
+    else:
+        unit = torch.arange(batch * frames, device=labels.device).view(batch, frames, 1, 1)
+    return unit.expand(labels.shape)
+
+
+def check_labels(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check a prediction and its ground truth; return both as int64, and where pixels are annotated."""
+    sizes = check_shape("pred", pred, "B T H W")
+    check_integer("pred", pred)
+    check_shape("target", target, "B T H W", **sizes)
+    check_same_device("pred", pred, target=target)
+    ids, annotated = check_target(target)
+    return pred.to(torch.int64), ids, annotated
+
+
+def check_target(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Check a ground truth; return it as int64, and where its pixels are annotated."""
+    check_shape("target", target, "B T H W")
+    check_integer("target", target)
+    ids = target.to(torch.int64)
+    # the largest unsigned ids wrap around in int64: still names of their own, and never "not annotated"
+    annotated = ids >= 0 if target.dtype.is_signed else torch.ones_like(ids, dtype=torch.bool)
+    return ids, annotated
+
+
+def check_background(background: object) -> None:
+    """Require an id, or None where the ground truth has no background id."""
+    if background is not None:
+        check_int("background", background, 0)
+
+
+def check_per(per: str) -> None:
+    """Require a unit to score by."""
+    check_choice("per", per, ("video", "image"))
+
+
+def _encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace ids by codes 0, 1, ... such that ``names[codes] == ids``."""
+    if ids.numel() == 0:
+        return ids, ids
+    low, high = (int(bound) for bound in ids.aminmax())
+    if high - low < _SMALL:
+        return ids - low, torch.arange(low, high + 1, device=ids.device)
+    names, codes = torch.unique(ids, return_inverse=True)
+    return codes, names
+
+
+def _tally(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct keys in ascending order and, in float64, how often each occurs."""
+    if num_keys <= max(keys.numel(), _SMALL):
+        table = torch.bincount(keys, minlength=num_keys)
+        present = table.nonzero().squeeze(1)
+        return present, table[present].to(torch.float64)
+    present, counts = torch.unique(keys, return_counts=True)
+    return present, counts.to(torch.float64)
+
+
+def _sum_by(values: Tensor, index: Tensor, size: int) -> Tensor:
+    total = torch.zeros(size, dtype=torch.float64, device=values.device)
+    return total.index_add_(0, index, values.to(torch.float64))

@@ -1,0 +1,125 @@
+"""The mean of a metric over a data set, one batch at a time."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssync_loss.metrics import ari, overlap, slots
+from ssync_loss.metrics._scores import Scores
+
+_SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {
+    ari.ari: ari.ari_scores,
+    ari.video_ari: partial(ari.ari_scores, per="video"),
+    ari.image_ari: partial(ari.ari_scores, per="image"),
+    ari.fg_ari: ari.fg_ari_scores,
+    ari.video_fg_ari: partial(ari.fg_ari_scores, per="video"),
+    ari.image_fg_ari: partial(ari.fg_ari_scores, per="image"),
+    overlap.mean_best_overlap: overlap.best_overlap_scores,
+    overlap.video_mbo: partial(overlap.best_overlap_scores, per="video"),
+    overlap.image_mbo: partial(overlap.best_overlap_scores, per="image"),
+    overlap.mean_iou: overlap.iou_scores,
+    overlap.video_miou: partial(overlap.iou_scores, per="video"),
+    overlap.image_miou: partial(overlap.iou_scores, per="image"),
+    slots.object_recall: slots.recall_scores,
+    slots.fragmentation: slots.fragmentation_scores,
+    slots.unused_slots: slots.unused_scores,
+}
+
+
+class MetricAverage:
+    """Mean of a metric over all batches seen, in float64, with the definition printed beside the number.
+
+    The mean is taken over what the metric counts: videos (``per="video"``), frames (``per="image"``),
+    objects in frames (recall, fragmentation) or slots. What has nothing to score is left out, so a video
+    without an object neither helps nor harms::
+
+        mean = state[0] / state[1]      # sum and count
+
+    Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`,
+    ``dist.all_reduce(average.state)``; it is one float64 tensor, on the CPU unless moved.
+
+    Args:
+        metric: a function of this package, e.g. ``video_fg_ari``.
+        options: its keyword arguments.
+
+    Raises:
+        TypeError: if ``metric`` is no function of this package or the options do not fit it.
+
+    >>> from ssync_loss.metrics import video_fg_ari
+    >>> average = MetricAverage(video_fg_ari, background=0)
+    >>> target = torch.tensor([[[[0, 1, 1, 2, 2]]], [[[0, 1, 1, 2, 2]]], [[[0, 0, 0, 0, 0]]]])
+    >>> pred = torch.tensor([[[[5, 5, 5, 6, 6]]], [[[5, 5, 5, 5, 5]]], [[[5, 6, 7, 8, 9]]]])
+    >>> average.update(pred, target)  # 1, 0, and a video without an object
+    >>> average
+    video_fg_ari(background=0) = 0.5000 over 2 videos
+    """
+
+    state: Tensor
+    """The sum and the count so far: (2,), float64."""
+
+    def __init__(self, metric: Callable[..., Tensor], **options: Any) -> None:
+        if metric not in _SCORES:
+            listed = ", ".join(known.__name__ for known in _SCORES)
+            raise TypeError(f"`metric` must be one of the functions {listed}; got {metric!r}.")
+        signature = inspect.signature(metric)
+        tensors = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        try:
+            signature.bind(*tensors, **options)
+        except TypeError as error:
+            raise TypeError(f"`options` must fit {metric.__name__}: {error}; got {options}.") from None
+        self.metric = metric
+        self.options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.state = torch.zeros(2, dtype=torch.float64)
+        self._counted = ""
+
+    def update(self, *labels: Tensor) -> None:
+        """Add a batch: the tensors that the metric takes, ``pred, target`` for most.
+
+        Raises:
+            TypeError: as the metric does, or if there are too few or too many tensors.
+            ValueError: as the metric does.
+        """
+        total, weight, self._counted = _SCORES[self.metric](*labels, **self.options)
+        self.state = self.state + torch.stack([total.sum(), weight.sum()]).to(self.state.device)
+
+    def merge(self, other: "MetricAverage") -> None:
+        """Add all batches that another average of the same metric has seen.
+
+        Raises:
+            ValueError: if the other one averages something else.
+        """
+        if other.metric is not self.metric or other.options != self.options:
+            raise ValueError(f"`other` must average {self._definition()}; got {other._definition()}.")
+        self.state = self.state + other.state.to(self.state.device)
+        self._counted = self._counted or other._counted
+
+    def compute(self) -> Tensor:
+        """Return the mean, a float64 tensor without axes.
+
+        Raises:
+            RuntimeError: if nothing that could be scored was seen, as no number stands for that.
+        """
+        if self.state[1] == 0:
+            raise RuntimeError(
+                f"{self._definition()} has nothing to average: call update() first, with at least one video "
+                "that has something to score."
+            )
+        return self.state[0] / self.state[1]
+
+    def _definition(self) -> str:
+        listed = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.metric.__name__}({listed})"
+
+    def __repr__(self) -> str:
+        if self.state[1] == 0:
+            return f"{self._definition()}, nothing to average yet"
+        counted = f" {self._counted}" if self._counted else ""
+        return f"{self._definition()} = {self.compute().item():.4f} over {int(self.state[1])}{counted}"

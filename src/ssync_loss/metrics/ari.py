@@ -1,0 +1,167 @@
+"""Adjusted Rand index of slots against objects: over every pixel, or over the foreground alone."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss.metrics._contingency import (
+    Contingency,
+    Per,
+    check_background,
+    check_labels,
+    check_per,
+    contingency,
+)
+from ssync_loss.metrics._scores import Scores, scores_of_units
+
+
+def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Tensor:
+    """Adjusted Rand index over all annotated pixels; a background id counts as one more object.
+
+    With ``N`` the pixels shared by each object and slot, ``A`` and ``B`` the areas of objects and slots,
+    and ``n`` the number of pixels::
+
+        r, a, b = sum(N * (N - 1)), sum(A * (A - 1)), sum(B * (B - 1))
+        expected = a * b / (n * (n - 1))
+        ari = (r - expected) / ((a + b) / 2 - expected)      # 1.0 if the denominator is 0
+
+    This is ``sklearn.metrics.adjusted_rand_score``. It is 1 for equal partitions whatever the names of
+    their parts, about 0 for unrelated ones, and may be negative.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: slot labels; any integers, they are only names.
+        target: object ids; a negative id is a pixel without annotation, which is left out.
+        per: "video" pools the pixels of all frames, so that an identity switch costs; "image" scores each
+            frame by itself and returns the mean over the frames with an annotated pixel.
+
+    Returns:
+        One value per video; 1.0 for a video without an annotated pixel.
+
+    Raises:
+        TypeError: if labels are not integers.
+        ValueError: if shapes differ or ``per`` is unknown.
+
+    Source: L. Hubert and P. Arabie, Comparing partitions, 1985.
+
+    >>> target = torch.tensor([[[[1, 1, 2, 2]]]])
+    >>> pred = torch.tensor([[[[0, 0, 1, 2]]]])
+    >>> ari(pred, target)  # (2 - 2/3) / (3 - 2/3) = 4/7
+    tensor([0.5714], dtype=torch.float64)
+    """
+    return ari_scores(pred, target, per=per).mean(empty=1.0)
+
+
+def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+    """Adjusted Rand index over the pixels of objects: :func:`ari` without the pixels of the background.
+
+    The pixels whose ground truth is the background leave truth and prediction, so how the slots divide the
+    background costs nothing::
+
+        fg_ari(pred, target, background=0) == ari(pred, torch.where(target == 0, -1, target))
+
+    With ``background=None`` no id is removed. That is right for ground truth that names objects only
+    (YouTube-VIS, COCO: object ids from 0 and -1 elsewhere): it is FG-ARI already, and removing id 0 would
+    delete the first object. It is wrong, and silently gives :func:`ari`, if some id stands for the
+    background (MOVi, DAVIS: 0).
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: slot labels; any integers, they are only names.
+        target: object ids; a negative id is a pixel without annotation, which is left out.
+        background: the id of the background, or None if no id stands for it.
+        per: "video" pools the pixels of all frames, so that an identity switch costs; "image" scores each
+            frame by itself and returns the mean over the frames that show an object.
+
+    Returns:
+        One value per video; 1.0 for a video without an object, as the denominator is 0.
+
+    Raises:
+        TypeError: if labels or ``background`` are not integers.
+        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
+
+    Source: T. Kipf et al., Conditional object-centric learning from video (SAVi), 2022.
+
+    >>> target = torch.tensor([[[[0, 0, 0, 1, 1, 2, 2]]]])
+    >>> pred = torch.tensor([[[[0, 1, 3, 0, 0, 1, 2]]]])
+    >>> fg_ari(pred, target, background=0)  # the four pixels of the example of `ari`
+    tensor([0.5714], dtype=torch.float64)
+    """
+    return fg_ari_scores(pred, target, background=background, per=per).mean(empty=1.0)
+
+
+def video_ari(pred: Tensor, target: Tensor) -> Tensor:
+    """Score a video as one set of pixels, background included: ``ari(..., per="video")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> video_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # (0 - 4/3) / (4 - 4/3)
+    tensor([-0.5000], dtype=torch.float64)
+    """
+    return ari(pred, target, per="video")
+
+
+def image_ari(pred: Tensor, target: Tensor) -> Tensor:
+    """Score each frame, background included, and take the mean: ``ari(..., per="image")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> image_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # each frame is right
+    tensor([1.], dtype=torch.float64)
+    """
+    return ari(pred, target, per="image")
+
+
+def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Score a video as one set of object pixels: ``fg_ari(..., per="video")``, the usual FG-ARI of videos.
+
+    >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
+    >>> video_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
+    tensor([-0.5000], dtype=torch.float64)
+    """
+    return fg_ari(pred, target, background=background, per="video")
+
+
+def image_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Score the object pixels of each frame and take the mean: ``fg_ari(..., per="image")``.
+
+    >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
+    >>> image_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
+    tensor([1.], dtype=torch.float64)
+    """
+    return fg_ari(pred, target, background=background, per="image")
+
+
+def ari_scores(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
+    """Return what :func:`ari` averages."""
+    return fg_ari_scores(pred, target, background=None, per=per)
+
+
+def fg_ari_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
+    """Return what :func:`fg_ari` averages."""
+    pred, target, keep = check_labels(pred, target)
+    check_background(background)
+    check_per(per)
+    if background is not None:
+        keep = keep & (target != background)
+    table = contingency(pred, target, keep, per)
+    scored = table.per_unit(table.object_area, table.object_unit) > 0
+    return scores_of_units(_adjusted_rand(table), scored, batch=len(pred), per=per)
+
+
+def _adjusted_rand(table: Contingency) -> Tensor:
+    # float64 throughout: the pixel pairs of a clip outgrow float32 (2^24) and the products below int64
+    num_pixels = table.per_unit(table.object_area, table.object_unit)
+    both = table.per_unit(_pairs(table.shared), table.object_unit[table.pair_object])
+    same_object = table.per_unit(_pairs(table.object_area), table.object_unit)
+    same_slot = table.per_unit(_pairs(table.slot_area), table.slot_unit)
+    # dividing before multiplying keeps the degenerate denominator exactly 0
+    expected = same_object * (same_slot / _pairs(num_pixels).clamp_min(1.0))
+    gap = (same_object + same_slot) / 2 - expected
+    degenerate = gap == 0
+    return torch.where(degenerate, 1.0, (both - expected) / torch.where(degenerate, 1.0, gap))
+
+
+def _pairs(count: Tensor) -> Tensor:
+    return count * (count - 1)

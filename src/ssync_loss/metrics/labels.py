@@ -1,0 +1,160 @@
+"""From masks to the hard labels that metrics compare."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_int,
+    check_not_empty,
+    check_shape,
+)
+from ssync_loss.metrics._contingency import check_background, check_target
+
+# resized masks held at once: 64 MB in float32
+_BLOCK = 2**24
+
+
+def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logits", "probs"] = "logits") -> Tensor:
+    """Resize soft slot masks to the size of the ground truth and give each pixel to its largest mask.
+
+    As code::
+
+        probs = masks.softmax(2)                          # unless they are probabilities
+        labels = interpolate(probs, size, mode="bilinear", align_corners=False).argmax(2)
+
+    Probabilities are resized, not logits, and before the argmax: both choices move every metric. A tie
+    goes to the lowest slot. Frames are resized in blocks, so memory stays bounded on long clips.
+
+    Shape:
+        masks: (B, T, S, h, w). Returns (B, T, *size), int64, in [0, S).
+
+    Args:
+        masks: decoder masks, or attention of the slots. -inf logits mark absent slots; a patch where no
+            slot is present prefers none.
+        size: height and width of the ground truth.
+        kind: "logits", or "probs" if the masks are probabilities.
+
+    Returns:
+        The labels.
+
+    Raises:
+        TypeError: if masks are not floating point or ``size`` holds no integers.
+        ValueError: if the rank differs, an axis is empty, ``size`` is no pair of positive numbers, ``kind``
+            is unknown, or masks hold NaN or +inf: a label made of them would pass for a prediction.
+
+    >>> masks = torch.tensor([0.9, 0.2, 0.1, 0.8]).view(1, 1, 2, 1, 2)  # slot 0 fades to the right
+    >>> masks_to_labels(masks, (1, 4), kind="probs").tolist()  # .9 .725 .375 .2 against .1 .275 .625 .8
+    [[[[0, 0, 1, 1]]]]
+    """
+    sizes = check_shape("masks", masks, "B T S h w")
+    check_not_empty("masks", sizes, "S h w")
+    check_floating("masks", masks)
+    check_choice("kind", kind, ("logits", "probs"))
+    if len(size) != 2:
+        raise ValueError(f"`size` must be a pair (height, width); got {size!r}.")
+    for length in size:
+        check_int("size", length, 1)
+
+    frames = masks.detach().flatten(0, 1)
+    labels = torch.empty(len(frames), *size, dtype=torch.int64, device=masks.device)
+    block = max(1, _BLOCK // (sizes["S"] * size[0] * size[1]))
+    for start in range(0, len(frames), block):
+        part = slice(start, start + block)
+        probs = _probabilities(frames[part], kind)
+        resized = F.interpolate(probs, size=tuple(size), mode="bilinear", align_corners=False)
+        labels[part] = resized.argmax(1)
+    return labels.view(sizes["B"], sizes["T"], *size)
+
+
+def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor:
+    """Turn one mask per object into object ids, with 0 for the pixels that no object claims.
+
+    As code::
+
+        labels = 1 + masks.argmax(2)         # 0 where nothing, -1 where two claim
+
+    Score the result with ``background=0``. That is the published FG-ARI and mBO for ground truth without a
+    mask for the background (YouTube-VIS, COCO). If the first mask is the background (MOVi), leave it out:
+    ``objects_to_labels(masks[:, :, 1:])``.
+
+    Shape:
+        masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K].
+
+    Args:
+        masks: where each object is; an object may be absent from frames.
+        ignore_overlaps: drop the pixels that several objects claim from truth and prediction, instead of
+            refusing them.
+
+    Returns:
+        The object ids: 1 + k for the k-th mask.
+
+    Raises:
+        TypeError: if masks are not bool.
+        ValueError: if the rank differs, or objects overlap and ``ignore_overlaps`` is False.
+
+    >>> masks = torch.tensor([[True, True, False, False], [False, True, True, False]]).view(1, 1, 2, 1, 4)
+    >>> objects_to_labels(masks, ignore_overlaps=True).tolist()
+    [[[[1, -1, 2, 0]]]]
+    """
+    sizes = check_shape("masks", masks, "B T K H W")
+    check_bool("masks", masks)
+    claims = masks.sum(2)
+    overlapping = claims > 1
+    if not ignore_overlaps and bool(overlapping.any()):
+        raise ValueError(
+            f"`masks` must not overlap unless ignore_overlaps=True; got {int(overlapping.sum())} pixels "
+            "that several objects claim."
+        )
+    ids = torch.arange(1, sizes["K"] + 1, device=masks.device).view(-1, 1, 1)
+    return torch.where(overlapping, -1, (masks * ids).sum(2))
+
+
+def has_objects(target: Tensor, *, background: int | None) -> Tensor:
+    """Tell which videos show an object at all: the others have nothing to score.
+
+    As code::
+
+        has_objects = ((target >= 0) & (target != background)).flatten(1).any(1)
+
+    Shape:
+        target: (B, T, H, W). Returns (B,), bool.
+
+    Args:
+        target: object ids; a negative id is a pixel without annotation.
+        background: the id of the background, or None if every id is an object.
+
+    Returns:
+        One truth value per video.
+
+    Raises:
+        TypeError: if ids or ``background`` are not integers.
+        ValueError: if the rank differs or ``background`` is negative.
+
+    >>> target = torch.tensor([[[[0, 0, -1]]], [[[0, 4, -1]]]])
+    >>> has_objects(target, background=0).tolist()
+    [False, True]
+    """
+    ids, shown = check_target(target)
+    check_background(background)
+    if background is not None:
+        shown = shown & (ids != background)
+    return shown.flatten(1).any(1)
+
+
+def _probabilities(masks: Tensor, kind: Literal["logits", "probs"]) -> Tensor:
+    """Return (F, S, h, w) finite probabilities, float32 or wider."""
+    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    probs = masks
+    if kind == "logits":
+        # where no slot is present all are as likely, which leaves the choice to the patches around
+        deserted = (masks == -torch.inf).all(1, keepdim=True)
+        probs = torch.where(deserted, 0.0, masks).softmax(1)
+    if not bool(probs.isfinite().all()):
+        raise ValueError("`masks` must hold neither NaN nor +inf; got some.")
+    return probs

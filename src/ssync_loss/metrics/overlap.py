@@ -1,0 +1,192 @@
+"""Intersection over union of objects and slots: the best slot for each object, or one slot for each."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss.metrics._contingency import (
+    Contingency,
+    Per,
+    check_background,
+    check_labels,
+    check_per,
+    contingency,
+)
+from ssync_loss.metrics._scores import Scores, scores_of_units
+
+
+def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+    """Mean over objects of the IoU with the slot that fits best (mBO); a slot may serve several objects.
+
+    As code, with ``iou`` (objects, slots)::
+
+        mbo = iou.amax(1).mean()
+
+    The background id is no object here, but its pixels still count against the slots that cover them.
+    Pixels without annotation (negative ids) count nowhere. So the two are not the same thing for overlaps:
+    published numbers for YouTube-VIS and COCO let a slot pay for pixels outside every object, which asks
+    for a background id there too (:func:`objects_to_labels` makes such labels). Whether objects are
+    instances (mBO_i) or classes (mBO_c) is up to ``target``.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: slot labels; any integers, they are only names.
+        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
+        background: the id of the background, or None if every id is an object. Some code bases count the
+            background as an object: None does that too.
+        per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
+            mean over the frames that show an object.
+
+    Returns:
+        One value in [0, 1] per video; 0.0 for a video without an object.
+
+    Raises:
+        TypeError: if labels or ``background`` are not integers.
+        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
+
+    Source: J. Pont-Tuset et al., Multiscale combinatorial grouping, 2016.
+
+    >>> target = torch.tensor([[[[0, 1, 1, 2]]]])
+    >>> pred = torch.tensor([[[[5, 5, 7, 7]]]])
+    >>> mean_best_overlap(pred, target, background=0)  # slot 7 twice: (1/3 + 1/2) / 2 = 5/12
+    tensor([0.4167], dtype=torch.float64)
+    """
+    return best_overlap_scores(pred, target, background=background, per=per).mean(empty=0.0)
+
+
+def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+    """Mean over objects of the IoU with a slot of its own (mIoU), matched to make the sum largest.
+
+    As code, with ``iou`` (objects, slots)::
+
+        objects, slots = scipy.optimize.linear_sum_assignment(iou, maximize=True)
+        miou = iou[objects, slots].sum() / len(iou)      # an object left without a slot counts 0
+
+    Never above :func:`mean_best_overlap`, which lets slots be used again. Background and pixels without
+    annotation as there. Needs scipy: ``pip install "ssync-loss[metrics]"``.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: slot labels; any integers, they are only names.
+        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
+        background: the id of the background, or None if every id is an object.
+        per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
+            mean over the frames that show an object.
+
+    Returns:
+        One value in [0, 1] per video; 0.0 for a video without an object.
+
+    Raises:
+        ImportError: if scipy is missing.
+        TypeError: if labels or ``background`` are not integers.
+        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
+
+    Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
+
+    >>> target = torch.tensor([[[[0, 1, 1, 2]]]])
+    >>> pred = torch.tensor([[[[5, 5, 7, 7]]]])
+    >>> mean_iou(pred, target, background=0)  # slot 5 to 1, slot 7 to 2: (1/3 + 1/2) / 2 = 5/12
+    tensor([0.4167], dtype=torch.float64)
+    >>> pred = torch.tensor([[[[5, 7, 7, 7]]]])
+    >>> mean_iou(pred, target, background=0)  # slot 7 to 1, nothing for 2: (2/3 + 0) / 2
+    tensor([0.3333], dtype=torch.float64)
+    """
+    return iou_scores(pred, target, background=background, per=per).mean(empty=0.0)
+
+
+def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Overlap of space-time tubes: ``mean_best_overlap(..., per="video")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> video_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
+    tensor([0.3333], dtype=torch.float64)
+    """
+    return mean_best_overlap(pred, target, background=background, per="video")
+
+
+def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Overlap in each frame, then the mean: ``mean_best_overlap(..., per="image")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> image_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
+    tensor([1.], dtype=torch.float64)
+    """
+    return mean_best_overlap(pred, target, background=background, per="image")
+
+
+def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Matched overlap of space-time tubes: ``mean_iou(..., per="video")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> video_miou(torch.tensor([[[[5, 5]], [[5, 5]]]]), frames, background=None)
+    tensor([0.2500], dtype=torch.float64)
+    """
+    return mean_iou(pred, target, background=background, per="video")
+
+
+def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+    """Matched overlap in each frame, then the mean: ``mean_iou(..., per="image")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> image_miou(torch.tensor([[[[5, 5]], [[5, 6]]]]), frames, background=None)
+    tensor([0.6250], dtype=torch.float64)
+    """
+    return mean_iou(pred, target, background=background, per="image")
+
+
+def best_overlap_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
+    """Return what :func:`mean_best_overlap` averages."""
+    table = _checked_table(pred, target, background, per)
+    best = torch.zeros_like(table.object_area)
+    best = best.scatter_reduce(0, table.pair_object, table.shared / table.union(), "amax")
+    best = torch.where(table.is_object(background), best, 0.0)
+    summed = table.per_unit(best, table.object_unit)
+    return _mean_over_objects(summed, table, background, batch=len(pred), per=per)
+
+
+def iou_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
+    """Return what :func:`mean_iou` averages."""
+    table = _checked_table(pred, target, background, per)
+    iou = torch.where(table.is_object(background)[table.pair_object], table.shared / table.union(), 0.0)
+    return _mean_over_objects(_matched_sum(iou, table), table, background, batch=len(pred), per=per)
+
+
+def _checked_table(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Contingency:
+    pred, target, annotated = check_labels(pred, target)
+    check_background(background)
+    check_per(per)
+    return contingency(pred, target, annotated, per)
+
+
+def _mean_over_objects(summed: Tensor, table: Contingency, background: int | None, *, batch: int, per: Per) -> Scores:
+    num_objects = table.per_unit(table.is_object(background), table.object_unit)
+    return scores_of_units(summed / num_objects.clamp_min(1.0), num_objects > 0, batch=batch, per=per)
+
+
+def _matched_sum(iou: Tensor, table: Contingency) -> Tensor:
+    """Sum the IoU of the best one-to-one matching in each unit."""
+    try:
+        from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - scipy is an optional extra
+    except ImportError as error:
+        raise ImportError('mIoU needs scipy: pip install "ssync-loss[metrics]".') from error
+
+    # objects, slots and pairs are sorted by unit: each unit is a slice of all three
+    pair_unit = table.object_unit[table.pair_object]
+    ends = [
+        torch.bincount(unit, minlength=table.num_units).cumsum(0).tolist()
+        for unit in (table.object_unit, table.slot_unit, pair_unit)
+    ]
+    value, row, column = (x.cpu() for x in (iou, table.pair_object, table.pair_slot))
+    sums = []
+    objects, slots, pairs = 0, 0, 0
+    for next_objects, next_slots, next_pairs in zip(*ends, strict=True):
+        matrix = torch.zeros(next_objects - objects, next_slots - slots, dtype=torch.float64)
+        here = slice(pairs, next_pairs)
+        matrix[row[here] - objects, column[here] - slots] = value[here]
+        overlaps = matrix.numpy()
+        sums.append(float(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum()))
+        objects, slots, pairs = next_objects, next_slots, next_pairs
+    return torch.tensor(sums, dtype=torch.float64, device=iou.device)

@@ -1,0 +1,553 @@
+"""SSync written out slowly: one clip, one frame, one slot, one neighbor at a time.
+
+This module says what the library computes, the rest of the package says it fast. Nothing but the result
+type is shared with the fast path, so that a mistake has to be made twice to go unnoticed. All functions
+take logits ``(B, T, S, H, W)`` of both maps on one grid; half precision is widened to float32 and float64
+stays float64. Meant for tests and for reading, not for training.
+
+Source: Moon & Heo, Selective Synergistic Learning, ECCV 2026 (arXiv 2606.15527).
+"""
+
+import math
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_number,
+    check_shape,
+)
+from ssync_loss._types import PseudoLabels
+
+# eight neighbors in the frame, and the same place one frame before and after
+NEIGHBORS = (
+    *((0, dh, dw) for dh, dw in product((-1, 0, 1), repeat=2) if (dh, dw) != (0, 0)),
+    (-1, 0, 0),
+    (1, 0, 0),
+)
+
+# what a slot with logit -inf pays in cross-entropy instead of infinity
+LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+
+
+class UnionFind:
+    """Disjoint sets over the integers 0 … size - 1, with path compression.
+
+    >>> sets = UnionFind(5)
+    >>> sets.union(3, 1)
+    >>> sets.union(3, 4)
+    >>> sets.groups()
+    [[0], [1, 3, 4], [2]]
+    >>> sets.find(4) == sets.find(1)
+    True
+    """
+
+    def __init__(self, size: int) -> None:
+        self.parent = list(range(size))
+
+    def find(self, item: int) -> int:
+        """Return the root of the set that holds ``item``, hanging everything on the way directly below it."""
+        root = item
+        while self.parent[root] != root:
+            root = self.parent[root]
+        while self.parent[item] != root:
+            above = self.parent[item]
+            self.parent[item] = root
+            item = above
+        return root
+
+    def union(self, first: int, second: int) -> None:
+        """Join the sets of two items."""
+        self.parent[self.find(first)] = self.find(second)
+
+    def groups(self) -> list[list[int]]:
+        """Return every set as a sorted list, ordered by lowest member."""
+        members: dict[int, list[int]] = {}
+        for item in range(len(self.parent)):
+            members.setdefault(self.find(item), []).append(item)
+        return list(members.values())
+
+
+class ReferenceSSync(NamedTuple):
+    """Both unweighted losses and the labels they were computed from."""
+
+    boundary: Tensor
+    interior: Tensor
+    labels: PseudoLabels
+
+
+def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
+    """Label every patch with its strongest present slot, the lowest index on ties.
+
+    ``label[b, t, h, w] = argmax_s logits[b, t, s, h, w]``. Invalid patches get 0. A patch whose logits hold
+    NaN gets some present slot.
+
+    Shape:
+        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W),
+        int64.
+
+    >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
+    1
+    """
+    size = _map_size("logits", logits)
+    cells = _valid_cells(valid, size)
+    labels = torch.zeros(size["B"], size["T"], size["H"], size["W"], dtype=torch.int64)
+    for b, slots in enumerate(_present_slots(slot_mask, size)):
+        values = logits[b].tolist()
+        for t, h, w in cells[b].nonzero().tolist() if slots else []:
+            score = {s: values[t][s][h][w] for s in slots}
+            # max returns the first of equals
+            labels[b, t, h, w] = max(slots, key=score.__getitem__)
+    return labels.to(logits.device)
+
+
+def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
+    """Measure how much every two slots are active in the same places.
+
+    A slot is active on a patch where its logit exceeds its own mean over the clip, strictly. Per frame,
+    ``IoU(i, j) = |A_i and A_j| / |A_i or A_j|`` (0 where neither is active); the overlap is the mean over
+    frames. Invalid patches are active for nobody and enter no mean; a frame without a valid patch is not
+    averaged. An absent slot overlaps nothing, a clip without a valid patch has overlap 0 throughout. The
+    diagonal is the share of frames in which the slot is active at all.
+
+    Shape:
+        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S),
+        float32 or wider.
+
+    >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
+    >>> reference_slot_overlap(logits).tolist()
+    [[[1.0, 0.5], [0.5, 1.0]]]
+    """
+    size = _map_size("logits", logits)
+    cells = _valid_cells(valid, size).to(logits.device)
+    logits = _wide(logits.detach())
+    overlap = torch.zeros(size["B"], size["S"], size["S"], dtype=logits.dtype)
+    for b, slots in enumerate(_present_slots(slot_mask, size)):
+        frames = [t for t in range(size["T"]) if cells[b, t].any()]
+        if not frames or not slots:
+            continue
+        # active[s][t] is the set of places (h, w) where slot s is active in frame t
+        active = {s: _active_places(logits[b, :, s], cells[b]) for s in slots}
+        for i, j in product(slots, repeat=2):
+            per_frame = [_iou(active[i][t], active[j][t]) for t in frames]
+            overlap[b, i, j] = torch.tensor(per_frame, dtype=logits.dtype).sum() / len(frames)
+    return overlap.to(logits.device)
+
+
+def _active_places(slot_logits: Tensor, cells: Tensor) -> list[set[tuple[int, int]]]:
+    """Return, per frame, where a slot's logits (T, H, W) exceed their mean over the clip's valid patches."""
+    values = slot_logits[cells]
+    mean = values.sum() / values.numel()
+    active: list[set[tuple[int, int]]] = [set() for _ in range(len(slot_logits))]
+    for t, h, w in ((slot_logits > mean) & cells).nonzero().tolist():
+        active[t].add((h, w))
+    return active
+
+
+def _iou(first: set[tuple[int, int]], second: set[tuple[int, int]]) -> float:
+    union = first | second
+    return len(first & second) / len(union) if union else 0.0
+
+
+def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
+    """Name, for every slot, the slot that stands for its group.
+
+    Slots i ≠ j are linked when ``overlap[b, i, j] > threshold`` (strictly, in the precision of
+    ``overlap``), and the connected components of that graph are the groups. A group is represented by its
+    member of the largest area, the lowest index on ties. ``threshold=None`` links nothing.
+
+    Shape:
+        overlap: (B, S, S), area: (B, S). Returns (B, S), int64.
+
+    Args:
+        overlap: how much every two slots overlap; the diagonal is not read.
+        area: what decides who represents a group.
+        threshold: what an overlap must exceed to link two slots.
+
+    >>> chain = torch.tensor([[[1.0, 0.8, 0.0], [0.8, 1.0, 0.7], [0.0, 0.7, 1.0]]])
+    >>> reference_merge_slots(chain, torch.tensor([[4, 9, 9]]), threshold=0.6).tolist()
+    [[1, 1, 1]]
+    >>> reference_merge_slots(chain, torch.tensor([[4, 9, 9]]), threshold=0.7).tolist()
+    [[1, 1, 2]]
+    """
+    size = check_shape("area", area, "B S")
+    check_shape("overlap", overlap, "B S S", **size)
+    check_floating("overlap", overlap)
+    overlap = _wide(overlap)
+    if threshold is not None:
+        # 0.6 in float32 lies above 0.6 in float64, yet an overlap of 0.6 must not exceed that threshold
+        threshold = torch.tensor(threshold, dtype=overlap.dtype).item()
+    representative = []
+    for links, areas in zip(overlap.tolist(), area.tolist(), strict=True):
+        sets = UnionFind(size["S"])
+        for i, j in product(range(size["S"]), repeat=2):
+            if threshold is not None and i != j and links[i][j] > threshold:
+                sets.union(i, j)
+        names = list(range(size["S"]))
+        for group in sets.groups():
+            # the group is sorted and max returns the first of equals
+            largest = max(group, key=areas.__getitem__)
+            for s in group:
+                names[s] = largest
+        representative.append(names)
+    return torch.tensor(representative, dtype=torch.int64, device=overlap.device).view(size["B"], size["S"])
+
+
+def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Count, for every patch, how many of its ten neighbors carry another label.
+
+    The neighbors are the eight around it in its frame and itself one frame earlier and later; coordinates
+    outside the clip are clamped into it. An invalid neighbor counts as agreeing, an invalid patch has count
+    0.
+
+    Shape:
+        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
+
+    >>> reference_neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
+    [[[[0, 3, 3]]]]
+    """
+    size = check_shape("labels", labels, "B T H W")
+    check_integer("labels", labels)
+    cells = _valid_cells(valid, size).tolist()
+    label = labels.tolist()
+    last_t, last_h, last_w = size["T"] - 1, size["H"] - 1, size["W"] - 1
+    counts = []
+    for b, t, h, w in product(*(range(size[axis]) for axis in "BTHW")):
+        count = 0
+        for dt, dh, dw in NEIGHBORS:
+            tn, hn, wn = _clamp(t + dt, last_t), _clamp(h + dh, last_h), _clamp(w + dw, last_w)
+            if cells[b][t][h][w] and cells[b][tn][hn][wn] and label[b][tn][hn][wn] != label[b][t][h][w]:
+                count += 1
+        counts.append(count)
+    return torch.tensor(counts, dtype=torch.uint8, device=labels.device).view(labels.shape)
+
+
+def reference_boundary_region(
+    labels: Tensor, *, min_different: int = 1, min_same: int = 1, valid: Tensor | None = None
+) -> Tensor:
+    """Select the valid patches on an edge that are not isolated.
+
+    ``different >= min_different and 10 - different >= min_same`` with the count of
+    :func:`reference_neighbor_difference`.
+
+    Shape:
+        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
+
+    >>> reference_boundary_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
+    [[[[False, True, True]]]]
+    """
+    different = reference_neighbor_difference(labels, valid=valid).long()
+    cells = _valid_cells(valid, check_shape("labels", labels, "B T H W")).to(labels.device)
+    return (different >= min_different) & (10 - different >= min_same) & cells
+
+
+def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | None = None) -> Tensor:
+    """Select the valid patches that (almost) all neighbors agree with.
+
+    ``different <= max_different`` with the count of :func:`reference_neighbor_difference`.
+
+    Shape:
+        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
+
+    >>> reference_interior_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
+    [[[[True, False, False]]]]
+    """
+    different = reference_neighbor_difference(labels, valid=valid).long()
+    cells = _valid_cells(valid, check_shape("labels", labels, "B T H W")).to(labels.device)
+    return (different <= max_different) & cells
+
+
+def reference_pseudo_labels(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    merge_threshold: float | None = 0.6,
+    min_different: int = 1,
+    min_same: int = 1,
+    max_different: int = 0,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> PseudoLabels:
+    """Turn two maps into merged hard labels and the regions where each map teaches the other.
+
+    Slots are merged by the overlap of the encoder map and represented by their area in the encoder's labels
+    before merging. The boundary region comes from the merged encoder labels, the interior region from the
+    merged decoder labels. Invalid patches have label 0 and lie in no region; a clip without a present slot
+    is invalid throughout; an absent slot represents itself.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
+        labels and regions (B, T, H, W) and the representatives (B, S).
+
+    Args:
+        enc_logits: the slot attention's map.
+        dec_logits: the decoder's map.
+        merge_threshold: the overlap above which two slots are one object, or None.
+        min_different: how many neighbors of a boundary patch must differ.
+        min_same: how many neighbors of a boundary patch must agree.
+        max_different: how many neighbors of an interior patch may differ.
+        valid: the patches that count.
+        slot_mask: the slots that are present.
+
+    >>> logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 3.0]]).view(1, 1, 2, 1, 3)
+    >>> labels = reference_pseudo_labels(logits, logits)
+    >>> labels.enc_labels.tolist(), labels.boundary.tolist(), labels.interior.tolist()
+    ([[[[0, 1, 1]]]], [[[[True, True, False]]]], [[[[False, False, True]]]])
+    """
+    size = _map_size("enc_logits", enc_logits)
+    _map_size("dec_logits", dec_logits, **size)
+    cells = _valid_cells(valid, size)
+    for b, slots in enumerate(_present_slots(slot_mask, size)):
+        if not slots:
+            cells[b] = False
+
+    enc_labels = reference_hard_labels(enc_logits, valid=cells, slot_mask=slot_mask)
+    dec_labels = reference_hard_labels(dec_logits, valid=cells, slot_mask=slot_mask)
+    overlap = reference_slot_overlap(enc_logits, valid=cells, slot_mask=slot_mask)
+    area = torch.zeros(size["B"], size["S"], dtype=torch.int64)
+    for b, t, h, w in cells.nonzero().tolist():
+        area[b, enc_labels[b, t, h, w]] += 1
+    representative = reference_merge_slots(overlap, area, threshold=merge_threshold)
+    for b, t, h, w in cells.nonzero().tolist():
+        enc_labels[b, t, h, w] = representative[b, enc_labels[b, t, h, w]]
+        dec_labels[b, t, h, w] = representative[b, dec_labels[b, t, h, w]]
+
+    return PseudoLabels(
+        enc_labels=enc_labels,
+        dec_labels=dec_labels,
+        boundary=reference_boundary_region(enc_labels, min_different=min_different, min_same=min_same, valid=cells),
+        interior=reference_interior_region(dec_labels, max_different=max_different, valid=cells),
+        representative=representative,
+    )
+
+
+def reference_selective_distillation_loss(
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    *,
+    criterion: str = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    slot_mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compare a map with hard labels in a region, in the textbook form and differentiable by autograd.
+
+    With ``P = softmax(logits / temperature)`` over the S_b present slots of a clip and ``q`` the one-hot of
+    the target, a selected patch is worth ``(1 / S_b) Σ_s (P_s - q_s)²`` for "mse" and ``-Σ_s q_s log P_s``
+    for "cross_entropy", where smoothing makes ``q = (1 - ε) onehot + ε / S_b``. The reduction "none" gives
+    these values, 0 where unselected, "sum" adds them up, and "mean" divides by what was selected: the
+    squares of all selected patches and present slots by ``Σ_b M_b S_b``, cross-entropy by ``Σ_b M_b``.
+
+    Nothing selected is exactly 0, attached to the graph. What unselected patches and absent slots contain
+    never matters, and their gradient is 0; so is that of a clip without a present slot, where nothing can
+    be selected. A patch whose present logits are all -inf is uniform, without gradient; else a slot at -inf
+    has probability 0 and for cross-entropy the log-probability log(finfo(float32).tiny), without gradient.
+    NaN or +inf in a selected patch makes its value NaN.
+
+    Computed in float64 whatever comes in, so that it can referee faster forms; the result is float32 or
+    wider.
+
+    Shape:
+        logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
+        Returns a scalar, or (B, T, H, W) for "none".
+
+    Args:
+        logits: the map that is taught.
+        target: the slot each patch should belong to.
+        region: the patches that are taught.
+        criterion: "mse" or "cross_entropy".
+        label_smoothing: the share ε of the target that all present slots divide.
+        temperature: what logits are divided by.
+        slot_mask: the slots that are present.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        ValueError: for an unknown name, for smoothing with "mse", or for a selected target that is not a
+        present slot.
+
+    >>> logits, target = torch.zeros(1, 1, 2, 1, 3), torch.zeros(1, 1, 1, 3, dtype=torch.int64)
+    >>> region = torch.tensor([[[[True, True, False]]]])
+    >>> reference_selective_distillation_loss(logits, target, region, reduction="none").tolist()
+    [[[[0.25, 0.25, 0.0]]]]
+    """
+    size = _map_size("logits", logits)
+    check_shape("target", target, "B T H W", **size)
+    check_integer("target", target)
+    check_shape("region", region, "B T H W", **size)
+    check_bool("region", region)
+    check_choice("criterion", criterion, ("mse", "cross_entropy"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_number("temperature", temperature, 0.0, open_low=True)
+    if criterion == "mse" and label_smoothing > 0:
+        raise ValueError(f"`label_smoothing` needs criterion='cross_entropy'; got {label_smoothing} with 'mse'.")
+
+    # the sum of no elements: 0 whatever the logits hold, and attached to the graph
+    zero = logits.flatten()[:0].sum().double()
+    total, divisor, clips = zero, 0, []
+    for b, slots in enumerate(_present_slots(slot_mask, size)):
+        chosen = region[b] if slots else torch.zeros_like(region[b])
+        # (patches, present slots)
+        rows = logits[b].movedim(1, -1)[chosen][:, slots].double()
+        onehot = _one_hot(target[b][chosen], slots).to(rows)
+        if criterion == "mse":
+            squares = (_probabilities(rows, temperature) - onehot).square().sum(dim=1)
+            values = squares / max(len(slots), 1)
+            total, divisor = total + squares.sum(), divisor + squares.numel() * len(slots)
+        else:
+            smooth = (1 - label_smoothing) * onehot + label_smoothing / max(len(slots), 1)
+            values = -(smooth * _log_probabilities(rows, temperature)).sum(dim=1)
+            total, divisor = total + values.sum(), divisor + values.numel()
+        clips.append(zero.expand(chosen.shape).masked_scatter(chosen, values))
+
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if reduction == "none":
+        return torch.stack(clips).to(dtype)
+    if reduction == "sum":
+        return torch.stack(clips).sum().to(dtype)
+    return (total / max(divisor, 1)).to(dtype)
+
+
+def _probabilities(rows: Tensor, temperature: float) -> Tensor:
+    """Softmax over the last axis; a row of -inf alone is uniform."""
+    undecided = (rows == -math.inf).all(dim=1, keepdim=True)
+    return torch.softmax(torch.where(undecided, 0.0, rows) / temperature, dim=1)
+
+
+def _log_probabilities(rows: Tensor, temperature: float) -> Tensor:
+    """Logarithm of the softmax; a row of -inf alone is uniform, another -inf gives log(tiny)."""
+    out = rows == -math.inf
+    undecided = out.all(dim=1, keepdim=True)
+    logs = torch.log_softmax(torch.where(undecided, 0.0, rows) / temperature, dim=1)
+    return torch.where(out & ~undecided, LOG_TINY, logs)
+
+
+def _one_hot(target: Tensor, slots: list[int]) -> Tensor:
+    """Return a row per target with a one in the column of that slot among the present ones."""
+    onehot = torch.zeros(len(target), len(slots))
+    for row, label in enumerate(target.tolist()):
+        if label not in slots:
+            raise ValueError(f"`target` must name a present slot, one of {slots}; got {label}.")
+        onehot[row, slots.index(label)] = 1.0
+    return onehot
+
+
+def reference_ssync(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    merge_threshold: float | None = 0.6,
+    min_different: int = 1,
+    min_same: int = 1,
+    max_different: int = 0,
+    criterion: str = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> ReferenceSSync:
+    """Compute both losses of SSync from two maps.
+
+    Boundary refinement holds the decoder map against the merged encoder labels in the boundary region,
+    interior denoising the encoder map against the merged decoder labels in the interior region. NaN or +inf
+    in a valid patch of a present slot of either map makes both NaN.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
+        two scalars and the labels.
+
+    Args:
+        enc_logits: the slot attention's map.
+        dec_logits: the decoder's map.
+        merge_threshold: see :func:`reference_pseudo_labels`.
+        min_different: likewise.
+        min_same: likewise.
+        max_different: likewise.
+        criterion: see :func:`reference_selective_distillation_loss`.
+        label_smoothing: likewise.
+        temperature: likewise.
+        valid: the patches that count.
+        slot_mask: the slots that are present.
+
+    >>> enc = torch.tensor([[9.0, 0.0], [0.0, 9.0]]).view(1, 1, 2, 1, 2)
+    >>> terms = reference_ssync(enc, torch.zeros_like(enc))
+    >>> terms.boundary.item(), round(terms.interior.item(), 4)
+    (0.25, 0.4999)
+    """
+    labels = reference_pseudo_labels(
+        enc_logits,
+        dec_logits,
+        merge_threshold=merge_threshold,
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+        valid=valid,
+        slot_mask=slot_mask,
+    )
+    knobs: dict[str, Any] = {
+        "criterion": criterion,
+        "label_smoothing": label_smoothing,
+        "temperature": temperature,
+        "slot_mask": slot_mask,
+    }
+    boundary = reference_selective_distillation_loss(dec_logits, labels.enc_labels, labels.boundary, **knobs)
+    interior = reference_selective_distillation_loss(enc_logits, labels.dec_labels, labels.interior, **knobs)
+    if not all(_is_legal(logits, valid, slot_mask) for logits in (enc_logits, dec_logits)):
+        boundary, interior = boundary * math.nan, interior * math.nan
+    return ReferenceSSync(boundary, interior, labels)
+
+
+def _is_legal(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> bool:
+    """Say whether no present slot holds NaN or +inf in a valid patch."""
+    size = _map_size("logits", logits)
+    cells = _valid_cells(valid, size)
+    for b, slots in enumerate(_present_slots(slot_mask, size)):
+        values = logits[b].movedim(1, -1)[cells[b]][:, slots]
+        if (values.isnan() | (values == math.inf)).any():
+            return False
+    return True
+
+
+def _map_size(name: str, logits: Tensor, **sizes: int) -> dict[str, int]:
+    size = check_shape(name, logits, "B T S H W", **sizes)
+    check_floating(name, logits)
+    return size
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _clamp(index: int, last: int) -> int:
+    return min(max(index, 0), last)
+
+
+def _valid_cells(valid: Tensor | None, size: dict[str, int]) -> Tensor:
+    """Return a new mask (B, T, H, W) on the CPU: everything valid when nothing was said."""
+    shape = tuple(size[axis] for axis in "BTHW")
+    if valid is None:
+        return torch.ones(shape, dtype=torch.bool)
+    check_bool("valid", valid)
+    if valid.ndim == 2:
+        check_shape("valid", valid, "B T", **size)
+        valid = valid[:, :, None, None]
+    else:
+        check_shape("valid", valid, "B T H W", **size)
+    return valid.cpu().expand(shape).clone()
+
+
+def _present_slots(slot_mask: Tensor | None, size: dict[str, int]) -> list[list[int]]:
+    """Return, per clip, the indices of the present slots: all of them when nothing was said."""
+    if slot_mask is None:
+        return [list(range(size["S"])) for _ in range(size["B"])]
+    check_shape("slot_mask", slot_mask, "B S", **size)
+    check_bool("slot_mask", slot_mask)
+    return [[s for s, present in enumerate(mask) if present] for mask in slot_mask.tolist()]

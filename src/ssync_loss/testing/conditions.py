@@ -1,0 +1,131 @@
+"""Which clips leave no room for rounding or for ties, and how to hide rubbish where nobody may look."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ssync_loss.reference import reference_hard_labels, reference_pseudo_labels, reference_slot_overlap
+
+MEAN_MARGIN = 1e-5
+OVERLAP_MARGIN = 1e-6
+
+
+def decidable_clips(
+    enc_logits: Tensor,
+    *,
+    merge_threshold: float | None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    dyadic: bool = False,
+) -> Tensor:
+    """Say for which clips merging cannot hang on floating point.
+
+    A comparison of two rounded numbers means nothing when they are equal but for rounding. Two correct
+    implementations owe each other the same labels where every valid logit of a present slot keeps ``|logit
+    - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
+    and 1 are exact anyhow. Without a threshold every clip is decidable.
+
+    Shape:
+        enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
+
+    Args:
+        enc_logits: the map whose activations overlap.
+        merge_threshold: the threshold of merging.
+        valid: valid patches.
+        slot_mask: present slots.
+        dyadic: whether all logits are multiples of one not too small power of two, as those of
+            :func:`map_pairs` are: their means then compare exactly, and only the overlaps need a margin.
+
+    >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
+    >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]
+    [True, False]
+    """
+    clips, _, slots = enc_logits.shape[:3]
+    if merge_threshold is None:
+        return torch.ones(clips, dtype=torch.bool)
+    logits = enc_logits.detach().double()
+    overlap = reference_slot_overlap(logits, valid=valid, slot_mask=slot_mask)
+    exact = (overlap == 0) | (overlap == 1) | torch.eye(slots, dtype=torch.bool, device=overlap.device)
+    clear = (exact | ((overlap - merge_threshold).abs() > OVERLAP_MARGIN)).all(dim=2).all(dim=1)
+    if dyadic:
+        return clear
+    for clip, cells, present in zip(range(clips), _cells(logits, valid), _present(logits, slot_mask), strict=True):
+        # (present slots, valid patches)
+        values = logits[clip].movedim(1, 0)[present][:, cells]
+        if values.numel():
+            mean = values.mean(dim=1, keepdim=True)
+            near = (values - mean).abs() <= MEAN_MARGIN * mean.abs().clamp_min(1)
+            # whether a logit exceeds a mean of -inf hangs on no rounding
+            clear[clip] &= not (near & mean.isfinite()).any()
+    return clear
+
+
+def untied_clips(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    merge_threshold: float | None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+) -> Tensor:
+    """Say for which clips the order of the slots decides nothing.
+
+    There, every valid patch of both maps has one strongest present slot, and every group of merged slots
+    has one member of the largest area: renaming the slots renames the labels.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S).
+        Returns (B,), bool.
+
+    >>> logits = torch.tensor([[2.0, 2.0], [2.0, 1.0]]).view(2, 1, 2, 1, 1)
+    >>> untied_clips(logits, logits, merge_threshold=None).tolist()
+    [False, True]
+    """
+    clips = len(enc_logits)
+    labels = reference_hard_labels(enc_logits, valid=valid, slot_mask=slot_mask)
+    merged = reference_pseudo_labels(
+        enc_logits, dec_logits, merge_threshold=merge_threshold, valid=valid, slot_mask=slot_mask
+    )
+    untied = torch.ones(clips, dtype=torch.bool)
+    cells, present = _cells(enc_logits, valid), _present(enc_logits, slot_mask)
+    for clip in range(clips):
+        for logits in (enc_logits, dec_logits):
+            # (valid patches, present slots)
+            rows = logits[clip].movedim(1, -1)[cells[clip]][:, present[clip]]
+            if rows.numel():
+                winners = (rows == rows.amax(dim=1, keepdim=True)).sum(dim=1)
+                untied[clip] &= bool((winners == 1).all())
+        names = merged.representative[clip].tolist()
+        areas = torch.bincount(labels[clip][cells[clip]], minlength=len(names)).tolist()
+        rivals = [s for s, name in enumerate(names) if s != name and areas[s] == areas[name]]
+        untied[clip] &= not rivals
+    return untied
+
+
+def poison(
+    logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None, value: float = math.nan
+) -> Tensor:
+    """Return a copy that holds ``value`` in every invalid patch and absent slot: nothing may depend on it.
+
+    Shape:
+        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, S, H, W).
+
+    >>> poison(torch.zeros(1, 2, 1, 1, 1), valid=torch.tensor([[True, False]])).flatten().tolist()
+    [0.0, nan]
+    """
+    seen = _cells(logits, valid)[:, :, None] & _present(logits, slot_mask)[:, None, :, None, None]
+    return torch.where(seen, logits, value)
+
+
+def _cells(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the valid patches as (B, T, H, W)."""
+    cells = torch.ones_like(logits[:, :, 0], dtype=torch.bool)
+    if valid is None:
+        return cells
+    return cells & (valid if valid.ndim == 4 else valid[:, :, None, None])
+
+
+def _present(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Return the present slots as (B, S)."""
+    return torch.ones_like(logits[:, 0, :, 0, 0], dtype=torch.bool) if slot_mask is None else slot_mask

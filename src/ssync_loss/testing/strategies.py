@@ -1,0 +1,311 @@
+"""Hypothesis strategies for slot graphs, label videos, masks and pairs of maps.
+
+One example is a batch of many small clips, made quickly from one seed each: ``max_examples`` times
+``batch`` clips are tested. Ties, constants, empty masks, single frames, single slots and maps that are not
+square are common. When a test fails, hypothesis shrinks the sizes, and every clip that does not matter to
+its plainest form (all zero, all valid, nothing selected); pass ``batch=1`` to see the clip alone.
+
+>>> from hypothesis import given, settings
+>>> from ssync_loss.testing import map_pairs, reference_slot_overlap
+>>> @settings(max_examples=10, deadline=None, derandomize=True, database=None)
+... @given(map_pairs(batch=4))
+... def overlap_is_symmetric(maps):
+...     overlap = reference_slot_overlap(maps.enc_logits)
+...     assert torch.equal(overlap, overlap.mT)
+>>> overlap_is_symmetric()
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssync_loss.testing import _clips
+
+# off every small fraction, so that the rounding of a small map's overlap hardly ever decides
+GENERIC_THRESHOLDS = (0.6180339887, 0.3535533906, 0.7853981634, 0.1234567891, 0.9091909391)
+
+
+class SlotGraph(NamedTuple):
+    """What merging reads: overlap (B, S, S), symmetric, and area (B, S), int64."""
+
+    overlap: Tensor
+    area: Tensor
+
+
+class MapPair(NamedTuple):
+    """An encoder and a decoder map (B, T, S, H, W)."""
+
+    enc_logits: Tensor
+    dec_logits: Tensor
+
+
+class SSyncCase(NamedTuple):
+    """Two maps (B, T, S, H, W), valid patches, (B, T) or (B, T, H, W), and present slots, (B, S), or None.
+
+    The fields are named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
+    """
+
+    enc_logits: Tensor
+    dec_logits: Tensor
+    valid: Tensor | None
+    slot_mask: Tensor | None
+
+
+class DistillationCase(NamedTuple):
+    """A map (B, T, S, H, W), labels and region (B, T, H, W), and present slots, (B, S) or None.
+
+    Every label names a present slot, except in a clip that has none, where it is 0. The fields are named like
+    the arguments they fit: ``selective_distillation_loss(**case._asdict())``.
+    """
+
+    logits: Tensor
+    target: Tensor
+    region: Tensor
+    slot_mask: Tensor | None
+
+
+def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
+    """Draw a merge threshold, or None for no merging.
+
+    Args:
+        tied: whether to draw the values that the overlaps of :func:`slot_graphs` take, so that an overlap
+            equals the threshold all the time. Without, only 0, 1 and values off every small fraction, for
+            tests from end to end, where rounding must not decide (to be sure: :func:`decidable_clips`).
+    """
+    return st.sampled_from((None, *(_clips.OVERLAPS if tied else (0.0, 1.0, *GENERIC_THRESHOLDS))))
+
+
+def region_knobs() -> st.SearchStrategy[dict[str, int]]:
+    """Draw ``min_different``, ``min_same`` and ``max_different``, each in 0 … 10 and mostly small."""
+    low = st.sampled_from((1, 0, 2, 3, 4, 10))
+    return st.fixed_dictionaries(
+        {"min_different": low, "min_same": low, "max_different": st.sampled_from((0, 1, 2, 5, 10))}
+    )
+
+
+@st.composite
+def slot_graphs(
+    draw: st.DrawFn,
+    *,
+    batch: int = 16,
+    max_slots: int = 9,
+    distinct_areas: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> SlotGraph:
+    """Draw what merging reads: long paths, trees, cliques and random graphs.
+
+    Overlaps and areas take few values: overlaps equal to each other or to the threshold, and groups in which
+    several slots share the largest area, come up all the time.
+
+    Args:
+        draw: handed over by hypothesis.
+        batch: clips in an example.
+        max_slots: most slots, the same for all clips of an example.
+        distinct_areas: whether no two slots of a clip have the same area.
+        dtype: of the overlap.
+
+    Example:
+        ::
+
+            @given(slot_graphs(), thresholds())
+            def test_merging_equals_union_find(graph, threshold):
+                merged = merge_slots(*graph, threshold=threshold)
+                assert torch.equal(merged, reference_merge_slots(*graph, threshold=threshold))
+    """
+    slots = draw(_up_to(max_slots))
+    clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]
+    overlap, area = (np.stack(part) for part in zip(*clips, strict=True))
+    return SlotGraph(torch.from_numpy(overlap).to(dtype), torch.from_numpy(area))
+
+
+@st.composite
+def label_videos(
+    draw: st.DrawFn,
+    *,
+    batch: int = 16,
+    num_slots: int = 4,
+    max_frames: int = 3,
+    max_height: int = 5,
+    max_width: int = 6,
+) -> Tensor:
+    """Draw labels (B, T, H, W), int64: moving boxes, single dots, checkers, noise, constants.
+
+    Args:
+        draw: handed over by hypothesis.
+        batch: clips in an example.
+        num_slots: labels lie in [0, num_slots).
+        max_frames: most frames.
+        max_height: most rows.
+        max_width: most columns.
+
+    Example:
+        ::
+
+            @given(label_videos(), st.permutations(range(4)))
+            def test_the_count_ignores_names(labels, names):
+                renamed = torch.tensor(names)[labels]
+                assert torch.equal(neighbor_difference(renamed), neighbor_difference(labels))
+    """
+    shape = draw(_shapes(max_frames, max_height, max_width))
+    return _stack(_clips.label_clip(seed, shape, num_slots) for seed in draw(_seeds(batch)))
+
+
+@st.composite
+def map_pairs(
+    draw: st.DrawFn,
+    *,
+    batch: int = 16,
+    max_slots: int = 5,
+    max_frames: int = 3,
+    max_height: int = 5,
+    max_width: int = 6,
+    ties: bool = True,
+    minus_inf: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> MapPair:
+    """Draw an encoder and a decoder map (B, T, S, H, W): objects, noise, constants, redundant slots.
+
+    All logits are dyadic, so that a mean over a clip compares alike in every precision and order of
+    summation. The decoder map equals the encoder's, is shifted against it or has nothing to do with it.
+
+    Args:
+        draw: handed over by hypothesis.
+        batch: clips in an example.
+        max_slots: most slots, the same for all clips of an example.
+        max_frames: most frames.
+        max_height: most rows.
+        max_width: most columns.
+        ties: whether slots may have the same logit on a patch. Without, every argmax is unique.
+        minus_inf: whether some logits, some slots throughout and (with ``ties``) some whole patches are -inf.
+        dtype: of both maps.
+
+    Example:
+        ::
+
+            @given(map_pairs(), thresholds(tied=False))
+            def test_fast_labels_equal_slow_ones(maps, threshold):
+                actual = pseudo_labels(*maps, merge_threshold=threshold)
+                assert_same_labels(actual, reference_pseudo_labels(*maps, merge_threshold=threshold))
+    """
+    slots = draw(_up_to(max_slots))
+    shape = draw(_shapes(max_frames, max_height, max_width))
+    seeds = draw(_seeds(batch))
+    clips = [_clips.map_pair_clip(seed, shape, slots, ties=ties, minus_inf=minus_inf) for seed in seeds]
+    enc, dec = (_stack(part).to(dtype) for part in zip(*clips, strict=True))
+    return MapPair(enc, dec)
+
+
+@st.composite
+def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
+    """Draw valid patches of the given size: all, a box, some frames, some patches, none.
+
+    Args:
+        draw: handed over by hypothesis.
+        *size: B, T, H, W, or B, T.
+        empty: whether a clip may have no valid patch.
+
+    Example:
+        ::
+
+            @given(label_videos(), st.data())
+            def test_invalid_patches_are_never_selected(labels, data):
+                valid = data.draw(valid_masks(*labels.shape))
+                assert not (interior_region(labels, valid=valid) & ~valid).any()
+    """
+    batch, *shape = size
+    return _stack(_clips.valid_clip(seed, shape, empty=empty) for seed in draw(_seeds(batch)))
+
+
+@st.composite
+def slot_masks(draw: st.DrawFn, batch: int, slots: int, *, empty: bool = True) -> Tensor:
+    """Draw present slots (B, S): all, some, one, none.
+
+    Args:
+        draw: handed over by hypothesis.
+        batch: clips.
+        slots: slots of a clip, present or not.
+        empty: whether a clip may have no present slot.
+    """
+    return _stack(_clips.present_slots(seed, slots, empty=empty) for seed in draw(_seeds(batch)))
+
+
+@st.composite
+def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None) -> SSyncCase:
+    """Draw everything that pseudo-labels read: two maps, and now and then valid patches and present slots.
+
+    Args:
+        draw: handed over by hypothesis.
+        empty: whether a clip may have no valid patch or no present slot.
+        maps: where the maps come from, ``map_pairs()`` if nothing is said.
+
+    Example:
+        ::
+
+            @given(ssync_cases(maps=map_pairs(minus_inf=True)), thresholds(tied=False), region_knobs())
+            def test_fast_labels_equal_slow_ones(case, threshold, knobs):
+                actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+                wanted = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+                assert_same_labels(actual, wanted)
+    """
+    enc, dec = draw(map_pairs() if maps is None else maps)
+    b, t, s, h, w = enc.shape
+    size: tuple[int, ...] = draw(st.sampled_from(((), (b, t), (b, t, h, w), (b, t, h, w))))
+    valid = draw(valid_masks(*size, empty=empty)) if size else None
+    slot_mask = draw(st.none() | slot_masks(b, s, empty=empty))
+    return SSyncCase(enc, dec, valid, slot_mask)
+
+
+@st.composite
+def distillation_cases(
+    draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None
+) -> DistillationCase:
+    """Draw a map, labels, a region that is often empty or full, and now and then present slots.
+
+    Args:
+        draw: handed over by hypothesis.
+        empty: whether a clip may have no present slot.
+        maps: where the map comes from (the decoder's is taken), ``map_pairs()`` if nothing is said.
+
+    Example:
+        ::
+
+            @given(distillation_cases(maps=map_pairs(minus_inf=True)))
+            def test_fast_loss_equals_slow_one(case):
+                actual = selective_distillation_loss(**case._asdict())
+                assert_close_loss(actual, reference_selective_distillation_loss(**case._asdict()))
+    """
+    logits = draw(map_pairs() if maps is None else maps).dec_logits
+    batch, frames, slots, height, width = logits.shape
+    slot_mask = draw(st.none() | slot_masks(batch, slots, empty=empty))
+    shape = (frames, height, width)
+    region = _stack(_clips.region_clip(seed, shape) for seed in draw(_seeds(batch)))
+    # labels index the present slots of their clip, and wrap around where there are fewer
+    labels = _stack(_clips.label_clip(seed, shape, slots) for seed in draw(_seeds(batch)))
+    present = torch.ones(batch, slots, dtype=torch.bool) if slot_mask is None else slot_mask
+    # present slots first, in order
+    names = present.logical_not().sort(dim=1, stable=True).indices
+    counts = present.sum(dim=1).clamp_min(1).view(batch, 1, 1, 1)
+    target = names.gather(1, (labels % counts).flatten(1)).view_as(labels)
+    return DistillationCase(logits, target, region, slot_mask)
+
+
+def _seeds(batch: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, 2**32 - 1), min_size=batch, max_size=batch)
+
+
+def _up_to(largest: int) -> st.SearchStrategy[int]:
+    # uniform, where integers() would prefer the ends
+    return st.sampled_from(range(1, largest + 1))
+
+
+def _shapes(max_frames: int, max_height: int, max_width: int) -> st.SearchStrategy[tuple[int, int, int]]:
+    return st.tuples(_up_to(max_frames), _up_to(max_height), _up_to(max_width))
+
+
+def _stack(clips: Iterable[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.stack(list(clips)))

@@ -1,0 +1,43 @@
+"""Pictures of both maps and of who teaches whom, as uint8 tensors.
+
+:func:`overlay` and :func:`outline` take and give videos (B, T, 3, h, w), so that one can be drawn over the
+other; :func:`filmstrip` lays frames side by side; :func:`panel` does it all::
+
+    picture = panel(video, enc_logits, dec_logits)  # (B, 3, height, width), uint8
+
+    writer.add_images("ssync", picture, step)  # TensorBoard
+    writer.add_video("ssync/merged", overlay(video, labels.enc_labels), step)
+    run.log({"ssync": wandb.Image(picture[0].permute(1, 2, 0).numpy())})  # W&B
+    PIL.Image.fromarray(picture[0].permute(1, 2, 0).numpy()).save("ssync.png")
+    plt.imsave("ssync.png", picture[0].permute(1, 2, 0).numpy())
+
+Take ``.cpu()`` first where the picture lives on an accelerator.
+"""
+
+from ssync_loss.visualize.colors import (
+    BOTH_TAUGHT,
+    DECODER_TAUGHT,
+    ENCODER_TAUGHT,
+    INVALID,
+    NOBODY_TAUGHT,
+    ROLE_COLORS,
+    palette,
+)
+from ssync_loss.visualize.composition import PANEL_ROWS, panel
+from ssync_loss.visualize.pictures import filmstrip, outline, overlay, roles
+
+__all__ = [
+    "BOTH_TAUGHT",
+    "DECODER_TAUGHT",
+    "ENCODER_TAUGHT",
+    "INVALID",
+    "NOBODY_TAUGHT",
+    "PANEL_ROWS",
+    "ROLE_COLORS",
+    "filmstrip",
+    "outline",
+    "overlay",
+    "palette",
+    "panel",
+    "roles",
+]

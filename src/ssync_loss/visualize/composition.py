@@ -1,0 +1,113 @@
+"""One picture for a whole step of the loss."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import check_int, check_number, check_same_device, check_shape
+from ssync_loss._maps import Grid, KindArgument, prepare_maps
+from ssync_loss._types import PseudoLabels
+from ssync_loss.pseudo_labels import first_argmax, pseudo_labels
+from ssync_loss.visualize.pictures import (
+    as_bytes,
+    as_gray,
+    blended,
+    check_video,
+    enlarged,
+    filmstrip,
+    outline,
+    overlay,
+    role_colors,
+    with_invalid,
+)
+
+PANEL_ROWS = ("input", "encoder", "decoder", "merged", "who is taught")
+
+
+def panel(
+    video: Tensor,
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    labels: PseudoLabels | None = None,
+    merge_threshold: float | None = 0.6,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    alpha: float = 0.6,
+    scale: int = 1,
+    gap: int = 2,
+) -> Tensor:
+    """Show a step of the loss in one picture per clip: a column per frame, a row for each of ``PANEL_ROWS``.
+
+    - input: the video;
+    - encoder: its hard labels before merging, over the gray video;
+    - decoder: its hard labels before merging, likewise;
+    - merged: the encoder's labels after merging; white lines around what the merged decoder sees otherwise;
+    - who is taught: ``ROLE_COLORS``. The decoder learns where the encoder sees a boundary
+      (``DECODER_TAUGHT``), the encoder where the decoder sees an interior (``ENCODER_TAUGHT``).
+
+    A slot has one color throughout, a merged one that of its representative; invalid patches are dark.
+
+    Shape:
+        video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), H and W apart from h
+        and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
+        ``width = T * scale * w + (T - 1) * gap``.
+
+    Args:
+        video: floating point within [0, 1] (clamped into it), or uint8.
+        enc_logits: slot attention's map.
+        dec_logits: the decoder's map.
+        labels: from ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; computed when None.
+        merge_threshold: for labels computed here.
+        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        grid: (H, W) of flat maps, or one for each map.
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        slot_mask: (B, S) bool, the slots present; all when None.
+        alpha: weight of the colors, within [0, 1].
+        scale: enlarges frames by a whole number; small frames are hard to see in a browser.
+        gap: white pixels between frames.
+
+    Raises:
+        ValueError: if shapes or devices differ, or a number is out of range.
+        TypeError: if a dtype is wrong.
+
+    >>> maps = torch.zeros(2, 4, 3, 6, 6)
+    >>> panel(torch.zeros(2, 4, 3, 24, 24), maps, maps, gap=0).shape  # five rows of four frames
+    torch.Size([2, 3, 120, 96])
+    """
+    size = check_video(video)
+    check_number("alpha", alpha, 0.0, 1.0)
+    check_int("scale", scale, 1)
+    check_int("gap", gap, 0)
+    with torch.no_grad():
+        maps, _ = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        B, T, _, H, W = maps.enc.shape
+        check_shape("video", video, "B T C h w", B=B, T=T, C=3)
+        check_same_device("video", video, enc_logits=enc_logits)
+        if labels is None:
+            labels = pseudo_labels(
+                enc_logits,
+                dec_logits,
+                merge_threshold=merge_threshold,
+                kind=kind,
+                grid=grid,
+                valid=valid,
+                slot_mask=slot_mask,
+            )
+        for name in ("enc_labels", "dec_labels", "boundary", "interior"):
+            check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
+        frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
+        enc, dec = (first_argmax(logits, maps.valid, maps.slot_mask) for logits in (maps.enc, maps.dec))
+        gray = as_gray(frames)
+        merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=maps.valid)
+        rows = [
+            frames,
+            overlay(gray, enc, alpha=alpha, valid=maps.valid),
+            overlay(gray, dec, alpha=alpha, valid=maps.valid),
+            outline(merged, labels.enc_labels != labels.dec_labels, width=scale),
+            blended(gray, with_invalid(role_colors(labels), maps.valid), alpha),
+        ]
+        strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)
+        # rows are laid out like frames, on their side
+        return filmstrip(strips.mT, gap=gap).mT.contiguous()

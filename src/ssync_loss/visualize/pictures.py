@@ -1,0 +1,235 @@
+"""Drawing over videos: slots, outlines, roles; and laying frames side by side.
+
+Pictures go in and come out as (B, T, 3, h, w), so that one can be drawn over another.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._checks import (
+    check_bool,
+    check_int,
+    check_integer,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss._maps import check_valid
+from ssync_loss._types import PseudoLabels
+from ssync_loss.visualize.colors import (
+    BOTH_TAUGHT,
+    DECODER_TAUGHT,
+    ENCODER_TAUGHT,
+    INVALID,
+    NOBODY_TAUGHT,
+    NUM_COLORS,
+    WHITE,
+    palette,
+)
+
+_GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor | None = None) -> Tensor:
+    """Lay the color of its slot over every patch: ``(1 - alpha) * video + alpha * palette[label]``.
+
+    Labels are enlarged to the frames by nearest neighbor. Invalid patches go dark.
+
+    Shape:
+        video: (B, T, 3, h, w). labels: (B, T, H, W). Returns (B, T, 3, h, w), uint8.
+
+    Args:
+        video: floating point within [0, 1] (clamped into it), or uint8.
+        labels: integers >= 0; from 256 on the colors start over.
+        alpha: weight of the colors, within [0, 1].
+        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+
+    Raises:
+        ValueError: if shapes or devices differ, or ``alpha`` is out of range.
+        TypeError: if a dtype is wrong.
+
+    >>> black = torch.zeros(1, 1, 3, 1, 2)
+    >>> overlay(black, torch.tensor([[[[0, 1]]]]), alpha=0.5)[0, 0, :, 0].T.tolist()  # half the palette
+    [[31, 68, 123], [121, 71, 22]]
+    """
+    size = check_video(video)
+    grid = check_shape("labels", labels, "B T H W", B=size["B"], T=size["T"])
+    check_not_empty("labels", grid, "H W")
+    check_integer("labels", labels)
+    check_same_device("labels", labels, video=video)
+    check_number("alpha", alpha, 0.0, 1.0)
+    valid = None if valid is None else check_valid(valid, grid, video=video)
+    with torch.no_grad():
+        colors = palette(NUM_COLORS).to(video.device)[labels.long() % NUM_COLORS]
+        return blended(video, with_invalid(colors, valid), alpha)
+
+
+def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, width: int = 1) -> Tensor:
+    """Draw the inner border of a region: its pixels within ``width`` of a pixel outside.
+
+    The region is enlarged to the frames by nearest neighbor; a frame's edge counts as outside, so that every
+    line closes. An empty region draws nothing.
+
+    Shape:
+        video: (B, T, 3, h, w). region: (B, T, H, W), bool. Returns (B, T, 3, h, w), uint8.
+
+    Args:
+        video: floating point within [0, 1] (clamped into it), or uint8.
+        region: for example ``PseudoLabels.boundary``.
+        color: red, green and blue within 0..255.
+        width: of the line, in pixels of the video.
+
+    Raises:
+        ValueError: if shapes or devices differ, or a color or width is out of range.
+        TypeError: if a dtype is wrong.
+
+    >>> black = torch.zeros(1, 1, 3, 4, 4)
+    >>> everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    >>> outline(black, everywhere, (255, 0, 0))[0, 0, 0].tolist()
+    [[255, 255, 255, 255], [255, 0, 0, 255], [255, 0, 0, 255], [255, 255, 255, 255]]
+    """
+    size = check_video(video)
+    grid = check_shape("region", region, "B T H W", B=size["B"], T=size["T"])
+    check_not_empty("region", grid, "H W")
+    check_bool("region", region)
+    check_same_device("region", region, video=video)
+    check_int("width", width, 1)
+    _check_color("color", color)
+    with torch.no_grad():
+        inside = enlarged(region, size["h"], size["w"])
+        # the distance to the outside is that to the nearest pixel of its complement, frame's edge included
+        outside = F.pad((~inside).float(), [width] * 4, value=1.0)
+        near_outside = F.max_pool2d(outside, 2 * width + 1, stride=1) > 0
+        line = (inside & near_outside).unsqueeze(2)
+        return torch.where(line, _color(color, video.device)[:, None, None], as_bytes(video))
+
+
+def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
+    """Color every patch by who is taught there, as ``ROLE_COLORS`` says.
+
+    ``ENCODER_TAUGHT`` in the interior, ``DECODER_TAUGHT`` on the boundary, ``BOTH_TAUGHT`` where the two
+    overlap, ``NOBODY_TAUGHT`` in neither, ``INVALID`` where no patch is.
+
+    Shape:
+        Returns (B, T, 3, H, W), uint8, a pixel per patch.
+
+    Args:
+        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned.
+        valid: (B, T) or (B, T, H, W) bool, as given there; all when None.
+
+    Raises:
+        ValueError: if shapes or devices differ.
+        TypeError: if a region is not boolean.
+
+    >>> row = torch.zeros(1, 1, 1, 2, dtype=torch.int64)
+    >>> labels = PseudoLabels(row, row, row == 1, row == 0, torch.zeros(1, 1, dtype=torch.int64))
+    >>> roles(labels)[0, 0, :, 0, 0].tolist() == list(ENCODER_TAUGHT)
+    True
+    """
+    grid = check_shape("labels.boundary", labels.boundary, "B T H W")
+    check_bool("labels.boundary", labels.boundary)
+    check_shape("labels.interior", labels.interior, "B T H W", **grid)
+    check_bool("labels.interior", labels.interior)
+    valid = None if valid is None else check_valid(valid, grid, labels=labels.boundary)
+    with torch.no_grad():
+        return rearrange(with_invalid(role_colors(labels), valid), "b t h w c -> b t c h w")
+
+
+def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
+    """Lay the frames of every clip side by side.
+
+    Shape:
+        video: (B, T, 3, h, w). Returns (B, 3, h, T * w + (T - 1) * gap), uint8.
+
+    Args:
+        video: floating point within [0, 1] (clamped into it), or uint8.
+        gap: white pixels between two frames.
+
+    Raises:
+        ValueError: if the shape does not fit or ``gap`` is negative.
+        TypeError: if the video is neither floating point nor uint8.
+
+    >>> filmstrip(torch.zeros(2, 4, 3, 8, 8), gap=1).shape
+    torch.Size([2, 3, 8, 35])
+    """
+    size = check_video(video)
+    check_int("gap", gap, 0)
+    with torch.no_grad():
+        # a gap right of every frame, the last one cut off again
+        frames = F.pad(as_bytes(video), [0, gap], value=255)
+        strip = rearrange(frames, "b t c h w -> b c h (t w)")
+        return strip[..., : size["T"] * (size["w"] + gap) - gap]
+
+
+def check_video(video: Tensor) -> dict[str, int]:
+    """Require a video (B, T, 3, h, w), floating point or uint8, and return its sizes."""
+    size = check_shape("video", video, "B T C h w", C=3)
+    check_not_empty("video", size, "T h w")
+    if not video.is_floating_point() and video.dtype != torch.uint8:
+        raise TypeError(f"`video` must be floating point within [0, 1] or uint8; got {video.dtype}.")
+    return size
+
+
+def _check_color(name: str, color: Sequence[int]) -> None:
+    if len(color) != 3:
+        raise ValueError(f"`{name}` must have three parts: red, green and blue; got {color!r}.")
+    for part in color:
+        check_int(name, part, 0, 255)
+
+
+def _levels(video: Tensor) -> Tensor:
+    """Bring a video to float32 within 0..255, not yet rounded."""
+    if video.dtype == torch.uint8:
+        return video.float()
+    return video.float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0
+
+
+def as_bytes(video: Tensor) -> Tensor:
+    """Bring a video to uint8."""
+    return video if video.dtype == torch.uint8 else _levels(video).round().to(torch.uint8)
+
+
+def as_gray(video: Tensor) -> Tensor:
+    """Take the color out of a video, in uint8 and still three channels."""
+    weights = torch.tensor(_GRAY_WEIGHTS, device=video.device)[:, None, None]
+    return (_levels(video) * weights).sum(2, keepdim=True).expand_as(video).round().to(torch.uint8)
+
+
+def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
+    """Enlarge the last two axes; pixel i of n shows cell floor(i * cells / n)."""
+    rows = torch.arange(height, device=cells.device) * cells.shape[-2] // height
+    columns = torch.arange(width, device=cells.device) * cells.shape[-1] // width
+    return cells[..., rows[:, None], columns]
+
+
+def blended(video: Tensor, colors: Tensor, alpha: float) -> Tensor:
+    """Lay the colors (B, T, H, W, 3) of patches over a video."""
+    planes = rearrange(colors, "b t h w c -> b t c h w")
+    planes = enlarged(planes, video.shape[-2], video.shape[-1]).float()
+    return ((1.0 - alpha) * _levels(video) + alpha * planes).round().to(torch.uint8)
+
+
+def with_invalid(colors: Tensor, valid: Tensor | None) -> Tensor:
+    """Darken the invalid among the colors (B, T, H, W, 3) of patches."""
+    if valid is None:
+        return colors
+    return torch.where(valid.unsqueeze(-1), colors, _color(INVALID, colors.device))
+
+
+def role_colors(labels: PseudoLabels) -> Tensor:
+    """Look up who is taught on every patch: (B, T, H, W, 3)."""
+    of_role = torch.tensor(
+        [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT],
+        dtype=torch.uint8,
+        device=labels.boundary.device,
+    )
+    return of_role[labels.interior.long() + 2 * labels.boundary.long()]
+
+
+def _color(color: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(color), dtype=torch.uint8, device=device)

@@ -1,0 +1,27 @@
+"""Seeds and hypothesis profiles.
+
+``ci`` (the default) draws 130 examples of 16 clips each: 2,080 cases a property. ``slow`` draws 1,250, so
+20,000 cases: ``python -m pytest --hypothesis-profile=slow tests/test_against_reference.py``.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+settings.register_profile(
+    "ci", max_examples=130, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET
+)
+settings.register_profile(
+    "slow", max_examples=1250, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET
+)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+torch.set_num_threads(1)

@@ -1,0 +1,151 @@
+"""The fast path against the slow definitions: labels and regions to the bit, losses and gradients to rounding."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssync_loss import SSyncLoss
+from ssync_loss.functional import (
+    boundary_region,
+    interior_region,
+    merge_slots,
+    neighbor_difference,
+    pseudo_labels,
+    selective_distillation_loss,
+    slot_overlap,
+)
+from ssync_loss.testing import (
+    DistillationCase,
+    SlotGraph,
+    SSyncCase,
+    assert_close_gradient,
+    assert_close_loss,
+    assert_same_labels,
+    decidable_clips,
+    distillation_cases,
+    gradient_scale,
+    label_videos,
+    map_pairs,
+    reference_boundary_region,
+    reference_interior_region,
+    reference_merge_slots,
+    reference_neighbor_difference,
+    reference_pseudo_labels,
+    reference_selective_distillation_loss,
+    reference_slot_overlap,
+    reference_ssync,
+    region_knobs,
+    slot_graphs,
+    ssync_cases,
+    thresholds,
+    valid_masks,
+)
+
+MAPS = map_pairs(minus_inf=True)
+DOUBLE_MAPS = map_pairs(minus_inf=True, dtype=torch.float64)
+
+
+@given(slot_graphs(), thresholds())
+def test_merging_equals_union_find(graph: SlotGraph, threshold: float | None) -> None:
+    expected = reference_merge_slots(*graph, threshold=threshold)
+    assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
+
+
+@given(slot_graphs(max_slots=70, batch=2), thresholds())
+@settings(max_examples=40)
+def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: float | None) -> None:
+    expected = reference_merge_slots(*graph, threshold=threshold)
+    assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
+
+
+@given(label_videos(), st.data(), region_knobs())
+def test_regions_equal_looped_neighbors(labels: Tensor, data: st.DataObject, knobs: dict[str, int]) -> None:
+    valid = data.draw(st.none() | valid_masks(*labels.shape))
+    assert torch.equal(neighbor_difference(labels, valid=valid), reference_neighbor_difference(labels, valid=valid))
+    boundary = {key: knobs[key] for key in ("min_different", "min_same")}
+    interior = {"max_different": knobs["max_different"]}
+    assert torch.equal(
+        boundary_region(labels, **boundary, valid=valid),
+        reference_boundary_region(labels, **boundary, valid=valid),
+    )
+    assert torch.equal(
+        interior_region(labels, **interior, valid=valid),
+        reference_interior_region(labels, **interior, valid=valid),
+    )
+
+
+@given(ssync_cases(maps=MAPS))
+def test_overlap_equals_sets(case: SSyncCase) -> None:
+    masks = {"valid": case.valid, "slot_mask": case.slot_mask}
+    expected = reference_slot_overlap(case.enc_logits, **masks)
+    torch.testing.assert_close(slot_overlap(case.enc_logits, **masks), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
+@given(data=st.data(), threshold=thresholds(tied=False), knobs=region_knobs())
+def test_labels_equal(
+    maps: st.SearchStrategy[Any], data: st.DataObject, threshold: float | None, knobs: dict[str, int]
+) -> None:
+    case = data.draw(ssync_cases(maps=maps))
+    actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+    expected = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+    masks = {"valid": case.valid, "slot_mask": case.slot_mask}
+    clips = decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks)
+    assert_same_labels(actual, expected, clips=clips)
+
+
+CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
+
+
+@pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
+@pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
+@given(
+    data=st.data(),
+    temperature=st.sampled_from((1.0, 0.5, 2.0)),
+    reduction=st.sampled_from(("mean", "sum", "none")),
+)
+@settings(max_examples=40)
+def test_losses_and_gradients_equal(
+    maps: st.SearchStrategy[Any],
+    criterion: Any,
+    smoothing: float,
+    data: st.DataObject,
+    temperature: float,
+    reduction: Any,
+) -> None:
+    case: DistillationCase = data.draw(distillation_cases(maps=maps))
+    knobs = {"criterion": criterion, "label_smoothing": smoothing, "temperature": temperature, "reduction": reduction}
+    fast, slow = (case.logits.clone().requires_grad_() for _ in range(2))
+    actual = selective_distillation_loss(**case._replace(logits=fast)._asdict(), **knobs)
+    expected = reference_selective_distillation_loss(**case._replace(logits=slow)._asdict(), **knobs)
+    assert_close_loss(actual, expected)
+    upstream = torch.randn(actual.shape, dtype=actual.dtype)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    # of a mean: what one patch of so many can get; else: what one patch can get
+    scale = 2.0 / temperature
+    if reduction == "mean":
+        scale = gradient_scale(
+            case.region, fast.shape[2], criterion=criterion, temperature=temperature, slot_mask=case.slot_mask
+        )
+    assert_close_gradient(fast.grad, slow.grad, scale=scale * float(upstream.abs().max()))
+
+
+@given(case=ssync_cases(maps=MAPS), threshold=thresholds(tied=False))
+def test_the_module_equals_the_definition(case: SSyncCase, threshold: float | None) -> None:
+    criterion = SSyncLoss(merge_threshold=threshold).eval()
+    masks = {"valid": case.valid, "slot_mask": case.slot_mask}
+    if not decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks).all():
+        return
+    terms = criterion.terms(**case._asdict())
+    expected = reference_ssync(**case._asdict(), merge_threshold=threshold)
+    assert_close_loss(terms.boundary, expected.boundary)
+    assert_close_loss(terms.interior, expected.interior)
+    assert terms.num_boundary == expected.labels.boundary.sum()
+    assert terms.num_interior == expected.labels.interior.sum()
+    slow = SSyncLoss(merge_threshold=threshold, backend="reference").eval()
+    assert_close_loss(terms.total, slow(**case._asdict()))

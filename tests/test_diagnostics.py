@@ -1,0 +1,706 @@
+"""Statistics by hand and against loops, the verdict on maps whose answer is known, and its words."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssync_loss._types import PseudoLabels
+from ssync_loss.diagnostics import (
+    Premise,
+    Summary,
+    agreement,
+    edge_alignment,
+    explained_variance,
+    label_flips,
+    merges,
+    pool,
+    premise,
+    region_share,
+    report,
+    slots_in_use,
+    summary,
+)
+from ssync_loss.pseudo_labels import pseudo_labels
+from ssync_loss.testing import (
+    MapPair,
+    SSyncCase,
+    label_videos,
+    map_pairs,
+    poison,
+    reference_hard_labels,
+    ssync_cases,
+    untied_clips,
+    valid_masks,
+)
+
+few = settings(max_examples=25, deadline=None)
+SEEDS = st.integers(0, 2**32 - 1)
+PER_CLIP = Premise._fields[:9]
+
+
+def row(*values: float) -> Tensor:
+    """One clip of one frame of one row."""
+    return torch.tensor(values)[None, None, None]
+
+
+def features_of(labels: Tensor, seed: int, *, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dyadic features (B, T, D, H, W) of few values, so that distances tie."""
+    B, T, H, W = labels.shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, (B, T, channels, H, W), generator=generator).to(dtype) / 2
+
+
+def valid_of(labels: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return torch.ones(labels.shape, dtype=torch.bool)
+    return valid if valid.dim() == 4 else valid[:, :, None, None].expand(labels.shape)
+
+
+# --- what they are checked against: a clip at a time, in numpy ---
+
+
+def slow_explained(features: Tensor, labels: Tensor, valid: Tensor) -> list[float]:
+    answer = []
+    for x, label, ok in zip(features.double().numpy(), labels.numpy(), valid.numpy(), strict=True):
+        points, names = np.moveaxis(x, 1, -1)[ok], label[ok]
+        if len(points) == 0:
+            answer.append(0.0)
+            continue
+        total = np.square(points - points.mean(0)).sum()
+        within = sum(
+            np.square(points[names == name] - points[names == name].mean(0)).sum() for name in set(names.tolist())
+        )
+        answer.append(0.0 if total == 0 else float(1 - within / total))
+    return answer
+
+
+def slow_edge_alignment(features: Tensor, labels: Tensor, valid: Tensor) -> list[float]:
+    answer = []
+    for x, label, ok in zip(features.double().numpy(), labels.numpy(), valid.numpy(), strict=True):
+        edges: list[bool] = []
+        distances: list[float] = []
+        for t, i, j in product(*(range(n) for n in label.shape)):
+            for other in ((t, i + 1, j), (t, i, j + 1)):
+                if other[1] < label.shape[1] and other[2] < label.shape[2] and ok[t, i, j] and ok[other]:
+                    edges.append(bool(label[t, i, j] != label[other]))
+                    difference: NDArray[np.float64] = x[t, :, i, j] - x[other[0], :, other[1], other[2]]
+                    distances.append(float(np.linalg.norm(difference)))
+        answer.append(float(roc_auc_score(edges, distances)) if len(set(edges)) == 2 else 0.5)
+    return answer
+
+
+def slow_flips(labels: Tensor, valid: Tensor) -> list[float]:
+    answer = []
+    for label, ok in zip(labels.tolist(), valid.tolist(), strict=True):
+        pairs = [
+            label[t][i][j] != label[t + 1][i][j]
+            for t, i, j in product(range(len(label) - 1), range(len(label[0])), range(len(label[0][0])))
+            if ok[t][i][j] and ok[t + 1][i][j]
+        ]
+        answer.append(sum(pairs) / len(pairs) if pairs else 0.0)
+    return answer
+
+
+def slow_share(event: Tensor, valid: Tensor) -> list[float]:
+    return [float(one[ok].double().mean()) if bool(ok.any()) else 0.0 for one, ok in zip(event, valid, strict=True)]
+
+
+# --- statistics ---
+
+
+def test_region_share_counts_valid_patches_only() -> None:
+    region = torch.tensor([[[[True, True, False, False]]]])
+    assert region_share(region).tolist() == [0.5]
+    assert region_share(region, valid=torch.tensor([[[[True, False, False, False]]]])).tolist() == [1.0]
+    assert region_share(region, valid=torch.tensor([[False]])).tolist() == [0.0]
+
+
+def test_agreement_is_the_share_of_equal_labels() -> None:
+    first, second = torch.tensor([[[[0, 1, 2, 3]]]]), torch.tensor([[[[0, 1, 2, 0]]]])
+    assert agreement(first, second).tolist() == [0.75]
+    assert agreement(first.to(torch.uint8), second).tolist() == [0.75]
+    assert agreement(first, second, valid=torch.tensor([[[[False, False, True, True]]]])).tolist() == [0.5]
+
+
+def test_a_slot_with_a_single_patch_is_in_use() -> None:
+    labels = torch.tensor([[[[7, 7, 7, 2]]], [[[1, 1, 1, 1]]]])
+    assert slots_in_use(labels).tolist() == [2, 1]
+    assert slots_in_use(labels.to(torch.uint8)).tolist() == [2, 1]
+    assert slots_in_use(labels, valid=labels == 7).tolist() == [1, 0]
+
+
+def test_three_slots_merged_into_one_are_two_merges() -> None:
+    assert merges(torch.tensor([[0, 0, 0, 3], [0, 1, 2, 3], [3, 3, 3, 3]])).tolist() == [2, 0, 3]
+
+
+def test_flips_need_both_frames_valid() -> None:
+    labels = torch.tensor([[[[0, 0, 1]], [[1, 0, 1]], [[1, 1, 1]]]])
+    assert label_flips(labels).tolist() == [pytest.approx(2 / 6)]
+    assert label_flips(labels, valid=torch.tensor([[True, True, False]])).tolist() == [pytest.approx(1 / 3)]
+    assert label_flips(labels, valid=torch.tensor([[True, False, True]])).tolist() == [0.0]
+    assert label_flips(labels[:, :1]).tolist() == [0.0]
+
+
+@few
+@given(ssync_cases())
+def test_summary_equals_loops(case: SSyncCase) -> None:
+    labels = pseudo_labels(**case._asdict())
+    valid = valid_of(labels.enc_labels, case.valid)
+    if case.slot_mask is not None:
+        valid = valid & case.slot_mask.any(1)[:, None, None, None]
+    wanted = {
+        "boundary_share": slow_share(labels.boundary, valid),
+        "interior_share": slow_share(labels.interior, valid),
+        "untaught_share": slow_share(~labels.boundary & ~labels.interior, valid),
+        "agreement": slow_share(labels.enc_labels == labels.dec_labels, valid),
+        "enc_slots": [len(set(one[ok].tolist())) for one, ok in zip(labels.enc_labels, valid, strict=True)],
+        "dec_slots": [len(set(one[ok].tolist())) for one, ok in zip(labels.dec_labels, valid, strict=True)],
+        "merges": [sum(name != s for s, name in enumerate(one)) for one in labels.representative.tolist()],
+        "enc_flips": slow_flips(labels.enc_labels, valid),
+        "dec_flips": slow_flips(labels.dec_labels, valid),
+    }
+    actual = summary(labels, valid=case.valid, slot_mask=case.slot_mask)._asdict()
+    assert {name: value.tolist() for name, value in actual.items()} == {
+        name: pytest.approx(value, abs=1e-6) for name, value in wanted.items()
+    }
+    assert actual.keys() == wanted.keys() == set(Summary._fields)
+
+
+@few
+@given(label_videos(num_slots=4), label_videos(num_slots=4), st.permutations(range(4)))
+def test_summary_ignores_the_names_of_slots(first: Tensor, second: Tensor, order: list[int]) -> None:
+    B = min(len(first), len(second))
+    T, H, W = (min(a, b) for a, b in zip(first.shape[1:], second.shape[1:], strict=True))
+    enc, dec = first[:B, :T, :H, :W], second[:B, :T, :H, :W]
+    names = torch.tensor(order)
+    # 0 and 2 merged into 2
+    representative = torch.tensor([[2, 1, 2, 3]]).expand(B, 4)
+    labels = PseudoLabels(enc, dec, enc > 1, dec < 2, representative)
+    renamed = labels._replace(
+        enc_labels=names[enc],
+        dec_labels=names[dec],
+        representative=torch.empty_like(representative).index_copy(1, names, names[representative]),
+    )
+    for before, after in zip(summary(labels), summary(renamed), strict=True):
+        assert torch.equal(before, after)
+
+
+# --- how well a partition fits ---
+
+
+def test_explained_variance_by_hand() -> None:
+    # 1 and 3 around 2, 7 and 9 around 8: within 1 + 1 + 1 + 1, total 16 + 4 + 4 + 16
+    explained = explained_variance(row(1.0, 3.0, 7.0, 9.0)[:, :, None], row(0, 0, 1, 1).long(), num_slots=2)
+    assert explained.tolist() == [0.9]
+
+
+def test_slot_means_are_over_the_whole_clip() -> None:
+    # in each frame alone the partition explains everything, over the clip it explains nothing
+    features = torch.tensor([[0.0, 2.0], [2.0, 0.0]]).view(1, 2, 1, 1, 2)
+    labels = torch.tensor([[[[0, 1]], [[0, 1]]]])
+    assert explained_variance(features, labels, num_slots=2).tolist() == [0.0]
+
+
+@few
+@given(label_videos(num_slots=4), SEEDS, st.data())
+def test_explained_variance_equals_loops(labels: Tensor, seed: int, data: st.DataObject) -> None:
+    features = features_of(labels, seed)
+    valid = data.draw(valid_masks(*labels.shape))
+    actual = explained_variance(features, labels, num_slots=4, valid=valid)
+    assert actual.dtype == torch.float64
+    assert actual.tolist() == pytest.approx(slow_explained(features, labels, valid), abs=1e-12)
+
+
+@few
+@given(label_videos(num_slots=4), SEEDS, st.data())
+def test_edge_alignment_equals_sklearn(labels: Tensor, seed: int, data: st.DataObject) -> None:
+    features = features_of(labels, seed, channels=1)
+    valid = data.draw(valid_masks(*labels.shape))
+    actual = edge_alignment(features, labels, valid=valid)
+    assert actual.dtype == torch.float64
+    assert actual.tolist() == pytest.approx(slow_edge_alignment(features, labels, valid), abs=1e-12)
+
+
+@few
+@given(label_videos(num_slots=4), SEEDS)
+def test_merging_slots_never_explains_more(labels: Tensor, seed: int) -> None:
+    features = features_of(labels, seed)
+    fine = explained_variance(features, labels, num_slots=4)
+    coarse = explained_variance(features, torch.tensor([0, 1, 1, 3])[labels], num_slots=4)
+    assert (coarse <= fine + 1e-12).all()
+    assert ((fine >= 0) & (fine <= 1)).all()
+
+
+@few
+@given(label_videos(num_slots=4), SEEDS, st.sampled_from([1, 3, 4]))
+def test_mirrors_and_time_reversal_change_nothing(labels: Tensor, seed: int, axis: int) -> None:
+    features = features_of(labels, seed)
+    # the same axis counted from the end, or time
+    feature_axis = 1 if axis == 1 else axis
+    flipped, turned = features.flip(feature_axis), labels.flip(1 if axis == 1 else axis - 1)
+    assert torch.allclose(
+        explained_variance(flipped, turned, num_slots=4), explained_variance(features, labels, num_slots=4)
+    )
+    assert torch.equal(edge_alignment(flipped, turned), edge_alignment(features, labels))
+    assert torch.equal(label_flips(labels.flip(1)), label_flips(labels))
+
+
+def test_edge_alignment_counts_ties_half_and_ends_at_one_half() -> None:
+    labels = row(0, 0, 1, 1).long()
+    assert edge_alignment(row(0.0, 0.0, 1.0, 1.0)[:, :, None], labels).tolist() == [1.0]
+    assert edge_alignment(row(0.0, 1.0, 1.0, 0.0)[:, :, None], labels).tolist() == [0.0]
+    # steps 1, 1 and 0: one tie and one win of two
+    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], labels).tolist() == [0.75]
+    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], torch.zeros_like(labels)).tolist() == [0.5]
+    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], torch.arange(4).view(1, 1, 1, 4)).tolist() == [0.5]
+    assert edge_alignment(torch.ones(1, 1, 2, 1, 1), torch.zeros(1, 1, 1, 1).long()).tolist() == [0.5]
+
+
+def test_edges_lie_within_a_frame_and_between_four_neighbors() -> None:
+    # columns differ in features, rows and frames in labels
+    labels = torch.tensor([[[[0, 0], [1, 1]], [[2, 2], [3, 3]]]])
+    features = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2, 2)
+    assert edge_alignment(features, labels).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_features_explain_nothing_whatever_their_size(dtype: torch.dtype) -> None:
+    # in some of these sums over the patches the mean misses the constant by an ulp
+    for value, width in product((0.0, 0.1, 1e-30, 12345.678, 1e30), (1, 3, 6, 7, 11)):
+        labels = torch.arange(3 * width).view(1, 1, 3, width) % 4
+        features = torch.full((1, 1, 4, 3, width), value, dtype=dtype)
+        assert explained_variance(features, labels, num_slots=4).tolist() == [0.0]
+        assert edge_alignment(features, labels).tolist() == [0.5]
+
+
+def test_a_large_common_mean_does_not_matter() -> None:
+    labels = torch.randint(4, (2, 3, 5, 6), generator=torch.Generator().manual_seed(0))
+    features = features_of(labels, 1, channels=70)
+    # multiples of 1/2 stay exact in float32 up to 2^23
+    shifted = features + 2.0**22
+    wanted = explained_variance(features, labels, num_slots=4)
+    assert explained_variance(shifted, labels, num_slots=4).tolist() == pytest.approx(wanted.tolist(), rel=1e-9)
+    assert torch.equal(edge_alignment(shifted, labels), edge_alignment(features, labels))
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 130])
+def test_channels_are_summed_over_blocks_of_any_number(channels: int) -> None:
+    labels = torch.randint(4, (2, 2, 4, 5), generator=torch.Generator().manual_seed(0))
+    features, valid = features_of(labels, 2, channels=channels), torch.ones(2, 2, 4, 5, dtype=torch.bool)
+    assert explained_variance(features, labels, num_slots=4).tolist() == pytest.approx(
+        slow_explained(features, labels, valid), abs=1e-12
+    )
+    assert edge_alignment(features, labels).tolist() == pytest.approx(
+        slow_edge_alignment(features, labels, valid), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    labels = torch.randint(4, (2, 2, 4, 5), generator=torch.Generator().manual_seed(0))
+    features = features_of(labels, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explained = explained_variance(features.to(dtype), labels, num_slots=4)
+        aligned = edge_alignment(features.to(dtype), labels)
+    assert torch.equal(explained, explained_variance(features, labels, num_slots=4))
+    assert torch.equal(aligned, edge_alignment(features, labels))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_show_unless_invalid(bad: float) -> None:
+    labels = torch.tensor([[[[0, 0, 1, 1]]]])
+    features = row(0.0, 1.0, 3.0, bad)[:, :, None]
+    assert explained_variance(features, labels, num_slots=2).isnan().all()
+    assert edge_alignment(features, labels).isnan().all()
+    valid = torch.tensor([[[[True, True, True, False]]]])
+    assert explained_variance(features, labels, num_slots=2, valid=valid).isfinite().all()
+    assert edge_alignment(features, labels, valid=valid).tolist() == [1.0]
+
+
+# --- the premise ---
+
+
+@few
+@given(ssync_cases(), SEEDS)
+def test_premise_equals_loops(case: SSyncCase, seed: int) -> None:
+    enc = reference_hard_labels(case.enc_logits, valid=case.valid, slot_mask=case.slot_mask)
+    dec = reference_hard_labels(case.dec_logits, valid=case.valid, slot_mask=case.slot_mask)
+    features = features_of(enc, seed)
+    valid = valid_of(enc, case.valid)
+    present = torch.ones(case.enc_logits.shape[::2][:2], dtype=torch.bool)
+    if case.slot_mask is not None:
+        present = case.slot_mask
+        valid = valid & present.any(1)[:, None, None, None]
+    actual = premise(case.enc_logits, case.dec_logits, features, valid=case.valid, slot_mask=case.slot_mask)
+    wanted: dict[str, list[float]] = {"agreement": slow_share(enc == dec, valid)}
+    for side, logits, labels in (("enc", case.enc_logits, enc), ("dec", case.dec_logits, dec)):
+        wanted[f"{side}_explained"] = slow_explained(features, labels, valid)
+        wanted[f"{side}_edge_alignment"] = slow_edge_alignment(features, labels, valid)
+        wanted[f"{side}_flicker"] = slow_flips(labels, valid)
+        confidence = []
+        for one, ok, here in zip(logits.double().movedim(2, -1), valid, present, strict=True):
+            probabilities = one[ok][:, here].softmax(1)
+            confidence.append(float(probabilities.amax(1).mean()) if probabilities.numel() else 0.0)
+        wanted[f"{side}_confidence"] = confidence
+    wanted["margin"] = [a - b for a, b in zip(wanted["enc_explained"], wanted["dec_explained"], strict=True)]
+    for name, values in wanted.items():
+        assert getattr(actual, name).dtype == torch.float64
+        assert getattr(actual, name).tolist() == pytest.approx(values, abs=1e-6), name
+    assert torch.equal(actual.measured, valid.flatten(1).any(1))
+    margins = actual.margin[actual.measured]
+    if len(margins) == 0 or abs(float(margins.mean())) > 1e-9:
+        assert bool(actual.holds) == (len(margins) > 0 and float(margins.mean()) > 0)
+
+
+@few
+@given(map_pairs(ties=False), SEEDS, st.data())
+def test_premise_ignores_the_names_of_slots(maps: MapPair, seed: int, data: st.DataObject) -> None:
+    order = torch.tensor(data.draw(st.permutations(range(maps.enc_logits.shape[2]))))
+    features = features_of(maps.enc_logits[:, :, 0], seed)
+    before = premise(*maps, features)
+    after = premise(maps.enc_logits[:, :, order], maps.dec_logits[:, :, order], features)
+    assert untied_clips(*maps, merge_threshold=None).all()
+    for name in Premise._fields[:-1]:
+        assert torch.allclose(getattr(before, name).double(), getattr(after, name).double(), atol=1e-9), name
+
+
+@few
+@given(ssync_cases(), SEEDS, st.sampled_from([math.nan, math.inf, 7.0]))
+def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value: float) -> None:
+    enc, dec, valid, slot_mask = case
+    features = features_of(enc[:, :, 0], seed)
+    seen = valid_of(enc[:, :, 0], valid)
+    before = premise(enc, dec, features, valid=valid, slot_mask=slot_mask)
+    after = premise(
+        poison(enc, valid=valid, slot_mask=slot_mask, value=value),
+        poison(dec, valid=valid, slot_mask=slot_mask, value=-value),
+        torch.where(seen.unsqueeze(2), features, value),
+        valid=valid,
+        slot_mask=slot_mask,
+    )
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+
+
+def blobs(seed: int, *, clips: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of a moving square on a ground, logits sharp at its edge, and logits that blur it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros(clips, 3, 12, 12, dtype=torch.int64)
+    for t in range(3):
+        labels[:, t, 3 + t : 8 + t, 2 : 7 + t] = 1
+    objects = F.one_hot(labels, 2).movedim(-1, 2).float()
+    direction = torch.randn(clips, 1, 8, 1, 1, generator=generator)
+    features = direction * objects[:, :, 1:] + 0.3 * torch.randn(clips, 3, 8, 12, 12, generator=generator)
+    sharp = 6 * objects + torch.randn(clips, 3, 2, 12, 12, generator=generator)
+    # shifted and smoothed: coherent, and wrong along the edge
+    blurred = F.avg_pool2d(objects.roll(2, -1).flatten(0, 1), 5, 1, 2, count_include_pad=False).view_as(sharp)
+    return features, sharp, 6 * blurred
+
+
+def test_premise_holds_where_the_encoder_is_the_sharper_map() -> None:
+    features, sharp, blurred = blobs(0)
+    verdict = premise(sharp, blurred, features)
+    assert verdict.holds
+    assert (verdict.margin > 0.1).all()
+    assert (verdict.enc_edge_alignment > 0.9).all()
+    assert (verdict.enc_confidence > verdict.dec_confidence).all()
+
+
+def test_premise_does_not_hold_the_other_way_round() -> None:
+    features, sharp, blurred = blobs(0)
+    there, back = premise(sharp, blurred, features), premise(blurred, sharp, features)
+    assert not back.holds
+    assert torch.equal(back.margin, -there.margin)
+    assert torch.equal(back.agreement, there.agreement)
+
+
+def test_premise_does_not_hold_of_equal_maps() -> None:
+    features, sharp, _ = blobs(0)
+    verdict = premise(sharp, sharp, features)
+    assert verdict.margin.tolist() == [0.0] * 4
+    assert verdict.agreement.tolist() == [1.0] * 4
+    assert not verdict.holds
+
+
+def test_premise_reads_labels_before_merging() -> None:
+    # two slots active on the same half would be merged at any threshold below 1
+    enc = torch.tensor([[4.0, 3.0, 0.0, 0.0], [3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, 4.0]]).view(1, 1, 3, 1, 4)
+    assert merges(pseudo_labels(enc, enc).representative).tolist() == [1]
+    verdict = premise(enc, enc, row(0.0, 1.0, 2.0, 2.0)[:, :, None])
+    assert verdict.enc_explained.tolist() == [1.0]
+
+
+def test_the_verdict_is_the_sign_of_the_mean_not_a_vote() -> None:
+    features, sharp, blurred = blobs(0, clips=3)
+    # two clips speak a little against, one strongly for
+    noisy = sharp.clone()
+    noisy[0, 0, :, 0, 0] = noisy[0, 0, :, 0, 0].flip(0) * 3
+    noisy[1, 0, :, 0, 0] = noisy[1, 0, :, 0, 0].flip(0) * 3
+    enc = torch.stack([noisy[0], noisy[1], sharp[2]])
+    dec = torch.stack([sharp[0], sharp[1], blurred[2]])
+    verdict = premise(enc, dec, features)
+    assert (verdict.margin < 0).sum() == 2
+    assert verdict.holds
+
+
+def test_clips_without_a_valid_patch_are_left_out() -> None:
+    features, sharp, blurred = blobs(0)
+    valid = torch.tensor([True, True, False, True])[:, None].expand(4, 3)
+    verdict = premise(sharp, blurred, features, valid=valid)
+    assert verdict.measured.tolist() == [True, True, False, True]
+    kept = valid[:, 0]
+    rest = premise(sharp[kept], blurred[kept], features[kept])
+    for name in PER_CLIP:
+        assert torch.allclose(getattr(verdict, name)[kept], getattr(rest, name)), name
+    present = torch.tensor([[True, True], [True, True], [False, False], [True, True]])
+    masked = premise(sharp, blurred, features, slot_mask=present)
+    assert masked.measured.tolist() == [True, True, False, True]
+    nothing = premise(sharp, blurred, features, valid=torch.zeros(4, 3, dtype=torch.bool))
+    assert nothing.margin.tolist() == [0.0] * 4
+    assert not nothing.holds
+
+
+def test_an_absent_slot_wins_nothing() -> None:
+    features, sharp, blurred = blobs(0)
+    loud = torch.full_like(sharp[:, :, :1], 50.0)
+    present = torch.tensor([[True, True, False]]).expand(4, 3)
+    with_it = premise(torch.cat([sharp, loud], 2), torch.cat([blurred, loud], 2), features, slot_mask=present)
+    for one, other in zip(with_it, premise(sharp, blurred, features), strict=True):
+        assert torch.allclose(one.double(), other.double())
+
+
+def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:
+    features, sharp, blurred = blobs(0)
+    wanted = premise(sharp, blurred, features)
+    for got in (
+        premise(sharp.softmax(2), blurred.softmax(2), features, kind="probs"),
+        premise(sharp.flatten(3), blurred.flatten(3), features, grid=(12, 12)),
+        premise(sharp, blurred.repeat_interleave(3, 3).repeat_interleave(3, 4), features),
+    ):
+        # enlarging blocks and reading them back is not exact at their edges
+        assert got.enc_explained.tolist() == pytest.approx(wanted.enc_explained.tolist())
+        assert got.dec_explained.tolist() == pytest.approx(wanted.dec_explained.tolist(), abs=0.05)
+
+
+@pytest.mark.parametrize("side", ["enc", "dec"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_maps_never_hold(side: str, bad: float) -> None:
+    features, sharp, blurred = blobs(0)
+    (sharp if side == "enc" else blurred)[1, 0, 0, 0, 0] = bad
+    verdict = premise(sharp, blurred, features)
+    assert verdict.margin.isnan().tolist() == [False, True, False, False]
+    assert not verdict.holds
+
+
+def test_broken_features_never_hold() -> None:
+    features, sharp, blurred = blobs(0)
+    features[2, 1, 0, 4, 4] = math.nan
+    verdict = premise(sharp, blurred, features)
+    assert verdict.margin.isnan().tolist() == [False, False, True, False]
+    assert not verdict.holds
+
+
+def test_a_slot_of_minus_infinity_is_no_trouble() -> None:
+    features, sharp, blurred = blobs(0)
+    dead = torch.full_like(sharp[:, :, :1], -math.inf)
+    verdict = premise(torch.cat([sharp, dead], 2), torch.cat([blurred, dead], 2), features)
+    assert torch.allclose(verdict.margin, premise(sharp, blurred, features).margin)
+
+
+def test_a_single_frame_a_single_slot_and_a_single_patch() -> None:
+    verdict = premise(torch.zeros(2, 1, 1, 1, 1), torch.zeros(2, 1, 1, 1, 1), torch.ones(2, 1, 5, 1, 1))
+    assert verdict.enc_explained.tolist() == [0.0, 0.0]
+    assert verdict.enc_confidence.tolist() == [1.0, 1.0]
+    assert verdict.enc_edge_alignment.tolist() == [0.5, 0.5]
+    assert verdict.enc_flicker.tolist() == [0.0, 0.0]
+    assert verdict.agreement.tolist() == [1.0, 1.0]
+    assert verdict.measured.all()
+    assert not verdict.holds
+
+
+def test_premise_makes_no_graph_and_leaves_its_inputs_alone() -> None:
+    features, sharp, blurred = blobs(0)
+    before = [one.clone() for one in (sharp, blurred, features)]
+    given_maps = [one.requires_grad_() for one in (sharp, blurred, features)]
+    verdict = premise(*given_maps)
+    assert not any(value.requires_grad for value in verdict)
+    assert all(torch.equal(one, two) for one, two in zip(before, given_maps, strict=True))
+
+
+def test_strided_inputs_give_the_same() -> None:
+    features, sharp, blurred = blobs(0)
+    strided = [one.movedim(2, -1).contiguous().movedim(-1, 2) for one in (sharp, blurred, features)]
+    assert not strided[0].is_contiguous()
+    for one, other in zip(premise(*strided), premise(sharp, blurred, features), strict=True):
+        assert torch.allclose(one.double(), other.double())
+
+
+def test_pooled_batches_equal_one_batch() -> None:
+    features, sharp, blurred = blobs(0, clips=5)
+    parts = [premise(sharp[i:j], blurred[i:j], features[i:j]) for i, j in ((0, 2), (2, 3), (3, 5))]
+    pooled, whole = pool(parts), premise(sharp, blurred, features)
+    assert type(pooled) is Premise
+    for one, other in zip(pooled, whole, strict=True):
+        assert torch.allclose(one.double(), other.double())
+    assert torch.equal(pooled.holds, whole.holds)
+
+
+def test_a_pool_is_judged_anew() -> None:
+    features, sharp, blurred = blobs(0)
+    strong, weak = premise(sharp, blurred, features), premise(sharp, sharp, features)
+    assert not weak.holds
+    assert pool([weak, strong]).holds
+    with pytest.raises(ValueError, match="`parts` must hold at least one Premise; got none"):
+        pool([])
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    with FakeTensorMode():
+        enc, dec = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 7, 9)
+        valid, slot_mask = torch.rand(2, 3, 5, 6) > 0.2, torch.rand(2, 4) > 0.2
+        features = torch.randn(2, 3, 70, 5, 6, dtype=torch.float16)
+        verdict = premise(enc, dec, features, valid=valid, slot_mask=slot_mask)
+        assert [tuple(value.shape) for value in verdict] == [(2,)] * 11 + [()]
+        assert premise(enc.softmax(2), dec.softmax(2), features, kind="probs").holds.shape == ()
+        assert pool([verdict, verdict]).margin.shape == (4,)
+        labels = pseudo_labels(enc, dec, valid=valid, slot_mask=slot_mask)
+        counts = summary(labels, valid=valid, slot_mask=slot_mask)
+        assert all(value.shape == (2,) for value in (*counts, *summary(labels)))
+
+
+# --- its words ---
+
+
+def verdict_of(*margins: float, measured: list[bool] | None = None) -> Premise:
+    margin = torch.tensor(margins, dtype=torch.float64)
+    ok = torch.tensor([True] * len(margins) if measured is None else measured, dtype=torch.bool)
+    values = {name: torch.linspace(0.1 + i / 10, 0.2 + i / 10, len(margins)) for i, name in enumerate(PER_CLIP)}
+    holds = torch.where(ok, margin, 0.0).sum() > 0
+    return Premise(**values, margin=margin, measured=ok, holds=holds)
+
+
+def test_report_shows_mean_and_standard_error_over_clips() -> None:
+    text = report(verdict_of(0.10, 0.20, 0.15))
+    error = np.std([0.10, 0.20, 0.15], ddof=1) / math.sqrt(3)
+    assert text.splitlines()[0] == (
+        f"SSync's premise holds on these 3 clips: margin +0.150 ± {error:.3f} (mean ± standard error)."
+    )
+    assert "can be expected to help" in text
+    # 0.1, 0.15 and 0.2
+    assert "feature variance explained" in text
+    assert f"0.150 ± {0.05 / math.sqrt(3):.3f}" in text
+    assert "one family of synthetic clips and one set of real ones" in text
+    assert "Take a whole, varied evaluation set" in text
+
+
+def test_report_announces_harm() -> None:
+    text = report(verdict_of(-0.03, -0.02, -0.025))
+    assert text.startswith("SSync's premise does not hold on these 3 clips: margin -0.025 ± 0.003")
+    assert "can be expected to harm" in text
+    assert "its sign is open" not in text
+
+
+def test_report_expects_nothing_while_the_sign_is_open() -> None:
+    for margins in ((0.30, -0.25, 0.01), (-0.30, 0.25, -0.01)):
+        text = report(verdict_of(*margins))
+        assert "its sign is open" in text
+        assert "expected to" not in text
+    assert "its sign is open" not in report(verdict_of(0.30, 0.31, 0.29))
+
+
+def test_report_counts_only_clips_with_a_valid_patch() -> None:
+    text = report(verdict_of(0.10, 0.0, 0.20, measured=[True, False, True]))
+    assert text.startswith("SSync's premise holds on these 2 clips: margin +0.150 ± 0.050")
+    assert "1 clip without a valid patch was left out" in text
+
+
+def test_report_of_one_clip_has_no_standard_error() -> None:
+    text = report(verdict_of(0.25))
+    assert text.startswith("SSync's premise holds on this one clip: margin +0.250 (no standard error).")
+    assert "±" not in text
+    assert "One clip says next to nothing" in text
+
+
+def test_report_of_nothing_and_of_broken_maps_judges_nothing() -> None:
+    for text in (report(verdict_of(0.5, measured=[False])), report(verdict_of(0.5, math.nan))):
+        assert text.startswith("SSync's premise cannot be judged")
+        assert "expected to" not in text
+    assert "no clip has a valid patch" in report(verdict_of(0.5, measured=[False]))
+    assert "NaN or infinities" in report(verdict_of(0.5, math.nan))
+
+
+def test_report_of_real_measurements_agrees_with_the_verdict() -> None:
+    features, sharp, blurred = blobs(0)
+    assert "premise holds on these 4 clips" in report(premise(sharp, blurred, features))
+    assert "premise does not hold on these 4 clips" in report(premise(blurred, sharp, features))
+
+
+# --- errors ---
+
+
+def test_errors_name_the_argument_the_wanted_and_the_given() -> None:
+    maps, labels = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 5, 6, dtype=torch.int64)
+    features = torch.zeros(2, 3, 7, 5, 6)
+    with pytest.raises(
+        ValueError, match=r"`features` must have shape \(B=2, T=3, D, H=5, W=6\); got \(2, 3, 7, 6, 5\)"
+    ):
+        premise(maps, maps, features.mT)
+    with pytest.raises(ValueError, match=r"`features` must have shape .*; got \(2, 3, 30, 7\)"):
+        premise(maps, maps, torch.zeros(2, 3, 30, 7))
+    with pytest.raises(ValueError, match=r"`features` must have D >= 1; got D=0"):
+        premise(maps, maps, features[:, :, :0])
+    with pytest.raises(TypeError, match=r"`features` must be floating point; got torch.int64"):
+        premise(maps, maps, features.long())
+    with pytest.raises(ValueError, match=r"`features` must be on the device of `enc_logits` \(cpu\); got meta"):
+        premise(maps, maps, features.to("meta"))
+    with pytest.raises(ValueError, match=r"`dec_logits` must have shape"):
+        premise(maps, maps[:, :2], features)
+    with pytest.raises(ValueError, match=r"`labels` must have shape \(B, T, H, W\); got \(3, 5, 6\)"):
+        edge_alignment(features, labels[0])
+    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
+        explained_variance(features, labels.float(), num_slots=2)
+    with pytest.raises(ValueError, match=r"`labels` must lie within \[0, 1\]; got values from 0 to 2"):
+        explained_variance(features, labels.clone().index_fill_(0, torch.tensor([0]), 2), num_slots=2)
+    with pytest.raises(ValueError, match=r"`num_slots` must be at least 1; got 0"):
+        explained_variance(features, labels, num_slots=0)
+    with pytest.raises(ValueError, match=r"`valid` must have shape \(B=2, T=3\); got \(2, 4\)"):
+        edge_alignment(features, labels, valid=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_errors_of_statistics_name_the_argument_the_wanted_and_the_given() -> None:
+    labels = torch.zeros(2, 3, 5, 6, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"`region` must be boolean; got torch.int64"):
+        region_share(labels)
+    with pytest.raises(ValueError, match=r"`region` must have shape \(B, T, H, W\); got \(2, 3\)"):
+        region_share(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"`dec_labels` must have shape \(B=2, T=3, H=5, W=6\); got \(2, 1, 5, 6\)"):
+        agreement(labels, labels[:, :1])
+    with pytest.raises(TypeError, match=r"`enc_labels` must hold integers; got torch.bool"):
+        agreement(labels.bool(), labels)
+    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
+        slots_in_use(labels.float())
+    with pytest.raises(ValueError, match=r"`labels` must have T >= 1; got T=0"):
+        slots_in_use(labels[:, :0])
+    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
+        label_flips(labels.float())
+    with pytest.raises(TypeError, match=r"`valid` must be boolean; got torch.int64"):
+        label_flips(labels, valid=labels)
+    with pytest.raises(ValueError, match=r"`representative` must have shape \(B, S\); got \(2, 3, 5, 6\)"):
+        merges(labels)
+    with pytest.raises(TypeError, match=r"`representative` must hold integers; got torch.float32"):
+        merges(torch.zeros(2, 3))
+    pseudo = PseudoLabels(labels, labels, labels == 0, labels == 0, torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"`slot_mask` must have shape \(B=2, S=4\); got \(2, 5\)"):
+        summary(pseudo, slot_mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"`slot_mask` must be boolean; got torch.int64"):
+        summary(pseudo, slot_mask=torch.ones(2, 4, dtype=torch.int64))

@@ -1,0 +1,492 @@
+"""The example, shortened: its data, its model, and that stopping and resuming lose nothing."""
+
+import doctest
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import av
+import numpy as np
+import pytest
+import torch
+from examples import moving_objects, report, train_moving_objects
+from examples.checkpoint import Settings, TrainingState, batch_of_step
+from examples.clips import load_clips
+from examples.evaluation import EvaluationSet, evaluate
+from examples.features import FrozenFeatures
+from examples.slot_model import SlotModel, cosine_basis, reconstruction_loss, slot_contrast_loss
+from PIL import Image
+from torch import Tensor
+
+from ssync_loss import SSyncLoss
+
+QUICK = ["--quick", "--steps", "10", "--slots", "4", "--threads", "1"]
+
+
+class TestMovingObjects:
+    def test_the_seed_decides(self) -> None:
+        first, again, other = (moving_objects.moving_objects(60, seed=seed) for seed in (3, 3, 4))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not torch.equal(first.video, other.video)
+
+    def test_shapes_ranges_and_doctest(self) -> None:
+        clips = moving_objects.moving_objects(5, seed=0, num_frames=3, size=32)
+        assert clips.video.shape == (5, 3, 3, 32, 32)
+        assert clips.video.dtype == torch.float32
+        assert clips.video.min() >= 0
+        assert clips.video.max() <= 1
+        assert clips.ids.shape == (5, 3, 32, 32)
+        assert clips.ids.dtype == torch.int64
+        assert doctest.testmod(moving_objects).failed == 0
+
+    def test_two_to_four_objects(self) -> None:
+        clips = moving_objects.moving_objects(100, seed=0)
+        assert set(clips.num_objects.tolist()) == {2, 3, 4}
+        assert torch.equal(clips.ids.flatten(1).amax(1), clips.num_objects)
+        assert (clips.ids == 0).flatten(1).any(1).all()
+
+    def test_every_surface_has_a_color_of_its_own(self) -> None:
+        clips = moving_objects.moving_objects(200, seed=0)
+        gap = torch.cdist(clips.colors, clips.colors) + 9 * torch.eye(5)
+        assert gap.min() >= 0.5 - 1e-4
+
+    def test_ids_say_whose_color_is_seen(self) -> None:
+        clips = moving_objects.moving_objects(8, seed=1, contrast=0.0, noise=0.0)
+        rows = torch.arange(8).view(-1, 1, 1, 1)
+        assert torch.equal(clips.video.movedim(2, -1), clips.colors[rows, clips.ids])
+
+    def test_later_objects_cover_earlier_ones(self) -> None:
+        # the shapes are convex: seen whole, an object fills one run of pixels in every line
+        clips = moving_objects.moving_objects(150, seed=2)
+        last = clips.ids == clips.num_objects.view(-1, 1, 1, 1)
+        assert _runs(last).max() == 1
+        assert _runs(clips.ids == 1).max() > 1
+
+    def test_objects_move_slowly(self) -> None:
+        clips = moving_objects.moving_objects(50, seed=0)
+        last = (clips.ids == clips.num_objects.view(-1, 1, 1, 1)).double()
+        inside = last[..., 1:-1, 1:-1].flatten(2).sum(2) == last.flatten(2).sum(2)
+        column = (last * torch.arange(48)).flatten(2).sum(2) / last.flatten(2).sum(2)
+        step = column.diff(dim=1).abs()[inside[:, 1:] & inside[:, :-1]]
+        assert step.max() < 0.05 * 48 + 0.5
+        assert step.max() > 0.02 * 48
+
+
+class TestFeatures:
+    def test_tokens_are_centered_decorrelated_and_scaled(self) -> None:
+        video = moving_objects.moving_objects(20, seed=0).video
+        tokens = FrozenFeatures(12).fit(video)(video)
+        assert tokens.shape == (20, 4, 12, 12, 12)
+        flat = tokens.movedim(2, -1).flatten(0, -2).double()
+        covariance = flat.T @ flat / len(flat)
+        variance = covariance.diagonal()
+        assert flat.mean(0).abs().max() < 1e-3
+        assert (covariance - variance.diag()).abs().max() < 1e-3
+        assert variance.mean().item() == pytest.approx(1, abs=1e-3)
+        assert torch.equal(variance, variance.sort(descending=True).values)
+
+    def test_whitening_stops_half_way(self) -> None:
+        # the square root of a variance becomes the variance
+        video = moving_objects.moving_objects(20, seed=0).video
+        features = FrozenFeatures(6).fit(video)
+        raw = torch.cat([features._raw(clip[None]) for clip in video]).movedim(2, -1).flatten(0, -2)
+        principal = torch.linalg.eigvalsh(torch.corrcoef(raw.double().T)).flip(0)[:6]
+        tokens = features(video).movedim(2, -1).flatten(0, -2).double()
+        ratio = tokens.var(0) / principal.sqrt()
+        assert (ratio / ratio.mean() - 1).abs().max() < 0.01
+
+    def test_any_grid_of_patches(self) -> None:
+        video = torch.rand(3, 2, 3, 24, 40)
+        assert FrozenFeatures(8).fit(video)(video).shape == (3, 2, 8, 6, 10)
+
+    def test_fitted_features_survive_a_state_dict(self) -> None:
+        video = torch.rand(2, 2, 3, 16, 16)
+        fitted, loaded = FrozenFeatures(4).fit(video), FrozenFeatures(4, seed=9)
+        loaded.load_state_dict(fitted.state_dict())
+        assert torch.equal(loaded(video), fitted(video))
+
+    def test_refuses_what_is_no_video_of_whole_patches(self) -> None:
+        with pytest.raises(ValueError, match=r"`video` must have shape \(B, T, 3, H, W\); got \(2, 3, 16, 16\)"):
+            FrozenFeatures()(torch.rand(2, 3, 16, 16))
+        with pytest.raises(ValueError, match=r"`video` must have H and W that are multiples of 4; got \(16, 18\)"):
+            FrozenFeatures()(torch.rand(1, 2, 3, 16, 18))
+
+
+class TestSlotModel:
+    def test_maps_of_any_grid_reach_every_parameter(self) -> None:
+        torch.manual_seed(0)
+        model, features = SlotModel(3, feature_dim=5, dim=8), torch.randn(2, 3, 5, 4, 6)
+        output = model(features)
+        assert output.slots.shape == (2, 3, 3, 8)
+        assert output.enc_logits.shape == output.dec_logits.shape == (2, 3, 3, 4, 6)
+        assert output.reconstruction.shape == features.shape
+        loss = reconstruction_loss(output, features) + slot_contrast_loss(output.slots)
+        (loss + SSyncLoss()(output.enc_logits, output.dec_logits)).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+    def test_encoder_map_is_what_attention_normalizes(self) -> None:
+        torch.manual_seed(0)
+        attention = SlotModel(2, dim=8).attention
+        tokens, slots = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
+        queries = attention.to_query(attention.norm_slots(slots))
+        keys = attention.to_key(attention.norm_tokens(tokens))
+        _, dots = attention(tokens, slots, iterations=1)
+        torch.testing.assert_close(dots, queries @ keys.mT / 8**0.5)
+
+    def test_slots_take_the_mean_of_their_tokens(self) -> None:
+        # a mean, not a sum: every token twice changes nothing
+        torch.manual_seed(0)
+        attention = SlotModel(2, dim=8).attention
+        tokens, slots = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
+        once, _ = attention(tokens, slots, iterations=2)
+        twice, _ = attention(tokens.repeat(1, 2, 1), slots, iterations=2)
+        torch.testing.assert_close(twice, once)
+
+    def test_reconstruction_mixes_by_the_decoder_map(self) -> None:
+        torch.manual_seed(0)
+        decoder = SlotModel(3, feature_dim=5, dim=8).decoder
+        slots = torch.randn(1, 1, 3, 8)
+        alpha, painted = decoder(slots, 4, 6)
+        expected = torch.einsum("shw,sd->dhw", alpha[0, 0].softmax(0), decoder.to_feature(slots)[0, 0])
+        torch.testing.assert_close(painted[0, 0], expected)
+
+    def test_cosines_are_orthogonal_and_start_constant(self) -> None:
+        basis = cosine_basis(3, 6, 8).flatten(1).double()
+        gram = basis @ basis.T
+        assert torch.equal(basis[0], torch.ones(48).double())
+        assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
+
+    def test_slot_contrast_is_small_only_for_slots_that_stay(self) -> None:
+        slots = torch.eye(4).view(2, 1, 2, 4).expand(2, 3, 2, 4)  # four orthogonal slots in two clips
+        assert slot_contrast_loss(slots).item() == pytest.approx(math.log(1 + 3 * math.exp(-10)), abs=1e-6)
+        swapped = torch.stack([slots[:, 0], slots[:, 0].flip(1)], dim=1)
+        assert slot_contrast_loss(swapped).item() == pytest.approx(10 + math.log(1 + 3 * math.exp(-10)), abs=1e-5)
+
+
+class TestTraining:
+    def test_a_pass_sees_every_clip_once_in_a_new_order(self) -> None:
+        def one_pass(number: int) -> Tensor:
+            steps = range(4 * number, 4 * number + 4)
+            return torch.cat([batch_of_step(step, num_clips=12, batch_size=3, seed=5) for step in steps])
+
+        assert torch.equal(one_pass(0).sort().values, torch.arange(12))
+        assert torch.equal(one_pass(0), one_pass(0))
+        assert not torch.equal(one_pass(0), one_pass(1))
+        assert len(batch_of_step(7, num_clips=2, batch_size=16, seed=0)) == 2
+
+    def test_before_its_start_the_line_changes_nothing(self, tmp_path: Path) -> None:
+        settings = Settings("noise", 8, slots=3, steps=20)
+        features = torch.randn(8, 2, 24, 4, 4)
+
+        def weights(criterion: SSyncLoss | None, until: int) -> list[Tensor]:
+            state = TrainingState.fresh(settings, 0)
+            stop = Event()
+            place = tmp_path / "state.pt"
+            train_moving_objects.train(
+                state, features, criterion=criterion, until=until, checkpoint=place, stop=stop, title="test"
+            )
+            return list(state.model.state_dict().values())
+
+        line = SSyncLoss(start_step=settings.start_step)
+        assert settings.start_step == 6
+        assert all(map(torch.equal, weights(line, 6), weights(None, 6)))
+        assert not all(map(torch.equal, weights(line, 7), weights(None, 7)))
+
+    def test_a_state_comes_back_from_disk_whole(self, tmp_path: Path) -> None:
+        settings = Settings("noise", 8, slots=3, steps=20)
+        state = TrainingState.fresh(settings, 1)
+        state.model.initial_slots.grad = torch.ones_like(state.model.initial_slots)
+        state.optimizer.step()
+        state.scheduler.step()
+        state.step, state.history = 1, [{"contrast": 0.5}]
+        state.save(tmp_path / "state.pt")
+        drawn = torch.rand(3)
+        loaded = TrainingState.load(tmp_path / "state.pt", settings, 1)
+        assert torch.equal(torch.rand(3), drawn)
+        assert _same(loaded.model.state_dict(), state.model.state_dict())
+        assert _same(loaded.optimizer.state_dict(), state.optimizer.state_dict())
+        assert loaded.scheduler.state_dict() == state.scheduler.state_dict()
+        assert (loaded.step, loaded.history) == (1, [{"contrast": 0.5}])
+        assert not list(tmp_path.glob("*.partial"))
+
+    def test_other_settings_are_refused(self, tmp_path: Path) -> None:
+        TrainingState.fresh(Settings("noise", 8, slots=3), 1).save(tmp_path / "state.pt")
+        with pytest.raises(ValueError, match=r"trained with `slots` = 3; got 4"):
+            TrainingState.load(tmp_path / "state.pt", Settings("noise", 8, slots=4), 1)
+        with pytest.raises(ValueError, match=r"trained with `seed` = 1; got 2"):
+            TrainingState.load(tmp_path / "state.pt", Settings("noise", 8, slots=3), 2)
+
+    def test_rate_warms_up_and_falls_to_half(self) -> None:
+        state = TrainingState.fresh(Settings("noise", 8, steps=100, warmup_steps=10), 0)
+        rates = []
+        for _ in range(101):
+            rates.append(state.optimizer.param_groups[0]["lr"])
+            state.optimizer.step()
+            state.scheduler.step()
+        assert rates[0] == pytest.approx(2e-4)
+        assert max(rates) == rates[9]
+        assert rates[100] == pytest.approx(1e-3)
+
+
+class TestEvaluation:
+    def test_perfect_masks_score_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ids = torch.zeros(2, 2, 8, 8, dtype=torch.int64)
+        ids[:, :, :4, :4], ids[:, :, 4:, 4:] = 1, 2
+        logits = 50.0 * torch.nn.functional.one_hot(ids, 3).movedim(-1, 2)
+        monkeypatch.setattr("examples.evaluation.maps_of", lambda *_: (logits, logits))
+        data = EvaluationSet(torch.rand(2, 2, 3, 8, 8), torch.rand(2, 2, 4, 8, 8), ids)
+        scores = evaluate(SlotModel(3), data, 0.6)
+        ones = {f"dec_{name}" for name in ("fg_ari", "ari", "mbo", "recall", "fragmentation")}
+        ones |= {"enc_fg_ari", "enc_mbo", "agreement"}
+        assert {name: scores[name] for name in ones} == pytest.approx(dict.fromkeys(ones, 1.0))
+        assert scores["dec_slots"] == scores["enc_slots"] == 3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("finished")
+    assert train_moving_objects.main([*QUICK, "--seeds", "0", "1", "--out", str(out)]) == 0
+    return out
+
+
+class TestTheCommand:
+    def test_leaves_numbers_and_a_picture(self, finished: Path) -> None:
+        results = json.loads((finished / "results.json").read_text())
+        assert results["complete"]
+        assert {"cpu", "torch", "commit", "date", "threads"} <= results["machine"].keys()
+        assert results["settings"]["start_step"] == 3
+        for seed in results["seeds"]:
+            assert seed["premise"]["num_clips"] == 8
+            assert isinstance(seed["premise"]["holds"], bool)
+            for run in ("baseline", "ssync"):
+                assert seed["runs"][run]["step"] == 10
+                assert all(map(math.isfinite, seed["runs"][run]["scores"].values()))
+        picture = np.asarray(Image.open(finished / "comparison.png"))
+        assert min(picture.shape[:2]) > 500
+        assert picture.std() > 20
+
+    def test_both_runs_start_from_the_shared_part(self, finished: Path) -> None:
+        shared, baseline, ssync = (
+            torch.load(finished / "checkpoints" / f"seed0_{stage}.pt", weights_only=True)
+            for stage in ("shared", "baseline", "ssync")
+        )
+        assert baseline["history"][:3] == ssync["history"][:3] == shared["history"]
+        assert all(losses["ssync"] == 0 for losses in baseline["history"])
+        assert all(losses["ssync"] > 0 for losses in ssync["history"][3:])
+        # the first step with the line on is taken from the same weights, on the same clips
+        first = [run["history"][3] for run in (baseline, ssync)]
+        assert first[0]["reconstruction"] == first[1]["reconstruction"]
+        assert not _same(baseline["model"], ssync["model"])
+
+    def test_prints_its_table_again(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert train_moving_objects.main(["--table", str(finished / "results.json")]) == 0
+        printed = capsys.readouterr().out
+        for part in (
+            "| own losses",
+            "| + SSync",
+            "| difference, seed 1",
+            "FG-ARI",
+            " ± ",
+            "Premise at step 3",
+        ):
+            assert part in printed
+
+    def test_the_table_gives_paired_differences(self) -> None:
+        def seed(number: int, before: float, after: float) -> report.SeedReport:
+            keys = [key for _, key, _ in report.COLUMNS]
+            runs = {
+                name: report.Run(10, 1.0, dict.fromkeys(keys, value), [])
+                for name, value in (("baseline", before), ("ssync", after))
+            }
+            return report.SeedReport(number, None, runs)
+
+        settings = {"data": "x", "num_clips": 1, "slots": 2, "steps": 10, "threshold": 0.6, "start_step": 3}
+        machine = {"cpu": "c", "threads": 1, "torch": "2", "commit": "abc", "date": "today"}
+        lines = report.table(
+            report.Report(settings, machine, True, [seed(0, 0.4, 0.5), seed(1, 0.6, 0.9)])
+        ).splitlines()
+        cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("| ")}
+        assert cells["own losses"] == "0.500 ± 0.141"
+        assert cells["+ SSync"] == "0.700 ± 0.283"
+        assert cells["difference"] == "+0.200 ± 0.141"
+        assert cells["difference, seed 1"] == "+0.300"
+
+    @pytest.mark.parametrize("pressed_at", [2, 6, 14], ids=["shared", "baseline", "ssync"])
+    def test_ctrl_c_keeps_everything_and_resuming_loses_nothing(
+        self,
+        pressed_at: int,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        arguments = [*QUICK, "--out", str(tmp_path)]
+        with monkeypatch.context() as patch:
+            _press_ctrl_c_at(pressed_at, patch)
+            assert train_moving_objects.main(arguments) == 130
+        assert "--resume" in capsys.readouterr().out
+        assert not json.loads((tmp_path / "results.json").read_text())["complete"]
+        assert (tmp_path / "comparison.png").exists()
+        with pytest.raises(SystemExit, match="holds an unfinished run: go on with --resume"):
+            train_moving_objects.main(arguments)
+
+        assert train_moving_objects.main([*arguments, "--resume"]) == 0
+        for stage in ("shared", "baseline", "ssync"):
+            whole, resumed = (
+                torch.load(out / "checkpoints" / f"seed0_{stage}.pt", weights_only=True) for out in (finished, tmp_path)
+            )
+            del whole["seconds"], resumed["seconds"]
+            assert _same(whole, resumed)
+
+    def test_a_second_ctrl_c_is_not_swallowed(self) -> None:
+        with train_moving_objects.stop_on_ctrl_c() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_finished_run_is_replaced(self, tmp_path: Path) -> None:
+        checkpoints, results = tmp_path / "checkpoints", tmp_path / "results.json"
+        checkpoints.mkdir()
+        (checkpoints / "seed7_ssync.pt").touch()
+        report.Report({}, {}, complete=True).save(results)
+        train_moving_objects.start_over(checkpoints, results)
+        assert not list(checkpoints.iterdir())
+        train_moving_objects.start_over(checkpoints, results)
+
+    def test_resuming_with_other_settings_is_refused_in_a_line(self, finished: Path) -> None:
+        with pytest.raises(SystemExit, match=r"error: .*seed0_shared.pt was trained with `slots` = 4; got 5"):
+            train_moving_objects.main([*QUICK, "--slots", "5", "--resume", "--out", str(finished)])
+
+    def test_missing_clips_are_refused_in_a_line(self, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match="error: `clips` must hold videos"):
+            train_moving_objects.main([*QUICK, "--clips", str(tmp_path), "--out", str(tmp_path / "out")])
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--slots", "0"], "--slots must be at least 1; got 0"),
+            (["--steps", "5"], "--steps must be at least 10; got 5"),
+            (["--threshold", "1.5"], r"--threshold must be within \[0, 1\]; got 1.5"),
+        ],
+    )
+    def test_refuses_senseless_numbers(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            train_moving_objects.main(arguments)
+        capsys.readouterr().err.index(message.replace("\\", ""))
+
+
+class TestOwnClips:
+    def test_frames_are_read_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
+        _write_frames(tmp_path / "a", range(11))
+        clips = load_clips(tmp_path, num_frames=5, size=8)
+        assert clips.sources == ["a", "a"]
+        assert clips.video.shape == (2, 5, 3, 8, 8)
+        levels = (clips.video[:, :, 0, 0, 0] * 255 / 20).round().int()
+        assert levels.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+    def test_every_nth_frame(self, tmp_path: Path) -> None:
+        _write_frames(tmp_path, range(9))
+        levels = load_clips(tmp_path, size=8, stride=2).video[:, :, 0, 0, 0] * 255 / 20
+        assert levels.round().tolist() == [[0, 2, 4, 6]]
+
+    def test_the_central_square_is_kept(self, tmp_path: Path) -> None:
+        picture = np.zeros((16, 48, 3), dtype=np.uint8)
+        picture[:, 16:32] = 255
+        for i in range(4):
+            Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        assert load_clips(tmp_path, size=8).video.min() == 1
+
+    def test_video_files(self, tmp_path: Path) -> None:
+        (tmp_path / "deep").mkdir()
+        _write_mp4(tmp_path / "deep" / "1_video.mp4", 10)
+        _write_mp4(tmp_path / "deep" / "1_colors.mp4", 10)
+        clips = load_clips(tmp_path, match="*_video.mp4", size=16)
+        assert clips.sources == ["deep/1_video.mp4"] * 2
+        brightness = clips.video.flatten(2).mean(2).flatten()
+        expected = torch.arange(8) * 20 / 255
+        assert (brightness - expected).abs().max() < 0.03
+
+    def test_says_what_is_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"`clips` must be a directory; got .*nowhere"):
+            load_clips(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match=r"`clips` must hold videos .*\.mp4.* or folders of frames .*found none"):
+            load_clips(tmp_path)
+        _write_frames(tmp_path / "short", range(3))
+        with (
+            pytest.warns(UserWarning, match="short is skipped: 3 frames, a clip takes 4"),
+            pytest.raises(ValueError, match="`clips` must hold a video of at least 4 frames"),
+        ):
+            load_clips(tmp_path)
+        with pytest.raises(ValueError, match=r"named like 'b\*'; found none"):
+            load_clips(tmp_path, match="b*")
+
+    def test_the_command_runs_without_ground_truth(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        _write_mp4(tmp_path / "clips" / "a.mp4", 16)
+        _write_frames(tmp_path / "clips" / "b", range(8))
+        out = tmp_path / "out"
+        arguments = [*QUICK, "--clips", str(tmp_path / "clips"), "--out", str(out)]
+        assert train_moving_objects.main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert "6 clips of 4 frames from 2 videos" in printed
+        assert "agreement of the maps" in printed
+        assert "No ground truth" in printed
+        assert "FG-ARI" not in printed
+        assert (out / "comparison.png").exists()
+
+
+def _runs(mask: Tensor) -> Tensor:
+    """Count the runs of True in every line of (B, T, H, W)."""
+    padded = torch.nn.functional.pad(mask.int(), (1, 0))
+    return (padded.diff(dim=-1) == 1).sum(-1)
+
+
+def _same(left: object, right: object) -> bool:
+    """Compare nested containers of tensors bit for bit."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left == right
+
+
+def _press_ctrl_c_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Raise SIGINT in the midst of the n-th training step."""
+    compute: Callable[..., train_moving_objects.Losses] = train_moving_objects.compute_losses
+    calls = 0
+
+    def pressed(*args: object, **kwargs: object) -> train_moving_objects.Losses:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            signal.raise_signal(signal.SIGINT)
+        return compute(*args, **kwargs)
+
+    patch.setattr(train_moving_objects, "compute_losses", pressed)
+
+
+def _write_frames(folder: Path, numbers: range) -> None:
+    """Write frames of brightness 20 n named so that text order is not number order."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for n in numbers:
+        Image.fromarray(np.full((20, 16, 3), 20 * n, dtype=np.uint8)).save(folder / f"frame_{n}.png")
+
+
+def _write_mp4(path: Path, num_frames: int) -> None:
+    """Write frames of brightness 20 n."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for n in range(num_frames):
+            picture = np.full((48, 64, 3), min(20 * n, 255), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())

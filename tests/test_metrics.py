@@ -1,0 +1,936 @@
+"""Metrics against slow counting, scikit-learn, every permutation and numbers worked out by hand."""
+
+import copy
+import inspect
+import itertools
+import pickle
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from statistics import fmean
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssync_loss import metrics
+from ssync_loss.metrics import (
+    MetricAverage,
+    ari,
+    fg_ari,
+    fragmentation,
+    has_objects,
+    image_ari,
+    image_fg_ari,
+    image_mbo,
+    image_miou,
+    masks_to_labels,
+    mean_best_overlap,
+    mean_iou,
+    object_recall,
+    objects_to_labels,
+    unused_slots,
+    video_ari,
+    video_fg_ari,
+    video_mbo,
+    video_miou,
+)
+from ssync_loss.metrics._contingency import Per
+
+VOID = -1
+# names carry no order and no size: ids next to each other, ids whose table is better sorted than laid out
+# in full (0 and 299 on both sides), and ids too far apart to subtract
+TARGET_IDS = [VOID, 0, 1, 9, 299, 2**40, -(2**62)]
+PRED_IDS = [0, 1, 2, 299, -7, 2**62]
+
+with_background = [fg_ari, mean_best_overlap, mean_iou]
+per_frame = [object_recall, fragmentation]
+scored_on_ground_truth = [*with_background, *per_frame]
+
+
+@st.composite
+def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
+    """Draw a prediction and its ground truth: few pixels and few ids, so that empty sets are common."""
+    shape = draw(hnp.array_shapes(min_dims=4, max_dims=4, max_side=frames))
+    pred_ids = draw(st.lists(st.sampled_from(PRED_IDS), min_size=1, max_size=4))
+    target_ids = draw(st.lists(st.sampled_from(TARGET_IDS), min_size=1, max_size=4))
+    pred = draw(hnp.arrays(np.int64, shape, elements=st.sampled_from(pred_ids), fill=st.nothing()))
+    target = draw(hnp.arrays(np.int64, shape, elements=st.sampled_from(target_ids), fill=st.nothing()))
+    return torch.from_numpy(pred), torch.from_numpy(target)
+
+
+backgrounds = st.sampled_from([None, 0, 9])
+units = st.sampled_from(["video", "image"])
+
+# ---------------------------------------------------------------- the slow reference: pixels one by one
+
+Pixel = tuple[int, int]
+
+
+def pixels_of(pred: Tensor, target: Tensor) -> list[Pixel]:
+    """List the (object, slot) of every annotated pixel."""
+    pairs = zip(target.flatten().tolist(), pred.flatten().tolist(), strict=True)
+    return [pair for pair in pairs if pair[0] >= 0]
+
+
+def units_of(pred: Tensor, target: Tensor, per: str) -> list[list[list[Pixel]]]:
+    """List the units of every video, each as its annotated pixels."""
+    videos = zip(pred, target, strict=True)
+    if per == "video":
+        return [[pixels_of(*video)] for video in videos]
+    return [[pixels_of(*frame) for frame in zip(*video, strict=True)] for video in videos]
+
+
+def exact_ari(pixels: list[Pixel] | Counter[Pixel]) -> Fraction:
+    """Compute the adjusted Rand index in exact arithmetic."""
+
+    def pairs(counts: Counter[Any]) -> int:
+        return sum(n * (n - 1) for n in counts.values())
+
+    table = Counter(pixels)
+    objects: Counter[int] = Counter()
+    slots: Counter[int] = Counter()
+    for (obj, slot), n in table.items():
+        objects[obj] += n
+        slots[slot] += n
+    n = sum(table.values())
+    r, a, b = pairs(table), pairs(objects), pairs(slots)
+    expected = Fraction(a * b, n * (n - 1)) if n > 1 else Fraction(0)
+    gap = Fraction(a + b, 2) - expected
+    return (r - expected) / gap if gap else Fraction(1)
+
+
+def overlaps(pixels: list[Pixel], background: int | None) -> list[list[Fraction]]:
+    """Return the IoU of every object with every slot."""
+    table, objects = Counter(pixels), Counter(obj for obj, _ in pixels)
+    slots = Counter(slot for _, slot in pixels)
+    return [
+        [Fraction(table[o, s], objects[o] + slots[s] - table[o, s]) for s in slots] for o in objects if o != background
+    ]
+
+
+def best_matching(iou: list[list[Fraction]]) -> Fraction:
+    """Try every way of giving the objects slots of their own."""
+    num_slots = max(len(iou), *(len(row) for row in iou))
+    padded = [row + [Fraction(0)] * (num_slots - len(row)) for row in iou]
+    ways = itertools.permutations(range(num_slots), len(iou))
+    return max(sum((padded[o][s] for o, s in enumerate(way)), Fraction(0)) for way in ways)
+
+
+def mean_or(values: list[Any], empty: float) -> float:
+    return float(fmean(map(float, values))) if values else empty
+
+
+def reference_ari(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
+    scores = []
+    for video in units_of(pred, target, per):
+        kept = [[pair for pair in unit if pair[0] != background] for unit in video]
+        scores.append(mean_or([exact_ari(unit) for unit in kept if unit], 1.0))
+    return scores
+
+
+def reference_mbo(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
+    scores = []
+    for video in units_of(pred, target, per):
+        ious = [iou for unit in video if (iou := overlaps(unit, background))]
+        scores.append(mean_or([fmean(float(max(row)) for row in iou) for iou in ious], 0.0))
+    return scores
+
+
+def reference_miou(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
+    scores = []
+    for video in units_of(pred, target, per):
+        ious = [iou for unit in video if (iou := overlaps(unit, background))]
+        scores.append(mean_or([best_matching(iou) / len(iou) for iou in ious], 0.0))
+    return scores
+
+
+def reference_recall(pred: Tensor, target: Tensor, *, background: int | None) -> list[float]:
+    return [
+        mean_or([max(row) > Fraction(1, 2) for frame in video for row in overlaps(frame, background)], 0.0)
+        for video in units_of(pred, target, "image")
+    ]
+
+
+def reference_fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over: str) -> list[float]:
+    scores = []
+    for video in units_of(pred, target, "image"):
+        counts = []
+        for frame in video:
+            table, areas = Counter(frame), Counter(slot for _, slot in frame)
+            for obj in {obj for obj, _ in frame} - {background}:
+                counts.append(sum(2 * table[obj, slot] > areas[slot] for slot in areas))
+        scores.append(mean_or([c for c in counts if c > 0 or over == "all"], 0.0))
+    return scores
+
+
+def assert_scores(actual: Tensor, expected: list[float], tolerance: float = 1e-12) -> None:
+    assert actual.dtype == torch.float64
+    assert actual.shape == (len(expected),)
+    torch.testing.assert_close(
+        actual, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance, equal_nan=False
+    )
+
+
+def frames(*rows: list[int]) -> Tensor:
+    """Build one video of one-row frames."""
+    return torch.tensor(rows).unsqueeze(1).unsqueeze(0)
+
+
+class TestAgainstTheReference:
+    @given(clips(), backgrounds, units)
+    @settings(max_examples=120, deadline=None)
+    def test_fg_ari(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
+        expected = reference_ari(*clip, background=background, per=per)
+        assert_scores(fg_ari(*clip, background=background, per=per), expected)
+
+    @given(clips(), units)
+    @settings(max_examples=100, deadline=None)
+    def test_ari(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
+        assert_scores(ari(*clip, per=per), reference_ari(*clip, background=None, per=per))
+
+    @given(clips(), backgrounds, units)
+    @settings(max_examples=120, deadline=None)
+    def test_mean_best_overlap(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
+        expected = reference_mbo(*clip, background=background, per=per)
+        assert_scores(mean_best_overlap(*clip, background=background, per=per), expected)
+
+    @given(clips(), backgrounds, units)
+    @settings(max_examples=120, deadline=None)
+    def test_mean_iou_equals_the_best_of_all_permutations(
+        self, clip: tuple[Tensor, Tensor], background: int | None, per: Per
+    ) -> None:
+        expected = reference_miou(*clip, background=background, per=per)
+        assert_scores(mean_iou(*clip, background=background, per=per), expected)
+
+    @given(clips(), backgrounds)
+    @settings(max_examples=120, deadline=None)
+    def test_object_recall(self, clip: tuple[Tensor, Tensor], background: int | None) -> None:
+        expected = reference_recall(*clip, background=background)
+        assert_scores(object_recall(*clip, background=background), expected)
+
+    @pytest.mark.parametrize("over", ["all", "found"])
+    @given(clips(), backgrounds)
+    @settings(max_examples=100, deadline=None)
+    def test_fragmentation(self, over: Any, clip: tuple[Tensor, Tensor], background: int | None) -> None:
+        expected = reference_fragmentation(*clip, background=background, over=over)
+        assert_scores(fragmentation(*clip, background=background, over=over), expected)
+
+    @given(
+        hnp.arrays(np.int64, hnp.array_shapes(min_dims=4, max_dims=4, max_side=3), elements=st.integers(0, 3)),
+        st.integers(4, 6),
+    )
+    @settings(max_examples=100, deadline=None)
+    def test_unused_slots(self, labels: np.ndarray[Any, Any], num_slots: int) -> None:
+        pred = torch.from_numpy(labels)
+        per_video = [1 - len(set(video.flatten().tolist())) / num_slots for video in pred]
+        per_image = [fmean(1 - len(set(f.flatten().tolist())) / num_slots for f in video) for video in pred]
+        assert_scores(unused_slots(pred, num_slots=num_slots), per_video)
+        assert_scores(unused_slots(pred, num_slots=num_slots, per="image"), per_image)
+
+    def test_the_comparison_can_fail(self) -> None:
+        with pytest.raises(AssertionError):
+            assert_scores(torch.tensor([float("nan")], dtype=torch.float64), [float("nan")])
+        with pytest.raises(AssertionError):
+            assert_scores(torch.tensor([0.5], dtype=torch.float64), [0.5 + 1e-9])
+        with pytest.raises(AssertionError):
+            assert_scores(torch.tensor([0.5]), [0.5])
+
+
+def sklearn_ari(target: Tensor, pred: Tensor) -> float:
+    with warnings.catch_warnings():
+        # it suspects a regression target where most labels are different
+        warnings.filterwarnings("ignore", message="The number of unique classes")
+        return float(adjusted_rand_score(target.flatten().numpy(), pred.flatten().numpy()))
+
+
+class TestARI:
+    @given(st.integers(1, 30).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2)))
+    @example(([0], [3]))
+    @example(([0, 0, 0], [1, 1, 1]))
+    @example(([0, 1, 2], [2, 1, 0]))
+    @example(([0, 0, 0], [0, 1, 2]))
+    @example(([0, 1, 2], [4, 4, 4]))
+    @settings(max_examples=150, deadline=None)
+    def test_equals_sklearn(self, labels: tuple[list[int], list[int]]) -> None:
+        target, pred = frames(labels[0]), frames(labels[1])
+        assert_scores(ari(pred, target), [sklearn_ari(target, pred)])
+        assert_scores(fg_ari(pred, target, background=None), [sklearn_ari(target, pred)])
+
+    @pytest.mark.parametrize(("num_frames", "side"), [(6, 130), (24, 128)])
+    def test_equals_sklearn_on_clips_whose_products_of_pairs_overflow_int64(self, num_frames: int, side: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, num_frames, side, side)
+        target = torch.randint(0, 7, shape, generator=generator)
+        noise = torch.randint(0, 7, shape, generator=generator)
+        pred = torch.where(torch.rand(shape, generator=generator) < 0.8, target, noise)
+        all_pairs = target.numel() ** 2
+        assert (all_pairs // 7) * (all_pairs - all_pairs // 7) > 2**63
+        assert_scores(ari(pred, target), [sklearn_ari(target, pred)])
+        assert 0.3 < ari(pred, target).item() < 0.9
+
+    def test_is_exact_on_a_clip_of_8_million_pixels(self) -> None:
+        sizes = {(0, 0): 3_000_001, (0, 1): 499_999, (1, 1): 2_700_000, (1, 2): 849_720, (2, 2): 1_000_000}
+        repeats = torch.tensor(list(sizes.values()))
+        assert int(repeats.sum()) == 30 * 518 * 518
+        target, pred = (
+            torch.tensor([pair[i] for pair in sizes], dtype=torch.uint8)
+            .repeat_interleave(repeats)
+            .view(1, 30, 518, 518)
+            for i in (0, 1)
+        )
+        assert_scores(video_ari(pred, target), [float(exact_ari(Counter(sizes)))], 1e-14)
+
+    @pytest.mark.parametrize("side", [1, 2, 142])
+    @pytest.mark.parametrize(("num_objects", "num_slots"), [(1, 1), (0, 0)])
+    def test_is_exactly_1_where_the_denominator_is_0(self, side: int, num_objects: int, num_slots: int) -> None:
+        shape = (1, 1, side, side)
+        apart = torch.arange(side * side).view(shape)
+        target = torch.zeros_like(apart) if num_objects else apart
+        pred = torch.ones_like(apart) if num_slots else apart + 5
+        assert ari(pred, target).tolist() == [1.0]
+
+    def test_by_hand_with_a_split_background_merged_objects_and_swapped_names(self) -> None:
+        target = frames([0, 0, 0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+        pred = frames([0, 0, 1, 1, 2, 2, 2, 2, 3, 3], [0, 0, 1, 1, 3, 3, 3, 3, 2, 2])
+        # a frame without background: objects 2 2 2, slots 4 2 (two objects merged), n 6:
+        # r = 2 + 2 + 2, a = 6, b = 12 + 2, E = 6 * 14 / 30 = 2.8
+        assert_scores(image_fg_ari(pred, target, background=0), [(6 - 2.8) / (10 - 2.8)])
+        # both frames: objects 4 4 4 each meeting both slots by 2, slots 6 6, n 12:
+        # r = 6 * 2, a = 3 * 12, b = 2 * 30, E = 36 * 60 / 132
+        expected = 36 * 60 / 132
+        assert_scores(video_fg_ari(pred, target, background=0), [(12 - expected) / (48 - expected)])
+        # with background, a frame: n 10, r = 6 + 2 + 2, a = 12 + 6, b = 2 + 2 + 12 + 2, E = 18 * 18 / 90
+        assert_scores(image_ari(pred, target), [(10 - 3.6) / (18 - 3.6)])
+        # with background, the video: n 20, r = 12 + 12 + 12, a = 56 + 36, b = 12 + 12 + 60, E = 92 * 84 / 380
+        expected = 92 * 84 / 380
+        assert_scores(video_ari(pred, target), [(36 - expected) / (88 - expected)])
+
+    def test_an_identity_switch_costs_the_video_score_and_not_the_image_score(self) -> None:
+        target = frames([0, 1, 1, 2, 2], [0, 1, 1, 2, 2])
+        steady, switched = frames([7, 5, 5, 6, 6], [7, 5, 5, 6, 6]), frames([7, 5, 5, 6, 6], [7, 6, 6, 5, 5])
+        assert video_fg_ari(steady, target, background=0).tolist() == [1.0]
+        assert image_fg_ari(steady, target, background=0).tolist() == [1.0]
+        assert image_fg_ari(switched, target, background=0).tolist() == [1.0]
+        assert_scores(video_fg_ari(switched, target, background=0), [-1 / 6])
+
+    def test_a_split_background_costs_ari_and_not_fg_ari(self) -> None:
+        target = frames([0, 0, 0, 0, 1, 1, 2, 2])
+        whole, split = frames([7, 7, 7, 7, 5, 5, 6, 6]), frames([7, 7, 8, 8, 5, 5, 6, 6])
+        for pred in (whole, split):
+            assert fg_ari(pred, target, background=0).tolist() == [1.0]
+        assert ari(whole, target).tolist() == [1.0]
+        # n 8: r = 2 + 2 + 2 + 2, a = 12 + 2 + 2, b = 8, E = 16 * 8 / 56
+        assert_scores(ari(split, target), [(8 - 16 / 7) / (12 - 16 / 7)])
+
+    @given(clips(), units)
+    @settings(max_examples=50, deadline=None)
+    def test_fg_ari_is_ari_without_annotation_on_the_background(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
+        pred, target = clip
+        hidden = torch.where(target == 0, VOID, target)
+        assert torch.equal(fg_ari(pred, target, background=0, per=per), ari(pred, hidden, per=per))
+
+    def test_removing_the_first_object_as_if_it_were_background_moves_the_number(self) -> None:
+        # ground truth that names objects only: ids from 0, nothing elsewhere
+        target = frames([VOID, VOID, 0, 0, 1, 1, 2, 2])
+        pred = frames([5, 6, 5, 6, 7, 7, 8, 8])
+        assert_scores(fg_ari(pred, target, background=None), [sklearn_ari(target[..., 2:], pred[..., 2:])])
+        assert fg_ari(pred, target, background=None).item() < 0.8
+        assert torch.equal(fg_ari(pred, target, background=None), ari(pred, target))
+        assert fg_ari(pred, target, background=0).tolist() == [1.0]
+
+
+class TestOverlap:
+    def test_a_slot_serves_two_objects_in_mbo_and_one_in_miou(self) -> None:
+        target, pred = frames([1, 1, 2, 2]), frames([5, 5, 5, 5])
+        assert_scores(mean_best_overlap(pred, target, background=None), [0.5])
+        assert_scores(mean_iou(pred, target, background=None), [0.25])
+
+    def test_matching_gives_up_the_best_overlap_of_one_object_for_the_sum(self) -> None:
+        # slot 5 is the best of both objects: 4/7 of object 1, 3/8 of object 2; slot 6 covers 1 alone
+        target = frames([1] * 4 + [2] * 4 + [3] * 2)
+        pred = frames([5] * 3 + [6] + [5] * 3 + [7] + [7] * 2)
+        iou = [[3 / 7, 1 / 4, 0], [3 / 7, 0, 1 / 6], [0, 0, 2 / 3]]
+        assert_scores(mean_best_overlap(pred, target, background=None), [fmean(max(row) for row in iou)])
+        assert_scores(mean_iou(pred, target, background=None), [(1 / 4 + 3 / 7 + 2 / 3) / 3])
+
+    def test_video_and_image_overlap_differ_by_hand(self) -> None:
+        # the slots switch objects after the first of three frames
+        target = frames([1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2])
+        pred = frames([5, 5, 6, 6], [6, 6, 5, 5], [6, 6, 5, 5])
+        for video, image in ((video_mbo, image_mbo), (video_miou, image_miou)):
+            assert_scores(video(pred, target, background=None), [4 / 8])
+            assert_scores(image(pred, target, background=None), [1.0])
+
+    def test_the_background_is_no_object_yet_slots_pay_for_covering_it(self) -> None:
+        target, pred = frames([0, 0, 0, 1]), frames([5, 6, 6, 6])
+        assert_scores(mean_best_overlap(pred, target, background=0), [1 / 3])
+        assert_scores(mean_best_overlap(pred, target, background=None), [(1 / 3 + 2 / 4) / 2])
+        assert_scores(mean_iou(pred, target, background=0), [1 / 3])
+        assert_scores(mean_iou(pred, target, background=None), [max(1 / 3 + 1 / 3, 0 + 2 / 4) / 2])
+
+    def test_slots_pay_nothing_for_covering_pixels_without_annotation(self) -> None:
+        target, pred = frames([VOID, VOID, VOID, 1]), frames([5, 6, 6, 6])
+        for metric in (mean_best_overlap, mean_iou, object_recall):
+            assert_scores(metric(pred, target, background=None), [1.0])
+
+    @given(clips(), backgrounds, units)
+    @settings(max_examples=100, deadline=None)
+    def test_miou_never_exceeds_mbo(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
+        best = mean_best_overlap(*clip, background=background, per=per)
+        matched = mean_iou(*clip, background=background, per=per)
+        assert bool((matched <= best + 1e-12).all())
+        assert bool((matched >= 0).all())
+        assert bool((best <= 1).all())
+
+    def test_miou_names_the_extra_that_brings_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+        with pytest.raises(ImportError, match=r'mIoU needs scipy: pip install "ssync-loss\[metrics\]"'):
+            mean_iou(frames([0]), frames([0]), background=None)
+        assert mean_best_overlap(frames([0]), frames([0]), background=None).tolist() == [1.0]
+
+
+class TestSlots:
+    def test_recall_counts_an_object_in_every_frame_that_shows_it(self) -> None:
+        # frame 1: object 1 found (2/3), object 2 found (1); frame 2: object 1 missed (exactly 1/2)
+        target = frames([0, 1, 1, 2, 2], [0, 0, 0, 1, 1])
+        pred = frames([5, 5, 5, 6, 6], [5, 6, 6, 7, 8])
+        assert_scores(object_recall(pred, target, background=0), [2 / 3])
+        # with the background as an object: 1/3 in frame 1, 2/3 in frame 2
+        assert_scores(object_recall(pred, target, background=None), [3 / 5])
+
+    def test_fragmentation_by_hand(self) -> None:
+        # frame 1: slots 5 6 7 in object 1, slot 8 half in 2 and half outside; frame 2: slot 5 in object 2
+        target = frames([1, 1, 1, 1, 2, 0], [0, 0, 0, 2, 2, 2])
+        pred = frames([5, 5, 6, 7, 8, 8], [4, 4, 4, 4, 5, 5])
+        assert_scores(fragmentation(pred, target, background=0), [(3 + 0 + 1) / 3])
+        assert_scores(fragmentation(pred, target, background=0, over="found"), [(3 + 1) / 2])
+        # the background of frame 2 holds 3/4 of slot 4
+        assert_scores(fragmentation(pred, target, background=None), [(3 + 0 + 0 + 1 + 1) / 5])
+
+    def test_a_slot_belongs_to_an_object_by_its_own_area_not_by_iou(self) -> None:
+        target, pred = frames([1, 1, 1, 1, 1, 1]), frames([5, 5, 6, 6, 7, 7])
+        assert fragmentation(pred, target, background=None).tolist() == [3.0]
+        assert object_recall(pred, target, background=None).tolist() == [0.0]
+
+    @given(clips(), backgrounds)
+    @settings(max_examples=100, deadline=None)
+    def test_found_objects_have_at_least_one_piece_and_recalled_ones_are_found(
+        self, clip: tuple[Tensor, Tensor], background: int | None
+    ) -> None:
+        found = fragmentation(*clip, background=background, over="found")
+        every = fragmentation(*clip, background=background)
+        recall = object_recall(*clip, background=background)
+        assert bool(((found >= 1) | ((found == 0) & (every == 0))).all())
+        assert bool((every <= found + 1e-12).all())
+        assert bool((recall <= every + 1e-12).all())
+
+    def test_a_slot_used_in_one_frame_is_in_use_in_the_video(self) -> None:
+        pred = frames([0, 0, 0, 1], [0, 0, 2, 2])
+        assert unused_slots(pred, num_slots=5).tolist() == [0.4]
+        assert unused_slots(pred, num_slots=5, per="image").tolist() == [0.6]
+
+
+class TestProperties:
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @given(clips(), backgrounds, st.permutations(PRED_IDS), st.permutations([1, 2, 299, 2**50]))
+    @settings(max_examples=40, deadline=None)
+    def test_names_of_slots_and_objects_do_not_matter(
+        self,
+        metric: Callable[..., Tensor],
+        clip: tuple[Tensor, Tensor],
+        background: int | None,
+        slot_names: list[int],
+        object_names: list[int],
+    ) -> None:
+        pred, target = clip
+        renamed_pred, renamed_target = pred.clone(), target.clone()
+        for old, new in zip(PRED_IDS, slot_names, strict=True):
+            renamed_pred[pred == old] = new
+        kept = [background] if background is not None else []
+        others = [name for name in (0, 1, 9, 299, 2**40) if name != background]
+        for old, new in zip([*kept, *others], [*kept, *object_names, 77], strict=False):
+            renamed_target[target == old] = new
+        torch.testing.assert_close(
+            metric(renamed_pred, renamed_target, background=background),
+            metric(pred, target, background=background),
+            rtol=0,
+            atol=1e-12,
+        )
+
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @given(clips(), backgrounds, st.integers(-3, 3))
+    @settings(max_examples=40, deadline=None)
+    def test_predictions_at_pixels_without_annotation_do_not_matter(
+        self,
+        metric: Callable[..., Tensor],
+        clip: tuple[Tensor, Tensor],
+        background: int | None,
+        anything: int,
+    ) -> None:
+        pred, target = clip
+        other = torch.where(target < 0, anything, pred)
+        assert torch.equal(metric(pred, target, background=background), metric(other, target, background=background))
+
+    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall])
+    @given(clips(), backgrounds)
+    @settings(max_examples=40, deadline=None)
+    def test_the_truth_itself_scores_1(
+        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
+    ) -> None:
+        _, target = clip
+        scored = has_objects(target, background=background)
+        value = metric(target, target, background=background)
+        assert torch.equal(value[scored], torch.ones_like(value[scored]))
+
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @given(clips(), backgrounds)
+    @settings(max_examples=20, deadline=None)
+    def test_videos_are_scored_apart(
+        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
+    ) -> None:
+        one_by_one = [metric(p[None], t[None], background=background).item() for p, t in zip(*clip, strict=True)]
+        assert_scores(metric(*clip, background=background), one_by_one, 0.0)
+
+    @pytest.mark.parametrize("metric", with_background)
+    @given(clips(frames=1), backgrounds)
+    @settings(max_examples=20, deadline=None)
+    def test_an_image_is_a_video_of_one_frame(
+        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
+    ) -> None:
+        assert torch.equal(
+            metric(*clip, background=background, per="image"),
+            metric(*clip, background=background, per="video"),
+        )
+
+    @pytest.mark.parametrize(
+        ("named", "general", "per"),
+        [
+            (video_ari, ari, "video"),
+            (image_ari, ari, "image"),
+            (video_fg_ari, fg_ari, "video"),
+            (image_fg_ari, fg_ari, "image"),
+            (video_mbo, mean_best_overlap, "video"),
+            (image_mbo, mean_best_overlap, "image"),
+            (video_miou, mean_iou, "video"),
+            (image_miou, mean_iou, "image"),
+        ],
+    )
+    def test_names_say_the_definition(
+        self, named: Callable[..., Tensor], general: Callable[..., Tensor], per: str
+    ) -> None:
+        pred, target = frames([5, 5, 6], [6, 5, 5], [7, 7, 7]), frames([0, 1, 2], [0, 1, 2], [0, 2, 2])
+        options = {} if general is ari else {"background": 0}
+        other = "image" if per == "video" else "video"
+        assert torch.equal(named(pred, target, **options), general(pred, target, **options, per=per))
+        assert not torch.equal(named(pred, target, **options), general(pred, target, **options, per=other))
+
+    @pytest.mark.parametrize(
+        "metric", [*scored_on_ground_truth, video_fg_ari, image_fg_ari, video_mbo, image_mbo, has_objects]
+    )
+    def test_the_background_has_no_default(self, metric: Callable[..., Tensor]) -> None:
+        parameter = inspect.signature(metric).parameters["background"]
+        assert parameter.default is parameter.empty
+        assert parameter.kind is parameter.KEYWORD_ONLY
+
+
+class TestNothingToScore:
+    @pytest.mark.parametrize(
+        ("metric", "value"),
+        [
+            (fg_ari, 1.0),
+            (mean_best_overlap, 0.0),
+            (mean_iou, 0.0),
+            (object_recall, 0.0),
+            (fragmentation, 0.0),
+        ],
+    )
+    @pytest.mark.parametrize("nothing", [0, VOID])
+    def test_a_video_without_an_object_has_the_documented_value(
+        self, metric: Callable[..., Tensor], value: float, nothing: int
+    ) -> None:
+        target = torch.full((2, 2, 1, 2), nothing)
+        target[1, 0, 0, 0] = 3
+        pred = torch.zeros_like(target)
+        scores = metric(pred, target, background=0)
+        assert scores[0] == value
+        assert bool(scores.isfinite().all())
+        assert has_objects(target, background=0).tolist() == [False, True]
+
+    def test_ari_needs_annotation_and_no_object(self) -> None:
+        assert ari(frames([1, 2]), frames([VOID, VOID])).tolist() == [1.0]
+        assert ari(frames([1, 2]), frames([0, 0])).tolist() == [0.0]
+
+    def test_frames_without_an_object_leave_the_mean_over_frames(self) -> None:
+        target = frames([1, 1, 2, 2], [0, 0, 0, 0], [VOID, VOID, VOID, VOID])
+        pred = frames([5, 5, 5, 5], [5, 6, 7, 8], [5, 6, 7, 8])
+        assert image_fg_ari(pred, target, background=0).tolist() == [0.0]
+        assert image_mbo(pred, target, background=0).tolist() == [0.5]
+        assert image_miou(pred, target, background=0).tolist() == [0.25]
+
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3)])
+    def test_empty_batches_and_clips_pass(self, metric: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+        empty = torch.zeros(shape, dtype=torch.int64)
+        scores = metric(empty, empty, background=None)
+        assert scores.shape == (shape[0],)
+        assert bool(scores.isfinite().all())
+
+    def test_unused_slots_of_empty_batches_and_clips(self) -> None:
+        assert unused_slots(torch.zeros(0, 2, 1, 1, dtype=torch.int64), num_slots=3).shape == (0,)
+        nothing = torch.zeros(1, 2, 0, 1, dtype=torch.int64)
+        assert unused_slots(nothing, num_slots=3).tolist() == [1.0]
+
+
+class TestLabels:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    def test_integers_of_any_width_are_equal(self, metric: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        target, pred = frames([0, 1, 1, 2, 2], [0, 0, 1, 2, 2]), frames([5, 5, 6, 6, 7], [5, 5, 6, 7, 7])
+        assert torch.equal(metric(pred.to(dtype), target.to(dtype), background=0), metric(pred, target, background=0))
+
+    def test_the_largest_unsigned_ids_are_objects(self) -> None:
+        target = torch.tensor([[[[2**64 - 1, 2**64 - 1, 7]]]], dtype=torch.uint64)
+        assert ari(frames([5, 6, 6]), target).item() == pytest.approx(sklearn_ari(frames([1, 1, 7]), frames([5, 6, 6])))
+        assert mean_best_overlap(frames([5, 5, 6]), target, background=None).tolist() == [1.0]
+        assert has_objects(target, background=7).tolist() == [True]
+
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    def test_a_sorted_table_equals_a_full_one(self, metric: Callable[..., Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pred = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
+        target = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
+        expected = metric(pred, target, background=0)
+        assert torch.equal(metric(pred * 1000, target * 1000, background=0), expected)
+
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    def test_more_ids_than_a_full_table_could_hold(self, metric: Callable[..., Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pred = torch.randint(-(2**62), 2**62, (2, 3, 40, 40), generator=generator)
+        target = torch.randint(0, 2**62, (2, 3, 40, 40), generator=generator)
+        target[:, :, :20] = target[:, :, 20:]
+        pred[:, :, :20] = pred[:, :, 20:]
+        # pairs of pixels, each pair an object and a slot of its own: everything is right
+        assert torch.equal(metric(pred, target, background=None), torch.ones(2, dtype=torch.float64))
+
+    def test_strided_labels(self) -> None:
+        target = torch.arange(24).view(2, 3, 4).remainder(3).expand(2, 2, 3, 4).transpose(2, 3)
+        pred = torch.arange(48).view(2, 2, 3, 4).remainder(5).transpose(2, 3)
+        for metric in scored_on_ground_truth:
+            assert torch.equal(
+                metric(pred, target, background=0),
+                metric(pred.contiguous(), target.contiguous(), background=0),
+            )
+
+
+class TestMasksToLabels:
+    def test_resizes_probabilities_before_the_argmax(self) -> None:
+        # two patches of three slots: slot 1 wins neither, and half-way between them by probability
+        probs = torch.tensor([[0.6, 0.0], [0.4, 0.45], [0.0, 0.55]])
+        masks = probs.log().view(1, 1, 3, 1, 2)
+        # an odd width has a pixel on the border: .3 .425 .275
+        assert masks_to_labels(masks, (1, 3)).tolist() == [[[[0, 1, 2]]]]
+        assert masks_to_labels(masks, (1, 2)).tolist() == [[[[0, 2]]]]
+
+    def test_resizes_probabilities_and_not_logits(self) -> None:
+        # a quarter of the way to a confident patch: 3/4 of -2 and 1/4 of 9 is positive, yet the
+        # probability of slot 0 is .75 * .12 + .25 * 1.00
+        masks = torch.tensor([[-2.0, 9.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+        assert masks_to_labels(masks, (1, 4)).tolist() == [[[[1, 1, 0, 0]]]]
+        resized = F.interpolate(masks.flatten(0, 1), size=(1, 4), mode="bilinear", align_corners=False)
+        assert resized.argmax(1).tolist() == [[[1, 0, 0, 0]]]
+
+    @pytest.mark.parametrize("size", [(5, 7), (3, 2), (10, 8)])
+    def test_kinds_agree_and_equal_torch(self, size: tuple[int, int]) -> None:
+        logits = torch.randn(2, 3, 4, 5, 4, generator=torch.Generator().manual_seed(0))
+        probs = logits.softmax(2)
+        expected = torch.stack(
+            [F.interpolate(video, size=size, mode="bilinear", align_corners=False).argmax(1) for video in probs]
+        )
+        assert torch.equal(masks_to_labels(logits, size), expected)
+        assert torch.equal(masks_to_labels(probs, size, kind="probs"), expected)
+
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits = torch.randn(2, 3, 4, 5, 4, generator=torch.Generator().manual_seed(0))
+        whole = masks_to_labels(logits, (9, 9))
+        for frames_at_once in (1, 4):
+            monkeypatch.setattr("ssync_loss.metrics.labels._BLOCK", frames_at_once * 4 * 9 * 9)
+            assert torch.equal(masks_to_labels(logits, (9, 9)), whole)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_precisions(self, dtype: torch.dtype) -> None:
+        logits = torch.randn(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        labels = masks_to_labels(logits.requires_grad_(), (40, 40))
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, masks_to_labels(logits.detach().double(), (40, 40)))
+
+    def test_ties_go_to_the_lowest_slot(self) -> None:
+        assert masks_to_labels(torch.zeros(1, 1, 3, 2, 2), (1, 4)).tolist() == [[[[0] * 4]]]
+
+    def test_absent_slots_never_win_and_an_empty_patch_does_not_spread(self) -> None:
+        masks = torch.zeros(1, 1, 3, 1, 3)
+        masks[:, :, 0] = -torch.inf
+        masks[:, :, 2] = 1.0
+        assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]
+        # no slot is present at the middle patch: pixels that reach a neighbor take its slot
+        masks[..., 1] = -torch.inf
+        assert masks_to_labels(masks, (1, 3)).tolist() == [[[[2, 0, 2]]]]
+        assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]
+
+    def test_no_frames(self) -> None:
+        assert masks_to_labels(torch.zeros(2, 0, 3, 2, 2), (4, 5)).shape == (2, 0, 4, 5)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("kind", ["logits", "probs"])
+    def test_no_label_is_made_of_nan_or_infinity(self, bad: float, kind: Any) -> None:
+        masks = torch.full((1, 1, 2, 2, 2), 0.5)
+        masks[0, 0, 1, 0, 1] = bad
+        with pytest.raises(ValueError, match=r"`masks` must hold neither NaN nor \+inf"):
+            masks_to_labels(masks, (2, 2), kind=kind)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            (
+                {"masks": torch.zeros(1, 2, 3, 4)},
+                ValueError,
+                r"`masks` must have shape \(B, T, S, h, w\); got",
+            ),
+            ({"masks": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "`masks` must have S >= 1; got S=0"),
+            (
+                {"masks": torch.zeros(1, 1, 2, 2, 2, dtype=torch.int64)},
+                TypeError,
+                "`masks` must be floating point; got torch.int64",
+            ),
+            ({"kind": "alpha"}, ValueError, "`kind` must be one of 'logits', 'probs'; got 'alpha'"),
+            ({"size": (4,)}, ValueError, r"`size` must be a pair \(height, width\); got \(4,\)"),
+            ({"size": (4, 0)}, ValueError, "`size` must be at least 1; got 0"),
+            ({"size": (4, 2.0)}, TypeError, "`size` must be an integer; got float"),
+        ],
+    )
+    def test_errors(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        masks, size, kind = torch.zeros(1, 1, 2, 2, 2), (4, 4), "logits"
+        given = {"masks": masks, "size": size, "kind": kind, **arguments}
+        with pytest.raises(error, match=message):
+            masks_to_labels(given["masks"], given["size"], kind=given["kind"])
+
+
+class TestObjectsToLabels:
+    def test_numbers_objects_from_1(self) -> None:
+        masks = F.one_hot(frames([0, 1, 2, 2], [2, 0, 0, 1]), 3).movedim(-1, 2).bool()
+        assert objects_to_labels(masks).tolist() == [[[[1, 2, 3, 3]], [[3, 1, 1, 2]]]]
+        assert objects_to_labels(masks[:, :, 1:]).tolist() == [[[[0, 1, 2, 2]], [[2, 0, 0, 1]]]]
+
+    def test_overlaps_are_refused_or_dropped_from_truth_and_prediction(self) -> None:
+        masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).view(1, 1, 2, 1, 4).bool()
+        with pytest.raises(ValueError, match="`masks` must not overlap unless ignore_overlaps=True; got 1 pixels"):
+            objects_to_labels(masks)
+        target = objects_to_labels(masks, ignore_overlaps=True)
+        assert mean_best_overlap(frames([5, 6, 6, 7]), target, background=0).tolist() == [1.0]
+
+    def test_gives_the_overlaps_of_masks_without_a_background(self) -> None:
+        # masks that leave pixels unclaimed: slots pay for those they cover there
+        masks = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).view(1, 1, 2, 1, 5).bool()
+        pred = frames([5, 5, 6, 6, 7])
+        one_hot = F.one_hot(pred.flatten(), 8).double()
+        objects = masks.view(2, 5).double()
+        shared = objects @ one_hot
+        iou = shared / (objects.sum(1, keepdim=True) + one_hot.sum(0) - shared)
+        target = objects_to_labels(masks)
+        assert_scores(mean_best_overlap(pred, target, background=0), [iou.amax(1).mean().item()])
+        assert_scores(fg_ari(pred, target, background=0), [sklearn_ari(target[..., :3], pred[..., :3])])
+
+    def test_no_objects(self) -> None:
+        assert objects_to_labels(torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)).tolist() == [[[[0, 0]]]]
+
+    def test_errors(self) -> None:
+        with pytest.raises(ValueError, match=r"`masks` must have shape \(B, T, K, H, W\); got \(1, 2\)"):
+            objects_to_labels(torch.zeros(1, 2, dtype=torch.bool))
+        with pytest.raises(TypeError, match=r"`masks` must be boolean; got torch.float32"):
+            objects_to_labels(torch.zeros(1, 1, 1, 1, 1))
+
+
+class TestMetricAverage:
+    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, image_miou, object_recall])
+    @given(st.lists(clips(), min_size=1, max_size=4), st.integers(0, 4))
+    @settings(max_examples=25, deadline=None)
+    def test_merged_batches_equal_one_pass(
+        self, metric: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor]], cut: int
+    ) -> None:
+        once = MetricAverage(metric, background=0)
+        first, second = MetricAverage(metric, background=0), MetricAverage(metric, background=0)
+        for i, batch in enumerate(batches):
+            once.update(*batch)
+            (first if i < cut else second).update(*batch)
+        first.merge(second)
+        torch.testing.assert_close(first.state, once.state, rtol=0, atol=1e-12)
+        assert repr(first) == repr(once)
+
+    @given(st.lists(clips(), min_size=1, max_size=3))
+    @settings(max_examples=50, deadline=None)
+    def test_is_the_mean_over_the_videos_that_show_an_object(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        average = MetricAverage(video_fg_ari, background=0)
+        values: list[float] = []
+        for pred, target in batches:
+            average.update(pred, target)
+            shown = has_objects(target, background=0)
+            values += video_fg_ari(pred, target, background=0)[shown].tolist()
+        assert average.state[1] == len(values)
+        if values:
+            assert average.compute().item() == pytest.approx(fmean(values), abs=1e-12)
+
+    def test_a_mean_over_frames_weighs_frames_and_not_videos(self) -> None:
+        average = MetricAverage(image_mbo, background=0)
+        # one frame with an object at 1/2, then three at 1
+        average.update(frames([5, 5], [5, 5], [5, 5]), frames([1, 2], [0, 0], [0, 0]))
+        average.update(frames([5, 6], [5, 6], [5, 6]), frames([1, 2], [1, 2], [1, 2]))
+        assert average.compute().item() == (0.5 + 3) / 4
+        assert repr(average) == "image_mbo(background=0) = 0.8750 over 4 frames"
+
+    def test_a_mean_over_objects_weighs_objects(self) -> None:
+        recall = MetricAverage(object_recall, background=0)
+        pieces = MetricAverage(fragmentation, background=0, over="found")
+        for average in (recall, pieces):
+            average.update(frames([5, 6, 6, 7]), frames([0, 1, 1, 2]))
+            average.update(frames([5, 5, 5, 5]), frames([0, 0, 0, 1]))
+        assert recall.compute().item() == 2 / 3
+        assert repr(pieces) == ("fragmentation(background=0, over='found') = 1.0000 over 2 objects in frames")
+
+    def test_takes_a_metric_without_ground_truth(self) -> None:
+        average = MetricAverage(unused_slots, num_slots=4)
+        average.update(frames([0, 1]))
+        average.update(frames([0, 0]))
+        assert repr(average) == "unused_slots(num_slots=4) = 0.6250 over 8 slots"
+
+    def test_takes_every_metric_of_the_package(self) -> None:
+        pred, target = frames([0, 1, 1, 2], [0, 1, 2, 2]), frames([0, 0, 1, 2], [0, 1, 1, 2])
+        scores = set(metrics.__all__) - {
+            "MetricAverage",
+            "has_objects",
+            "masks_to_labels",
+            "objects_to_labels",
+        }
+        assert len(scores) == 15
+        for name in scores:
+            metric = cast("Callable[..., Tensor]", getattr(metrics, name))
+            taken = inspect.signature(metric).parameters
+            options = {k: v for k, v in {"background": 0, "num_slots": 4}.items() if k in taken}
+            tensors = (pred, target) if "target" in taken else (pred,)
+            average = MetricAverage(metric, **options)
+            average.update(*tensors)
+            assert average.compute().item() == pytest.approx(metric(*tensors, **options).item(), abs=1e-12)
+
+    def test_compute_is_a_float64_number_and_reset_forgets(self) -> None:
+        average = MetricAverage(video_ari)
+        average.update(frames([1, 2, 2]), frames([1, 2, 2]))
+        assert average.compute().dtype == torch.float64
+        assert average.compute().shape == ()
+        average.reset()
+        assert average.state.tolist() == [0.0, 0.0]
+        average.update(frames([1, 1, 2]), frames([1, 2, 2]))
+        assert average.compute().item() == ari(frames([1, 1, 2]), frames([1, 2, 2])).item()
+
+    def test_states_add_up_as_in_an_all_reduce(self) -> None:
+        ranks = [MetricAverage(video_mbo, background=None) for _ in range(2)]
+        ranks[0].update(frames([5, 5]), frames([1, 2]))
+        ranks[1].update(frames([5, 6]).expand(3, 1, 1, 2), frames([1, 2]).expand(3, 1, 1, 2))
+        summed: Iterator[Tensor] = iter([ranks[0].state + ranks[1].state])
+        ranks[0].state.copy_(next(summed))
+        assert ranks[0].compute().item() == (0.5 + 3) / 4
+
+    def test_survives_pickle_and_deepcopy(self) -> None:
+        average = MetricAverage(video_fg_ari, background=0)
+        average.update(frames([5, 5, 6]), frames([1, 1, 2]))
+        for twin in (pickle.loads(pickle.dumps(average)), copy.deepcopy(average)):
+            twin.update(frames([5, 5, 5]), frames([1, 1, 2]))
+            assert repr(twin) == "video_fg_ari(background=0) = 0.5000 over 2 videos"
+        assert repr(average) == "video_fg_ari(background=0) = 1.0000 over 1 videos"
+
+    def test_an_average_of_nothing_is_an_error_and_prints_as_nothing(self) -> None:
+        average = MetricAverage(video_fg_ari, background=0)
+        message = r"video_fg_ari\(background=0\) has nothing to average: call update\(\) first"
+        with pytest.raises(RuntimeError, match=message):
+            average.compute()
+        average.update(frames([1, 2]), frames([0, 0]))
+        with pytest.raises(RuntimeError, match=message):
+            average.compute()
+        assert repr(average) == "video_fg_ari(background=0), nothing to average yet"
+
+    def test_errors(self) -> None:
+        with pytest.raises(TypeError, match=r"`metric` must be one of the functions ari, video_ari, .*; got <built-in"):
+            MetricAverage(torch.add)
+        with pytest.raises(TypeError, match=r"`options` must fit video_fg_ari: missing a required .*'background'"):
+            MetricAverage(video_fg_ari)
+        with pytest.raises(TypeError, match=r"`options` must fit video_ari: .*'background'; got {'background': 0}"):
+            MetricAverage(video_ari, background=0)
+        with pytest.raises(
+            ValueError, match=r"`other` must average fg_ari\(background=0\); got fg_ari\(background=1\)"
+        ):
+            MetricAverage(fg_ari, background=0).merge(MetricAverage(fg_ari, background=1))
+        with pytest.raises(ValueError, match=r"`other` must average video_ari\(\); got image_ari\(\)"):
+            MetricAverage(video_ari).merge(MetricAverage(image_ari))
+
+
+class TestErrors:
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    def test_labels(self, metric: Callable[..., Tensor]) -> None:
+        good = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"`pred` must have shape \(B, T, H, W\); got \(1, 2, 3\)"):
+            metric(good[..., 0], good, background=0)
+        with pytest.raises(ValueError, match=r"`target` must have shape \(B=1, T=2, H=3, W=3\); got \(1, 1, 3, 3\)"):
+            metric(good, good[:, :1], background=0)
+        with pytest.raises(TypeError, match=r"`pred` must hold integers; got torch.float32"):
+            metric(good.float(), good, background=0)
+        with pytest.raises(TypeError, match=r"`target` must hold integers; got torch.bool"):
+            metric(good, good.bool(), background=0)
+        with pytest.raises(TypeError, match="`pred` must be a tensor; got list"):
+            metric([0], good, background=0)
+        with pytest.raises(ValueError, match=r"`pred` must be on the device of `target` \(meta\); got cpu"):
+            metric(good, good.to("meta"), background=0)
+
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth])
+    def test_background(self, metric: Callable[..., Tensor]) -> None:
+        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="`background` must be at least 0; got -1"):
+            metric(labels, labels, background=-1)
+        with pytest.raises(TypeError, match="`background` must be an integer; got bool"):
+            metric(labels, labels, background=True)
+
+    @pytest.mark.parametrize("metric", with_background)
+    def test_per(self, metric: Callable[..., Tensor]) -> None:
+        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="`per` must be one of 'video', 'image'; got 'frame'"):
+            metric(labels, labels, background=0, per="frame")
+
+    def test_over(self) -> None:
+        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="`over` must be one of 'all', 'found'; got 'some'"):
+            fragmentation(labels, labels, background=0, over=cast("Any", "some"))
+
+    def test_unused_slots(self) -> None:
+        labels = torch.tensor([[[[0, 3]]]])
+        with pytest.raises(ValueError, match=r"`pred` must lie within \[0, 2\]; got values from 0 to 3"):
+            unused_slots(labels, num_slots=3)
+        with pytest.raises(ValueError, match=r"`pred` must lie within \[0, 3\]; got values from -1 to 2"):
+            unused_slots(labels - 1, num_slots=4)
+        with pytest.raises(ValueError, match="`num_slots` must be at least 1; got 0"):
+            unused_slots(labels, num_slots=0)
+        with pytest.raises(ValueError, match="`per` must be one of 'video', 'image'; got 'clip'"):
+            unused_slots(labels, num_slots=4, per=cast("Any", "clip"))
+        with pytest.raises(TypeError, match=r"`pred` must hold integers; got torch.float32"):
+            unused_slots(labels.float(), num_slots=4)
+
+    def test_has_objects(self) -> None:
+        with pytest.raises(ValueError, match=r"`target` must have shape \(B, T, H, W\); got \(2,\)"):
+            has_objects(torch.zeros(2, dtype=torch.int64), background=0)
+        with pytest.raises(ValueError, match="`background` must be at least 0; got -1"):
+            has_objects(torch.zeros(1, 1, 1, 1, dtype=torch.int64), background=-1)
