@@ -26,18 +26,18 @@ def load_golden(name: str) -> GoldenCase:
     """Read one golden file."""
     with np.load(FOLDER / f"{name}.npz") as file:
         raw = {key: file[key] for key in file.files if key != "note"}
-    grid = (int(raw["H"]), int(raw["W"]))
+    shape = (*raw["enc_logits"].shape[:3], int(raw["H"]), int(raw["W"]))
     expected = {key: torch.from_numpy(np.asarray(value)) for key, value in raw.items()}
     for key, value in expected.items():
         if "labels" in key and key != "f64_labels_agree":
             expected[key] = value.long()
         elif key.startswith("grad_"):
-            expected[key] = value.unflatten(3, grid)
+            expected[key] = value.reshape(shape)
         elif key.startswith("loss_"):
             expected[key] = value.nan_to_num(nan=0.0)
     return GoldenCase(
-        enc_logits=expected.pop("enc_logits").unflatten(3, grid),
-        dec_logits=expected.pop("dec_logits").unflatten(3, grid),
+        enc_logits=expected.pop("enc_logits").reshape(shape),
+        dec_logits=expected.pop("dec_logits").reshape(shape),
         label_args={
             "merge_threshold": float(raw["thr"]),
             "min_different": int(raw["n_bd"]),

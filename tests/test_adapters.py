@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from einops import rearrange, repeat
+from examples.slot_model import SlotModel
 from slot_attention import MultiHeadSlotAttention, SlotAttention
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -983,3 +984,35 @@ class TestArguments:
         model(features())
         with pytest.raises(error, match="`num_frames` must be"):
             tap.pop(num_frames=num_frames)
+
+
+class TestTheExampleModel:
+    """The model of examples/, which returns its maps and so can be held against its taps."""
+
+    @staticmethod
+    def tapped() -> tuple[SlotModel, LogitTap, OutputTap]:
+        model = SlotModel(num_slots=5, feature_dim=6, dim=16)
+        attention = model.attention
+        enc = LogitTap(attention.to_query, attention.to_key, attention.scale, host=model)
+        dec = OutputTap(model.decoder, lambda output: output[0], host=model)
+        return model, enc, dec
+
+    def test_taps_give_its_own_maps(self) -> None:
+        model, enc, dec = self.tapped()
+        output = model(torch.randn(2, 3, 6, 4, 5))
+        maps = SlotMaps.join(enc, dec)
+        torch.testing.assert_close(maps.enc_logits.unflatten(3, (4, 5)), output.enc_logits)
+        assert torch.equal(maps.dec_logits, output.dec_logits)
+
+    def test_a_compiled_step_equals_an_eager_one(self) -> None:
+        model, enc, dec = self.tapped()
+        criterion = SSyncLoss(grid=(4, 5))
+
+        def step(features: Tensor) -> Tensor:
+            model(features)
+            return criterion(*SlotMaps.join(enc, dec))
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            features = torch.randn(2, 3, 6, 4, 5)
+            torch.testing.assert_close(compiled(features), step(features))

@@ -70,7 +70,7 @@ class TestGoldenFiles:
         enc = case.enc_logits.to(dtype).requires_grad_()
         dec = case.dec_logits.to(dtype).requires_grad_()
         terms = reference_ssync(enc, dec, **case.label_args, temperature=case.temperature)
-        (terms.boundary + terms.interior).backward()
+        torch.autograd.backward(terms.boundary + terms.interior)
 
         assert_close_loss(terms.boundary, wanted["loss_enc2dec_f64"].to(dtype))
         assert_close_loss(terms.interior, wanted["loss_dec2enc_f64"].to(dtype))
@@ -324,7 +324,7 @@ class TestPseudoLabels:
         mask = torch.tensor([[False, True, False, True]])
         labels = reference_pseudo_labels(logits, logits, slot_mask=mask)
         assert labels.representative.tolist() == [[0, 1, 2, 1]]
-        assert labels.enc_labels.unique().tolist() == [1]
+        assert labels.enc_labels.flatten().tolist() == [1, 1]
 
     def test_shapes_and_dtypes(self) -> None:
         labels = reference_pseudo_labels(torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 4, 5, 6))
@@ -406,7 +406,7 @@ class TestSelectiveDistillationLoss:
         logits = torch.randn(2, 2, 5, 2, 3, dtype=torch.float64, generator=generator).requires_grad_()
         target = torch.randint(0, 5, (2, 2, 2, 3), generator=generator)
         region = torch.rand(2, 2, 2, 3, generator=generator) < 0.6
-        self.loss(logits, target, region, temperature=0.7).backward()
+        torch.autograd.backward(self.loss(logits, target, region, temperature=0.7))
 
         p = torch.softmax(logits.detach() / 0.7, dim=2)
         won = target[:, :, None] == torch.arange(5).view(5, 1, 1)
@@ -494,7 +494,7 @@ class TestSelectiveDistillationLoss:
     def test_is_float32_or_wider_with_gradients_as_given(self, given: torch.dtype, wanted: torch.dtype) -> None:
         logits = one_patch(1.0, 0.0).detach().to(given).requires_grad_()
         loss = self.loss(logits, *at(0))
-        loss.backward()
+        torch.autograd.backward(loss)
         assert loss.dtype == wanted
         assert logits.grad is not None
         assert logits.grad.dtype == given
@@ -585,7 +585,7 @@ class TestSSync:
         assert torch.equal(actual.interior, wanted.interior)
         for field, other in zip(actual.labels, wanted.labels, strict=True):
             assert torch.equal(field, other)
-        (actual.boundary + actual.interior).backward()
+        torch.autograd.backward(actual.boundary + actual.interior)
         for logits in filled:
             assert logits.grad is not None
             assert logits.grad.isfinite().all()

@@ -21,22 +21,24 @@ class Blocks:
 
     def __init__(self, maps: Tensor) -> None:
         num_clips, num_frames, *frame = maps.shape
+        self._clips, self._frames, self._frame = num_clips, num_frames, frame
+        self._pieces = [(slice(None), slice(None))]
         if maps.device.type == "cpu" and not torch.compiler.is_compiling():
             size = max(frame[0] * frame[1] * frame[2], 1)
             self._frames = min(max(BLOCK_ELEMENTS // size, 1), num_frames)
-            self._clips = min(max(BLOCK_ELEMENTS // (size * num_frames), 1), max(num_clips, 1))
-        else:
-            self._clips, self._frames = max(num_clips, 1), num_frames
-        self._num_clips, self._num_frames, self._frame = num_clips, num_frames, frame
+            self._clips = min(max(BLOCK_ELEMENTS // (size * num_frames), 1), num_clips)
+            self._pieces = [
+                (slice(clip, clip + self._clips), slice(first, first + self._frames))
+                for clip in range(0, num_clips, max(self._clips, 1))
+                for first in range(0, num_frames, self._frames)
+            ]
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Yield the index of every piece into the first two axes."""
-        for clip in range(0, self._num_clips, self._clips):
-            for frame in range(0, self._num_frames, self._frames):
-                yield slice(clip, clip + self._clips), slice(frame, frame + self._frames)
+        return iter(self._pieces)
 
     def scratch(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return memory for the largest piece; taken once, because fresh pages cost more than the arithmetic."""
+        """Return memory for the largest piece, taken once: fresh pages cost more than the arithmetic on them."""
         return torch.empty(self._clips, self._frames, *self._frame, dtype=dtype, device=like.device)
 
 

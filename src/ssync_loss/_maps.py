@@ -39,9 +39,24 @@ class Maps(NamedTuple):
     Attributes:
         enc: encoder logits (B, T, S, H, W), float32 or float64.
         dec: decoder logits, likewise.
+        enc_peak: (B, T, H, W), the largest encoder logit of the present slots; -inf where there is none.
+        dec_peak: the same of the decoder.
+        clean: scalar bool: whether no valid patch of a present slot holds NaN or +inf, in either map.
         valid: (B, T, H, W) bool, or None when every patch counts.
         slot_mask: (B, S) bool, or None when every slot is present.
     """
+
+    enc: Tensor
+    dec: Tensor
+    enc_peak: Tensor
+    dec_peak: Tensor
+    clean: Tensor
+    valid: Tensor | None
+    slot_mask: Tensor | None
+
+
+class BoundMaps(NamedTuple):
+    """What a host gave, checked and viewed as (B, T, S, H, W); the decoder on a grid of its own."""
 
     enc: Tensor
     dec: Tensor
@@ -90,7 +105,7 @@ def bind_maps(
     grid: Grid = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
-) -> Maps:
+) -> BoundMaps:
     """Check all shapes, dtypes and devices, and view both maps as (B, T, S, H, W); nothing is computed.
 
     The decoder's map keeps its own grid and dtype here.
@@ -100,6 +115,8 @@ def bind_maps(
         ValueError: if a shape does not fit; the message names the argument, the wanted and the given.
     """
     enc_grid, dec_grid = check_grid(grid)
+    if grid is None:
+        enc_grid, dec_grid = _grid_beside(enc_logits, dec_logits), _grid_beside(dec_logits, enc_logits)
     enc = _on_grid("enc_logits", enc_logits, enc_grid)
     size = check_shape("enc_logits", enc, "B T S H W")
     check_not_empty("enc_logits", size, "T S H W")
@@ -114,7 +131,15 @@ def bind_maps(
         valid = check_valid(valid, size, enc_logits=enc)
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, enc_logits=enc)
-    return Maps(enc, dec, valid, slot_mask)
+    return BoundMaps(enc, dec, valid, slot_mask)
+
+
+def _grid_beside(flat: Tensor, whole: Tensor) -> Size | None:
+    """The grid of the other map, when a flat one has as many patches: 18 x 32 is a square number, too."""
+    if not (isinstance(flat, Tensor) and isinstance(whole, Tensor)) or (flat.dim(), whole.dim()) != (4, 5):
+        return None
+    height, width = whole.shape[3:]
+    return (height, width) if height * width == flat.shape[3] else None
 
 
 def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
@@ -171,7 +196,7 @@ def prepare_maps(
     grid: Grid = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
-) -> tuple[Maps, Tensor]:
+) -> Maps:
     """Bring both maps to logits on the encoder's grid, in float32 or wider.
 
     Args:
@@ -184,8 +209,6 @@ def prepare_maps(
             invalid when no valid patch of the encoder overlaps it.
         slot_mask: (B, S) bool. A clip without a present slot is invalid throughout.
 
-    Returns:
-        The maps, and a scalar bool: whether no valid cell of a present slot holds NaN or +inf.
     """
     enc_kind, dec_kind = check_kind(kind)
     enc, dec, valid, slot_mask = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
@@ -193,18 +216,23 @@ def prepare_maps(
         has_slots = slot_mask.any(1)[:, None, None, None]
         valid = has_slots.expand(enc.shape[0], enc.shape[1], *enc.shape[3:]) if valid is None else valid & has_slots
     with no_autocast(enc):
-        enc_usable = _usable(valid, slot_mask)
-        enc = _as_logits(enc, enc_kind, enc_usable)
-        finite = _is_clean(enc, enc_usable)
+        usable = _usable(valid, slot_mask)
+        enc = _as_logits(enc, enc_kind, usable)
+        enc_peak = peak_of(enc, slot_mask)
+        clean = _is_clean(enc_peak, valid)
         if dec.shape == enc.shape:
-            dec = _as_logits(dec, dec_kind, enc_usable)
-            return Maps(enc, dec, valid, slot_mask), finite & _is_clean(dec, enc_usable)
-        dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
-        dec_usable = _usable(dec_valid, slot_mask)
-        dec = _as_logits(dec, dec_kind, dec_usable)
-        finite = finite & _is_clean(dec, dec_usable)
-        dec = _resize(dec, enc.shape[3:], dec_valid, dec_usable)
-        return Maps(enc, dec, valid, slot_mask), finite
+            dec = _as_logits(dec, dec_kind, usable)
+            dec_peak = peak_of(dec, slot_mask)
+            clean = clean & _is_clean(dec_peak, valid)
+        else:
+            dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
+            usable = _usable(dec_valid, slot_mask)
+            dec = _as_logits(dec, dec_kind, usable)
+            # before resizing, which need not read every cell
+            clean = clean & _is_clean(peak_of(dec, slot_mask), dec_valid)
+            dec = _resize(dec, enc.shape[3:], dec_valid, usable)
+            dec_peak = peak_of(dec, slot_mask)
+    return Maps(enc, dec, enc_peak, dec_peak, clean, valid, slot_mask)
 
 
 def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
@@ -225,13 +253,18 @@ def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
     return maps.clamp_min(TINY).log()
 
 
-def _is_clean(logits: Tensor, usable: Tensor | None) -> Tensor:
-    """Tell, as a scalar tensor, whether all usable cells are below +inf (NaN is not)."""
+def peak_of(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Return the largest logit of the present slots, which also shows a NaN or a +inf of any of them."""
     logits = logits.detach()
-    if usable is not None:
-        logits = torch.where(usable, logits, 0.0)
-    # the largest slot shows a NaN or a +inf of any slot; comparing that is a pass over patches, not cells
-    return (logits.amax(2) < float("inf")).all()
+    if slot_mask is not None:
+        logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
+    return logits.amax(2)
+
+
+def _is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
+    """Tell, as a scalar tensor, whether all valid patches are below +inf (NaN is not)."""
+    below = peak < float("inf")
+    return below.all() if valid is None else (below | ~valid).all()
 
 
 def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
@@ -269,4 +302,4 @@ def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: T
 def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
     frames = rearrange(maps, "b t s h w -> (b t) s h w")
     frames = F.interpolate(frames, size=tuple(size), mode="bilinear", align_corners=False)
-    return rearrange(frames, "(b t) s h w -> b t s h w", b=maps.shape[0])
+    return rearrange(frames, "(b t) s h w -> b t s h w", t=maps.shape[1])

@@ -1,6 +1,7 @@
 """Teaching one map the hard labels of the other, on selected patches only."""
 
 from collections.abc import Callable
+from math import log
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss._maps import TINY, check_slot_mask
+from ssync_loss._maps import TINY, check_slot_mask, peak_of
 from ssync_loss.reference import reference_selective_distillation_loss
 
 Criterion: TypeAlias = Literal["mse", "cross_entropy"]
@@ -29,7 +30,7 @@ Reduction: TypeAlias = Literal["none", "sum", "mean"]
 
 CRITERIA = ("mse", "cross_entropy")
 REDUCTIONS = ("none", "sum", "mean")
-LOG_TINY = torch.tensor(TINY, dtype=torch.float64).log().item()
+LOG_TINY = log(TINY)
 
 
 def selective_distillation_loss(
@@ -132,6 +133,7 @@ def distill(
     target: Tensor,
     region: Tensor,
     *,
+    peak: Tensor | None = None,
     criterion: Criterion,
     label_smoothing: float,
     temperature: float,
@@ -139,7 +141,7 @@ def distill(
     reduction: Reduction,
     backend: Backend,
 ) -> Tensor:
-    """Compute :func:`selective_distillation_loss` without checks."""
+    """Compute :func:`selective_distillation_loss` without checks; ``peak`` is ``logits.amax(2)`` if it is known."""
     if backend == "reference":
         return reference_selective_distillation_loss(
             logits,
@@ -158,7 +160,9 @@ def distill(
         # a patch's sum over slots; what it is divided by depends on the reduction
         patches: Tensor
         if criterion == "mse":
-            patches, _, _ = _squared_error(logits, target, region, slot_mask, temperature)
+            with_slope = logits.requires_grad and torch.is_grad_enabled()
+            peak = peak_of(logits, slot_mask) if peak is None else peak
+            patches, _ = _squared_error(logits, target, region, slot_mask, peak, temperature, with_slope)
         else:
             patches = _cross_entropy(logits, target, region, slot_mask, temperature, label_smoothing)
         if reduction == "mean":
@@ -199,68 +203,74 @@ def _scaled(piece: Tensor, present: Tensor | None, temperature: float, dtype: to
 
 
 class _SquaredError(torch.autograd.Function):
-    """A patch's ``e = sum_s (P_s - 1[s = y])^2``, 0 where unselected, with the gradient written out.
+    """A patch's ``e = sum_s (P_s - 1[s = y])^2``, 0 where unselected, and half its slope times tau.
 
     With ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2`` it is ``e = r^2 + Q``, which does not cancel
-    as ``sum P^2 - 2 P_y + 1`` does. The gradient is ``-(2/tau) P_y e`` at y and
-    ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere: two numbers a patch, ``push = P_y e`` and
-    ``pull = P_y r - Q``, are kept for it, and the probabilities are computed again.
+    as ``sum P^2 - 2 P_y + 1`` does, and the gradient is ``-(2/tau) P_y e`` at y and
+    ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere. It costs little while the probabilities are at hand, so the slope
+    is written in the forward, and the backward scales it in place: it becomes the gradient. A second backward
+    through the same graph computes it again.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, region: Tensor, slot_mask: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        peak: Tensor,
+        temperature: float,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        correct, wrong, squares, peak = torch.empty(4, *target.shape, device=logits.device, dtype=dtype)
+        error = torch.empty(target.shape, device=logits.device, dtype=dtype)
+        slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
+        # the softmax of a patch with NaN, +inf or nothing but -inf is NaN; its largest logit tells them apart:
+        # 0 for a patch that is defined, NaN for one that is selected and is not
+        undefined = torch.where(region, peak.clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
         blocks = Blocks(logits)
-        scratch = blocks.scratch(logits, dtype)
+        probs_memory, squares_memory = blocks.scratch(logits, dtype), blocks.scratch(logits, dtype)
         for piece in blocks:
             present = None if slot_mask is None else slot_mask[piece[0]]
             scores = _scaled(logits[piece], present, temperature, dtype)
-            peak[piece] = scores.amax(2)
-            # the softmax of a patch with NaN, +inf or nothing but -inf is NaN; the peak tells them apart below
-            probs = torch.softmax(scores, 2, out=part_of(scratch, scores)).nan_to_num_()
+            probs = torch.softmax(scores, 2, out=part_of(probs_memory, scores)).nan_to_num_()
             label = target[piece].long().unsqueeze(2)
-            correct[piece] = probs.gather(2, label).squeeze(2)
+            correct = probs.gather(2, label)
             probs.scatter_(2, label, 0.0)
-            wrong[piece] = probs.sum(2)
-            squares[piece] = probs.square_().sum(2)
-        selected = region.to(dtype)
+            wrong = probs.sum(2, keepdim=True)
+            part = slope[piece] if with_slope else part_of(squares_memory, scores)
+            squares = torch.mul(probs, probs, out=part).sum(2, keepdim=True)
+            wrongness = torch.addcmul(squares, wrong, wrong)
+            error[piece] = wrongness.squeeze(2)
+            if with_slope:
+                unclear = undefined[piece].unsqueeze(2)
+                pull = torch.addcmul(unclear, correct, wrong).sub_(squares)
+                torch.add(probs, pull, out=part).mul_(probs)
+                part.scatter_(2, label, torch.addcmul(unclear, correct, wrongness, value=-1))
         # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
         uniform = (peak == float("-inf")) * (1 - 1 / _num_slots(logits, slot_mask))
-        undefined = torch.where(region, peak.clamp_min_(torch.finfo(dtype).min) * 0.0, 0.0)
-        error = torch.addcmul(squares, wrong, wrong)
-        pull = torch.addcmul(-squares, correct, wrong).mul_(selected).add_(undefined)
-        push = (correct * error).mul_(selected).add_(undefined)
-        error = error.add_(uniform).mul_(selected).add_(undefined)
-        return error, pull, push
+        return error.add_(uniform).mul_(region).add_(undefined), slope
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, target, region, slot_mask, ctx.temperature = inputs
-        _, pull, push = output
-        ctx.mark_non_differentiable(pull, push)
-        ctx.save_for_backward(logits, target, region, slot_mask, pull, push)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.temperature, _ = inputs
+        ctx.slope = output[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_error: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, region, slot_mask, pull, push = ctx.saved_tensors
-        scale = torch.where(region, grad_error * (2 / ctx.temperature), 0.0)
-        pull = (scale * pull).unsqueeze(2)
-        push = (scale * push).neg_().unsqueeze(2)
-        scale = scale.unsqueeze(2)
-        grad = torch.empty(logits.shape, device=logits.device, dtype=scale.dtype)
-        blocks = Blocks(logits)
-        scratch = blocks.scratch(logits, scale.dtype)
-        for piece in blocks:
-            present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scaled(logits[piece], present, ctx.temperature, scale.dtype)
-            probs = torch.softmax(scores, 2, out=part_of(scratch, scores)).nan_to_num_()
-            part = torch.addcmul(pull[piece], scale[piece], probs, out=grad[piece]).mul_(probs)
-            part.scatter_(2, target[piece].long().unsqueeze(2), push[piece])
-        return grad.to(logits.dtype), None, None, None, None
+    def backward(ctx: Any, grad_error: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, region, slot_mask, peak = ctx.saved_tensors
+        scale = torch.where(region, grad_error * (2 / ctx.temperature), 0.0).unsqueeze(2)
+        if torch.compiler.is_compiling():
+            grad = ctx.slope * scale
+        else:
+            slope, ctx.slope = ctx.slope, None
+            if slope is None:
+                _, slope = _SquaredError.forward(logits, target, region, slot_mask, peak, ctx.temperature, True)
+            grad = slope.mul_(scale)
+        return grad.to(logits.dtype), None, None, None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -285,6 +295,8 @@ class _CrossEntropy(torch.autograd.Function):
             present = None if slot_mask is None else slot_mask[piece[0]]
             scores = _scaled(logits[piece], present, temperature, dtype)
             peak = scores.amax(2, keepdim=True)
+            # before the peak is taken off: beside a +inf every finite logit would look like this
+            impossible = scores == float("-inf")
             scores = scores - torch.where(peak == float("-inf"), 0.0, peak)
             label = target[piece].long().unsqueeze(2)
             exps = scores.exp()
@@ -292,7 +304,7 @@ class _CrossEntropy(torch.autograd.Function):
             others = exps.scatter_(2, label, 0.0).sum(2, keepdim=True)
             # a confident patch's loss is all in the others: adding them to 1 first would round it off
             log_total = torch.where(own == 1, others.log1p(), (others + own).log())
-            log_probs = (scores - log_total).masked_fill_(scores == float("-inf"), LOG_TINY)
+            log_probs = (scores - log_total).masked_fill_(impossible, LOG_TINY)
             num_slots = _num_slots(logits, present)
             value = log_probs.gather(2, label).squeeze(2) * (smoothing - 1)
             if smoothing:
@@ -300,7 +312,7 @@ class _CrossEntropy(torch.autograd.Function):
                     log_probs.masked_fill_(~present[:, None, :, None, None], 0.0)
                 value = value - log_probs.sum(2) * (smoothing / num_slots)
             # no finite slot: uniform probabilities
-            uniform = torch.as_tensor(num_slots, device=logits.device, dtype=dtype).log()
+            uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.to(dtype).log()
             value = torch.where(peak.squeeze(2) == float("-inf"), uniform, value)
             entropy[piece] = torch.where(region[piece], value, 0.0)
         return entropy
@@ -334,5 +346,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 # typed: autograd's own `apply` is not
-_squared_error: Callable[..., tuple[Tensor, Tensor, Tensor]] = _SquaredError.apply
+_squared_error: Callable[..., tuple[Tensor, Tensor]] = _SquaredError.apply
 _cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply

@@ -134,6 +134,7 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> T
         reach = (reach @ reach).clamp_max_(1.0)
     member = reach > 0
     area = area.unsqueeze(-2)
-    largest = torch.where(member, area, -1).amax(-1, keepdim=True)
+    lowest = torch.finfo(area.dtype).min if area.is_floating_point() else torch.iinfo(area.dtype).min
+    largest = torch.where(member, area, lowest).amax(-1, keepdim=True)
     leads = member & (area == largest)
     return torch.where(leads, index, num_slots).amin(-1).clamp_max_(num_slots - 1)

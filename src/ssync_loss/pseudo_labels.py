@@ -65,7 +65,7 @@ def pseudo_labels(
     check_label_settings(merge_threshold, min_different, min_same, max_different)
     backend = resolve_backend(backend)
     with torch.no_grad():
-        maps, _ = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         return labels_of(
             maps,
             merge_threshold=merge_threshold,
@@ -110,8 +110,7 @@ def labels_of(
             slot_mask=maps.slot_mask,
         )
     with no_autocast(maps.enc):
-        enc_labels = first_argmax(maps.enc, maps.slot_mask)
-        dec_labels = first_argmax(maps.dec, maps.slot_mask)
+        enc_labels, dec_labels = hard_labels(maps)
         if merge_threshold is None:
             num_clips, num_slots = maps.enc.shape[0], maps.enc.shape[2]
             index = torch.arange(num_slots, device=maps.enc.device)
@@ -125,17 +124,33 @@ def labels_of(
         if maps.valid is not None:
             enc_labels = enc_labels.masked_fill(~maps.valid, 0)
             dec_labels = dec_labels.masked_fill(~maps.valid, 0)
-        boundary = select_boundary(count_differing(enc_labels, maps.valid), min_different, min_same, maps.valid)
-        interior = select_interior(count_differing(dec_labels, maps.valid), max_different, maps.valid)
+        # both maps at once: on small batches the number of operators counts
+        both_valid = None if maps.valid is None else torch.cat([maps.valid, maps.valid])
+        enc_count, dec_count = count_differing(torch.cat([enc_labels, dec_labels]), both_valid).chunk(2)
+        boundary = select_boundary(enc_count, min_different, min_same, maps.valid)
+        interior = select_interior(dec_count, max_different, maps.valid)
     return PseudoLabels(enc_labels.long(), dec_labels.long(), boundary, interior, representative)
 
 
-def first_argmax(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
+    """Label every patch of both maps, before merging; an invalid patch may get any label."""
+    return (
+        first_argmax(maps.enc, maps.enc_peak, maps.slot_mask),
+        first_argmax(maps.dec, maps.dec_peak, maps.slot_mask),
+    )
+
+
+def first_argmax(logits: Tensor, peak: Tensor, slot_mask: Tensor | None) -> Tensor:
     """Label every patch with its largest present slot, the first of equals.
 
     Labels come in the smallest integer type that holds S. On a CPU ``argmax`` over a middle axis takes 25
     times as long as this: the ranks S, S-1, .., 1 of all slots that equal the largest value, and the first of
     those by another maximum.
+
+    Args:
+        logits: (B, T, S, H, W).
+        peak: (B, T, H, W), the largest logit of the present slots.
+        slot_mask: (B, S) bool, or None.
     """
     num_slots = logits.shape[2]
     rank = torch.arange(num_slots, 0, -1, device=logits.device, dtype=logits.dtype)[:, None, None]
@@ -148,14 +163,10 @@ def first_argmax(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
     blocks = Blocks(logits)
     scratch = blocks.scratch(logits, logits.dtype)
     for piece in blocks:
-        cells = logits[piece]
-        present = None if slot_mask is None else slot_mask[piece[0], None, :, None, None]
-        if present is not None:
-            cells = cells.masked_fill(~present, float("-inf"))
-        leads = indicator(torch.eq, cells, cells.amax(2, keepdim=True), scratch).mul_(rank)
-        if present is not None:
-            # where all present slots are -inf, absent ones must not tie with them
-            leads.mul_(present)
+        leads = indicator(torch.eq, logits[piece], peak[piece].unsqueeze(2), scratch).mul_(rank)
+        if slot_mask is not None:
+            # absent slots may hold anything, the largest value of the present ones too
+            leads.mul_(slot_mask[piece[0], None, :, None, None])
         labels[piece] = num_slots - leads.amax(2)
     # NaN equals nothing and ends up at S: any label will do there, if it is one
     return labels.clamp_max_(num_slots - 1)

@@ -410,9 +410,9 @@ def reference_selective_distillation_loss(
 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if reduction == "none":
-        return torch.stack(clips).to(dtype)
+        return (torch.stack(clips) if clips else zero.expand(region.shape)).to(dtype)
     if reduction == "sum":
-        return torch.stack(clips).sum().to(dtype)
+        return (torch.stack(clips).sum() if clips else zero).to(dtype)
     return (total / max(divisor, 1)).to(dtype)
 
 

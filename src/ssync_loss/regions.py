@@ -5,7 +5,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_bool, check_int, check_integer, check_not_empty, check_shape
+from ssync_loss._checks import check_int, check_integer, check_not_empty, check_shape
+from ssync_loss._maps import check_valid
 
 # eight neighbors in the frame; the two in time are added to them
 _SPATIAL = [(dy, dx) for dy, dx in product((0, 1, 2), repeat=2) if (dy, dx) != (1, 1)]
@@ -20,7 +21,8 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
     count 0 and, as a neighbor, agrees with everyone.
 
     Shape:
-        labels: (B, T, H, W) integers. valid: the same, bool. Returns (B, T, H, W) uint8 within [0, 10].
+        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within
+        [0, 10].
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), selection of boundary and interior patches.
 
@@ -31,13 +33,15 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
     >>> neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
     """
+    return count_differing(labels, _check(labels, valid))
+
+
+def _check(labels: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Check labels and ``valid``, and return the latter as (B, T, H, W)."""
     size = check_shape("labels", labels, "B T H W")
     check_not_empty("labels", size, "T H W")
     check_integer("labels", labels)
-    if valid is not None:
-        check_shape("valid", valid, "B T H W", **size)
-        check_bool("valid", valid)
-    return count_differing(labels, valid)
+    return None if valid is None else check_valid(valid, size, labels=labels)
 
 
 def count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
@@ -83,7 +87,7 @@ def boundary_region(
     with fewer than ``min_same`` neighbors is noise, not a boundary. Invalid patches are never selected.
 
     Shape:
-        labels: (B, T, H, W) integers. Returns (B, T, H, W) bool.
+        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement.
 
@@ -95,7 +99,8 @@ def boundary_region(
     """
     check_int("min_different", min_different, 0, 10)
     check_int("min_same", min_same, 0, 10)
-    return select_boundary(neighbor_difference(labels, valid=valid), min_different, min_same, valid)
+    valid = _check(labels, valid)
+    return select_boundary(count_differing(labels, valid), min_different, min_same, valid)
 
 
 def select_boundary(count: Tensor, min_different: int, min_same: int, valid: Tensor | None) -> Tensor:
@@ -110,7 +115,7 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
     ``n <= max_different`` with n from :func:`neighbor_difference`. Invalid patches are never selected.
 
     Shape:
-        labels: (B, T, H, W) integers. Returns (B, T, H, W) bool.
+        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), interior denoising.
 
@@ -121,7 +126,8 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
     [[[[True, False, False]]]]
     """
     check_int("max_different", max_different, 0, 10)
-    return select_interior(neighbor_difference(labels, valid=valid), max_different, valid)
+    valid = _check(labels, valid)
+    return select_interior(count_differing(labels, valid), max_different, valid)
 
 
 def select_interior(count: Tensor, max_different: int, valid: Tensor | None) -> Tensor:

@@ -25,7 +25,8 @@ class LogitTap(Tap):
 
     - All frames share one key call, (B, T, N, D), and one query call is one iteration of one frame:
       ``frames_in_key=True``. Every frame then has the same number of queries, or, with ``iterations``, that
-      many, and the first frame what is left, which is not less.
+      many, and the first frame what is left, which is not less. Give ``iterations`` where the first frame has
+      more: the total may happen to divide by T, and then nothing shows that frames are read wrongly.
     - Frames are flattened into the batch, (B*T, N, D): ``pop(num_frames=T)``. Frames side by side,
       (B, T, S, D) and (B, T, N, D) in one call each, need nothing.
     - There are several heads, D = heads * dim_head. Their maps become one, whose softmax over slots is the

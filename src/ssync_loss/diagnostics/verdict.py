@@ -16,7 +16,7 @@ from ssync_loss._checks import check_same_device
 from ssync_loss._maps import Grid, KindArgument, prepare_maps
 from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
-from ssync_loss.pseudo_labels import first_argmax
+from ssync_loss.pseudo_labels import hard_labels
 
 
 class Premise(NamedTuple):
@@ -100,12 +100,12 @@ def premise(
     (0.6667, True)
     """
     with torch.no_grad():
-        maps, _ = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         B, T, S, H, W = maps.enc.shape
         check_features(features, B=B, T=T, H=H, W=W)
         check_same_device("features", features, enc_logits=enc_logits)
         patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if maps.valid is None else maps.valid
-        enc, dec = (first_argmax(logits, maps.valid, maps.slot_mask) for logits in (maps.enc, maps.dec))
+        enc, dec = hard_labels(maps)
         enc_confidence, dec_confidence = (
             _confidence(logits, patches, maps.slot_mask) for logits in (maps.enc, maps.dec)
         )

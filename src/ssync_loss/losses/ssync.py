@@ -84,7 +84,7 @@ def boundary_refinement_loss(
     check_label_settings(merge_threshold, min_different, min_same, 0)
     check_criterion(criterion, label_smoothing, temperature)
     backend = resolve_backend(backend)
-    maps, clean = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
     if labels is None:
         labels = labels_of(
             maps,
@@ -95,11 +95,12 @@ def boundary_refinement_loss(
             backend=backend,
         )
     else:
-        _check_labels("enc_labels", labels.enc_labels, "boundary", labels.boundary, maps)
+        labels = _fitting(labels, "enc_labels", "boundary", maps)
     loss = distill(
         maps.dec,
         labels.enc_labels,
         labels.boundary,
+        peak=maps.dec_peak,
         criterion=criterion,
         label_smoothing=label_smoothing,
         temperature=temperature,
@@ -107,7 +108,7 @@ def boundary_refinement_loss(
         reduction="mean",
         backend=backend,
     )
-    return _poisoned(loss, clean)
+    return _poisoned(loss, maps.clean)
 
 
 def interior_denoising_loss(
@@ -164,7 +165,7 @@ def interior_denoising_loss(
     check_label_settings(merge_threshold, 1, 1, max_different)
     check_criterion(criterion, label_smoothing, temperature)
     backend = resolve_backend(backend)
-    maps, clean = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
     if labels is None:
         labels = labels_of(
             maps,
@@ -175,11 +176,12 @@ def interior_denoising_loss(
             backend=backend,
         )
     else:
-        _check_labels("dec_labels", labels.dec_labels, "interior", labels.interior, maps)
+        labels = _fitting(labels, "dec_labels", "interior", maps)
     loss = distill(
         maps.enc,
         labels.dec_labels,
         labels.interior,
+        peak=maps.enc_peak,
         criterion=criterion,
         label_smoothing=label_smoothing,
         temperature=temperature,
@@ -187,10 +189,14 @@ def interior_denoising_loss(
         reduction="mean",
         backend=backend,
     )
-    return _poisoned(loss, clean)
+    return _poisoned(loss, maps.clean)
 
 
-def _check_labels(target_name: str, target: Tensor, region_name: str, region: Tensor, maps: Maps) -> None:
+def _fitting(labels: PseudoLabels, target_name: str, region_name: str, maps: Maps) -> PseudoLabels:
+    """Check one term's half of labels computed before, and take out of its region what is not valid now."""
+    if not isinstance(labels, PseudoLabels):
+        raise TypeError(f"`labels` must be PseudoLabels; got {type(labels).__name__}.")
+    target, region = getattr(labels, target_name), getattr(labels, region_name)
     size = dict(zip("BTSHW", maps.enc.shape, strict=True))
     num_slots = size.pop("S")
     check_shape(f"labels.{target_name}", target, "B T H W", **size)
@@ -200,6 +206,7 @@ def _check_labels(target_name: str, target: Tensor, region_name: str, region: Te
     check_shape(f"labels.{region_name}", region, "B T H W", **size)
     check_bool(f"labels.{region_name}", region)
     check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
+    return labels if maps.valid is None else labels._replace(**{region_name: region & maps.valid})
 
 
 def _poisoned(loss: Tensor, clean: Tensor) -> Tensor:
@@ -263,7 +270,8 @@ class SSyncLoss(nn.Module):
         max_different: differing neighbors allowed in an interior; 0 to 10.
         kind: what the maps hold: ``"logits"``, ``"probs"``, or a pair for encoder and decoder. With an
             encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
-        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes N for a square.
+        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes the grid of
+            the other map where that has as many patches, and else N for a square.
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
@@ -388,9 +396,7 @@ class SSyncLoss(nn.Module):
         Before ``start_step`` all but ``total``, which is 0, are what they would be.
         """
         is_on = self.is_on(step)
-        maps, clean = prepare_maps(
-            enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask
-        )
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
         self._warn_if_detached(enc_logits, dec_logits, stacklevel=3)
         backend = resolve_backend(self.backend)
         labels = labels_of(
@@ -401,9 +407,9 @@ class SSyncLoss(nn.Module):
             max_different=self.max_different,
             backend=backend,
         )
-        boundary = self._teach(maps.dec, labels.enc_labels, labels.boundary, maps.slot_mask, backend, clean)
-        interior = self._teach(maps.enc, labels.dec_labels, labels.interior, maps.slot_mask, backend, clean)
-        total = self.weigh(boundary, interior, step) if is_on else attached_zero(maps.enc, maps.dec)
+        boundary = self._teach(maps.dec, labels.enc_labels, labels.boundary, maps.dec_peak, maps, backend)
+        interior = self._teach(maps.enc, labels.dec_labels, labels.interior, maps.enc_peak, maps, backend)
+        total = self.weigh(boundary, interior, step) if is_on else attached_zero(enc_logits, dec_logits)
         return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
 
     def is_on(self, step: int | None) -> bool:
@@ -439,26 +445,21 @@ class SSyncLoss(nn.Module):
         return min(progress / self.ramp_steps, 1.0)
 
     def _teach(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        backend: Backend,
-        clean: Tensor,
+        self, logits: Tensor, target: Tensor, region: Tensor, peak: Tensor, maps: Maps, backend: Backend
     ) -> Tensor:
         loss = distill(
             logits,
             target,
             region,
+            peak=peak,
             criterion=self.criterion,
             label_smoothing=self.label_smoothing,
             temperature=self.temperature,
-            slot_mask=slot_mask,
+            slot_mask=maps.slot_mask,
             reduction="mean",
             backend=backend,
         )
-        return _poisoned(loss, clean)
+        return _poisoned(loss, maps.clean)
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor, *, stacklevel: int) -> None:
         if torch.compiler.is_compiling() or self._warned or not self.training or not torch.is_grad_enabled():

@@ -169,7 +169,8 @@ def _mean_over_objects(summed: Tensor, table: Contingency, background: int | Non
 def _matched_sum(iou: Tensor, table: Contingency) -> Tensor:
     """Sum the IoU of the best one-to-one matching in each unit."""
     try:
-        from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - scipy is an optional extra
+        # here and not above: scipy is an optional extra, and mBO does without it
+        from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError('mIoU needs scipy: pip install "ssync-loss[metrics]".') from error
 

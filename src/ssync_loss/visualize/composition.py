@@ -6,7 +6,7 @@ from torch import Tensor
 from ssync_loss._checks import check_int, check_number, check_same_device, check_shape
 from ssync_loss._maps import Grid, KindArgument, prepare_maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.pseudo_labels import first_argmax, pseudo_labels
+from ssync_loss.pseudo_labels import hard_labels, pseudo_labels
 from ssync_loss.visualize.pictures import (
     as_bytes,
     as_gray,
@@ -81,7 +81,7 @@ def panel(
     check_int("scale", scale, 1)
     check_int("gap", gap, 0)
     with torch.no_grad():
-        maps, _ = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
@@ -98,7 +98,7 @@ def panel(
         for name in ("enc_labels", "dec_labels", "boundary", "interior"):
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
         frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
-        enc, dec = (first_argmax(logits, maps.valid, maps.slot_mask) for logits in (maps.enc, maps.dec))
+        enc, dec = hard_labels(maps)
         gray = as_gray(frames)
         merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=maps.valid)
         rows = [

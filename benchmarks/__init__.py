@@ -1,0 +1,1 @@
+"""Measurements of the losses; see README.md."""

@@ -1,0 +1,49 @@
+"""The README's code runs, its commands are what CI runs, and its table is the one the script prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_is_code_to_run() -> None:
+    assert len(BLOCKS) == 5
+    assert "criterion(enc_logits, dec_logits)  # <- the line" in BLOCKS[0]
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_code_block_runs(number: int) -> None:
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "readme"})
+
+
+def test_two_commands_set_everything_up() -> None:
+    assert len(COMMANDS) == 2
+    main_job, tests = (command.strip() for command in COMMANDS)
+    assert main_job.endswith("python examples/train_moving_objects.py")
+    assert "\n" not in main_job + tests
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_is_the_one_that_the_script_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples.report import Report, table
+
+    printed = table(Report.load(ROOT / "examples" / "results.json"))
+    shown = re.search(r"<!-- table: .*?-->\n(.*?)<!-- end of table -->", README, flags=re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == printed.strip()
+
+
+def test_versions_are_pinned() -> None:
+    pins = (ROOT / "tests" / "constraints.txt").read_text()
+    assert re.search(r"^torch==\d", pins, flags=re.MULTILINE)
