@@ -74,7 +74,7 @@ def representative_of(case: GoldenCase) -> Tensor:
     for clip in range(clips):
         for slot in range(slots):
             for key in ("enc_labels", "dec_labels"):
-                told = wanted[f"{key}_merged"][clip][wanted[key][clip] == slot].unique()
+                told = torch.unique(wanted[f"{key}_merged"][clip][wanted[key][clip] == slot])
                 assert len(told) <= 1
                 names[clip, slot] = told[0] if len(told) else names[clip, slot]
     return names
@@ -97,9 +97,7 @@ def test_the_files_cover_what_they_should() -> None:
 
 
 class TestModule:
-    def test_labels_and_regions_are_equal(
-        self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]
-    ) -> None:
+    def test_labels_and_regions_are_equal(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
         maps = maps_of(case, dtype, settings)
         terms = SSyncLoss(**settings, temperature=case.temperature).terms(*maps)
         assert_golden_labels(terms.labels, case)
@@ -115,7 +113,7 @@ class TestModule:
         assert_close_loss(terms.interior, loss_of(case, "loss_dec2enc", dtype))
         both = case.expected["loss_enc2dec_f64"] + case.expected["loss_dec2enc_f64"]
         assert_close_loss(terms.total, both.to(dtype))
-        terms.total.backward()
+        torch.autograd.backward(terms.total)
         assert_golden_gradients(enc, dec, case)
 
     def test_forward_is_the_total(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
@@ -123,7 +121,7 @@ class TestModule:
         criterion = SSyncLoss(**settings, temperature=case.temperature)
         loss = criterion(enc, dec)
         assert torch.equal(loss, criterion.terms(enc, dec).total)
-        loss.backward()
+        torch.autograd.backward(loss)
         assert_golden_gradients(enc, dec, case)
 
     def test_an_empty_region_is_exactly_zero(self) -> None:
@@ -179,7 +177,7 @@ class TestPieces:
         for leaf, target, region, key in taught:
             loss = selective_distillation_loss(leaf, target, region, temperature=case.temperature)
             assert_close_loss(loss, loss_of(case, key, dtype))
-            loss.backward()
+            torch.autograd.backward(loss)
             # the other reductions are this mean put differently
             patches, total = (
                 selective_distillation_loss(leaf, target, region, temperature=case.temperature, reduction=reduction)
@@ -193,7 +191,7 @@ class TestPieces:
     def test_one_term_at_a_time(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
         boundary_settings = {key: value for key, value in settings.items() if key != "max_different"}
         interior_settings = {key: value for key, value in settings.items() if key not in BOUNDARY_COUNTS}
-        knobs = {"temperature": case.temperature}
+        knobs: dict[str, Any] = {"temperature": case.temperature}
         enc, dec = maps_of(case, dtype, settings)
         boundary = boundary_refinement_loss(enc, dec, **boundary_settings, **knobs)
         interior = interior_denoising_loss(enc, dec, **interior_settings, **knobs)
@@ -202,6 +200,6 @@ class TestPieces:
         labels = pseudo_labels(enc, dec, **settings)
         assert torch.equal(BoundaryRefinementLoss(**boundary_settings, **knobs)(enc, dec, labels=labels), boundary)
         assert torch.equal(InteriorDenoisingLoss(**interior_settings, **knobs)(enc, dec, labels=labels), interior)
-        boundary.backward()
-        interior.backward()
+        torch.autograd.backward(boundary)
+        torch.autograd.backward(interior)
         assert_golden_gradients(enc, dec, case)

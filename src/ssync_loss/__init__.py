@@ -5,7 +5,7 @@
 """
 
 from ssync_loss._types import PseudoLabels
-from ssync_loss.losses.ssync import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss, SSyncTerms
+from ssync_loss.losses import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss, SSyncTerms
 
 __version__ = "0.1.0"
 

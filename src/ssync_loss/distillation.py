@@ -189,7 +189,10 @@ def num_averaged(region: Tensor, num_slots: int, slot_mask: Tensor | None, crite
 
 def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
     """Return S, or the number of present slots as it broadcasts against (B, T, H, W)."""
-    return logits.shape[2] if slot_mask is None else present_slots(slot_mask)[:, None, None, None]
+    if slot_mask is None:
+        return logits.shape[2]
+    # no integers: 1 / 3 of those is float32, beside float64 logits too
+    return present_slots(slot_mask)[:, None, None, None].to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _scaled(piece: Tensor, present: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -248,7 +251,7 @@ class _SquaredError(torch.autograd.Function):
                 torch.add(probs, pull, out=part).mul_(probs)
                 part.scatter_(2, label, torch.addcmul(unclear, correct, wrongness, value=-1))
         # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
-        uniform = (peak == float("-inf")) * (1 - 1 / _num_slots(logits, slot_mask))
+        uniform = (peak == float("-inf")).to(dtype) * (1 - 1 / _num_slots(logits, slot_mask))
         return error.add_(uniform).mul_(region).add_(undefined), slope
 
     @staticmethod
@@ -312,7 +315,7 @@ class _CrossEntropy(torch.autograd.Function):
                     log_probs.masked_fill_(~present[:, None, :, None, None], 0.0)
                 value = value - log_probs.sum(2) * (smoothing / num_slots)
             # no finite slot: uniform probabilities
-            uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.to(dtype).log()
+            uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
             value = torch.where(peak.squeeze(2) == float("-inf"), uniform, value)
             entropy[piece] = torch.where(region[piece], value, 0.0)
         return entropy

@@ -1,7 +1,8 @@
 """Every pure function of the library in one place; modules only remember their arguments."""
 
 from ssync_loss.distillation import selective_distillation_loss
-from ssync_loss.losses.ssync import boundary_refinement_loss, interior_denoising_loss
+from ssync_loss.losses.boundary import boundary_refinement_loss
+from ssync_loss.losses.interior import interior_denoising_loss
 from ssync_loss.merging import merge_slots, slot_overlap
 from ssync_loss.pseudo_labels import pseudo_labels
 from ssync_loss.regions import boundary_region, interior_region, neighbor_difference

@@ -6,224 +6,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ssync_loss._autocast import at_least_float32
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._checks import (
-    check_bool,
-    check_choice,
-    check_int,
-    check_integer,
-    check_label_range,
-    check_number,
-    check_same_device,
-    check_shape,
-    check_tensor,
-)
-from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
+from ssync_loss._checks import check_choice, check_int, check_number, check_tensor
+from ssync_loss._maps import Grid, KindArgument, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.distillation import Criterion, check_criterion, distill
+from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.losses._teaching import attached_zero, teach
 from ssync_loss.pseudo_labels import check_label_settings, labels_of
 
 # merge thresholds of the published configurations
 PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
-
-
-def boundary_refinement_loss(
-    enc_logits: Tensor,
-    dec_logits: Tensor,
-    *,
-    labels: PseudoLabels | None = None,
-    merge_threshold: float | None = 0.6,
-    min_different: int = 1,
-    min_same: int = 1,
-    criterion: Criterion = "mse",
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-    kind: KindArgument = "logits",
-    grid: Grid = None,
-    valid: Tensor | None = None,
-    slot_mask: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Teach the decoder the encoder's labels at boundaries.
-
-    ``L_b = mean over boundary patches and slots of (softmax_s(dec / temperature) - 1[e])^2`` with e the merged
-    hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
-    exactly 0, attached to the graph.
-
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
-
-    Args:
-        enc_logits: the teacher.
-        dec_logits: the pupil.
-        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
-            of the region idle.
-        merge_threshold: see :func:`pseudo_labels`, like the next two.
-        min_different: differing neighbors that make a boundary.
-        min_same: agreeing neighbors without which a patch is noise.
-        criterion: see :func:`selective_distillation_loss`, like the next two.
-        label_smoothing: for ``"cross_entropy"`` only.
-        temperature: of the softmax.
-        kind: see :func:`pseudo_labels`, like the rest.
-        grid: (H, W) of (B, T, S, N) maps.
-        valid: patches that count.
-        slot_mask: slots that are present.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
-
-    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
-
-    Raises:
-        TypeError, ValueError: on wrong shapes, dtypes or settings.
-
-    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
-    >>> dec = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
-    >>> boundary_refinement_loss(enc, dec).item()
-    0.25
-    """
-    check_label_settings(merge_threshold, min_different, min_same, 0)
-    check_criterion(criterion, label_smoothing, temperature)
-    backend = resolve_backend(backend)
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    if labels is None:
-        labels = labels_of(
-            maps,
-            merge_threshold=merge_threshold,
-            min_different=min_different,
-            min_same=min_same,
-            max_different=0,
-            backend=backend,
-        )
-    else:
-        labels = _fitting(labels, "enc_labels", "boundary", maps)
-    loss = distill(
-        maps.dec,
-        labels.enc_labels,
-        labels.boundary,
-        peak=maps.dec_peak,
-        criterion=criterion,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
-        slot_mask=maps.slot_mask,
-        reduction="mean",
-        backend=backend,
-    )
-    return _poisoned(loss, maps.clean)
-
-
-def interior_denoising_loss(
-    enc_logits: Tensor,
-    dec_logits: Tensor,
-    *,
-    labels: PseudoLabels | None = None,
-    merge_threshold: float | None = 0.6,
-    max_different: int = 0,
-    criterion: Criterion = "mse",
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-    kind: KindArgument = "logits",
-    grid: Grid = None,
-    valid: Tensor | None = None,
-    slot_mask: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Teach the encoder the decoder's labels in interiors.
-
-    ``L_i = mean over interior patches and slots of (softmax_s(enc / temperature) - 1[d])^2`` with d the merged
-    hard labels of the decoder. No gradient reaches the decoder's map. Where there is no interior the loss is
-    exactly 0, attached to the graph.
-
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
-
-    Args:
-        enc_logits: the pupil.
-        dec_logits: the teacher.
-        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
-            of the region idle.
-        merge_threshold: see :func:`pseudo_labels`, like the next.
-        max_different: differing neighbors allowed in an interior.
-        criterion: see :func:`selective_distillation_loss`, like the next two.
-        label_smoothing: for ``"cross_entropy"`` only.
-        temperature: of the softmax.
-        kind: see :func:`pseudo_labels`, like the rest.
-        grid: (H, W) of (B, T, S, N) maps.
-        valid: patches that count.
-        slot_mask: slots that are present.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
-
-    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
-
-    Raises:
-        TypeError, ValueError: on wrong shapes, dtypes or settings.
-
-    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
-    >>> enc = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
-    >>> interior_denoising_loss(enc, dec).item()
-    0.25
-    """
-    check_label_settings(merge_threshold, 1, 1, max_different)
-    check_criterion(criterion, label_smoothing, temperature)
-    backend = resolve_backend(backend)
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    if labels is None:
-        labels = labels_of(
-            maps,
-            merge_threshold=merge_threshold,
-            min_different=1,
-            min_same=1,
-            max_different=max_different,
-            backend=backend,
-        )
-    else:
-        labels = _fitting(labels, "dec_labels", "interior", maps)
-    loss = distill(
-        maps.enc,
-        labels.dec_labels,
-        labels.interior,
-        peak=maps.enc_peak,
-        criterion=criterion,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
-        slot_mask=maps.slot_mask,
-        reduction="mean",
-        backend=backend,
-    )
-    return _poisoned(loss, maps.clean)
-
-
-def _fitting(labels: PseudoLabels, target_name: str, region_name: str, maps: Maps) -> PseudoLabels:
-    """Check one term's half of labels computed before, and take out of its region what is not valid now."""
-    if not isinstance(labels, PseudoLabels):
-        raise TypeError(f"`labels` must be PseudoLabels; got {type(labels).__name__}.")
-    target, region = getattr(labels, target_name), getattr(labels, region_name)
-    size = dict(zip("BTSHW", maps.enc.shape, strict=True))
-    num_slots = size.pop("S")
-    check_shape(f"labels.{target_name}", target, "B T H W", **size)
-    check_integer(f"labels.{target_name}", target)
-    check_same_device(f"labels.{target_name}", target, enc_logits=maps.enc)
-    check_label_range(f"labels.{target_name}", target, num_slots)
-    check_shape(f"labels.{region_name}", region, "B T H W", **size)
-    check_bool(f"labels.{region_name}", region)
-    check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
-    return labels if maps.valid is None else labels._replace(**{region_name: region & maps.valid})
-
-
-def _poisoned(loss: Tensor, clean: Tensor) -> Tensor:
-    """Make the loss, and every gradient of it, NaN when a map held NaN or +inf: labels mean nothing then."""
-    return loss * torch.where(clean, 1.0, float("nan")).to(loss.dtype)
-
-
-def attached_zero(*maps: Tensor) -> Tensor:
-    """Return exactly 0 with a graph to the maps, whatever they hold; no cell is read.
-
-    >>> attached_zero(torch.tensor([float("nan")], requires_grad=True)).item()
-    0.0
-    """
-    total = at_least_float32(maps[0][:0]).sum()
-    for one in maps[1:]:
-        total = total + at_least_float32(one[:0]).sum()
-    return total
 
 
 class SSyncTerms(NamedTuple):
@@ -407,8 +199,14 @@ class SSyncLoss(nn.Module):
             max_different=self.max_different,
             backend=backend,
         )
-        boundary = self._teach(maps.dec, labels.enc_labels, labels.boundary, maps.dec_peak, maps, backend)
-        interior = self._teach(maps.enc, labels.dec_labels, labels.interior, maps.enc_peak, maps, backend)
+        settings: dict[str, Any] = {
+            "criterion": self.criterion,
+            "label_smoothing": self.label_smoothing,
+            "temperature": self.temperature,
+            "backend": backend,
+        }
+        boundary = teach(maps.dec, labels.enc_labels, labels.boundary, maps.dec_peak, maps, **settings)
+        interior = teach(maps.enc, labels.dec_labels, labels.interior, maps.enc_peak, maps, **settings)
         total = self.weigh(boundary, interior, step) if is_on else attached_zero(enc_logits, dec_logits)
         return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
 
@@ -443,23 +241,6 @@ class SSyncLoss(nn.Module):
             done = torch.full((), progress, device=total.device, dtype=total.dtype)
             return (done / self.ramp_steps).clamp_max(1.0)
         return min(progress / self.ramp_steps, 1.0)
-
-    def _teach(
-        self, logits: Tensor, target: Tensor, region: Tensor, peak: Tensor, maps: Maps, backend: Backend
-    ) -> Tensor:
-        loss = distill(
-            logits,
-            target,
-            region,
-            peak=peak,
-            criterion=self.criterion,
-            label_smoothing=self.label_smoothing,
-            temperature=self.temperature,
-            slot_mask=maps.slot_mask,
-            reduction="mean",
-            backend=backend,
-        )
-        return _poisoned(loss, maps.clean)
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor, *, stacklevel: int) -> None:
         if torch.compiler.is_compiling() or self._warned or not self.training or not torch.is_grad_enabled():
@@ -501,127 +282,3 @@ class SSyncLoss(nn.Module):
             valid: Tensor | None = None,
             slot_mask: Tensor | None = None,
         ) -> Tensor: ...
-
-
-class BoundaryRefinementLoss(nn.Module):
-    """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
-
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
-
-    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
-
-    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
-    >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2)).item()
-    0.25
-    """
-
-    def __init__(
-        self,
-        *,
-        merge_threshold: float | None = 0.6,
-        min_different: int = 1,
-        min_same: int = 1,
-        criterion: Criterion = "mse",
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        kind: KindArgument = "logits",
-        grid: Grid = None,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        check_label_settings(merge_threshold, min_different, min_same, 0)
-        check_criterion(criterion, label_smoothing, temperature)
-        check_kind(kind)
-        check_grid(grid)
-        resolve_backend(backend)
-        self.settings: dict[str, Any] = {
-            "merge_threshold": merge_threshold,
-            "min_different": min_different,
-            "min_same": min_same,
-            "criterion": criterion,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "kind": kind,
-            "grid": grid,
-            "backend": backend,
-        }
-
-    def forward(
-        self,
-        enc_logits: Tensor,
-        dec_logits: Tensor,
-        *,
-        labels: PseudoLabels | None = None,
-        valid: Tensor | None = None,
-        slot_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the boundary term; see :func:`boundary_refinement_loss`."""
-        return boundary_refinement_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-
-class InteriorDenoisingLoss(nn.Module):
-    """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
-
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`BoundaryRefinementLoss`, and they are computed once.
-
-    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
-
-    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
-    >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2), dec).item()
-    0.25
-    """
-
-    def __init__(
-        self,
-        *,
-        merge_threshold: float | None = 0.6,
-        max_different: int = 0,
-        criterion: Criterion = "mse",
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        kind: KindArgument = "logits",
-        grid: Grid = None,
-        backend: Backend = "auto",
-    ) -> None:
-        super().__init__()
-        check_label_settings(merge_threshold, 1, 1, max_different)
-        check_criterion(criterion, label_smoothing, temperature)
-        check_kind(kind)
-        check_grid(grid)
-        resolve_backend(backend)
-        self.settings: dict[str, Any] = {
-            "merge_threshold": merge_threshold,
-            "max_different": max_different,
-            "criterion": criterion,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "kind": kind,
-            "grid": grid,
-            "backend": backend,
-        }
-
-    def forward(
-        self,
-        enc_logits: Tensor,
-        dec_logits: Tensor,
-        *,
-        labels: PseudoLabels | None = None,
-        valid: Tensor | None = None,
-        slot_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the interior term; see :func:`interior_denoising_loss`."""
-        return interior_denoising_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
