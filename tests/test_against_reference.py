@@ -63,7 +63,7 @@ def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: flo
 
 
 @given(label_videos(), st.data(), region_knobs())
-def test_regions_equal_looped_neighbors(labels: Tensor, data: st.DataObject, knobs: dict[str, int]) -> None:
+def test_regions_equal_looped_neighbors(labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
     valid = data.draw(st.none() | valid_masks(*labels.shape))
     assert torch.equal(neighbor_difference(labels, valid=valid), reference_neighbor_difference(labels, valid=valid))
     boundary = {key: knobs[key] for key in ("min_different", "min_same")}
@@ -88,7 +88,7 @@ def test_overlap_equals_sets(case: SSyncCase) -> None:
 @pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
 @given(data=st.data(), threshold=thresholds(tied=False), knobs=region_knobs())
 def test_labels_equal(
-    maps: st.SearchStrategy[Any], data: st.DataObject, threshold: float | None, knobs: dict[str, int]
+    maps: st.SearchStrategy[Any], data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
 ) -> None:
     case = data.draw(ssync_cases(maps=maps))
     actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
