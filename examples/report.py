@@ -174,9 +174,13 @@ def _caption(report: Report, with_truth: bool) -> list[str]:
         f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, "
         f"{settings['steps']} steps, SSync with merge threshold {settings['threshold']} from step "
         f"{settings['start_step']}, seed {seeds}.",
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['cpu']}, {_threads(machine['threads'])}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}.",
     ]
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def _premise_lines(report: Report) -> list[str]:

@@ -1,6 +1,6 @@
 """Train a small video slot model twice, with and without one line, and show what the line did.
 
-    python examples/train_moving_objects.py                    # one seed, about three minutes on two cores
+    python examples/train_moving_objects.py                    # one seed, about two minutes on one core
     python examples/train_moving_objects.py --seeds 0 1 2      # mean ± sd over three
     python examples/train_moving_objects.py --clips my_videos  # your own mp4 files or folders of frames
     python examples/train_moving_objects.py --table runs/moving_objects/results.json
@@ -236,7 +236,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="where everything is written; runs/moving_objects or runs/clips if not given")
     add("--resume", action="store_true", help="go on with what --out holds")
     add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
-    add("--threads", type=int, default=2, help="CPU threads")
+    add("--threads", type=int, default=1, help="CPU threads; operators this small gain nothing from a second one")
     add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished run")
     options = parser.parse_args(arguments)
     for name, low in (("slots", 1), ("steps", 10), ("stride", 1), ("threads", 1)):

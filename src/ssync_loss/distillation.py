@@ -230,7 +230,7 @@ class _SquaredError(torch.autograd.Function):
         slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
         # the softmax of a patch with NaN, +inf or nothing but -inf is NaN; its largest logit tells them apart:
         # 0 for a patch that is defined, NaN for one that is selected and is not
-        undefined = torch.where(region, peak.clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
+        undefined = torch.where(region, peak.to(dtype).clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
         blocks = Blocks(logits)
         probs_memory, squares_memory = blocks.scratch(logits, dtype), blocks.scratch(logits, dtype)
         for piece in blocks:
@@ -259,11 +259,15 @@ class _SquaredError(torch.autograd.Function):
         *tensors, ctx.temperature, _ = inputs
         ctx.slope = output[1]
         ctx.mark_non_differentiable(output[1])
+        # or autograd makes a map of zeros as the gradient of the slope
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_error: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_error: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_error is None:
+            return None, None, None, None, None, None, None
         logits, target, region, slot_mask, peak = ctx.saved_tensors
         scale = torch.where(region, grad_error * (2 / ctx.temperature), 0.0).unsqueeze(2)
         if torch.compiler.is_compiling():
@@ -271,7 +275,7 @@ class _SquaredError(torch.autograd.Function):
         else:
             slope, ctx.slope = ctx.slope, None
             if slope is None:
-                _, slope = _SquaredError.forward(logits, target, region, slot_mask, peak, ctx.temperature, True)
+                slope = _SquaredError.forward(logits, target, region, slot_mask, peak, ctx.temperature, True)[1]
             grad = slope.mul_(scale)
         return grad.to(logits.dtype), None, None, None, None, None, None
 

@@ -57,5 +57,6 @@ def global_mean(
     local = torch.stack([num_averaged(one, num_slots, slot_mask, criterion.criterion) for one in regions])
     everywhere = local.clone()
     dist.all_reduce(everywhere, group=group)
-    share = local / everywhere.clamp_min(1) * dist.get_world_size(group)
+    # not integer by integer: that would be a float32 beside a float64 loss
+    share = local.to(terms.total.dtype) / everywhere.clamp_min(1) * dist.get_world_size(group)
     return criterion.weigh(terms.boundary * share[0], terms.interior * share[1], step)

@@ -1,5 +1,6 @@
 """SSync: each of two maps teaches the other where it is the reliable one."""
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -168,7 +169,7 @@ class SSyncLoss(nn.Module):
             valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
             slot_mask: (B, S) bool, slots that are present.
         """
-        self._warn_if_detached(enc_logits, dec_logits, stacklevel=5)
+        self._warn_if_detached(enc_logits, dec_logits)
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
             return attached_zero(bound.enc, bound.dec)
@@ -189,7 +190,7 @@ class SSyncLoss(nn.Module):
         """
         is_on = self.is_on(step)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
-        self._warn_if_detached(enc_logits, dec_logits, stacklevel=3)
+        self._warn_if_detached(enc_logits, dec_logits)
         backend = resolve_backend(self.backend)
         labels = labels_of(
             maps,
@@ -242,7 +243,7 @@ class SSyncLoss(nn.Module):
             return (done / self.ramp_steps).clamp_max(1.0)
         return min(progress / self.ramp_steps, 1.0)
 
-    def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor, *, stacklevel: int) -> None:
+    def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
         if torch.compiler.is_compiling() or self._warned or not self.training or not torch.is_grad_enabled():
             return
         check_tensor("enc_logits", enc_logits)
@@ -255,9 +256,10 @@ class SSyncLoss(nn.Module):
         if detached:
             self._warned = True
             warnings.warn(
-                f"{' and '.join(detached)} carries no gradient, so SSync cannot teach it. Does the model detach "
-                "it? Set the term's weight to 0 if that is meant. (Said once.)",
-                stacklevel=stacklevel,
+                f"{' and '.join(detached)} {'carries' if len(detached) == 1 else 'carry'} no gradient, so SSync "
+                "teaches nothing there. Does the model detach? Set the term's weight to 0 if that is meant. "
+                "(Said once.)",
+                stacklevel=_callers_stacklevel(),
             )
 
     def extra_repr(self) -> str:
@@ -282,3 +284,11 @@ class SSyncLoss(nn.Module):
             valid: Tensor | None = None,
             slot_mask: Tensor | None = None,
         ) -> Tensor: ...
+
+
+def _callers_stacklevel() -> int:
+    """Return the ``stacklevel`` that points at the user's line, below frames of this package and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("ssync_loss", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
