@@ -5,15 +5,28 @@
 """
 
 from ssync_loss._types import PseudoLabels
-from ssync_loss.losses import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss, SSyncTerms
+from ssync_loss.losses import (
+    BoundaryRefinementLoss,
+    DenseDecoderAlignmentLoss,
+    DenseEncoderAlignmentLoss,
+    InteriorDenoisingLoss,
+    SlotRedundancyLoss,
+    SSyncLoss,
+    SSyncTerms,
+    TemporalSlotContrastLoss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundaryRefinementLoss",
+    "DenseDecoderAlignmentLoss",
+    "DenseEncoderAlignmentLoss",
     "InteriorDenoisingLoss",
     "PseudoLabels",
     "SSyncLoss",
     "SSyncTerms",
+    "SlotRedundancyLoss",
+    "TemporalSlotContrastLoss",
     "__version__",
 ]
