@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import once_differentiable
 from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._blocks import Blocks, part_of
 from ssync_loss._checks import (

@@ -1,0 +1,53 @@
+"""Gradients that are written out by hand have no second derivative, and say so."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """Make it an error to differentiate the first gradient that a backward returns.
+
+    torch's own decorator does so only where the gradient that came in can be differentiated. A loss is mostly
+    differentiated from a constant 1, and there a Hessian would silently be 0. The first tensor that was saved
+    must be the one the first gradient belongs to.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            first, *others = backward(ctx, *grads)
+        # a graph of the backward is made only on demand, and never by a compiler
+        if first is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            first = _dead_end(first, ctx.saved_tensors[0])
+        return first, *others
+
+    return wrapped
+
+
+class _DeadEnd(torch.autograd.Function):
+    """A gradient as it is, with a graph that leads nowhere."""
+
+    @staticmethod
+    def forward(grad: Tensor, source: Tensor) -> Tensor:  # noqa: ARG004 (autograd sees it)
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004 (it ends here)
+        raise RuntimeError(
+            "This loss has no second derivative: its gradient is written out by hand, and was differentiated. "
+            "Leave the loss out of what is differentiated twice (a gradient penalty, a Hessian)."
+        )
+
+
+# typed: autograd's own `apply` is not
+_dead_end: Callable[[Tensor, Tensor], Tensor] = _DeadEnd.apply

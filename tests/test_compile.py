@@ -1,0 +1,447 @@
+"""One graph, no look at the data: torch.compile, symbolic and fake tensors, other devices, CUDA graphs."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sample_maps import leaf, sample_maps
+from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
+from ssync_loss.distributed import global_mean
+from ssync_loss.functional import (
+    boundary_region,
+    interior_region,
+    merge_slots,
+    neighbor_difference,
+    pseudo_labels,
+    selective_distillation_loss,
+    slot_overlap,
+)
+from ssync_loss.testing import assert_close_loss, assert_same_labels
+
+Case = tuple[Callable[..., Any], tuple[Tensor, Tensor], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def probabilities(maps: Tensor) -> Tensor:
+    return leaf(maps.detach().softmax(2))
+
+
+def case(name: str) -> Case:
+    """Return a callable of two maps, the maps and the other arguments."""
+    enc, dec = sample_maps()
+    valid = torch.rand(2, 2, 5, 12, generator=torch.Generator().manual_seed(1)) > 0.2
+    slot_mask = torch.tensor([[True] * 4, [True, True, False, True]])
+    dirty = dec.detach().clone()
+    dirty[0, 0, 0, 0, 0] = float("nan")
+    smoothed: dict[str, Any] = {"criterion": "cross_entropy", "label_smoothing": 0.1}
+    other_grid = leaf(dec[..., 1:, 2::3])
+    cases: dict[str, Case] = {
+        "default": (SSyncLoss(), (enc, dec), {}),
+        "cross entropy": (SSyncLoss(criterion="cross_entropy"), (enc, dec), {}),
+        "label smoothing": (SSyncLoss(**smoothed), (enc, dec), {"slot_mask": slot_mask}),
+        "no merging": (SSyncLoss(merge_threshold=None), (enc, dec), {}),
+        "all knobs": (
+            SSyncLoss(
+                boundary_weight=2.0,
+                interior_weight=0.5,
+                temperature=0.5,
+                min_different=2,
+                min_same=3,
+                max_different=2,
+            ),
+            (enc, dec),
+            {},
+        ),
+        "probabilities": (SSyncLoss(kind="probs"), (probabilities(enc), probabilities(dec)), {"valid": valid}),
+        "logits and probabilities": (SSyncLoss(kind=("logits", "probs")), (enc, probabilities(dec)), {}),
+        "flat maps": (SSyncLoss(grid=(5, 12)), (leaf(enc.flatten(3)), leaf(dec.flatten(3))), {}),
+        "valid frames": (SSyncLoss(), (enc, dec), {"valid": torch.tensor([[True, True], [True, False]])}),
+        "valid patches": (SSyncLoss(), (enc, dec), {"valid": valid}),
+        "slot mask": (SSyncLoss(), (enc, dec), {"slot_mask": slot_mask}),
+        "both masks": (SSyncLoss(**smoothed), (enc, dec), {"valid": valid, "slot_mask": slot_mask}),
+        "another grid": (SSyncLoss(), (enc, other_grid), {}),
+        "another grid, masked": (SSyncLoss(), (enc, other_grid), {"valid": valid, "slot_mask": slot_mask}),
+        "enc without gradient": (SSyncLoss(), (enc.detach(), dec), {}),
+        "dec without gradient": (SSyncLoss(), (enc, dec.detach()), {}),
+        "no gradient": (SSyncLoss(), (enc.detach(), dec.detach()), {}),
+        "float16": (SSyncLoss(), (leaf(enc.half()), leaf(dec.half())), {}),
+        "bfloat16": (SSyncLoss(**smoothed), (leaf(enc.bfloat16()), leaf(dec.bfloat16())), {}),
+        "float64": (SSyncLoss(), (leaf(enc.double()), leaf(dec.double())), {}),
+        "two types": (SSyncLoss(), (leaf(enc.double()), dec), {}),
+        "strided maps": (SSyncLoss(), (leaf(enc).movedim(2, -1).contiguous().movedim(-1, 2), dec[..., ::2, :]), {}),
+        "before the start": (SSyncLoss(start_step=5), (enc, dec), {"step": 4}),
+        "in the ramp": (SSyncLoss(start_step=5, ramp_steps=4), (enc, dec), {"step": 6}),
+        "NaN": (SSyncLoss(), (enc, leaf(dirty)), {}),
+        "one slot": (SSyncLoss(), (leaf(enc[:, :, :1]), leaf(dec[:, :, :1])), {}),
+        "boundary alone": (BoundaryRefinementLoss(), (enc, dec), {"valid": valid}),
+        "interior alone": (InteriorDenoisingLoss(**smoothed), (enc, dec), {"slot_mask": slot_mask}),
+        "given labels": (BoundaryRefinementLoss(), (enc, dec), {"labels": pseudo_labels(enc, dec)}),
+        "no process group": (lambda *maps: global_mean(SSyncLoss(), *maps), (enc, dec), {}),
+    }
+    return cases[name]
+
+
+CASES = [
+    "default",
+    "cross entropy",
+    "label smoothing",
+    "no merging",
+    "all knobs",
+    "probabilities",
+    "logits and probabilities",
+    "flat maps",
+    "valid frames",
+    "valid patches",
+    "slot mask",
+    "both masks",
+    "another grid",
+    "another grid, masked",
+    "enc without gradient",
+    "dec without gradient",
+    "no gradient",
+    "float16",
+    "bfloat16",
+    "float64",
+    "two types",
+    "strided maps",
+    "before the start",
+    "in the ramp",
+    "NaN",
+    "one slot",
+    "boundary alone",
+    "interior alone",
+    "given labels",
+    "no process group",
+]
+
+
+def assert_same_step(
+    actual: Callable[..., Any], wanted: Callable[..., Any], maps: tuple[Tensor, ...], **rest: Any
+) -> None:
+    """Loss and gradients of one function equal those of another; a mode that warns of missing gradients is off."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(enc|dec)_logits`", UserWarning)
+        expected = wanted(*maps, **rest)
+    loss = actual(*maps, **rest)
+    assert_close_loss(loss, expected)
+    assert loss.requires_grad == expected.requires_grad
+    taught = [one for one in maps if one.requires_grad]
+    if not taught:
+        return
+    grads = torch.autograd.grad(loss, taught, allow_unused=True)
+    for grad, other in zip(grads, torch.autograd.grad(expected, taught, allow_unused=True), strict=True):
+        assert (grad is None) == (other is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+# torch's compiler looks at the .grad of all it is given; a host's maps are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_one_graph_with_the_values_of_eager(name: str) -> None:
+    function, maps, rest = case(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_same_step(torch.compile(function, fullgraph=True, backend=counter), function, maps, **rest)
+    assert counter.frame_count == 1
+
+
+def test_compiling_with_a_map_without_gradient_warns_of_nothing() -> None:
+    enc, dec = sample_maps()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")(enc.detach(), dec)
+    assert not [one for one in record if "gradient" in str(one.message)]
+
+
+def test_terms_compile() -> None:
+    maps = sample_maps()
+    criterion = SSyncLoss()
+    actual = torch.compile(criterion.terms, fullgraph=True, backend="aot_eager")(*maps)
+    expected = criterion.terms(*maps)
+    assert type(actual) is type(expected)
+    for one, other in zip(actual[:3], expected[:3], strict=True):
+        assert_close_loss(one, other)
+    assert actual[3:5] == expected[3:5]
+    assert_same_labels(actual.labels, expected.labels)
+
+
+def test_labels_compile_apart_from_the_losses() -> None:
+    maps = sample_maps(requires_grad=False)
+    compiled = torch.compile(pseudo_labels, fullgraph=True, backend="aot_eager")
+    assert_same_labels(compiled(*maps, merge_threshold=0.3), pseudo_labels(*maps, merge_threshold=0.3))
+
+
+def test_a_compiled_step_goes_back_twice() -> None:
+    maps = sample_maps()
+    loss = torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")(*maps)
+    once = torch.autograd.grad(loss, maps, retain_graph=True)
+    for one, other in zip(once, torch.autograd.grad(loss, maps), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_autocast_around_a_compiled_loss_changes_nothing() -> None:
+    maps = sample_maps()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")(*maps)
+    assert_close_loss(loss, SSyncLoss()(*maps))
+
+
+def test_batches_of_any_size_share_a_graph() -> None:
+    criterion = SSyncLoss()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    for num_clips in (3, 5, 2, 7, 4):
+        assert_same_step(compiled, criterion, sample_maps(num_clips))
+    # the first size, and all others
+    assert counter.frame_count == 2
+
+
+def test_a_batch_declared_dynamic_is_not_specialized() -> None:
+    maps = sample_maps(3, 3)
+    for one in maps:
+        # an error where the code fixes one of these sizes
+        torch._dynamo.mark_dynamic(one, [0, 1, 3, 4])
+    criterion = SSyncLoss()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    assert_same_step(compiled, criterion, maps)
+    for shape in ((2, 3, 4, 5, 12), (5, 4, 4, 6, 9), (4, 7, 4, 3, 21)):
+        assert_same_step(compiled, criterion, sample_maps(*shape))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("start_step", "ramp_steps", "first"),
+    [(0, 0, 0), (30, 0, 0), (30, 40, 0), (0, 50, 0), (1, 1, 0), (2, 500, 0), (1000, 20, 950)],
+)
+def test_a_hundred_steps_across_start_and_ramp_are_at_most_three_graphs(
+    start_step: int, ramp_steps: int, first: int
+) -> None:
+    maps = sample_maps()
+    criterion = SSyncLoss(start_step=start_step, ramp_steps=ramp_steps)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    full = SSyncLoss()(*maps).detach()
+    for step in range(first, first + 100):
+        loss = compiled(*maps, step=step)
+        assert torch.equal(loss, criterion(*maps, step=step))
+        ramp = float(step >= start_step) * (min((step - start_step) / ramp_steps, 1.0) if ramp_steps else 1.0)
+        assert_close_loss(loss, ramp * full)
+    assert counter.frame_count <= 3
+
+
+# deprecations and hints of the compiler's own modules: nothing a loss can change
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_the_default_compiler_gives_the_values_of_eager(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    criterion = SSyncLoss()
+    maps = sample_maps(1, 2, 3, 3, 6)
+    assert_same_step(torch.compile(criterion, fullgraph=True), criterion, maps)
+
+
+# --- no look at the data ---
+
+
+@pytest.mark.parametrize("name", [one for one in CASES if one != "given labels"])
+def test_fake_tensors_carry_a_step(name: str) -> None:
+    function, maps, rest = case(name)
+    data = [one.detach() for one in maps]
+    with FakeTensorMode() as mode, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(enc|dec)_logits`", UserWarning)
+        fake = [mode.from_tensor(one).requires_grad_(old.requires_grad) for one, old in zip(data, maps, strict=True)]
+        masks = {key: mode.from_tensor(one) if isinstance(one, Tensor) else one for key, one in rest.items()}
+        loss = function(*fake, **masks)
+        assert loss.shape == ()
+        if loss.requires_grad:
+            loss.backward()
+            for one in fake:
+                assert one.grad is None or one.grad.shape == one.shape
+            assert any(one.grad is not None for one in fake)
+
+
+def test_fake_tensors_carry_every_function() -> None:
+    with FakeTensorMode():
+        logits = torch.randn(2, 3, 4, 5, 6)
+        labels, region = torch.zeros(2, 3, 5, 6, dtype=torch.int64), torch.ones(2, 3, 5, 6, dtype=torch.bool)
+        overlap = slot_overlap(logits, valid=region, slot_mask=torch.ones(2, 4, dtype=torch.bool))
+        assert overlap.shape == (2, 4, 4)
+        assert merge_slots(overlap, torch.ones(2, 4), threshold=0.6).shape == (2, 4)
+        assert neighbor_difference(labels, valid=region).shape == labels.shape
+        assert boundary_region(labels).dtype == interior_region(labels).dtype == torch.bool
+        for reduction in ("none", "sum", "mean"):
+            loss = selective_distillation_loss(logits, labels, region, reduction=reduction)
+            assert loss.shape == (labels.shape if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("name", ["default", "both masks", "another grid, masked", "probabilities"])
+def test_no_size_depends_on_the_data(name: str) -> None:
+    function, maps, rest = case(name)
+
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        loss = function(*given[:2], **dict(zip(rest, given[2:], strict=True)))
+        return (loss, *torch.autograd.grad(loss, given[:2]))
+
+    graph = make_fx(step, tracing_mode="symbolic")(*maps, *rest.values()).graph
+    values = [one for node in graph.nodes for one in tree_leaves(node.meta.get("val"))]
+    shapes = [one.shape for one in values if isinstance(one, Tensor)]
+    assert len(shapes) > 50
+    unbacked = [shape for shape in shapes if any("u" in str(size) for size in shape)]
+    assert not unbacked
+    assert not [node for node in graph.nodes if "_local_scalar_dense" in str(node.target)]
+
+
+class HostTraffic(TorchFunctionMode):
+    """Records calls that move data between a device and the host."""
+
+    FORBIDDEN = (
+        torch.tensor,
+        torch.as_tensor,
+        torch.from_numpy,
+        torch.nonzero,
+        torch.masked_select,
+        Tensor.nonzero,
+        Tensor.masked_select,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.cpu,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mask = func is Tensor.__getitem__ and any(
+            isinstance(one, Tensor) for one in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if func in self.FORBIDDEN or mask:
+            self.calls.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class CpuTensors(TorchDispatchMode):
+    """Records operators that take or give a CPU tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[str] = []
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.number += 1
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
+        if any(one.device.type == "cpu" for one in tensors):
+            self.calls.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("name", [one for one in CASES if one != "given labels"])
+def test_nothing_travels_between_device_and_host(name: str) -> None:
+    function, maps, rest = case(name)
+    # the meta device has no data: a read fails, and what the host makes is seen beside it
+    there = [one.detach().to("meta").requires_grad_(one.requires_grad) for one in maps]
+    masks = {key: one.to("meta") if isinstance(one, Tensor) else one for key, one in rest.items()}
+    with warnings.catch_warnings(), HostTraffic() as traffic, CpuTensors() as operators:
+        warnings.filterwarnings("ignore", "`(enc|dec)_logits`", UserWarning)
+        loss = function(*there, **masks)
+        if loss.requires_grad:
+            loss.backward()
+    assert operators.number > 3
+    assert not operators.calls
+    assert not traffic.calls
+
+
+def test_the_records_of_host_traffic_see_some() -> None:
+    with HostTraffic() as traffic, CpuTensors() as operators:
+        x = torch.arange(3)
+        assert x[x > 1].tolist() == [2]
+        assert torch.tensor(1).item() == 1
+        torch.ones(2, device="meta") * torch.ones((), device="cpu")
+    assert traffic.calls == ["__getitem__", "tolist", "tensor", "item"]
+    assert operators.calls
+
+
+# --- on a GPU ---
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA_CASES = [one for one in CASES if one not in ("given labels", "no process group", "strided maps")]
+
+
+def on_cuda(name: str) -> Case:
+    function, maps, rest = case(name)
+    there = (leaf(maps[0].cuda()), leaf(maps[1].cuda()))
+    return function, there, {key: one.cuda() if isinstance(one, Tensor) else one for key, one in rest.items()}
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_a_gpu_gives_the_values_of_the_cpu(name: str) -> None:
+    function, maps, rest = on_cuda(name)
+    function_cpu, maps_cpu, rest_cpu = case(name)
+    assert_close_loss(function(*maps, **rest).cpu(), function_cpu(*map(leaf, maps_cpu), **rest_cpu), rtol=2e-5)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_a_step_never_waits_for_the_gpu(name: str) -> None:
+    function, maps, rest = on_cuda(name)
+    function(*maps, **rest).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*maps, **rest).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("name", ["default", "label smoothing", "both masks", "probabilities"])
+def test_a_step_is_captured_once_and_replayed_on_new_data(name: str) -> None:
+    function, maps, rest = on_cuda(name)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(function(*maps, **rest), maps)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = function(*maps, **rest)
+        grads = torch.autograd.grad(loss, maps)
+    for seed in (1, 2):
+        new = [
+            one.softmax(2) if name == "probabilities" else one for one in sample_maps(seed=seed, requires_grad=False)
+        ]
+        with torch.no_grad():
+            for one, data in zip(maps, new, strict=True):
+                one.copy_(data)
+        graph.replay()
+        fresh = [leaf(one) for one in maps]
+        expected = function(*fresh, **rest)
+        assert_close_loss(loss, expected)
+        for one, other in zip(grads, torch.autograd.grad(expected, fresh), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,1410 @@
+"""What may come in: shapes, grids, probabilities, dirt, precisions, strides; and what is refused, in which words."""
+
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabels, SSyncLoss, SSyncTerms
+from ssync_loss.distributed import global_mean
+from ssync_loss.functional import (
+    boundary_refinement_loss,
+    boundary_region,
+    interior_denoising_loss,
+    interior_region,
+    merge_slots,
+    neighbor_difference,
+    pseudo_labels,
+    selective_distillation_loss,
+    slot_overlap,
+)
+from ssync_loss.testing import assert_close_loss, assert_same_labels
+
+INF, NAN = math.inf, math.nan
+TINY = torch.finfo(torch.float32).tiny
+SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
+CRITERIA = pytest.mark.parametrize(("criterion", "smoothing"), SOFT, ids=["mse", "cross_entropy", "smoothed"])
+HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+Settings: TypeAlias = dict[str, Any]
+
+# encoder grid of `maps`
+H, W = 4, 6
+
+
+def maps(*size: int, clips: int = 2, frames: int = 2, slots: int = 3, dtype: torch.dtype = torch.float32) -> Any:
+    """An encoder map on 4 x 6 and a decoder map on its own size, with something to select in both."""
+    enc, dec = (
+        torch.randn(clips, frames, slots, *one, dtype=dtype).requires_grad_() for one in ((H, W), size or (H, W))
+    )
+    return enc, dec
+
+
+def masks() -> Settings:
+    """Some patches and slots of `maps` that do not count."""
+    return {
+        "valid": torch.rand(2, 2, H, W) < 0.8,
+        "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
+    }
+
+
+def loss_of(enc: Tensor, dec: Tensor, **arguments: Any) -> SSyncTerms:
+    """Terms with regions that are seldom empty, whether or not slots merge."""
+    call = {key: arguments.pop(key) for key in ("step", "valid", "slot_mask") if key in arguments}
+    return SSyncLoss(**{"max_different": 4, **arguments}).train(enc.requires_grad).terms(enc, dec, **call)
+
+
+def grads(terms: SSyncTerms, *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(terms.total, leaves, retain_graph=True))
+
+
+def assert_same_terms(actual: SSyncTerms, expected: SSyncTerms) -> None:
+    """To the last bit; nothing of it is trivial."""
+    assert expected.num_boundary > 0
+    assert expected.num_interior > 0
+    assert_same_labels(actual.labels, expected.labels)
+    for got, wanted in zip(actual[:5], expected[:5], strict=True):
+        assert torch.equal(got, wanted)
+
+
+def assert_close_terms(actual: SSyncTerms, expected: SSyncTerms) -> None:
+    assert expected.num_boundary > 0
+    assert expected.num_interior > 0
+    assert_same_labels(actual.labels, expected.labels)
+    for got, wanted in zip(actual[:3], expected[:3], strict=True):
+        assert_close_loss(got, wanted)
+
+
+def resized(logits: Tensor, *size: int) -> Tensor:
+    frames = F.interpolate(logits.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    return frames.view(*logits.shape[:3], *size)
+
+
+class TestShapes:
+    def test_flat_maps_with_a_grid(self) -> None:
+        enc, dec = maps()
+        wanted = loss_of(enc, dec)
+        wanted_grads = grads(wanted, enc, dec)
+        for grid in ((H, W), [H, W], ((H, W), (H, W)), torch.Size((H, W))):
+            for flat in ((enc.flatten(3), dec.flatten(3)), (enc, dec.flatten(3)), (enc.flatten(3), dec), (enc, dec)):
+                actual = loss_of(*flat, grid=grid)
+                assert_same_terms(actual, wanted)
+                for got, grad in zip(grads(actual, enc, dec), wanted_grads, strict=True):
+                    assert torch.equal(got, grad)
+
+    def test_flat_maps_without_a_grid_are_square(self) -> None:
+        enc, dec = torch.randn(2, 2, 3, 5, 5), torch.randn(2, 2, 3, 5, 5)
+        assert_same_terms(loss_of(enc.flatten(3), dec.flatten(3)), loss_of(enc, dec))
+
+    def test_a_grid_is_rows_by_columns(self) -> None:
+        enc, dec = (torch.randn(2, 2, 3, 24) for _ in range(2))
+        labels = loss_of(enc, dec, grid=(3, 8)).labels
+        assert labels.enc_labels.shape == (2, 2, 3, 8)
+        for got, wanted in zip(labels[:2], (enc, dec), strict=True):
+            apart = pseudo_labels(wanted, wanted, grid=(3, 8), merge_threshold=None).enc_labels
+            assert torch.equal(apart.flatten(2), wanted.argmax(2))
+            assert torch.equal(got, labels.representative.gather(1, apart.flatten(1)).view_as(got))
+
+    def test_a_flat_map_beside_a_whole_one_has_its_grid(self) -> None:
+        # 2 * 8 is the square of 4
+        enc, dec = torch.randn(2, 2, 3, 2, 8), torch.randn(2, 2, 3, 2, 8)
+        wanted = loss_of(enc, dec)
+        assert_same_terms(loss_of(enc.flatten(3), dec), wanted)
+        assert_same_terms(loss_of(enc, dec.flatten(3)), wanted)
+
+    def test_a_flat_map_beside_a_whole_one_of_another_size_is_square(self) -> None:
+        enc, dec = torch.randn(2, 2, 3, 2, 8), torch.randn(2, 2, 3, 4, 4)
+        wanted = loss_of(enc[..., :4], dec)
+        assert_same_terms(loss_of(enc[..., :4], dec.flatten(3)), wanted)
+        assert_same_terms(loss_of(dec.flatten(3), enc[..., :4]), loss_of(dec, enc[..., :4]))
+
+    def test_a_pair_of_grids(self) -> None:
+        enc, dec = maps(3, 8)
+        wanted = loss_of(enc, dec)
+        assert_same_terms(loss_of(enc.flatten(3), dec.flatten(3), grid=((H, W), (3, 8))), wanted)
+        # the grid of the encoder says nothing about a decoder map that has its own
+        assert_same_terms(loss_of(enc.flatten(3), dec, grid=(H, W)), wanted)
+
+    def test_frames_may_be_given_for_all_their_patches(self) -> None:
+        enc, dec = maps()
+        valid = torch.tensor([[True, False], [True, True]])
+        assert_same_terms(
+            loss_of(enc, dec, valid=valid), loss_of(enc, dec, valid=valid[:, :, None, None].expand(2, 2, H, W))
+        )
+        labels = torch.randint(3, (2, 2, H, W))
+        spelled = valid[:, :, None, None].expand(2, 2, H, W)
+        assert torch.equal(neighbor_difference(labels, valid=valid), neighbor_difference(labels, valid=spelled))
+        assert torch.equal(boundary_region(labels, valid=valid), boundary_region(labels, valid=spelled))
+        assert torch.equal(interior_region(labels, valid=valid), interior_region(labels, valid=spelled))
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+    def test_integers_of_any_width_are_labels(self, dtype: torch.dtype) -> None:
+        labels = torch.randint(3, (2, 2, H, W))
+        narrow, logits = labels.to(dtype), torch.randn(2, 2, 3, H, W)
+        region = boundary_region(labels)
+        assert torch.equal(neighbor_difference(narrow), neighbor_difference(labels))
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+            wanted = selective_distillation_loss(logits, labels, region, **knobs)
+            assert torch.equal(selective_distillation_loss(logits, narrow, region, **knobs), wanted)
+
+
+class TestOtherGrids:
+    SIZES = pytest.mark.parametrize("size", [(2 * H, 2 * W), (H // 2, W // 2), (4 * H, 4 * W), (3, 5), (7, 4), (1, 1)])
+
+    @SIZES
+    @CRITERIA
+    def test_the_decoder_is_interpolated_bilinearly(
+        self, size: tuple[int, int], criterion: Any, smoothing: float
+    ) -> None:
+        enc, dec = maps(*size)
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+        actual = loss_of(enc, dec, **knobs)
+        wanted = loss_of(enc, resized(dec, H, W), **knobs)
+        assert_same_terms(actual, wanted)
+        for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
+            assert grad.any()
+            torch.testing.assert_close(got, grad)
+
+    @SIZES
+    def test_masks_that_hide_nothing_change_nothing(self, size: tuple[int, int]) -> None:
+        enc, dec = maps(*size)
+        wanted = loss_of(enc, dec)
+        for hide in ({"valid": torch.ones(2, 2, H, W).bool()}, {"slot_mask": torch.ones(2, 3).bool()}):
+            assert_close_terms(loss_of(enc, dec, **hide), wanted)
+
+    def test_only_valid_cells_are_mixed(self) -> None:
+        # two decoder cells over four patches: 10 and 20, the second under invalid patches only
+        enc = torch.randn(1, 1, 2, 1, 4)
+        valid = torch.tensor([[[[True, True, False, False]]]])
+        half_valid = torch.tensor([[[[True, True, True, False]]]])
+        rows = torch.tensor([[10.0, 20.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+        zeros = torch.zeros(1, 1, 1, 4).long()
+        labels = PseudoLabels(zeros, zeros, zeros == 0, zeros == 0, torch.tensor([[0, 1]]))
+        for mask, seen in ((valid, [10.0, 10.0]), (half_valid, [10.0, 12.5, 17.5])):
+            wanted = torch.tensor([seen, [0.0] * len(seen)]).view(1, 1, 2, 1, -1)
+            target = zeros[..., : len(seen)]
+            assert_close_loss(
+                boundary_refinement_loss(enc, rows, labels=labels, valid=mask),
+                selective_distillation_loss(wanted, target, target == 0),
+            )
+
+    def test_minus_infinity_spreads_where_it_has_weight(self) -> None:
+        # patches read cell 0, cells 0 and 1 twice, and cell 1
+        enc = torch.randn(1, 1, 2, 1, 4)
+        dec = torch.tensor([[-INF, 1.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2).requires_grad_()
+        spelled = torch.tensor([[-INF, -INF, -INF, 1.0], [0.0] * 4]).view(1, 1, 2, 1, 4)
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": None}
+            actual = loss_of(enc, dec.detach(), min_different=0, **knobs)
+            assert_same_labels(actual.labels, loss_of(enc, spelled, min_different=0, **knobs).labels)
+            assert_close_loss(actual.boundary, loss_of(enc, spelled, min_different=0, **knobs).boundary)
+            taught = boundary_refinement_loss(enc, dec, min_different=0, **knobs)
+            assert taught.isfinite()
+            (grad,) = torch.autograd.grad(taught, dec)
+            assert grad.isfinite().all()
+            assert grad[0, 0, 0, 0, 0] == 0
+        assert actual.labels.dec_labels.tolist() == [[[[1, 1, 1, 0]]]]
+
+    @SIZES
+    def test_a_dead_decoder_map_is_finite(self, size: tuple[int, int]) -> None:
+        enc, dec = maps(*size)
+        dead = torch.full_like(dec, -INF).requires_grad_()
+        terms = loss_of(enc, dead, merge_threshold=None)
+        # every patch is uniform: ((S-1)/S)^2 + (S-1)/S^2 over S
+        assert terms.boundary.item() == pytest.approx(2 / 9)
+        assert not grads(terms, dead)[0].any()
+        assert not terms.labels.dec_labels.any()
+
+
+def shares(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, 2)
+
+
+class TestProbabilities:
+    @CRITERIA
+    @pytest.mark.parametrize("kind", ["probs", ("probs", "logits"), ("logits", "probs"), ["probs", "probs"]])
+    def test_losses_are_those_of_the_logits(self, kind: Any, criterion: Any, smoothing: float) -> None:
+        enc, dec = maps()
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": None}
+        kinds = (kind, kind) if isinstance(kind, str) else kind
+        given = [shares(one) if what == "probs" else one for one, what in zip((enc, dec), kinds, strict=True)]
+        for hide in ({}, masks()):
+            wanted = loss_of(enc, dec, **knobs | hide)
+            actual = loss_of(*given, **knobs | hide, kind=kind)
+            assert_close_terms(actual, wanted)
+            for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
+                torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-7)
+
+    def test_they_are_renormalized(self) -> None:
+        enc, dec = maps()
+        # powers of two, so that only the exponent changes
+        scale = torch.tensor([0.25, 1.0, 8.0, 64.0])[torch.randint(4, (2, 2, 1, H, W))]
+        wanted = loss_of(shares(enc), shares(dec), kind="probs")
+        assert_close_terms(loss_of(shares(enc) * scale, shares(dec) * scale, kind="probs"), wanted)
+
+    def test_absent_slots_leave_the_sum(self) -> None:
+        enc, dec = maps()
+        present = torch.tensor([[True, False, True]] * 2)
+        wanted = loss_of(*(shares(one[:, :, [0, 2]]) for one in (enc, dec)), kind="probs")
+        actual = loss_of(shares(enc), shares(dec), kind="probs", slot_mask=present)
+        assert_close_loss(actual.total, wanted.total)
+        assert torch.equal(actual.labels.boundary, wanted.labels.boundary)
+
+    @CRITERIA
+    def test_a_zero_is_the_smallest_normal_number(self, criterion: Any, smoothing: float) -> None:
+        probs = torch.rand(2, 2, 3, H, W)
+        # of the first slot none, so that every patch has something to divide by
+        probs[:, :, 1:][torch.rand(2, 2, 2, H, W) < 0.3] = 0.0
+        spelled = (probs / probs.sum(2, keepdim=True)).clamp_min(TINY).log()
+        probs.requires_grad_()
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+        actual = loss_of(probs, probs, kind="probs", **knobs)
+        assert_close_terms(actual, loss_of(spelled, spelled, **knobs))
+        (grad,) = grads(actual, probs)
+        assert grad.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_patch_of_zeros_is_uniform(self, dtype: torch.dtype) -> None:
+        probs = torch.zeros(1, 1, 4, 1, 2, dtype=dtype).requires_grad_()
+        terms = loss_of(probs, probs, kind="probs", merge_threshold=None)
+        assert terms.interior.item() == pytest.approx(3 / 16)
+        assert not grads(terms, probs)[0].any()
+        assert not terms.labels.dec_labels.any()
+
+    @HALVES
+    def test_halves_are_renormalized_in_float32(self, half: torch.dtype) -> None:
+        enc, dec = (shares(one).to(half) for one in maps())
+        actual = loss_of(enc, dec, kind="probs")
+        assert_same_terms(actual, loss_of(enc.float(), dec.float(), kind="probs"))
+        assert actual.total.dtype == torch.float32
+
+    def test_they_are_resized_as_logarithms(self) -> None:
+        enc, dec = maps(3, 5)
+        wanted = loss_of(enc, resized(shares(dec).log(), H, W))
+        assert_close_terms(loss_of(enc, shares(dec), kind=("logits", "probs")), wanted)
+
+    def test_merging_follows_another_rule(self) -> None:
+        # a third slot takes the right half; there the logarithms of both others sink below their means
+        rows = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 9.0, 9.0]]
+        logits = torch.tensor(rows).view(1, 1, 3, 1, 4)
+        assert slot_overlap(logits)[0, 0, 1] == 0
+        assert slot_overlap(shares(logits).log())[0, 0, 1] == 1
+        assert pseudo_labels(logits, logits).representative.tolist() == [[0, 1, 2]]
+        probs = shares(logits)
+        assert pseudo_labels(probs, probs, kind="probs").representative.tolist() == [[0, 0, 2]]
+        # of the decoder nothing is merged, so its kind changes no group
+        assert pseudo_labels(logits, probs, kind=("logits", "probs")).representative.tolist() == [[0, 1, 2]]
+
+    def test_it_is_the_rule_of_the_logarithms(self) -> None:
+        enc, dec = maps(slots=5)
+        for threshold in (0.2, 0.3, 0.4):
+            actual = pseudo_labels(shares(enc), dec, kind=("probs", "logits"), merge_threshold=threshold)
+            wanted = pseudo_labels(torch.log_softmax(enc, 2), dec, merge_threshold=threshold)
+            assert_same_labels(actual, wanted)
+
+
+class TestDirt:
+    """NaN and +inf in a valid patch of a present slot are never finite; -inf is legal."""
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    @pytest.mark.parametrize("dirty", [0, 1])
+    @pytest.mark.parametrize("size", [(H, W), (2 * H, 2 * W), (3, 5)])
+    @pytest.mark.parametrize("kind", ["logits", "probs"])
+    @CRITERIA
+    def test_dirt_anywhere_makes_the_total_nan(
+        self, value: float, dirty: int, size: tuple[int, int], kind: Any, criterion: Any, smoothing: float
+    ) -> None:
+        clean = [shares(one) if kind == "probs" else one for one in maps(*size)]
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "kind": kind}
+        assert loss_of(*clean, **knobs).total.isfinite()
+        for _ in range(3):
+            given = [one.detach().clone() for one in clean]
+            given[dirty].view(-1)[torch.randint(given[dirty].numel(), ())] = value
+            for one in given:
+                one.requires_grad_()
+            terms = loss_of(*given, **knobs)
+            assert terms.total.isnan()
+            assert terms.boundary.isnan()
+            assert terms.interior.isnan()
+            assert SSyncLoss(**knobs, interior_weight=0.0)(*given).isnan()
+            assert boundary_refinement_loss(*given, **knobs).isnan()
+            assert interior_denoising_loss(*given, **knobs).isnan()
+            # but for the labels: some slot, before and after the start
+            assert terms.labels.enc_labels.max() < 3
+            assert terms.labels.enc_labels.min() >= 0
+            off = SSyncLoss(**knobs, start_step=2)
+            assert off(*given, step=1) == 0
+            assert off.terms(*given, step=1).total == 0
+            assert off(*given, step=2).isnan()
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_a_cell_that_resizing_never_reads_counts_too(self, value: float) -> None:
+        enc, dec = maps(4 * H, 4 * W)
+        dirty = dec.detach().clone()
+        dirty[1, 0, 2, 0, 0] = value
+        assert torch.equal(resized(dirty, H, W), resized(dec, H, W))
+        assert loss_of(enc, dec).total.isfinite()
+        assert loss_of(enc, dirty.requires_grad_()).total.isnan()
+        # unless it lies under invalid patches or belongs to an absent slot
+        valid = torch.ones(2, 2, H, W).bool()
+        valid[1, 0, 0, 0] = False
+        assert loss_of(enc, dirty, valid=valid).total.isfinite()
+        assert loss_of(enc, dirty, slot_mask=torch.tensor([[True] * 3, [True, True, False]])).total.isfinite()
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_a_decoder_cell_that_is_partly_valid_counts(self, value: float) -> None:
+        # one decoder cell over two patches, of which one is valid
+        enc, dec = torch.randn(1, 1, 2, 1, 4), torch.randn(1, 1, 2, 1, 2)
+        dec[..., 1] = value
+        valid = torch.tensor([[[[True, True, False, False]]]])
+        assert loss_of(enc, dec, valid=valid).total.isfinite()
+        valid[..., 2] = True
+        assert loss_of(enc, dec, valid=valid).total.isnan()
+
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_a_patch_that_nobody_selects_counts_too(self, value: float) -> None:
+        # everything is interior, nothing is boundary, and only a boundary would teach the decoder
+        enc = F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2).float()
+        dec = enc.clone()
+        dec[0, 0, 1, 0, 0] = value
+        terms = loss_of(enc, dec)
+        assert terms.num_boundary == 0
+        assert terms.total.isnan()
+
+    def test_the_gradient_is_nan_too(self) -> None:
+        enc, dec = maps()
+        dirty = dec.detach().clone()
+        dirty[0, 0, 0, 0, 0] = NAN
+        for grad in grads(loss_of(enc, dirty.requires_grad_(), merge_threshold=None), enc, dirty):
+            assert grad.isnan().any()
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("value", [NAN, INF])
+    @pytest.mark.parametrize("label", [0, 1])
+    @CRITERIA
+    def test_a_selected_patch_with_dirt_is_nan(
+        self, backend: Any, value: float, label: int, criterion: Any, smoothing: float
+    ) -> None:
+        logits = torch.tensor([[0.0, 1.0], [value, 0.0]]).view(1, 1, 2, 1, 2)
+        target, region = torch.full((1, 1, 1, 2), label), torch.ones(1, 1, 1, 2).bool()
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "backend": backend}
+        patches = selective_distillation_loss(logits, target, region, **knobs, reduction="none")
+        assert patches.isnan().flatten().tolist() == [True, False]
+        assert selective_distillation_loss(logits, target, region, **knobs).isnan()
+
+    def test_a_slot_at_minus_infinity_throughout_is_inactive_and_counts(self) -> None:
+        enc, dec = maps()
+        lost = [one.detach().clone() for one in (enc, dec)]
+        for one in lost:
+            one[:, :, 1] = -INF
+        overlap = slot_overlap(lost[0])
+        assert not overlap[:, 1].any()
+        assert not overlap[:, :, 1].any()
+        counted = loss_of(*(one.requires_grad_() for one in lost), merge_threshold=0.0)
+        # it loses every patch and adds nothing to a sum, but a mean is over S slots with it and S - 1 without
+        present = torch.tensor([[True, False, True]] * 2)
+        masked = loss_of(enc, dec, merge_threshold=0.0, slot_mask=present)
+        assert_same_labels(counted.labels, masked.labels)
+        assert_close_loss(counted.boundary * 3, masked.boundary * 2)
+        assert_close_loss(counted.interior * 3, masked.interior * 2)
+        for grad in grads(counted, *lost):
+            assert grad.isfinite().all()
+            assert not grad[:, :, 1].any()
+
+    def test_a_single_minus_infinity_makes_its_slot_active_everywhere_else(self) -> None:
+        logits = torch.tensor([[5.0, 5.0, -INF, 5.0], [0.0, 9.0, 0.0, 9.0]]).view(1, 1, 2, 1, 4)
+        assert slot_overlap(logits).tolist() == [[[1.0, pytest.approx(2 / 3)], [pytest.approx(2 / 3), 1.0]]]
+        terms = loss_of(logits, logits)
+        assert terms.total.isfinite()
+        assert terms.labels.representative.tolist() == [[1, 1]]
+
+    @CRITERIA
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_a_dead_patch_is_uniform_and_teaches_nothing(self, criterion: Any, smoothing: float, masked: bool) -> None:
+        logits = torch.randn(1, 1, 3, 2, 2)
+        logits[..., 0, 1] = -INF
+        mask = None
+        slots = 3
+        if masked:
+            # absent slots do not bring it back to life
+            mask, slots = torch.tensor([[True, False, True]]), 2
+            logits[:, :, 1] = 7.0
+        logits.requires_grad_()
+        target, region = torch.zeros(1, 1, 2, 2).long(), torch.ones(1, 1, 2, 2).bool()
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "slot_mask": mask}
+        patches = selective_distillation_loss(logits, target, region, **knobs, reduction="none")
+        wanted = (1 - 1 / slots) / slots if criterion == "mse" else math.log(slots)
+        assert patches[0, 0, 0, 1].item() == pytest.approx(wanted)
+        (grad,) = torch.autograd.grad(patches.sum(), logits)
+        assert grad.isfinite().all()
+        assert not grad[..., 0, 1].any()
+        assert grad[:, :, 0, 0, 0].any()
+        labels = pseudo_labels(logits, logits, slot_mask=mask)
+        assert labels.enc_labels[0, 0, 0, 1] == labels.representative[0, 0]
+
+    def test_a_dead_patch_belongs_to_the_first_present_slot(self) -> None:
+        logits = torch.full((1, 1, 3, 1, 2), -INF)
+        labels = pseudo_labels(logits, logits, slot_mask=torch.tensor([[False, True, True]]))
+        assert labels.enc_labels.tolist() == [[[[1, 1]]]]
+        assert labels.dec_labels.tolist() == [[[[1, 1]]]]
+
+    def test_minus_infinity_costs_what_the_smallest_number_costs(self) -> None:
+        logits = torch.tensor([0.0, -INF]).view(1, 1, 2, 1, 1).requires_grad_()
+        target, region = torch.ones(1, 1, 1, 1).long(), torch.ones(1, 1, 1, 1).bool()
+        loss = selective_distillation_loss(logits, target, region, criterion="cross_entropy")
+        assert loss.item() == pytest.approx(-math.log(TINY))
+        assert not torch.autograd.grad(loss, logits)[0].any()
+        assert selective_distillation_loss(logits, target, region).item() == 1.0
+
+    def test_numbers_far_apart_are_exact(self) -> None:
+        logits = torch.tensor([0.0, 200.0]).view(1, 1, 2, 1, 1)
+        target, region = torch.zeros(1, 1, 1, 1).long(), torch.ones(1, 1, 1, 1).bool()
+        assert selective_distillation_loss(logits, target, region, criterion="cross_entropy").item() == 200.0
+        assert selective_distillation_loss(logits, target, region).item() == 1.0
+        # a small loss keeps its digits: r^2 + Q with r = Q^(1/2) = e^-20
+        confident = torch.tensor([20.0, 0.0]).view(1, 1, 2, 1, 1)
+        assert selective_distillation_loss(confident, target, region).item() == pytest.approx(math.exp(-40), rel=1e-5)
+        entropy = selective_distillation_loss(confident, target, region, criterion="cross_entropy")
+        assert entropy.item() == pytest.approx(math.exp(-20), rel=1e-5)
+
+
+class TestPrecision:
+    @HALVES
+    @CRITERIA
+    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_halves_are_computed_in_float32(
+        self, half: torch.dtype, criterion: Any, smoothing: float, size: tuple[int, int], masked: bool
+    ) -> None:
+        narrow = [one.detach().to(half).requires_grad_() for one in maps(*size)]
+        wide = [one.detach().float().requires_grad_() for one in narrow]
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing} | (masks() if masked else {})
+        actual, wanted = loss_of(*narrow, **knobs), loss_of(*wide, **knobs)
+        assert_same_terms(actual, wanted)
+        assert actual.total.dtype == torch.float32
+        for got, grad in zip(grads(actual, *narrow), grads(wanted, *wide), strict=True):
+            assert got.dtype == half
+            assert torch.equal(got, grad.to(half))
+
+    @HALVES
+    def test_the_pieces_are_computed_in_float32_too(self, half: torch.dtype) -> None:
+        enc = torch.randn(2, 2, 3, H, W).to(half)
+        assert torch.equal(slot_overlap(enc), slot_overlap(enc.float()))
+        assert slot_overlap(enc).dtype == torch.float32
+        target, region = torch.zeros(2, 2, H, W).long(), torch.ones(2, 2, H, W).bool()
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+            actual = selective_distillation_loss(enc, target, region, **knobs)
+            assert torch.equal(actual, selective_distillation_loss(enc.float(), target, region, **knobs))
+
+    def test_float16_means_do_not_overflow(self) -> None:
+        # 4096 times 60000 is infinite in float16; the mean of a constant is the constant, and nothing exceeds it
+        logits = torch.full((1, 1, 2, 64, 64), 60000.0, dtype=torch.float16)
+        assert not slot_overlap(logits).any()
+        logits[0, 0, :, 0, 0] = 0.0
+        assert slot_overlap(logits).tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
+
+    @CRITERIA
+    def test_maps_of_different_types(self, criterion: Any, smoothing: float) -> None:
+        enc, dec = maps()
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+        mixed = loss_of(enc, dec.double(), **knobs)
+        assert mixed.total.dtype == torch.float64
+        assert_same_labels(mixed.labels, loss_of(enc, dec, **knobs).labels)
+        assert_close_loss(mixed.total.float(), loss_of(enc, dec, **knobs).total)
+
+    @CRITERIA
+    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
+    @pytest.mark.parametrize("kind", ["logits", "probs"])
+    def test_float64_stays_float64(self, criterion: Any, smoothing: float, size: tuple[int, int], kind: Any) -> None:
+        enc, dec = maps(*size, dtype=torch.float64)
+        given = [shares(one) if kind == "probs" else one for one in (enc, dec)]
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+        for hide in ({}, masks()):
+            terms = loss_of(*given, kind=kind, **knobs | hide)
+            for value in (*terms[:3], *grads(terms, enc, dec)):
+                assert value.dtype == torch.float64
+            # the textbook form of the boundary term, patch by patch
+            logits = resized(torch.log_softmax(dec, 2) if kind == "probs" else dec, H, W)
+            if hide and size != (H, W):
+                continue
+            present = hide["slot_mask"] if hide else torch.ones(2, 3).bool()
+            wanted, divisor = 0.0, 0
+            for b, t, h, w in terms.labels.boundary.nonzero().tolist():
+                slots = present[b].nonzero().flatten().tolist()
+                probs = torch.softmax(logits[b, t, slots, h, w], 0)
+                truth = F.one_hot(torch.tensor(slots.index(terms.labels.enc_labels[b, t, h, w])), len(slots)).double()
+                if criterion == "mse":
+                    wanted, divisor = wanted + (probs - truth).square().sum().item(), divisor + len(slots)
+                else:
+                    aims = (1 - smoothing) * truth + smoothing / len(slots)
+                    wanted, divisor = wanted - (aims * probs.log()).sum().item(), divisor + 1
+            assert terms.boundary.item() == pytest.approx(wanted / divisor, rel=1e-13)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_counts_are_exact_beyond_what_halves_hold(self, dtype: torch.dtype) -> None:
+        def active(*places: slice) -> Tensor:
+            logits = torch.zeros(1, 1, len(places), 4096, dtype=dtype)
+            for slot, place in enumerate(places):
+                logits[:, :, slot, place] = 1.0
+            return logits.view(1, 1, len(places), 64, 64)
+
+        # 2049 in common of 4095, 257 of 515
+        cases = [
+            (slice(0, 3072), slice(1023, 4095), Fraction(2049, 4095)),
+            (slice(0, 386), slice(129, 515), Fraction(257, 515)),
+        ]
+        for first, second, share in cases:
+            for enabled in (False, True):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                    overlap = slot_overlap(active(first, second))
+                assert overlap.dtype == torch.promote_types(dtype, torch.float32)
+                assert overlap[0, 0, 1] == torch.tensor(share.numerator, dtype=overlap.dtype) / share.denominator
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_groups_do_not_hang_on_rounded_counts(self, dtype: torch.dtype) -> None:
+        # 2049 in common of 4095; with 2048 in common it would be a half
+        logits = torch.zeros(1, 1, 2, 4096, dtype=dtype)
+        logits[:, :, 0, :3072] = 1.0
+        logits[:, :, 1, 1023:4095] = 1.0
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                below, above = (
+                    pseudo_labels(logits, logits, merge_threshold=threshold).representative
+                    for threshold in (0.5003, 0.5005)
+                )
+            assert below.tolist() == [[0, 0]]
+            assert above.tolist() == [[0, 1]]
+
+    @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("size", [(H, W), (2 * H, 2 * W)])
+    @CRITERIA
+    def test_autocast_changes_nothing(
+        self, amp: torch.dtype, dtype: torch.dtype, size: tuple[int, int], criterion: Any, smoothing: float
+    ) -> None:
+        enc, dec = (one.detach().to(dtype).requires_grad_() for one in maps(*size))
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, **masks()}
+        wanted = loss_of(enc, dec, **knobs)
+        wanted_grads = grads(wanted, enc, dec)
+        with torch.autocast("cpu", dtype=amp):
+            actual = loss_of(enc, dec, **knobs)
+            # within autocast too, and once more from a graph that was kept
+            first = torch.autograd.grad(actual.total, (enc, dec), retain_graph=True)
+            second = torch.autograd.grad(actual.total, (enc, dec))
+        assert_same_terms(actual, wanted)
+        for got in (first, second):
+            for one, grad in zip(got, wanted_grads, strict=True):
+                assert torch.equal(one, grad)
+
+    def test_autocast_changes_no_piece(self) -> None:
+        enc, dec = maps(slots=5)
+        probs = [shares(one) for one in (enc, dec)]
+        overlap, area = torch.rand(2, 5, 5), torch.rand(2, 5)
+
+        def pieces() -> list[Tensor]:
+            return [
+                merge_slots(overlap, area, threshold=0.9),
+                *pseudo_labels(*probs, kind="probs", merge_threshold=0.3),
+                boundary_refinement_loss(*probs, kind="probs"),
+                interior_denoising_loss(enc, dec),
+            ]
+
+        plain = pieces()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = pieces()
+        for got, wanted in zip(cast, plain, strict=True):
+            assert torch.equal(got, wanted)
+
+
+class TestStrides:
+    @CRITERIA
+    def test_alpha_as_the_last_channel_of_a_decoder(self, criterion: Any, smoothing: float) -> None:
+        enc, _ = maps()
+        out = torch.randn(2, 2, 3, H, W, 5, requires_grad=True)
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+        dec = out[..., -1]
+        assert not dec.is_contiguous()
+        actual = loss_of(enc, dec, **knobs)
+        assert_same_terms(actual, loss_of(enc, dec.contiguous(), **knobs))
+        (grad,) = grads(actual, out)
+        (wanted,) = grads(loss_of(enc, dec.contiguous(), **knobs), out)
+        assert torch.equal(grad, wanted)
+        assert not grad[..., :-1].any()
+
+    @CRITERIA
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_slots_last_as_an_attention_leaves_them(self, criterion: Any, smoothing: float, flat: bool) -> None:
+        enc, dec = (torch.randn(2, 2, H * W, 3, requires_grad=True) for _ in range(2))
+        given = [one.mT if flat else one.unflatten(2, (H, W)).movedim(-1, 2) for one in (enc, dec)]
+        assert not any(one.is_contiguous() for one in given)
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "grid": (H, W)}
+        for hide in ({}, masks()):
+            actual = loss_of(*given, **knobs | hide)
+            wanted = loss_of(*(one.contiguous() for one in given), **knobs | hide)
+            assert_close_terms(actual, wanted)
+            for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
+                torch.testing.assert_close(got, grad)
+
+    @CRITERIA
+    def test_expanded_maps(self, criterion: Any, smoothing: float) -> None:
+        enc, dec = torch.randn(1, 1, 3, H, W).requires_grad_(), torch.randn(2, 1, 3, H, 1).requires_grad_()
+        given = (enc.expand(2, 3, 3, H, W), dec.expand(2, 3, 3, H, W))
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "min_different": 0}
+        actual = loss_of(*given, **knobs)
+        wanted = loss_of(*(one.contiguous() for one in given), **knobs)
+        assert_close_terms(actual, wanted)
+        for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
+            torch.testing.assert_close(got, grad)
+
+    def test_strided_masks_and_labels(self) -> None:
+        enc, dec = maps()
+        valid = (torch.rand(2, W, H, 2) < 0.8).movedim((1, 2, 3), (3, 2, 1))
+        slot_mask = torch.tensor([[True, True], [True, False], [True, True]]).T
+        assert not valid.is_contiguous()
+        assert not slot_mask.is_contiguous()
+        assert_same_terms(
+            loss_of(enc, dec, valid=valid, slot_mask=slot_mask),
+            loss_of(enc, dec, valid=valid.contiguous(), slot_mask=slot_mask.contiguous()),
+        )
+        labels = torch.randint(3, (2, W, H, 2)).movedim((1, 2, 3), (3, 2, 1))
+        plain = labels.contiguous()
+        assert torch.equal(
+            neighbor_difference(labels, valid=valid), neighbor_difference(plain, valid=valid.contiguous())
+        )
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+            assert torch.equal(
+                selective_distillation_loss(dec, labels, valid, **knobs),
+                selective_distillation_loss(dec, plain, valid.contiguous(), **knobs),
+            )
+        one_label, everywhere = torch.ones(1, 1, 1, 1).long(), torch.ones(1, 1, 1, 1).bool()
+        assert torch.equal(
+            selective_distillation_loss(dec, one_label.expand(2, 2, H, W), everywhere.expand(2, 2, H, W)),
+            selective_distillation_loss(dec, torch.ones(2, 2, H, W).long(), torch.ones(2, 2, H, W).bool()),
+        )
+        overlap = torch.rand(2, 3, 3)
+        area = torch.rand(3, 2).T
+        assert torch.equal(
+            merge_slots(overlap.mT, area, threshold=0.6), merge_slots(overlap, area.clone(), threshold=0.6)
+        )
+
+    def test_a_gradient_that_comes_expanded_or_strided(self) -> None:
+        _, dec = maps()
+        target, region = torch.randint(3, (2, 2, H, W)), torch.rand(2, 2, H, W) < 0.7
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
+            patches = selective_distillation_loss(dec, target, region, **knobs, reduction="none")
+            for upstream in (torch.tensor(2.0).expand(2, 2, H, W), torch.randn(2, W, H, 2).transpose(1, 3)):
+                (got,) = torch.autograd.grad(patches, dec, upstream, retain_graph=True)
+                (wanted,) = torch.autograd.grad(patches, dec, upstream.contiguous(), retain_graph=True)
+                assert torch.equal(got, wanted)
+
+    def test_the_loss_may_be_one_of_several_users_of_a_map(self) -> None:
+        enc, dec = maps()
+        # products before and after, and twice the same map
+        total = loss_of(2.0 * enc, dec * dec).total + enc.square().sum() + loss_of(enc, dec).total
+        both = torch.autograd.grad(total, (enc, dec))
+        parts = [
+            torch.autograd.grad(loss_of(2.0 * enc, dec * dec).total, (enc, dec)),
+            (2.0 * enc, torch.zeros_like(dec)),
+            torch.autograd.grad(loss_of(enc, dec).total, (enc, dec)),
+        ]
+        for got, *terms in zip(both, *parts, strict=True):
+            torch.testing.assert_close(got, sum(terms, torch.zeros_like(got)))
+
+
+class TestGradcheck:
+    @CRITERIA
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_of_a_map(self, criterion: Any, smoothing: float, temperature: float, masked: bool, reduction: Any) -> None:
+        logits = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+        target, region = torch.tensor([0, 2]).repeat(2, 1, 2, 1), torch.rand(2, 1, 2, 2) < 0.7
+        slot_mask = torch.tensor([[True, True, True], [True, False, True]]) if masked else None
+
+        def loss(leaf: Tensor) -> Tensor:
+            return selective_distillation_loss(
+                leaf,
+                target,
+                region,
+                criterion=criterion,
+                label_smoothing=smoothing,
+                temperature=temperature,
+                slot_mask=slot_mask,
+                reduction=reduction,
+            )
+
+        assert torch.autograd.gradcheck(loss, (logits,))
+
+    @CRITERIA
+    @pytest.mark.parametrize("kind", ["logits", "probs"])
+    @pytest.mark.parametrize("size", [(3, 3), (2, 4), (6, 6)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_of_the_whole(
+        self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int], masked: bool
+    ) -> None:
+        enc, dec = (torch.randn(2, 1, 3, *one, dtype=torch.float64) for one in ((3, 3), size))
+        if kind == "probs":
+            # unnormalized, so that the way through the normalization is seen
+            enc, dec = enc.exp(), dec.exp()
+        hide: Settings = {}
+        if masked:
+            hide["valid"] = torch.rand(2, 1, 3, 3) < 0.8
+            hide["slot_mask"] = torch.tensor([[True, True, True], [True, False, True]])
+        module = SSyncLoss(
+            criterion=criterion,
+            label_smoothing=smoothing,
+            temperature=0.7,
+            kind=kind,
+            max_different=5,
+            boundary_weight=0.5,
+            interior_weight=2.0,
+            ramp_steps=4,
+        )
+
+        def loss(*given: Tensor) -> Tensor:
+            return module(*given, step=3, **hide)
+
+        assert torch.autograd.gradcheck(loss, (enc.requires_grad_(), dec.requires_grad_()))
+
+    @CRITERIA
+    def test_a_gradient_has_no_gradient(self, criterion: Any, smoothing: float) -> None:
+        enc, dec = maps()
+        total = loss_of(enc, dec, criterion=criterion, label_smoothing=smoothing).total
+        # whether or not what comes from above has one
+        for loss in (total, torch.tensor(2.0, requires_grad=True) * total):
+            (grad,) = torch.autograd.grad(loss, dec, create_graph=True)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.backward(grad.square().sum() + dec.sum())
+
+
+class TestEmptyBatch:
+    """No clips: nothing to select, so the loss is 0 and attached, like any empty selection."""
+
+    @CRITERIA
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("kind", ["logits", "probs"])
+    @pytest.mark.parametrize("size", [(H, W), (2, 3), (8, 12)])
+    @pytest.mark.parametrize("threshold", [0.6, None])
+    def test_the_loss_is_an_attached_zero(
+        self,
+        criterion: Any,
+        smoothing: float,
+        backend: Any,
+        kind: Any,
+        size: tuple[int, int],
+        threshold: float | None,
+    ) -> None:
+        enc, dec = maps(*size, clips=0)
+        knobs: Settings = {
+            "criterion": criterion,
+            "label_smoothing": smoothing,
+            "backend": backend,
+            "kind": kind,
+            "merge_threshold": threshold,
+        }
+        empty_masks: Settings = {"valid": torch.ones(0, 2).bool(), "slot_mask": torch.ones(0, 3).bool()}
+        for hide in ({}, empty_masks, {"valid": torch.ones(0, 2, H, W).bool()}):
+            terms = loss_of(enc, dec, **knobs, **hide)
+            assert [value.item() for value in terms[:5]] == [0.0] * 5
+            assert [tuple(part.shape) for part in terms.labels] == [(0, 2, H, W)] * 4 + [(0, 3)]
+            for grad, leaf in zip(grads(terms, enc, dec), (enc, dec), strict=True):
+                assert grad.shape == leaf.shape
+            assert boundary_refinement_loss(enc, dec, **knobs, **hide) == 0
+            assert interior_denoising_loss(enc, dec, **knobs, **hide) == 0
+        assert SSyncLoss(**knobs, start_step=1)(enc, dec, step=0) == 0
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_the_pieces_are_empty(self, backend: Any) -> None:
+        logits, labels = torch.zeros(0, 2, 3, H, W, requires_grad=True), torch.zeros(0, 2, H, W).long()
+        region = labels.bool()
+        assert slot_overlap(logits).shape == (0, 3, 3)
+        assert merge_slots(torch.zeros(0, 3, 3), torch.zeros(0, 3), threshold=0.5).shape == (0, 3)
+        assert neighbor_difference(labels).shape == region.shape
+        assert boundary_region(labels).shape == region.shape
+        assert interior_region(labels).shape == region.shape
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "backend": backend}
+            for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0, 2, H, W))):
+                knobs["reduction"] = reduction
+                loss = selective_distillation_loss(logits, labels, region, **knobs)
+                assert loss.shape == shape
+                assert loss.sum() == 0
+                assert torch.autograd.grad(loss.sum(), logits)[0].shape == logits.shape
+
+
+LOGITS = torch.zeros(2, 3, 4, 5, 6)
+FLAT = torch.zeros(2, 3, 4, 30)
+LABELS = torch.zeros(2, 3, 5, 6, dtype=torch.int64)
+REGION = torch.zeros(2, 3, 5, 6, dtype=torch.bool)
+SLOTS = torch.ones(2, 4, dtype=torch.bool)
+OVERLAP, AREA = torch.zeros(2, 4, 4), torch.zeros(2, 4)
+PSEUDO = PseudoLabels(LABELS, LABELS, REGION, REGION, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def module(
+    enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, step: Any = None, **settings: Any
+) -> Tensor:
+    return SSyncLoss(**settings).eval()(enc, dec, step=step, valid=valid, slot_mask=slot_mask)
+
+
+def early(enc: Any, dec: Any, **arguments: Any) -> Tensor:
+    return module(enc, dec, start_step=1, step=0, **arguments)
+
+
+def terms_early(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> SSyncTerms:
+    return SSyncLoss(start_step=1, **settings).eval().terms(enc, dec, step=0, valid=valid, slot_mask=slot_mask)
+
+
+def ranks(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
+    return global_mean(SSyncLoss(**settings).eval(), enc, dec, valid=valid, slot_mask=slot_mask)
+
+
+def boundary_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
+    loss: Tensor = BoundaryRefinementLoss(**settings)(enc, dec, valid=valid, slot_mask=slot_mask)
+    return loss
+
+
+def interior_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
+    loss: Tensor = InteriorDenoisingLoss(**settings)(enc, dec, valid=valid, slot_mask=slot_mask)
+    return loss
+
+
+TWO_MAPS = [
+    module,
+    early,
+    terms_early,
+    ranks,
+    boundary_module,
+    interior_module,
+    pseudo_labels,
+    boundary_refinement_loss,
+    interior_denoising_loss,
+]
+
+
+def refuses(error: type[Exception], message: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
+    """The message begins with these words; it names the argument, the wanted and the given."""
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call(*given, **named)
+
+
+@pytest.mark.parametrize("call", TWO_MAPS, ids=lambda call: call.__name__)
+class TestRefusedMaps:
+    """The same words everywhere two maps go in, before the start already."""
+
+    @pytest.mark.parametrize(
+        ("enc", "dec", "error", "message"),
+        [
+            ([[0.0]], LOGITS, TypeError, "`enc_logits` must be a tensor; got list."),
+            (LOGITS, None, TypeError, "`dec_logits` must be a tensor; got NoneType."),
+            (LOGITS.long(), LOGITS, TypeError, "`enc_logits` must be floating point; got torch.int64."),
+            (LOGITS, LOGITS.int(), TypeError, "`dec_logits` must be floating point; got torch.int32."),
+            (LOGITS.bool(), LOGITS, TypeError, "`enc_logits` must be floating point; got torch.bool."),
+            (
+                LOGITS.to(torch.complex64),
+                LOGITS,
+                TypeError,
+                "`enc_logits` must be floating point; got torch.complex64.",
+            ),
+            (
+                LOGITS[0, 0],
+                LOGITS,
+                ValueError,
+                "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (4, 5, 6).",
+            ),
+            (
+                LOGITS,
+                LOGITS[None],
+                ValueError,
+                "`dec_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (1, 2, 3, 4, 5, 6).",
+            ),
+            (
+                LOGITS,
+                LOGITS[:1],
+                ValueError,
+                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (1, 3, 4, 5, 6).",
+            ),
+            (
+                LOGITS,
+                LOGITS[:, :2],
+                ValueError,
+                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 2, 4, 5, 6).",
+            ),
+            (
+                LOGITS,
+                LOGITS[:, :, :3],
+                ValueError,
+                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 3, 3, 5, 6).",
+            ),
+            (LOGITS[:, :, :0], LOGITS[:, :, :0], ValueError, "`enc_logits` must have S >= 1; got S=0."),
+            (LOGITS[:, :0], LOGITS[:, :0], ValueError, "`enc_logits` must have T >= 1; got T=0."),
+            (LOGITS[:, :, :, :0], LOGITS, ValueError, "`enc_logits` must have H >= 1; got H=0."),
+            (LOGITS[..., :0], LOGITS, ValueError, "`enc_logits` must have W >= 1; got W=0."),
+            (LOGITS, LOGITS[:, :, :, :0], ValueError, "`dec_logits` must have H_d >= 1; got H_d=0."),
+            (LOGITS, LOGITS[..., :0], ValueError, "`dec_logits` must have W_d >= 1; got W_d=0."),
+            (
+                FLAT,
+                FLAT,
+                ValueError,
+                "`enc_logits` has N=30 patches, which is no square: pass grid=(H, W); got (2, 3, 4, 30).",
+            ),
+            (
+                LOGITS,
+                FLAT[..., :24],
+                ValueError,
+                "`dec_logits` has N=24 patches, which is no square: pass grid=(H, W); got (2, 3, 4, 24).",
+            ),
+            (
+                LOGITS,
+                LOGITS.to("meta"),
+                ValueError,
+                "`dec_logits` must be on the device of `enc_logits` (cpu); got meta.",
+            ),
+        ],
+    )
+    def test_maps(self, call: Any, enc: Any, dec: Any, error: type[Exception], message: str) -> None:
+        refuses(error, message, call, enc, dec)
+
+    @pytest.mark.parametrize(
+        ("enc", "dec", "grid", "message"),
+        [
+            (
+                FLAT,
+                FLAT,
+                (4, 6),
+                "`enc_logits` must have N = H*W = 4*6 = 24 patches as `grid` says; got (2, 3, 4, 30).",
+            ),
+            (
+                FLAT,
+                FLAT,
+                ((5, 6), (4, 6)),
+                "`dec_logits` must have N = H*W = 4*6 = 24 patches as `grid` says; got (2, 3, 4, 30).",
+            ),
+            (LOGITS, LOGITS, (6, 5), "`enc_logits` must have H, W = (6, 5) as `grid` says; got (2, 3, 4, 5, 6)."),
+            (
+                LOGITS,
+                LOGITS,
+                ((5, 6), (10, 12)),
+                "`dec_logits` must have H, W = (10, 12) as `grid` says; got (2, 3, 4, 5, 6).",
+            ),
+            *(
+                (
+                    FLAT,
+                    FLAT,
+                    grid,
+                    "`grid` must be (H, W) or ((H, W), (H_d, W_d)) for encoder and decoder, positive integers; "
+                    f"got {grid!r}.",
+                )
+                for grid in (
+                    30,
+                    (30,),
+                    (5, 6, 1),
+                    (5.0, 6.0),
+                    (0, 30),
+                    (-5, -6),
+                    (True, 30),
+                    "56",
+                    ((5, 6),),
+                    ((5, 6), 4),
+                )
+            ),
+        ],
+    )
+    def test_grids(self, call: Any, enc: Tensor, dec: Tensor, grid: Any, message: str) -> None:
+        refuses(ValueError, message, call, enc, dec, grid=grid)
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("prob", "`kind` must be one of 'logits', 'probs'; got 'prob'."),
+            (("logits", "softmax"), "`kind` must be one of 'logits', 'probs'; got 'softmax'."),
+            (("logits", None), "`kind` must be one of 'logits', 'probs'; got None."),
+            (("probs",), "`kind` must be 'logits', 'probs' or a pair of them (encoder, decoder); got ('probs',)."),
+            (None, "`kind` must be 'logits', 'probs' or a pair of them (encoder, decoder); got None."),
+            (7, "`kind` must be 'logits', 'probs' or a pair of them (encoder, decoder); got 7."),
+        ],
+    )
+    def test_kinds(self, call: Any, kind: Any, message: str) -> None:
+        refuses(ValueError, message, call, LOGITS, LOGITS, kind=kind)
+
+    @pytest.mark.parametrize(
+        ("name", "mask", "error", "message"),
+        [
+            ("valid", [[True]], TypeError, "`valid` must be a tensor; got list."),
+            ("valid", REGION.float(), TypeError, "`valid` must be boolean; got torch.float32."),
+            ("valid", REGION[:, :, 0, 0].int(), TypeError, "`valid` must be boolean; got torch.int32."),
+            ("valid", REGION[:1], ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            ("valid", REGION.mT, ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
+            ("valid", REGION[0], ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (3, 5, 6)."),
+            ("valid", SLOTS, ValueError, "`valid` must have shape (B=2, T=3); got (2, 4)."),
+            (
+                "valid",
+                REGION.to("meta"),
+                ValueError,
+                "`valid` must be on the device of `enc_logits` (cpu); got meta.",
+            ),
+            ("slot_mask", [True], TypeError, "`slot_mask` must be a tensor; got list."),
+            ("slot_mask", SLOTS.long(), TypeError, "`slot_mask` must be boolean; got torch.int64."),
+            ("slot_mask", SLOTS[0], ValueError, "`slot_mask` must have shape (B=2, S=4); got (4,)."),
+            ("slot_mask", SLOTS[:, :3], ValueError, "`slot_mask` must have shape (B=2, S=4); got (2, 3)."),
+            (
+                "slot_mask",
+                SLOTS.to("meta"),
+                ValueError,
+                "`slot_mask` must be on the device of `enc_logits` (cpu); got meta.",
+            ),
+        ],
+    )
+    def test_masks(self, call: Any, name: str, mask: Any, error: type[Exception], message: str) -> None:
+        hide: Settings = {name: mask}
+        refuses(error, message, call, LOGITS, LOGITS, **hide)
+
+
+def without(names: str, *calls: Any) -> list[Any]:
+    return [pytest.param(call, name, id=f"{call.__name__}-{name}") for call in calls for name in names.split()]
+
+
+class TestRefusedSettings:
+    @pytest.mark.parametrize("call", TWO_MAPS, ids=lambda call: call.__name__)
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-0.1, ValueError, "within [0.0, 1.0]; got -0.1."),
+            (1.5, ValueError, "within [0.0, 1.0]; got 1.5."),
+            (NAN, ValueError, "within [0.0, 1.0]; got nan."),
+            (INF, ValueError, "within [0.0, 1.0]; got inf."),
+            (True, TypeError, "a number; got bool."),
+            ("0.6", TypeError, "a number; got str."),
+            (torch.tensor(0.6), TypeError, "a number; got Tensor."),
+        ],
+    )
+    def test_merge_threshold(self, call: Any, value: Any, error: type[Exception], message: str) -> None:
+        refuses(error, f"`merge_threshold` must be {message}", call, LOGITS, LOGITS, merge_threshold=value)
+
+    @pytest.mark.parametrize(
+        ("call", "name"),
+        [
+            *without("min_different min_same max_different", module, early, ranks, pseudo_labels),
+            *without("min_different min_same", boundary_module, boundary_refinement_loss),
+            *without("max_different", interior_module, interior_denoising_loss),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-1, ValueError, "within [0, 10]; got -1."),
+            (11, ValueError, "within [0, 10]; got 11."),
+            (1.0, TypeError, "an integer; got float."),
+            (True, TypeError, "an integer; got bool."),
+            (None, TypeError, "an integer; got NoneType."),
+        ],
+    )
+    def test_neighbor_counts(self, call: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+        knobs: Settings = {name: value}
+        refuses(error, f"`{name}` must be {message}", call, LOGITS, LOGITS, **knobs)
+
+    @pytest.mark.parametrize(
+        "call", [one for one in TWO_MAPS if one is not pseudo_labels], ids=lambda call: call.__name__
+    )
+    @pytest.mark.parametrize(
+        ("knobs", "error", "message"),
+        [
+            ({"criterion": "l2"}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got 'l2'."),
+            ({"criterion": None}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got None."),
+            ({"temperature": 0.0}, ValueError, "`temperature` must be finite and above 0.0; got 0.0."),
+            ({"temperature": -1}, ValueError, "`temperature` must be finite and above 0.0; got -1."),
+            ({"temperature": NAN}, ValueError, "`temperature` must be finite and above 0.0; got nan."),
+            ({"temperature": INF}, ValueError, "`temperature` must be finite and above 0.0; got inf."),
+            ({"temperature": True}, TypeError, "`temperature` must be a number; got bool."),
+            ({"label_smoothing": 1.1}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got 1.1."),
+            ({"label_smoothing": NAN}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got nan."),
+            ({"label_smoothing": None}, TypeError, "`label_smoothing` must be a number; got NoneType."),
+            (
+                {"label_smoothing": 0.1},
+                ValueError,
+                "`label_smoothing` must be 0 with criterion='mse'; got 0.1. "
+                "Smoothing is defined for criterion='cross_entropy'.",
+            ),
+            ({"backend": "triton"}, ValueError, "`backend` must be one of 'auto', 'torch', 'reference'; got 'triton'."),
+        ],
+    )
+    def test_losses(self, call: Any, knobs: Settings, error: type[Exception], message: str) -> None:
+        refuses(error, message, call, LOGITS, LOGITS, **knobs)
+
+    def test_the_backend_of_labels(self) -> None:
+        wanted = "`backend` must be one of 'auto', 'torch', 'reference'; got 'cuda'."
+        backend: Any = "cuda"
+        refuses(ValueError, wanted, pseudo_labels, LOGITS, LOGITS, backend=backend)
+
+    @pytest.mark.parametrize("name", ["boundary_weight", "interior_weight"])
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-1.0, ValueError, "finite and at least 0.0; got -1.0."),
+            (NAN, ValueError, "finite and at least 0.0; got nan."),
+            (INF, ValueError, "finite and at least 0.0; got inf."),
+            (True, TypeError, "a number; got bool."),
+            ("1", TypeError, "a number; got str."),
+        ],
+    )
+    def test_weights(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+        knobs: Settings = {name: value}
+        refuses(error, f"`{name}` must be {message}", SSyncLoss, **knobs)
+
+    @pytest.mark.parametrize("name", ["start_step", "ramp_steps"])
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-1, ValueError, "at least 0; got -1."),
+            (1.0, TypeError, "an integer; got float."),
+            (False, TypeError, "an integer; got bool."),
+        ],
+    )
+    def test_schedules(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+        knobs: Settings = {name: value}
+        refuses(error, f"`{name}` must be {message}", SSyncLoss, **knobs)
+
+    def test_settings_are_refused_where_they_are_given(self) -> None:
+        # not at the first step
+        for make in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss):
+            refuses(ValueError, "`merge_threshold` must be within [0.0, 1.0]; got 2.", make, merge_threshold=2)
+            refuses(ValueError, "`kind` must be one of", make, kind="p")
+            refuses(ValueError, "`grid` must be", make, grid=3)
+            refuses(ValueError, "`criterion` must be one of", make, criterion="x")
+            refuses(ValueError, "`backend` must be one of", make, backend="x")
+
+    def test_presets(self) -> None:
+        wanted = "`name` must be one of 'movi_c', 'movi_e', 'ytvis', 'coco'; got 'imagenet'."
+        refuses(ValueError, wanted, SSyncLoss.from_preset, "imagenet")
+        refuses(ValueError, "`merge_threshold` must be within", SSyncLoss.from_preset, "coco", merge_threshold=7)
+
+    @pytest.mark.parametrize("settings", [{"start_step": 3}, {"ramp_steps": 5}, {"start_step": 3, "ramp_steps": 5}])
+    def test_a_schedule_without_a_step(self, settings: Settings) -> None:
+        criterion = SSyncLoss(**settings).eval()
+        start, ramp = settings.get("start_step", 0), settings.get("ramp_steps", 0)
+        message = f"`step` must be given with a schedule (start_step={start}, ramp_steps={ramp}); got None."
+        for call in (criterion, criterion.terms):
+            refuses(ValueError, message, call, LOGITS, LOGITS)
+        refuses(ValueError, message, global_mean, criterion, LOGITS, LOGITS)
+
+    @pytest.mark.parametrize("step", [1.0, True, torch.tensor(1), "1"])
+    @pytest.mark.parametrize("settings", [{}, {"start_step": 3}])
+    def test_a_step_that_is_no_integer(self, step: Any, settings: Settings) -> None:
+        criterion = SSyncLoss(**settings).eval()
+        message = f"`step` must be a Python int; got {type(step).__name__}."
+        for call in (criterion, criterion.terms):
+            refuses(TypeError, message, call, LOGITS, LOGITS, step=step)
+        refuses(TypeError, message, global_mean, criterion, LOGITS, LOGITS, step=step)
+
+
+@pytest.mark.parametrize(
+    ("call", "label_name", "region_name"),
+    [
+        (boundary_refinement_loss, "enc_labels", "boundary"),
+        (interior_denoising_loss, "dec_labels", "interior"),
+        (BoundaryRefinementLoss(), "enc_labels", "boundary"),
+        (InteriorDenoisingLoss(), "dec_labels", "interior"),
+    ],
+    ids=["boundary", "interior", "boundary module", "interior module"],
+)
+class TestRefusedLabels:
+    """Labels that were computed before and handed over."""
+
+    def test_labels(self, call: Any, label_name: str, region_name: str) -> None:
+        name = f"`labels.{label_name}`"
+        cases: list[tuple[Any, type[Exception], str]] = [
+            (LABELS.float(), TypeError, "must hold integers; got torch.float32."),
+            (LABELS.bool(), TypeError, "must hold integers; got torch.bool."),
+            (LABELS[:1], ValueError, "must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            (LABELS + 4, ValueError, "must lie within [0, 3]; got values from 4 to 4."),
+            (LABELS - 1, ValueError, "must lie within [0, 3]; got values from -1 to -1."),
+            (LABELS.to("meta"), ValueError, "must be on the device of `enc_logits` (cpu); got meta."),
+            (None, TypeError, "must be a tensor; got NoneType."),
+        ]
+        for wrong, error, message in cases:
+            labels = PSEUDO._replace(**{label_name: wrong})
+            refuses(error, f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
+
+    def test_regions(self, call: Any, label_name: str, region_name: str) -> None:
+        name = f"`labels.{region_name}`"
+        cases: list[tuple[Any, type[Exception], str]] = [
+            (REGION.float(), TypeError, "must be boolean; got torch.float32."),
+            (REGION[..., :2], ValueError, "must have shape (B=2, T=3, H=5, W=6); got (2, 3, 5, 2)."),
+            (REGION.to("meta"), ValueError, "must be on the device of `enc_logits` (cpu); got meta."),
+        ]
+        for wrong, error, message in cases:
+            labels = PSEUDO._replace(**{region_name: wrong})
+            refuses(error, f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
+
+    def test_the_other_half_is_not_read(self, call: Any, label_name: str, region_name: str) -> None:
+        others: Settings = dict.fromkeys(set(PseudoLabels._fields) - {label_name, region_name})
+        labels = PSEUDO._replace(**others)
+        assert call(LOGITS, LOGITS, labels=labels) == 0
+
+    def test_other_things(self, call: Any, label_name: str, region_name: str) -> None:
+        for wrong in (LABELS, (LABELS, REGION), {"enc_labels": LABELS}):
+            message = f"`labels` must be PseudoLabels; got {type(wrong).__name__}."
+            refuses(TypeError, message, call, LOGITS, LOGITS, labels=wrong)
+
+
+class TestRefusedPieces:
+    @pytest.mark.parametrize(
+        ("overlap", "area", "threshold", "error", "message"),
+        [
+            (0.5, AREA, 0.5, TypeError, "`overlap` must be a tensor; got float."),
+            (OVERLAP[0], AREA, 0.5, ValueError, "`overlap` must have shape (B, S, S); got (4, 4)."),
+            (OVERLAP[:, :3], AREA, 0.5, ValueError, "`overlap` must have shape (B, S, S); got (2, 3, 4)."),
+            (OVERLAP[:, :0, :0], AREA[:, :0], 0.5, ValueError, "`overlap` must have S >= 1; got S=0."),
+            (OVERLAP.long(), AREA, 0.5, TypeError, "`overlap` must be floating point; got torch.int64."),
+            (OVERLAP.bool(), AREA, 0.5, TypeError, "`overlap` must be floating point; got torch.bool."),
+            (OVERLAP, AREA[:1], 0.5, ValueError, "`area` must have shape (B=2, S=4); got (1, 4)."),
+            (OVERLAP, AREA[0], 0.5, ValueError, "`area` must have shape (B=2, S=4); got (4,)."),
+            (OVERLAP, None, 0.5, TypeError, "`area` must be a tensor; got NoneType."),
+            (
+                OVERLAP,
+                AREA.bool(),
+                0.5,
+                TypeError,
+                "`area` must hold integers or floating-point numbers; got torch.bool.",
+            ),
+            (
+                OVERLAP,
+                AREA.to(torch.complex64),
+                0.5,
+                TypeError,
+                "`area` must hold integers or floating-point numbers; got torch.complex64.",
+            ),
+            (OVERLAP, AREA.to("meta"), 0.5, ValueError, "`area` must be on the device of `overlap` (cpu); got meta."),
+            (OVERLAP, AREA, 1.01, ValueError, "`threshold` must be within [0.0, 1.0]; got 1.01."),
+            (OVERLAP, AREA, -1, ValueError, "`threshold` must be within [0.0, 1.0]; got -1."),
+            (OVERLAP, AREA, NAN, ValueError, "`threshold` must be within [0.0, 1.0]; got nan."),
+            (OVERLAP, AREA, False, TypeError, "`threshold` must be a number; got bool."),
+        ],
+    )
+    def test_merge_slots(self, overlap: Any, area: Any, threshold: Any, error: type[Exception], message: str) -> None:
+        refuses(error, message, merge_slots, overlap, area, threshold=threshold)
+
+    @pytest.mark.parametrize(
+        ("logits", "hide", "error", "message"),
+        [
+            ("map", {}, TypeError, "`logits` must be a tensor; got str."),
+            (FLAT, {}, ValueError, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
+            (LOGITS[:, :, :0], {}, ValueError, "`logits` must have S >= 1; got S=0."),
+            (LOGITS[:, :0], {}, ValueError, "`logits` must have T >= 1; got T=0."),
+            (LOGITS.int(), {}, TypeError, "`logits` must be floating point; got torch.int32."),
+            (
+                LOGITS,
+                {"valid": REGION[:1]},
+                ValueError,
+                "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6).",
+            ),
+            (LOGITS, {"valid": LABELS}, TypeError, "`valid` must be boolean; got torch.int64."),
+            (
+                LOGITS,
+                {"valid": REGION.to("meta")},
+                ValueError,
+                "`valid` must be on the device of `logits` (cpu); got meta.",
+            ),
+            (LOGITS, {"slot_mask": SLOTS.T}, ValueError, "`slot_mask` must have shape (B=2, S=4); got (4, 2)."),
+            (LOGITS, {"slot_mask": SLOTS.float()}, TypeError, "`slot_mask` must be boolean; got torch.float32."),
+            (
+                LOGITS,
+                {"slot_mask": SLOTS.to("meta")},
+                ValueError,
+                "`slot_mask` must be on the device of `logits` (cpu); got meta.",
+            ),
+        ],
+    )
+    def test_slot_overlap(self, logits: Any, hide: Settings, error: type[Exception], message: str) -> None:
+        refuses(error, message, slot_overlap, logits, **hide)
+
+    @pytest.mark.parametrize("call", [neighbor_difference, boundary_region, interior_region])
+    @pytest.mark.parametrize(
+        ("labels", "valid", "error", "message"),
+        [
+            ([0], None, TypeError, "`labels` must be a tensor; got list."),
+            (LABELS[0], None, ValueError, "`labels` must have shape (B, T, H, W); got (3, 5, 6)."),
+            (LABELS[:, :0], None, ValueError, "`labels` must have T >= 1; got T=0."),
+            (LABELS[:, :, :0], None, ValueError, "`labels` must have H >= 1; got H=0."),
+            (LABELS[..., :0], None, ValueError, "`labels` must have W >= 1; got W=0."),
+            (LABELS.float(), None, TypeError, "`labels` must hold integers; got torch.float32."),
+            (LABELS.bool(), None, TypeError, "`labels` must hold integers; got torch.bool."),
+            (LABELS.to(torch.complex64), None, TypeError, "`labels` must hold integers; got torch.complex64."),
+            (LABELS, [True], TypeError, "`valid` must be a tensor; got list."),
+            (LABELS, LABELS, TypeError, "`valid` must be boolean; got torch.int64."),
+            (LABELS, REGION.mT, ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
+            (LABELS, SLOTS, ValueError, "`valid` must have shape (B=2, T=3); got (2, 4)."),
+            (LABELS, REGION.to("meta"), ValueError, "`valid` must be on the device of `labels` (cpu); got meta."),
+        ],
+    )
+    def test_regions(self, call: Any, labels: Any, valid: Any, error: type[Exception], message: str) -> None:
+        refuses(error, message, call, labels, valid=valid)
+
+    @pytest.mark.parametrize(
+        ("call", "name"),
+        [*without("min_different min_same", boundary_region), *without("max_different", interior_region)],
+    )
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-1, ValueError, "within [0, 10]; got -1."),
+            (11, ValueError, "within [0, 10]; got 11."),
+            (1.0, TypeError, "an integer; got float."),
+            (True, TypeError, "an integer; got bool."),
+        ],
+    )
+    def test_neighbor_counts(self, call: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+        knobs: Settings = {name: value}
+        refuses(error, f"`{name}` must be {message}", call, LABELS, **knobs)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"logits": 3}, TypeError, "`logits` must be a tensor; got int."),
+            ({"logits": FLAT}, ValueError, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
+            ({"logits": LOGITS[:, :, :0]}, ValueError, "`logits` must have S >= 1; got S=0."),
+            ({"logits": LOGITS.long()}, TypeError, "`logits` must be floating point; got torch.int64."),
+            ({"target": None}, TypeError, "`target` must be a tensor; got NoneType."),
+            (
+                {"target": LABELS[:1]},
+                ValueError,
+                "`target` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6).",
+            ),
+            ({"target": LABELS.float()}, TypeError, "`target` must hold integers; got torch.float32."),
+            ({"target": LABELS + 4}, ValueError, "`target` must lie within [0, 3]; got values from 4 to 4."),
+            ({"target": LABELS - 2}, ValueError, "`target` must lie within [0, 3]; got values from -2 to -2."),
+            ({"target": LABELS.to("meta")}, ValueError, "`target` must be on the device of `logits` (cpu); got meta."),
+            ({"region": REGION.long()}, TypeError, "`region` must be boolean; got torch.int64."),
+            (
+                {"region": REGION[:, :2]},
+                ValueError,
+                "`region` must have shape (B=2, T=3, H=5, W=6); got (2, 2, 5, 6).",
+            ),
+            ({"region": REGION.to("meta")}, ValueError, "`region` must be on the device of `logits` (cpu); got meta."),
+            ({"slot_mask": SLOTS[:1]}, ValueError, "`slot_mask` must have shape (B=2, S=4); got (1, 4)."),
+            ({"slot_mask": SLOTS.int()}, TypeError, "`slot_mask` must be boolean; got torch.int32."),
+            ({"criterion": "kl"}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got 'kl'."),
+            (
+                {"reduction": "batchmean"},
+                ValueError,
+                "`reduction` must be one of 'none', 'sum', 'mean'; got 'batchmean'.",
+            ),
+            ({"temperature": 0}, ValueError, "`temperature` must be finite and above 0.0; got 0."),
+            ({"label_smoothing": -0.5}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got -0.5."),
+            ({"label_smoothing": 0.5}, ValueError, "`label_smoothing` must be 0 with criterion='mse'; got 0.5."),
+            ({"backend": "fast"}, ValueError, "`backend` must be one of 'auto', 'torch', 'reference'; got 'fast'."),
+        ],
+    )
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_distillation(self, backend: str, changes: Settings, error: type[Exception], message: str) -> None:
+        arguments: Settings = {"logits": LOGITS, "target": LABELS, "region": REGION, "backend": backend} | changes
+        refuses(error, message, selective_distillation_loss, **arguments)

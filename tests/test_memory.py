@@ -1,0 +1,212 @@
+"""Work and memory, counted and not timed: linear in patches and in clips, whatever the settings."""
+
+import gc
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssync_loss import SSyncLoss
+from ssync_loss._blocks import BLOCK_ELEMENTS
+from ssync_loss.functional import pseudo_labels
+
+# slots and grid of the published configurations
+MOVI_C = (11, 24, 24)
+YTVIS = (7, 37, 37)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cross entropy": {"criterion": "cross_entropy", "label_smoothing": 0.1},
+    "no merging": {"merge_threshold": None},
+    "probabilities": {"kind": "probs"},
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts operators, the elements they read and write, and the bytes they keep alive.
+
+    Views cost nothing. Memory given at the start is not counted.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_operators = 0
+        self.num_elements = 0
+        self.peak = 0
+        # these belong to the caller
+        self._given = [one.untyped_storage() for one in given]
+        self._ignored = {one._cdata for one in self._given}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        written = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        if not func.is_view:
+            read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            self.num_operators += 1
+            self.num_elements += sum(one.numel() for one in read + written)
+        for one in written:
+            storage = one.untyped_storage()
+            if storage._cdata not in self._ignored:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    @property
+    def alive(self) -> int:
+        """Bytes that are still in use."""
+        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        return sum(size for _, size in self._alive.values())
+
+
+def random_maps(*shape: int, device: str = "cpu", probs: bool = False) -> list[Tensor]:
+    maps = [torch.randn(shape, device=device) for _ in range(2)]
+    return [(one.softmax(2) if probs else one).requires_grad_() for one in maps]
+
+
+def measure(*shape: int, device: str = "cpu", masks: bool = False, other_grid: bool = False, **settings: Any) -> Meter:
+    """One step, forward and backward."""
+    enc, dec = random_maps(*shape, device=device, probs="kind" in settings)
+    if other_grid:
+        dec = dec.detach()[..., ::2, ::2].clone().requires_grad_()
+    given: dict[str, Any] = {}
+    if masks:
+        given["valid"] = torch.rand(*shape[:2], *shape[3:], device=device) > 0.1
+        given["slot_mask"] = torch.ones(shape[0], shape[2], dtype=torch.bool, device=device)
+    meter = Meter([enc, dec, *given.values()])
+    with meter:
+        loss: Tensor = SSyncLoss(**settings)(enc, dec, **given)
+        loss.backward()
+    return meter
+
+
+def slope(sizes: list[float], costs: list[float]) -> float:
+    """The largest p with cost ~ size^p between neighboring sizes."""
+    steps = zip(sizes, sizes[1:], costs, costs[1:], strict=False)
+    return max(math.log(after / before) / math.log(big / small) for small, big, before, after in steps)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("grows", ["B", "T", "H", "W"])
+@pytest.mark.parametrize("inputs", ["plain", "masked, another grid"])
+def test_work_and_memory_are_linear(name: str, grows: str, inputs: str) -> None:
+    extra: dict[str, Any] = {"masks": True, "other_grid": True} if inputs != "plain" else {}
+    sizes = [8, 16, 32, 64]
+    meters = []
+    for size in sizes:
+        shape = {"B": 2, "T": 2, "S": 5, "H": 16, "W": 16, grows: size}
+        meters.append(measure(*shape.values(), **extra, **SETTINGS[name]))
+    for costs in ([one.num_elements for one in meters], [one.peak for one in meters]):
+        assert 0.7 < slope([float(one) for one in sizes], [float(one) for one in costs]) <= 1.05
+
+
+def test_the_meter_sees_what_is_quadratic() -> None:
+    costs = []
+    for size in (64, 128, 256):
+        x = torch.randn(size, 2)
+        with Meter([x]) as meter:
+            (x @ x.T).exp().sum()
+        costs.append((meter.num_elements, meter.peak))
+    for one in zip(*costs, strict=True):
+        assert slope([64.0, 128.0, 256.0], [float(cost) for cost in one]) > 1.8
+
+
+def test_the_meter_counts_elements_operators_and_bytes() -> None:
+    x = torch.ones(100)
+    with Meter([x]) as meter:
+        y = x + 1.0
+        z = y * y
+        assert meter.alive == 800
+        del y
+        assert meter.alive == 400
+        z.add_(1.0)
+        z.view(10, 10)
+    # x, y; y, y, z; z, z
+    assert meter.num_elements == 700
+    assert meter.num_operators == 3
+    assert meter.peak == 800
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_small_batches_take_the_same_operators_whatever_their_size(name: str) -> None:
+    sizes = [(1, 1), (1, 4), (2, 3), (4, 4), (5, 4)]
+    assert math.prod(sizes[-1]) * math.prod(MOVI_C) <= BLOCK_ELEMENTS
+    counts = {measure(*size, *MOVI_C, **SETTINGS[name]).num_operators for size in sizes}
+    assert len(counts) == 1
+    # a hundred or two each for labels and losses: operators are what a small batch costs
+    assert counts.pop() < 350
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_accelerator_gets_the_same_operators_whatever_the_size(name: str) -> None:
+    shapes = [(1, 1, *MOVI_C), (4, 4, *MOVI_C), (64, 4, *MOVI_C), (256, 8, 11, 37, 37)]
+    assert len({measure(*shape, device="meta", **SETTINGS[name]).num_operators for shape in shapes}) == 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_large_batches_take_as_many_more_operators_as_blocks(name: str) -> None:
+    per_block = BLOCK_ELEMENTS // (4 * math.prod(MOVI_C))
+    one, two, six = (measure(n * per_block, 4, *MOVI_C, **SETTINGS[name]).num_operators for n in (1, 2, 6))
+    assert two > one
+    assert six - two == 4 * (two - one)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "limit"),
+    [
+        ("default", MOVI_C, 3.2),
+        ("default", YTVIS, 3.7),
+        ("cross entropy", MOVI_C, 2.8),
+        ("cross entropy", YTVIS, 2.8),
+        # autograd keeps the steps from probabilities to logits
+        ("probabilities", MOVI_C, 9.6),
+    ],
+)
+def test_the_peak_is_a_few_maps(name: str, frame: tuple[int, int, int], limit: float) -> None:
+    # of a training batch of 64, beyond the inputs; two of these maps are the gradients
+    one_map = 64 * 4 * math.prod(frame) * 4
+    assert 2.0 < measure(64, 4, *frame, **SETTINGS[name]).peak / one_map < limit
+
+
+def test_without_gradients_there_is_about_a_map_beside_the_inputs() -> None:
+    enc, dec = random_maps(64, 4, *MOVI_C)
+    for function in (SSyncLoss(), pseudo_labels):
+        with torch.no_grad(), Meter([enc, dec]) as meter:
+            function(enc, dec)
+        # the labels are int64: two of them are a third of a map of eleven slots
+        assert 0.3 < meter.peak / (enc.numel() * 4) < 1.2
+
+
+def test_before_the_start_nothing_is_allocated() -> None:
+    enc, dec = random_maps(8, 4, *MOVI_C)
+    with Meter([enc, dec]) as meter:
+        loss = SSyncLoss(start_step=1)(enc, dec, step=0)
+    assert loss == 0
+    assert meter.peak < 100
+    assert meter.num_elements < 20
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_outlives_the_loss(name: str, backward: bool) -> None:
+    enc, dec = random_maps(2, 2, 4, 8, 8, probs="kind" in SETTINGS[name])
+    gc.collect()
+    gc.disable()
+    try:
+        with Meter([enc, dec]) as meter:
+            terms = SSyncLoss(**SETTINGS[name]).terms(enc, dec)
+            assert meter.alive > 0
+            if backward:
+                terms.total.backward()
+                enc.grad = dec.grad = None
+            del terms
+            # freed by counting references: a cycle would wait for the collector
+            assert meter.alive == 0
+    finally:
+        gc.enable()

@@ -1,0 +1,357 @@
+"""Names, defaults, docstrings, imports, and the wheel as a stranger gets it."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ssync_loss
+from ssync_loss import functional, losses
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "ssync_loss"
+
+PUBLIC = [
+    "ssync_loss",
+    "ssync_loss.adapters",
+    "ssync_loss.diagnostics",
+    "ssync_loss.distributed",
+    "ssync_loss.functional",
+    "ssync_loss.losses",
+    "ssync_loss.metrics",
+    "ssync_loss.testing",
+    "ssync_loss.visualize",
+]
+# defines one function, which is imported by its full name
+WITHOUT_ALL = {"ssync_loss.distributed"}
+
+
+def all_modules() -> list[str]:
+    return ["ssync_loss", *(one.name for one in pkgutil.walk_packages(ssync_loss.__path__, "ssync_loss."))]
+
+
+def public_objects() -> dict[str, Any]:
+    """Every public class and function under the name of where it is defined."""
+    found: dict[str, Any] = {}
+    for module in PUBLIC:
+        there = importlib.import_module(module)
+        for name in getattr(there, "__all__", ["global_mean"]):
+            one = getattr(there, name)
+            if inspect.isclass(one) or inspect.isfunction(one):
+                found[f"{one.__module__}.{name}"] = one
+    return found
+
+
+def run_python(code: str, *arguments: str, cwd: Path) -> str:
+    """Run code in an interpreter of its own, which sees no PYTHONPATH and no working directory."""
+    command = [sys.executable, "-I", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+# --- names ---
+
+
+def test_the_documented_names_are_there() -> None:
+    # others rely on these
+    assert set(ssync_loss.__all__) >= {
+        "BoundaryRefinementLoss",
+        "InteriorDenoisingLoss",
+        "PseudoLabels",
+        "SSyncLoss",
+        "SSyncTerms",
+        "__version__",
+    }
+    assert set(functional.__all__) >= {
+        "boundary_region",
+        "interior_region",
+        "merge_slots",
+        "neighbor_difference",
+        "pseudo_labels",
+        "selective_distillation_loss",
+        "slot_overlap",
+    }
+
+
+@pytest.mark.parametrize("name", [one for one in PUBLIC if one not in WITHOUT_ALL])
+def test_every_public_name_is_there_once_and_in_order(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__all__
+    assert len(set(module.__all__)) == len(module.__all__)
+    for one in module.__all__:
+        assert getattr(module, one) is not None
+        assert one == "__version__" or not one.startswith("_")
+    star: dict[str, Any] = {}
+    exec(f"from {name} import *", star)
+    assert star.keys() - {"__builtins__"} == set(module.__all__)
+
+
+def test_every_module_is_public_private_or_behind_a_public_one() -> None:
+    packages = {name for name in PUBLIC if (SOURCE / name.partition(".")[2].replace(".", "/")).is_dir()}
+    # one idea each: what they define is taken from `functional`, or is for reading
+    behind = {f"ssync_loss.{one}" for one in ("distillation", "merging", "pseudo_labels", "reference", "regions")}
+    for name in all_modules():
+        private = any(part.startswith("_") for part in name.split("."))
+        assert private or name in PUBLIC or name in behind or name.rpartition(".")[0] in packages
+
+
+def test_every_pure_function_is_in_functional() -> None:
+    defined = {
+        name
+        for module in ("distillation", "merging", "pseudo_labels", "regions")
+        for name, one in vars(importlib.import_module(f"ssync_loss.{module}")).items()
+        if inspect.isfunction(one) and one.__module__ == f"ssync_loss.{module}" and ">>>" in (one.__doc__ or "")
+    }
+    assert defined <= set(functional.__all__)
+
+
+# --- arguments ---
+
+# a function's name is its module's, in lower case
+PAIRS = [
+    (getattr(losses, name), getattr(functional, re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()))
+    for name in losses.__all__
+    if name.endswith("Loss") and name != "SSyncLoss"
+]
+
+
+@pytest.mark.parametrize(("module", "function"), PAIRS)
+def test_a_module_and_its_function_take_the_same_arguments(module: Any, function: Any) -> None:
+    def arguments(callable_: Any) -> dict[str, tuple[Any, Any]]:
+        parameters = inspect.signature(callable_).parameters.values()
+        return {one.name: (one.kind, one.default) for one in parameters if one.name != "self"}
+
+    assert arguments(module) | arguments(module.forward) == arguments(function)
+    assert not arguments(module).keys() & arguments(module.forward).keys()
+
+
+SETTINGS = {
+    name: one.default for name, one in inspect.signature(ssync_loss.SSyncLoss).parameters.items() if name != "grid"
+}
+
+
+def test_a_setting_has_one_default_wherever_labels_are_made_or_taught() -> None:
+    marks = {"merge_threshold", "criterion", "min_different", "max_different"}
+    signatures = {name: inspect.signature(one).parameters for name, one in public_objects().items()}
+    family = {name: parameters for name, parameters in signatures.items() if parameters.keys() & marks}
+    assert len(family) > 8
+    other = [
+        (name, setting)
+        for name, parameters in family.items()
+        for setting, one in parameters.items()
+        if setting in SETTINGS and one.default not in (SETTINGS[setting], inspect.Parameter.empty)
+    ]
+    assert other == []
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_tensors_come_by_position_and_settings_by_name(name: str) -> None:
+    for one in inspect.signature(getattr(functional, name)).parameters.values():
+        by_position = one.annotation is torch.Tensor
+        assert one.kind is (one.POSITIONAL_OR_KEYWORD if by_position else one.KEYWORD_ONLY), one.name
+
+
+# --- docstrings ---
+
+
+def test_every_public_object_shows_an_example() -> None:
+    objects = public_objects()
+    assert len(objects) > 60
+    assert [
+        name for name, one in objects.items() if not one.__doc__ or one.__doc__.startswith(one.__name__ + "(")
+    ] == []
+    # a tuple explains its fields; what a strategy draws differs from run to run, so its module shows a test
+    shown = {
+        name
+        for name, one in objects.items()
+        if not hasattr(one, "_fields") and one.__module__ != "ssync_loss.testing.strategies"
+    }
+    assert [name for name in shown if ">>> " not in objects[name].__doc__] == []
+    assert ">>> " in (importlib.import_module("ssync_loss.testing.strategies").__doc__ or "")
+
+
+def test_every_public_method_says_what_it_does() -> None:
+    silent = [
+        (name, attribute)
+        for name, one in public_objects().items()
+        if inspect.isclass(one)
+        for attribute, member in inspect.getmembers(one, inspect.isroutine)
+        if getattr(member, "__module__", None) == one.__module__
+        and not attribute.startswith("_")
+        and not member.__doc__
+    ]
+    assert silent == []
+
+
+# --- imports ---
+
+
+def test_importing_pulls_nothing_but_the_dependencies(tmp_path: Path) -> None:
+    code = """
+import sys
+import torch, torch.distributed, einops, numpy
+before = set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+import ssync_loss
+added = {name.partition('.')[0] for name in set(sys.modules) - before}
+print(sorted(added - set(sys.stdlib_module_names)))
+"""
+    assert run_python(code, str(ROOT / "src"), cwd=tmp_path) == "['ssync_loss']"
+
+
+def test_no_module_pulls_an_optional_package(tmp_path: Path) -> None:
+    # hypothesis is asked for by name, in one module
+    modules = [name for name in all_modules() if name != "ssync_loss.testing.strategies"]
+    code = """
+import importlib, sys
+import torch, torch.distributed, einops, numpy.random
+before = set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+optional = {'av', 'hypothesis', 'kornia', 'matplotlib', 'PIL', 'pytest', 'scipy', 'sklearn', 'slot_attention',
+            'torchmetrics', 'tqdm', 'triton'}
+print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & optional))
+"""
+    assert run_python(code, str(ROOT / "src"), *modules, cwd=tmp_path) == "[]"
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file."""
+    modules = set(all_modules())
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names if one.name in modules}
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            # a name out of a package may be a module
+            whole = {f"{node.module}.{one.name}" for one in node.names}
+            found |= (whole & modules) or {node.module}
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return {name: imports_of(Path(importlib.import_module(name).__file__ or "")) for name in all_modules()}
+
+
+def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
+    # the strategies are imported by name when they are first asked for
+    order = list(TopologicalSorter(graph).static_order())
+    assert set(order) == set(graph)
+    assert sum(map(len, graph.values())) > 50
+
+
+# a file may import what stands in a line above its own
+LAYERS: list[set[str]] = [
+    {"_checks", "_autocast", "_autograd", "_blocks", "_types"},
+    {"_backends", "_maps", "reference", "reference_dense"},
+    {"merging", "regions", "distillation"},
+    {"pseudo_labels"},
+    {"losses"},
+    {"distributed", "functional", "ssync_loss"},
+    {"adapters", "diagnostics", "metrics", "testing", "visualize"},
+]
+
+
+def test_imports_run_one_way(graph: dict[str, set[str]]) -> None:
+    level = {name: height for height, names in enumerate(LAYERS) for name in names}
+
+    def unit(module: str) -> str:
+        return module.split(".")[1] if "." in module else module
+
+    assert {unit(one) for one in graph} <= level.keys()
+    for module, imported in graph.items():
+        for one in imported:
+            assert unit(module) == unit(one) or level[unit(module)] > level[unit(one)], f"{module} imports {one}"
+
+
+def test_nothing_reaches_into_the_private_parts_of_a_package(graph: dict[str, set[str]]) -> None:
+    for module, imported in graph.items():
+        for one in imported:
+            package, _, name = one.rpartition(".")
+            assert not name.startswith("_") or module.startswith(package), f"{module} imports {one}"
+
+
+# --- the wheel ---
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def metadata_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [one for one in archive.namelist() if one.endswith(".dist-info/METADATA")]
+        return archive.read(name).decode()
+
+
+def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
+    version = ssync_loss.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", version)
+    assert wheel.name == f"ssync_loss-{version}-py3-none-any.whl"
+    assert f"\nVersion: {version}\n" in metadata_of(wheel)
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {one for one in archive.namelist() if ".dist-info/" not in one}
+        licenses = [one for one in archive.namelist() if one.endswith("licenses/LICENSE")]
+    expected = {f"ssync_loss/{one.relative_to(SOURCE).as_posix()}" for one in SOURCE.rglob("*.py")}
+    assert names == expected | {"ssync_loss/py.typed"}
+    assert len(licenses) == 1
+
+
+def test_the_wheel_needs_torch_einops_and_numpy(wheel: Path) -> None:
+    requirements = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata_of(wheel), flags=re.MULTILINE)
+    assert {name for name, rest in requirements if "extra ==" not in rest} == {"einops", "numpy", "torch"}
+    extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata_of(wheel), flags=re.MULTILINE))
+    assert extras >= {"examples", "test"}
+
+
+def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "-q"]
+    command += ["--disable-pip-version-check", "--root-user-action=ignore", "--target", str(target), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = """
+import importlib, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    module = importlib.import_module(name)
+    assert pathlib.Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
+import torch
+from ssync_loss import SSyncLoss
+torch.manual_seed(0)
+enc_logits, dec_logits = (torch.randn(2, 3, 4, 6, 6, requires_grad=True) for _ in range(2))
+loss = SSyncLoss(merge_threshold=0.6)(enc_logits, dec_logits)
+loss.backward()
+print(loss.item(), (pathlib.Path(sys.argv[1]) / 'ssync_loss' / 'py.typed').exists())
+"""
+    modules = [one for one in all_modules() if one != "ssync_loss.testing.strategies"]
+    printed = run_python(code, str(target), *modules, cwd=tmp_path)
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 3, 4, 6, 6) for _ in range(2)]
+    loss = ssync_loss.SSyncLoss(merge_threshold=0.6).eval()(*maps)
+    value, has_marker = printed.split()
+    assert float(value) == pytest.approx(loss.item())
+    assert has_marker == "True"
