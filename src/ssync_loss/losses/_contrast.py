@@ -1,0 +1,70 @@
+"""What the contrastive losses share: directions, products, a value whose gradient was computed beside it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import once_differentiable
+
+# what is shorter has no direction
+SHORTEST = 1e-12
+
+
+def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale vectors (..., D) to length 1, and return beside them the inverse lengths (..., 1).
+
+    A zero vector stays zero, its inverse length is 0 and so is its gradient. NaN and infinity give NaN.
+
+    >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))[1].tolist()
+    [[0.20000000298023224], [0.0]]
+    """
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    known = length > SHORTEST
+    # divide by 1 where unknown: `where` lets 0 * inf through to the gradient
+    inverse = torch.where(known, 1 / torch.where(known, length, 1.0), 0.0)
+    return vectors * inverse, inverse
+
+
+class _Products(torch.autograd.Function):
+    """``left @ right.mT``, and gradients that no autocast around the backward casts down either."""
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        return left @ right.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 (torch's name)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        with no_autocast(grad):
+            return grad @ right, grad.mT @ left
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A value attached to the tensor with respect to which its gradient is known already."""
+
+    @staticmethod
+    def forward(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG004 (for the backward)
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004 (torch's name)
+        source, _, slope = inputs
+        ctx.save_for_backward(source, slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, slope = ctx.saved_tensors
+        return (grad * slope).to(source.dtype), None, None
+
+
+# typed: autograd's own `apply` is not
+products: Callable[[Tensor, Tensor], Tensor] = _Products.apply
+known_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = _KnownGradient.apply

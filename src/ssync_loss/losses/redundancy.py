@@ -1,0 +1,117 @@
+"""Slot redundancy: of slots that say the same, the least decided ones are pushed to idle."""
+
+from math import log
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_floating, check_int, check_not_empty, check_same_device, check_shape
+from ssync_loss.losses._contrast import directions
+
+# what keeps the logarithm of an attention of 0 finite
+EPSILON = 1e-8
+
+
+def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 5) -> Tensor:
+    """Push the redundant slots of a clip towards attending everywhere alike.
+
+    ``loss = mean over picked slots of D_s`` with ``D_s = mean over frames of sum_n a_n (log(a_n + 1e-8) + log N)``,
+    the divergence of a slot's attention from 1/N. ``num_picked`` times, the two most similar slots (cosine, last
+    frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the lower index
+    if they are equal. The last slot has no partner, so that at most S - 1 are picked. A single slot, and no
+    clips, give exactly 0, attached to the graph. Slots get no gradient.
+
+    Shape:
+        attention: (B, T, S, N) or (B, T, S, H, W), every slot's a distribution over the patches. slots:
+        (B, T, S, D). Returns a scalar in float32, or float64 if the attention is.
+
+    Args:
+        attention: the softmax over *patches* of the attention logits, where slot attention usually has one over
+            slots; the mean over the iterations where there are several.
+        slots: the slots of every frame.
+        num_picked: slots to pick in a clip, at least 1.
+
+    Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
+    >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
+    >>> # slots 1 and 2 are most similar and 1 is uniform, D = 0; then of 0 and 2 the latter:
+    >>> # 3/4 log 3/4 + 1/4 log 1/4 + log 2 = 0.1308
+    >>> round(slot_redundancy_loss(attention, slots, num_picked=2).item(), 4)
+    0.0654
+    """
+    check_int("num_picked", num_picked, 1)
+    if isinstance(attention, Tensor) and attention.ndim == 5:
+        attention = attention.flatten(3)
+    size = check_shape("attention", attention, "B T S N")
+    check_not_empty("attention", size, "T S N")
+    check_floating("attention", attention)
+    given = check_shape("slots", slots, "B T S D", **{axis: size[axis] for axis in "BTS"})
+    check_not_empty("slots", given, "D")
+    check_floating("slots", slots)
+    check_same_device("slots", slots, attention=attention)
+    with no_autocast(attention):
+        attention = at_least_float32(attention)
+        from_uniform = (attention * ((attention + EPSILON).log() + log(size["N"]))).sum(3).mean(1)
+        picks = redundant_slots(from_uniform, slots[:, -1], num_picked=num_picked)
+        return from_uniform.gather(1, picks).sum() / max(picks.numel(), 1)
+
+
+@torch.no_grad()
+def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Tensor:
+    """Pick the redundant slots of every clip, in order.
+
+    Shape:
+        divergence: (B, S). slots: (B, S, D). Returns (B, min(num_picked, S - 1)), int64.
+
+    >>> slots = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
+    >>> redundant_slots(torch.tensor([[3.0, 1.0, 2.0]]), slots, num_picked=5).tolist()
+    [[1, 2]]
+    """
+    num_clips, num_slots, _ = slots.shape
+    units, _ = directions(at_least_float32(slots))
+    # every pair once, the lower index first
+    earlier, later = torch.triu_indices(num_slots, num_slots, 1, device=slots.device)
+    similarity = (units @ units.mT)[:, earlier, later]
+    picks = []
+    for _ in range(min(num_picked, num_slots - 1)):
+        pair = similarity.argmax(1)
+        first, second = earlier[pair], later[pair]
+        both = divergence.gather(1, torch.stack([first, second], 1))
+        pick = torch.where(both[:, 1] < both[:, 0], second, first)
+        picks.append(pick)
+        gone = (earlier == pick.unsqueeze(1)) | (later == pick.unsqueeze(1))
+        similarity = similarity.masked_fill(gone, float("-inf"))
+    return torch.stack(picks, 1) if picks else torch.empty(num_clips, 0, dtype=torch.int64, device=slots.device)
+
+
+class SlotRedundancyLoss(nn.Module):
+    """Module of :func:`slot_redundancy_loss`: the redundant slots of a clip are pushed to idle.
+
+    ``forward(attention, slots)``.
+
+    Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
+
+    >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
+    >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
+    >>> round(SlotRedundancyLoss(num_picked=2)(attention, slots).item(), 4)
+    0.0654
+    """
+
+    def __init__(self, *, num_picked: int = 5) -> None:
+        super().__init__()
+        check_int("num_picked", num_picked, 1)
+        self.num_picked = num_picked
+
+    def forward(self, attention: Tensor, slots: Tensor) -> Tensor:
+        """Return the term; see :func:`slot_redundancy_loss`."""
+        return slot_redundancy_loss(attention, slots, num_picked=self.num_picked)
+
+    def extra_repr(self) -> str:
+        """Show the setting."""
+        return f"num_picked={self.num_picked}"

@@ -1,0 +1,134 @@
+"""Temporal slot contrast: a slot stays itself from frame to frame, and apart from the others."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_number, check_shape
+from ssync_loss.losses._contrast import directions, products
+from ssync_loss.losses._teaching import attached_zero
+
+Contrast: TypeAlias = Literal["adjacent", "supervised"]
+Negatives: TypeAlias = Literal["batch", "video"]
+
+CONTRASTS = ("adjacent", "supervised")
+NEGATIVES = ("batch", "video")
+
+# what the supervised form is scaled by
+BASE_TEMPERATURE = 0.07
+
+
+def temporal_slot_contrast_loss(
+    slots: Tensor, *, temperature: float = 0.1, kind: Contrast = "adjacent", negatives: Negatives = "batch"
+) -> Tensor:
+    """Ask every slot to be more like itself in the neighboring frames than like any other slot.
+
+    With z the slots at length 1, ``"adjacent"`` is ``mean over t and slots i of frame t + 1 of
+    -log softmax_j(z_j z_i / temperature)[i]``, where j runs over the slots of frame t.
+
+    ``"supervised"`` takes every slot of every frame: ``(temperature / 0.07) * mean over slots i of
+    -mean over positives p of log(exp(z_i z_p / temperature) / sum_j exp(z_i z_j / temperature))``. Positives are the
+    slot in the frame before and the frame after; j runs over these and over all other slots in all frames, so
+    that the slot itself at other times counts neither way.
+
+    ``negatives`` says whose slots the others are: those of all clips or those of the clip. A single frame, and
+    no clips, give exactly 0, attached to the graph. A zero vector has cosine 0 with everything and no gradient.
+
+    Shape:
+        slots: (B, T, S, D). Returns a scalar in float32, or float64 if the slots are.
+
+    Args:
+        slots: the slots of every frame, in an order that is kept over time.
+        temperature: of the softmax, above 0.
+        kind: ``"adjacent"`` or ``"supervised"``.
+        negatives: ``"batch"`` or ``"video"``.
+
+    Source: Manasyan et al., CVPR 2025 (``"adjacent"``); Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390)
+    (``"supervised"``).
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)  # two frames, nothing moves: -log(e / (e + 1))
+    >>> round(temporal_slot_contrast_loss(slots, temperature=1.0).item(), 4)
+    0.3133
+    """
+    _check_settings(temperature, kind, negatives)
+    size = check_shape("slots", slots, "B T S D")
+    check_not_empty("slots", size, "T S D")
+    check_floating("slots", slots)
+    if size["T"] == 1 or size["B"] == 0:
+        return attached_zero(slots)
+    with no_autocast(slots):
+        units, _ = directions(at_least_float32(slots))
+        # groups of slots among which negatives are found, (G, T, n, D)
+        pattern = "b t s d -> () t (b s) d" if negatives == "batch" else "b t s d -> b t s d"
+        units = rearrange(units, pattern)
+        return _adjacent(units, temperature) if kind == "adjacent" else _supervised(units, temperature)
+
+
+def _adjacent(units: Tensor, temperature: float) -> Tensor:
+    scores = products(units[:, 1:] / temperature, units[:, :-1])
+    gaps = scores - scores.diagonal(dim1=2, dim2=3).unsqueeze(3)
+    own = torch.eye(gaps.shape[3], dtype=torch.bool, device=gaps.device)
+    others = gaps.masked_fill(own, float("-inf")).logsumexp(3)
+    # of a slot that is found again the loss is all in the others: adding them to 1 would round it off
+    return torch.logaddexp(others, torch.zeros_like(others)).mean()
+
+
+def _supervised(units: Tensor, temperature: float) -> Tensor:
+    _, num_frames, num_slots, _ = units.shape
+    tokens = units.flatten(1, 2)
+    # one of the two is scaled: a compiler takes no tensor twice
+    scores = products(tokens / temperature, tokens)
+    time = torch.arange(num_frames, device=units.device).repeat_interleave(num_slots)
+    slot = torch.arange(num_slots, device=units.device).repeat(num_frames)
+    same = slot.unsqueeze(1) == slot
+    positive = same & ((time.unsqueeze(1) - time).abs() == 1)
+    log_probs = scores.masked_fill(same & ~positive, float("-inf")).log_softmax(2)
+    # not times 0, which log(0) would not survive
+    means = torch.where(positive, log_probs, 0.0).sum(2) / positive.sum(1)
+    return means.mean() * (-temperature / BASE_TEMPERATURE)
+
+
+class TemporalSlotContrastLoss(nn.Module):
+    """Module of :func:`temporal_slot_contrast_loss`: a slot stays itself from frame to frame.
+
+    ``forward(slots)``.
+
+    Source: Manasyan et al., CVPR 2025 (``"adjacent"``); Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390)
+    (``"supervised"``).
+
+    >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)
+    >>> round(TemporalSlotContrastLoss(temperature=1.0)(slots).item(), 4)
+    0.3133
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.1, kind: Contrast = "adjacent", negatives: Negatives = "batch"
+    ) -> None:
+        super().__init__()
+        _check_settings(temperature, kind, negatives)
+        self.temperature = temperature
+        self.kind: Contrast = kind
+        self.negatives: Negatives = negatives
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Return the term; see :func:`temporal_slot_contrast_loss`."""
+        return temporal_slot_contrast_loss(
+            slots, temperature=self.temperature, kind=self.kind, negatives=self.negatives
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"temperature={self.temperature}, kind={self.kind!r}, negatives={self.negatives!r}"
+
+
+def _check_settings(temperature: object, kind: object, negatives: object) -> None:
+    check_number("temperature", temperature, 0.0, open_low=True)
+    check_choice("kind", kind, CONTRASTS)
+    check_choice("negatives", negatives, NEGATIVES)
