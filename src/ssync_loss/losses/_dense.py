@@ -149,7 +149,7 @@ def _decoder_term(
         log_total, total = _exponentiate(scores, temperature)
         losses[:, rows] += log_total.squeeze(2)
         if slope is not None:
-            slope[:, rows] = torch.bmm(scores, anchors).div_(total)
+            slope[:, rows].baddbmm_(scores, anchors, beta=0).div_(total)
     if slope is not None:
         slope.sub_(aim).div_(temperature)
 
