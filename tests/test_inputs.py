@@ -869,12 +869,12 @@ def ranks(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **set
 
 
 def boundary_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
-    loss: Tensor = BoundaryRefinementLoss(**settings)(enc, dec, valid=valid, slot_mask=slot_mask)
+    loss: Tensor = BoundaryRefinementLoss(**settings).eval()(enc, dec, valid=valid, slot_mask=slot_mask)
     return loss
 
 
 def interior_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
-    loss: Tensor = InteriorDenoisingLoss(**settings)(enc, dec, valid=valid, slot_mask=slot_mask)
+    loss: Tensor = InteriorDenoisingLoss(**settings).eval()(enc, dec, valid=valid, slot_mask=slot_mask)
     return loss
 
 
@@ -1211,8 +1211,8 @@ class TestRefusedSettings:
     [
         (boundary_refinement_loss, "enc_labels", "boundary"),
         (interior_denoising_loss, "dec_labels", "interior"),
-        (BoundaryRefinementLoss(), "enc_labels", "boundary"),
-        (InteriorDenoisingLoss(), "dec_labels", "interior"),
+        (BoundaryRefinementLoss().eval(), "enc_labels", "boundary"),
+        (InteriorDenoisingLoss().eval(), "dec_labels", "interior"),
     ],
     ids=["boundary", "interior", "boundary module", "interior module"],
 )
@@ -1408,3 +1408,56 @@ class TestRefusedPieces:
     def test_distillation(self, backend: str, changes: Settings, error: type[Exception], message: str) -> None:
         arguments: Settings = {"logits": LOGITS, "target": LABELS, "region": REGION, "backend": backend} | changes
         refuses(error, message, selective_distillation_loss, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_label_of_an_absent_slot_is_refused(backend: Any) -> None:
+    logits = torch.randn(2, 1, 3, 1, 2)
+    target = torch.tensor([[[[0, 1]]], [[[2, 0]]]])
+    slot_mask = torch.tensor([[True, True, False], [True, True, False]])
+    region = torch.ones(2, 1, 1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`target` must name .*present slot.*\[0, 1\].*; got 2"):
+        selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend)
+    # where nothing is selected, or in a clip without slots, no label is read
+    region[1, 0, 0, 0] = False
+    assert selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend).isfinite()
+    region[1] = True
+    slot_mask[1] = False
+    assert selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend).isfinite()
+
+
+def test_given_labels_of_an_absent_slot_are_refused() -> None:
+    enc, dec = torch.randn(2, 1, 2, 3, 4, 4, requires_grad=True).unbind(0)
+    labels = pseudo_labels(enc, dec, merge_threshold=None)
+    absent = labels.enc_labels[labels.boundary][0]
+    slot_mask = (torch.arange(3) != absent)[None]
+    with pytest.raises(ValueError, match=r"`labels.enc_labels` must name present slots on selected patches"):
+        BoundaryRefinementLoss()(enc, dec, labels=labels, slot_mask=slot_mask)
+
+
+@pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
+def test_a_tiny_temperature_is_a_hard_choice(criterion: Any) -> None:
+    logits = torch.tensor([1e3, -1e3, 1e3 - 1]).view(1, 1, 3, 1, 1).requires_grad_()
+    region = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    for label, value in ((0, 0.0), (1, 2 / 3 if criterion == "mse" else None)):
+        target = torch.full((1, 1, 1, 1), label)
+        loss = selective_distillation_loss(logits, target, region, criterion=criterion, temperature=2e-38)
+        assert value is None or loss.item() == pytest.approx(value, abs=1e-7)
+    with pytest.raises(ValueError, match="`temperature` must be finite and at least"):
+        selective_distillation_loss(logits, target, region, temperature=1e-39)
+
+
+def test_a_float_of_eight_bits_is_refused_by_name() -> None:
+    small = torch.zeros(1, 1, 2, 2, 2).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"`enc_logits` must have 16, 32 or 64 bits; got torch.float8_e4m3fn"):
+        pseudo_labels(small, small)
+
+
+def test_any_kind_of_area_names_a_member_of_the_group() -> None:
+    linked = torch.tensor([[[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int64, torch.float16, torch.float64):
+        area = torch.tensor([[1, 2, 9]]).to(dtype)
+        assert merge_slots(linked, area, threshold=0.5).tolist() == [[1, 1, 2]]
+    nan = float("nan")
+    assert merge_slots(linked, torch.tensor([[nan, 2.0, nan]]), threshold=0.5).tolist() == [[1, 1, 2]]
+    assert merge_slots(linked, torch.tensor([[nan, nan, nan]]), threshold=0.5).tolist() == [[0, 0, 2]]

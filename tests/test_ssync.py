@@ -154,8 +154,8 @@ def test_the_representation_shows_what_was_set() -> None:
     assert repr(criterion) == (
         "SSyncLoss(merge_threshold=None, criterion='cross_entropy', kind=('logits', 'probs'), ramp_steps=3)"
     )
-    assert "merge_threshold=0.7, min_different=1, min_same=2" in repr(
-        BoundaryRefinementLoss(merge_threshold=0.7, min_same=2)
+    assert repr(BoundaryRefinementLoss(merge_threshold=0.7, min_same=2)) == (
+        "BoundaryRefinementLoss(merge_threshold=0.7, min_same=2)"
     )
     assert "max_different=3" in repr(InteriorDenoisingLoss(max_different=3))
 
@@ -313,10 +313,32 @@ def test_a_patch_without_a_possible_slot_counts_as_uniform(undecided: str, crite
     assert fast.num_interior > 0
     assert_close_loss(fast.boundary, slow.boundary)
     assert_close_loss(fast.interior, slow.interior)
-    assert torch.equal(fast.boundary, BoundaryRefinementLoss(criterion=criterion)(enc, dec))
-    assert torch.equal(fast.interior, InteriorDenoisingLoss(criterion=criterion)(enc, dec))
+    assert torch.equal(fast.boundary, BoundaryRefinementLoss(criterion=criterion)(*maps))
+    assert torch.equal(fast.interior, InteriorDenoisingLoss(criterion=criterion)(*maps))
     for one, other in zip(fast_grads, slow_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("module", "pupil"), [(BoundaryRefinementLoss, 1), (InteriorDenoisingLoss, 0)])
+def test_half_a_loss_warns_of_its_own_pupil_only(module: Any, pupil: int) -> None:
+    maps = sample_maps()
+    teacher_detached = [one if i == pupil else one.detach() for i, one in enumerate(maps)]
+    pupil_detached = [one.detach() if i == pupil else one for i, one in enumerate(maps)]
+    criterion = module()
+    criterion(*teacher_detached)
+    with pytest.warns(UserWarning, match=("`enc_logits`", "`dec_logits`")[pupil]):
+        criterion(*pupil_detached)
+    criterion(*pupil_detached)
+
+
+@pytest.mark.parametrize("module", [BoundaryRefinementLoss, InteriorDenoisingLoss])
+def test_a_subclass_keeps_the_settings_of_its_parent(module: Any) -> None:
+    def build(self: Any) -> None:
+        module.__init__(self, criterion="cross_entropy", temperature=2.0)
+
+    child = type("Child", (module,), {"__init__": build})()
+    maps = sample_maps()
+    assert torch.equal(child(*maps), module(criterion="cross_entropy", temperature=2.0)(*maps))
 
 
 # --- schedule ---

@@ -50,10 +50,15 @@ def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
             raise ValueError(f"`{name}` must have {axis} >= 1; got {axis}={sizes[axis]}.")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Require a floating-point tensor."""
+    """Require a floating-point tensor of 16, 32 or 64 bits."""
     if not tensor.is_floating_point():
         raise TypeError(f"`{name}` must be floating point; got {tensor.dtype}.")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"`{name}` must have 16, 32 or 64 bits; got {tensor.dtype}.")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
@@ -110,10 +115,31 @@ def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     Only plain CPU tensors outside compilation are read. On an accelerator the check would stall the step;
     there an index out of range trips the device's own assertion.
     """
-    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
-        return
-    if labels.numel() == 0:
+    if not _readable(labels) or labels.numel() == 0:
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_slots:
         raise ValueError(f"`{name}` must lie within [0, {num_slots - 1}]; got values from {low} to {high}.")
+
+
+def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: Tensor) -> None:
+    """Require the labels of a region to name present slots, where :func:`check_label_range` can look, too.
+
+    A clip without any present slot has nothing to teach and is left out.
+    """
+    if not _readable(labels):
+        return
+    present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)
+    absent = region & ~present & slot_mask.any(1)[:, None, None, None]
+    if absent.any():
+        clip, *_ = first = tuple(absent.nonzero()[0].tolist())
+        slots = slot_mask[clip].nonzero().flatten().tolist()
+        raise ValueError(
+            f"`{name}` must name present slots on selected patches, one of {slots} in clip {clip}; "
+            f"got {int(labels[first])}."
+        )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Tell whether a tensor can be looked into without waiting for a device or breaking a graph."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"

@@ -17,6 +17,7 @@ from ssync_loss._checks import (
     check_floating,
     check_integer,
     check_label_range,
+    check_labels_present,
     check_not_empty,
     check_number,
     check_same_device,
@@ -71,7 +72,7 @@ def selective_distillation_loss(
         region: the patches that count.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         label_smoothing: within [0, 1], spread over present slots; cross-entropy only.
-        temperature: above 0.
+        temperature: above 0 (at least the smallest normal float32, 1.2e-38).
         slot_mask: slots that are present; absent ones leave the softmax.
         reduction: ``"none"`` (0 where unselected), ``"sum"`` or ``"mean"``.
         backend: ``"auto"``, ``"torch"`` or ``"reference"``.
@@ -103,6 +104,8 @@ def selective_distillation_loss(
     check_criterion(criterion, label_smoothing, temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_label_range("target", target, size["S"])
+    if slot_mask is not None:
+        check_labels_present("target", target, region, slot_mask)
     return distill(
         logits,
         target,
@@ -121,6 +124,7 @@ def check_criterion(criterion: object, label_smoothing: object, temperature: obj
     check_choice("criterion", criterion, CRITERIA)
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_number("temperature", temperature, 0.0, open_low=True)
+    check_number("temperature", temperature, TINY)
     if criterion == "mse" and label_smoothing != 0:
         raise ValueError(
             f"`label_smoothing` must be 0 with criterion='mse'; got {label_smoothing}. "
@@ -198,10 +202,12 @@ def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
 def _scaled(piece: Tensor, present: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
     """Return what the softmax is taken of: the piece itself where nothing is to be done."""
     scores = piece.to(dtype)
-    if temperature != 1.0:
-        scores = scores / temperature
     if present is not None:
         scores = scores.masked_fill(~present[:, None, :, None, None], float("-inf"))
+    if temperature != 1.0:
+        # the largest first taken off, so that no division, however small the temperature, can overflow upwards
+        peak = scores.amax(2, keepdim=True)
+        scores = (scores - torch.where(peak == float("-inf"), 0.0, peak)) / temperature
     return scores
 
 

@@ -95,7 +95,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
 
     Args:
         overlap: how far slots overlap, see :func:`slot_overlap`.
-        area: hard area of every slot.
+        area: hard area of every slot; NaN is less than any number.
         threshold: within [0, 1]; 1 merges nothing. None merges nothing either.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), transitive pseudo-label merging.
@@ -133,8 +133,12 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> T
     for _ in range((num_slots - 1).bit_length()):
         reach = (reach @ reach).clamp_max_(1.0)
     member = reach > 0
+    if area.is_floating_point():
+        lowest: float = float("-inf")
+        area = torch.where(area.isnan(), lowest, area)
+    else:
+        area, lowest = area.long(), torch.iinfo(torch.int64).min
     area = area.unsqueeze(-2)
-    lowest = torch.finfo(area.dtype).min if area.is_floating_point() else torch.iinfo(area.dtype).min
     largest = torch.where(member, area, lowest).amax(-1, keepdim=True)
     leads = member & (area == largest)
-    return torch.where(leads, index, num_slots).amin(-1).clamp_max_(num_slots - 1)
+    return torch.where(leads, index, num_slots).amin(-1)

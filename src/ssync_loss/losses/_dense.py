@@ -149,6 +149,7 @@ def _decoder_term(
         log_total, total = _exponentiate(scores, temperature)
         losses[:, rows] += log_total.squeeze(2)
         if slope is not None:
+            # in place: as an expression, torch 2.13 compiles this and what follows to wrong numbers on a CPU
             slope[:, rows].baddbmm_(scores, anchors, beta=0).div_(total)
     if slope is not None:
         slope.sub_(aim).div_(temperature)

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32
 from ssync_loss._backends import Backend
-from ssync_loss._checks import check_bool, check_integer, check_label_range, check_same_device, check_shape
+from ssync_loss._checks import (
+    check_bool,
+    check_integer,
+    check_label_range,
+    check_labels_present,
+    check_same_device,
+    check_shape,
+)
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, distill
@@ -56,7 +63,11 @@ def fitting_labels(labels: PseudoLabels, target_name: str, region_name: str, map
     check_shape(f"labels.{region_name}", region, "B T H W", **size)
     check_bool(f"labels.{region_name}", region)
     check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
-    return labels if maps.valid is None else labels._replace(**{region_name: region & maps.valid})
+    if maps.valid is not None:
+        region = region & maps.valid
+    if maps.slot_mask is not None:
+        check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
+    return labels._replace(**{region_name: region})
 
 
 def attached_zero(*maps: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Boundary refinement: the encoder teaches the decoder where objects meet."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._maps import Grid, KindArgument, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.losses._modules import DetachedWarning, settings_of, shown_settings
 from ssync_loss.losses._teaching import fitting_labels, teach
 from ssync_loss.pseudo_labels import check_label_settings, labels_of
 
@@ -104,7 +105,7 @@ class BoundaryRefinementLoss(nn.Module):
 
     >>> import torch
     >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
-    >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2)).item()
+    >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2, requires_grad=True)).item()
     0.25
     """
 
@@ -127,17 +128,16 @@ class BoundaryRefinementLoss(nn.Module):
         check_kind(kind)
         check_grid(grid)
         resolve_backend(backend)
-        self.settings: dict[str, Any] = {
-            "merge_threshold": merge_threshold,
-            "min_different": min_different,
-            "min_same": min_same,
-            "criterion": criterion,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "kind": kind,
-            "grid": grid,
-            "backend": backend,
-        }
+        self.merge_threshold = merge_threshold
+        self.min_different = min_different
+        self.min_same = min_same
+        self.criterion = criterion
+        self.label_smoothing = label_smoothing
+        self.temperature = temperature
+        self.kind = kind
+        self.grid = grid
+        self.backend = backend
+        self._warn = DetachedWarning()
 
     def forward(
         self,
@@ -149,10 +149,29 @@ class BoundaryRefinementLoss(nn.Module):
         slot_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the boundary term; see :func:`boundary_refinement_loss`."""
+        self._warn(self, dec_logits=(dec_logits, "boundary"))
         return boundary_refinement_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+            enc_logits,
+            dec_logits,
+            labels=labels,
+            valid=valid,
+            slot_mask=slot_mask,
+            **settings_of(self, BoundaryRefinementLoss),
         )
 
     def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        """Show the settings that differ from the defaults, and the threshold always."""
+        return shown_settings(self, BoundaryRefinementLoss)
+
+    # nn.Module.__call__ is typed Any
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102 (forward says it)
+            self,
+            enc_logits: Tensor,
+            dec_logits: Tensor,
+            *,
+            labels: PseudoLabels | None = None,
+            valid: Tensor | None = None,
+            slot_mask: Tensor | None = None,
+        ) -> Tensor: ...

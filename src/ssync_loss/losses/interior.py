@@ -1,6 +1,6 @@
 """Interior denoising: the decoder teaches the encoder inside objects."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._maps import Grid, KindArgument, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.losses._modules import DetachedWarning, settings_of, shown_settings
 from ssync_loss.losses._teaching import fitting_labels, teach
 from ssync_loss.pseudo_labels import check_label_settings, labels_of
 
@@ -102,7 +103,7 @@ class InteriorDenoisingLoss(nn.Module):
 
     >>> import torch
     >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
-    >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2), dec).item()
+    >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2, requires_grad=True), dec).item()
     0.25
     """
 
@@ -124,16 +125,15 @@ class InteriorDenoisingLoss(nn.Module):
         check_kind(kind)
         check_grid(grid)
         resolve_backend(backend)
-        self.settings: dict[str, Any] = {
-            "merge_threshold": merge_threshold,
-            "max_different": max_different,
-            "criterion": criterion,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "kind": kind,
-            "grid": grid,
-            "backend": backend,
-        }
+        self.merge_threshold = merge_threshold
+        self.max_different = max_different
+        self.criterion = criterion
+        self.label_smoothing = label_smoothing
+        self.temperature = temperature
+        self.kind = kind
+        self.grid = grid
+        self.backend = backend
+        self._warn = DetachedWarning()
 
     def forward(
         self,
@@ -145,10 +145,29 @@ class InteriorDenoisingLoss(nn.Module):
         slot_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the interior term; see :func:`interior_denoising_loss`."""
+        self._warn(self, enc_logits=(enc_logits, "interior"))
         return interior_denoising_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+            enc_logits,
+            dec_logits,
+            labels=labels,
+            valid=valid,
+            slot_mask=slot_mask,
+            **settings_of(self, InteriorDenoisingLoss),
         )
 
     def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        """Show the settings that differ from the defaults, and the threshold always."""
+        return shown_settings(self, InteriorDenoisingLoss)
+
+    # nn.Module.__call__ is typed Any
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102 (forward says it)
+            self,
+            enc_logits: Tensor,
+            dec_logits: Tensor,
+            *,
+            labels: PseudoLabels | None = None,
+            valid: Tensor | None = None,
+            slot_mask: Tensor | None = None,
+        ) -> Tensor: ...

@@ -1,17 +1,16 @@
 """SSync: each of two maps teaches the other where it is the reliable one."""
 
-import sys
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._checks import check_choice, check_int, check_number, check_tensor
+from ssync_loss._checks import check_choice, check_int, check_number
 from ssync_loss._maps import Grid, KindArgument, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.losses._modules import DetachedWarning, shown_settings
 from ssync_loss.losses._teaching import attached_zero, teach
 from ssync_loss.pseudo_labels import check_label_settings, labels_of
 
@@ -127,7 +126,7 @@ class SSyncLoss(nn.Module):
         self.start_step = start_step
         self.ramp_steps = ramp_steps
         self.backend = backend
-        self._warned = False
+        self._warn = DetachedWarning()
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> Self:
@@ -186,7 +185,7 @@ class SSyncLoss(nn.Module):
     ) -> SSyncTerms:
         """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
 
-        Before ``start_step`` all but ``total``, which is 0, are what they would be.
+        Before ``start_step`` all but ``total``, which is 0, are what they would be: NaN for maps with NaN, too.
         """
         is_on = self.is_on(step)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
@@ -244,33 +243,16 @@ class SSyncLoss(nn.Module):
         return min(progress / self.ramp_steps, 1.0)
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        if torch.compiler.is_compiling() or self._warned or not self.training or not torch.is_grad_enabled():
-            return
-        check_tensor("enc_logits", enc_logits)
-        check_tensor("dec_logits", dec_logits)
-        detached = []
-        if self.boundary_weight > 0 and not dec_logits.requires_grad:
-            detached.append("`dec_logits` (taught by the boundary term)")
-        if self.interior_weight > 0 and not enc_logits.requires_grad:
-            detached.append("`enc_logits` (taught by the interior term)")
-        if detached:
-            self._warned = True
-            warnings.warn(
-                f"{' and '.join(detached)} {'carries' if len(detached) == 1 else 'carry'} no gradient, so SSync "
-                "teaches nothing there. Does the model detach? Set the term's weight to 0 if that is meant. "
-                "(Said once.)",
-                stacklevel=_callers_stacklevel(),
-            )
+        taught = {}
+        if self.boundary_weight > 0:
+            taught["dec_logits"] = (dec_logits, "boundary")
+        if self.interior_weight > 0:
+            taught["enc_logits"] = (enc_logits, "interior")
+        self._warn(self, **taught)
 
     def extra_repr(self) -> str:
         """Show the settings that differ from the defaults, and the threshold always."""
-        defaults = SSyncLoss.__init__.__kwdefaults__ or {}
-        shown = {
-            name: getattr(self, name)
-            for name, default in defaults.items()
-            if name == "merge_threshold" or getattr(self, name) != default
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return shown_settings(self, SSyncLoss)
 
     # nn.Module.__call__ is typed Any
     if TYPE_CHECKING:
@@ -284,11 +266,3 @@ class SSyncLoss(nn.Module):
             valid: Tensor | None = None,
             slot_mask: Tensor | None = None,
         ) -> Tensor: ...
-
-
-def _callers_stacklevel() -> int:
-    """Return the ``stacklevel`` that points at the user's line, below frames of this package and of torch."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("ssync_loss", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level

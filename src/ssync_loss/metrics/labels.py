@@ -1,5 +1,6 @@
 """From masks to the hard labels that metrics compare."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -56,7 +57,7 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     check_not_empty("masks", sizes, "S h w")
     check_floating("masks", masks)
     check_choice("kind", kind, ("logits", "probs"))
-    if len(size) != 2:
+    if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"`size` must be a pair (height, width); got {size!r}.")
     for length in size:
         check_int("size", length, 1)
