@@ -1,5 +1,6 @@
 """The README's code runs, its commands are what CI runs, and its table is the one the script prints."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_the_table_is_the_one_that_the_script_prints(monkeypatch: pytest.MonkeyP
     shown = re.search(r"<!-- table: .*?-->\n(.*?)<!-- end of table -->", README, flags=re.DOTALL)
     assert shown is not None
     assert shown[1].strip() == printed.strip()
+
+
+def test_the_cost_is_the_measured_one_and_within_its_limits() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
+    ratio = {row["clips"]: row["ratio"] for row in measured["rows"]}
+    assert ratio[4] <= 20
+    assert ratio[64] <= 14
+    said = re.search(r"about (\d+) times as long as `torch.exp` of both\s+maps at 64.*?about (\d+) times at 4", README)
+    assert said is not None
+    assert (int(said[1]), int(said[2])) == (round(ratio[64]), round(ratio[4]))
 
 
 def test_versions_are_pinned() -> None:
