@@ -1,6 +1,7 @@
 """What every tap does: hang on modules, start afresh, let go."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -37,7 +38,7 @@ class Held(NamedTuple):
         return self.tensor
 
 
-class Tap:
+class Tap(ABC):
     """Forward hooks on a host, and what they collect.
 
     A copy of a tap hangs on nothing. So a deep copy of a host (a momentum teacher) or an unpickled one is not
@@ -54,9 +55,9 @@ class Tap:
             self._handles.append(host.register_forward_pre_hook(self._on_host))
         self.reset()
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget what was collected, and with it the graph."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Take the hooks off the host and forget what was collected; a second call does nothing."""
