@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._autocast import no_autocast
+from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._autograd import once_differentiable
 from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._blocks import Blocks, part_of
@@ -163,12 +163,12 @@ def distill(
     with no_autocast(logits):
         # a patch's sum over slots; what it is divided by depends on the reduction
         patches: Tensor
+        peak = at_least_float32(peak_of(logits, slot_mask) if peak is None else peak)
         if criterion == "mse":
             with_slope = logits.requires_grad and torch.is_grad_enabled()
-            peak = peak_of(logits, slot_mask) if peak is None else peak
             patches, _ = _squared_error(logits, target, region, slot_mask, peak, temperature, with_slope)
         else:
-            patches = _cross_entropy(logits, target, region, slot_mask, temperature, label_smoothing)
+            patches = _cross_entropy(logits, target, region, slot_mask, peak, temperature, label_smoothing)
         if reduction == "mean":
             return patches.sum() / num_averaged(region, logits.shape[2], slot_mask, criterion).clamp_min(1)
         if criterion == "mse":
@@ -199,16 +199,20 @@ def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
     return present_slots(slot_mask)[:, None, None, None].to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _scaled(piece: Tensor, present: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
-    """Return what the softmax is taken of: the piece itself where nothing is to be done."""
+def _scores(piece: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a piece with absent slots at -inf; the piece itself where nothing is to be done."""
     scores = piece.to(dtype)
-    if present is not None:
-        scores = scores.masked_fill(~present[:, None, :, None, None], float("-inf"))
-    if temperature != 1.0:
-        # the largest first taken off, so that no division, however small the temperature, can overflow upwards
-        peak = scores.amax(2, keepdim=True)
-        scores = (scores - torch.where(peak == float("-inf"), 0.0, peak)) / temperature
-    return scores
+    return scores if present is None else scores.masked_fill(~present[:, None, :, None, None], float("-inf"))
+
+
+def _below_peak(scores: Tensor, peak: Tensor, temperature: float) -> Tensor:
+    """Return how far every slot lies below the largest, over the temperature.
+
+    Taken off before the division, the largest cannot overflow, however small the temperature. Where all slots
+    are -inf there is nothing to take off.
+    """
+    below = scores - torch.where(peak == float("-inf"), 0.0, peak).unsqueeze(2)
+    return below if temperature == 1.0 else below.div_(temperature)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -236,12 +240,14 @@ class _SquaredError(torch.autograd.Function):
         slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
         # the softmax of a patch with NaN, +inf or nothing but -inf is NaN; its largest logit tells them apart:
         # 0 for a patch that is defined, NaN for one that is selected and is not
-        undefined = torch.where(region, peak.to(dtype).clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
+        undefined = torch.where(region, peak.clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
         blocks = Blocks(logits)
-        probs_memory, squares_memory = blocks.scratch(logits, dtype), blocks.scratch(logits, dtype)
+        probs_memory = blocks.scratch(logits, dtype)
+        squares_memory = slope if with_slope else blocks.scratch(logits, dtype)
         for piece in blocks:
-            present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scaled(logits[piece], present, temperature, dtype)
+            scores = _scores(logits[piece], None if slot_mask is None else slot_mask[piece[0]], dtype)
+            if temperature != 1.0:
+                scores = _below_peak(scores, peak[piece], temperature)
             probs = torch.softmax(scores, 2, out=part_of(probs_memory, scores)).nan_to_num_()
             label = target[piece].long().unsqueeze(2)
             correct = probs.gather(2, label)
@@ -262,25 +268,26 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.temperature, _ = inputs
+        logits, target, region, slot_mask, _, ctx.temperature, _ = inputs
         ctx.slope = output[1]
         ctx.mark_non_differentiable(output[1])
         # or autograd makes a map of zeros as the gradient of the slope
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(logits, target, region, slot_mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_error: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_error is None:
             return None, None, None, None, None, None, None
-        logits, target, region, slot_mask, peak = ctx.saved_tensors
+        logits, target, region, slot_mask = ctx.saved_tensors
         scale = torch.where(region, grad_error * (2 / ctx.temperature), 0.0).unsqueeze(2)
         if torch.compiler.is_compiling():
             grad = ctx.slope * scale
         else:
             slope, ctx.slope = ctx.slope, None
             if slope is None:
+                peak = at_least_float32(peak_of(logits, slot_mask))
                 slope = _SquaredError.forward(logits, target, region, slot_mask, peak, ctx.temperature, True)[1]
             grad = slope.mul_(scale)
         return grad.to(logits.dtype), None, None, None, None, None, None
@@ -299,6 +306,7 @@ class _CrossEntropy(torch.autograd.Function):
         target: Tensor,
         region: Tensor,
         slot_mask: Tensor | None,
+        peak: Tensor,
         temperature: float,
         smoothing: float,
     ) -> Tensor:
@@ -306,11 +314,10 @@ class _CrossEntropy(torch.autograd.Function):
         entropy = torch.empty(target.shape, device=logits.device, dtype=dtype)
         for piece in Blocks(logits):
             present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scaled(logits[piece], present, temperature, dtype)
-            peak = scores.amax(2, keepdim=True)
+            scores = _scores(logits[piece], present, dtype)
             # before the peak is taken off: beside a +inf every finite logit would look like this
             impossible = scores == float("-inf")
-            scores = scores - torch.where(peak == float("-inf"), 0.0, peak)
+            scores = _below_peak(scores, peak[piece], temperature)
             label = target[piece].long().unsqueeze(2)
             exps = scores.exp()
             own = exps.gather(2, label)
@@ -326,13 +333,13 @@ class _CrossEntropy(torch.autograd.Function):
                 value = value - log_probs.sum(2) * (smoothing / num_slots)
             # no finite slot: uniform probabilities
             uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
-            value = torch.where(peak.squeeze(2) == float("-inf"), uniform, value)
+            value = torch.where(peak[piece] == float("-inf"), uniform, value)
             entropy[piece] = torch.where(region[piece], value, 0.0)
         return entropy
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch's name)
-        logits, target, region, slot_mask, ctx.temperature, ctx.smoothing = inputs
+        logits, target, region, slot_mask, _, ctx.temperature, ctx.smoothing = inputs
         ctx.save_for_backward(logits, target, region, slot_mask)
 
     @staticmethod
@@ -343,19 +350,21 @@ class _CrossEntropy(torch.autograd.Function):
         grad = torch.empty(logits.shape, device=logits.device, dtype=scale.dtype)
         for piece in Blocks(logits):
             present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scaled(logits[piece], present, ctx.temperature, scale.dtype)
+            scores = _scores(logits[piece], present, scale.dtype)
             aims = torch.zeros_like(scores).scatter_(2, target[piece].long().unsqueeze(2), 1 - ctx.smoothing)
             if ctx.smoothing:
                 num_slots = _num_slots(logits, present)
                 aims += ctx.smoothing / (num_slots if isinstance(num_slots, int) else num_slots.unsqueeze(2))
             # NaN fails this comparison as -inf does, and is brought back by the softmax
             aims *= scores > float("-inf")
-            probs = scores.softmax(2)
+            # taken again: kept from the forward, it would be a number a patch until here
+            peak = scores.amax(2)
+            probs = _below_peak(scores, peak, ctx.temperature).softmax(2)
             part = (probs * aims.sum(2, keepdim=True) - aims) * scale[piece]
             # no finite slot: no gradient; unselected: none either, NaN or not
-            taught = region[piece] & (scores.amax(2) != float("-inf"))
+            taught = region[piece] & (peak != float("-inf"))
             grad[piece] = torch.where(taught.unsqueeze(2), part, 0.0)
-        return grad.to(logits.dtype), None, None, None, None, None
+        return grad.to(logits.dtype), None, None, None, None, None, None
 
 
 # typed: autograd's own `apply` is not

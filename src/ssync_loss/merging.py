@@ -124,9 +124,9 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
 def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor:
     """Merge as :func:`merge_slots` does, without checks."""
     num_slots = overlap.shape[-1]
-    index = torch.arange(num_slots, device=overlap.device)
     if threshold is None:
-        return index.expand(overlap.shape[0], num_slots).clone()
+        return unmerged(overlap.shape[0], num_slots, overlap.device)
+    index = torch.arange(num_slots, device=overlap.device)
     linked = overlap > threshold
     # a path has at most S - 1 links, and every squaring doubles the reach
     reach = (linked | linked.mT | (index[:, None] == index)).float()
@@ -142,3 +142,8 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> T
     largest = torch.where(member, area, lowest).amax(-1, keepdim=True)
     leads = member & (area == largest)
     return torch.where(leads, index, num_slots).amin(-1)
+
+
+def unmerged(num_clips: int, num_slots: int, device: torch.device) -> Tensor:
+    """Return representatives (B, S) of slots of which each stands for itself."""
+    return torch.arange(num_slots, device=device).repeat(num_clips, 1)

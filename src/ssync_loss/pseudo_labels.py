@@ -9,7 +9,7 @@ from ssync_loss._blocks import Blocks, indicator
 from ssync_loss._checks import check_int, check_number
 from ssync_loss._maps import Grid, KindArgument, Maps, prepare_maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.merging import overlap_of, representatives
+from ssync_loss.merging import overlap_of, representatives, unmerged
 from ssync_loss.reference import reference_pseudo_labels
 from ssync_loss.regions import count_differing, select_boundary, select_interior
 
@@ -112,9 +112,7 @@ def labels_of(
     with no_autocast(maps.enc):
         enc_labels, dec_labels = hard_labels(maps)
         if merge_threshold is None:
-            num_clips, num_slots = maps.enc.shape[0], maps.enc.shape[2]
-            index = torch.arange(num_slots, device=maps.enc.device)
-            representative = index.expand(num_clips, num_slots).clone()
+            representative = unmerged(maps.enc.shape[0], maps.enc.shape[2], maps.enc.device)
         else:
             overlap = overlap_of(maps.enc, maps.valid, maps.slot_mask)
             area = hard_area(enc_labels, maps.enc.shape[2], maps.valid)

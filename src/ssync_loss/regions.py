@@ -46,21 +46,20 @@ def _check(labels: Tensor, valid: Tensor | None) -> Tensor | None:
 
 def count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
     """Count as :func:`neighbor_difference` does, without checks."""
-    previous, following = _replicated(labels, 1)
-    around = _with_edges(labels)
-    height, width = labels.shape[2:]
-    shifted = [previous, following, *(around[:, :, dy : dy + height, dx : dx + width] for dy, dx in _SPATIAL)]
-    if valid is None:
-        differs = [labels != other for other in shifted]
-    else:
-        before, after = _replicated(valid, 1)
-        near = _with_edges(valid)
-        counted = [before, after, *(near[:, :, dy : dy + height, dx : dx + width] for dy, dx in _SPATIAL)]
-        differs = [(labels != other) & ok & valid for other, ok in zip(shifted, counted, strict=True)]
+    differs = [labels != other for other in _neighbors(labels)]
+    if valid is not None:
+        differs = [one & counts for one, counts in zip(differs, _neighbors(valid), strict=True)]
     count = differs[0].to(torch.uint8)
     for one in differs[1:]:
         count = count + one
-    return count
+    return count if valid is None else count * valid
+
+
+def _neighbors(cells: Tensor) -> list[Tensor]:
+    """What the ten neighbors of every cell hold, ten times (B, T, H, W)."""
+    around = _with_edges(cells)
+    height, width = cells.shape[2:]
+    return [*_replicated(cells, 1), *(around[:, :, dy : dy + height, dx : dx + width] for dy, dx in _SPATIAL)]
 
 
 def _replicated(cells: Tensor, dim: int) -> tuple[Tensor, Tensor]:

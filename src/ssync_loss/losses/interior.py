@@ -162,7 +162,7 @@ class InteriorDenoisingLoss(nn.Module):
     # nn.Module.__call__ is typed Any
     if TYPE_CHECKING:
 
-        def __call__(  # noqa: D102 (forward says it)
+        def __call__(
             self,
             enc_logits: Tensor,
             dec_logits: Tensor,
@@ -170,4 +170,5 @@ class InteriorDenoisingLoss(nn.Module):
             labels: PseudoLabels | None = None,
             valid: Tensor | None = None,
             slot_mask: Tensor | None = None,
-        ) -> Tensor: ...
+        ) -> Tensor:
+            """Run ``forward``."""

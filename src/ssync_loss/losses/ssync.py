@@ -257,7 +257,7 @@ class SSyncLoss(nn.Module):
     # nn.Module.__call__ is typed Any
     if TYPE_CHECKING:
 
-        def __call__(  # noqa: D102 (forward says it)
+        def __call__(
             self,
             enc_logits: Tensor,
             dec_logits: Tensor,
@@ -265,4 +265,5 @@ class SSyncLoss(nn.Module):
             step: int | None = None,
             valid: Tensor | None = None,
             slot_mask: Tensor | None = None,
-        ) -> Tensor: ...
+        ) -> Tensor:
+            """Run ``forward``."""
