@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.slot_model import SlotModel
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,41 @@ class TrainingState:
     """A model in training: all that a resumed run needs to go on bit for bit.
 
     The order of the data is a function of seed and step, so it needs no place here.
+
+    Attributes:
+        alignment: dense alignment with its projections, in the run that trains with it.
+        times: seconds that every step took.
+        history: losses of every step.
     """
 
     settings: Settings
     seed: int
     model: SlotModel
+    alignment: DenseAlignment | None
     optimizer: torch.optim.Adam
     scheduler: torch.optim.lr_scheduler.LambdaLR
     step: int = 0
-    seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def fresh(cls, settings: Settings, seed: int) -> "TrainingState":
-        """Start from the weights that the seed gives."""
+    def fresh(cls, settings: Settings, seed: int, *, dense: bool = False) -> "TrainingState":
+        """Start from the weights that the seed gives: the model's are the same with dense alignment."""
         torch.manual_seed(seed)
         model = SlotModel(settings.slots)
-        optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+        alignment = DenseAlignment(DenseSettings(settings.steps)) if dense else None
+        optimizer = torch.optim.Adam(_parameters(model, alignment), settings.learning_rate)
 
         def rate(step: int) -> float:
             warmup: float = min(1.0, (step + 1) / settings.warmup_steps)
             decay: float = 0.5 ** (step / settings.steps)
             return warmup * decay
 
-        return cls(settings, seed, model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
+        return cls(settings, seed, model, alignment, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what is trained: the model, and the projections of dense alignment."""
+        return _parameters(self.model, self.alignment)
 
     def save(self, path: Path) -> None:
         """Write the state; a crash half-way leaves the previous file whole."""
@@ -82,11 +94,12 @@ class TrainingState:
             "settings": asdict(self.settings),
             "seed": self.seed,
             "model": self.model.state_dict(),
+            "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "step": self.step,
-            "seconds": self.seconds,
+            "times": self.times,
             "history": self.history,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,15 +123,21 @@ class TrainingState:
                     f"{path} was trained with `{name}` = {found.get(name)!r}; got {wanted.get(name)!r}. "
                     "Use the same settings, another --out, or start afresh without --resume."
                 )
-        state = cls.fresh(settings, seed)
+        state = cls.fresh(settings, seed, dense=content["alignment"] is not None)
         state.model.load_state_dict(content["model"])
+        if state.alignment is not None:
+            state.alignment.load_state_dict(content["alignment"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.scheduler.load_state_dict(content["scheduler"])
         torch.set_rng_state(content["rng"])
         state.step = content["step"]
-        state.seconds = content["seconds"]
+        state.times = content["times"]
         state.history = content["history"]
         return state
+
+
+def _parameters(model: SlotModel, alignment: DenseAlignment | None) -> list[nn.Parameter]:
+    return [*model.parameters(), *(alignment.parameters() if alignment is not None else [])]
 
 
 def batch_of_step(step: int, *, num_clips: int, batch_size: int, seed: int) -> Tensor:

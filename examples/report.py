@@ -6,13 +6,14 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
 from examples.checkpoint import Settings, TrainingState
+from examples.dense_alignment import DenseSettings
 from examples.evaluation import EvaluationSet, maps_of
 from examples.slot_model import SlotModel
 from matplotlib.figure import Figure
@@ -20,7 +21,12 @@ from matplotlib.patches import Patch
 
 from ssync_loss.visualize import PANEL_ROWS, ROLE_COLORS, filmstrip, overlay, panel
 
-RUN_NAMES = {"shared": "shared part only", "baseline": "own losses", "ssync": "+ SSync"}
+RUN_NAMES = {
+    "shared": "shared part only",
+    "baseline": "own losses",
+    "ssync": "+ SSync",
+    "dense": "+ dense alignment (SRL)",
+}
 # title, score, digits
 COLUMNS = (
     ("FG-ARI", "dec_fg_ari", 3),
@@ -39,18 +45,29 @@ COLUMNS_WITHOUT_TRUTH = (
     ("boundary share", "boundary_share", 3),
     ("interior share", "interior_share", 3),
 )
+# shown when there is a dense run, which is what it is about
+TIME_COLUMN = ("ms per step", "step_ms", 1)
 HISTORY_WINDOW = 50
 FIGURE_CLIPS, SCALE = 3, 2
 
 
 @dataclass
 class Run:
-    """One trained model: how far it got, what it scored, and its losses as means over windows of steps."""
+    """One trained model: how far it got, what it scored, and its losses as means over windows of steps.
+
+    Attributes:
+        step: steps done.
+        seconds: what they took, evaluations not included.
+        scores: see `evaluate`.
+        history: losses.
+        step_ms: milliseconds of a step, the median of those after the shared part; None if there are none.
+    """
 
     step: int
     seconds: float
     scores: dict[str, float]
     history: list[dict[str, float]]
+    step_ms: float | None = None
 
     @classmethod
     def of(cls, state: TrainingState, scores: dict[str, float]) -> "Run":
@@ -63,7 +80,15 @@ class Run:
             | {name: round(fmean(losses[name] for losses in window), 5) for name in window[0]}
             for i, window in enumerate(windows)
         ]
-        return cls(state.step, round(state.seconds, 1), scores, history)
+        times = state.times[state.settings.start_step :]
+        step_ms = round(1000 * median(times), 2) if times else None
+        return cls(state.step, round(sum(state.times), 1), scores, history, step_ms)
+
+    def value(self, key: str) -> float:
+        """Return a score, or with `step_ms` the time; NaN where it was not measured."""
+        if key != TIME_COLUMN[1]:
+            return self.scores[key]
+        return nan if self.step_ms is None else self.step_ms
 
 
 @dataclass
@@ -85,9 +110,13 @@ class Report:
     seeds: list[SeedReport] = field(default_factory=list)
 
     @classmethod
-    def here(cls, settings: Settings) -> "Report":
+    def here(cls, settings: Settings, dense: DenseSettings | None = None) -> "Report":
         """Start a report on this machine."""
-        return cls(asdict(settings) | {"start_step": settings.start_step}, _machine())
+        content: dict[str, Any] = asdict(settings) | {"start_step": settings.start_step}
+        if dense is not None:
+            steps = {"start_step": dense.start_step, "redundancy_end": dense.redundancy_end}
+            content["dense"] = asdict(dense) | steps
+        return cls(content, _machine())
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -106,28 +135,34 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """Lay out the scores as a Markdown table: the runs, their difference, and the difference seed by seed."""
+    """Lay out the scores as a Markdown table: the runs, what is gained on own losses, and that seed by seed."""
     scores = [run.scores for seed in report.seeds for run in seed.runs.values()]
     with_truth = bool(scores) and "dec_fg_ari" in scores[0]
     columns = COLUMNS if with_truth else COLUMNS_WITHOUT_TRUTH
     names = [name for name in RUN_NAMES if any(name in seed.runs for seed in report.seeds)]
-    paired = [seed for seed in report.seeds if {"baseline", "ssync"} <= seed.runs.keys()]
+    if "dense" in names:
+        columns = (*columns, TIME_COLUMN)
 
     rows = [["", *(title for title, _, _ in columns)]]
     for name in names:
         runs = [seed.runs[name] for seed in report.seeds if name in seed.runs]
         steps = sorted({run.step for run in runs})
         unfinished = "" if steps == [_last_step(report, name)] else f" (step {', '.join(map(str, steps))})"
-        cells = [_mean_sd([run.scores[key] for run in runs], digits) for _, key, digits in columns]
+        cells = [_mean_sd([run.value(key) for run in runs], digits) for _, key, digits in columns]
         rows.append([RUN_NAMES[name] + unfinished, *cells])
-    if paired:
-        gains = {key: [_gain(seed, key) for seed in paired] for _, key, _ in columns}
-        rows.append(["difference", *(_mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
+    for name in ("ssync", "dense"):
+        paired = [seed for seed in report.seeds if {"baseline", name} <= seed.runs.keys()]
+        if not paired:
+            continue
+        title = f"{RUN_NAMES[name]}: difference" if "dense" in names else "difference"
+        gains = {key: [_gain(seed, name, key) for seed in paired] for _, key, _ in columns}
+        rows.append([title, *(_mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
         if len(paired) > 1:
             for i, seed in enumerate(paired):
                 cells = [_number(gains[key][i], digits, sign="+") for _, key, digits in columns]
-                rows.append([f"difference, seed {seed.seed}", *cells])
-    return "\n".join([*_caption(report, with_truth), "", *_markdown(rows), "", *_premise_lines(report)]).rstrip()
+                rows.append([f"{title}, seed {seed.seed}", *cells])
+    below = [*_premise_lines(report), *_time_lines(report)]
+    return "\n".join([*_caption(report, with_truth), "", *_markdown(rows), "", *below]).rstrip()
 
 
 def _last_step(report: Report, name: str) -> int:
@@ -135,17 +170,18 @@ def _last_step(report: Report, name: str) -> int:
     return last
 
 
-def _gain(seed: SeedReport, key: str) -> float:
-    return seed.runs["ssync"].scores[key] - seed.runs["baseline"].scores[key]
+def _gain(seed: SeedReport, name: str, key: str) -> float:
+    return seed.runs[name].value(key) - seed.runs["baseline"].value(key)
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
-    return "-" if isnan(value) else f"{value:{sign}.{digits}f}"
+    return "-" if isnan(value) else f"{value:{sign}z.{digits}f}"
 
 
 def _mean_sd(values: list[float], digits: int, sign: str = "") -> str:
     mean = _number(fmean(values), digits, sign)
-    return mean if len(values) < 2 else f"{mean} ± {_number(stdev(values), digits)}"
+    # stdev of NaN is an error
+    return mean if len(values) < 2 or any(map(isnan, values)) else f"{mean} ± {_number(stdev(values), digits)}"
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
@@ -169,14 +205,25 @@ def _caption(report: Report, with_truth: bool) -> list[str]:
         else "No ground truth: what can be said without it, on clips that were trained on."
     )
     spread = " Mean ± sd over seeds; differences are paired." if len(report.seeds) > 1 else ""
+    dense = settings.get("dense")
+    compared = [] if dense is None else [_dense_line(dense, settings["steps"])]
     return [
         f"{what}{spread}",
         f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, "
         f"{settings['steps']} steps, SSync with merge threshold {settings['threshold']} from step "
         f"{settings['start_step']}, seed {seeds}.",
+        *compared,
         f"{machine['cpu']}, {_threads(machine['threads'])}, torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}.",
     ]
+
+
+def _dense_line(dense: dict[str, Any], steps: int) -> str:
+    return (
+        f"Dense alignment (SRL) with weights {dense['weight']} and {dense['weight']} from step {dense['start_step']} "
+        f"of {steps}, windows of {dense['group_frames']} frames, {dense['top_k']} neighbors a frame; slot redundancy "
+        f"with weight {dense['redundancy_weight']} before step {dense['redundancy_end']}."
+    )
 
 
 def _threads(number: int) -> str:
@@ -193,6 +240,23 @@ def _premise_lines(report: Report) -> list[str]:
         )
 
     return [line(seed.seed, seed.premise) for seed in report.seeds if seed.premise is not None]
+
+
+def _time_lines(report: Report) -> list[str]:
+    """Say how much longer than with own losses a step takes, in the seeds where dense alignment was timed."""
+
+    def line(seed: int, own: float, ssync: float, dense: float) -> str:
+        return (
+            f"Median step from step {report.settings['start_step']} on, seed {seed}: with SSync {ssync / own:.2f} "
+            f"times and with dense alignment {dense / own:.2f} times as long as with own losses."
+        )
+
+    timed = [
+        (seed.seed, [seed.runs[name].value("step_ms") for name in ("baseline", "ssync", "dense")])
+        for seed in report.seeds
+        if "dense" in seed.runs
+    ]
+    return [line(seed, *times) for seed, times in timed if not any(map(isnan, times))]
 
 
 def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel], path: Path) -> None:

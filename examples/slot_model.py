@@ -24,12 +24,16 @@ class SlotOutput(NamedTuple):
         slots: (B, T, S, C).
         enc_logits, dec_logits: (B, T, S, H, W), before the softmax over slots.
         reconstruction: (B, T, D, H, W).
+        tokens: (B, T, C, H, W), what slot attention attends to.
+        attention: (B, T, S, H, W), softmax of the encoder's logits over *patches*, the mean over the iterations.
     """
 
     slots: Tensor
     enc_logits: Tensor
     dec_logits: Tensor
     reconstruction: Tensor
+    tokens: Tensor
+    attention: Tensor
 
 
 class SlotModel(nn.Module):
@@ -59,16 +63,21 @@ class SlotModel(nn.Module):
         height, width = features.shape[-2:]
         tokens = self.encoder(features)  # (B, T, N, C)
         prior = repeat(self.initial_slots, "s c -> b s c", b=len(features))
-        slots, enc_logits = [], []
+        slots, enc_logits, attention = [], [], []
         for t, frame in enumerate(tokens.unbind(dim=1)):
             posterior, dots = self.attention(frame, prior, iterations=3 if t == 0 else 2)
             slots.append(posterior)
-            enc_logits.append(dots)
+            enc_logits.append(dots[-1])
+            attention.append(torch.stack(dots).softmax(dim=-1).mean(dim=0))
             prior = self.predictor(posterior)
         all_slots = torch.stack(slots, dim=1)
         dec_logits, reconstruction = self.decoder(all_slots, height, width)
-        encoder_map = rearrange(torch.stack(enc_logits, dim=1), "b t s (h w) -> b t s h w", h=height)
-        return SlotOutput(all_slots, encoder_map, dec_logits, reconstruction)
+
+        def on_grid(frames: list[Tensor]) -> Tensor:
+            return rearrange(torch.stack(frames, dim=1), "b t s (h w) -> b t s h w", h=height)
+
+        tokens = rearrange(tokens, "b t (h w) c -> b t c h w", h=height)
+        return SlotOutput(all_slots, on_grid(enc_logits), dec_logits, reconstruction, tokens, on_grid(attention))
 
 
 class TokenEncoder(nn.Module):
@@ -95,7 +104,7 @@ class TokenEncoder(nn.Module):
 
 
 class SlotAttention(nn.Module):
-    """Slots compete for tokens (Locatello et al., 2020) and hand out the dots of the last iteration."""
+    """Slots compete for tokens (Locatello et al., 2020) and hand out the dots of every iteration."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -108,20 +117,21 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(dim, dim)
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
 
-    def forward(self, tokens: Tensor, slots: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
-        """Refine slots (B, S, C) on tokens (B, N, C); also return the last dots (B, S, N)."""
+    def forward(self, tokens: Tensor, slots: Tensor, *, iterations: int) -> tuple[Tensor, list[Tensor]]:
+        """Refine slots (B, S, C) on tokens (B, N, C); also return the dots (B, S, N) of every iteration."""
         tokens = self.norm_tokens(tokens)
         keys, values = self.to_key(tokens), self.to_value(tokens)
-        dots = tokens
+        all_dots = []
         for _ in range(iterations):
             queries = self.to_query(self.norm_slots(slots))
             dots = self.scale * einsum(queries, keys, "b s c, b n c -> b s n")
+            all_dots.append(dots)
             attention = dots.softmax(dim=1) + 1e-8  # over slots: they compete
             attention = attention / attention.sum(dim=2, keepdim=True)
             updates = einsum(attention, values, "b s n, b n c -> b s c")
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
             slots = slots + self.mlp(slots)
-        return slots, dots
+        return slots, all_dots
 
 
 class LowFrequencyDecoder(nn.Module):

@@ -3,10 +3,13 @@
     python examples/train_moving_objects.py                    # one seed, about two minutes on one core
     python examples/train_moving_objects.py --seeds 0 1 2      # mean ± sd over three
     python examples/train_moving_objects.py --clips my_videos  # your own mp4 files or folders of frames
+    python examples/train_moving_objects.py --compare dense    # a third run, with dense alignment; takes its time
     python examples/train_moving_objects.py --table runs/moving_objects/results.json
 
 Both runs share the first 30 % of the steps: the same weights, optimizer state and order of the data. Then one
 goes on with the model's own losses, reconstruction and slot contrast, and the other with `SSyncLoss` added.
+With `--compare dense` a third run adds what SSync replaces. It begins at the first step, as its terms do, and shares
+the weights that the seed gives and the order of the data.
 Ctrl-C stops after the current step and keeps what was trained; `--resume` goes on from there.
 """
 
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file b
 
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.clips import load_clips
+from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.evaluation import EvaluationSet, ask_premise, evaluate, premise_summary
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
@@ -42,18 +46,25 @@ SAVE_EVERY = 100
 
 
 class Losses(NamedTuple):
-    """The terms of one step; `total` is what is minimized."""
+    """The terms of one step; `total` is what is minimized, `dense` is there in the run that has it."""
 
     total: Tensor
     reconstruction: Tensor
     contrast: Tensor
     ssync: Tensor
+    dense: Tensor | None = None
 
 
 def compute_losses(
-    model: SlotModel, features: Tensor, step: int, *, contrast_weight: float, criterion: SSyncLoss | None
+    model: SlotModel,
+    features: Tensor,
+    step: int,
+    *,
+    contrast_weight: float,
+    criterion: SSyncLoss | None,
+    alignment: DenseAlignment | None = None,
 ) -> Losses:
-    """Compute the losses of a batch: the model's own two, and SSync where there is a criterion."""
+    """Compute the losses of a batch: the model's own two, and SSync or dense alignment where it is given."""
     output: SlotOutput = model(features)
     reconstruction = reconstruction_loss(output, features)
     contrast = slot_contrast_loss(output.slots)
@@ -64,7 +75,14 @@ def compute_losses(
         loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
         # -----------------------------------------------------------------------------
 
-    return Losses(loss, reconstruction, contrast, (loss - own).detach())
+    ssync = (loss - own).detach()
+    dense: Tensor | None = None
+    if alignment is not None:
+        # what the line is compared with
+        dense = alignment(output, features, step=step)
+        loss = loss + dense
+
+    return Losses(loss, reconstruction, contrast, ssync, dense)
 
 
 def train(
@@ -89,16 +107,18 @@ def train(
                 state.step,
                 contrast_weight=settings.contrast_weight,
                 criterion=criterion,
+                alignment=state.alignment,
             )
             state.optimizer.zero_grad()
             losses.total.backward()
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(state.parameters(), settings.max_grad_norm)
             state.optimizer.step()
             state.scheduler.step()
             state.step += 1
-            state.seconds += time.perf_counter() - started
+            state.times.append(time.perf_counter() - started)
 
-            shown = {name: value.item() for name, value in losses._asdict().items() if name != "total"}
+            terms = losses._asdict().items()
+            shown = {name: value.item() for name, value in terms if name != "total" and value is not None}
             state.history.append(shown)
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
             bar.update()
@@ -170,9 +190,12 @@ def read_data(directory: Path, *, match: str, stride: int, num_test: int) -> Dat
 
 
 def train_one_seed(
-    seed: int, settings: Settings, data: Data, checkpoints: Path, *, resume: bool, stop: Event
+    seed: int, settings: Settings, data: Data, checkpoints: Path, *, compare: str | None, resume: bool, stop: Event
 ) -> SeedReport:
-    """Train the shared part, ask for the premise, train both branches; report what there is when stopped."""
+    """Train the shared part, ask for the premise, train both branches, and what they are compared with.
+
+    When stopped, report what there is.
+    """
     criterion = SSyncLoss(merge_threshold=settings.threshold, start_step=settings.start_step)
     report = SeedReport(seed)
 
@@ -184,7 +207,7 @@ def train_one_seed(
         elif start is not None:
             state = TrainingState.load(start, settings, seed)
         else:
-            state = TrainingState.fresh(settings, seed)
+            state = TrainingState.fresh(settings, seed, dense=stage == "dense")
         title = f"seed {seed}, {stage}"
         train(
             state,
@@ -206,8 +229,13 @@ def train_one_seed(
     print(f"\n{premise_report(verdict)}\n")
     report.premise = premise_summary(verdict)
 
-    for stage, line in (("baseline", None), ("ssync", criterion)):
-        state = run(stage, checkpoint_path(checkpoints, seed, "shared"), line, settings.steps)
+    branching = checkpoint_path(checkpoints, seed, "shared")
+    stages: list[tuple[str, Path | None, SSyncLoss | None]]
+    stages = [("baseline", branching, None), ("ssync", branching, criterion)]
+    if compare == "dense":
+        stages.append(("dense", None, None))
+    for stage, start, line in stages:
+        state = run(stage, start, line, settings.steps)
         report.runs[stage] = Run.of(state, evaluate(state.model, data.test, settings.threshold))
         if stop.is_set():
             break
@@ -215,7 +243,7 @@ def train_one_seed(
 
 
 def checkpoint_path(checkpoints: Path, seed: int, stage: str) -> Path:
-    """Name the checkpoint of a seed's shared part, baseline or ssync run."""
+    """Name the checkpoint of a seed's shared part, baseline, ssync or dense run."""
     return checkpoints / f"seed{seed}_{stage}.pt"
 
 
@@ -230,6 +258,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=int, default=9, help="number of slots")
     add("--steps", type=int, default=1500, help="optimizer steps of a run, the shared 30 %% included")
     add("--threshold", type=float, default=0.6, help="merge threshold of the loss")
+    add("--compare", choices=["dense"], help="a third run, with dense alignment (SRL): several times as long")
     add("--clips", type=Path, help="your own videos or folders of frames instead of the moving objects")
     add("--match", default="*", help="with --clips: pattern for the names of videos and folders")
     add("--stride", type=int, default=1, help="with --clips: take every n-th frame")
@@ -276,10 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold=options.threshold,
     )
 
-    report = Report.here(settings)
+    report = Report.here(settings, DenseSettings(steps) if options.compare == "dense" else None)
     with stop_on_ctrl_c() as stop:
         for seed in options.seeds:
-            report.seeds.append(train_one_seed(seed, settings, data, checkpoints, resume=options.resume, stop=stop))
+            report.seeds.append(
+                train_one_seed(
+                    seed, settings, data, checkpoints, compare=options.compare, resume=options.resume, stop=stop
+                )
+            )
             report.complete = seed == options.seeds[-1] and not stop.is_set()
             report.save(results)
             if stop.is_set():
@@ -294,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save_figure(report, data.test, models, figure)
     print(f"pictures {figure}\nnumbers  {results}")
     if stop.is_set():
-        print(f"stopped; --resume --out {options.out} goes on from here")
+        compare = "" if options.compare is None else f" --compare {options.compare}"
+        print(f"stopped; --resume{compare} --out {options.out} goes on from here")
         return 130
     return 0
 

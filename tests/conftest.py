@@ -4,6 +4,8 @@
 20,000 cases: ``python -m pytest --hypothesis-profile=slow tests/test_against_reference.py``.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -25,3 +27,6 @@ def _seeded() -> None:
 
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # read by triton when a kernel is defined: kernels then run on the CPU, slowly
+    os.environ["TRITON_INTERPRET"] = "1"

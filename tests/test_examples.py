@@ -3,9 +3,12 @@
 import doctest
 import json
 import math
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median, stdev
 from threading import Event
 
 import av
@@ -15,13 +18,15 @@ import torch
 from examples import moving_objects, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.clips import load_clips
+from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.evaluation import EvaluationSet, ask_premise, evaluate
 from examples.features import FrozenFeatures
-from examples.slot_model import SlotModel, cosine_basis, reconstruction_loss, slot_contrast_loss
+from examples.slot_model import SlotModel, SlotOutput, cosine_basis, reconstruction_loss, slot_contrast_loss
 from PIL import Image
 from torch import Tensor
 
 from ssync_loss import SSyncLoss
+from ssync_loss.functional import dense_decoder_alignment_loss, dense_encoder_alignment_loss, slot_redundancy_loss
 
 QUICK = ["--quick", "--steps", "10", "--slots", "4", "--threads", "1"]
 
@@ -133,8 +138,21 @@ class TestSlotModel:
         tokens, slots = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
         queries = attention.to_query(attention.norm_slots(slots))
         keys = attention.to_key(attention.norm_tokens(tokens))
-        _, dots = attention(tokens, slots, iterations=1)
+        _, (dots,) = attention(tokens, slots, iterations=1)
         torch.testing.assert_close(dots, queries @ keys.mT / 8**0.5)
+
+    def test_the_map_is_of_the_last_iteration_and_attention_of_all(self) -> None:
+        torch.manual_seed(0)
+        model, features = SlotModel(3, feature_dim=5, dim=8), torch.randn(2, 1, 5, 4, 6)
+        output = model(features)
+        tokens = model.encoder(features)
+        slots = model.initial_slots.expand(2, -1, -1)
+        _, dots = model.attention(tokens[:, 0], slots, iterations=3)
+        assert len(dots) == 3
+        torch.testing.assert_close(output.enc_logits.flatten(3)[:, 0], dots[-1])
+        over_patches = sum(scores.exp() / scores.exp().sum(2, keepdim=True) for scores in dots) / 3
+        torch.testing.assert_close(output.attention.flatten(3)[:, 0], over_patches)
+        torch.testing.assert_close(output.tokens[0, 0, :, 1, 2], tokens[0, 0, 1 * 6 + 2])
 
     def test_slots_take_the_mean_of_their_tokens(self) -> None:
         # a mean, not a sum: every token twice changes nothing
@@ -229,6 +247,128 @@ class TestTraining:
         assert rates[0] == pytest.approx(2e-4)
         assert max(rates) == rates[9]
         assert rates[100] == pytest.approx(1e-3)
+
+
+class TestDenseAlignment:
+    """Twenty steps: slot redundancy in the first two, alignment from the fifth on."""
+
+    @staticmethod
+    def made(*, num_clips: int = 2) -> tuple[DenseAlignment, SlotOutput, Tensor]:
+        """Return the terms, an output whose parts are all leaves, and the features."""
+        torch.manual_seed(0)
+        features = torch.randn(num_clips, 4, 5, 4, 4, requires_grad=True)
+        output = SlotModel(3, feature_dim=5, dim=8)(features)
+        leaves = SlotOutput(*(part.detach().requires_grad_() for part in output))
+        return DenseAlignment(DenseSettings(20), feature_dim=5, dim=8), leaves, features
+
+    def test_numbers_and_schedule_are_the_published_ones(self) -> None:
+        settings = DenseSettings(100_000)
+        assert (settings.redundancy_end, settings.start_step) == (10_000, 20_000)
+        assert (settings.weight, settings.redundancy_weight) == (0.1, 0.1)
+        assert (settings.group_frames, settings.top_k) == (4, 8)
+
+    def test_both_terms_as_written_out(self) -> None:
+        alignment, output, features = self.made()
+        loss = alignment(output, features, step=4)
+        given = (
+            alignment.project_features.weight,
+            alignment.project_tokens.weight,
+            output.reconstruction,
+            output.tokens,
+        )
+        gradients = torch.autograd.grad(loss, given)
+
+        first, second, reconstruction, tokens = (tensor.detach().requires_grad_() for tensor in given)
+
+        def projected(maps: Tensor, weight: Tensor) -> Tensor:
+            return torch.einsum("btdhw,cd->btchw", maps, weight)
+
+        decoder = dense_decoder_alignment_loss(
+            projected(reconstruction, first),
+            projected(features, first).detach(),
+            output.enc_logits.argmax(2),
+            group_frames=4,
+        )
+        encoder = dense_encoder_alignment_loss(
+            projected(tokens, second), features, output.dec_logits.argmax(2), group_frames=4, top_k=8
+        )
+        expected = 0.1 * decoder + 0.1 * encoder
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, (first, second, reconstruction, tokens)))
+
+    def test_the_features_of_both_maps_are_taught_and_nothing_else(self) -> None:
+        alignment, output, features = self.made()
+        alignment(output, features, step=4).backward()
+        taught = {"reconstruction", "tokens"}
+        for name, part in output._asdict().items():
+            assert (part.grad is not None and part.grad.abs().sum() > 0) == (name in taught), name
+        assert features.grad is None
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in alignment.parameters())
+
+    def test_gradients_go_through_the_whole_model(self) -> None:
+        alignment, _, features = self.made()
+        model = SlotModel(3, feature_dim=5, dim=8)
+        alignment(model(features.detach()), features.detach(), step=4).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+    def test_redundancy_comes_first_then_nothing_then_alignment(self) -> None:
+        alignment, output, features = self.made()
+        redundancy = 0.1 * slot_redundancy_loss(output.attention, output.slots)
+        losses = [alignment(output, features, step=step) for step in range(20)]
+        assert redundancy > 0
+        assert torch.equal(torch.stack(losses[:2]), redundancy.expand(2))
+        assert torch.equal(torch.stack(losses[2:4]), torch.zeros(2))
+        assert torch.equal(torch.stack(losses[4:]), losses[-1].expand(16))
+        assert losses[-1] > redundancy
+
+    def test_redundancy_teaches_the_attention(self) -> None:
+        alignment, output, features = self.made()
+        alignment(output, features, step=0).backward()
+        assert [name for name, part in output._asdict().items() if part.grad is not None] == ["attention"]
+
+    def test_the_model_starts_from_the_same_weights(self) -> None:
+        settings = Settings("noise", 8, slots=3, steps=20)
+        without, with_it = (TrainingState.fresh(settings, 3, dense=dense) for dense in (False, True))
+        assert _same(without.model.state_dict(), with_it.model.state_dict())
+        assert without.alignment is None
+        assert with_it.alignment is not None
+        trained = {id(p) for group in with_it.optimizer.param_groups for p in group["params"]}
+        assert {id(p) for p in (*with_it.model.parameters(), *with_it.alignment.parameters())} == trained
+
+    def test_projections_are_trained_and_come_back_from_disk(self, tmp_path: Path) -> None:
+        settings = Settings("noise", 8, slots=3, steps=10)
+        fresh = TrainingState.fresh(settings, 0, dense=True)
+        state = TrainingState.fresh(settings, 0, dense=True)
+        features = torch.randn(8, 4, 24, 3, 3)
+        train_moving_objects.train(
+            state, features, criterion=None, until=3, checkpoint=tmp_path / "state.pt", stop=Event(), title="test"
+        )
+        loaded = TrainingState.load(tmp_path / "state.pt", settings, 0)
+        assert fresh.alignment is not None
+        assert state.alignment is not None
+        assert loaded.alignment is not None
+        assert _same(loaded.alignment.state_dict(), state.alignment.state_dict())
+        assert _same(loaded.optimizer.state_dict(), state.optimizer.state_dict())
+        for name, weight in fresh.alignment.state_dict().items():
+            assert not torch.equal(weight, state.alignment.state_dict()[name])
+
+    def test_all_that_is_trained_is_clipped_together(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        clipped: list[set[int]] = []
+        monkeypatch.setattr(
+            torch.nn.utils, "clip_grad_norm_", lambda parameters, _: clipped.append({id(p) for p in parameters})
+        )
+        state = TrainingState.fresh(Settings("noise", 8, slots=3, steps=10), 0, dense=True)
+        train_moving_objects.train(
+            state,
+            torch.randn(8, 4, 24, 3, 3),
+            criterion=None,
+            until=1,
+            checkpoint=tmp_path / "state.pt",
+            stop=Event(),
+            title="test",
+        )
+        assert clipped == [{id(p) for p in state.parameters()}]
+        assert len(state.parameters()) == len([*state.model.parameters()]) + 2
 
 
 class TestEvaluation:
@@ -357,8 +497,18 @@ class TestTheCommand:
             whole, resumed = (
                 torch.load(out / "checkpoints" / f"seed0_{stage}.pt", weights_only=True) for out in (finished, tmp_path)
             )
-            del whole["seconds"], resumed["seconds"]
+            del whole["times"], resumed["times"]
             assert _same(whole, resumed)
+
+    def test_without_the_option_there_is_no_trace_of_a_third_run(
+        self, finished: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train_moving_objects.main(["--table", str(finished / "results.json")]) == 0
+        printed = capsys.readouterr().out
+        assert "dense" not in printed.lower()
+        assert "ms per step" not in printed
+        assert "dense" not in (finished / "results.json").read_text().lower()
+        assert not list((finished / "checkpoints").glob("*dense*"))
 
     def test_a_second_ctrl_c_is_not_swallowed(self) -> None:
         # a process started in the background may ignore the signal altogether
@@ -396,6 +546,7 @@ class TestTheCommand:
             (["--slots", "0"], "--slots must be at least 1; got 0"),
             (["--steps", "5"], "--steps must be at least 10; got 5"),
             (["--threshold", "1.5"], r"--threshold must be within \[0, 1\]; got 1.5"),
+            (["--compare", "sparse"], "argument --compare: invalid choice: 'sparse' (choose from "),
         ],
     )
     def test_refuses_senseless_numbers(
@@ -404,6 +555,160 @@ class TestTheCommand:
         with pytest.raises(SystemExit):
             train_moving_objects.main(arguments)
         capsys.readouterr().err.index(message.replace("\\", ""))
+
+
+@pytest.fixture(scope="module")
+def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A third run, added to the finished pair."""
+    out: Path = tmp_path_factory.mktemp("compared")
+    shutil.copytree(finished, out, dirs_exist_ok=True)
+    arguments = [*QUICK, "--seeds", "0", "1", "--compare", "dense", "--resume", "--out", str(out)]
+    assert train_moving_objects.main(arguments) == 0
+    return out
+
+
+class TestCompareDense:
+    def test_it_is_added_to_an_unchanged_pair(self, finished: Path, compared: Path) -> None:
+        without, with_it = (json.loads((out / "results.json").read_text()) for out in (finished, compared))
+        assert with_it["complete"]
+        assert with_it["settings"].pop("dense") == {
+            "steps": 10,
+            "weight": 0.1,
+            "start_fraction": 0.2,
+            "redundancy_weight": 0.1,
+            "redundancy_fraction": 0.1,
+            "group_frames": 4,
+            "top_k": 8,
+            "start_step": 2,
+            "redundancy_end": 1,
+        }
+        assert with_it["settings"] == without["settings"]
+        for seed, pair in zip(with_it["seeds"], without["seeds"], strict=True):
+            dense = seed["runs"].pop("dense")
+            assert seed == pair
+            assert dense["step"] == 10
+            assert dense["step_ms"] > 0
+            assert all(map(math.isfinite, dense["scores"].values()))
+
+    def test_it_starts_from_the_same_weights_on_the_same_clips(self, compared: Path) -> None:
+        baseline, dense = (
+            torch.load(compared / "checkpoints" / f"seed0_{stage}.pt", weights_only=True)
+            for stage in ("baseline", "dense")
+        )
+        first = [run["history"][0] for run in (baseline, dense)]
+        assert first[0]["reconstruction"] == first[1]["reconstruction"]
+        assert first[0]["contrast"] == first[1]["contrast"]
+        assert baseline["history"][1]["contrast"] != dense["history"][1]["contrast"]
+
+    def test_its_terms_follow_their_schedule(self, compared: Path) -> None:
+        dense = torch.load(compared / "checkpoints" / "seed0_dense.pt", weights_only=True)
+        assert [losses["dense"] > 0 for losses in dense["history"]] == [True, False] + 8 * [True]
+        assert all(losses["ssync"] == 0 for losses in dense["history"])
+
+    def test_the_table_has_a_third_group(self, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert train_moving_objects.main(["--table", str(compared / "results.json")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+        runs = ["own losses", "+ SSync", "+ dense alignment (SRL)"]
+        differences = [f"{run}: difference{which}" for run in runs[1:] for which in ("", ", seed 0", ", seed 1")]
+        assert rows == ["", *runs, *differences]
+        assert any(
+            line.startswith("Dense alignment (SRL) with weights 0.1 and 0.1 from step 2 of 10,") for line in lines
+        )
+        assert sum(line.startswith("Median step from step 3 on, seed ") for line in lines) == 2
+
+    def test_the_picture_has_a_third_block(self, finished: Path, compared: Path) -> None:
+        two, three = (np.asarray(Image.open(out / "comparison.png")) for out in (finished, compared))
+        assert three.shape[1] == two.shape[1]
+        assert 1.3 < three.shape[0] / two.shape[0] < 1.5
+
+    @pytest.mark.parametrize("pressed_at", [1, 2, 6], ids=["redundancy", "pause", "alignment"])
+    def test_ctrl_c_and_resuming_lose_nothing(
+        self,
+        pressed_at: int,
+        finished: Path,
+        compared: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        arguments = [*QUICK, "--compare", "dense", "--resume", "--out", str(tmp_path)]
+        with monkeypatch.context() as patch:
+            _press_ctrl_c_at(pressed_at, patch)
+            assert train_moving_objects.main(arguments) == 130
+        printed = capsys.readouterr().out
+        assert f"+ dense alignment (SRL) (step {pressed_at})" in printed
+        assert f"--resume --compare dense --out {tmp_path}" in printed
+        assert not json.loads((tmp_path / "results.json").read_text())["complete"]
+
+        assert train_moving_objects.main(arguments) == 0
+        whole, resumed = (
+            torch.load(out / "checkpoints" / "seed0_dense.pt", weights_only=True) for out in (compared, tmp_path)
+        )
+        assert len(resumed["times"]) == 10
+        del whole["times"], resumed["times"]
+        assert _same(whole, resumed)
+
+    def test_the_table_says_how_much_longer_a_step_takes(self) -> None:
+        scores = dict.fromkeys([key for _, key, _ in report.COLUMNS], 0.5)
+
+        def seed(number: int, *times: float | None) -> report.SeedReport:
+            names = ("baseline", "ssync", "dense")
+            runs = {name: report.Run(10, 1.0, scores, [], ms) for name, ms in zip(names, times, strict=True)}
+            return report.SeedReport(number, None, runs)
+
+        settings = {"data": "x", "num_clips": 1, "slots": 2, "steps": 10, "threshold": 0.6, "start_step": 3}
+        machine = {"cpu": "c", "threads": 1, "torch": "2", "commit": "abc", "date": "today"}
+
+        def lines(*seeds: report.SeedReport) -> list[str]:
+            return report.table(report.Report(settings, machine, True, list(seeds))).splitlines()
+
+        whole = lines(seed(0, 40.0, 42.0, 160.0))
+        cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in whole if line.startswith("| ")}
+        assert cells[""] == "ms per step"
+        assert cells["+ dense alignment (SRL)"] == "160.0"
+        assert cells["+ dense alignment (SRL): difference"] == "+120.0"
+        assert whole[-1] == (
+            "Median step from step 3 on, seed 0: with SSync 1.05 times and with dense alignment 4.00 times "
+            "as long as with own losses."
+        )
+        # a run that was cut short before it could be timed
+        cut = lines(seed(0, 40.0, 42.0, 160.0), seed(1, 40.0, 42.0, None))
+        assert sum(line.startswith("Median step") for line in cut) == 1
+        assert next(line for line in cut if line.startswith("| + dense")).split("|")[-2].strip() == "-"
+
+
+def test_the_readme_s_table_is_the_one_that_the_script_prints() -> None:
+    folder = Path(report.__file__).parent
+    shown = re.search(
+        r"<!-- table: .*?-->\n(.*?)<!-- end of table -->", (folder / "README.md").read_text(), flags=re.DOTALL
+    )
+    assert shown is not None
+    assert shown[1].strip() == report.table(report.Report.load(folder / "results_dense.json")).strip()
+
+
+def test_the_numbers_bear_out_what_the_readme_says() -> None:
+    folder = Path(report.__file__).parent
+    pair, compared = (report.Report.load(folder / name) for name in ("results.json", "results_dense.json"))
+    assert compared.complete
+    for before, after in zip(pair.seeds, compared.seeds, strict=True):
+        assert {name: after.runs[name].scores for name in before.runs} == {
+            name: run.scores for name, run in before.runs.items()
+        }
+        losses = [window["dense"] for window in after.runs["dense"].history if window["step"] > 300]
+        assert losses[-1] < 0.95 * losses[0]
+
+    for _, key, _ in report.COLUMNS:
+        spread, mean = {}, {}
+        for name in ("ssync", "dense"):
+            gains = [seed.runs[name].value(key) - seed.runs["baseline"].value(key) for seed in compared.seeds]
+            spread[name], mean[name] = stdev(gains), abs(fmean(gains))
+        assert mean["dense"] < spread["dense"], key
+        assert mean["ssync"] > spread["ssync"], key
+
+    longer = median(seed.runs["dense"].seconds / seed.runs["baseline"].seconds for seed in compared.seeds)
+    assert f"about {round(longer)} times as long" in (folder / "README.md").read_text()
 
 
 class TestOwnClips:

@@ -1134,7 +1134,11 @@ class TestRefusedSettings:
                 "`label_smoothing` must be 0 with criterion='mse'; got 0.1. "
                 "Smoothing is defined for criterion='cross_entropy'.",
             ),
-            ({"backend": "triton"}, ValueError, "`backend` must be one of 'auto', 'torch', 'reference'; got 'triton'."),
+            (
+                {"backend": "cuda"},
+                ValueError,
+                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'.",
+            ),
         ],
     )
     def test_losses(self, call: Any, knobs: Settings, error: type[Exception], message: str) -> None:
@@ -1401,7 +1405,11 @@ class TestRefusedPieces:
             ({"temperature": 0}, ValueError, "`temperature` must be finite and above 0.0; got 0."),
             ({"label_smoothing": -0.5}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got -0.5."),
             ({"label_smoothing": 0.5}, ValueError, "`label_smoothing` must be 0 with criterion='mse'; got 0.5."),
-            ({"backend": "fast"}, ValueError, "`backend` must be one of 'auto', 'torch', 'reference'; got 'fast'."),
+            (
+                {"backend": "fast"},
+                ValueError,
+                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'fast'.",
+            ),
         ],
     )
     @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -24,16 +24,19 @@ SOURCE = ROOT / "src" / "ssync_loss"
 PUBLIC = [
     "ssync_loss",
     "ssync_loss.adapters",
+    "ssync_loss.attention",
+    "ssync_loss.curriculum",
     "ssync_loss.diagnostics",
     "ssync_loss.distributed",
+    "ssync_loss.ema",
     "ssync_loss.functional",
     "ssync_loss.losses",
     "ssync_loss.metrics",
     "ssync_loss.testing",
     "ssync_loss.visualize",
 ]
-# defines one function, which is imported by its full name
-WITHOUT_ALL = {"ssync_loss.distributed"}
+# each defines one thing, which is imported by its full name
+WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher"}
 
 
 def all_modules() -> list[str]:
@@ -45,7 +48,7 @@ def public_objects() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for module in PUBLIC:
         there = importlib.import_module(module)
-        for name in getattr(there, "__all__", ["global_mean"]):
+        for name in getattr(there, "__all__", None) or [WITHOUT_ALL[module]]:
             one = getattr(there, name)
             if inspect.isclass(one) or inspect.isfunction(one):
                 found[f"{one.__module__}.{name}"] = one
@@ -97,10 +100,15 @@ def test_every_public_name_is_there_once_and_in_order(name: str) -> None:
     assert star.keys() - {"__builtins__"} == set(module.__all__)
 
 
+# one idea each
+PURE = ("distillation", "merging", "propagation", "pseudo_labels", "regions", "sinkhorn", "tube_mask")
+
+
 def test_every_module_is_public_private_or_behind_a_public_one() -> None:
     packages = {name for name in PUBLIC if (SOURCE / name.partition(".")[2].replace(".", "/")).is_dir()}
-    # one idea each: what they define is taken from `functional`, or is for reading
-    behind = {f"ssync_loss.{one}" for one in ("distillation", "merging", "pseudo_labels", "reference", "regions")}
+    # what these define is taken from `functional`, is for reading, or is asked for by `backend`
+    packages |= {"ssync_loss.kernels", "ssync_loss.kernels.gpu", "ssync_loss.reference"}
+    behind = {f"ssync_loss.{one}" for one in PURE} | {"ssync_loss.inference", *packages}
     for name in all_modules():
         private = any(part.startswith("_") for part in name.split("."))
         assert private or name in PUBLIC or name in behind or name.rpartition(".")[0] in packages
@@ -109,7 +117,7 @@ def test_every_module_is_public_private_or_behind_a_public_one() -> None:
 def test_every_pure_function_is_in_functional() -> None:
     defined = {
         name
-        for module in ("distillation", "merging", "pseudo_labels", "regions")
+        for module in PURE
         for name, one in vars(importlib.import_module(f"ssync_loss.{module}")).items()
         if inspect.isfunction(one) and one.__module__ == f"ssync_loss.{module}" and ">>>" in (one.__doc__ or "")
     }
@@ -158,8 +166,10 @@ def test_a_setting_has_one_default_wherever_labels_are_made_or_taught() -> None:
 @pytest.mark.parametrize("name", functional.__all__)
 def test_tensors_come_by_position_and_settings_by_name(name: str) -> None:
     for one in inspect.signature(getattr(functional, name)).parameters.values():
-        by_position = one.annotation is torch.Tensor
-        assert one.kind is (one.POSITIONAL_OR_KEYWORD if by_position else one.KEYWORD_ONLY), one.name
+        if one.default is not one.empty:
+            assert one.kind is one.KEYWORD_ONLY, one.name
+        elif one.annotation is torch.Tensor:
+            assert one.kind is one.POSITIONAL_OR_KEYWORD, one.name
 
 
 # --- docstrings ---
@@ -211,8 +221,12 @@ print(sorted(added - set(sys.stdlib_module_names)))
 
 
 def test_no_module_pulls_an_optional_package(tmp_path: Path) -> None:
-    # hypothesis is asked for by name, in one module
-    modules = [name for name in all_modules() if name != "ssync_loss.testing.strategies"]
+    # hypothesis is asked for by name, in one module; the kernels import triton when one is launched
+    modules = [
+        name
+        for name in all_modules()
+        if name != "ssync_loss.testing.strategies" and not name.startswith("ssync_loss.kernels.")
+    ]
     code = """
 import importlib, sys
 import torch, torch.distributed, einops, numpy.random
@@ -256,10 +270,11 @@ def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
 # a file may import what stands in a line above its own
 LAYERS: list[set[str]] = [
     {"_checks", "_autocast", "_autograd", "_blocks", "_types"},
-    {"_backends", "_maps", "reference", "reference_dense"},
-    {"merging", "regions", "distillation"},
+    {"_maps", "kernels", "reference"},
+    {"_backends"},
+    {"distillation", "merging", "propagation", "regions", "sinkhorn", "tube_mask"},
     {"pseudo_labels"},
-    {"losses"},
+    {"attention", "curriculum", "ema", "inference", "losses"},
     {"distributed", "functional", "ssync_loss"},
     {"adapters", "diagnostics", "metrics", "testing", "visualize"},
 ]
@@ -315,14 +330,16 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {one for one in archive.namelist() if ".dist-info/" not in one}
         licenses = [one for one in archive.namelist() if one.endswith("licenses/LICENSE")]
-    expected = {f"ssync_loss/{one.relative_to(SOURCE).as_posix()}" for one in SOURCE.rglob("*.py")}
+    # the folders' READMEs are documentation that travels with the code
+    files = [*SOURCE.rglob("*.py"), *SOURCE.rglob("README.md")]
+    expected = {f"ssync_loss/{one.relative_to(SOURCE).as_posix()}" for one in files}
     assert names == expected | {"ssync_loss/py.typed"}
     assert len(licenses) == 1
 
 
-def test_the_wheel_needs_torch_einops_and_numpy(wheel: Path) -> None:
+def test_the_wheel_needs_torch_einops_kornia_and_numpy(wheel: Path) -> None:
     requirements = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata_of(wheel), flags=re.MULTILINE)
-    assert {name for name, rest in requirements if "extra ==" not in rest} == {"einops", "numpy", "torch"}
+    assert {name for name, rest in requirements if "extra ==" not in rest} == {"einops", "kornia", "numpy", "torch"}
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata_of(wheel), flags=re.MULTILINE))
     assert extras >= {"examples", "test"}
 

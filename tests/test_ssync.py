@@ -5,7 +5,7 @@ import inspect
 import linecache
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from sample_maps import leaf, sample_maps
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabels, SSyncLoss, SSyncTerms
 from ssync_loss.distributed import global_mean
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss, pseudo_labels
-from ssync_loss.losses import boundary, interior, ssync
-from ssync_loss.pseudo_labels import labels_of
+from ssync_loss.losses import _step, boundary, interior
+from ssync_loss.pseudo_labels import labels_of, labels_of_clips
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 
 NAN, INF = float("nan"), float("inf")
@@ -111,7 +111,11 @@ def test_maps_are_positional_and_the_rest_is_by_name(method: Any) -> None:
         ({"start_step": -1}, ValueError, r"`start_step` must be at least 0; got -1"),
         ({"start_step": 0.3}, TypeError, r"`start_step` must be an integer; got float"),
         ({"ramp_steps": -5}, ValueError, r"`ramp_steps` must be at least 0; got -5"),
-        ({"backend": "triton"}, ValueError, r"`backend` must be one of 'auto', 'torch', 'reference'; got 'triton'"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            r"`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -712,14 +716,17 @@ def test_a_module_of_one_term_equals_that_term(term: str, settings: dict[str, An
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How often labels were computed: an entry a time."""
     calls: list[str] = []
-    compute = labels_of
 
-    def counted(*args: Any, **kwargs: Any) -> PseudoLabels:
-        calls.append("labels_of")
-        return compute(*args, **kwargs)
+    def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            calls.append(compute.__name__)
+            return compute(*args, **kwargs)
 
-    for module in (ssync, boundary, interior):
-        monkeypatch.setattr(module, "labels_of", counted)
+        return computed
+
+    for module in (boundary, interior):
+        monkeypatch.setattr(module, "labels_of", counted(labels_of))
+    monkeypatch.setattr(_step, "labels_of_clips", counted(labels_of_clips))
     return calls
 
 

@@ -6,27 +6,45 @@
 
 from ssync_loss._types import PseudoLabels
 from ssync_loss.losses import (
+    AffinityConsistencyLoss,
     BoundaryRefinementLoss,
+    CenteredCrossEntropy,
     DenseDecoderAlignmentLoss,
     DenseEncoderAlignmentLoss,
+    InstanceConsistencyLoss,
     InteriorDenoisingLoss,
+    MaskDiversityLoss,
+    MaskedTokenLoss,
+    OutGenerativeLoss,
+    PrototypeHead,
+    SemanticConsistencyLoss,
     SlotRedundancyLoss,
     SSyncLoss,
     SSyncTerms,
+    StructureAwareLoss,
     TemporalSlotContrastLoss,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AffinityConsistencyLoss",
     "BoundaryRefinementLoss",
+    "CenteredCrossEntropy",
     "DenseDecoderAlignmentLoss",
     "DenseEncoderAlignmentLoss",
+    "InstanceConsistencyLoss",
     "InteriorDenoisingLoss",
+    "MaskDiversityLoss",
+    "MaskedTokenLoss",
+    "OutGenerativeLoss",
+    "PrototypeHead",
     "PseudoLabels",
     "SSyncLoss",
     "SSyncTerms",
+    "SemanticConsistencyLoss",
     "SlotRedundancyLoss",
+    "StructureAwareLoss",
     "TemporalSlotContrastLoss",
     "__version__",
 ]

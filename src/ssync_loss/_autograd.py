@@ -11,21 +11,24 @@ Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Make it an error to differentiate the first gradient that a backward returns.
+    """Make it an error to differentiate the gradients that a backward returns.
 
     torch's own decorator does so only where the gradient that came in can be differentiated. A loss is mostly
-    differentiated from a constant 1, and there a Hessian would silently be 0. The first tensor that was saved
-    must be the one the first gradient belongs to.
+    differentiated from a constant 1, and there a Hessian would silently be 0. The tensors that were saved must
+    begin with those the gradients belong to, in their order.
     """
 
     @wraps(backward)
-    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def wrapped(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            first, *others = backward(ctx, *grads)
+            grads = backward(ctx, *incoming)
         # a graph of the backward is made only on demand, and never by a compiler
-        if first is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            first = _dead_end(first, ctx.saved_tensors[0])
-        return first, *others
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        sources = [*ctx.saved_tensors, *[None] * len(grads)]
+        return tuple(
+            None if grad is None else _dead_end(grad, source) for grad, source in zip(grads, sources, strict=False)
+        )
 
     return wrapped
 

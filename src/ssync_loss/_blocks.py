@@ -1,56 +1,80 @@
 """Walking through maps in pieces that stay in a CPU's cache, without asking for memory at every step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# elements of a piece: half a megabyte of float32
-BLOCK_ELEMENTS = 1 << 17
+# elements of a block: a megabyte of float32
+BLOCK_ELEMENTS = 1 << 18
+
+
+# everything: small batches save the views
+ALL = slice(None)
 
 
 class Blocks:
-    """Pieces of (B, T, S, H, W) maps, whole frames each; how many depends on the shape alone.
+    """How to walk through (B, T, S, H, W) maps, and scratch memory for it.
 
-    On accelerators and under compilation there is one piece: launches count there, not caches.
+    Whole clips go together in groups, so that all that is done with a clip is done while its maps are in the
+    cache. A clip that is larger than a block goes alone, and operators walk through its frames. How many there
+    are depends on the shape alone. On accelerators and under compilation there is one group of all frames:
+    launches count there, not caches.
 
-    >>> blocks = Blocks(torch.zeros(2, 3, 4, 128, 128))
-    >>> [tuple(torch.empty(2, 3)[piece].shape) for piece in blocks]
-    [(1, 2), (1, 1), (1, 2), (1, 1)]
+    Args:
+        maps: what is walked through; only shape and device count.
+        dtype: of the scratch memory; None for that of the maps.
+
+    Attributes:
+        groups: index of every group of clips.
+        frames: index of every group of frames within such clips.
+
+    >>> blocks = Blocks(torch.zeros(5, 3, 2, 128, 128))
+    >>> blocks.groups, blocks.frames
+    ([slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)], [slice(None, None, None)])
+    >>> Blocks(torch.zeros(1, 20, 2, 128, 128)).frames
+    [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
 
-    def __init__(self, maps: Tensor) -> None:
+    def __init__(self, maps: Tensor, dtype: torch.dtype | None = None) -> None:
         num_clips, num_frames, *frame = maps.shape
-        self._clips, self._frames, self._frame = num_clips, num_frames, frame
-        self._pieces = [(slice(None), slice(None))]
+        clips, frames = num_clips, num_frames
         if maps.device.type == "cpu" and not torch.compiler.is_compiling():
             size = max(frame[0] * frame[1] * frame[2], 1)
-            self._frames = min(max(BLOCK_ELEMENTS // size, 1), num_frames)
-            self._clips = min(max(BLOCK_ELEMENTS // (size * num_frames), 1), num_clips)
-            self._pieces = [
-                (slice(clip, clip + self._clips), slice(first, first + self._frames))
-                for clip in range(0, num_clips, max(self._clips, 1))
-                for first in range(0, num_frames, self._frames)
-            ]
+            clips = min(max(BLOCK_ELEMENTS // (size * num_frames), 1), num_clips)
+            frames = min(max(BLOCK_ELEMENTS // size, 1), num_frames)
+        self.groups, self.frames = _slices(num_clips, clips), _slices(num_frames, frames)
+        # taken once: fresh pages cost more than the arithmetic on them
+        self._memory = torch.empty(clips, frames, *frame, dtype=dtype or maps.dtype, device=maps.device)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Yield the index of every piece into the first two axes."""
-        return iter(self._pieces)
-
-    def scratch(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return memory for the largest piece, taken once: fresh pages cost more than the arithmetic on them."""
-        return torch.empty(self._clips, self._frames, *self._frame, dtype=dtype, device=like.device)
+    def scratch(self, piece: Tensor) -> Tensor:
+        """Return memory of a piece's shape; every call returns the same."""
+        if piece.shape == self._memory.shape:
+            return self._memory
+        return self._memory[: piece.shape[0], : piece.shape[1]]
 
 
-def part_of(scratch: Tensor, piece: Tensor) -> Tensor:
-    """Return the part of a scratch map that has the piece's shape."""
-    return scratch[: piece.shape[0], : piece.shape[1]]
+def _slices(length: int, step: int) -> list[slice]:
+    if length <= step:
+        return [ALL]
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def indicator(compare: Callable[..., Tensor], cells: Tensor, other: Tensor, out: Tensor) -> Tensor:
+def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return a group's part of everything that is there."""
+    return tensors if group == ALL else tuple(None if one is None else one[group] for one in tensors)
+
+
+def frames_of(frames: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return some frames of everything that is there."""
+    return tensors if frames == ALL else tuple(None if one is None else one[:, frames] for one in tensors)
+
+
+def indicator(compare: Callable[..., Tensor], cells: Tensor, other: Tensor | float, out: Tensor) -> Tensor:
     """Write 1 where ``compare(cells, other)`` and 0 elsewhere, as numbers of the map's own type.
 
     On a CPU this takes a quarter of the time of a boolean comparison against a broadcast operand.
     """
-    result: Tensor = compare(cells, other, out=part_of(out, cells))
+    result: Tensor = compare(cells, other, out=out)
     return result

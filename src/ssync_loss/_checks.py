@@ -109,6 +109,15 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
 
 
+def check_positive(name: str, tensor: Tensor) -> None:
+    """Require numbers above 0, where that can be seen as in :func:`check_label_range`."""
+    if not _readable(tensor) or tensor.numel() == 0:
+        return
+    lowest = float(tensor.min())
+    if lowest <= 0:
+        raise ValueError(f"`{name}` must be above 0 everywhere; got {lowest}.")
+
+
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     """Require slot labels within [0, num_slots), where that can be seen without waiting for a device.
 
@@ -138,6 +147,15 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
             f"`{name}` must name present slots on selected patches, one of {slots} in clip {clip}; "
             f"got {int(labels[first])}."
         )
+
+
+def check_equal_counts(name: str, mask: Tensor) -> None:
+    """Require a mask (B, T, N) of as many positions in every frame, where :func:`check_label_range` can look, too."""
+    if not _readable(mask) or mask.numel() == 0:
+        return
+    low, high = (int(one) for one in mask.sum(2).aminmax())
+    if low != high:
+        raise ValueError(f"`{name}` must keep the same number of positions in every frame; got {low} to {high}.")
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """From what a host gives to two maps on one grid: binding of shapes, probabilities, resizing, masks.
 
-Everything behind this file sees logits (B, T, S, H, W) in float32 or float64.
+Everything behind this file sees logits (B, T, S, H, W).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._blocks import clips_of
 from ssync_loss._checks import (
     check_bool,
     check_choice,
@@ -37,22 +38,36 @@ class Maps(NamedTuple):
     """Both maps on the encoder's grid, and which of their cells count.
 
     Attributes:
-        enc: encoder logits (B, T, S, H, W), float32 or float64.
+        enc: encoder logits (B, T, S, H, W), of any floating type: halves are widened where they are read.
         dec: decoder logits, likewise.
-        enc_peak: (B, T, H, W), the largest encoder logit of the present slots; -inf where there is none.
-        dec_peak: the same of the decoder.
-        clean: scalar bool: whether no valid patch of a present slot holds NaN or +inf, in either map.
         valid: (B, T, H, W) bool, or None when every patch counts.
         slot_mask: (B, S) bool, or None when every slot is present.
+        clean: scalar bool: whether no valid cell of a present slot held NaN or +inf in a decoder map that was
+            resized, which need not read every cell; None where it was not.
     """
 
     enc: Tensor
     dec: Tensor
-    enc_peak: Tensor
-    dec_peak: Tensor
-    clean: Tensor
     valid: Tensor | None
     slot_mask: Tensor | None
+    clean: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 if a map is."""
+        return torch.promote_types(torch.promote_types(self.enc.dtype, self.dec.dtype), torch.float32)
+
+    def of_clips(self, clips: slice) -> "Maps":
+        """Return the maps of some clips, widened to what is computed in."""
+        dtype = self.dtype
+        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.valid, self.slot_mask)
+        return Maps(enc.to(dtype), dec.to(dtype), valid, slot_mask, self.clean)
+
+    def is_clean(self) -> Tensor:
+        """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""
+        clean = is_clean(peak_of(self.enc, self.slot_mask), self.valid)
+        clean = clean & is_clean(peak_of(self.dec, self.slot_mask), self.valid)
+        return clean if self.clean is None else clean & self.clean
 
 
 class BoundMaps(NamedTuple):
@@ -197,7 +212,7 @@ def prepare_maps(
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
 ) -> Maps:
-    """Bring both maps to logits on the encoder's grid, in float32 or wider.
+    """Bring both maps to logits on the encoder's grid; logits that are there already stay as they are.
 
     Args:
         enc_logits: (B, T, S, H, W), or (B, T, S, N) with ``grid`` or a square N.
@@ -215,24 +230,19 @@ def prepare_maps(
     if slot_mask is not None:
         has_slots = slot_mask.any(1)[:, None, None, None]
         valid = has_slots.expand(enc.shape[0], enc.shape[1], *enc.shape[3:]) if valid is None else valid & has_slots
+    clean = None
     with no_autocast(enc):
         usable = _usable(valid, slot_mask)
         enc = _as_logits(enc, enc_kind, usable)
-        enc_peak = peak_of(enc, slot_mask)
-        clean = _is_clean(enc_peak, valid)
         if dec.shape == enc.shape:
             dec = _as_logits(dec, dec_kind, usable)
-            dec_peak = peak_of(dec, slot_mask)
-            clean = clean & _is_clean(dec_peak, valid)
         else:
             dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
             usable = _usable(dec_valid, slot_mask)
-            dec = _as_logits(dec, dec_kind, usable)
-            # before resizing, which need not read every cell
-            clean = clean & _is_clean(peak_of(dec, slot_mask), dec_valid)
+            dec = at_least_float32(_as_logits(dec, dec_kind, usable))
+            clean = is_clean(peak_of(dec, slot_mask), dec_valid)
             dec = _resize(dec, enc.shape[3:], dec_valid, usable)
-            dec_peak = peak_of(dec, slot_mask)
-    return Maps(enc, dec, enc_peak, dec_peak, clean, valid, slot_mask)
+    return Maps(enc, dec, valid, slot_mask, clean)
 
 
 def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
@@ -244,25 +254,31 @@ def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
 
 
 def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
-    maps = at_least_float32(maps)
     if kind == "logits":
         return maps
+    maps = at_least_float32(maps)
     if usable is not None:
         maps = torch.where(usable, maps, 0.0)
     maps = maps / maps.sum(2, keepdim=True).clamp_min(TINY)
     return maps.clamp_min(TINY).log()
 
 
-def peak_of(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+def peak_of(logits: Tensor, slot_mask: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Return the largest logit of the present slots, which also shows a NaN or a +inf of any of them."""
     logits = logits.detach()
     if slot_mask is not None:
         logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
-    return logits.amax(2)
+    return logits.amax(2) if out is None else torch.amax(logits, 2, out=out)
 
 
-def _is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
-    """Tell, as a scalar tensor, whether all valid patches are below +inf (NaN is not)."""
+def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
+    """Tell, as a scalar tensor, whether the largest logits (.., B, T, H, W) of all valid patches are below +inf.
+
+    NaN is not.
+    """
+    if valid is None and peak.numel() > 0:
+        # a maximum is a tenth of the work of a comparison for every patch, and NaN if one is
+        return peak.amax() < float("inf")
     below = peak < float("inf")
     return below.all() if valid is None else (below | ~valid).all()
 

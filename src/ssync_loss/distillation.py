@@ -7,10 +7,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss import kernels
+from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import once_differentiable
-from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import Blocks, part_of
+from ssync_loss._backends import Backend, check_backend, resolve_backend
+from ssync_loss._blocks import Blocks, clips_of, frames_of, indicator
 from ssync_loss._checks import (
     check_bool,
     check_choice,
@@ -24,7 +25,7 @@ from ssync_loss._checks import (
     check_shape,
 )
 from ssync_loss._maps import TINY, check_slot_mask, peak_of
-from ssync_loss.reference import reference_selective_distillation_loss
+from ssync_loss.reference.ssync import reference_selective_distillation_loss
 
 Criterion: TypeAlias = Literal["mse", "cross_entropy"]
 Reduction: TypeAlias = Literal["none", "sum", "mean"]
@@ -75,7 +76,7 @@ def selective_distillation_loss(
         temperature: above 0 (at least the smallest normal float32, 1.2e-38).
         slot_mask: slots that are present; absent ones leave the softmax.
         reduction: ``"none"`` (0 where unselected), ``"sum"`` or ``"mean"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
 
@@ -104,6 +105,7 @@ def selective_distillation_loss(
     check_criterion(criterion, label_smoothing, temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_label_range("target", target, size["S"])
+    check_backend(backend)
     if slot_mask is not None:
         check_labels_present("target", target, region, slot_mask)
     return distill(
@@ -115,7 +117,7 @@ def selective_distillation_loss(
         temperature=temperature,
         slot_mask=slot_mask,
         reduction=reduction,
-        backend=resolve_backend(backend),
+        backend=backend,
     )
 
 
@@ -137,7 +139,6 @@ def distill(
     target: Tensor,
     region: Tensor,
     *,
-    peak: Tensor | None = None,
     criterion: Criterion,
     label_smoothing: float,
     temperature: float,
@@ -145,9 +146,21 @@ def distill(
     reduction: Reduction,
     backend: Backend,
 ) -> Tensor:
-    """Compute :func:`selective_distillation_loss` without checks; ``peak`` is ``logits.amax(2)`` if it is known."""
+    """Compute :func:`selective_distillation_loss` without checks."""
+    backend = resolve_backend(backend, logits)
     if backend == "reference":
         return reference_selective_distillation_loss(
+            logits,
+            target,
+            region,
+            criterion=criterion,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            slot_mask=slot_mask,
+            reduction=reduction,
+        )
+    if backend == "triton":
+        return kernels.distill(
             logits,
             target,
             region,
@@ -161,16 +174,12 @@ def distill(
         # a clip without slots has nothing to teach
         region = region & slot_mask.any(1)[:, None, None, None]
     with no_autocast(logits):
+        with_slope = logits.requires_grad and torch.is_grad_enabled()
         # a patch's sum over slots; what it is divided by depends on the reduction
-        patches: Tensor
-        peak = at_least_float32(peak_of(logits, slot_mask) if peak is None else peak)
-        if criterion == "mse":
-            with_slope = logits.requires_grad and torch.is_grad_enabled()
-            patches, _ = _squared_error(logits, target, region, slot_mask, peak, temperature, with_slope)
-        else:
-            patches = _cross_entropy(logits, target, region, slot_mask, peak, temperature, label_smoothing)
+        patches, _ = _distill(logits, target, region, slot_mask, criterion, label_smoothing, temperature, with_slope)
         if reduction == "mean":
-            return patches.sum() / num_averaged(region, logits.shape[2], slot_mask, criterion).clamp_min(1)
+            averaged = num_averaged(region.sum((1, 2, 3)), logits.shape[2], slot_mask, criterion)
+            return patches.sum() / averaged.clamp_min(1)
         if criterion == "mse":
             slots = logits.shape[2] if slot_mask is None else present_slots(slot_mask)[:, None, None, None]
             patches = patches / slots
@@ -182,191 +191,248 @@ def present_slots(slot_mask: Tensor) -> Tensor:
     return slot_mask.sum(1).clamp_min(1)
 
 
-def num_averaged(region: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:
-    """Count what a mean divides by: selected patches, for the squared criterion times present slots."""
+def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:
+    """Count what a mean divides by, from the selected patches of every clip: (.., B) -> (..).
+
+    Selected patches, for the squared criterion times present slots.
+    """
     if criterion == "cross_entropy":
-        return region.sum()
+        return selected.sum(-1)
     if slot_mask is None:
-        return region.sum() * num_slots
-    return (region.sum((1, 2, 3)) * present_slots(slot_mask)).sum()
+        return selected.sum(-1) * num_slots
+    return (selected * present_slots(slot_mask)).sum(-1)
+
+
+def as_numbers(region: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 where selected and 0 elsewhere; from bytes, which on a CPU is faster than from bool."""
+    # the CPU's compiler cannot view them so
+    return (region if torch.compiler.is_compiling() else region.view(torch.uint8)).to(dtype)
+
+
+class _Distill(torch.autograd.Function):
+    """A patch's criterion, 0 where unselected, and its slope.
+
+    The slope costs little while the probabilities are at hand, so it is written in the forward, and the backward
+    scales it in place: it becomes the gradient. A second backward through the same graph computes it again.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        criterion: Criterion,
+        smoothing: float,
+        temperature: float,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        values = torch.empty(target.shape, device=logits.device, dtype=dtype)
+        slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
+        blocks = Blocks(logits, dtype)
+        for group in blocks.groups:
+            some, label, chosen, mask = clips_of(group, logits, target, region, slot_mask)
+            some, chosen = some.to(dtype), as_numbers(chosen, dtype)
+            peak = peak_of(some, mask)
+            value = values[group]
+            evaluate(
+                some,
+                label.long(),
+                peak,
+                mask,
+                blocks,
+                value,
+                slope[group] if with_slope else None,
+                criterion=criterion,
+                smoothing=smoothing,
+                temperature=temperature,
+            )
+            # a selected patch whose largest logit is NaN or +inf has no value: 0 times 1/0 there, 0 times 1/1 elsewhere
+            below = indicator(torch.lt, peak, float("inf"), torch.empty_like(peak))
+            value.mul_(chosen).add_((1 - chosen + chosen * below).reciprocal_().mul_(0.0))
+        return values, slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, target, region, slot_mask, *ctx.settings, _ = inputs
+        values, ctx.slope = output
+        ctx.mark_non_differentiable(ctx.slope)
+        # or autograd makes a map of zeros as the gradient of the slope
+        ctx.set_materialize_grads(False)
+        # 0, or NaN for a selected patch without a value
+        ctx.save_for_backward(logits, target, region, slot_mask, values * 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 7
+        if grad_values is None:
+            return None, *nothing
+        logits, target, region, slot_mask, undefined = ctx.saved_tensors
+        criterion, smoothing, temperature = ctx.settings
+        scale = torch.where(region, grad_values * steepness(criterion, temperature), 0.0) + undefined
+        if torch.compiler.is_compiling():
+            grad = ctx.slope * scale.unsqueeze(2)
+        else:
+            slope, ctx.slope = ctx.slope, None
+            if slope is None:
+                slope = _Distill.forward(logits, target, region, slot_mask, criterion, smoothing, temperature, True)[1]
+            grad = slope.mul_(scale.unsqueeze(2))
+        return grad.to(logits.dtype), *nothing
+
+
+# typed: autograd's own `apply` is not
+_distill: Callable[..., tuple[Tensor, Tensor]] = _Distill.apply
+
+
+def evaluate(
+    logits: Tensor,
+    label: Tensor,
+    peak: Tensor,
+    slot_mask: Tensor | None,
+    blocks: Blocks,
+    values: Tensor,
+    slope: Tensor | None,
+    *,
+    criterion: Criterion,
+    smoothing: float,
+    temperature: float,
+) -> None:
+    """Write the criterion of every patch, summed over slots, and its slope, selected or not.
+
+    The slope times :func:`steepness` is the gradient, 0 for a patch without a finite logit. Both are finite
+    whatever the logits hold.
+
+    Args:
+        logits: (B, T, S, H, W), float32 or wider, a group of clips.
+        label: (B, T, H, W) int64.
+        peak: (B, T, H, W), the largest logit of the present slots.
+        slot_mask: (B, S) bool, or None.
+        blocks: how to walk through the logits.
+        values: (B, T, H, W), written to.
+        slope: (B, T, S, H, W), written to; None if it is not wanted.
+        criterion: ``"mse"`` or ``"cross_entropy"``.
+        smoothing: of the labels, for ``"cross_entropy"``.
+        temperature: of the softmax.
+    """
+    for frames in blocks.frames:
+        some, slope_, *cells = frames_of(frames, logits, slope, label, peak, values)
+        label_, peak_, value = (one.unsqueeze(2) for one in cells)
+        # without a finite logit all slots count alike
+        nothing = indicator(torch.eq, peak_, float("-inf"), torch.empty_like(peak_))
+        if criterion == "mse":
+            _squared_error(some, label_, peak_, nothing, slot_mask, temperature, blocks.scratch(some), value, slope_)
+        else:
+            scratch = blocks.scratch(some)
+            _cross_entropy(some, label_, peak_, nothing, slot_mask, temperature, smoothing, scratch, value, slope_)
+
+
+def steepness(criterion: Criterion, temperature: float) -> float:
+    """Return the factor that :func:`evaluate` leaves out of its slope."""
+    return (2 if criterion == "mse" else 1) / temperature
+
+
+def _squared_error(
+    logits: Tensor,
+    label: Tensor,
+    peak: Tensor,
+    nothing: Tensor,
+    slot_mask: Tensor | None,
+    temperature: float,
+    scratch: Tensor,
+    value: Tensor,
+    slope: Tensor | None,
+) -> None:
+    """Write ``e = sum_s (P_s - 1[s = y])^2`` and half its slope times tau.
+
+    With ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2`` it is ``e = r^2 + Q``, which does not cancel
+    as ``sum P^2 - 2 P_y + 1`` does, and the gradient is ``-(2/tau) P_y e`` at y and
+    ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere.
+    """
+    scores = _scores(logits, slot_mask)
+    if temperature != 1.0:
+        scores = _below_peak(scores, peak, temperature)
+    # a patch with NaN, +inf or nothing but -inf has no probabilities
+    probs = torch.softmax(scores, 2, out=scratch).nan_to_num_()
+    correct = probs.gather(2, label)
+    # zeros are scattered twice as fast as the number zero
+    probs.scatter_(2, label, torch.zeros_like(correct))
+    wrong = probs.sum(2, keepdim=True)
+    squares = torch.square(probs) if slope is None else torch.square(probs, out=slope)
+    square = squares.sum(2, keepdim=True)
+    torch.addcmul(square, wrong, wrong, out=value)
+    if slope is not None:
+        slope.addcmul_(probs, torch.mul(correct, wrong).sub_(square))
+        slope.scatter_(2, label, correct.mul_(value).neg_())
+    # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
+    value.add_(nothing.mul_(1 - 1 / _num_slots(logits, slot_mask)))
+
+
+def _cross_entropy(
+    logits: Tensor,
+    label: Tensor,
+    peak: Tensor,
+    nothing: Tensor,
+    slot_mask: Tensor | None,
+    temperature: float,
+    smoothing: float,
+    scratch: Tensor,
+    value: Tensor,
+    slope: Tensor | None,
+) -> None:
+    """Write ``-(1 - e) log P_y - (e/S) sum_s log P_s`` with smoothing e, and its slope times tau.
+
+    With aims ``q_s = (1 - e) 1[s = y] + e/S`` the gradient is ``(1/tau) (P_s sum_k q_k - q_s)``, where slots
+    with a logit of -inf, whose log-probability is a constant, leave both terms.
+    """
+    num_slots = _num_slots(logits, slot_mask)
+    scores = _scores(logits, slot_mask)
+    # before the peak is taken off: beside a +inf every finite logit would look like this
+    impossible = scores == float("-inf")
+    scores = _below_peak(scores, peak, temperature, out=scratch)
+    exps = torch.exp(scores) if slope is None else torch.exp(scores, out=slope)
+    own = exps.gather(2, label)
+    others = exps.scatter_(2, label, torch.zeros_like(own)).sum(2, keepdim=True)
+    total = others + own
+    # a confident patch's loss is all in the others: adding them to 1 first would round it off
+    log_total = torch.where(own == 1, others.log1p(), total.log())
+    log_probs = scores.sub_(log_total).masked_fill_(impossible, LOG_TINY)
+    entropy = log_probs.gather(2, label) * (smoothing - 1)
+    if smoothing:
+        if slot_mask is not None:
+            log_probs.masked_fill_(~slot_mask[:, None, :, None, None], 0.0)
+        entropy = entropy - log_probs.sum(2, keepdim=True) * (smoothing / num_slots)
+    # uniform probabilities where there is nothing
+    uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
+    value.copy_(torch.where(nothing > 0, uniform, entropy.nan_to_num_()))
+    if slope is not None:
+        aims = scratch.zero_().scatter_(2, label, torch.full_like(own, 1 - smoothing))
+        if smoothing:
+            aims += smoothing / num_slots
+        aims.masked_fill_(impossible, 0.0)
+        probs = slope.scatter_(2, label, own).div_(total)
+        probs.mul_(aims.sum(2, keepdim=True)).sub_(aims).nan_to_num_().mul_(1 - nothing)
 
 
 def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
-    """Return S, or the number of present slots as it broadcasts against (B, T, H, W)."""
+    """Return S, or the number of present slots as it broadcasts against (B, T, S, H, W)."""
     if slot_mask is None:
         return logits.shape[2]
     # no integers: 1 / 3 of those is float32, beside float64 logits too
-    return present_slots(slot_mask)[:, None, None, None].to(torch.promote_types(logits.dtype, torch.float32))
+    return present_slots(slot_mask)[:, None, None, None, None].to(logits.dtype)
 
 
-def _scores(piece: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a piece with absent slots at -inf; the piece itself where nothing is to be done."""
-    scores = piece.to(dtype)
-    return scores if present is None else scores.masked_fill(~present[:, None, :, None, None], float("-inf"))
+def _scores(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Return logits with absent slots at -inf; the logits themselves where nothing is to be done."""
+    return logits if slot_mask is None else logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
 
 
-def _below_peak(scores: Tensor, peak: Tensor, temperature: float) -> Tensor:
+def _below_peak(scores: Tensor, peak: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
     """Return how far every slot lies below the largest, over the temperature.
 
     Taken off before the division, the largest cannot overflow, however small the temperature. Where all slots
     are -inf there is nothing to take off.
     """
-    below = scores - torch.where(peak == float("-inf"), 0.0, peak).unsqueeze(2)
+    below = torch.sub(scores, torch.where(peak == float("-inf"), 0.0, peak), out=out)
     return below if temperature == 1.0 else below.div_(temperature)
-
-
-class _SquaredError(torch.autograd.Function):
-    """A patch's ``e = sum_s (P_s - 1[s = y])^2``, 0 where unselected, and half its slope times tau.
-
-    With ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2`` it is ``e = r^2 + Q``, which does not cancel
-    as ``sum P^2 - 2 P_y + 1`` does, and the gradient is ``-(2/tau) P_y e`` at y and
-    ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere. It costs little while the probabilities are at hand, so the slope
-    is written in the forward, and the backward scales it in place: it becomes the gradient. A second backward
-    through the same graph computes it again.
-    """
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        peak: Tensor,
-        temperature: float,
-        with_slope: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        error = torch.empty(target.shape, device=logits.device, dtype=dtype)
-        slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
-        # the softmax of a patch with NaN, +inf or nothing but -inf is NaN; its largest logit tells them apart:
-        # 0 for a patch that is defined, NaN for one that is selected and is not
-        undefined = torch.where(region, peak.clamp_min(torch.finfo(dtype).min) * 0.0, 0.0)
-        blocks = Blocks(logits)
-        probs_memory = blocks.scratch(logits, dtype)
-        squares_memory = slope if with_slope else blocks.scratch(logits, dtype)
-        for piece in blocks:
-            scores = _scores(logits[piece], None if slot_mask is None else slot_mask[piece[0]], dtype)
-            if temperature != 1.0:
-                scores = _below_peak(scores, peak[piece], temperature)
-            probs = torch.softmax(scores, 2, out=part_of(probs_memory, scores)).nan_to_num_()
-            label = target[piece].long().unsqueeze(2)
-            correct = probs.gather(2, label)
-            probs.scatter_(2, label, 0.0)
-            wrong = probs.sum(2, keepdim=True)
-            part = slope[piece] if with_slope else part_of(squares_memory, scores)
-            squares = torch.mul(probs, probs, out=part).sum(2, keepdim=True)
-            wrongness = torch.addcmul(squares, wrong, wrong)
-            error[piece] = wrongness.squeeze(2)
-            if with_slope:
-                unclear = undefined[piece].unsqueeze(2)
-                pull = torch.addcmul(unclear, correct, wrong).sub_(squares)
-                torch.add(probs, pull, out=part).mul_(probs)
-                part.scatter_(2, label, torch.addcmul(unclear, correct, wrongness, value=-1))
-        # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
-        uniform = (peak == float("-inf")).to(dtype) * (1 - 1 / _num_slots(logits, slot_mask))
-        return error.add_(uniform).mul_(region).add_(undefined), slope
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, region, slot_mask, _, ctx.temperature, _ = inputs
-        ctx.slope = output[1]
-        ctx.mark_non_differentiable(output[1])
-        # or autograd makes a map of zeros as the gradient of the slope
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, region, slot_mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_error: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_error is None:
-            return None, None, None, None, None, None, None
-        logits, target, region, slot_mask = ctx.saved_tensors
-        scale = torch.where(region, grad_error * (2 / ctx.temperature), 0.0).unsqueeze(2)
-        if torch.compiler.is_compiling():
-            grad = ctx.slope * scale
-        else:
-            slope, ctx.slope = ctx.slope, None
-            if slope is None:
-                peak = at_least_float32(peak_of(logits, slot_mask))
-                slope = _SquaredError.forward(logits, target, region, slot_mask, peak, ctx.temperature, True)[1]
-            grad = slope.mul_(scale)
-        return grad.to(logits.dtype), None, None, None, None, None, None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """A patch's ``-(1 - e) log P_y - (e/S) sum_s log P_s`` with smoothing e, 0 where unselected.
-
-    With aims ``q_s = (1 - e) 1[s = y] + e/S`` the gradient is ``(1/tau) (P_s sum_k q_k - q_s)``, where slots
-    with a logit of -inf, whose log-probability is a constant, leave both terms.
-    """
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        peak: Tensor,
-        temperature: float,
-        smoothing: float,
-    ) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        entropy = torch.empty(target.shape, device=logits.device, dtype=dtype)
-        for piece in Blocks(logits):
-            present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scores(logits[piece], present, dtype)
-            # before the peak is taken off: beside a +inf every finite logit would look like this
-            impossible = scores == float("-inf")
-            scores = _below_peak(scores, peak[piece], temperature)
-            label = target[piece].long().unsqueeze(2)
-            exps = scores.exp()
-            own = exps.gather(2, label)
-            others = exps.scatter_(2, label, 0.0).sum(2, keepdim=True)
-            # a confident patch's loss is all in the others: adding them to 1 first would round it off
-            log_total = torch.where(own == 1, others.log1p(), (others + own).log())
-            log_probs = (scores - log_total).masked_fill_(impossible, LOG_TINY)
-            num_slots = _num_slots(logits, present)
-            value = log_probs.gather(2, label).squeeze(2) * (smoothing - 1)
-            if smoothing:
-                if present is not None:
-                    log_probs.masked_fill_(~present[:, None, :, None, None], 0.0)
-                value = value - log_probs.sum(2) * (smoothing / num_slots)
-            # no finite slot: uniform probabilities
-            uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
-            value = torch.where(peak[piece] == float("-inf"), uniform, value)
-            entropy[piece] = torch.where(region[piece], value, 0.0)
-        return entropy
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 (torch's name)
-        logits, target, region, slot_mask, _, ctx.temperature, ctx.smoothing = inputs
-        ctx.save_for_backward(logits, target, region, slot_mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, region, slot_mask = ctx.saved_tensors
-        scale = torch.where(region, grad_entropy / ctx.temperature, 0.0).unsqueeze(2)
-        grad = torch.empty(logits.shape, device=logits.device, dtype=scale.dtype)
-        for piece in Blocks(logits):
-            present = None if slot_mask is None else slot_mask[piece[0]]
-            scores = _scores(logits[piece], present, scale.dtype)
-            aims = torch.zeros_like(scores).scatter_(2, target[piece].long().unsqueeze(2), 1 - ctx.smoothing)
-            if ctx.smoothing:
-                num_slots = _num_slots(logits, present)
-                aims += ctx.smoothing / (num_slots if isinstance(num_slots, int) else num_slots.unsqueeze(2))
-            # NaN fails this comparison as -inf does, and is brought back by the softmax
-            aims *= scores > float("-inf")
-            # taken again: kept from the forward, it would be a number a patch until here
-            peak = scores.amax(2)
-            probs = _below_peak(scores, peak, ctx.temperature).softmax(2)
-            part = (probs * aims.sum(2, keepdim=True) - aims) * scale[piece]
-            # no finite slot: no gradient; unselected: none either, NaN or not
-            taught = region[piece] & (peak != float("-inf"))
-            grad[piece] = torch.where(taught.unsqueeze(2), part, 0.0)
-        return grad.to(logits.dtype), None, None, None, None, None, None
-
-
-# typed: autograd's own `apply` is not
-_squared_error: Callable[..., tuple[Tensor, Tensor]] = _SquaredError.apply
-_cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply

@@ -1,4 +1,4 @@
-"""The mean over all ranks, when it is asked for: the only place with a collective."""
+"""The mean of SSync over all ranks, when it is asked for: no loss has a collective of its own."""
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,8 @@ def global_mean(
     terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
     regions = (terms.labels.boundary, terms.labels.interior)
     num_slots = terms.labels.representative.shape[1]
-    local = torch.stack([num_averaged(one, num_slots, slot_mask, criterion.criterion) for one in regions])
+    selected = torch.stack([one.sum((1, 2, 3)) for one in regions])
+    local = num_averaged(selected, num_slots, slot_mask, criterion.criterion)
     everywhere = local.clone()
     dist.all_reduce(everywhere, group=group)
     # not integer by integer: that would be a float32 beside a float64 loss

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import Blocks, indicator
+from ssync_loss._blocks import Blocks, clips_of, frames_of, indicator
 from ssync_loss._checks import (
     check_floating,
     check_not_empty,
@@ -46,28 +46,33 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, logits=logits)
     with torch.no_grad(), no_autocast(logits):
-        return overlap_of(at_least_float32(logits), valid, slot_mask)
+        logits = at_least_float32(logits)
+        blocks = Blocks(logits)
+        parts = []
+        for group in blocks.groups:
+            some, some_valid, some_slots = clips_of(group, logits, valid, slot_mask)
+            parts.append(overlap_of(some, some_valid, some_slots, blocks))
+        return torch.cat(parts)
 
 
-def overlap_of(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
-    """Measure as :func:`slot_overlap` does, without checks, in the dtype of the logits."""
+def overlap_of(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None, blocks: Blocks) -> Tensor:
+    """Measure as :func:`slot_overlap` does, without checks, on clips that go together."""
     num_clips, num_frames, num_slots = logits.shape[:3]
-    mean = slot_means(logits, valid)[:, None, :, None, None]
+    mean = slot_means(logits, valid).view(num_clips, 1, num_slots, 1, 1)
     both = torch.empty(num_clips, num_frames, num_slots, num_slots, device=logits.device, dtype=logits.dtype)
-    blocks = Blocks(logits)
-    scratch = blocks.scratch(logits, logits.dtype)
-    for piece in blocks:
-        active = indicator(torch.gt, logits[piece], mean[piece[0]], scratch)
-        if valid is not None:
-            active.mul_(valid[piece].unsqueeze(2))
+    for frames in blocks.frames:
+        some, counts = frames_of(frames, logits, valid)
+        active = indicator(torch.gt, some, mean, blocks.scratch(some))
+        if counts is not None:
+            active.mul_(counts.unsqueeze(2))
         if slot_mask is not None:
-            active.mul_(slot_mask[piece[0], None, :, None, None])
+            active.mul_(slot_mask[:, None, :, None, None])
         # zeros and ones: the products are exact counts in float32 (and in TF32) up to 2^24 patches a frame
-        active = active.flatten(3)
-        both[piece] = active @ active.mT
+        active = active.flatten(3).flatten(0, 1)
+        both[:, frames] = torch.bmm(active, active.mT).unflatten(0, some.shape[:2])
     area = both.diagonal(dim1=-2, dim2=-1)
-    either = area.unsqueeze(-1) + area.unsqueeze(-2) - both
-    iou = both / either.clamp_min(1.0)
+    either = (area.unsqueeze(-1) + area.unsqueeze(-2)).sub_(both).clamp_min_(1.0)
+    iou = both.div_(either)
     if valid is None:
         return iou.sum(1) / num_frames
     return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
@@ -86,8 +91,8 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
 
     Slots i != j are linked when ``overlap[i, j] > threshold``; the connected components of that graph are the
     objects: links A-B and B-C merge A with C too. The representative of a component is its member with the
-    largest area, the lowest index among equals. This is union-find, as ceil(log2 S) squarings of a boolean
-    matrix: batched, of fixed length, without a look at the data.
+    largest area, the lowest index among equals. This is union-find, as repeated
+    squaring of a boolean matrix: batched, of fixed length, without a look at the data.
 
     Shape:
         overlap: (B, S, S). A link in either direction counts. area: (B, S), integer or floating point.
@@ -128,10 +133,14 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> T
         return unmerged(overlap.shape[0], num_slots, overlap.device)
     index = torch.arange(num_slots, device=overlap.device)
     linked = overlap > threshold
+    reach = (linked | linked.mT).float()
+    reach.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     # a path has at most S - 1 links, and every squaring doubles the reach
-    reach = (linked | linked.mT | (index[:, None] == index)).float()
-    for _ in range((num_slots - 1).bit_length()):
-        reach = (reach @ reach).clamp_max_(1.0)
+    for squaring in range((num_slots - 2).bit_length()):
+        reach = torch.bmm(reach, reach)
+        if squaring % 3 == 2:
+            # paths are counted, and would be more than a float holds
+            reach.clamp_max_(1.0)
     member = reach > 0
     if area.is_floating_point():
         lowest: float = float("-inf")

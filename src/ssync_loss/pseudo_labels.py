@@ -1,16 +1,19 @@
 """From two maps to what each teaches the other: hard labels, merged slots, two regions. No gradient."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import Blocks, indicator
+from ssync_loss._backends import Backend, check_backend, resolve_backend
+from ssync_loss._blocks import Blocks, frames_of, indicator
 from ssync_loss._checks import check_int, check_number
-from ssync_loss._maps import Grid, KindArgument, Maps, prepare_maps
+from ssync_loss._maps import Grid, KindArgument, Maps, is_clean, peak_of, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.merging import overlap_of, representatives, unmerged
-from ssync_loss.reference import reference_pseudo_labels
+from ssync_loss.reference.ssync import reference_pseudo_labels
 from ssync_loss.regions import count_differing, select_boundary, select_interior
 
 
@@ -50,7 +53,7 @@ def pseudo_labels(
         grid: (H, W) of (B, T, S, N) maps, or a pair of grids for encoder and decoder.
         valid: (B, T) or (B, T, H, W) bool: patches that count, on the encoder's grid.
         slot_mask: (B, S) bool: slots that are present.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"`` (slow loops, for checking).
+        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
 
@@ -63,7 +66,7 @@ def pseudo_labels(
     ([0, 0, 1, 1], [False, True, True, False])
     """
     check_label_settings(merge_threshold, min_different, min_same, max_different)
-    backend = resolve_backend(backend)
+    check_backend(backend)
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         return labels_of(
@@ -98,6 +101,18 @@ def labels_of(
     backend: Backend,
 ) -> PseudoLabels:
     """Compute :func:`pseudo_labels` from maps that are prepared already."""
+    backend = resolve_backend(backend, maps.enc, maps.dec)
+    if backend == "triton":
+        return kernels.pseudo_labels(
+            maps.enc,
+            maps.dec,
+            valid=maps.valid,
+            slot_mask=maps.slot_mask,
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=max_different,
+        )
     if backend == "reference":
         return reference_pseudo_labels(
             maps.enc,
@@ -109,65 +124,119 @@ def labels_of(
             valid=maps.valid,
             slot_mask=maps.slot_mask,
         )
-    with no_autocast(maps.enc):
-        enc_labels, dec_labels = hard_labels(maps)
-        if merge_threshold is None:
-            representative = unmerged(maps.enc.shape[0], maps.enc.shape[2], maps.enc.device)
-        else:
-            overlap = overlap_of(maps.enc, maps.valid, maps.slot_mask)
-            area = hard_area(enc_labels, maps.enc.shape[2], maps.valid)
+    blocks = Blocks(maps.enc, maps.dtype)
+    parts = []
+    for group in blocks.groups:
+        found = labels_of_clips(
+            maps.of_clips(group),
+            blocks,
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=max_different,
+        )
+        parts.append(found.labels)
+    return joined(parts)
+
+
+class ClipLabels(NamedTuple):
+    """Labels of clips that go together, and what finding them has shown.
+
+    Attributes:
+        labels: the pseudo-labels.
+        peaks: (2, B, T, H, W), the largest logits of the present slots, encoder and decoder; -inf where none is.
+        clean: scalar bool: whether no valid patch of a present slot holds NaN or +inf, in either map.
+    """
+
+    labels: PseudoLabels
+    peaks: Tensor
+    clean: Tensor
+
+
+def labels_of_clips(
+    maps: Maps,
+    blocks: Blocks,
+    *,
+    merge_threshold: float | None,
+    min_different: int,
+    min_same: int,
+    max_different: int,
+) -> ClipLabels:
+    """Compute :func:`pseudo_labels` of clips that go together."""
+    B, T, S, H, W = maps.enc.shape
+    # both maps in one tensor: on small batches the number of operators counts
+    peaks = maps.enc.new_empty(2, B, T, H, W)
+    ranks = torch.empty_like(peaks)
+    for k, logits in enumerate((maps.enc, maps.dec)):
+        rank_first(logits, maps.slot_mask, blocks, peaks[k], ranks[k])
+    clean = is_clean(peaks, maps.valid)
+    labels = label_of_rank(ranks, S)
+    if merge_threshold is None:
+        representative = unmerged(B, S, labels.device)
+    else:
+        with no_autocast(maps.enc):
+            overlap = overlap_of(maps.enc, maps.valid, maps.slot_mask, blocks)
+            area = hard_area(labels[0], S, maps.valid)
             representative = representatives(overlap, area, merge_threshold)
-            enc_labels = rewrite(enc_labels, representative)
-            dec_labels = rewrite(dec_labels, representative)
-        if maps.valid is not None:
-            enc_labels = enc_labels.masked_fill(~maps.valid, 0)
-            dec_labels = dec_labels.masked_fill(~maps.valid, 0)
-        # both maps at once: on small batches the number of operators counts
-        both_valid = None if maps.valid is None else torch.cat([maps.valid, maps.valid])
-        enc_count, dec_count = count_differing(torch.cat([enc_labels, dec_labels]), both_valid).chunk(2)
-        boundary = select_boundary(enc_count, min_different, min_same, maps.valid)
-        interior = select_interior(dec_count, max_different, maps.valid)
-    return PseudoLabels(enc_labels.long(), dec_labels.long(), boundary, interior, representative)
+        labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
+    both_valid = None
+    if maps.valid is not None:
+        labels = labels.masked_fill(~maps.valid, 0)
+        both_valid = maps.valid.expand(labels.shape).flatten(0, 1)
+    narrow = labels.flatten(0, 1).to(torch.int8 if S < 128 else torch.int32)
+    enc_count, dec_count = count_differing(narrow, both_valid).chunk(2)
+    boundary = select_boundary(enc_count, min_different, min_same, maps.valid)
+    interior = select_interior(dec_count, max_different, maps.valid)
+    return ClipLabels(PseudoLabels(labels[0], labels[1], boundary, interior, representative), peaks, clean)
+
+
+def joined(parts: list[PseudoLabels]) -> PseudoLabels:
+    """Put the labels of groups of clips together."""
+    return PseudoLabels(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
     """Label every patch of both maps, before merging; an invalid patch may get any label."""
-    return (
-        first_argmax(maps.enc, maps.enc_peak, maps.slot_mask),
-        first_argmax(maps.dec, maps.dec_peak, maps.slot_mask),
-    )
+    blocks = Blocks(maps.enc, maps.dtype)
+    B, T, S, H, W = maps.enc.shape
+    peaks = torch.empty(2, B, T, H, W, dtype=maps.dtype, device=maps.enc.device)
+    ranks = torch.empty_like(peaks)
+    for group in blocks.groups:
+        some = maps.of_clips(group)
+        rank_first(some.enc, some.slot_mask, blocks, peaks[0, group], ranks[0, group])
+        rank_first(some.dec, some.slot_mask, blocks, peaks[1, group], ranks[1, group])
+    enc_labels, dec_labels = label_of_rank(ranks, S).unbind(0)
+    return enc_labels, dec_labels
 
 
-def first_argmax(logits: Tensor, peak: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Label every patch with its largest present slot, the first of equals.
+def rank_first(logits: Tensor, slot_mask: Tensor | None, blocks: Blocks, peaks: Tensor, ranks: Tensor) -> None:
+    """Write the largest logit of the present slots, and S less the first slot that has it, of every patch.
 
-    Labels come in the smallest integer type that holds S. On a CPU ``argmax`` over a middle axis takes 25
-    times as long as this: the ranks S, S-1, .., 1 of all slots that equal the largest value, and the first of
-    those by another maximum.
+    On a CPU ``argmax`` over a middle axis takes 25 times as long as this: the ranks S, S-1, .., 1 of all slots
+    that equal the largest value, and the first of those by another maximum.
 
     Args:
         logits: (B, T, S, H, W).
-        peak: (B, T, H, W), the largest logit of the present slots.
         slot_mask: (B, S) bool, or None.
+        blocks: how to walk through the logits.
+        peaks: (B, T, H, W), where the largest logits are written. NaN if any slot is NaN.
+        ranks: (B, T, H, W), where the ranks are written. 0 where nothing is largest, for NaN.
     """
     num_slots = logits.shape[2]
     rank = torch.arange(num_slots, 0, -1, device=logits.device, dtype=logits.dtype)[:, None, None]
-    num_clips, num_frames, _, height, width = logits.shape
-    labels = torch.empty(
-        (num_clips, num_frames, height, width),
-        device=logits.device,
-        dtype=torch.int8 if num_slots < 128 else torch.int32,
-    )
-    blocks = Blocks(logits)
-    scratch = blocks.scratch(logits, logits.dtype)
-    for piece in blocks:
-        leads = indicator(torch.eq, logits[piece], peak[piece].unsqueeze(2), scratch).mul_(rank)
+    for frames in blocks.frames:
+        some, peak, best = frames_of(frames, logits, peaks, ranks)
+        peak_of(some, slot_mask, out=peak)
+        leads = indicator(torch.eq, some, peak.unsqueeze(2), blocks.scratch(some)).mul_(rank)
         if slot_mask is not None:
             # absent slots may hold anything, the largest value of the present ones too
-            leads.mul_(slot_mask[piece[0], None, :, None, None])
-        labels[piece] = num_slots - leads.amax(2)
-    # NaN equals nothing and ends up at S: any label will do there, if it is one
-    return labels.clamp_max_(num_slots - 1)
+            leads.mul_(slot_mask[:, None, :, None, None])
+        torch.amax(leads, 2, out=best)
+
+
+def label_of_rank(ranks: Tensor, num_slots: int) -> Tensor:
+    """Return the slot of every rank, int64; any slot where the rank is 0."""
+    return (num_slots - ranks).clamp_max_(num_slots - 1).long()
 
 
 def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:
@@ -176,10 +245,4 @@ def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:
     if valid is not None:
         counted = valid.long()
     area = torch.zeros(labels.shape[0], num_slots, dtype=torch.int64, device=labels.device)
-    return area.scatter_add_(1, labels.flatten(1).long(), counted.flatten(1))
-
-
-def rewrite(labels: Tensor, representative: Tensor) -> Tensor:
-    """Replace every label by its representative: (B, T, H, W), (B, S) -> (B, T, H, W)."""
-    merged = representative.gather(1, labels.flatten(1).long())
-    return merged.view(labels.shape).to(labels.dtype)
+    return area.scatter_add_(1, labels.flatten(1), counted.flatten(1))

@@ -22,7 +22,6 @@ def teach(
     logits: Tensor,
     target: Tensor,
     region: Tensor,
-    peak: Tensor,
     maps: Maps,
     *,
     criterion: Criterion,
@@ -38,7 +37,6 @@ def teach(
         logits,
         target,
         region,
-        peak=peak,
         criterion=criterion,
         label_smoothing=label_smoothing,
         temperature=temperature,
@@ -46,7 +44,7 @@ def teach(
         reduction="mean",
         backend=backend,
     )
-    return loss * torch.where(maps.clean, 1.0, float("nan")).to(loss.dtype)
+    return loss * torch.where(maps.is_clean(), 1.0, float("nan")).to(loss.dtype)
 
 
 def fitting_labels(labels: PseudoLabels, target_name: str, region_name: str, maps: Maps) -> PseudoLabels:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ssync_loss._backends import Backend, resolve_backend
+from ssync_loss._backends import Backend, check_backend
 from ssync_loss._maps import Grid, KindArgument, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
@@ -54,7 +54,7 @@ def boundary_refinement_loss(
         grid: (H, W) of (B, T, S, N) maps.
         valid: patches that count.
         slot_mask: slots that are present.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: what computes, see :class:`SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -69,7 +69,7 @@ def boundary_refinement_loss(
     """
     check_label_settings(merge_threshold, min_different, min_same, 0)
     check_criterion(criterion, label_smoothing, temperature)
-    backend = resolve_backend(backend)
+    check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
     if labels is None:
         labels = labels_of(
@@ -86,7 +86,6 @@ def boundary_refinement_loss(
         maps.dec,
         labels.enc_labels,
         labels.boundary,
-        maps.dec_peak,
         maps,
         criterion=criterion,
         label_smoothing=label_smoothing,
@@ -127,7 +126,7 @@ class BoundaryRefinementLoss(nn.Module):
         check_criterion(criterion, label_smoothing, temperature)
         check_kind(kind)
         check_grid(grid)
-        resolve_backend(backend)
+        check_backend(backend)
         self.merge_threshold = merge_threshold
         self.min_different = min_different
         self.min_same = min_same

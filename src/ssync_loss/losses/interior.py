@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ssync_loss._backends import Backend, resolve_backend
+from ssync_loss._backends import Backend, check_backend
 from ssync_loss._maps import Grid, KindArgument, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
@@ -52,7 +52,7 @@ def interior_denoising_loss(
         grid: (H, W) of (B, T, S, N) maps.
         valid: patches that count.
         slot_mask: slots that are present.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: what computes, see :class:`SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
 
@@ -67,7 +67,7 @@ def interior_denoising_loss(
     """
     check_label_settings(merge_threshold, 1, 1, max_different)
     check_criterion(criterion, label_smoothing, temperature)
-    backend = resolve_backend(backend)
+    check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
     if labels is None:
         labels = labels_of(
@@ -84,7 +84,6 @@ def interior_denoising_loss(
         maps.enc,
         labels.dec_labels,
         labels.interior,
-        maps.enc_peak,
         maps,
         criterion=criterion,
         label_smoothing=label_smoothing,
@@ -124,7 +123,7 @@ class InteriorDenoisingLoss(nn.Module):
         check_criterion(criterion, label_smoothing, temperature)
         check_kind(kind)
         check_grid(grid)
-        resolve_backend(backend)
+        check_backend(backend)
         self.merge_threshold = merge_threshold
         self.max_different = max_different
         self.criterion = criterion

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ssync_loss._backends import Backend, resolve_backend
+from ssync_loss._backends import Backend, check_backend
 from ssync_loss._checks import check_choice, check_int, check_number
-from ssync_loss._maps import Grid, KindArgument, bind_maps, check_grid, check_kind, prepare_maps
+from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.distillation import Criterion, check_criterion
 from ssync_loss.losses._modules import DetachedWarning, shown_settings
-from ssync_loss.losses._teaching import attached_zero, teach
-from ssync_loss.pseudo_labels import check_label_settings, labels_of
+from ssync_loss.losses._step import Settings, Terms, terms_of, weigh
+from ssync_loss.losses._teaching import attached_zero
+from ssync_loss.pseudo_labels import check_label_settings
 
 # merge thresholds of the published configurations
 PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
@@ -67,7 +68,10 @@ class SSyncLoss(nn.Module):
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"`` (slow loops, for checking).
+        backend: what computes; the value does not depend on it. ``"auto"`` takes ``"triton"`` for float16,
+            bfloat16 and float32 maps of up to 64 slots on a CUDA device where Triton is installed, and
+            ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is
+            an error.
 
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64.
@@ -111,7 +115,7 @@ class SSyncLoss(nn.Module):
         check_grid(grid)
         check_int("start_step", start_step, 0)
         check_int("ramp_steps", ramp_steps, 0)
-        resolve_backend(backend)
+        check_backend(backend)
         self.merge_threshold = merge_threshold
         self.boundary_weight = boundary_weight
         self.interior_weight = interior_weight
@@ -172,7 +176,8 @@ class SSyncLoss(nn.Module):
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
             return attached_zero(bound.enc, bound.dec)
-        return self.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask).total
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
+        return self._terms_of(maps, step, with_labels=False).total
 
     def terms(
         self,
@@ -190,25 +195,20 @@ class SSyncLoss(nn.Module):
         is_on = self.is_on(step)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
         self._warn_if_detached(enc_logits, dec_logits)
-        backend = resolve_backend(self.backend)
-        labels = labels_of(
+        terms = self._terms_of(maps, step if is_on else None, with_labels=True)
+        assert terms.labels is not None
+        total = terms.total if is_on else attached_zero(enc_logits, dec_logits)
+        return SSyncTerms(total, *terms[1:5], terms.labels)
+
+    def _terms_of(self, maps: Maps, step: int | None, *, with_labels: bool) -> Terms:
+        return terms_of(
             maps,
-            merge_threshold=self.merge_threshold,
-            min_different=self.min_different,
-            min_same=self.min_same,
-            max_different=self.max_different,
-            backend=backend,
+            Settings(**{name: getattr(self, name) for name in Settings._fields}),
+            (self.boundary_weight, self.interior_weight),
+            self._ramp(step, maps.enc),
+            backend=self.backend,
+            with_labels=with_labels,
         )
-        settings: dict[str, Any] = {
-            "criterion": self.criterion,
-            "label_smoothing": self.label_smoothing,
-            "temperature": self.temperature,
-            "backend": backend,
-        }
-        boundary = teach(maps.dec, labels.enc_labels, labels.boundary, maps.dec_peak, maps, **settings)
-        interior = teach(maps.enc, labels.dec_labels, labels.interior, maps.enc_peak, maps, **settings)
-        total = self.weigh(boundary, interior, step) if is_on else attached_zero(enc_logits, dec_logits)
-        return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
 
     def is_on(self, step: int | None) -> bool:
         """Tell whether the loss has started at a step.
@@ -230,15 +230,17 @@ class SSyncLoss(nn.Module):
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
-        total = self.boundary_weight * boundary + self.interior_weight * interior
-        if step is None or self.ramp_steps == 0:
-            return total
-        return total * self._ramp(step - self.start_step, total)
+        weights = self.boundary_weight, self.interior_weight
+        return weigh(boundary, interior, weights, self._ramp(step, boundary))
 
-    def _ramp(self, progress: int, total: Tensor) -> Tensor | float:
+    def _ramp(self, step: int | None, like: Tensor) -> Tensor | float:
+        if step is None or self.ramp_steps == 0:
+            return 1.0
+        progress = step - self.start_step
         if torch.compiler.is_compiling():
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
-            done = torch.full((), progress, device=total.device, dtype=total.dtype)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            done = torch.full((), progress, device=like.device, dtype=dtype)
             return (done / self.ramp_steps).clamp_max(1.0)
         return min(progress / self.ramp_steps, 1.0)
 

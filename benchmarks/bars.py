@@ -1,0 +1,191 @@
+"""What must be shown, and whether a file of results shows it."""
+
+from typing import NamedTuple
+
+from benchmarks.contenders import DENSE, Contender, ssync_contender
+from benchmarks.results import Results, Row
+from benchmarks.slopes import Slope, fit
+from benchmarks.slot_video_model import PUBLISHED
+from benchmarks.suites import kernels, training_step
+from benchmarks.suites.linear_vs_quadratic import history, num_patches
+
+SWEEPS = ("H*W", "T", "B")
+# patches from which time is in the work and not in calling it; smaller sizes would flatter a slope. Compiled steps
+# call next to nothing, but there are fewer of them.
+FIT_FROM = {
+    "cpu": {"eager": 65_536, "compiled": 4096, "dense": 1024},
+    "cuda": {"eager": 1_048_576, "compiled": 65_536, "dense": 4096},
+}
+MAX_TIME_SLOPE, MAX_MEMORY_SLOPE = 1.15, 1.05
+COMPARED_AT = 16_384
+MIN_SPEEDUP, MIN_MEMORY_RATIO = 1000, 500
+LONG_CLIP = 1_048_576
+MAX_SHARE = {"cpu": 0.005, "cuda": 0.01}
+MAX_EXAMPLE_SHARE = 0.03
+# clips of MOVi-C, and how many times the exponentials a step may take
+MAX_EXPONENTIALS = {4: 10.0, 64: 4.0}
+MAX_MAPS = 1.0
+MAX_LAUNCHES, MAX_REPLAY_SECONDS, MAX_OVER_FLOOR = 9, 60e-6, 1.5
+
+MET, MISSED, NOT_MEASURED = "met", "**missed**", "not measured"
+
+
+class Bar(NamedTuple):
+    """A claim, its limit, what was measured, and whether that is enough."""
+
+    claim: str
+    limit: str
+    measured: str
+    verdict: str
+
+
+def bars(results: Results) -> list[Bar]:
+    """Hold the results of a machine against every bar that is about its kind."""
+    device: str = results.environment["device"]
+    found = [*_slopes(results), *_against_dense(results), *_shares(results, device)]
+    return [*found, *(_on_gpu(results) if device == "cuda" else _on_cpu(results))]
+
+
+def slope_of(results: Results, sweep: str, contender: Contender, measure: str, *, whole: bool = False) -> Slope | None:
+    """Fit the slope of a contender's time or memory in a sweep.
+
+    Args:
+        results: of one machine.
+        sweep: which axis grows.
+        contender: whose.
+        measure: ``"time"``, ``"time, default allocator"`` or ``"memory"``.
+        whole: over all sizes, instead of from `FIT_FROM` on.
+    """
+    value = "allocated" if measure == "memory" else "step"
+    start = 0 if whole else fit_from(results, contender)
+    return fit(history(results, sweep, contender, measure, value), start=start)
+
+
+def fit_from(results: Results, contender: Contender) -> int:
+    """Return the least number of patches that enters a contender's fit."""
+    kind = "dense" if contender.backend is None else "compiled" if contender.compiled else "eager"
+    return FIT_FROM[results.environment["device"]][kind]
+
+
+def step_in_exponentials(results: Results, backend: str = "torch") -> dict[int, Row]:
+    """Return the rows of a MOVi-C step on one thread by number of clips; ``over_exp`` is what is looked for."""
+    wanted = kernels.FRAMES["MOVi-C"]
+    rows = results.select(suite=kernels.SUITE, case=kernels.STEP, contender=f"SSync {backend}", measure="time")
+    return {
+        row.id.sizes["B"]: row
+        for row in rows
+        if row.status == "measured" and {axis: row.id.sizes[axis] for axis in wanted} == wanted
+    }
+
+
+def here(results: Results) -> list[Contender]:
+    """Return SSync by every backend that was measured here, eager ones first; others are compared with the first."""
+    backends: list[str] = results.settings["backends"]
+    return [ssync_contender(one, compiled=compiled) for compiled in (False, True) for one in backends]
+
+
+def _verdict(holds: bool | None) -> str:
+    return NOT_MEASURED if holds is None else MET if holds else MISSED
+
+
+def _at_most(claim: str, limit: float, value: float | None, form: str) -> Bar:
+    said = "-" if value is None else format(value, form)
+    return Bar(claim, f"≤ {format(limit, form)}", said, _verdict(None if value is None else value <= limit))
+
+
+def _slopes(results: Results) -> list[Bar]:
+    found = []
+    for contender in here(results):
+        # each compilation is for one shape: one sweep has them
+        for sweep in ("H*W",) if contender.compiled else SWEEPS:
+            for measure, limit in (("time", MAX_TIME_SLOPE), ("memory", MAX_MEMORY_SLOPE)):
+                slope = slope_of(results, sweep, contender, measure)
+                enough = slope is not None and slope.enough
+                claim = f"{contender.name}: slope of {measure} in {sweep.replace('*', '·')}"
+                found.append(_at_most(claim, limit, slope.exponent if slope and enough else None, ".2f"))
+    return found
+
+
+def _against_dense(results: Results) -> list[Bar]:
+    found = []
+    for contender in (one for one in here(results) if not one.compiled):
+        time, memory = (_ratio(results, contender, measure) for measure in ("time", "memory"))
+        at = f"than full dense alignment at {COMPARED_AT:,} patches"
+        for claim, limit, ratio in (("faster", MIN_SPEEDUP, time), ("less memory", MIN_MEMORY_RATIO, memory)):
+            said = "-" if ratio is None else f"{ratio:,.0f}x"
+            holds = None if ratio is None else ratio >= limit
+            found.append(Bar(f"{contender.name}: {claim} {at}", f"≥ {limit:,}x", said, _verdict(holds)))
+        steps = dict(history(results, "H*W", contender, "time", "step"))
+        said = f"{1e3 * steps[LONG_CLIP]:.3g} ms" if LONG_CLIP in steps else "-"
+        verdict = MET if LONG_CLIP in steps else NOT_MEASURED
+        found.append(Bar(f"{contender.name}: {LONG_CLIP:,} patches in one clip", "runs", said, verdict))
+    return found
+
+
+def _ratio(results: Results, contender: Contender, measure: str) -> float | None:
+    """Return how many times as much dense alignment takes; times as they were taken in turn, if they were."""
+    value = "allocated" if measure == "memory" else "step"
+    own = dict(history(results, "H*W", contender, measure, value)).get(COMPARED_AT)
+    dense = dict(history(results, "H*W", DENSE, measure, value)).get(COMPARED_AT)
+    if own is None or dense is None:
+        return None
+    if measure == "time" and contender == here(results)[0]:
+        return dict(history(results, "H*W", DENSE, measure, "ratio"))[COMPARED_AT]
+    return dense / own
+
+
+def _shares(results: Results, device: str) -> list[Bar]:
+    found = []
+    rows = {(row.id.case, row.id.contender): row for row in results.select(suite=training_step.SUITE)}
+    for contender in (one for one in here(results) if not one.compiled):
+        for case in (*PUBLISHED, training_step.EXAMPLE):
+            limit = MAX_EXAMPLE_SHARE if case == training_step.EXAMPLE else MAX_SHARE[device]
+            row = rows.get((case, contender.name))
+            share = row.number("share") if row is not None and row.status == "measured" else None
+            found.append(_at_most(f"{contender.name}: share of a training step, {case}", limit, share, ".2%"))
+    return found
+
+
+def _on_cpu(results: Results) -> list[Bar]:
+    steps = step_in_exponentials(results)
+    found = []
+    for clips, limit in MAX_EXPONENTIALS.items():
+        ratio = steps[clips].number("over_exp") if clips in steps else None
+        claim = f"SSync torch: step over `torch.exp` of both maps, MOVi-C, {clips} clips"
+        found.append(_at_most(claim, limit, ratio, ".1f"))
+    held = results.select(suite=kernels.SUITE, case=kernels.STEP, contender="SSync torch", measure="memory")
+    for name, frames in kernels.FRAMES.items():
+        shape = {"B": 64, **frames}
+        maps = [
+            row.number("maps_beyond_gradients") for row in held if (row.status, row.id.sizes) == ("measured", shape)
+        ]
+        claim = f"SSync torch: maps held beyond inputs and gradients, {name}, 64 clips"
+        found.append(_at_most(claim, MAX_MAPS, max(maps, default=None), ".2f"))
+    return found
+
+
+def _on_gpu(results: Results) -> list[Bar]:
+    name = "SSync triton"
+    steps = [row for row in results.select(suite=kernels.SUITE, case=kernels.STEP) if row.status == "measured"]
+    launches = [row.number("launches") for row in steps if (row.id.contender, row.id.measure) == (name, "counts")]
+    timed = [row for row in steps if (row.id.contender, row.id.measure) == (name + kernels.REPLAY, "time")]
+    shape = {"B": 64, **kernels.FRAMES["MOVi-C"]}
+    replayed = [row.number("step") for row in timed if (row.id.sizes, row.id.dtype) == (shape, "float16")]
+    large = [row.number("over_floor") for row in timed if _map_bytes(row) >= kernels.LARGE_MAP_BYTES]
+    microseconds = 1e6 * max(replayed) if replayed else None
+    return [
+        _at_most(f"{name}: launches of a step", MAX_LAUNCHES, max(launches, default=None), ".0f"),
+        _at_most(
+            f"{name}: µs of a replayed step, MOVi-C, 64 clips, float16", 1e6 * MAX_REPLAY_SECONDS, microseconds, ".0f"
+        ),
+        _at_most(
+            f"{name}: replayed step over its bandwidth floor, large maps",
+            MAX_OVER_FLOOR,
+            max(large, default=None),
+            ".2f",
+        ),
+    ]
+
+
+def _map_bytes(row: Row) -> int:
+    return num_patches(row.id.sizes) * row.id.sizes["S"] * (2 if row.id.dtype == "float16" else 4)

@@ -1,0 +1,147 @@
+"""Measure everything, or a suite, on this machine: ``python -m benchmarks.run``.
+
+    python -m benchmarks.run                                     # all suites on the CPU, about a quarter of an hour
+    python -m benchmarks.run --quick                             # all suites in less than two minutes, a rehearsal
+    python -m benchmarks.run --device cuda --out benchmarks/results/h200.json
+    python -m benchmarks.report                                  # tables and figures from what was measured
+
+Every row is written as soon as it is measured. A run that was stopped goes on with the rows that are missing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import environment
+from benchmarks.child import Worker
+from benchmarks.contenders import BACKENDS, Contender
+from benchmarks.results import Results
+from benchmarks.session import Options, Session, Task
+from benchmarks.suites import gate, kernels, linear_vs_quadratic, training_step
+
+SUITES = ("linear_vs_quadratic", "training_step", "kernels")
+RESULTS = Path(__file__).resolve().parent / "results"
+MEMORY_CAP_GB = 12.0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suite", choices=(*SUITES, "all"), default="all", help="what to measure; all if nothing is said")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where; the CPU if nothing is said")
+    add("--backend", choices=(*BACKENDS, "all"), default="all", help="of SSync; every one that can be had here")
+    add("--quick", action="store_true", help="fewer and smaller sizes in less than two minutes: a rehearsal")
+    add("--out", type=Path, help="file of results; benchmarks/results/<device>.json, runs/ for a rehearsal")
+    add("--restart", action="store_true", help="measure anew what --out holds")
+    add("--time-cap", type=float, metavar="SECONDS", help="no step that should take longer; 10, quick 0.5")
+    add("--memory-cap", type=float, metavar="GB", help="no step that should take more; 12, on a GPU what it has free")
+    add("--threads", type=int, default=1, help="of torch, 1 if nothing is said; the kernels always take one")
+    options = parser.parse_args(arguments)
+    for name in ("time_cap", "memory_cap", "threads"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0; got {value}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda needs a GPU that torch can see; torch {torch.__version__} sees none")
+    if options.out is None:
+        folder = Path("runs/benchmarks") if options.quick else RESULTS
+        options.out = folder / f"{options.device}.json"
+    return options
+
+
+def plan(options: Options) -> list[Task]:
+    """Plan what was asked for, the gate in front."""
+    tasks: list[Task] = []
+    gated: dict[tuple[Contender, str], None] = {}
+    if "linear_vs_quadratic" in options.suites:
+        tasks += linear_vs_quadratic.plan(options)
+        dtype = linear_vs_quadratic.DTYPE
+        gated.update(dict.fromkeys((one, dtype) for one in linear_vs_quadratic.contenders_of(options)))
+    if "training_step" in options.suites:
+        tasks += training_step.plan(options)
+        gated.update(dict.fromkeys(training_step.contenders_of(options)))
+    if "kernels" in options.suites:
+        tasks += kernels.plan(options)
+        gated.update(dict.fromkeys(kernels.contenders_of(options)))
+    return [*gate.plan(options, gated), *tasks]
+
+
+def available_backends(device: str, wanted: str) -> tuple[str, ...]:
+    """Find out which backends of SSync can be had.
+
+    Raises:
+        ValueError: if one was asked for by name and cannot be had; it says why.
+    """
+    worker = Worker({}, device=device, threads=1, memory_cap=1 << 32, prepared=False)
+    found = []
+    try:
+        # the first is what the others are compared with: on a GPU, what "auto" takes there
+        everyone = BACKENDS if device == "cpu" else BACKENDS[::-1]
+        for backend in everyone if wanted == "all" else (wanted,):
+            outcome = worker.call("benchmarks.gate:available", backend=backend, device=device)
+            missing = outcome.note if outcome.status != "measured" else outcome.value
+            if not missing:
+                found.append(backend)
+            elif wanted != "all":
+                raise ValueError(f"--backend {backend} cannot be had on {device}: {missing}")
+    finally:
+        worker.close()
+    return tuple(found)
+
+
+def memory_cap(device: str, wanted: float | None) -> int:
+    """Return the bytes that a step may take."""
+    if wanted is not None:
+        return int(wanted * 1e9)
+    if device == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(0).total_memory)
+    return int(min(MEMORY_CAP_GB * 1e9, 0.55 * environment.total_memory()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 130 when Ctrl-C cut it short."""
+    asked = parse(arguments)
+    try:
+        options = Options(
+            suites=SUITES if asked.suite == "all" else (asked.suite,),
+            device=asked.device,
+            backends=available_backends(asked.device, asked.backend),
+            quick=asked.quick,
+            time_cap=asked.time_cap or (0.5 if asked.quick else 10.0),
+            memory_cap=memory_cap(asked.device, asked.memory_cap),
+            threads=asked.threads,
+        )
+        described = environment.describe(asked.device)
+        results = Results.resume(asked.out, described, options.settings(), restart=asked.restart)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    tasks = plan(options)
+    rows = [row for task in tasks for row in task.rows]
+    done = sum(row in results.rows for row in rows)
+    with tqdm(total=len(rows), initial=done, unit="row", dynamic_ncols=True) as bar:
+        session = Session(options, results, bar=bar)
+        try:
+            if done < len(rows):
+                session.start()
+            session.run(tasks)
+        except KeyboardInterrupt:
+            bar.write(f"stopped; the same command goes on with the rows that {asked.out} does not have")
+            return 130
+        finally:
+            session.close()
+    without = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
+    for row in without:
+        print(f"{row.status}: {row.id}: {row.note}")
+    print(f"results {asked.out}\ntables and figures: python -m benchmarks.report")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

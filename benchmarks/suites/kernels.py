@@ -1,0 +1,373 @@
+"""Every operation by every backend: time, bytes against measured bandwidth, launches; and the step in exponentials."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import (
+    CONTENDERS,
+    MERGE_THRESHOLD,
+    PARTS,
+    Contender,
+    run_once,
+    ssync_contender,
+    ssync_criterion,
+    step_of,
+)
+from benchmarks.counting import count
+from benchmarks.inputs import moving_blobs
+from benchmarks.memory import peak_memory
+from benchmarks.results import RowId, values_to_json
+from benchmarks.session import Options, Session, Task
+from benchmarks.timing import Work, clock_of, interleave
+from ssync_loss._types import PseudoLabels
+from ssync_loss.functional import (
+    boundary_region,
+    interior_region,
+    merge_slots,
+    pseudo_labels,
+    selective_distillation_loss,
+    slot_overlap,
+)
+
+SUITE = "kernels"
+MODULE = "benchmarks.suites.kernels"
+STEP = "step, mse"
+# one clip of the published training
+FRAMES = {
+    "MOVi-C": {"T": 4, "S": 11, "H": 24, "W": 24},
+    "YouTube-VIS": {"T": 4, "S": 7, "H": 37, "W": 37},
+}
+# the maps of a step, each read or written once, with separate passes for statistics, counts and targets
+STEP_PASSES = 9
+COPY_BYTES = 128 << 20
+# maps no longer in any cache
+LARGE_MAP_BYTES = 256 << 20
+CRITERIA = ("mse", "cross_entropy")
+COPY, EXP = "copy", "exp of both maps"
+FORWARD = ("forward",)
+REPLAY = ", graph replay"
+
+
+class Operation(NamedTuple):
+    """An operation of one contender.
+
+    Attributes:
+        case: what it does.
+        contender: by whom.
+        work: a call, with marks around its parts.
+        parts: their names.
+        num_bytes: what has to be moved: inputs read and outputs written, once. For a whole step see `STEP_PASSES`.
+    """
+
+    case: str
+    contender: str
+    work: Work
+    parts: Sequence[str]
+    num_bytes: int
+
+
+class Workload(NamedTuple):
+    """Where operations are measured.
+
+    Attributes:
+        shape: of the maps.
+        dtype: of the maps.
+        steps_only: whether single operations are left out.
+    """
+
+    shape: dict[str, int]
+    dtype: str
+    steps_only: bool
+
+
+def workloads(options: Options) -> list[Workload]:
+    """Return the published batch, a small one, and on a GPU maps that no cache holds."""
+    movi_c = FRAMES["MOVi-C"]
+    if options.device == "cpu":
+        found = [Workload({"B": clips, **movi_c}, "float32", False) for clips in (4, 64)]
+        if not options.quick:
+            found.append(Workload({"B": 64, **FRAMES["YouTube-VIS"]}, "float32", False))
+        return found
+    clip = movi_c["T"] * movi_c["S"] * movi_c["H"] * movi_c["W"]
+    return [
+        Workload({"B": 64, **movi_c}, "float16", False),
+        Workload({"B": 64, **movi_c}, "float32", False),
+        Workload({"B": 64, **FRAMES["YouTube-VIS"]}, "float16", False),
+        Workload({"B": -(-LARGE_MAP_BYTES // (2 * clip)), **movi_c}, "float16", True),
+        Workload({"B": -(-LARGE_MAP_BYTES // (4 * clip)), **movi_c}, "float32", True),
+    ]
+
+
+def contenders_of(options: Options) -> list[tuple[Contender, str]]:
+    """Return who takes part, in each dtype."""
+    compiled = [False] if options.quick else [False, True]
+    dtypes = dict.fromkeys(one.dtype for one in workloads(options))
+    return [(ssync_contender(b, compiled=c), dtype) for dtype in dtypes for b in options.backends for c in compiled]
+
+
+def plan(options: Options) -> list[Task]:
+    """Plan a task for every workload."""
+    chosen = [one.name for one in dict.fromkeys(one for one, _ in contenders_of(options))]
+    return [_task(workload, chosen, options) for workload in workloads(options)]
+
+
+def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
+    pairs = list(names(workload, contenders, options.device))
+    timed = [_key(workload, case, contender, "time") for case, contender in pairs]
+    timed += [_key(workload, case, "torch", "time") for case in (COPY, EXP)]
+    # a compiled step has no operators to count on a CPU, and a replayed one no launches
+    counted = [
+        _key(workload, case, contender, "counts")
+        for case, contender in pairs
+        if REPLAY not in contender and not (options.device == "cpu" and "compiled" in contender)
+    ]
+    held = [_key(workload, case, contender, "memory") for case, contender in pairs if case == STEP]
+    held = [key for key in held if REPLAY not in key.contender]
+
+    def run(session: Session) -> None:
+        stopped = {one: session.stopped_at_gate(CONTENDERS[one]) for one in contenders}
+        for key in session.missing([*timed, *counted, *held]):
+            outcome = stopped.get(key.contender.removesuffix(REPLAY))
+            if outcome is not None:
+                session.add(session.row(key, outcome))
+        able = [one for one, outcome in stopped.items() if outcome is None]
+        arguments: dict[str, Any] = {**workload._asdict(), "device": session.options.device}
+        # one thread, whatever the others take: what is said in exponentials is said of one
+        for key in session.missing(held):
+            outcome = session.call(
+                f"{MODULE}:measure_memory", plain=True, threads=1, contender=key.contender, **arguments
+            )
+            session.add(session.row(key, outcome))
+        countable = [one for one in able if any(key.contender == one for key in counted)]
+        jobs: list[tuple[list[RowId], str, dict[str, Any]]] = [
+            (counted, "count_all", {"contenders": countable}),
+            (timed, "time_all", {"contenders": able, "budget": 4 * session.options.budget}),
+        ]
+        for keys, function, more in jobs:
+            missing = session.missing(keys)
+            if missing:
+                outcome = session.call(f"{MODULE}:{function}", threads=1, **arguments, **more)
+                for key in missing:
+                    value = None
+                    if outcome.status == "measured":
+                        value = outcome.value[_label(key.case, key.contender)]
+                    session.add(session.row(key, outcome._replace(value=value)))
+
+    return Task([*held, *counted, *timed], run)
+
+
+def _key(workload: Workload, case: str, contender: str, measure: str) -> RowId:
+    return RowId.of(SUITE, case, contender, measure, workload.shape, workload.dtype)
+
+
+def _label(case: str, contender: str) -> str:
+    return f"{case} / {contender}"
+
+
+def names(workload: Workload, contenders: Iterable[str], device: str) -> Iterable[tuple[str, str]]:
+    """Name the operations of a workload, in the order in which they are made."""
+    for name in contenders:
+        single = not CONTENDERS[name].compiled and not workload.steps_only
+        if single:
+            yield from ((case, name) for case in ("labels", "pseudo-labels"))
+            if CONTENDERS[name].backend == "torch":
+                yield from ((case, name) for case in ("overlap", "merge", "regions"))
+            yield from ((f"distillation, {criterion}", name) for criterion in CRITERIA)
+        for criterion in CRITERIA:
+            # a compilation for each would say little more
+            if criterion == "mse" or not CONTENDERS[name].compiled:
+                yield f"step, {criterion}", name
+                if device == "cuda":
+                    yield f"step, {criterion}", name + REPLAY
+
+
+class Given(NamedTuple):
+    """What all operations of a workload share: maps, and what one operation hands to the next."""
+
+    enc: Tensor
+    dec: Tensor
+    labels: PseudoLabels
+    overlap: Tensor
+    area: Tensor
+
+    @classmethod
+    def of(cls, workload: Workload, device: str) -> "Given":
+        """Make the maps of a workload, and the rest of them."""
+        enc, dec = moving_blobs(workload.shape, dtype=getattr(torch, workload.dtype), device=device)
+        labels = pseudo_labels(enc, dec, merge_threshold=MERGE_THRESHOLD)
+        area = torch.nn.functional.one_hot(labels.enc_labels.flatten(1), workload.shape["S"]).sum(1)
+        return cls(enc, dec, labels, slot_overlap(enc), area)
+
+
+def operations(workload: Workload, contenders: list[str], device: str) -> list[Operation]:
+    """Make the operations of a workload on common inputs."""
+    given = Given.of(workload, device)
+    return [
+        _step(case, contender, given) if case.startswith("step") else _single(case, contender, given)
+        for case, contender in names(workload, contenders, device)
+    ]
+
+
+def _single(case: str, contender: str, given: Given) -> Operation:
+    enc, dec, labels, overlap, area = given
+    backend: Any = CONTENDERS[contender].backend
+    kind, _, criterion = case.partition(", ")
+    map_bytes, patches = enc.numel() * enc.element_size(), labels.boundary.numel()
+    # two planes of labels in int64 and two regions in bytes
+    label_bytes = 2 * 8 * patches + 2 * patches
+    if kind in ("labels", "pseudo-labels"):
+        # without merging, these are hard labels and regions alone
+        threshold = None if kind == "labels" else MERGE_THRESHOLD
+        work = _call(lambda: pseudo_labels(enc, dec, merge_threshold=threshold, backend=backend))
+        return Operation(case, contender, work, FORWARD, 2 * map_bytes + label_bytes)
+    if kind == "overlap":
+        work = _call(lambda: slot_overlap(enc))
+        return Operation(case, contender, work, FORWARD, map_bytes + 4 * overlap.numel())
+    if kind == "merge":
+        work = _call(lambda: merge_slots(overlap, area, threshold=MERGE_THRESHOLD))
+        return Operation(case, contender, work, FORWARD, 4 * overlap.numel() + 2 * 8 * area.numel())
+    if kind == "regions":
+        work = _call(lambda: (boundary_region(labels.enc_labels), interior_region(labels.dec_labels)))
+        return Operation(case, contender, work, FORWARD, label_bytes)
+    chosen: Any = criterion
+
+    def distill() -> Tensor:
+        return selective_distillation_loss(dec, labels.enc_labels, labels.boundary, criterion=chosen, backend=backend)
+
+    return Operation(case, contender, step_of(distill, [dec]), PARTS, 2 * map_bytes + 9 * patches)
+
+
+def _step(case: str, contender: str, given: Given) -> Operation:
+    leaves = [given.enc, given.dec]
+    name = contender.removesuffix(REPLAY)
+    loss = ssync_criterion(CONTENDERS[name], criterion=case.removeprefix("step, "))
+
+    def forward() -> Tensor:
+        return loss(*leaves)
+
+    if CONTENDERS[name].compiled:
+        run_once(forward, leaves)
+    num_bytes = STEP_PASSES * given.enc.numel() * given.enc.element_size()
+    if contender == name:
+        return Operation(case, contender, step_of(forward, leaves), PARTS, num_bytes)
+    return Operation(case, contender, _replayed(forward, leaves), ("replay",), num_bytes)
+
+
+def _call(function: Callable[[], object]) -> Work:
+    def work(mark: Callable[[], Any]) -> list[Any]:
+        before = mark()
+        function()
+        return [before, mark()]
+
+    return work
+
+
+def _replayed(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Work:
+    """Capture a step as a CUDA graph; return its replay."""
+    one = torch.ones((), device=leaves[0].device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(forward(), leaves, grad_outputs=one)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # the gradients lie in the graph's own memory
+        torch.autograd.grad(forward(), leaves, grad_outputs=one)
+
+    def work(mark: Callable[[], Any]) -> list[Any]:
+        before = mark()
+        graph.replay()
+        return [before, mark()]
+
+    return work
+
+
+def _yardsticks(workload: Workload, device: str) -> dict[str, Work]:
+    """Return a copy that no cache helps, and the exponentials of both maps."""
+
+    def copy() -> None:
+        target.copy_(source)
+
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    maps = [one.detach() for one in moving_blobs(workload.shape, dtype=getattr(torch, workload.dtype), device=device)]
+    memory = torch.empty_like(maps[0])
+
+    def exponentials() -> None:
+        for one in maps:
+            torch.exp(one, out=memory)
+
+    return {COPY: _call(copy), EXP: _call(exponentials)}
+
+
+def time_all(
+    shape: dict[str, int], dtype: str, steps_only: bool, contenders: list[str], device: str, budget: float
+) -> dict[str, Any]:
+    """Time all operations of a workload in turn with a large copy and the exponentials of both maps."""
+    workload = Workload(shape, dtype, steps_only)
+    made = operations(workload, contenders, device)
+    yardsticks = _yardsticks(workload, device)
+    works = yardsticks | {_label(one.case, one.contender): one.work for one in made}
+    samples = interleave(works, clock_of(device), budget=budget)
+    copy, exp = samples[COPY], samples[EXP]
+    values: dict[str, Any] = {
+        _label(COPY, "torch"): {
+            **copy.values(("step",)),
+            "bytes": 2 * COPY_BYTES,
+            "bandwidth": 2 * COPY_BYTES / copy.whole().median,
+        },
+        _label(EXP, "torch"): exp.values(("step",)),
+    }
+    for one in made:
+        label = _label(one.case, one.contender)
+        values[label] = {
+            **samples[label].values(one.parts),
+            "bytes": one.num_bytes,
+            # moving the bytes at the speed of the copy is 1
+            "over_floor": samples[label].over(copy).scaled(2 * COPY_BYTES / one.num_bytes),
+            "over_exp": samples[label].over(exp),
+        }
+    return {label: values_to_json(one) for label, one in values.items()}
+
+
+def count_all(
+    shape: dict[str, int], dtype: str, steps_only: bool, contenders: list[str], device: str
+) -> dict[str, Any]:
+    """Count the launches and host reads of all operations of a workload."""
+    made = operations(Workload(shape, dtype, steps_only), contenders, device)
+    return {
+        _label(one.case, one.contender): values_to_json(count(partial(one.work, _no_mark), device))
+        for one in made
+        if REPLAY not in one.contender
+    }
+
+
+def _no_mark() -> None:
+    """Stand in for a clock."""
+
+
+def measure_memory(
+    shape: dict[str, int],
+    dtype: str,
+    steps_only: bool,  # noqa: ARG001 (a workload is passed whole)
+    contender: str,
+    device: str,
+) -> dict[str, Any]:
+    """Measure the peak of one step, and how many maps that is beyond both gradients."""
+    enc, dec = moving_blobs(shape, dtype=getattr(torch, dtype), device=device)
+    loss = ssync_criterion(CONTENDERS[contender])
+    if CONTENDERS[contender].compiled:
+        run_once(lambda: loss(enc, dec), [enc, dec])
+    values = peak_memory(lambda: run_once(lambda: loss(enc, dec), [enc, dec]), device)
+    values.pop("resident", None)
+    allocated = values["allocated"]
+    if not isinstance(allocated, int):
+        raise TypeError("allocations are counted")
+    one_map = enc.numel() * enc.element_size()
+    return values_to_json({"allocated": allocated, "maps_beyond_gradients": round(allocated / one_map - 2, 4)})

@@ -1,0 +1,90 @@
+"""What does not look good in a file of results, found by the same rules in every file."""
+
+from benchmarks.bars import MAX_TIME_SLOPE, MISSED, NOT_MEASURED, SWEEPS, bars, here, slope_of
+from benchmarks.contenders import CONTENDERS
+from benchmarks.results import Results, Row, Spread
+from benchmarks.suites.linear_vs_quadratic import SUITE, num_patches
+
+# interquartile range over median
+NOISY = 0.25
+SHOWN = 5
+
+
+def weak_spots(results: Results) -> list[str]:
+    """Return a line for everything that is missed, slower than it could be, wrong, failed or noisy."""
+    return [
+        *_bars(results),
+        *_beaten(results),
+        *_default_allocator(results),
+        *_without_number(results),
+        *_noise(results),
+    ]
+
+
+def _bars(results: Results) -> list[str]:
+    found = [f"Missed: {bar.claim}, {bar.measured} ({bar.limit})." for bar in bars(results) if bar.verdict == MISSED]
+    unknown = [bar.claim for bar in bars(results) if bar.verdict == NOT_MEASURED]
+    if unknown:
+        found.append(f"Not measured, or not at enough sizes: {'; '.join(unknown)}.")
+    return found
+
+
+def _beaten(results: Results) -> list[str]:
+    """Name whatever is faster than SSync without compilation, with the sizes where it is."""
+    faster: dict[str, list[str]] = {}
+    for row in results.select(suite=SUITE, measure="time"):
+        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender != here(results)[0].name:
+            where = f"{num_patches(row.id.sizes):,} ({row.id.case.replace('*', '·')}, {row.number('ratio'):.2f}x)"
+            faster.setdefault(row.id.contender, []).append(where)
+    found = [
+        f"{name} takes less time than {here(results)[0].name} at {', '.join(at)} patches."
+        for name, at in faster.items()
+    ]
+    slower = []
+    for row in results.select(suite=SUITE, measure="time"):
+        compiled = CONTENDERS[row.id.contender].compiled
+        if row.status == "measured" and compiled and row.number("ratio") > 1:
+            slower.append(f"{num_patches(row.id.sizes):,} ({row.number('ratio'):.2f}x)")
+    if slower:
+        found.append(f"Compiled, SSync takes longer than {here(results)[0].name} at {', '.join(slower)} patches.")
+    return found
+
+
+def _default_allocator(results: Results) -> list[str]:
+    found = []
+    for sweep in SWEEPS:
+        for contender in here(results):
+            slope = slope_of(results, sweep, contender, "time, default allocator")
+            if slope is not None and slope.exponent > MAX_TIME_SLOPE:
+                found.append(
+                    f"With malloc as it comes, the slope of {contender.name} in {sweep.replace('*', '·')} is "
+                    f"{slope.exponent:.2f}: page faults."
+                )
+    return found
+
+
+def _without_number(results: Results) -> list[str]:
+    rows = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
+    notes = dict.fromkeys((row.id.contender, row.status, row.note) for row in rows)
+    return [f"{name} is {status}: {note}." for name, status, note in notes]
+
+
+def _noise(results: Results) -> list[str]:
+    timed = [(_noise_of(row), row) for row in results.rows.values() if "step" in row.values]
+    noisy = sorted((one for one in timed if one[0] > NOISY), key=lambda one: -one[0])
+    if not noisy:
+        return []
+    worst = "; ".join(f"{_short(row)} ({noise:.0%})" for noise, row in noisy[:SHOWN])
+    return [
+        f"{len(noisy)} of {len(timed)} timed rows have an interquartile range above {NOISY:.0%} of their median; "
+        f"the widest: {worst}."
+    ]
+
+
+def _noise_of(row: Row) -> float:
+    value = row.values["step"]
+    return value.noise if isinstance(value, Spread) else 0.0
+
+
+def _short(row: Row) -> str:
+    return f"{row.id.case}, {row.id.contender}, {num_patches(row.id.sizes):,} patches"

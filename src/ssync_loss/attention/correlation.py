@@ -1,0 +1,85 @@
+"""Features that know where their patch came from: a projected correlation with the frame before."""
+
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_floating, check_int, check_not_empty, check_shape
+
+
+class CorrelationFusion(nn.Module):
+    """Add to the features of a frame a linear map of their correlation with the frame before.
+
+    With K_t the features (C, N) of frame t and K'_t those of the frame before, resized to ``n_ref`` cells:
+    ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The frame before the first is the last; an image is its
+    own. It is computed as ``(W K'_t^T) K_t``, which is the same, in C^2 (n_ref + N) instead of 2 C n_ref N operations
+    and without a correlation of n_ref x N. Gradients reach W, b and the features of both frames.
+
+    For slot attention; correspondences of :func:`ssync_loss.functional.semantic_consistency_loss` are found in the
+    features before the fusion. Computed in float32 or wider, autocast or not.
+
+    Shape:
+        (B, T, C, H, W) to the same, in the same type.
+
+    Args:
+        dim: C.
+        n_ref: the grid (h, w) to which the frame before is resized, bilinearly; a number stands for a square grid of
+            so many cells. The grid of training costs nothing there, and keeps W applicable elsewhere.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), fusion of features and correlation.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes, or a number of cells that is no square.
+
+    >>> fusion = CorrelationFusion(1, (1, 1))
+    >>> _ = nn.init.constant_(fusion.project.weight, 2.0), nn.init.zeros_(fusion.project.bias)
+    >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # both correlate with the other by 3
+    >>> fusion(keys).flatten().tolist()
+    [7.0, 9.0]
+    """
+
+    def __init__(self, dim: int, n_ref: int | tuple[int, int]) -> None:
+        super().__init__()
+        check_int("dim", dim, 1)
+        self.dim = dim
+        self.grid = _grid(n_ref)
+        self.project = nn.Linear(self.grid[0] * self.grid[1], dim)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """Return the fused features."""
+        size = check_shape("keys", keys, "B T C H W", C=self.dim)
+        check_not_empty("keys", size, "T H W")
+        check_floating("keys", keys)
+        dtype = torch.promote_types(torch.promote_types(keys.dtype, self.project.weight.dtype), torch.float32)
+        with no_autocast(keys):
+            weight, bias, now = (one.to(dtype) for one in (self.project.weight, self.project.bias, keys))
+            before = now.roll(1, 1)
+            if keys.shape[3:] != self.grid:
+                frames = F.interpolate(before.flatten(0, 1), self.grid, mode="bilinear", align_corners=False)
+                before = frames.unflatten(0, keys.shape[:2])
+            now = now.flatten(3)
+            fused = now + (weight @ before.flatten(3).mT) @ now + bias.unsqueeze(1)
+            return fused.view(keys.shape).to(keys.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"dim={self.dim}, n_ref={self.grid}"
+
+
+def _grid(n_ref: object) -> tuple[int, int]:
+    if isinstance(n_ref, tuple):
+        if len(n_ref) != 2:
+            raise ValueError(f"`n_ref` must be (height, width) or a number of cells; got {n_ref}.")
+        for one in n_ref:
+            check_int("n_ref", one, 1)
+        return n_ref
+    check_int("n_ref", n_ref, 1)
+    assert isinstance(n_ref, int)
+    side = isqrt(n_ref)
+    if side * side != n_ref:
+        raise ValueError(f"`n_ref` must be (height, width) or the number of cells of a square; got {n_ref}.")
+    return side, side

@@ -1,0 +1,208 @@
+"""Slot attention twice with one set of weights: first semantics, then the instances inside each."""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+
+Gate: TypeAlias = Literal["soft", "prob", "logit"]
+
+GATES = ("soft", "prob", "logit")
+
+# what every slot attends to every patch with, at least
+EPSILON = 1e-8
+# attention that sums to less is no attention; its inverse has room for a gradient in float32
+LEAST_ATTENTION = 1e-30
+
+
+class SemanticSlots(NamedTuple):
+    """What two stages of slot attention found in each frame, on its own.
+
+    Attributes:
+        slots: (B, T, S, D), the semantics.
+        logits: (B, T, S, H, W), their masks before the softmax over S.
+        instances: (B, T, S, P, D), what was found inside each semantic.
+        instance_logits: (B, T, S, P, H, W), their masks before the softmax over P.
+    """
+
+    slots: Tensor
+    logits: Tensor
+    instances: Tensor
+    instance_logits: Tensor
+
+    def masks(self) -> Tensor:
+        """Return how far every patch belongs to every instance, (B, T, S, P, H, W), 1 in sum over S and P."""
+        return self.logits.softmax(2).unsqueeze(3) * self.instance_logits.softmax(3)
+
+    def scores(self) -> Tensor:
+        """Return the cosines of instances with their semantics, (B, T, S, P); published results keep 1/2 and more."""
+        units, kind = (F.normalize(one, dim=-1) for one in (self.instances, self.slots))
+        return (units * kind.unsqueeze(3)).sum(4)
+
+
+class SemanticAwareSlotAttention(nn.Module):
+    """Decompose frames into semantics that compete for patches, and each semantic into instances.
+
+    A step from slots s to features F, without positions or a recurrent unit: ``q = W_q LN(s)``,
+    ``Z = q (W_k LN(F))^T / sqrt(D)``, ``A = (softmax of Z over the competing slots + 1e-8) G``,
+    ``s = s + (A / sum of A over patches) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` of them with
+    the same weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic
+    and frame, which compete within their semantic, G being its mask in stage 1. Only the last step gets a gradient,
+    which is passed on to where the slots started.
+
+    The same semantic has the same index in all frames and clips. Frames do not see each other; see
+    :class:`CorrelationFusion` for what they know of each other. Time is linear in the patches, as S (1 + P) slots.
+    Computed in float32 or wider, apart from layers that are held in a half; autocast changes nothing.
+
+    Shape:
+        features (B, T, D, H, W), noise (B, T, S, P, D). Returns :class:`SemanticSlots`.
+
+    Args:
+        dim: D.
+        num_slots: S.
+        num_instances: P.
+        iters: steps of each stage. Published: 3 in training, 5 (in ``forward``) in evaluation.
+        hidden: width of the MLP; None for max(D, 128).
+        gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
+            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code, for
+            loading weights trained with it. With the last two the gate has no gradient, and a semantic that no patch
+            passes leaves its instances to the MLP alone.
+        gate_thr: see ``gate``.
+        reparam: whether the draws pass gradients to mu and sigma. The authors' code does not, so that there sigma is
+            never learned.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic-aware masked slot attention.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> attention = SemanticAwareSlotAttention(8, num_slots=3, num_instances=2)
+    >>> found = attention(torch.randn(1, 2, 8, 4, 4))
+    >>> tuple(found.instances.shape)
+    (1, 2, 3, 2, 8)
+    >>> masks = found.masks().sum((2, 3))
+    >>> round(masks.min().item(), 4), round(masks.max().item(), 4)
+    (1.0, 1.0)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_slots: int = 16,
+        num_instances: int = 4,
+        iters: int = 3,
+        hidden: int | None = None,
+        gate: Gate = "soft",
+        gate_thr: float = 0.3,
+        reparam: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = max(dim, 128) if hidden is None else hidden
+        for name, value in (("dim", dim), ("num_slots", num_slots), ("num_instances", num_instances)):
+            check_int(name, value, 1)
+        check_int("iters", iters, 1)
+        check_int("hidden", hidden, 1)
+        check_choice("gate", gate, GATES)
+        check_number("gate_thr", gate_thr, float("-inf") if gate == "logit" else 0.0)
+        self.dim, self.num_slots, self.num_instances, self.iters = dim, num_slots, num_instances, iters
+        self.gate: Gate = gate
+        self.gate_thr, self.reparam = gate_thr, reparam
+        self.mu = nn.Parameter(torch.randn(num_slots, dim))
+        # Xavier's bound for a tensor (1, S, D): sigma is about 1
+        bound = (6 / (dim * (num_slots + 1))) ** 0.5
+        self.log_sigma = nn.Parameter(torch.empty(num_slots, dim).uniform_(-bound, bound))
+        self.norm_features, self.norm_slots, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, features: Tensor, noise: Tensor | None = None, *, iters: int | None = None) -> SemanticSlots:
+        """Return what was found.
+
+        Args:
+            features: frames.
+            noise: xi; None draws it afresh, from a normal distribution.
+            iters: steps of each stage, if not those of the constructor.
+        """
+        iters = self.iters if iters is None else iters
+        check_int("iters", iters, 1)
+        size = check_shape("features", features, "B T D H W", D=self.dim)
+        check_not_empty("features", size, "T H W")
+        check_floating("features", features)
+        check_same_device("features", features, mu=self.mu)
+        wanted = {"B": size["B"], "T": size["T"], "S": self.num_slots, "P": self.num_instances, "D": self.dim}
+        mu, log_sigma = at_least_float32(self.mu), at_least_float32(self.log_sigma)
+        if noise is None:
+            noise = torch.randn(*wanted.values(), dtype=mu.dtype, device=mu.device)
+        check_shape("noise", noise, "B T S P D", **wanted)
+        check_floating("noise", noise)
+        check_same_device("noise", noise, features=features)
+        # autocast would keep the weights it cast for the steps without gradient, and there would be none
+        with no_autocast(features):
+            frames = self.norm_features(rearrange(features, "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
+            keys, values = at_least_float32(self.to_k(frames)), at_least_float32(self.to_v(frames))
+            # one group of S slots, then S groups of P
+            start = mu.expand(len(frames), 1, -1, -1)
+            slots, logits = self._iterate(start, keys, values, None, iters)
+            draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise.flatten(0, 1).to(mu.dtype)
+            draws = draws if self.reparam else draws.detach()
+            instances, instance_logits = self._iterate(draws, keys, values, self._gate(logits), iters)
+        clips, grid = (size["B"], size["T"]), (size["H"], size["W"])
+        return SemanticSlots(
+            slots.squeeze(1).unflatten(0, clips),
+            logits.squeeze(1).unflatten(0, clips).unflatten(-1, grid),
+            instances.unflatten(0, clips),
+            instance_logits.unflatten(0, clips).unflatten(-1, grid),
+        )
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        """Turn logits (M, 1, S, N) into what each semantic lets through, (M, S, 1, N)."""
+        logits = logits.transpose(1, 2)
+        if self.gate == "logit":
+            return (logits > self.gate_thr).to(logits.dtype)
+        probs = logits.softmax(1)
+        return probs if self.gate == "soft" else (probs > self.gate_thr).to(logits.dtype)
+
+    def _iterate(
+        self, start: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None, iters: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return slots (M, G, P, D) after some steps, and the logits (M, G, P, N) of the last."""
+        slots = start
+        with torch.no_grad():
+            for _ in range(iters - 1):
+                slots, _ = self._step(slots, keys, values, gate)
+        # their value, with the gradient of where they started
+        return self._step(slots.detach() + (start - start.detach()), keys, values, gate)
+
+    def _step(self, slots: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype = self.mu.dtype
+        queries = at_least_float32(self.to_q(self.norm_slots(slots.to(dtype)))) * self.dim**-0.5
+        logits = (queries.flatten(1, 2) @ keys.mT).unflatten(1, slots.shape[1:3])
+        attention = logits.softmax(2) + EPSILON
+        if gate is not None:
+            attention = attention * gate
+        total = attention.sum(3, keepdim=True)
+        # a hard gate may let nothing through, as in the authors' code; a soft one only where it underflows
+        hard = gate is not None and self.gate != "soft"
+        attention = attention / (total + EPSILON if hard else total.clamp_min(LEAST_ATTENTION))
+        slots = slots + (attention.flatten(1, 2) @ values).unflatten(1, slots.shape[1:3])
+        return slots + self.mlp(self.norm_mlp(slots.to(dtype))), logits
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        names = ("dim", "num_slots", "num_instances", "iters", "gate", "gate_thr", "reparam")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

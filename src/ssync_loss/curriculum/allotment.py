@@ -1,0 +1,50 @@
+"""How many clones each slot gets."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import check_floating, check_int, check_not_empty, check_shape
+
+
+@torch.no_grad()
+def allot_children(errors: Tensor, n_new: int) -> Tensor:
+    """Allot new slots to the present ones in proportion to their errors, by largest remainders.
+
+    ``a = errors * n_new / errors.sum()``; every slot gets ``floor(a)``, and what is left goes one each to the largest
+    ``a - floor(a)``, to the lower index among equals. A slot without error gets nothing. Computed in float64.
+
+    Errors that are all 0, or among them one that is negative, NaN or infinite, say nothing: then the slots take
+    turns, from the first on. (The public code adds no clones then, and breaks ties in no order.)
+
+    Shape:
+        errors: (K,). Returns (K,), int64.
+
+    Args:
+        errors: of the present slots, see :func:`slot_error`.
+        n_new: new slots, at least 0.
+
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the allotment of new slots.
+
+    Raises:
+        TypeError: on a wrong type.
+        ValueError: on a wrong shape or number.
+
+    >>> allot_children(torch.tensor([5.0, 3.0, 0.0, 2.0]), 4).tolist()  # shares 2, 1.2, 0, 0.8
+    [2, 1, 0, 1]
+    """
+    size = check_shape("errors", errors, "K")
+    check_not_empty("errors", size, "K")
+    check_floating("errors", errors)
+    check_int("n_new", n_new, 0)
+    index = torch.arange(size["K"], device=errors.device)
+    errors = errors.double()
+    total = errors.sum()
+    share = errors * n_new / total
+    whole = share.floor()
+    order = (share - whole).argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, index)
+    counts = whole + (rank < n_new - whole.sum())
+    in_turn = n_new // size["K"] + (index < n_new % size["K"])
+    known = total.isfinite() & (total > 0) & (errors >= 0).all()
+    # a NaN is no integer: it must be gone before it becomes one
+    return torch.where(known, counts, in_turn.double()).to(torch.int64)

@@ -1,0 +1,175 @@
+"""Where the clones of a slot are placed."""
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+
+Neighbors: TypeAlias = Literal["active", "all"]
+
+NEIGHBORS = ("active", "all")
+
+# added to the mean length of slots
+EPSILON = 1e-8
+
+
+@torch.no_grad()
+def spawn_children(
+    slots_active: Tensor,
+    counts: Tensor,
+    *,
+    beta: float = 0.2,
+    generator: torch.Generator | None = None,
+    neighbors: Neighbors = "active",
+    min_radius: float = 1e-3,
+    unborn: Tensor | None = None,
+) -> Tensor:
+    """Clone slots, and set every clone a little apart from its parent.
+
+    ``child = s_i + r_i * v`` with v uniform on the unit sphere, one per child, and
+    ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``, where j is the slot most similar to i (cosine) and
+    m the mean length of the slots, plus 1e-8. A slot without another one uses ``|s_i|`` in place of the distance.
+
+    ``neighbors="active"`` looks at the present slots, as the paper says. The public code looks at all placeholders,
+    those yet ``unborn`` included, which are nearest most of the time: ``"all"``. There a parent's children replace
+    unborn ones before the next parent is looked at, so its radius depends on them. It has no least radius:
+    ``min_radius=0``. A parent that has a twin, or no length, then has a clone equal to itself, and equal slots
+    never part.
+
+    An event of training rather than a part of its steps: it waits for the device to read the counts.
+
+    Shape:
+        slots_active: (K, D). counts: (K,). unborn: (U, D). Returns (n_new, D) in the slots' dtype, computed in
+        float32 or float64, with n_new the sum of the counts: the children of slot 0, then those of slot 1, ...
+
+    Args:
+        slots_active: the present slots.
+        counts: children of each, integers of at least 0, see :func:`allot_children`.
+        beta: jitter, at least 0.
+        generator: of the directions; None for torch's own.
+        neighbors: ``"active"`` or ``"all"``.
+        min_radius: least radius, in units of the mean length, at least 0.
+        unborn: placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
+
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the initialization of new slots.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes, counts or settings, or fewer unborn slots than children.
+
+    >>> slots = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> child = spawn_children(slots, torch.tensor([0, 1]))  # 5 apart: 0.2 * 5 * 4 / 3.5 = 1.1429
+    >>> round((child - slots[1]).norm().item(), 4)
+    1.1429
+    """
+    check_children(slots_active, counts, beta, neighbors, min_radius, unborn)
+    num_new, width = int(counts.sum()), slots_active.shape[1]
+    like = at_least_float32(slots_active)
+    # a generator draws on its own device
+    device = like.device if generator is None else generator.device
+    directions = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    directions = F.normalize(directions, dim=1)
+    return place_children(
+        slots_active,
+        counts,
+        directions,
+        beta=beta,
+        neighbors=neighbors,
+        min_radius=min_radius,
+        unborn=unborn,
+    )
+
+
+@torch.no_grad()
+def place_children(
+    slots_active: Tensor,
+    counts: Tensor,
+    directions: Tensor,
+    *,
+    beta: float,
+    neighbors: Neighbors,
+    min_radius: float,
+    unborn: Tensor | None,
+) -> Tensor:
+    """Place one child along each direction (n_new, D), as :func:`spawn_children` does along its own.
+
+    >>> slots, counts = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1, 0])
+    >>> up = torch.tensor([[0.0, 1.0]])
+    >>> place_children(slots, counts, up, beta=0.7, neighbors="active", min_radius=0.0, unborn=None).tolist()
+    [[3.0, 3.0]]
+    """
+    num_parents = len(slots_active)
+    rows = at_least_float32(slots_active)
+    if neighbors == "all" and unborn is not None:
+        rows = torch.cat([rows, at_least_float32(unborn)])
+    with no_autocast(rows):
+        nearest = _most_similar(rows)
+        parents = torch.arange(num_parents, device=rows.device).repeat_interleave(counts.long())
+        if neighbors == "active":
+            radius = _radii(rows, nearest, beta, min_radius)[parents]
+            return (rows[parents] + radius.unsqueeze(1) * directions).to(slots_active.dtype)
+        # one parent after the other: its children are among the placeholders that the next one sees
+        first = 0
+        for parent, count in enumerate(counts.tolist()):
+            radius = _radii(rows, nearest, beta, min_radius)[parent]
+            some = slice(first, first + count)
+            rows[num_parents:][some] = rows[parent] + radius * directions[some]
+            first += count
+        return rows[num_parents:][:first].to(slots_active.dtype)
+
+
+def _most_similar(rows: Tensor) -> Tensor:
+    """Return the index of the row most similar to each, which is its own where there is no other."""
+    units = F.normalize(rows, dim=1)
+    return (units @ units.mT).fill_diagonal_(float("-inf")).argmax(1)
+
+
+def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Tensor:
+    """Return how far from each row its children lie."""
+    length = torch.linalg.vector_norm(rows, dim=1)
+    distance = torch.linalg.vector_norm(rows - rows[nearest], dim=1) if len(rows) > 1 else length
+    mean = length.mean() + EPSILON
+    return torch.maximum(beta * distance * length / mean, min_radius * mean)
+
+
+def check_placement(beta: object, neighbors: object, min_radius: object) -> None:
+    """Check the settings of :func:`spawn_children`."""
+    check_number("beta", beta, 0.0)
+    check_choice("neighbors", neighbors, NEIGHBORS)
+    check_number("min_radius", min_radius, 0.0)
+
+
+def check_children(
+    slots_active: Tensor, counts: Tensor, beta: object, neighbors: object, min_radius: object, unborn: Tensor | None
+) -> None:
+    """Check all that :func:`spawn_children` is given."""
+    check_placement(beta, neighbors, min_radius)
+    size = check_shape("slots_active", slots_active, "K D")
+    check_not_empty("slots_active", size, "K D")
+    check_floating("slots_active", slots_active)
+    check_shape("counts", counts, "K", K=size["K"])
+    check_integer("counts", counts)
+    check_same_device("counts", counts, slots_active=slots_active)
+    if counts.min() < 0:
+        raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
+    if unborn is None:
+        if neighbors == "all":
+            raise ValueError("`unborn` must be given with neighbors='all'; got None.")
+        return
+    check_shape("unborn", unborn, "U D", D=size["D"])
+    check_floating("unborn", unborn)
+    check_same_device("unborn", unborn, slots_active=slots_active)
+    if counts.sum() > len(unborn):
+        raise ValueError(f"`unborn` must have a row per child, {int(counts.sum())}; got {len(unborn)}.")

@@ -1,0 +1,278 @@
+"""The curriculum as a module: it watches errors before a milestone, and adds slots at it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssync_loss._checks import check_floating, check_int, check_shape, check_tensor
+from ssync_loss.curriculum._ranks import from_first_rank, weighted_mean
+from ssync_loss.curriculum.allotment import allot_children
+from ssync_loss.curriculum.children import Neighbors, check_placement, spawn_children
+from ssync_loss.curriculum.error import slot_error
+from ssync_loss.curriculum.moments import hold_rows, inherit_moments, rows_of
+
+
+class SlotCurriculum(nn.Module):
+    """Train with few slots first, and clone at milestones those that reconstruct worst.
+
+    The model needs learned placeholders, a parameter with a row per slot, and modules that take any number of slots.
+    In a training loop::
+
+        curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
+        for step in range(max_steps):
+            slots = curriculum.take(model.slots)                  # the rows in use, in evaluation too
+            ...
+            curriculum.observe(recon, target, masks, step)        # masks of the decoder, after the softmax
+            loss.backward(); optimizer.step()
+            curriculum.maybe_expand(model.slots, step, optimizer)
+
+    Errors are those of the ``window`` steps before a milestone (published: one). The rows are written after the
+    milestone's own step, which is the last with the old budget; the public code writes them during that step. A
+    milestone that a resumed training has gone past is made up for. With an initialized process group the errors are
+    averaged over all ranks and all get the newborn rows of the first, in one collective each per milestone; all ranks
+    must call both methods at the same steps.
+
+    The stage, the errors and their number are buffers, and so in the checkpoint.
+
+    Args:
+        budgets: slots of each stage, which grow, see :func:`slot_schedule`.
+        milestones: the steps after which slots are added, one fewer, which grow too, see :func:`milestones`.
+        beta: jitter of the clones, see :func:`spawn_children`.
+        neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
+        min_radius: least radius of a clone, in units of the mean length; 0 as published.
+        window: steps whose errors are averaged.
+
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
+
+    Raises:
+        TypeError, ValueError: on wrong settings.
+
+    >>> curriculum = SlotCurriculum([2, 3], [1])
+    >>> slots = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]))
+    >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 1, 2)
+    >>> masks = torch.eye(2).view(1, 1, 2, 1, 2)  # all error is slot 1's
+    >>> for step in range(2):
+    ...     curriculum.observe(recon, target, masks, step)
+    ...     curriculum.maybe_expand(slots, step)
+    False
+    True
+    >>> curriculum.take(slots).shape, round((slots[2] - slots[1]).norm().item(), 4)  # 0.2 * 5 * 4 / 3.5
+    (torch.Size([3, 2]), 1.1429)
+    """
+
+    stage: Tensor
+    num_observed: Tensor
+    errors: Tensor
+
+    def __init__(
+        self,
+        budgets: Sequence[int],
+        milestones: Sequence[int],
+        *,
+        beta: float = 0.2,
+        neighbors: Neighbors = "active",
+        min_radius: float = 1e-3,
+        window: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_growing("budgets", budgets, 1)
+        if not budgets:
+            raise ValueError(f"`budgets` must have at least one entry; got {list(budgets)}.")
+        _check_growing("milestones", milestones, 0)
+        if len(milestones) != len(budgets) - 1:
+            raise ValueError(
+                f"`milestones` must have {len(budgets) - 1} entries, one fewer than budgets={list(budgets)}; "
+                f"got {list(milestones)}."
+            )
+        check_placement(beta, neighbors, min_radius)
+        check_int("window", window, 1)
+        self.budgets = tuple(budgets)
+        self.milestones = tuple(milestones)
+        self.beta = beta
+        self.neighbors: Neighbors = neighbors
+        self.min_radius = min_radius
+        self.window = window
+        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("errors", torch.zeros(self.budgets[-1]))
+        # the same as numbers, so that no step waits for a device
+        self._stage = self._num_observed = 0
+        nn.Module.register_load_state_dict_post_hook(self, _read_buffers)
+
+    def n_active(self, step: int | None = None) -> int:
+        """Return the number of slots in use: now, or by the schedule in a step counted from 0."""
+        if step is None:
+            return self.budgets[self._stage]
+        check_int("step", step, 0)
+        return self.budgets[sum(step > one for one in self.milestones)]
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Return the slots in use, the first ones.
+
+        Shape:
+            slots: (..., K_max, D), such as (K_max, D) or (B, K_max, D). Returns (..., n_active, D), a view.
+
+        Raises:
+            TypeError: if that is no tensor.
+            ValueError: if there are fewer.
+        """
+        check_tensor("slots", slots)
+        if slots.ndim < 2 or slots.shape[-2] < self.n_active():
+            raise ValueError(f"`slots` must have shape (..., S >= {self.n_active()}, D); got {tuple(slots.shape)}.")
+        return slots[..., : self.n_active(), :]
+
+    def observe(
+        self, recon: Tensor, target: Tensor, masks: Tensor, step: int, *, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Take down the errors of the slots in use, if a milestone is near; at all other steps nothing is done.
+
+        They are taken down at the ``window`` steps before a milestone, and after it as long as there are none.
+
+        Shape:
+            recon, target: (B, T, D, H, W). masks: (B, T, n_active, H, W).
+
+        Args:
+            recon: reconstructed features.
+            target: features of the backbone.
+            masks: mixture weights of the decoder, after the softmax over slots.
+            step: of the training, counted from 0.
+            group: process group; None is the default one.
+
+        Raises:
+            TypeError: on a wrong dtype.
+            ValueError: on wrong shapes.
+        """
+        check_int("step", step, 0)
+        if not self._is_watching(step):
+            return
+        check_shape("masks", masks, "B T S H W", S=self.n_active())
+        error = slot_error(recon, target, masks)
+        error = weighted_mean(error, recon[:, :, 0].numel(), group).to(self.errors.device, torch.float32)
+        self.errors[: len(error)] += error
+        self._num_observed += 1
+        self.num_observed.fill_(self._num_observed)
+
+    def maybe_expand(
+        self,
+        slots_param: nn.Parameter,
+        step: int,
+        optimizer: Optimizer | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> bool:
+        """Write newborn rows into the placeholders if a milestone is reached, and tell whether it was.
+
+        To be called in every step, after ``optimizer.step()``. One stage at a time is made up for.
+
+        Shape:
+            slots_param: (K_max, D) or (1, K_max, D).
+
+        Args:
+            slots_param: the placeholders, at least as many as the last budget; written in place.
+            step: of the training, counted from 0.
+            optimizer: newborn rows inherit its moments of their parents, see :func:`inherit_moments`; None leaves
+                moments alone, as published.
+            generator: of the jitter; None for torch's own.
+            group: process group; None is the default one.
+
+        Raises:
+            TypeError: if the placeholders are no parameter of floating point.
+            ValueError: if they are too few, the optimizer does not hold them, or observed errors are negative.
+            RuntimeError: if a milestone is reached and nothing was observed.
+        """
+        self._check_placeholders(slots_param)
+        check_int("step", step, 0)
+        if self._stage == len(self.milestones) or step < self.milestones[self._stage]:
+            return False
+        if self._num_observed == 0:
+            raise RuntimeError(
+                f"No errors were observed before the milestone {self.milestones[self._stage]} (step {step}): call "
+                "`observe` in every step, before `maybe_expand`."
+            )
+        rows = rows_of(slots_param.detach())
+        num_active, num_next = self.budgets[self._stage : self._stage + 2]
+        errors = self.errors[:num_active].cpu()
+        if (errors < 0).any():
+            raise ValueError(f"`masks` must be at least 0, after the softmax; observed errors are {errors.tolist()}.")
+        counts = allot_children(errors, num_next - num_active).to(rows.device)
+        children = spawn_children(
+            rows[:num_active],
+            counts,
+            beta=self.beta,
+            generator=generator,
+            neighbors=self.neighbors,
+            min_radius=self.min_radius,
+            unborn=rows[num_active:],
+        )
+        if optimizer is not None:
+            parents = torch.arange(num_active, device=rows.device).repeat_interleave(counts)
+            inherit_moments(optimizer, slots_param, parents, num_active)
+        rows[num_active:num_next] = from_first_rank(children, group)
+        self._stage, self._num_observed = self._stage + 1, 0
+        self.stage.fill_(self._stage)
+        self.num_observed.zero_()
+        self.errors.zero_()
+        return True
+
+    def hold_unborn(self, slots_param: nn.Parameter, optimizer: Optimizer) -> None:
+        """Keep the optimizer from changing placeholders that are not in use, from now on.
+
+        They get no gradient, but weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever
+        reads them, and this is not needed.
+
+        Shape:
+            slots_param: (K_max, D) or (1, K_max, D).
+
+        Raises:
+            TypeError: if the placeholders are no parameter of floating point.
+            ValueError: if they are too few, or the optimizer does not hold them.
+        """
+        self._check_placeholders(slots_param)
+        hold_rows(optimizer, slots_param, self.n_active)
+
+    def extra_repr(self) -> str:
+        """Show the settings, and the stage."""
+        names = ("budgets", "milestones", "beta", "neighbors", "min_radius", "window")
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"stage={self._stage}"])
+
+    def _is_watching(self, step: int) -> bool:
+        if self._stage == len(self.milestones):
+            return False
+        milestone = self.milestones[self._stage]
+        if step < milestone:
+            return step >= milestone - self.window
+        return self._num_observed == 0
+
+    def _check_placeholders(self, slots_param: nn.Parameter) -> None:
+        if not isinstance(slots_param, nn.Parameter):
+            raise TypeError(f"`slots_param` must be a parameter; got {type(slots_param).__name__}.")
+        check_floating("slots_param", slots_param)
+        shape = tuple(slots_param.shape)
+        if shape[:-2] not in ((), (1,)) or len(shape) < 2:
+            raise ValueError(f"`slots_param` must have shape (S, D) or (1, S, D); got {shape}.")
+        if shape[-2] < self.budgets[-1]:
+            raise ValueError(
+                f"`slots_param` must have at least {self.budgets[-1]} rows, the last of budgets={list(self.budgets)}; "
+                f"got {shape[-2]}."
+            )
+
+
+def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch passes it)
+    """Make the numbers those of the buffers that were loaded."""
+    stage = int(curriculum.stage)
+    check_int("stage", stage, 0, len(curriculum.milestones))
+    curriculum._stage, curriculum._num_observed = stage, int(curriculum.num_observed)
+
+
+def _check_growing(name: str, values: object, low: int) -> None:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"`{name}` must be a sequence of integers; got {type(values).__name__}.")
+    for one in values:
+        check_int(name, one, low)
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"`{name}` must grow; got {list(values)}.")

@@ -1,0 +1,59 @@
+"""Which slot is to blame for what is reconstructed badly."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_floating, check_not_empty, check_same_device, check_shape
+
+# channels that are compared at once
+CHANNELS = 64
+
+
+@torch.no_grad()
+def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+    """Divide the mean squared error of a reconstruction among the slots that made it.
+
+    ``e_k = mean over patches of a_k * l`` with a the masks and ``l = mean over channels of (recon - target)^2``. As the
+    masks of a patch sum to 1, the errors sum to the mean squared error. An idle slot has none. No clips give zeros.
+    The published sum over patches is the same up to a factor, which :func:`allot_children` divides out.
+
+    Shape:
+        recon, target: (B, T, D, H, W). masks: (B, T, S, H, W), after the softmax over slots. Returns (S,) in float32,
+        or float64 if one of them is, without gradient.
+
+    Args:
+        recon: reconstructed features.
+        target: features of the backbone.
+        masks: mixture weights of the decoder.
+
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes.
+
+    >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([2.0, 1.0]).view(1, 1, 1, 1, 2)
+    >>> masks = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).view(1, 1, 2, 1, 2)
+    >>> slot_error(recon, target, masks).tolist()  # (4 * 1 + 1 * 0.5) / 2 and (4 * 0 + 1 * 0.5) / 2
+    [2.25, 0.25]
+    """
+    size = check_shape("recon", recon, "B T D H W")
+    check_not_empty("recon", size, "T D H W")
+    check_floating("recon", recon)
+    check_shape("target", target, "B T D H W", **size)
+    check_floating("target", target)
+    check_same_device("target", target, recon=recon)
+    given = check_shape("masks", masks, "B T S H W", **{axis: size[axis] for axis in "BTHW"})
+    check_not_empty("masks", given, "S")
+    check_floating("masks", masks)
+    check_same_device("masks", masks, recon=recon)
+    dtype = torch.promote_types(torch.promote_types(recon.dtype, target.dtype), masks.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    with no_autocast(recon):
+        error = torch.zeros(*recon.shape[:2], *recon.shape[3:], dtype=dtype, device=recon.device)
+        for one, other in zip(recon.split(CHANNELS, 2), target.split(CHANNELS, 2), strict=True):
+            error += (at_least_float32(one) - at_least_float32(other)).square_().sum(2)
+        # as a product of matrices, no map of all slots is made
+        shares = masks.to(dtype).flatten(3) @ error.flatten(2).unsqueeze(3)
+        return shares.sum((0, 1, 3)) / max(recon.numel(), 1)

@@ -1,0 +1,52 @@
+"""Whether the kernels can take a tensor: facts that are known without its data, and to a compiler."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MAX_SLOTS = 64
+# a clip's patches are counted in int32
+MAX_PATCHES = 2**31 - 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+INSTALLED = find_spec("triton") is not None
+# torch calls the devices of both makers "cuda"
+IS_ROCM = torch.version.hip is not None
+# triton itself reads this when a kernel is defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def missing(*maps: Tensor) -> str | None:
+    """Say what keeps the kernels from taking maps (B, T, S, H, W), or return None when nothing does.
+
+    >>> missing(torch.zeros(1, 1, 4, 2, 2, dtype=torch.float64)) is None
+    False
+    """
+    if not INSTALLED:
+        return "the package triton, which is not installed"
+    for one in maps:
+        lack = _lack_of_device(one.device.type) or _lack_of_form(one)
+        if lack is not None:
+            return lack
+    return None
+
+
+def _lack_of_device(kind: str) -> str | None:
+    if kind == "cpu" and INTERPRETED:
+        return None
+    if kind != "cuda":
+        return f"a CUDA tensor; got {kind}"
+    return "a CUDA tensor; got one of ROCm" if IS_ROCM else None
+
+
+def _lack_of_form(maps: Tensor) -> str | None:
+    _, num_frames, num_slots, height, width = maps.shape
+    if maps.dtype not in DTYPES:
+        return f"float16, bfloat16 or float32; got {maps.dtype}"
+    if num_slots > MAX_SLOTS:
+        return f"S <= {MAX_SLOTS}; got S={num_slots}"
+    if num_frames * height * width > MAX_PATCHES:
+        return f"T*H*W <= {MAX_PATCHES}; got {num_frames * height * width}"
+    return None

@@ -1,0 +1,108 @@
+"""How maps are cut into tiles, and where in memory their frames lie: numbers from shapes and strides."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# cells of a tile for each of 32 threads of a warp, all of them in registers; fewer where there are many slots, as
+# a thread keeps more than cells for each of its slots
+THREAD_CELLS = 32
+MANY_SLOTS = 64
+# warps of a program, if a frame has that many tiles then; small frames are cut more finely
+NUM_WARPS = 4
+MANY_TILES = 8
+
+
+class Tiling(NamedTuple):
+    """How maps (B, T, S, H, W) are cut: tiles of (slots, patches) within a frame.
+
+    >>> import torch
+    >>> Tiling.of(torch.empty(2, 3, 11, 24, 24))[5:]
+    (16, 64, 1, 9)
+    """
+
+    num_clips: int
+    num_frames: int
+    num_slots: int
+    height: int
+    width: int
+    slots: int
+    tile: int
+    num_warps: int
+    num_chunks: int
+
+    @classmethod
+    def of(cls, maps: Tensor) -> "Tiling":
+        """Cut maps; a power of two slots and of patches."""
+        num_clips, num_frames, num_slots, height, width = maps.shape
+        slots = power_of_two(num_slots)
+        num_patches = height * width
+        widest = 32 * THREAD_CELLS // slots // (2 if slots >= MANY_SLOTS else 1)
+        num_warps = NUM_WARPS if num_patches >= MANY_TILES * NUM_WARPS * widest else 1
+        tile = min(num_warps * widest, power_of_two(num_patches))
+        num_chunks = ceil_divide(num_patches, tile)
+        return cls(num_clips, num_frames, num_slots, height, width, slots, tile, num_warps, num_chunks)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a frame."""
+        return self.height * self.width
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The argument of this name of the kernels."""
+        return self.num_frames, self.num_patches, self.width, self.num_chunks
+
+    @property
+    def plane_size(self) -> int:
+        """Patches of the batch."""
+        return self.num_clips * self.num_frames * self.num_patches
+
+    @property
+    def clip_tiles(self) -> int:
+        """Tiles of a clip."""
+        return self.num_frames * self.num_chunks
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the batch."""
+        return self.num_clips * self.clip_tiles
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel over tiles is compiled for."""
+        columns = max(self.tile // (32 * self.num_warps), 1)
+        return {"S": self.num_slots, "SLOTS": self.slots, "TILE": self.tile, "COLUMNS": columns}
+
+
+def strides_of(tensor: Tensor | None) -> tuple[tuple[int, ...] | None, int]:
+    """Return the strides of (B, T, .., H, W), and the layout of a frame, see the kernels' ``tiles``.
+
+    >>> import torch
+    >>> strides_of(torch.empty(1, 1, 2, 4, 5)), strides_of(torch.empty(1, 1, 2, 4, 5)[..., ::2, :])
+    (((40, 40, 20, 5, 1), 0), ((40, 40, 20, 10, 1), 1))
+    """
+    if tensor is None:
+        return None, 0
+    *outer, row, column = tensor.stride()
+    height, width = tensor.shape[-2:]
+    if sum((size - 1) * stride for size, stride in zip(tensor.shape[2:], tensor.stride()[2:], strict=True)) >= 2**31:
+        return tensor.stride(), 2
+    if width == 1:
+        # one patch a row: a patch further is a row further
+        return (*outer, row, row), 0
+    return tensor.stride(), 0 if height == 1 or row == width * column else 1
+
+
+def mask_strides(slot_mask: Tensor | None) -> tuple[int, ...] | None:
+    return None if slot_mask is None else slot_mask.stride()
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_divide(number: int, by: int) -> int:
+    """Return how many pieces of a size it takes."""
+    return -(-number // by)

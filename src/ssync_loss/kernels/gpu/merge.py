@@ -1,0 +1,63 @@
+"""From shared patches to representatives: one program a clip."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge_kernel(
+    counts,
+    areas,
+    table,
+    threshold,
+    num_frames,
+    num_chunks,
+    S: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+):
+    """Write ``table`` (B, S), int8: the representative of every slot.
+
+    IoU of every frame, their mean over frames with a patch that counts, links above the threshold, and the
+    transitive closure by ceil(log2 S) squarings; a group's representative has the largest area, the lowest
+    index among equals.
+    """
+    clip = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, SLOTS)
+    known = (slots < S)[:, None] & (slots < S)[None, :]
+    same = slots[:, None] == slots[None, :]
+
+    # in float64 the mean of equal numbers is that number
+    overlap = tl.zeros([SLOTS, SLOTS], tl.float64)
+    area = tl.zeros([SLOTS], tl.int32)
+    num_counted = 0
+    for first in range(0, num_frames, FRAMES):
+        frames = first + tl.arange(0, FRAMES)
+        both = tl.zeros([FRAMES, SLOTS, SLOTS], tl.int32)
+        won = tl.zeros([FRAMES, SLOTS], tl.int32)
+        for chunk in range(num_chunks):
+            at = (clip * num_frames + frames) * num_chunks + chunk
+            pairs = counts + at[:, None, None] * (S * S) + (slots[:, None] * S + slots[None, :])[None, :, :]
+            both += tl.load(pairs, mask=(frames < num_frames)[:, None, None] & known[None, :, :], other=0)
+            singles = areas + at[:, None] * S + slots[None, :]
+            won += tl.load(singles, mask=(frames < num_frames)[:, None] & (slots < S)[None, :], other=0)
+        own = tl.sum(tl.where(same[None, :, :], both, 0), 2)
+        either = own[:, :, None] + own[:, None, :] - both
+        iou = tl.math.div_rn(both.to(tl.float32), tl.maximum(either, 1).to(tl.float32))
+        overlap += tl.sum(iou.to(tl.float64), 0)
+        # every patch that counts is won by one slot
+        num_counted += tl.sum((tl.sum(won, 1) > 0).to(tl.int32), 0)
+        area += tl.sum(won, 0)
+    mean = (overlap / tl.maximum(num_counted, 1)).to(tl.float32)
+
+    # a path has at most S - 1 links, and every squaring doubles the reach
+    reach = ((mean > threshold) | same).to(tl.float16)
+    for _ in range(SQUARINGS):
+        reach = (tl.dot(reach, reach) > 0).to(tl.float16)
+    member = reach > 0
+
+    largest = tl.max(tl.where(member, area[None, :], -1), 1)
+    leads = member & (area[None, :] == largest[:, None])
+    representative = tl.min(tl.where(leads, slots[None, :], SLOTS), 1)
+    tl.store(table + clip * S + slots, representative.to(tl.int8), mask=slots < S)

@@ -1,0 +1,131 @@
+"""Structural similarity of cubes, and its gradient beside it: the library's own filters, and kornia's.
+
+Both compare volumes (B, T, C, H, W) whose values lie within [0, 1], and agree to rounding. Own filters are
+separable and leave an axis alone that is shorter than the window; kornia's know one Gaussian and whole cubes.
+"""
+
+from math import exp
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# axes of time, height and width
+AXES = (1, 3, 4)
+
+
+class Similarity(NamedTuple):
+    """What makes two cubes similar.
+
+    Attributes:
+        window: length of a cube's edge, odd.
+        sigma: width of the Gaussian over the cube.
+        c1: keeps the ratio of means finite.
+        c2: keeps the ratio of variances finite.
+    """
+
+    window: int
+    sigma: float
+    c1: float
+    c2: float
+
+    def weights(self) -> list[float]:
+        """Return the Gaussian along one axis; it sums to 1.
+
+        >>> [round(one, 4) for one in Similarity(3, 1.5, 1e-4, 9e-4).weights()]
+        [0.3078, 0.3844, 0.3078]
+        """
+        bell = [exp(-(((i - self.window // 2) / self.sigma) ** 2) / 2) for i in range(self.window)]
+        return [one / sum(bell) for one in bell]
+
+    def axes(self, volumes: Tensor) -> list[int]:
+        """Return the axes that a window fits into."""
+        return [axis for axis in AXES if volumes.shape[axis] >= self.window]
+
+
+def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the sum over cubes of 1 - SSIM and, if asked for, its gradient with respect to ``x``.
+
+    With d = x - y it is ``p + q - p q`` with ``p = mean(d)^2 / (mean(x)^2 + mean(y)^2 + c1)`` and
+    ``q = var(d) / (var(x) + var(y) + c2)``: the same index, and nothing is lost where little differs.
+    """
+    axes, weights = like.axes(x), like.weights()
+    # variances are differences of squares: around the mean of a channel these are small, and so is what they lose
+    center = y.mean(AXES, keepdim=True)
+    x, y = x - center, y - center
+    mean_x, mean_y = _blurred(x, axes, weights), _blurred(y, axes, weights)
+    spread = _blurred((x * x).addcmul_(y, y), axes, weights)
+    spread.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1).add_(like.c2)
+    level, level_y = mean_x + center, mean_y + center
+    size = level_y.square_().addcmul_(level, level).add_(like.c1)
+    apart = x - y
+    mean_apart = mean_x - mean_y
+    p = mean_apart.square().div_(size)
+    q = _blurred(apart.square(), axes, weights).addcmul_(mean_apart, mean_apart, value=-1).div_(spread)
+    total = torch.addcmul(p + q, p, q, value=-1).sum()
+    if not with_slope:
+        return total, None
+    # half the slopes by the mean of d^2, of x^2 and of x
+    by_apart = (1 - p).div_(spread)
+    by_square = (by_apart * q).neg_()
+    by_mean = (1 - q).div_(size).mul_(torch.addcmul(mean_apart, p, level, value=-1))
+    by_mean.addcmul_(by_apart, mean_apart, value=-1).addcmul_(by_square, mean_x, value=-1)
+    slope = _passed_back(by_mean, axes, weights)
+    slope.addcmul_(x, _passed_back(by_square, axes, weights))
+    return total, slope.addcmul_(apart, _passed_back(by_apart, axes, weights)).mul_(2)
+
+
+def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the same from kornia's index, which must fit; kornia is imported here, on first use."""
+    from kornia.metrics import ssim3d
+
+    def total_of(volumes: Tensor) -> Tensor:
+        # what kornia adds to the denominator, 1e-5 of it where all is dark, is no part of the definition
+        index = ssim3d(volumes.transpose(1, 2), y.transpose(1, 2), like.window, eps=0.0, padding="valid")
+        return (1 - index).sum()
+
+    if not with_slope:
+        return total_of(x), None
+    slope, total = torch.func.grad_and_value(total_of)(x)
+    return total, slope
+
+
+def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
+    """Say why kornia cannot tell the similarity of such volumes exactly, or None where it can."""
+    if (like.sigma, like.c1, like.c2) != (1.5, 0.01**2, 0.03**2):
+        return "sigma=1.5, k1=0.01 and k2=0.03"
+    if len(like.axes(volumes)) < len(AXES):
+        return f"T, H and W of at least {like.window}"
+    if volumes.device.type != "cpu":
+        # by default cuDNN convolves float32 with 10 bits, and differences of squares keep none of them
+        return "a CPU tensor"
+    if torch.compiler.is_compiling():
+        return "an eager step"
+    return None
+
+
+def _blurred(volumes: Tensor, axes: list[int], weights: list[float]) -> Tensor:
+    """Average windows along some axes, each of which becomes shorter."""
+    for axis in axes:
+        volumes = _along(volumes, axis, weights)
+    return volumes
+
+
+def _passed_back(cubes: Tensor, axes: list[int], weights: list[float]) -> Tensor:
+    """Give back to every cell what its windows got of it: the transpose of blurring."""
+    pad = len(weights) - 1
+    for axis in axes:
+        cubes = _along(F.pad(cubes, [0, 0] * (cubes.ndim - 1 - axis) + [pad, pad]), axis, weights)
+    return cubes
+
+
+def _along(volumes: Tensor, axis: int, weights: list[float]) -> Tensor:
+    last = len(weights) - 1
+    size = volumes.shape[axis] - last
+    total = volumes.narrow(axis, last // 2, size) * weights[last // 2]
+    for i in range(last // 2):
+        # a Gaussian has two sides
+        pair = volumes.narrow(axis, i, size) + volumes.narrow(axis, last - i, size)
+        total.add_(pair, alpha=weights[i])
+    return total

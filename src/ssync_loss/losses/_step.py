@@ -1,0 +1,220 @@
+"""Both terms of SSync in one walk over the clips: each is labeled and taught while its maps are in the cache."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssync_loss import kernels
+from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import once_differentiable
+from ssync_loss._backends import Backend, resolve_backend
+from ssync_loss._blocks import Blocks
+from ssync_loss._maps import Maps
+from ssync_loss._types import PseudoLabels
+from ssync_loss.distillation import Criterion, as_numbers, evaluate, num_averaged, steepness
+from ssync_loss.losses._teaching import teach
+from ssync_loss.pseudo_labels import joined, labels_of, labels_of_clips
+
+
+class Settings(NamedTuple):
+    """What decides the value of both terms."""
+
+    merge_threshold: float | None
+    min_different: int
+    min_same: int
+    max_different: int
+    criterion: Criterion
+    label_smoothing: float
+    temperature: float
+
+
+class Terms(NamedTuple):
+    """The weighted sum, both means, what they were taken over, and the labels if they were asked for."""
+
+    total: Tensor
+    boundary: Tensor
+    interior: Tensor
+    num_boundary: Tensor
+    num_interior: Tensor
+    labels: PseudoLabels | None
+
+
+def terms_of(
+    maps: Maps,
+    settings: Settings,
+    weights: tuple[float, float],
+    ramp: Tensor | float,
+    *,
+    backend: Backend,
+    with_labels: bool,
+) -> Terms:
+    """Compute both terms of SSync, and the ramp times their sum with the weights of boundary and interior.
+
+    Where a map holds NaN or +inf, labels mean nothing: all of it, and every gradient, is NaN.
+    """
+    backend = resolve_backend(backend, maps.enc, maps.dec)
+    if backend == "reference":
+        return _reference(maps, settings, weights, ramp)
+    if backend == "triton":
+        return _kernels(maps, settings, weights, ramp, with_labels)
+    slopes = [one.requires_grad and torch.is_grad_enabled() for one in (maps.dec, maps.enc)]
+    with no_autocast(maps.enc):
+        boundary, interior, num, _, _, _, _, *labels = _step(*maps, *settings, *slopes, with_labels)
+    total = weigh(boundary, interior, weights, ramp)
+    return Terms(total, boundary, interior, num[0], num[1], PseudoLabels(*labels) if with_labels else None)
+
+
+def weigh(boundary: Tensor, interior: Tensor, weights: tuple[float, float], ramp: Tensor | float) -> Tensor:
+    """Add both terms with their weights, and multiply by the ramp; what is 1 costs nothing."""
+    parts = [one if weight == 1 else weight * one for one, weight in zip((boundary, interior), weights, strict=True)]
+    total = parts[0] + parts[1]
+    return total if isinstance(ramp, float) and ramp == 1 else total * ramp
+
+
+def _reference(maps: Maps, settings: Settings, weights: tuple[float, float], ramp: Tensor | float) -> Terms:
+    maps = maps.of_clips(slice(None))
+    threshold, min_different, min_same, max_different, *criterion = settings
+    labels = labels_of(
+        maps,
+        merge_threshold=threshold,
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+        backend="reference",
+    )
+    how: dict[str, Any] = dict(zip(("criterion", "label_smoothing", "temperature"), criterion, strict=True))
+    boundary = teach(maps.dec, labels.enc_labels, labels.boundary, maps, **how, backend="reference")
+    interior = teach(maps.enc, labels.dec_labels, labels.interior, maps, **how, backend="reference")
+    total = weigh(boundary, interior, weights, ramp)
+    return Terms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
+
+
+def _kernels(
+    maps: Maps, settings: Settings, weights: tuple[float, float], ramp: Tensor | float, with_labels: bool
+) -> Terms:
+    # a number is weighed in by the kernel, and a launch saved
+    known = ramp if isinstance(ramp, float) else 1.0
+    step = kernels.step(
+        maps.enc,
+        maps.dec,
+        valid=maps.valid,
+        slot_mask=maps.slot_mask,
+        clean=maps.clean,
+        **settings._asdict(),
+        boundary_weight=weights[0] * known,
+        interior_weight=weights[1] * known,
+        with_labels=with_labels,
+    )
+    return Terms(step.total if isinstance(ramp, float) else step.total * ramp, *step[1:])
+
+
+class _Step(torch.autograd.Function):
+    """Both means, and the slopes that become their gradients.
+
+    The number of selected patches is known after the last clip, so the slopes wait, unscaled, for the backward,
+    which scales them in place. A second backward through the same graph computes them again.
+    """
+
+    @staticmethod
+    def forward(
+        enc: Tensor,
+        dec: Tensor,
+        valid: Tensor | None,
+        slot_mask: Tensor | None,
+        clean: Tensor | None,
+        merge_threshold: float | None,
+        min_different: int,
+        min_same: int,
+        max_different: int,
+        criterion: Criterion,
+        smoothing: float,
+        temperature: float,
+        dec_with_slope: bool,
+        enc_with_slope: bool,
+        with_labels: bool,
+    ) -> tuple[Tensor, ...]:
+        maps = Maps(enc, dec, valid, slot_mask, clean)
+        B, T, S, H, W = enc.shape
+        dtype = maps.dtype
+        blocks = Blocks(enc, dtype)
+        regions = torch.empty(2, B, T, H, W, device=enc.device, dtype=torch.bool)
+        slopes = [
+            torch.empty(enc.shape if wanted else 0, device=enc.device, dtype=dtype)
+            for wanted in (dec_with_slope, enc_with_slope)
+        ]
+        sums, all_clean, all_labels = [], [] if clean is None else [clean], []
+        for group in blocks.groups:
+            some = maps.of_clips(group)
+            labeled = labels_of_clips(
+                some,
+                blocks,
+                merge_threshold=merge_threshold,
+                min_different=min_different,
+                min_same=min_same,
+                max_different=max_different,
+            )
+            found, peaks, is_clean = labeled
+            torch.stack([found.boundary, found.interior], out=regions[:, group])
+            errors = torch.empty_like(peaks)
+            lessons = (some.dec, found.enc_labels, peaks[1]), (some.enc, found.dec_labels, peaks[0])
+            for k, lesson in enumerate(lessons):
+                evaluate(
+                    *lesson,
+                    some.slot_mask,
+                    blocks,
+                    errors[k],
+                    slopes[k][group] if slopes[k].dim() > 1 else None,
+                    criterion=criterion,
+                    smoothing=smoothing,
+                    temperature=temperature,
+                )
+            sums.append(errors.mul_(as_numbers(regions[:, group], dtype)).sum((1, 2, 3, 4)))
+            all_clean.append(is_clean)
+            if with_labels:
+                all_labels.append(found)
+        selected = regions.sum((2, 3, 4))
+        averaged = num_averaged(selected, S, slot_mask, criterion).clamp_min(1).to(dtype)
+        # 0, or NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
+        poison = torch.where(torch.stack(all_clean).all(), 0.0, float("nan"))
+        means = torch.stack(sums).sum(0) / averaged + poison
+        shares = steepness(criterion, temperature) / averaged + poison
+        labels = joined(all_labels) if with_labels else ()
+        return means[0].clone(), means[1].clone(), selected.sum(1), regions, shares, *slopes, *labels
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        enc, dec, valid, slot_mask, clean, *ctx.settings, _, _, _ = inputs
+        _, _, _, regions, shares, *ctx.slopes = output[:7]
+        ctx.mark_non_differentiable(*output[2:])
+        # or autograd makes maps of zeros as the gradients of the slopes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(enc, dec, valid, slot_mask, clean, regions, shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_boundary: Tensor | None, grad_interior: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        enc, dec, valid, slot_mask, clean, regions, shares = ctx.saved_tensors
+        slopes = ctx.slopes
+        if not torch.compiler.is_compiling():
+            ctx.slopes = None
+            if slopes is None:
+                wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+                forward: Callable[..., tuple[Tensor, ...]] = _Step.forward
+                slopes = forward(enc, dec, valid, slot_mask, clean, *ctx.settings, *wanted, False)[5:7]
+        grads: list[Tensor | None] = []
+        for k, (grad, pupil) in enumerate(((grad_boundary, dec), (grad_interior, enc))):
+            if grad is None or not ctx.needs_input_grad[1 - k]:
+                grads.append(None)
+                continue
+            scale = as_numbers(regions[k], shares.dtype).mul_(grad * shares[k]).unsqueeze(2)
+            slope = slopes[k] * scale if torch.compiler.is_compiling() else slopes[k].mul_(scale)
+            grads.append(slope.to(pupil.dtype))
+        return grads[1], grads[0], *(None,) * 13
+
+
+# typed: autograd's own `apply` is not
+_step: Callable[..., tuple[Tensor, ...]] = _Step.apply

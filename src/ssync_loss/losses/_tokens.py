@@ -1,0 +1,49 @@
+"""Features on a grid and lists of tokens: one is seen as the other."""
+
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._checks import check_bool, check_floating, check_not_empty, check_same_device, check_shape
+
+
+def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict[str, int]:
+    """Check a list of tokens (B, T, N, D), or else features (B, T, D, H, W), and return their sizes.
+
+    Which of both is told by the sizes, if they say so. A list, and a batch, may be empty.
+
+    >>> import torch
+    >>> check_tokens("t", torch.zeros(1, 2, 3, 4), "D", N=3)
+    {'N': 3, 'B': 1, 'T': 2, 'D': 4}
+    """
+    is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
+    size = check_shape(name, tokens, f"B T N {channels}" if is_list else f"B T {channels} H W", **sizes)
+    check_not_empty(name, size, f"T {channels}" if is_list else f"T {channels} H W")
+    check_floating(name, tokens)
+    return size
+
+
+def positions_of(size: dict[str, int]) -> dict[str, int]:
+    """Return the sizes without those of the channels.
+
+    >>> positions_of({"B": 1, "T": 2, "N": 3, "D": 4})
+    {'B': 1, 'T': 2, 'N': 3}
+    """
+    return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
+
+
+def check_mask(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
+    """Check the mask of kept positions, (B, T, N) or (B, T, H, W)."""
+    places = positions_of(size)
+    check_shape(name, mask, " ".join(places), **places)
+    check_bool(name, mask)
+    check_same_device(name, mask, **beside)
+
+
+def as_list(tokens: Tensor) -> Tensor:
+    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is.
+
+    >>> import torch
+    >>> tuple(as_list(torch.zeros(1, 2, 3, 4, 5)).shape)
+    (1, 2, 20, 3)
+    """
+    return rearrange(tokens, "b t d h w -> b t (h w) d") if tokens.ndim == 5 else tokens

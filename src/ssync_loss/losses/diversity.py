@@ -1,0 +1,74 @@
+"""Mask diversity: no two slots of a frame cover the same patches."""
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_floating, check_not_empty, check_shape
+from ssync_loss.losses._contrast import products
+from ssync_loss.losses._teaching import attached_zero
+
+# what an empty mask holds in every patch, so that it has a direction
+EPSILON = 1e-8
+
+
+def mask_diversity_loss(logits: Tensor) -> Tensor:
+    """Keep the masks of a frame apart.
+
+    ``loss = mean over frames and ordered pairs s != r of cos(M_s + 1e-8, M_r + 1e-8)`` over the patches, with
+    M = softmax over S of the logits. 1 where masks are uniform and where one slot has taken every patch, as then
+    the others are empty alike; 0 where they are hard and disjoint. Consistency over time alone is satisfied by a
+    single slot that takes everything: this is what speaks against it.
+
+    A single slot has nothing to be apart from: it and no clips give exactly 0, attached to the graph.
+
+    Shape:
+        logits: (B, T, S, H, W). Returns a scalar in float32, or float64 if the logits are.
+
+    Args:
+        logits: masks before the softmax over slots.
+
+    Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951), where it is an option with weight 1.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes.
+
+    >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> round(mask_diversity_loss(logits).item(), 4)  # masks (1, 1/2) and (0, 1/2): 1 / sqrt(5)
+    0.4472
+    """
+    size = check_shape("logits", logits, "B T S H W")
+    check_not_empty("logits", size, "T S H W")
+    check_floating("logits", logits)
+    num_slots = size["S"]
+    if num_slots == 1 or size["B"] == 0:
+        return attached_zero(logits)
+    with no_autocast(logits):
+        masks = at_least_float32(logits).softmax(2).flatten(3) + EPSILON
+        units = masks / torch.linalg.vector_norm(masks, dim=3, keepdim=True)
+        itself = torch.eye(num_slots, dtype=torch.bool, device=units.device)
+        num_cosines = size["B"] * size["T"] * num_slots * (num_slots - 1)
+        # one of the two is scaled: a compiler takes no tensor twice
+        return products(units / num_cosines, units).masked_fill(itself, 0.0).sum()
+
+
+class MaskDiversityLoss(nn.Module):
+    """Module of :func:`mask_diversity_loss`: no two slots of a frame cover the same patches.
+
+    ``forward(logits)``.
+
+    Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951).
+
+    >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> round(MaskDiversityLoss()(logits).item(), 4)
+    0.4472
+    """
+
+    def __init__(self) -> None:
+        # no settings, rather than whatever a module takes
+        super().__init__()
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the term; see :func:`mask_diversity_loss`."""
+        return mask_diversity_loss(logits)

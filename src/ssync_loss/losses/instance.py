@@ -1,0 +1,234 @@
+"""Instance consistency: what one frame shows is found again in the others, and told apart from the rest."""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss.losses._assignment import best_assignment
+from ssync_loss.losses._contrast import directions, products
+from ssync_loss.losses._teaching import attached_zero
+
+Metric: TypeAlias = Literal["cosine", "euclidean"]
+
+METRICS = ("cosine", "euclidean")
+
+# what keeps a mean over no valid instance finite
+EPSILON = 1e-10
+
+
+@torch.no_grad()
+def valid_instances(
+    logits: Tensor,
+    slots: Tensor,
+    instances: Tensor,
+    *,
+    p_thr: float = 0.5,
+    area_thr: float = 0.2,
+    sim_thr: float = 0.5,
+) -> Tensor:
+    """Say which instances are worth comparing: their semantic covers enough, and they are of its kind.
+
+    ``valid[s, p] = (share of patches where softmax_S(logits)[s] > p_thr) > area_thr and
+    cos(slots[s], instances[s, p]) > sim_thr``. With a ``p_thr`` of 1/2 the areas are disjoint, so that of a fifth of
+    the frame at most four semantics have more. A vector of zeros has cosine 0 with everything. A model whose slots
+    are the instances asks for the area alone with ``slots.unsqueeze(3)`` for the instances.
+
+    Shape:
+        logits: (B, T, S, H, W). slots: (B, T, S, D). instances: (B, T, S, P, D). Returns (B, T, S, P), bool.
+
+    Args:
+        logits: masks of the semantics before the softmax.
+        slots: the semantics.
+        instances: what was found inside each, before any projection.
+        p_thr: probability above which a patch belongs to a semantic. 0.5 at the time of the paper, 0.3 in later code.
+        area_thr: share of the patches that a semantic must exceed.
+        sim_thr: cosine that an instance must exceed.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> logits = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 3)  # two thirds, and one
+    >>> slots = torch.ones(1, 1, 2, 2)
+    >>> instances = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).expand(1, 1, 2, 2, 2)  # cosines 0.7071 and -0.7071
+    >>> valid_instances(logits, slots, instances, area_thr=0.5).tolist()
+    [[[[True, False], [False, False]]]]
+    """
+    for name, value, low in (("p_thr", p_thr, 0.0), ("area_thr", area_thr, 0.0), ("sim_thr", sim_thr, -1.0)):
+        check_number(name, value, low, 1.0)
+    size = check_shape("logits", logits, "B T S H W")
+    check_not_empty("logits", size, "T S H W")
+    check_floating("logits", logits)
+    given = check_shape("slots", slots, "B T S D", **{axis: size[axis] for axis in "BTS"})
+    check_not_empty("slots", given, "D")
+    check_floating("slots", slots)
+    check_same_device("slots", slots, logits=logits)
+    given = check_shape("instances", instances, "B T S P D", **{axis: given[axis] for axis in "BTSD"})
+    check_not_empty("instances", given, "P")
+    check_floating("instances", instances)
+    check_same_device("instances", instances, logits=logits)
+    with no_autocast(logits):
+        inside = at_least_float32(logits).softmax(2) > p_thr
+        # a count and a quotient: a mean may multiply by the inverse, and an area at the threshold would pass it
+        area = inside.sum((3, 4)) / (size["H"] * size["W"])
+        kind, _ = directions(at_least_float32(slots))
+        found, _ = directions(at_least_float32(instances))
+        alike = (kind.unsqueeze(3) * found).sum(4) > sim_thr
+        return (area > area_thr).unsqueeze(3) & alike
+
+
+def instance_consistency_loss(
+    embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    valid: Tensor,
+    teacher_valid: Tensor,
+    *,
+    margin: float = 0.5,
+    metric: Metric = "cosine",
+    same_frame: bool = True,
+) -> Tensor:
+    """Draw every instance to the one a teacher saw in another frame, and away from its neighbors there.
+
+    With O the student's unit vectors and O' the teacher's, for all pairs of frames t, j of a clip and every
+    semantic: ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over
+    all of them, valid or not. A valid instance costs ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
+    valid'_j[e(p)] O_t[p] O'_j[e(p)]``, which lies in [-1, 1.5]; the loss is the mean over the valid ones (their number
+    + 1e-10 for each of all). -1 where all are found again and told apart.
+
+    ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over q != e(p) of
+    relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``; for unit vectors a distance of 1 is
+    a cosine of 1/2.
+
+    A slot model without semantics has S = 1 and its slots as instances, whose order then means nothing. A single
+    instance has no others to be told apart from. No valid instance, and no clips, give exactly 0, attached to the
+    graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
+    B x S x T^2 problems in a loop on the host, which waits for the device and breaks the graph of a compiler.
+
+    Shape:
+        embeddings, teacher_embeddings: (B, T, S, P, D). valid, teacher_valid: (B, T, S, P), bool. Returns a scalar
+        in float32, or float64 if one of the embeddings is.
+
+    Args:
+        embeddings: the student's instances, projected and scaled to length 1, which is not done here; the only
+            argument that gets a gradient.
+        teacher_embeddings: the same of a teacher.
+        valid: instances that count, from :func:`valid_instances`.
+        teacher_valid: the teacher's instances that others are drawn to.
+        margin: cosine above which others are pushed away, or distance below which they are.
+        metric: ``"cosine"`` as in the authors' code, or ``"euclidean"``.
+        same_frame: whether pairs with t = j count; yes in the authors' code, no on the poster.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
+
+    Raises:
+        ImportError: if there are more than six instances, and no scipy.
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> embeddings = torch.eye(2).view(1, 1, 1, 2, 2)
+    >>> valid = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> teacher_valid = torch.tensor([True, False]).view(1, 1, 1, 2)
+    >>> # both are found again, but one match does not count: (-1 + 0) / 2
+    >>> round(instance_consistency_loss(embeddings, embeddings.flip(3), valid, teacher_valid).item(), 4)
+    -0.5
+    """
+    _check_settings(margin, metric, same_frame)
+    size = check_shape("embeddings", embeddings, "B T S P D")
+    check_not_empty("embeddings", size, "T S P D")
+    check_floating("embeddings", embeddings)
+    check_shape("teacher_embeddings", teacher_embeddings, "B T S P D", **size)
+    check_floating("teacher_embeddings", teacher_embeddings)
+    check_same_device("teacher_embeddings", teacher_embeddings, embeddings=embeddings)
+    for name, mask in (("valid", valid), ("teacher_valid", teacher_valid)):
+        check_shape(name, mask, "B T S P", **{axis: size[axis] for axis in "BTSP"})
+        check_bool(name, mask)
+        check_same_device(name, mask, embeddings=embeddings)
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, teacher_embeddings.dtype), torch.float32)
+    if size["B"] == 0 or (size["T"] == 1 and not same_frame):
+        return attached_zero(embeddings).to(dtype)
+    with no_autocast(embeddings):
+        # every instance of every frame against every other: (B, S, T P, T P)
+        ours, theirs = (
+            rearrange(one, "b t s p d -> b s (t p) d").to(dtype) for one in (embeddings, teacher_embeddings.detach())
+        )
+        cosines = _by_frames(products(ours, theirs), size["P"])
+        matched = _matched(cosines.detach())
+        if metric == "cosine":
+            pull, push = -cosines, (cosines - margin).relu()
+        else:
+            # differences, not products: two equal vectors have a distance of 0, and a gradient of 0
+            distances = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist")
+            pull = _by_frames(distances, size["P"])
+            push = (margin - pull).relu()
+        apart = torch.where(matched, 0.0, push).sum(5)
+        if metric == "cosine":
+            apart = apart / max(size["P"] - 1, 1)
+        # (B, S, t, j, p, q): who counts there, and who counts here
+        wanted = matched & rearrange(teacher_valid, "b j s q -> b s () j () q")
+        costs = apart + torch.where(wanted, pull, 0.0).sum(5)
+        counted = rearrange(valid, "b t s p -> b s t () p").expand(costs.shape)
+        num_instances, num_others = valid.numel(), size["T"]
+        if not same_frame:
+            itself = torch.eye(size["T"], dtype=torch.bool, device=valid.device)
+            counted, num_others = counted & ~itself.unsqueeze(2), num_others - 1
+        number = counted.sum(dtype=dtype) + EPSILON * num_instances * num_others
+        return torch.where(counted, costs, 0.0).sum() / number
+
+
+def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
+    """(B, S, T P, T P) -> (B, S, T, T, P, P)."""
+    return rearrange(pairs, "b s (t p) (j q) -> b s t j p q", p=num_instances, q=num_instances)
+
+
+def _matched(cosines: Tensor) -> Tensor:
+    """Return, as bools of the same shape, who is assigned to whom."""
+    assigned = best_assignment(cosines)
+    return assigned.unsqueeze(-1) == torch.arange(cosines.shape[-1], device=cosines.device)
+
+
+class InstanceConsistencyLoss(nn.Module):
+    """Module of :func:`instance_consistency_loss`: what one frame shows is found again in the others.
+
+    ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
+
+    >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> round(InstanceConsistencyLoss()(embeddings, embeddings, valid, valid).item(), 4)
+    -1.0
+    """
+
+    def __init__(self, *, margin: float = 0.5, metric: Metric = "cosine", same_frame: bool = True) -> None:
+        super().__init__()
+        _check_settings(margin, metric, same_frame)
+        self.settings: dict[str, Any] = {"margin": margin, "metric": metric, "same_frame": same_frame}
+
+    def forward(self, embeddings: Tensor, teacher_embeddings: Tensor, valid: Tensor, teacher_valid: Tensor) -> Tensor:
+        """Return the term; see :func:`instance_consistency_loss`."""
+        return instance_consistency_loss(embeddings, teacher_embeddings, valid, teacher_valid, **self.settings)
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _check_settings(margin: object, metric: object, same_frame: object) -> None:
+    check_choice("metric", metric, METRICS)
+    low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
+    check_number("margin", margin, low, high)
+    if not isinstance(same_frame, bool):
+        raise TypeError(f"`same_frame` must be True or False; got {type(same_frame).__name__}.")

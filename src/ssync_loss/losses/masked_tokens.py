@@ -1,0 +1,103 @@
+"""Masked tokens: at masked positions a student predicts the prototypes that its teacher sees there."""
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_same_device
+from ssync_loss.losses._centers import cross_entropies
+from ssync_loss.losses._tokens import as_list, check_mask, check_tokens
+from ssync_loss.losses.centered import CenteredCrossEntropy, check_criterion
+
+
+def masked_token_loss(
+    s_pat: Tensor, t_pat: Tensor, mask: Tensor, ce_patch: CenteredCrossEntropy, *, update_center: bool = False
+) -> Tensor:
+    """Ask a student that does not see a patch for the distribution over prototypes that its teacher sees there.
+
+    ``loss = mean over frames of the mean over masked rows of -sum_k q_k log softmax(s_pat / tau_s)_k`` with
+    ``q = softmax((t_pat - center) / tau_t)``, temperatures and center being those of ``ce_patch``. Rows of a frame are
+    the masked positions of all clips, of which some may have more than others; a frame without any is left out. No
+    masked position, and no clips, give exactly 0, attached to the graph.
+
+    As the center is moved by an explicit call, all frames are met with the one it has, and it is moved once by
+    ``ce_patch.update_center(rows, mask=mask)``. Published is another order: with ``update_center``, in training mode,
+    it moves after every frame, towards the mean of that frame's masked teacher rows, before the next frame is looked
+    at. The moves are those of a loop, made at once.
+
+    Positions that are not masked cost as much as those that are. To save that, keep the masked ones before the head,
+    as lists (B, T, n, Kp), with a mask of ones.
+
+    Shape:
+        s_pat, t_pat: (B, T, Kp, H, W), or lists of tokens (B, T, N, Kp). mask: (B, T, H, W) or (B, T, N), bool.
+        Returns a scalar in float32, or float64 if one of the logits is.
+
+    Args:
+        s_pat: the student's logits of masked frames; the only argument that gets a gradient.
+        t_pat: the teacher's logits of whole frames, at the same positions.
+        mask: positions that the student did not see, such as :func:`clip_mask`.
+        ce_patch: the center of patches, and the temperatures.
+        update_center: whether the center moves with every frame.
+
+    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
+
+    Raises:
+        TypeError: on a wrong dtype, or a criterion of another kind.
+        ValueError: on wrong shapes.
+
+    >>> import torch
+    >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
+    >>> mask = torch.tensor([True, False]).view(1, 1, 2)
+    >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
+    >>> # e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> round(masked_token_loss(logits, logits, mask, criterion).item(), 4)
+    0.5822
+    """
+    check_criterion("ce_patch", ce_patch)
+    size = check_tokens("s_pat", s_pat, "Kp", Kp=ce_patch.center.shape[0])
+    check_tokens("t_pat", t_pat, "Kp", **size)
+    check_mask("mask", mask, size, s_pat=s_pat)
+    check_same_device("t_pat", t_pat, s_pat=s_pat)
+    check_same_device("s_pat", s_pat, center=ce_patch.center)
+    with no_autocast(s_pat):
+        dtype = torch.promote_types(torch.promote_types(s_pat.dtype, t_pat.dtype), torch.float32)
+        masked = mask.flatten(2)
+        # what is not masked may hold anything
+        s, t = (torch.where(masked.unsqueeze(3), as_list(one).to(dtype), 0.0) for one in (s_pat, t_pat.detach()))
+        counts = masked.sum((0, 2))
+        center = ce_patch.center
+        if update_center and ce_patch.training:
+            center = ce_patch.move_center(t.sum((0, 2)), counts).unsqueeze(1)
+        rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
+        # no mean: of nothing that is NaN
+        frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
+        return frames.sum() / (counts > 0).sum().clamp_min(1)
+
+
+class MaskedTokenLoss(nn.Module):
+    """Module of :func:`masked_token_loss`: a student predicts what it does not see.
+
+    ``forward(s_pat, t_pat, mask)``. The criterion, and so its center, is a part of the module.
+
+    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
+
+    >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
+    >>> mask = torch.tensor([True, False]).view(1, 1, 2)
+    >>> criterion = MaskedTokenLoss(CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0))
+    >>> round(criterion(logits, logits, mask).item(), 4)
+    0.5822
+    """
+
+    def __init__(self, ce_patch: CenteredCrossEntropy, *, update_center: bool = False) -> None:
+        super().__init__()
+        check_criterion("ce_patch", ce_patch)
+        self.ce_patch = ce_patch
+        self.update_center = update_center
+
+    def forward(self, s_pat: Tensor, t_pat: Tensor, mask: Tensor) -> Tensor:
+        """Return the term; see :func:`masked_token_loss`."""
+        return masked_token_loss(s_pat, t_pat, mask, self.ce_patch, update_center=self.update_center)
+
+    def extra_repr(self) -> str:
+        """Show the setting."""
+        return f"update_center={self.update_center}"

@@ -1,0 +1,142 @@
+"""Out-generative learning: crops of a frame and of a later one predict the prototypes of a whole frame."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_same_device, check_shape
+from ssync_loss.losses._centers import targets
+from ssync_loss.losses._contrast import products
+from ssync_loss.losses._teaching import attached_zero
+from ssync_loss.losses.centered import CenteredCrossEntropy, check_criterion
+
+Balance: TypeAlias = Literal["flat", "per_term"]
+
+BALANCES = ("flat", "per_term")
+
+
+def out_generative_loss(
+    s_glob: Tensor,
+    s_loc: Tensor,
+    t_glob: Tensor,
+    ce: CenteredCrossEntropy,
+    *,
+    balance: Balance = "flat",
+    update_center: bool = False,
+) -> Tensor:
+    """Ask the class tokens of a student's crops for the teacher's of whole frames, across time.
+
+    Frames i and i + T/2 are a pair. Teacher views are its 2g global crops, student views the same 2g crops (which may
+    be masked) and its 2l local crops: ``loss = mean over clips and pairs of the mean over teacher views i and student
+    views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``, temperatures and
+    center being those of ``ce``. A crop does not predict itself; crops of the same frame predict each other.
+
+    ``balance`` weighs the 2g (2g - 1) terms that lead from global to global crops against the 4 g l from local
+    ones. ``"flat"``, the authors' code, is one mean over all: with g = 1 and l = 8, 2 of 34 terms are global.
+    ``"per_term"`` is the mean of both means, as the paper names two losses; without local crops, the first alone.
+
+    As the center is moved by an explicit call, all pairs are met with the one it has. Published is another order: with
+    ``update_center``, in training mode, it moves after every pair, towards the mean of that pair's teacher views,
+    before the next pair is looked at. The moves are those of a loop, made at once.
+
+    A single frame has no pair: it, and no clips, give exactly 0, attached to the graph.
+
+    Shape:
+        s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), T even or 1, l may be 0. Returns a scalar in float32, or
+        float64 if one of the logits is.
+
+    Args:
+        s_glob: the student's logits of the class tokens of global crops.
+        s_loc: the student's of local crops; these two get a gradient.
+        t_glob: the teacher's of the global crops.
+        ce: the center of class tokens, and the temperatures.
+        balance: ``"flat"`` or ``"per_term"``.
+        update_center: whether the center moves with every pair.
+
+    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), out-generative learning, L_out_g2g and L_out_l2g of Fig. 2.
+
+    Raises:
+        TypeError: on a wrong dtype, or a criterion of another kind.
+        ValueError: on wrong shapes or settings, or an odd number of frames.
+
+    >>> import torch
+    >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
+    >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
+    >>> # e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> round(out_generative_loss(views, none, views, criterion).item(), 4)
+    0.5822
+    """
+    check_criterion("ce", ce)
+    check_choice("balance", balance, BALANCES)
+    size = check_shape("s_glob", s_glob, "B T g Kp", Kp=ce.center.shape[0])
+    check_not_empty("s_glob", size, "T g")
+    check_shape("s_loc", s_loc, "B T l Kp", **{axis: size[axis] for axis in ("B", "T", "Kp")})
+    check_shape("t_glob", t_glob, "B T g Kp", **size)
+    for name, one in (("s_glob", s_glob), ("s_loc", s_loc), ("t_glob", t_glob)):
+        check_floating(name, one)
+        check_same_device(name, one, center=ce.center)
+    if size["T"] > 1 and size["T"] % 2:
+        raise ValueError(f"`s_glob` must have an even T, for the pairs of frames (i, i + T / 2); got T={size['T']}.")
+    if size["T"] == 1:
+        return attached_zero(s_glob, s_loc)
+    with no_autocast(s_glob):
+        dtype = torch.promote_types(torch.promote_types(s_glob.dtype, s_loc.dtype), t_glob.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        t = _pairs(t_glob.detach()).to(dtype)
+        center = ce.center
+        if update_center and ce.training:
+            counts = torch.full((t.shape[1],), t.shape[0] * t.shape[2], device=t.device)
+            center = ce.move_center(t.sum((0, 2)), counts).unsqueeze(1)
+        q = targets(t, center.to(dtype), ce.tau_t)
+        # of every teacher view with every student view, (B, T / 2, 2g, .)
+        from_global, from_local = (
+            products(q, (_pairs(one).to(dtype) / ce.tau_s).log_softmax(3)) for one in (s_glob, s_loc)
+        )
+        same = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+        global_sum, local_sum = -from_global.masked_fill(same, 0.0).sum(), -from_local.sum()
+        num_targets = size["B"] * size["T"] * size["g"]
+        num_global, num_local = num_targets * (2 * size["g"] - 1), num_targets * 2 * s_loc.shape[2]
+        if balance == "flat" or num_local == 0:
+            # of no clips, too: the center's moves are those of all ranks
+            return (global_sum + local_sum) / max(num_global + num_local, 1)
+        return (global_sum / num_global + local_sum / num_local) / 2
+
+
+def _pairs(views: Tensor) -> Tensor:
+    """Put the views of frames i and i + T/2 together: (B, T, v, Kp) -> (B, T / 2, 2 v, Kp)."""
+    return rearrange(views, "b (two p) v k -> b p (two v) k", two=2)
+
+
+class OutGenerativeLoss(nn.Module):
+    """Module of :func:`out_generative_loss`: crops predict the teacher's class token of whole frames.
+
+    ``forward(s_glob, s_loc, t_glob)``. The criterion, and so its center, is a part of the module.
+
+    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), out-generative learning, L_out_g2g and L_out_l2g of Fig. 2.
+
+    >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
+    >>> criterion = OutGenerativeLoss(CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0))
+    >>> round(criterion(views, none, views).item(), 4)
+    0.5822
+    """
+
+    def __init__(self, ce: CenteredCrossEntropy, *, balance: Balance = "flat", update_center: bool = False) -> None:
+        super().__init__()
+        check_criterion("ce", ce)
+        check_choice("balance", balance, BALANCES)
+        self.ce = ce
+        self.balance: Balance = balance
+        self.update_center = update_center
+
+    def forward(self, s_glob: Tensor, s_loc: Tensor, t_glob: Tensor) -> Tensor:
+        """Return the term; see :func:`out_generative_loss`."""
+        return out_generative_loss(
+            s_glob, s_loc, t_glob, self.ce, balance=self.balance, update_center=self.update_center
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"balance={self.balance!r}, update_center={self.update_center}"

@@ -1,0 +1,215 @@
+"""Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss.losses._contrast import directions
+from ssync_loss.losses._teaching import attached_zero
+from ssync_loss.sinkhorn import check_transport, scalings, transport_plan
+
+Marginals: TypeAlias = Literal["l1", "uniform"]
+
+MARGINALS = ("l1", "uniform")
+
+# what keeps the logarithm of a probability of 0 finite
+EPSILON = 1e-8
+
+# a kernel between exp(-25) and exp(25) is scaled in float32 without a logarithm: scalings stay within its cube
+LARGEST_SCORE = 25.0
+
+
+def semantic_consistency_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    feats: Tensor,
+    *,
+    eps: float = 0.05,
+    iters: int = 3,
+    marginals: Marginals = "l1",
+    pool: int = 1,
+    chunk_size: int | None = 1,
+) -> Tensor:
+    """Ask every patch to belong to the semantics that a teacher gives the corresponding patches of other frames.
+
+    With f the features at length 1, M = softmax over S of the logits, M' the teacher's, for all ordered pairs of
+    frames t != j: ``plan = sinkhorn(1 - f_t f_j^T, mu_t, mu_j)`` and
+    ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
+    Slot s must be the same thing in all frames: global slots, or slots that are handed from frame to frame.
+
+    Correspondences are quadratic in the patches N of a frame: for each of T (T - 1) / 2 pairs of frames a product
+    of N x N x D numbers and ``4 iters`` passes over N x N. What is held of them at once is B x ``chunk_size`` kernels
+    of N x N, with the same value and gradient whatever the size; everything else, and all that waits for the
+    backward, is linear. Pairs are walked through in a loop, which a compiler unrolls. ``pool`` bounds time as well:
+    it falls with the fourth power, and the loss becomes that of coarser patches.
+
+    A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0 with everything
+    and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
+
+    Shape:
+        logits, teacher_logits: (B, T, S, H, W). feats: (B, T, D, H, W). Returns a scalar in float32, or float64 if
+        one of them is.
+
+    Args:
+        logits: the student's map; the only argument that gets a gradient.
+        teacher_logits: the map of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
+        feats: what finds correspondences, such as keys of a backbone.
+        eps: weight of the entropy in the plan.
+        iters: iterations of the plan.
+        marginals: weight of a patch in the plan. ``"l1"``, as published, is the sum of the absolute values of f,
+            nearly the same for all patches; ``"uniform"`` is the same.
+        pool: side of the square of patches whose probabilities and features are averaged first, which divides H and
+            W. 1 is the published loss.
+        chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
+    code a mean).
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings.
+
+    >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches are told apart
+    >>> maps = feats * 4  # and each has a slot of its own: log(1 + exp(-4)) = 0.0181
+    >>> round(semantic_consistency_loss(maps, maps * 100, feats).item(), 4)
+    0.0181
+    """
+    _check_settings(eps, iters, marginals, pool, chunk_size)
+    size = check_shape("logits", logits, "B T S H W")
+    check_not_empty("logits", size, "T S H W")
+    check_floating("logits", logits)
+    check_shape("teacher_logits", teacher_logits, "B T S H W", **size)
+    check_floating("teacher_logits", teacher_logits)
+    check_same_device("teacher_logits", teacher_logits, logits=logits)
+    given = check_shape("feats", feats, "B T D H W", **{axis: size[axis] for axis in "BTHW"})
+    check_not_empty("feats", given, "D")
+    check_floating("feats", feats)
+    check_same_device("feats", feats, logits=logits)
+    if size["H"] % pool or size["W"] % pool:
+        raise ValueError(f"`pool` must divide the grid, H={size['H']} and W={size['W']}; got {pool}.")
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, teacher_logits.dtype), feats.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if size["T"] == 1 or size["B"] == 0:
+        return attached_zero(logits).to(dtype)
+    with no_autocast(logits):
+        with torch.no_grad():
+            units, _ = directions(_pooled(feats.to(dtype), pool).mT)
+            wanted = _wanted(
+                _pooled(teacher_logits.to(dtype).softmax(2), pool),
+                units,
+                units.abs().sum(3) if marginals == "l1" else torch.ones_like(units[..., 0]),
+                eps=eps,
+                iters=iters,
+                chunk_size=chunk_size,
+            )
+        log_probs = (_pooled(logits.to(dtype).softmax(2), pool) + EPSILON).log()
+        return -(wanted * log_probs).sum() / (size["B"] * size["T"] * (size["T"] - 1))
+
+
+def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: int, chunk_size: int | None) -> Tensor:
+    """Return what the teacher's maps (B, T, S, N) of all other frames say of every patch, summed: (B, T, S, N)."""
+    num_frames, num_patches = units.shape[1:3]
+    mass = weights.sum(2, keepdim=True)
+    # not `> 0`: what is NaN must stay
+    known = mass != 0
+    weights = torch.where(known, weights / torch.where(known, mass, 1.0), 1 / num_patches)
+    known = known.unsqueeze(3)
+    maps = torch.where(known, maps, 0.0)
+    # every pair once: what is cheap from one frame to the other is cheap on the way back
+    first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
+    step = len(first) if chunk_size is None else chunk_size
+    wanted = torch.zeros_like(maps)
+    for start in range(0, len(first), step):
+        t, j = first[start : start + step], second[start : start + step]
+        here, there = (_Frames(units[:, one], weights[:, one], maps[:, one]) for one in (t, j))
+        of_here, of_there = _exchanged(here, there, eps, iters)
+        wanted.index_add_(1, t, of_here).index_add_(1, j, of_there)
+    return torch.where(known, wanted, 0.0)
+
+
+class _Frames(NamedTuple):
+    """Some frames of every clip: unit vectors (B, p, N, D), weights (B, p, N), maps (B, p, S, N)."""
+
+    units: Tensor
+    weights: Tensor
+    maps: Tensor
+
+
+def _exchanged(here: _Frames, there: _Frames, eps: float, iters: int) -> tuple[Tensor, Tensor]:
+    """Carry the maps of some frames to others, and back: what is wanted here, and what is wanted there."""
+    # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
+    scores = (here.units / eps) @ there.units.mT
+    if 1 / eps > LARGEST_SCORE:
+        back = there.maps @ transport_plan(scores, here.weights, there.weights, iters).mT
+        return back, here.maps @ transport_plan(scores.mT, there.weights, here.weights, iters).mT
+    kernel = scores.exp_()
+    return _carried(kernel, here, there, iters), _carried(kernel.mT, there, here, iters)
+
+
+def _carried(kernel: Tensor, here: _Frames, there: _Frames, iters: int) -> Tensor:
+    a, b = scalings(kernel, here.weights, there.weights, iters)
+    return ((there.maps * b) @ kernel.mT) * a.mT
+
+
+def _pooled(frames: Tensor, pool: int) -> Tensor:
+    """Average squares of cells: (B, T, S, H, W) -> (B, T, S, N)."""
+    return reduce(frames, "b t s (h i) (w j) -> b t s (h w)", "mean", i=pool, j=pool)
+
+
+class SemanticConsistencyLoss(nn.Module):
+    """Module of :func:`semantic_consistency_loss`: patches that correspond belong to the same semantic.
+
+    ``forward(logits, teacher_logits, feats)``.
+
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency.
+
+    >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
+    >>> round(SemanticConsistencyLoss()(feats * 4, feats * 400, feats).item(), 4)
+    0.0181
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 0.05,
+        iters: int = 3,
+        marginals: Marginals = "l1",
+        pool: int = 1,
+        chunk_size: int | None = 1,
+    ) -> None:
+        super().__init__()
+        _check_settings(eps, iters, marginals, pool, chunk_size)
+        self.settings: dict[str, Any] = {
+            "eps": eps,
+            "iters": iters,
+            "marginals": marginals,
+            "pool": pool,
+            "chunk_size": chunk_size,
+        }
+
+    def forward(self, logits: Tensor, teacher_logits: Tensor, feats: Tensor) -> Tensor:
+        """Return the term; see :func:`semantic_consistency_loss`."""
+        return semantic_consistency_loss(logits, teacher_logits, feats, **self.settings)
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _check_settings(eps: object, iters: object, marginals: object, pool: object, chunk_size: object) -> None:
+    check_transport(eps, iters)
+    check_choice("marginals", marginals, MARGINALS)
+    check_int("pool", pool, 1)
+    if chunk_size is not None:
+        check_int("chunk_size", chunk_size, 1)

@@ -1,0 +1,278 @@
+"""Label propagation: the masks of the first frame, carried through a video by features alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import (
+    check_floating,
+    check_int,
+    check_integer,
+    check_not_empty,
+    check_number,
+    check_same_device,
+    check_shape,
+)
+
+# affinities, or pixels of masks, that are held at once: 64 MB in float32
+BLOCK_ELEMENTS = 1 << 24
+
+
+def propagate_labels(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_context: int = 10,
+    radius: int = 40,
+    top_k: int = 5,
+    temperature: float = 0.1,
+    size: tuple[int, int] | None = None,
+    normalize: bool = True,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Carry the labels of the first frame through a video: how features are evaluated that know no labels.
+
+    Labels are resized to the grid of the features (nearest) and carried as soft masks by :func:`propagate_masks`. As
+    code, the read-out of a frame's soft masks (K, H, W)::
+
+        pixels = interpolate(masks, size, mode="bilinear", align_corners=False)
+        pixels = (pixels - pixels.amin((1, 2))) / (pixels.amax((1, 2)) - pixels.amin((1, 2)))    # if normalize
+        labels = pixels.argmax(0)
+
+    A mask that is the same everywhere is not normalized (the published code: NaN). A label that the clip's first
+    grid does not show is never assigned; of equals the lowest is. The first frame of the result shows the labels as
+    given. Frames are read out in blocks.
+
+    An object that appears later starts a track of its own: call :func:`propagate_masks` on the frames from there on,
+    and put its mask beside the others. This function reads data on the host; it evaluates, and is not compiled.
+
+    Shape:
+        features: (B, T, D, H, W). labels: (B, h, w). Returns (B, T, *size), int64.
+
+    Args:
+        features: of patches, of any length: in a ViT an intermediate layer may be best (published: the student's
+            block 7 of 12, after the final norm).
+        labels: of the first frame, 0 or above; 0 is mostly the background, which is a label like others.
+        num_context: as in :func:`propagate_masks`, like the next three.
+        radius: half the side of the window.
+        top_k: places that a patch takes its label from.
+        temperature: of the affinities.
+        size: height and width of the result; None for those of the labels. Published are those of the frames the
+            features were computed from, and a last resizing to the annotation (nearest).
+        normalize: whether every mask is stretched to [0, 1] over its frame before they compete. Published for
+            DAVIS, and not for YouTube-VOS.
+        chunk_size: as in :func:`propagate_masks`.
+
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
+    (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings, negative labels, or features with NaN or infinity.
+
+    >>> features = torch.eye(3)[torch.tensor([[0, 1, 2], [2, 0, 1]])].mT.view(1, 2, 3, 1, 3)  # a step to the right
+    >>> labels = torch.tensor([7, 7, 4]).view(1, 1, 3)
+    >>> propagate_labels(features, labels, top_k=1).tolist()
+    [[[[7, 7, 4]], [[4, 7, 7]]]]
+    """
+    sizes = _check_features(features)
+    check_shape("labels", labels, "B h w", B=sizes["B"])
+    check_not_empty("labels", dict(zip("Bhw", labels.shape, strict=True)), "h w")
+    check_integer("labels", labels)
+    check_same_device("labels", labels, features=features)
+    if bool((labels < 0).any()):
+        raise ValueError(
+            f"`labels` must be at least 0; got {int(labels.min())}. Give what is not annotated the background's label."
+        )
+    if size is None:
+        size = (labels.shape[1], labels.shape[2])
+    if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"`size` must be a pair (height, width); got {size!r}.")
+    for length in size:
+        check_int("size", length, 1)
+
+    result = torch.empty(sizes["B"], sizes["T"], *size, dtype=torch.int64, device=labels.device)
+    if sizes["B"] == 0:
+        return result
+    names, numbers = labels.unique(return_inverse=True)
+    on_grid = _nearest(numbers, (sizes["H"], sizes["W"]))
+    known = on_grid.unsqueeze(1) == torch.arange(len(names), device=labels.device).view(-1, 1, 1)
+    masks = propagate_masks(
+        features,
+        known.to(torch.promote_types(features.dtype, torch.float32)),
+        num_context=num_context,
+        radius=radius,
+        top_k=top_k,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    absent = ~known.any(3).any(2)
+    block = max(1, BLOCK_ELEMENTS // (sizes["B"] * len(names) * size[0] * size[1]))
+    for start in range(0, sizes["T"], block):
+        frames = slice(start, start + block)
+        result[:, frames] = names.long()[_read_out(masks[:, frames], absent, size, normalize=normalize)]
+    result[:, 0] = _nearest(labels, size)
+    return result
+
+
+@torch.no_grad()
+def propagate_masks(
+    features: Tensor,
+    masks: Tensor,
+    *,
+    num_context: int = 10,
+    radius: int = 40,
+    top_k: int = 5,
+    temperature: float = 0.1,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Carry soft masks of the first frame through a video, each patch taking those of the patches it is most like.
+
+    A frame looks at its context: the first frame, and up to ``num_context`` frames right before it. With x the
+    features at length 1, a patch p is compared with all places u of the context that are at most ``radius`` rows and
+    columns away: ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over all its frames together, and for
+    what ties with the last of them, 0 for others; ``mask_p = sum_u w_u mask_u / sum_u w_u``. What was carried is soft,
+    and is carried on so.
+
+    Every frame needs those before it: frames are walked through in a loop, and so are their patches, ``chunk_size`` of
+    a clip at once. That changes nothing but the memory, which beside the result is one score for each of these
+    patches with each of (num_context + 1) H W places, and the features of the context.
+
+    Shape:
+        features: (B, T, D, H, W). masks: (B, K, H, W). Returns (B, T, K, H, W), the first frame as given, in
+        float32, or float64 if one of both is. Nothing has a gradient.
+
+    Args:
+        features: of patches, of any length; a zero vector is equally unlike everything.
+        masks: of the first frame, soft or hard; where they sum to 1, so do those of later frames.
+        num_context: frames of the context beside the first; published are 10 for DAVIS, 20 for YouTube-VOS.
+        radius: half the side of the window in patches; published are 40 and 50 for patches of 8 pixels.
+        top_k: places that a patch takes its masks from, over all frames of the context together.
+        temperature: of the affinities, above 0.
+        chunk_size: patches of a clip that are compared at once; None for as many as 64 MB hold.
+
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
+    (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings, or features with NaN or infinity.
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
+    >>> masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    >>> # the left patch finds itself: e / (e + 1)
+    >>> propagate_masks(features, masks, top_k=2, temperature=1.0)[0, 1, 0]
+    tensor([[0.7311, 0.2689]])
+    """
+    size = _check_features(features)
+    given = check_shape("masks", masks, "B K H W", **{axis: size[axis] for axis in "BHW"})
+    check_not_empty("masks", given, "K")
+    check_floating("masks", masks)
+    check_same_device("masks", masks, features=features)
+    _check_finite("masks", masks)
+    check_int("num_context", num_context, 0)
+    check_int("radius", radius, 0)
+    check_int("top_k", top_k, 1)
+    check_number("temperature", temperature, 0.0, open_low=True)
+    if chunk_size is not None:
+        check_int("chunk_size", chunk_size, 1)
+    dtype = torch.promote_types(torch.promote_types(features.dtype, masks.dtype), torch.float32)
+    clips, frames, channels, height, width = features.shape
+    num_places = height * width
+    # the first frame stays, the others take the place of the oldest
+    num_slots = min(1 + num_context, max(frames - 1, 1))
+    if chunk_size is None:
+        chunk_size = max(1, BLOCK_ELEMENTS // max(clips * num_slots * num_places, 1))
+    result = torch.empty(clips, frames, given["K"], height, width, dtype=dtype, device=features.device)
+    result[:, 0] = masks
+    context = torch.empty(clips, num_slots, num_places, channels, dtype=dtype, device=features.device)
+    carried = torch.empty(clips, num_slots, num_places, given["K"], dtype=dtype, device=features.device)
+    with no_autocast(features):
+        for now in range(frames):
+            units = _units(features[:, now].to(dtype))
+            if now > 0:
+                filled = min(now, num_slots)
+                found = [
+                    _looked_up(
+                        units[:, first : first + chunk_size],
+                        _outside(first, chunk_size, height, width, radius, features.device),
+                        context[:, :filled],
+                        carried[:, :filled],
+                        top_k,
+                        temperature,
+                    )
+                    for first in range(0, num_places, chunk_size)
+                ]
+                result[:, now] = torch.cat(found, 1).mT.unflatten(2, (height, width))
+            slot = now if now < num_slots else 1 + (now - 1) % max(num_slots - 1, 1)
+            if slot < num_slots:
+                context[:, slot] = units
+                carried[:, slot] = result[:, now].flatten(2).mT
+    return result
+
+
+def _looked_up(
+    queries: Tensor, outside: Tensor | None, context: Tensor, carried: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Return the masks (B, n, K) of patches (B, n, D), from a context (B, c, N, D) with masks (B, c, N, K)."""
+    scores = queries @ context.flatten(1, 2).mT
+    if outside is not None:
+        scores.unflatten(2, context.shape[1:3]).masked_fill_(outside.unsqueeze(1), float("-inf"))
+    largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
+    # in a window of fewer places the last one is -inf, and all others are in
+    scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
+    weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
+    return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
+
+
+def _outside(first: int, count: int, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
+    """Tell which of all places (N) lie outside the windows of ``count`` places from ``first`` on; None if none does."""
+    if radius >= max(height, width) - 1:
+        return None
+    places = torch.arange(height * width, device=device)
+    rows, columns = places // width, places % width
+    here = slice(first, first + count)
+    return ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
+
+
+def _units(frame: Tensor) -> Tensor:
+    """Return the directions (B, N, D) of the features (B, D, H, W) of a frame."""
+    units = F.normalize(frame.flatten(2).mT, dim=2)
+    # of infinity it is NaN, too
+    _check_finite("features", units)
+    return units
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    """Refuse numbers whose masks would pass for a prediction."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"`{name}` must hold neither NaN nor infinity; got some.")
+
+
+def _read_out(masks: Tensor, absent: Tensor, size: tuple[int, int], *, normalize: bool) -> Tensor:
+    """Return the index (B, F, *size) of the largest of masks (B, F, K, H, W), of those that are not absent, (B, K)."""
+    pixels = F.interpolate(masks.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
+    if normalize:
+        low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+        pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
+    competing = pixels.view(*masks.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
+    return competing.argmax(2)
+
+
+def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize labels (B, h, w) to (B, *size): every cell has the label at its center."""
+    rows, columns = (
+        ((torch.arange(new, device=labels.device) * 2 + 1) * old) // (2 * new)
+        for old, new in zip(labels.shape[1:], size, strict=True)
+    )
+    return labels[:, rows[:, None], columns]
+
+
+def _check_features(features: Tensor) -> dict[str, int]:
+    size = check_shape("features", features, "B T D H W")
+    check_not_empty("features", size, "T D H W")
+    check_floating("features", features)
+    return size

@@ -1,0 +1,213 @@
+"""In-and-out generative learning written out slowly: one token, one view, one patch at a time.
+
+This module says what the losses with a center, affinity consistency and label propagation compute; the library says
+it fast. Nothing is shared with it, and arguments are taken to be right. Computed in float64 whatever comes in, so that
+it can referee faster forms; losses are differentiable by autograd, and float32 or wider. Meant for tests and for
+reading, not for training.
+
+Source: Pan et al., ACM MM 2022 (arXiv:2203.15312).
+"""
+
+import torch
+from torch import Tensor
+
+
+def reference_affinity_consistency_loss(
+    s: Tensor, t: Tensor, *, mask: Tensor | None = None, tau_s: float = 0.1, tau_t: float = 0.04
+) -> Tensor:
+    """Compare where a student and its teacher find every token of a frame in the next one.
+
+    Shape:
+        s, t: (B, T, N, D), mask: (B, T, N). Returns a scalar.
+
+    >>> frames = torch.eye(2).expand(1, 2, 2, 2)
+    >>> round(reference_affinity_consistency_loss(frames, frames, tau_s=1.0, tau_t=1.0).item(), 4)
+    0.5822
+    """
+    num_clips, num_frames, num_tokens, _ = s.shape
+    values = []
+    for b in range(num_clips):
+        kept = [[n for n in range(num_tokens) if mask is None or mask[b, i, n]] for i in range(num_frames)]
+        for i in range(num_frames - 1):
+            for u in kept[i]:
+                if kept[i + 1]:
+                    ours = [_unit(s[b, i, u]) @ _unit(s[b, i + 1, v]) / tau_s for v in kept[i + 1]]
+                    theirs = [_unit(t[b, i, u]) @ _unit(t[b, i + 1, v]) / tau_t for v in kept[i + 1]]
+                    values.append(_cross_entropy(torch.stack(ours), torch.stack(theirs)))
+    return _result(_mean(values, s), s, t)
+
+
+def reference_centered_cross_entropy(
+    s: Tensor, t: Tensor, center: Tensor, *, tau_s: float = 0.1, tau_t: float = 0.04
+) -> Tensor:
+    """Compare rows of student logits with those of the teacher, whose center is taken off.
+
+    Shape:
+        s, t: (R, Kp), center: (Kp,). Returns a scalar.
+
+    >>> logits = torch.tensor([[0.0, 1.0]])
+    >>> round(reference_centered_cross_entropy(logits, logits, torch.zeros(2), tau_s=1.0, tau_t=1.0).item(), 4)
+    0.5822
+    """
+    values = [
+        _cross_entropy(ours.double() / tau_s, (theirs.double() - center.double()) / tau_t)
+        for ours, theirs in zip(s, t, strict=True)
+    ]
+    return _result(_mean(values, s), s, t)
+
+
+def reference_moved_center(center: Tensor, t: Tensor, *, m_c: float = 0.9) -> Tensor:
+    """Move a center towards the mean of rows of teacher logits; without rows it stays.
+
+    Shape:
+        center: (Kp,), t: (R, Kp). Returns (Kp,), float64.
+
+    >>> reference_moved_center(torch.zeros(2), torch.tensor([[0.0, 1.0], [0.0, 3.0]])).tolist()
+    [0.0, 0.19999999999999996]
+    """
+    if len(t) == 0:
+        return center.double()
+    return m_c * center.double() + (1 - m_c) * torch.stack([row.double() for row in t]).mean(0)
+
+
+def reference_masked_token_loss(
+    s_pat: Tensor,
+    t_pat: Tensor,
+    mask: Tensor,
+    center: Tensor,
+    *,
+    tau_s: float = 0.1,
+    tau_t: float = 0.04,
+    m_c: float = 0.9,
+    update_center: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Go through the frames, compare their masked rows, and perhaps move the center after each.
+
+    Shape:
+        s_pat, t_pat: (B, T, N, Kp), mask: (B, T, N), center: (Kp,). Returns the loss and the last center.
+
+    >>> logits, mask = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)
+    >>> loss, _ = reference_masked_token_loss(logits, logits, mask, torch.zeros(2), tau_s=1.0, tau_t=1.0)
+    >>> round(loss.item(), 4)
+    0.5822
+    """
+    values = []
+    for i in range(s_pat.shape[1]):
+        ours, theirs = s_pat[:, i][mask[:, i]].double(), t_pat[:, i][mask[:, i]].double()
+        if len(ours):
+            values.append(reference_centered_cross_entropy(ours, theirs, center, tau_s=tau_s, tau_t=tau_t))
+        if update_center:
+            center = reference_moved_center(center, theirs, m_c=m_c)
+    return _result(_mean(values, s_pat), s_pat, t_pat), center
+
+
+def reference_out_generative_loss(
+    s_glob: Tensor,
+    s_loc: Tensor,
+    t_glob: Tensor,
+    center: Tensor,
+    *,
+    tau_s: float = 0.1,
+    tau_t: float = 0.04,
+    m_c: float = 0.9,
+    balance: str = "flat",
+    update_center: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Go through pairs of frames and compare every view of the student with every other one of the teacher.
+
+    Shape:
+        s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), center: (Kp,). Returns the loss and the last center.
+
+    >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
+    >>> loss, _ = reference_out_generative_loss(views, none, views, torch.zeros(2), tau_s=1.0, tau_t=1.0)
+    >>> round(loss.item(), 4)
+    0.5822
+    """
+    num_clips, num_frames, num_global, _ = s_glob.shape
+    half = num_frames // 2
+    to_global, to_local = [], []
+    for i in range(half):
+        pair = (i, i + half)
+        for b in range(num_clips):
+            for target in ((frame, crop) for frame in pair for crop in range(num_global)):
+                wanted = (t_glob[b][target].double() - center.double()) / tau_t
+                for frame in pair:
+                    for crop in range(num_global):
+                        if (frame, crop) != target:
+                            to_global.append(_cross_entropy(s_glob[b, frame, crop].double() / tau_s, wanted))
+                    for crop in range(s_loc.shape[2]):
+                        to_local.append(_cross_entropy(s_loc[b, frame, crop].double() / tau_s, wanted))
+        if update_center:
+            center = reference_moved_center(center, t_glob[:, pair].flatten(0, 2), m_c=m_c)
+    if balance == "flat" or not to_local:
+        loss = _mean(to_global + to_local, s_glob)
+    else:
+        loss = (_mean(to_global, s_glob) + _mean(to_local, s_loc)) / 2
+    return _result(loss, s_glob, s_loc, t_glob), center
+
+
+def reference_propagate_masks(
+    features: Tensor,
+    masks: Tensor,
+    *,
+    num_context: int = 10,
+    radius: int = 40,
+    top_k: int = 5,
+    temperature: float = 0.1,
+) -> Tensor:
+    """Give every patch the masks of the places before it that it is most like.
+
+    Shape:
+        features: (B, T, D, H, W), masks: (B, K, H, W). Returns (B, T, K, H, W), float64.
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
+    >>> masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    >>> result = reference_propagate_masks(features, masks, top_k=2, temperature=1.0)
+    >>> [round(one, 4) for one in result[0, 1, 0, 0].tolist()]
+    [0.7311, 0.2689]
+    """
+    num_clips, num_frames, _, height, width = features.shape
+    places = [(row, column) for row in range(height) for column in range(width)]
+    result = masks.double().unsqueeze(1).repeat(1, num_frames, 1, 1, 1)
+    for b in range(num_clips):
+        for now in range(1, num_frames):
+            context = [0, *range(max(1, now - num_context), now)]
+            for row, column in places:
+                query = _unit(features[b, now, :, row, column])
+                near = {
+                    (i, y, x): torch.exp(query @ _unit(features[b, i, :, y, x]) / temperature)
+                    for i in context
+                    for y, x in places
+                    if abs(y - row) <= radius and abs(x - column) <= radius
+                }
+                least = sorted(near.values(), reverse=True)[:top_k][-1]
+                used = {place: weight for place, weight in near.items() if weight >= least}
+                total = sum(used.values())
+                result[b, now, :, row, column] = sum(
+                    weight * result[b, i, :, y, x] / total for (i, y, x), weight in used.items()
+                )
+    return result
+
+
+def _cross_entropy(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the cross-entropy of scores (K,) with the distribution of others, which are fixed."""
+    return -(theirs.detach().softmax(0) * ours.log_softmax(0)).sum()
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Scale a vector to length 1; one without a length stays zero, without gradient."""
+    vector = vector.double()
+    length = vector.square().sum().sqrt()
+    return vector * 0 if length <= 1e-12 else vector / length
+
+
+def _mean(values: list[Tensor], like: Tensor) -> Tensor:
+    """Return the mean, and an attached 0 of nothing."""
+    return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
+
+
+def _result(value: Tensor, *given: Tensor) -> Tensor:
+    dtype = torch.float32
+    for one in given:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return value.to(dtype)

@@ -1,0 +1,165 @@
+"""SlotCurri written out slowly: one cube, one patch, one slot, one child at a time.
+
+This module says what the structure of features, the error of a slot, its share of new slots and the place of a child
+are; the library says it fast. Nothing is shared with it, and arguments are taken to be right. What has a gradient is
+differentiable by autograd. Computed in float64, and shares in fractions, so that they can referee faster forms.
+Meant for tests and for reading, not for training.
+
+Source: Moon, Seong & Heo, CVPR 2026 (arXiv 2603.22758).
+"""
+
+import math
+from fractions import Fraction
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def reference_structure_aware_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    window: int = 3,
+    sigma: float = 1.5,
+    k1: float = 0.01,
+    k2: float = 0.03,
+    eps: float = 1e-6,
+    normalize: str = "joint",
+) -> Tensor:
+    """Compare every cube of every channel: its mean, its variance, and the covariance of both.
+
+    Shape:
+        pred, target: (B, T, D, H, W). Returns a scalar.
+
+    >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
+    >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
+    >>> round(reference_structure_aware_loss(pred, target).item(), 4)
+    0.4998
+    """
+    values = []
+    for clip, clip_target in zip(pred.double(), target.detach().double(), strict=True):
+        everything = torch.cat([clip.detach(), clip_target])
+        for c in range(pred.shape[2]):
+            seen = everything if normalize == "joint" else everything[:, c]
+            low, high = seen.min(), seen.max()
+            x, y = ((one[:, c] - low) / (high - low + eps) for one in (clip, clip_target))
+            for place in product(*(_first_cells(size, window) for size in x.shape)):
+                cube = tuple(
+                    slice(first, first + (window if size >= window else 1))
+                    for first, size in zip(place, x.shape, strict=True)
+                )
+                values.append(1 - _similarity(x[cube], y[cube], window, sigma, k1**2, k2**2))
+    return _result(torch.stack(values).mean() if values else pred.double().sum(), pred, target)
+
+
+def _first_cells(size: int, window: int) -> range:
+    """Return where windows begin along an axis; a short one is taken cell by cell."""
+    return range(size - window + 1) if size >= window else range(size)
+
+
+def _similarity(x: Tensor, y: Tensor, window: int, sigma: float, c1: float, c2: float) -> Tensor:
+    """Return the index of one cube, by deviations from its means."""
+    weights = torch.ones(x.shape, dtype=torch.float64)
+    for cell in product(*map(range, x.shape)):
+        for place, size in zip(cell, x.shape, strict=True):
+            if size == window:
+                weights[cell] *= math.exp(-(((place - window // 2) / sigma) ** 2) / 2)
+    weights /= weights.sum()
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    variance_x, variance_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+    means = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return means * (2 * covariance + c2) / (variance_x + variance_y + c2)
+
+
+def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+    """Give every slot its part of the squared error of every patch.
+
+    Shape:
+        recon, target: (B, T, D, H, W), masks: (B, T, S, H, W). Returns (S,).
+
+    >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([2.0, 1.0]).view(1, 1, 1, 1, 2)
+    >>> masks = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).view(1, 1, 2, 1, 2)
+    >>> reference_slot_error(recon, target, masks).tolist()
+    [2.25, 0.25]
+    """
+    num_clips, num_frames, num_channels, height, width = recon.shape
+    errors = torch.zeros(masks.shape[2], dtype=torch.float64)
+    places = list(product(range(num_clips), range(num_frames), range(height), range(width)))
+    for b, t, h, w in places:
+        difference = recon.detach()[b, t, :, h, w].double() - target.detach()[b, t, :, h, w].double()
+        for s in range(len(errors)):
+            errors[s] += masks.detach()[b, t, s, h, w].double() * (difference @ difference) / num_channels
+    return _result(errors / max(len(places), 1), recon, target, masks)
+
+
+def reference_allot_children(errors: list[float], n_new: int) -> list[int]:
+    """Share out new slots in exact fractions: whole shares first, then one each to the largest remainders.
+
+    >>> reference_allot_children([5.0, 3.0, 0.0, 2.0], 4)
+    [2, 1, 0, 1]
+    """
+    if any(not math.isfinite(one) or one < 0 for one in errors) or not any(errors):
+        return [n_new // len(errors) + (i < n_new % len(errors)) for i in range(len(errors))]
+    exact = [Fraction(one) for one in errors]
+    shares = [one * n_new / sum(exact) for one in exact]
+    counts = [math.floor(one) for one in shares]
+    # sorting keeps the order of equals
+    by_remainder = sorted(range(len(errors)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: n_new - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def reference_place_children(
+    slots_active: Tensor,
+    counts: list[int],
+    directions: Tensor,
+    *,
+    beta: float = 0.2,
+    neighbors: str = "active",
+    min_radius: float = 1e-3,
+    unborn: Tensor | None = None,
+) -> Tensor:
+    """Set one child after the other beside its parent, along the direction given for it.
+
+    Shape:
+        slots_active: (K, D), directions: (n_new, D), unborn: (U, D). Returns (n_new, D).
+
+    >>> slots, up = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0]])
+    >>> reference_place_children(slots, [1, 0], up, beta=0.7).tolist()
+    [[3.0, 3.0]]
+    """
+    num_active = len(slots_active)
+    rows = [one.double() for one in slots_active]
+    if neighbors == "all" and unborn is not None:
+        rows += [one.double() for one in unborn]
+    # who is most similar is asked once, before anything is written
+    nearest = [
+        max((j for j in range(len(rows)) if j != i), key=lambda j: _cosine(rows[i], rows[j]), default=i)
+        for i in range(num_active)
+    ]
+    children: list[Tensor] = []
+    for i in range(num_active):
+        mean = sum(float(one.norm()) for one in rows) / len(rows) + 1e-8
+        length = float(rows[i].norm())
+        distance = float((rows[i] - rows[nearest[i]]).norm()) if len(rows) > 1 else length
+        radius = max(beta * distance * length / mean, min_radius * mean)
+        for _ in range(counts[i]):
+            children.append(rows[i] + radius * directions[len(children)].double())
+        if neighbors == "all":
+            rows[num_active : num_active + len(children)] = children
+    return torch.stack(children).to(slots_active.dtype) if children else slots_active[:0]
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    lengths = float(one.norm() * other.norm())
+    return float(one @ other) / lengths if lengths > 0 else 0.0
+
+
+def _result(value: Tensor, *given: Tensor) -> Tensor:
+    dtype = torch.float32
+    for one in given:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return value.to(dtype)

@@ -1,0 +1,297 @@
+"""Semantics and instances over time written out slowly: one pair of frames, one patch, one instance at a time.
+
+This module says what transport, the consistency losses, and the two modules of the model compute; the library says it
+fast. Nothing is shared with it, and arguments are taken to be right. All functions are differentiable by autograd
+where the fast ones are, and computed in float64 whatever comes in; the result is float32 or wider. Meant for tests
+and for reading, not for training.
+
+Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
+"""
+
+import math
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+
+def reference_sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
+    """Rescale rows and columns of ``exp(-cost / eps)`` in turn, as numbers and not as logarithms.
+
+    Shape:
+        cost: (B, N, M), mu: (B, N), nu: (B, M). Returns (B, N, M).
+
+    >>> free = torch.zeros(1, 2, 2)
+    >>> reference_sinkhorn(free, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2)).tolist()
+    [[[0.125, 0.125], [0.375, 0.375]]]
+    """
+    plans = [
+        _plan([[float(x) for x in row] for row in one], [float(x) for x in m], [float(x) for x in n], eps, iters)
+        for one, m, n in zip(cost.double(), mu.double(), nu.double(), strict=True)
+    ]
+    plan = torch.tensor(plans, dtype=torch.float64, device=cost.device).view(cost.shape)
+    return _result(plan, cost, mu, nu)
+
+
+def reference_semantic_consistency_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    feats: Tensor,
+    *,
+    eps: float = 0.05,
+    iters: int = 3,
+    marginals: str = "l1",
+    pool: int = 1,
+) -> Tensor:
+    """Ask every patch for the semantics of the patches it is transported to, one pair of frames after the other.
+
+    Shape:
+        logits, teacher_logits: (B, T, S, H, W), feats: (B, T, D, H, W). Returns a scalar.
+
+    >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
+    >>> round(reference_semantic_consistency_loss(feats * 4, feats * 400, feats).item(), 4)
+    0.0181
+    """
+    values = []
+    for clip, teacher, keys in zip(logits, teacher_logits.detach(), feats.detach(), strict=True):
+        student_patches, teacher_patches = (
+            [_patches(frame.double().softmax(0), pool) for frame in one] for one in (clip, teacher)
+        )
+        units = [[_unit(patch) for patch in _patches(frame.double(), pool)] for frame in keys]
+        for t, ours in enumerate(student_patches):
+            for j, theirs in enumerate(teacher_patches):
+                if j == t:
+                    continue
+                mu, nu = ([_weight(unit, marginals) for unit in units[one]] for one in (t, j))
+                cost = [[1 - float(u @ v) for v in units[j]] for u in units[t]]
+                value = ours[0].sum() * 0
+                # a frame without any weight is not transported
+                if sum(mu) > 0 and sum(nu) > 0:
+                    for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
+                        for share, other in zip(row, theirs, strict=True):
+                            value = value - share * (other * (patch + 1e-8).log()).sum()
+                values.append(value)
+    return _result(_mean(values, logits), logits, teacher_logits, feats)
+
+
+def reference_mask_diversity_loss(logits: Tensor) -> Tensor:
+    """Average the cosines of the masks of each frame, pair by pair.
+
+    Shape:
+        logits: (B, T, S, H, W). Returns a scalar.
+
+    >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> round(reference_mask_diversity_loss(logits).item(), 4)
+    0.4472
+    """
+    values = []
+    for clip in logits.double():
+        for frame in clip:
+            masks = [mask + 1e-8 for mask in frame.softmax(0)]
+            values += [
+                (one * other).sum() / (one.square().sum().sqrt() * other.square().sum().sqrt())
+                for s, one in enumerate(masks)
+                for r, other in enumerate(masks)
+                if s != r
+            ]
+    return _result(_mean(values, logits), logits)
+
+
+def reference_valid_instances(
+    logits: Tensor,
+    slots: Tensor,
+    instances: Tensor,
+    *,
+    p_thr: float = 0.5,
+    area_thr: float = 0.2,
+    sim_thr: float = 0.5,
+) -> Tensor:
+    """Count the patches of every semantic, and compare every instance with it.
+
+    Shape:
+        logits: (B, T, S, H, W), slots: (B, T, S, D), instances: (B, T, S, P, D). Returns (B, T, S, P), bool.
+
+    >>> logits = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 3)
+    >>> instances = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).expand(1, 1, 2, 2, 2)
+    >>> reference_valid_instances(logits, torch.ones(1, 1, 2, 2), instances, area_thr=0.5).tolist()
+    [[[[True, False], [False, False]]]]
+    """
+    logits, slots, instances = (one.detach().double() for one in (logits, slots, instances))
+    valid = torch.zeros(instances.shape[:4], dtype=torch.bool)
+    for b, t, s, p in torch.ones_like(valid).nonzero().tolist():
+        mask = logits[b, t].softmax(0)[s].flatten()
+        area = sum(float(one) > p_thr for one in mask) / len(mask)
+        similarity = float(_unit(slots[b, t, s]) @ _unit(instances[b, t, s, p]))
+        valid[b, t, s, p] = area > area_thr and similarity > sim_thr
+    return valid.to(instances.device)
+
+
+def reference_instance_consistency_loss(
+    embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    valid: Tensor,
+    teacher_valid: Tensor,
+    *,
+    margin: float = 0.5,
+    metric: str = "cosine",
+    same_frame: bool = True,
+) -> Tensor:
+    """Try every assignment of the instances of two frames, and pull and push by the best one.
+
+    Shape:
+        embeddings, teacher_embeddings: (B, T, S, P, D), valid, teacher_valid: (B, T, S, P), bool. Returns a scalar.
+
+    >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> round(reference_instance_consistency_loss(embeddings, embeddings, valid, valid).item(), 4)
+    -1.0
+    """
+    num_clips, num_frames, num_slots, _, _ = embeddings.shape
+    total, number = embeddings.flatten()[:0].sum().double(), 0.0
+    pairs = [(t, j) for t in range(num_frames) for j in range(num_frames) if same_frame or t != j]
+    for b, s in ((b, s) for b in range(num_clips) for s in range(num_slots)):
+        for t, j in pairs:
+            ours, theirs = embeddings[b, t, s].double(), teacher_embeddings[b, j, s].detach().double()
+            cosines = [[float(one @ other) for other in theirs] for one in ours.detach()]
+            partner = _best_order(cosines)
+            for p, one in enumerate(ours):
+                number += bool(valid[b, t, s, p]) + 1e-10
+                if not valid[b, t, s, p]:
+                    continue
+                if metric == "cosine":
+                    pull, push = -one @ theirs[partner[p]], [(one @ other - margin).relu() for other in theirs]
+                else:
+                    pull, push = _length(one - theirs[partner[p]]), [(margin - _length(one - x)).relu() for x in theirs]
+                del push[partner[p]]
+                apart = sum(push, torch.zeros_like(pull))
+                total = total + (apart / max(len(push), 1) if metric == "cosine" else apart)
+                if teacher_valid[b, j, s, partner[p]]:
+                    total = total + pull
+    return _result(total / max(number, 1e-300), embeddings, teacher_embeddings)
+
+
+def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Correlate every patch with every patch of the frame before, and add what a linear map makes of it.
+
+    Shape:
+        keys: (B, T, C, H, W), weight: (C, H * W), bias: (C,). Returns (B, T, C, H, W).
+
+    >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
+    >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
+    [7.0, 9.0]
+    """
+    frames = []
+    for clip in keys.double():
+        for t, frame in enumerate(clip):
+            # the frame before the first is the last
+            before, now = clip[t - 1].flatten(1), frame.flatten(1)
+            fused = [
+                now[:, u]
+                + weight.double() @ torch.stack([before[:, m] @ now[:, u] for m in range(before.shape[1])])
+                + bias.double()
+                for u in range(now.shape[1])
+            ]
+            frames.append(torch.stack(fused, 1).view(frame.shape))
+    return _result(torch.stack(frames).view(keys.shape), keys)
+
+
+def reference_slot_attention(
+    slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Let slots compete for the patches of one frame, one step after the other.
+
+    Nothing is cut out of the gradient. Instances are slots that compete inside the mask ``gate`` of a semantic.
+
+    Shape:
+        slots: (K, D), features: (N, D), gate: (N,). Returns the slots and the logits (K, N) of the last step.
+
+    >>> weights = {f"to_{x}.weight": torch.eye(2) for x in "qkv"} | {f"to_{x}.bias": torch.zeros(2) for x in "qkv"}
+    >>> for name in ("features", "slots", "mlp"):
+    ...     weights |= {f"norm_{name}.weight": torch.ones(2), f"norm_{name}.bias": torch.zeros(2)}
+    >>> weights |= {"mlp.0.weight": torch.zeros(1, 2), "mlp.0.bias": torch.zeros(1)}
+    >>> weights |= {"mlp.2.weight": torch.zeros(2, 1), "mlp.2.bias": torch.zeros(2)}
+    >>> slots, _ = reference_slot_attention(torch.zeros(1, 2), torch.tensor([[3.0, -3.0]]), weights, iters=1)
+    >>> slots.round(decimals=3).tolist()  # one slot, one patch: the slot and the patch at variance 1
+    [[1.0, -1.0]]
+    """
+    known = {name: one.double() for name, one in weights.items()}
+
+    def layer(name: str, vector: Tensor) -> Tensor:
+        return known[f"{name}.weight"] @ vector + known[f"{name}.bias"]
+
+    def normal(name: str, vector: Tensor) -> Tensor:
+        centered = vector - vector.mean()
+        return centered / (centered.square().mean() + 1e-5).sqrt() * known[f"{name}.weight"] + known[f"{name}.bias"]
+
+    patches = [normal("norm_features", one) for one in features.double()]
+    keys, values = ([layer(name, one) for one in patches] for name in ("to_k", "to_v"))
+    current = list(slots.double())
+    logits = torch.empty(0)
+    for _ in range(iters):
+        queries = [layer("to_q", normal("norm_slots", one)) for one in current]
+        logits = torch.stack([torch.stack([q @ k / math.sqrt(len(q)) for k in keys]) for q in queries])
+        attention = logits.softmax(0) + 1e-8
+        if gate is not None:
+            attention = attention * gate.double()
+        after = []
+        for slot, weight in zip(current, attention, strict=True):
+            moved = slot + sum(
+                (share * value for share, value in zip(weight / weight.sum(), values, strict=True)),
+                torch.zeros_like(slot),
+            )
+            after.append(moved + layer("mlp.2", layer("mlp.0", normal("norm_mlp", moved)).relu()))
+        current = after
+    return _result(torch.stack(current), slots), _result(logits, slots)
+
+
+def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
+    """Return the columns of the rows whose scores have the largest sum."""
+
+    def total(order: tuple[int, ...]) -> float:
+        return sum(scores[p][q] for p, q in enumerate(order))
+
+    return max(permutations(range(len(scores))), key=total)
+
+
+def _plan(cost: list[list[float]], mu: list[float], nu: list[float], eps: float, iters: int) -> list[list[float]]:
+    kernel = [[math.exp(-one / eps) for one in row] for row in cost]
+    mu, nu = ([one / sum(weights) for one in weights] for weights in (mu, nu))
+    b = [1.0] * len(nu)
+    for _ in range(iters):
+        a = [m / sum(k * x for k, x in zip(row, b, strict=True)) for m, row in zip(mu, kernel, strict=True)]
+        b = [n / sum(row[v] * x for row, x in zip(kernel, a, strict=True)) for v, n in enumerate(nu)]
+    return [[x * k * y for k, y in zip(row, b, strict=True)] for x, row in zip(a, kernel, strict=True)]
+
+
+def _patches(frame: Tensor, pool: int) -> list[Tensor]:
+    """Return the means over squares of cells, row by row: (C, H, W) -> (C,) each."""
+    _, height, width = frame.shape
+    return [
+        frame[:, y : y + pool, x : x + pool].mean((1, 2)) for y in range(0, height, pool) for x in range(0, width, pool)
+    ]
+
+
+def _weight(unit: Tensor, marginals: str) -> float:
+    return float(unit.abs().sum()) if marginals == "l1" else 1.0
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Scale a vector to length 1; one without a length stays zero."""
+    length = vector.square().sum().sqrt()
+    return vector * 0 if length <= 1e-12 else vector / length
+
+
+def _length(vector: Tensor) -> Tensor:
+    """Return the length; that of zero has no gradient."""
+    return vector.square().sum().sqrt() if vector.any() else vector.sum() * 0
+
+
+def _mean(values: list[Tensor], like: Tensor) -> Tensor:
+    """Return the mean, and an attached 0 of nothing."""
+    return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
+
+
+def _result(value: Tensor, *given: Tensor) -> Tensor:
+    dtype = torch.float32
+    for one in given:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return value.to(dtype)

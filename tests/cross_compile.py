@@ -1,0 +1,134 @@
+"""Compiles every kernel for GPUs that are not there, and prints what the assembler says of each, a line of JSON.
+
+``python cross_compile.py 80``, without ``TRITON_INTERPRET``. A launch is not carried out but compiled, for the very
+arguments and constants it has: what a kernel is specialized for (strides of 1, multiples of 16) is what it would be
+specialized for on that GPU.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from ssync_loss.kernels import _launch, distill, step
+
+NUM_SLOTS = (8, 16, 32, 64)
+REPORT = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
+)
+
+
+class Variant(NamedTuple):
+    """Maps and settings to compile for."""
+
+    num_slots: int
+    grid: tuple[int, int]
+    enc_dtype: torch.dtype
+    dec_dtype: torch.dtype
+    criterion: str
+    masked: bool
+
+
+def variants(num_slots: int) -> list[Variant]:
+    """List large frames, one of which nothing is a multiple of anything, and the published one if it is another."""
+    large = Variant(num_slots, (64, 64), torch.float16, torch.float16, "mse", False)
+    odd = Variant(num_slots, (37, 37), torch.float32, torch.bfloat16, "cross_entropy", True)
+    small = large._replace(grid=(24, 24))
+    return [large, odd, small] if num_slots <= 16 else [large, odd]
+
+
+class Compiler:
+    """Takes the place of launching, and remembers what the assembler said."""
+
+    def __init__(self, capability: int, max_registers: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.backend = make_backend(self.target)
+        self.max_registers = max_registers
+        self.reports: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
+        constants["maxnreg"] = self.max_registers
+        # as a launch does it
+        bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialization, options = bind(*arguments, **constants)
+        options, signature, given, hints = kernel._pack_args(self.backend, constants, bound, specialization, options)
+        source = ASTSource(kernel, signature, given, hints)
+        if source.hash() in self.reports:
+            return
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            compiled = triton.compile(source, target=self.target, options=options.__dict__)
+        found = REPORT.search(said.getvalue())
+        if found is None:
+            raise RuntimeError(f"The assembler did not report on {kernel.__name__}: {said.getvalue()!r}")
+        stack, stores, loads, registers = map(int, found.groups())
+        self.reports[source.hash()] = {
+            "kernel": kernel.__name__,
+            "capability": self.target.arch,
+            "spilled": stack + stores + loads,
+            "registers": registers,
+            "shared_memory": compiled.metadata.shared,
+        }
+
+
+def launch_all(variant: Variant) -> None:
+    """Go through a step and a distillation, forward and backward."""
+    patches = (2, 4, *variant.grid)
+    shape = (2, 4, variant.num_slots, *variant.grid)
+    enc = torch.empty(shape, dtype=variant.enc_dtype, requires_grad=True)
+    dec = torch.empty(shape, dtype=variant.dec_dtype, requires_grad=True)
+    settings: dict[str, Any] = {
+        "criterion": variant.criterion,
+        "label_smoothing": 0.1 if variant.criterion == "cross_entropy" else 0.0,
+        "temperature": 0.5,
+        "slot_mask": torch.empty(2, variant.num_slots, dtype=torch.bool) if variant.masked else None,
+    }
+    result = step(
+        enc,
+        dec,
+        valid=torch.empty(patches, dtype=torch.bool) if variant.masked else None,
+        clean=None,
+        merge_threshold=0.6,
+        min_different=1,
+        min_same=1,
+        max_different=0,
+        boundary_weight=1.0,
+        interior_weight=1.0,
+        with_labels=variant.masked,
+        **settings,
+    )
+    torch.autograd.backward(result.total)
+    target, region = torch.empty(patches, dtype=torch.int64), torch.empty(patches, dtype=torch.bool)
+    loss = distill(dec, target, region, reduction="none" if variant.masked else "mean", **settings)
+    torch.autograd.backward(loss.sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--slots", type=int, nargs="+", default=NUM_SLOTS)
+    parser.add_argument("--max-registers", type=int, default=_launch.MAX_REGISTERS)
+    chosen = parser.parse_args()
+    triton.knobs.nvidia.dump_ptxas_log = True
+    # there is nothing to report of a kernel that is compiled already
+    triton.knobs.compilation.always_compile = True
+    compiler = Compiler(chosen.capability, chosen.max_registers)
+    _launch.launch = compiler
+    for num_slots in chosen.slots:
+        for variant in variants(num_slots):
+            known = set(compiler.reports)
+            launch_all(variant)
+            for key in set(compiler.reports) - known:
+                print(json.dumps(compiler.reports[key] | {"num_slots": num_slots}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

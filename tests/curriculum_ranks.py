@@ -1,0 +1,101 @@
+"""Trains a curriculum in two processes, or in one: python curriculum_ranks.py RANK FOLDER.
+
+Each rank writes FOLDER/RANK.pt: slots, errors, moments and what was sent, step by step.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssync_loss.curriculum import SlotCurriculum
+
+WORLD_SIZE = 2
+NUM_CLIPS = 6
+NUM_STEPS = 6
+# unequal batches
+SHARES = (slice(0, 2), slice(2, NUM_CLIPS))
+BUDGETS, MILESTONES = [2, 3, 5], [1, 3]
+
+
+class Host(nn.Module):
+    """Slots that are colors, and masks by likeness; the curriculum is a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(3)))
+        self.curriculum = SlotCurriculum(BUDGETS, MILESTONES, window=2)
+
+    def forward(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.curriculum.take(self.slots)
+        masks = torch.einsum("btdhw,sd->btshw", target, slots).softmax(2)
+        return torch.einsum("btshw,sd->btdhw", masks, slots), masks
+
+
+def clips(step: int) -> Tensor:
+    """The whole batch of a step; later clips are harder."""
+    target = torch.randn(NUM_CLIPS, 2, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+    return target * torch.arange(1, NUM_CLIPS + 1).view(-1, 1, 1, 1, 1)
+
+
+def train(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Train on some of the clips."""
+    sent: list[tuple[str, int]] = []
+    kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
+
+    def counted(name: str) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent.append((name, tensor.numel()))
+            return kept[name](tensor, *args, **kwargs)
+
+        return call
+
+    host = Host()
+    model: nn.Module = DistributedDataParallel(host) if distributed else host
+    optimizer = torch.optim.AdamW(host.parameters(), lr=0.01)
+    results: dict[str, Any] = {"slots": [], "errors": [], "sent": [], "expanded": [], "moments": []}
+    for name in kept:
+        setattr(dist, name, counted(name))
+    for step in range(NUM_STEPS):
+        target = clips(step)[share]
+        recon, masks = model(target)
+        sent.clear()
+        host.curriculum.observe(recon, target, masks, step)
+        results["errors"].append(host.curriculum.errors.clone())
+        optimizer.zero_grad()
+        # weighted, so that the mean over ranks is that over all clips
+        weight = len(target) * (WORLD_SIZE if distributed else 1) / NUM_CLIPS
+        ((recon - target).square().mean() * weight).backward()
+        optimizer.step()
+        results["expanded"].append(host.curriculum.maybe_expand(host.slots, step, optimizer))
+        results["sent"].append(list(sent))
+        results["slots"].append(host.slots.detach().clone())
+        results["moments"].append(optimizer.state[host.slots]["exp_avg"].clone())
+    for name, function in kept.items():
+        setattr(dist, name, function)
+    return results
+
+
+def main(rank: int, folder: Path) -> None:
+    """Meet the other process over a file, and write what was found."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    # jitter that differs unless somebody cares
+    torch.manual_seed(rank)
+    torch.save(train(SHARES[rank], distributed=True), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

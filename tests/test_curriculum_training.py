@@ -1,0 +1,491 @@
+"""The slot curriculum in training: its events, checkpoints, optimizers, two processes, bad input."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import curriculum_ranks
+from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS, SHARES, WORLD_SIZE
+from ssync_loss.curriculum import SlotCurriculum, allot_children, milestones, slot_error, slot_schedule
+
+TESTS = Path(__file__).parent
+
+
+def scene(num_slots: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    recon, target = torch.randn(2, 2, 3, 4, 2, 2, generator=generator)
+    masks = (2 * torch.randn(2, 3, num_slots, 2, 2, generator=generator)).softmax(2)
+    return recon, target, masks
+
+
+def placeholders(num_rows: int = 7, width: int = 8, *leading: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*leading, num_rows, width, generator=torch.Generator().manual_seed(1)))
+
+
+def run(
+    curriculum: SlotCurriculum, slots: nn.Parameter, steps: range, optimizer: torch.optim.Optimizer | None = None
+) -> list[int]:
+    """Go through a training loop; return the slots that every step has in use."""
+    counts = []
+    for step in steps:
+        counts.append(curriculum.take(slots).shape[-2])
+        curriculum.observe(*scene(counts[-1], seed=step), step)
+        curriculum.maybe_expand(slots, step, optimizer)
+    return counts
+
+
+# --- events ---
+
+
+def test_slots_come_after_the_milestones() -> None:
+    curriculum, slots = SlotCurriculum(slot_schedule(7), milestones(40)), placeholders()
+    counts = run(curriculum, slots, range(40))
+    # a milestone's own step is the last of its stage
+    assert counts == [2] * 5 + [3] * 6 + [7] * 29
+    assert counts == [curriculum.n_active(step) for step in range(40)]
+    assert curriculum.n_active() == 7
+
+
+@settings(max_examples=30)
+@given(
+    growth=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    gaps=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    first=st.integers(0, 3),
+    window=st.integers(1, 9),
+)
+def test_there_is_an_event_per_milestone(growth: list[int], gaps: list[int], first: int, window: int) -> None:
+    budgets = [sum(growth[: i + 1]) for i in range(len(growth))]
+    times = [first + sum(gaps[:i]) for i in range(len(budgets) - 1)]
+    curriculum, slots = SlotCurriculum(budgets, times, window=window), placeholders(budgets[-1] + 1)
+    counts = run(curriculum, slots, range(25))
+    assert counts == [curriculum.n_active(step) for step in range(25)]
+    assert counts == sorted(counts)
+    assert counts[-1] == budgets[-1]
+    assert sorted(set(counts)) == budgets
+
+
+def test_clones_are_of_the_slots_with_the_errors() -> None:
+    slots = placeholders()
+    before = slots.detach().clone()
+    curriculum = SlotCurriculum([3, 6], [4])
+    for step in range(5):
+        recon, target, masks = scene(3, seed=step)
+        # no error but slot 1's
+        recon = torch.where(masks.argmax(2, keepdim=True) == 1, recon, target)
+        masks = torch.nn.functional.one_hot(masks.argmax(2), 3).movedim(-1, 2).float()
+        curriculum.observe(recon, target, masks, step)
+        assert curriculum.maybe_expand(slots, step) is (step == 4)
+    after = slots.detach()
+    assert torch.equal(after[:3], before[:3])
+    assert torch.equal(after[6], before[6])
+    assert ((after[3:6] - before[1]).norm(dim=1) < 0.5 * before[1].norm()).all()
+    assert ((after[3:6] - before[1]).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 10])
+def test_errors_are_those_of_the_window_before_the_milestone(window: int) -> None:
+    curriculum = SlotCurriculum([2, 4], [5], window=window)
+    for step in range(6):
+        curriculum.observe(*scene(2, seed=step), step)
+    watched = range(max(0, 5 - window), 5)
+    expected = torch.stack([slot_error(*scene(2, seed=step)) for step in watched]).sum(0)
+    torch.testing.assert_close(curriculum.errors[:2], expected)
+    assert not curriculum.errors[2:].any()
+    assert curriculum.num_observed == len(watched)
+
+
+def test_every_stage_begins_without_errors() -> None:
+    curriculum, slots = SlotCurriculum([2, 3, 7], [1, 4], window=2), placeholders()
+    run(curriculum, slots, range(2))
+    assert curriculum.n_active() == 3
+    assert curriculum.num_observed == 0
+    assert not curriculum.errors.any()
+    run(curriculum, slots, range(2, 4))
+    expected = slot_error(*scene(3, seed=2)) + slot_error(*scene(3, seed=3))
+    torch.testing.assert_close(curriculum.errors[:3], expected)
+
+
+def test_far_from_a_milestone_nothing_is_looked_at() -> None:
+    curriculum = SlotCurriculum([2, 3], [5])
+    nothing: Any = None
+    for step in (0, 1, 2, 3):
+        curriculum.observe(nothing, nothing, nothing, step)
+    with pytest.raises(TypeError, match="`masks` must be a tensor"):
+        curriculum.observe(nothing, nothing, nothing, 4)
+    assert curriculum.errors.sum() == 0
+
+
+def test_the_jitter_follows_a_generator_and_the_settings() -> None:
+    found = []
+    for knobs in ({}, {}, {"beta": 0.4}, {"neighbors": "all"}, {"min_radius": 5.0}):
+        curriculum, slots = SlotCurriculum([2, 3], [0], **knobs), placeholders()
+        curriculum.observe(*scene(2), 0)
+        before = slots.detach().clone()
+        assert curriculum.maybe_expand(slots, 0, generator=torch.Generator().manual_seed(0))
+        parent = int(slot_error(*scene(2)).argmax())
+        found.append(slots.detach()[2] - before[parent])
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2], 2 * found[0], rtol=1e-4, atol=1e-6)
+    assert (found[3] - found[0]).norm() > 1e-3
+    assert found[4].norm() > 4
+    torch.testing.assert_close(*(torch.nn.functional.normalize(found[i], dim=0) for i in (0, 3)))
+
+
+def test_a_stage_reached_late_is_made_up_for() -> None:
+    # a training that goes on at step 20 knows nothing of its milestones
+    curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
+    assert run(curriculum, slots, range(20, 24)) == [2, 3, 7, 7]
+    # one that skips a milestone's step
+    curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
+    assert run(curriculum, slots, range(4)) == [2] * 4
+    assert run(curriculum, slots, range(6, 16)) == [2, 3, 3, 3, 3, 7, 7, 7, 7, 7]
+
+
+def test_a_milestone_without_errors_says_so() -> None:
+    curriculum, slots = SlotCurriculum([2, 3], [4]), placeholders()
+    assert not curriculum.maybe_expand(slots, 3)
+    with pytest.raises(
+        RuntimeError, match=r"No errors were observed before the milestone 4 \(step 4\): call `observe`"
+    ):
+        curriculum.maybe_expand(slots, 4)
+
+
+def test_errors_that_are_negative_say_what_masks_must_be() -> None:
+    curriculum, slots = SlotCurriculum([2, 3], [0]), placeholders()
+    recon, target, masks = scene(2)
+    curriculum.observe(recon, target, masks.log(), 0)
+    with pytest.raises(ValueError, match="`masks` must be at least 0, after the softmax; observed errors are"):
+        curriculum.maybe_expand(slots, 0)
+
+
+def test_errors_that_are_not_numbers_let_slots_take_turns() -> None:
+    curriculum, slots = SlotCurriculum([2, 4], [0]), placeholders()
+    recon, target, masks = scene(2)
+    curriculum.observe(recon * float("nan"), target, masks, 0)
+    assert curriculum.maybe_expand(slots, 0)
+    assert slots.isfinite().all()
+    distance = (slots.detach()[2:4] - slots.detach()[:2]).norm(dim=1)
+    assert (distance < slots.detach()[:2].norm(dim=1)).all()
+
+
+def test_a_curriculum_of_one_stage_does_nothing() -> None:
+    curriculum, slots = SlotCurriculum([7], []), placeholders()
+    before = slots.detach().clone()
+    assert run(curriculum, slots, range(3)) == [7] * 3
+    assert torch.equal(slots, before)
+
+
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_a_parameter_may_have_an_axis_of_clips(leading: tuple[int, ...]) -> None:
+    curriculum, slots = SlotCurriculum([2, 5], [0]), placeholders(7, 8, *leading)
+    before = slots.detach().clone()
+    assert run(curriculum, slots, range(2)) == [2, 5]
+    changed = (slots != before).flatten(0, -2).any(1)
+    assert changed.tolist() == [False] * 2 + [True] * 3 + [False] * 2
+
+
+def test_slots_in_use_are_the_first_ones() -> None:
+    curriculum = SlotCurriculum([2, 3], [4])
+    for shape in ((7, 8), (1, 7, 8), (3, 7, 8), (3, 2, 7, 8)):
+        slots = torch.randn(shape)
+        assert torch.equal(curriculum.take(slots), slots[..., :2, :])
+    slots = placeholders()
+    curriculum.take(slots).sum().backward()
+    assert slots.grad is not None
+    assert slots.grad[:2].all()
+    assert not slots.grad[2:].any()
+
+
+# --- optimizers ---
+
+
+def test_newborn_rows_inherit_moments_only_from_an_optimizer_that_is_given() -> None:
+    for given_one in (True, False):
+        curriculum, slots = SlotCurriculum([2, 3], [3]), placeholders()
+        optimizer = torch.optim.Adam([slots])
+        for step in range(4):
+            curriculum.observe(*scene(2, seed=step), step)
+            optimizer.zero_grad()
+            curriculum.take(slots).square().sum().backward()
+            optimizer.step()
+            curriculum.maybe_expand(slots, step, optimizer if given_one else None)
+        parent = int(slot_error(*scene(2, seed=2)).argmax())
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[slots][name]
+            assert torch.equal(moment[2], moment[parent] if given_one else torch.zeros(8))
+
+
+def test_unborn_rows_are_held_until_they_are_born() -> None:
+    curriculum, slots = SlotCurriculum([2, 3, 7], [3, 6], neighbors="all"), placeholders()
+    before = slots.detach().clone()
+    optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=0.5)
+    curriculum.hold_unborn(slots, optimizer)
+    for step in range(9):
+        num_active = curriculum.n_active()
+        unborn = slots.detach()[num_active:].clone()
+        curriculum.observe(*scene(num_active, seed=step), step)
+        optimizer.zero_grad()
+        curriculum.take(slots).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(slots.detach()[num_active:], unborn)
+        curriculum.maybe_expand(slots, step, optimizer)
+        assert torch.equal(slots.detach()[curriculum.n_active() :], before[curriculum.n_active() :])
+    assert (slots != before).all()
+
+
+# --- checkpoints, copies, compilation ---
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_training_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
+    def fresh() -> tuple[SlotCurriculum, nn.Parameter]:
+        torch.manual_seed(0)
+        return SlotCurriculum([2, 3, 7], [4, 9], window=3), placeholders()
+
+    curriculum, slots = fresh()
+    # jitter of its own at every event, whenever the training began
+    counts = []
+    for step in range(12):
+        torch.manual_seed(step)
+        counts += run(curriculum, slots, range(step, step + 1))
+    first, first_slots = fresh()
+    for step in range(at):
+        torch.manual_seed(step)
+        run(first, first_slots, range(step, step + 1))
+    torch.save({"curriculum": first.state_dict(), "slots": first_slots.data}, tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second, second_slots = fresh()
+    second.load_state_dict(loaded["curriculum"], strict=True)
+    second_slots.data = loaded["slots"]
+    again = []
+    for step in range(at, 12):
+        torch.manual_seed(step)
+        again += run(second, second_slots, range(step, step + 1))
+    assert again == counts[at:]
+    assert torch.equal(second_slots, slots)
+
+
+def test_the_stage_is_in_the_checkpoint_of_the_model() -> None:
+    curriculum, other = (SlotCurriculum([2, 3], [1]) for _ in range(2))
+    run(curriculum, placeholders(), range(3))
+    state = nn.ModuleDict({"curriculum": curriculum}).state_dict()
+    assert set(state) == {f"curriculum.{name}" for name in ("stage", "num_observed", "errors")}
+    assert state["curriculum.stage"] == 1
+    for assign in (False, True):
+        assert other.n_active() == 2
+        nn.ModuleDict({"curriculum": other}).load_state_dict(state, assign=assign)
+        assert other.n_active() == 3
+        other = SlotCurriculum([2, 3], [1])
+
+
+def test_a_stage_of_another_curriculum_is_named() -> None:
+    state = SlotCurriculum([2, 3, 7], [1, 2]).state_dict()
+    state["stage"] = torch.tensor(2)
+    with pytest.raises(ValueError, match=r"`stage` must be within \[0, 1\]; got 2"):
+        SlotCurriculum([2, 7], [1]).load_state_dict(state)
+
+
+def test_copies_go_their_own_way() -> None:
+    curriculum, slots = SlotCurriculum([2, 3, 7], [1, 3]), placeholders()
+    run(curriculum, slots, range(2))
+    for twin in (copy.deepcopy(curriculum), pickle.loads(pickle.dumps(curriculum))):
+        assert twin.n_active() == 3
+        assert run(twin, placeholders(), range(2, 5)) == [3, 3, 7]
+        assert curriculum.n_active() == 3
+        twin.load_state_dict(curriculum.state_dict())
+        assert twin.n_active() == 3
+    assert repr(curriculum) == (
+        "SlotCurriculum(budgets=(2, 3, 7), milestones=(1, 3), beta=0.2, neighbors='active', min_radius=0.001, "
+        "window=1, stage=1)"
+    )
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_taking_slots_compiles_to_one_graph_per_stage() -> None:
+    curriculum, slots = SlotCurriculum([2, 3], [1]), placeholders()
+    counter = CompileCounterWithBackend("eager")
+    take = torch.compile(lambda one: curriculum.take(one).square().sum(), fullgraph=True, backend=counter)
+    for step in range(4):
+        torch.testing.assert_close(take(slots), curriculum.take(slots).square().sum())
+        run(curriculum, slots, range(step, step + 1))
+    assert counter.frame_count == 2
+
+
+def test_a_curriculum_of_halves_goes_through_its_stages() -> None:
+    curriculum, slots = SlotCurriculum([2, 3], [1]).half(), placeholders().to(torch.float16)
+    slots = nn.Parameter(slots)
+    assert run(curriculum, slots, range(3)) == [2, 2, 3]
+    assert slots.isfinite().all()
+
+
+# --- two processes ---
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # gloo looks up the machine's name unless it is told an interface
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, curriculum_ranks.__file__, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output.decode()
+    finally:
+        # where one has failed the other waits for it
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """One process with all clips."""
+    return curriculum_ranks.train(slice(0, NUM_CLIPS), distributed=False)
+
+
+def test_all_ranks_have_the_same_slots_and_moments(ranks: list[dict[str, Any]]) -> None:
+    first, second = ranks
+    assert first["expanded"] == second["expanded"] == [step in MILESTONES for step in range(NUM_STEPS)]
+    for name in ("slots", "moments", "errors"):
+        for one, other in zip(first[name], second[name], strict=True):
+            assert torch.equal(one, other)
+    assert len({tuple(one.flatten().tolist()) for one in first["slots"]}) == NUM_STEPS
+
+
+def test_errors_are_averaged_over_all_clips(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+    # up to the first clone, whose jitter differs
+    for step in range(MILESTONES[0] + 1):
+        torch.testing.assert_close(ranks[0]["errors"][step], whole["errors"][step])
+    # the shares are worth telling apart
+    step = MILESTONES[0] - 1
+    host = curriculum_ranks.Host()
+    parts = []
+    for share in SHARES:
+        target = curriculum_ranks.clips(step)[share]
+        recon, masks = host(target)
+        parts.append(slot_error(recon, target, masks))
+    assert (parts[1] > 2 * parts[0]).all()
+    assert not torch.equal(*(allot_children(part, 50) for part in parts))
+
+
+def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str, Any]]) -> None:
+    expected: list[list[tuple[str, int]]] = [[] for _ in range(NUM_STEPS)]
+    # in windows of two steps, before the milestones 1 (which cuts it off) and 3; errors and their weight
+    expected[0] = [("all_reduce", 3)]
+    expected[1] = [("broadcast", 4)]
+    expected[2] = [("all_reduce", 4)]
+    expected[3] = [("broadcast", 8)]
+    # step 1 is before the milestone 3, too, but its stage has not begun
+    for rank in ranks:
+        assert rank["sent"] == expected
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("budgets", "times", "knobs", "error", "message"),
+    [
+        ([2, 2, 7], [1, 2], {}, ValueError, r"`budgets` must grow; got \[2, 2, 7\]"),
+        ([2, 7, 3], [1, 2], {}, ValueError, r"`budgets` must grow; got \[2, 7, 3\]"),
+        ([0, 3], [1], {}, ValueError, r"`budgets` must be at least 1; got 0"),
+        ([2, 3.0], [1], {}, TypeError, r"`budgets` must be an integer; got float"),
+        ([], [], {}, ValueError, r"`budgets` must have at least one entry; got \[\]"),
+        (7, [1], {}, TypeError, r"`budgets` must be a sequence of integers; got int"),
+        ("27", [1], {}, TypeError, r"`budgets` must be a sequence of integers; got str"),
+        ([2, 3, 7], [5, 5], {}, ValueError, r"`milestones` must grow; got \[5, 5\]"),
+        ([2, 3, 7], [9, 5], {}, ValueError, r"`milestones` must grow; got \[9, 5\]"),
+        ([2, 3, 7], [-1, 5], {}, ValueError, r"`milestones` must be at least 0; got -1"),
+        ([2, 7], [1, 5], {}, ValueError, r"`milestones` must have 1 entries, one fewer than budgets=\[2, 7\]; got"),
+        ([2, 3], [1], {"beta": -1}, ValueError, r"`beta` must be finite and at least 0.0; got -1"),
+        ([2, 3], [1], {"neighbors": "none"}, ValueError, r"`neighbors` must be one of 'active', 'all'; got 'none'"),
+        ([2, 3], [1], {"min_radius": "0"}, TypeError, r"`min_radius` must be a number; got str"),
+        ([2, 3], [1], {"window": 0}, ValueError, r"`window` must be at least 1; got 0"),
+    ],
+)
+def test_a_wrong_curriculum_is_named(
+    budgets: Any, times: Any, knobs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        SlotCurriculum(budgets, times, **knobs)
+
+
+@pytest.mark.parametrize(
+    ("slots", "error", "message"),
+    [
+        (torch.zeros(7, 8), TypeError, r"`slots_param` must be a parameter; got Tensor"),
+        (
+            placeholders(6),
+            ValueError,
+            r"`slots_param` must have at least 7 rows, the last of budgets=\[2, 3, 7\]; got 6",
+        ),
+        (placeholders(7, 8, 2), ValueError, r"`slots_param` must have shape \(S, D\) or \(1, S, D\); got \(2, 7, 8\)"),
+        (nn.Parameter(torch.zeros(7)), ValueError, r"`slots_param` must have shape .*; got \(7,\)"),
+        (
+            nn.Parameter(torch.zeros(7, 8).int(), requires_grad=False),
+            TypeError,
+            r"`slots_param` must be floating point; got torch.int32",
+        ),
+    ],
+)
+def test_wrong_placeholders_are_named_from_the_first_step_on(slots: Any, error: type[Exception], message: str) -> None:
+    curriculum = SlotCurriculum([2, 3, 7], [4, 9])
+    with pytest.raises(error, match=message):
+        curriculum.maybe_expand(slots, 0)
+    with pytest.raises(error, match=message):
+        curriculum.hold_unborn(slots, torch.optim.Adam([placeholders()]))
+
+
+def test_wrong_arguments_are_named() -> None:
+    curriculum = SlotCurriculum([2, 3], [1])
+    step: Any = 1.0
+    with pytest.raises(TypeError, match="`step` must be an integer; got float"):
+        curriculum.maybe_expand(placeholders(), step)
+    with pytest.raises(TypeError, match="`step` must be an integer; got float"):
+        curriculum.observe(*scene(2), step)
+    with pytest.raises(TypeError, match="`step` must be an integer; got float"):
+        curriculum.n_active(step)
+    with pytest.raises(ValueError, match=r"`masks` must have shape \(B, T, S=2, H, W\); got"):
+        curriculum.observe(*scene(3), 0)
+    with pytest.raises(ValueError, match=r"`slots` must have shape \(..., S >= 2, D\); got \(1, 8\)"):
+        curriculum.take(torch.zeros(1, 8))
+    nothing: Any = [[0.0]]
+    with pytest.raises(TypeError, match="`slots` must be a tensor; got list"):
+        curriculum.take(nothing)
+    curriculum.observe(*scene(2), 0)
+    with pytest.raises(ValueError, match="`optimizer` must hold `slots_param`"):
+        curriculum.maybe_expand(placeholders(), 1, torch.optim.Adam([placeholders()]))
+    # nothing was half done
+    assert curriculum.n_active() == 2
+    assert curriculum.maybe_expand(placeholders(), 1)

@@ -1,0 +1,372 @@
+"""The teacher: the average, its schedule, buffers, checkpoints, wrappers, what it refuses."""
+
+import copy
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ssync_loss.ema import EmaTeacher
+
+
+class Student(nn.Module):
+    """Two layers, one called an encoder, statistics, a count, tied weights and dropout."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 4)
+        self.tied = self.head
+        self.register_buffer("scale", torch.full((1,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.tied(self.head(self.drop(self.norm(self.encoder(x)))))
+        return hidden
+
+
+def learn(student: nn.Module, steps: int = 1) -> None:
+    """Move parameters and buffers."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for _ in range(steps):
+        student.train()
+        optimizer.zero_grad()
+        noise = sum(((one * torch.randn_like(one)).sum() for one in student.parameters()), torch.zeros(()))
+        (student(torch.randn(8, 3)).square().mean() + noise).backward()
+        optimizer.step()
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    both = [*module.named_parameters(), *module.named_buffers()]
+    return {name: one.detach().clone() for name, one in both}
+
+
+# --- the average ---
+
+
+@settings(max_examples=20)
+@given(momentum=st.floats(0.0, 1.0), updates=st.integers(1, 4))
+def test_parameters_are_the_average_of_those_of_the_student(momentum: float, updates: int) -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=momentum)
+    expected = {name: one.double() for name, one in tensors(student).items()}
+    for _ in range(updates):
+        learn(student)
+        teacher.update(student)
+        for name, moved in student.named_parameters():
+            expected[name] = momentum * expected[name] + (1 - momentum) * moved.detach().double()
+    assert teacher.num_updates == updates
+    for name, average in teacher.model.named_parameters():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_it_starts_as_a_copy_and_stays_one_until_it_is_updated() -> None:
+    student = Student()
+    teacher = EmaTeacher(student)
+    before = tensors(student)
+    learn(student)
+    assert all(torch.equal(one, before[name]) for name, one in tensors(teacher.model).items())
+    assert {one.data_ptr() for one in teacher.parameters()}.isdisjoint(one.data_ptr() for one in student.parameters())
+    teacher.update(student)
+    changed = {name for name, one in tensors(teacher.model).items() if not torch.equal(one, before[name])}
+    assert changed == before.keys() - {"scale"}
+
+
+def test_momentum_zero_is_the_student_and_one_is_the_start() -> None:
+    student = Student()
+    copy_, still = EmaTeacher(student, momentum=0.0), EmaTeacher(student, momentum=1.0)
+    before = tensors(student)
+    learn(student)
+    for teacher, wanted in ((copy_, tensors(student)), (still, before)):
+        teacher.update(student)
+        assert all(torch.equal(one, wanted[name]) for name, one in teacher.model.named_parameters())
+
+
+def test_the_student_is_left_alone() -> None:
+    student = Student()
+    teacher = EmaTeacher(student)
+    learn(student)
+    before = tensors(student)
+    teacher.update(student)
+    assert all(torch.equal(one, before[name]) for name, one in tensors(student).items())
+    assert all(one.requires_grad for one in student.parameters())
+    assert student.training
+
+
+def test_tied_weights_stay_tied_and_are_averaged_once() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.5)
+    inner = teacher.model
+    assert isinstance(inner, Student)
+    assert inner.tied is inner.head
+    before = inner.head.weight.clone()
+    learn(student)
+    teacher.update(student)
+    torch.testing.assert_close(inner.head.weight, (before + student.head.weight) / 2)
+
+
+# --- the schedule ---
+
+
+def test_the_momentum_is_constant_unless_a_schedule_is_given() -> None:
+    student = Student()
+    teacher = EmaTeacher(student)
+    for _ in range(3):
+        assert teacher.current_momentum() == 0.999
+        teacher.update(student)
+
+
+def test_the_momentum_rises_along_half_a_cosine_and_stays() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.9, final_momentum=1.0, num_steps=4)
+    momenta = []
+    for _ in range(6):
+        momenta.append(teacher.current_momentum())
+        teacher.update(student)
+    expected = [0.9, 0.95 - 0.05 * math.sqrt(0.5), 0.95, 0.95 + 0.05 * math.sqrt(0.5), 1.0, 1.0]
+    assert momenta == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_resumed_run_goes_on_where_it_stopped() -> None:
+    knobs: dict[str, Any] = {"momentum": 0.5, "final_momentum": 1.0, "num_steps": 10}
+    student = Student()
+    teacher = EmaTeacher(student, **knobs)
+    for _ in range(3):
+        learn(student)
+        teacher.update(student)
+    resumed = EmaTeacher(Student(seed=1), **knobs)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(teacher.state_dict())), strict=True)
+    assert resumed.num_updates == 3
+    learn(student)
+    for one in (teacher, resumed):
+        one.update(student)
+    expected = tensors(teacher)
+    assert all(torch.equal(one, expected[name]) for name, one in tensors(resumed).items())
+
+
+def test_a_checkpoint_is_read_with_weights_only(tmp_path: Path) -> None:
+    teacher = EmaTeacher(Student())
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    fresh = EmaTeacher(Student(seed=1))
+    fresh.load_state_dict(torch.load(tmp_path / "teacher.pt", weights_only=True))
+    assert all(torch.equal(one, tensors(teacher)[name]) for name, one in tensors(fresh).items())
+
+
+# --- buffers, names that are skipped ---
+
+
+def test_buffers_are_those_of_the_student_or_stay_as_published() -> None:
+    student = Student()
+    copying, published = EmaTeacher(student), EmaTeacher(student, copy_buffers=False)
+    before = tensors(copying.model)
+    learn(student, steps=3)
+    student.get_buffer("scale").fill_(7.0)
+    for teacher, wanted in ((copying, dict(student.named_buffers())), (published, before)):
+        teacher.update(student)
+        buffers = dict(teacher.model.named_buffers())
+        assert set(buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "scale"}
+        assert all(torch.equal(one, wanted[name]) for name, one in buffers.items())
+    assert not torch.equal(student.get_buffer("norm.running_mean"), before["norm.running_mean"])
+
+
+def test_names_that_are_skipped_stay_as_they_were() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.5, skip=("encoder", "running"))
+    before = tensors(teacher.model)
+    learn(student)
+    teacher.update(student)
+    changed = {name for name, one in tensors(teacher.model).items() if not torch.equal(one, before[name])}
+    assert changed == {"norm.weight", "norm.bias", "norm.num_batches_tracked", "head.weight", "head.bias"}
+
+
+def test_a_model_without_parameters_has_a_teacher() -> None:
+    model = nn.Identity()
+    teacher = EmaTeacher(model)
+    teacher.update(model)
+    assert teacher(torch.ones(1)).item() == 1
+
+
+# --- no gradient, evaluation ---
+
+
+def test_nothing_of_it_has_a_gradient() -> None:
+    student = Student()
+    teacher = EmaTeacher(student)
+    out = teacher(torch.randn(8, 3, requires_grad=True))
+    assert not out.requires_grad
+    assert not any(one.requires_grad for one in teacher.parameters())
+    learn(student)
+    teacher.update(student)
+    assert all(one.grad is None and one.is_leaf for one in teacher.parameters())
+
+
+def test_it_stays_in_evaluation_mode() -> None:
+    teacher = EmaTeacher(Student().train())
+    x = torch.randn(8, 3)
+    before = tensors(teacher)
+    assert teacher.train() is teacher
+    assert not any(one.training for one in teacher.modules())
+    host = nn.ModuleList([teacher])
+    host.train()
+    assert not any(one.training for one in teacher.modules())
+    assert torch.equal(teacher(x), teacher(x))
+    assert all(torch.equal(one, before[name]) for name, one in tensors(teacher).items())
+
+
+def test_arguments_and_results_pass_through() -> None:
+    class Host(nn.Module):
+        def forward(self, x: Tensor, *, scale: float) -> dict[str, Tensor]:
+            return {"out": x * scale}
+
+    assert EmaTeacher(Host())(torch.ones(1), scale=3.0)["out"].item() == 3
+
+
+# --- wrappers, devices, types ---
+
+
+@pytest.fixture
+def _one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # gloo looks up the machine's name unless it is told an interface
+    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_data_parallel_students_are_looked_into_and_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Student()
+    wrapped = DistributedDataParallel(student)
+    teacher, plain = EmaTeacher(wrapped, momentum=0.5), EmaTeacher(student, momentum=0.5)
+    assert isinstance(teacher.model, Student)
+    learn(wrapped)
+    for name in ("all_reduce", "broadcast", "all_gather"):
+        monkeypatch.setattr(dist, name, None)
+    teacher.update(wrapped)
+    plain.update(student)
+    assert teacher.state_dict().keys() == plain.state_dict().keys()
+    for name, one in tensors(teacher).items():
+        assert torch.equal(one, tensors(plain)[name])
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_a_teacher_inside_a_wrapped_model_is_no_parameter_of_it() -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = Student()
+            self.teacher = EmaTeacher(self.student, momentum=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            difference: Tensor = self.student(x) - self.teacher(x)
+            return difference
+
+    wrapped = DistributedDataParallel(Host())
+    learn(wrapped)
+    wrapped.module.teacher.update(wrapped.module.student)
+    assert wrapped.module.teacher.num_updates == 1
+
+
+def test_compiled_and_replicated_students_are_looked_into() -> None:
+    student = Student()
+    for wrapped in (torch.compile(student, backend="eager"), DataParallel(student)):
+        assert isinstance(wrapped, nn.Module)
+        teacher = EmaTeacher(student, momentum=0.0)
+        assert EmaTeacher(wrapped).state_dict().keys() == teacher.state_dict().keys()
+        learn(student)
+        teacher.update(wrapped)
+        assert all(torch.equal(one, tensors(student)[name]) for name, one in tensors(teacher.model).items())
+
+
+def test_a_student_in_a_half_is_averaged_in_floats() -> None:
+    student = nn.Linear(3, 4)
+    teacher = EmaTeacher(student, momentum=0.999)
+    before = teacher.model.get_parameter("weight").clone()
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    teacher.update(student.to(torch.bfloat16))
+    moved = teacher.model.get_parameter("weight") - before
+    assert teacher.model.get_parameter("weight").dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full((4, 3), 0.001), rtol=0.05, atol=0)
+
+
+def test_copies_are_equal_and_settings_are_shown() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.9, final_momentum=1.0, num_steps=5, skip=["encoder"])
+    teacher.update(student)
+    shown = "momentum=0.9, final_momentum=1.0, num_steps=5, copy_buffers=True, skip=('encoder',)"
+    assert shown in repr(teacher)
+    x = torch.randn(8, 3)
+    for twin in (pickle.loads(pickle.dumps(teacher)), copy.deepcopy(teacher)):
+        assert twin.num_updates == 1
+        assert torch.equal(twin(x), teacher(x))
+        twin.update(student)
+        assert twin.num_updates == 2
+    assert teacher.num_updates == 1
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"momentum": 1.1}, ValueError, r"`momentum` must be within \[0.0, 1.0\]; got 1.1"),
+        ({"momentum": "0.9"}, TypeError, r"`momentum` must be a number; got str"),
+        ({"final_momentum": 1.0}, ValueError, r"`final_momentum` and `num_steps` must be given together; got .*=None"),
+        ({"num_steps": 5}, ValueError, r"`final_momentum` and `num_steps` must be given together; got final_.*=None"),
+        ({"final_momentum": 2.0, "num_steps": 5}, ValueError, r"`final_momentum` must be within \[0.0, 1.0\]; got 2.0"),
+        ({"final_momentum": 1.0, "num_steps": 0}, ValueError, r"`num_steps` must be at least 1; got 0"),
+        ({"skip": "encoder"}, TypeError, r"`skip` must be a sequence of names; got the string 'encoder'"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        EmaTeacher(nn.Linear(1, 1), **wrong)
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(TypeError, match=r"`model` must be a module; got dict"):
+        EmaTeacher({})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`model` must be a module; got NoneType"):
+        EmaTeacher(nn.Linear(1, 1)).update(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_cannot_hold_an_average(dtype: torch.dtype) -> None:
+    message = rf"`model` must have parameters of 32 or 64 bits to be averaged; got {dtype} in weight"
+    with pytest.raises(TypeError, match=message):
+        EmaTeacher(nn.Linear(1, 1).to(dtype))
+    teacher = EmaTeacher(nn.Linear(1, 1)).to(dtype)
+    with pytest.raises(TypeError, match=message):
+        teacher.update(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(2, 2), r"for weight shape \(2, 3\); got \(2, 2\)"),
+        (nn.Linear(3, 2, bias=False), r"for bias shape \(2,\); got None"),
+        (nn.Bilinear(2, 3, 2), r"for weight shape \(2, 3\); got \(2, 2, 3\)"),
+        (nn.Sequential(nn.Linear(3, 2)), r"for weight shape \(2, 3\); got None"),
+    ],
+)
+def test_another_model_is_refused_and_nothing_is_changed(other: nn.Module, message: str) -> None:
+    teacher = EmaTeacher(nn.Linear(3, 2), momentum=0.0)
+    before = tensors(teacher)
+    with pytest.raises(ValueError, match=r"`model` must have the tensors of the teacher, " + message):
+        teacher.update(other)
+    assert teacher.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in tensors(teacher).items())

@@ -1,0 +1,215 @@
+"""The kernels on a GPU: values, races, waiting, CUDA graphs, memory that is not theirs."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_runs import SETTINGS, assert_same_run, through_kernels, through_torch
+from sample_maps import leaf
+from ssync_loss import SSyncLoss, kernels
+from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PUBLISHED = [(64, 4, 11, 24, 24), (64, 4, 7, 37, 37), (16, 4, 15, 24, 24)]
+# tiles of four warps, chunks of frames, every power of two of slots, one clip of very many patches
+LARGE = [(2, 3, 8, 96, 128), (2, 2, 24, 130, 67), (1, 2, 64, 80, 80), (1, 16, 11, 256, 256), (4096, 1, 5, 6, 6)]
+# off every small fraction
+THRESHOLD = 0.6180339887
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
+
+
+def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, seed: int = 0) -> SSyncCase:
+    """Return blobs and noise on the device; multiples of 1/8, so that a mean compares alike in any order."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    B, T, S, H, W = shape
+    maps = []
+    for _ in range(2):
+        coarse = torch.randint(-24, 25, (B * T, S, (H + 5) // 6, (W + 5) // 6), generator=generator, device="cuda")
+        blobs = torch.nn.functional.interpolate(coarse.float(), size=(H, W)).view(shape)
+        maps.append(((blobs + torch.randint(-6, 7, shape, generator=generator, device="cuda")) / 8).to(dtype))
+    # slots that repeat others, so that there is something to merge
+    maps[0][:, :, 1::3] = maps[0][:, :, : maps[0][:, :, 1::3].shape[2]]
+    enc, dec = maps
+    if not masks:
+        return SSyncCase(enc, dec, None, None)
+    valid = torch.rand(B, T, H, W, generator=generator, device="cuda") < 0.9
+    slot_mask = torch.rand(B, S, generator=generator, device="cuda") < 0.8
+    slot_mask[:, 0] = True
+    return SSyncCase(enc, dec, valid, slot_mask)
+
+
+def on_the_same_device(case: SSyncCase, **settings: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """Take one step through the torch path, on the GPU."""
+    enc, dec = (leaf(one) for one in case[:2])
+    terms = SSyncLoss(**SETTINGS | settings, backend="torch").terms(
+        enc, dec, valid=case.valid, slot_mask=case.slot_mask
+    )
+    return terms, torch.autograd.grad(terms.total, (enc, dec))
+
+
+def taken(case: SSyncCase, **settings: Any) -> tuple[kernels.Step, tuple[Tensor, ...]]:
+    """Take one step through the kernels, without leaving the GPU."""
+    enc, dec = (leaf(one) for one in case[:2])
+    masks: dict[str, Any] = {"valid": case.valid, "slot_mask": case.slot_mask, "clean": None}
+    terms = kernels.step(enc, dec, **masks, **SETTINGS | settings, with_labels=True)
+    return terms, torch.autograd.grad(terms.total, (enc, dec))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class TestValues:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("masks", [False, True])
+    @pytest.mark.parametrize("num_slots", [1, 3, 8, 11, 16, 24, 33, 64])
+    def test_any_number_of_slots(self, num_slots: int, masks: bool, dtype: torch.dtype) -> None:
+        case = scene(3, 2, num_slots, 13, 21, dtype=dtype, masks=masks)
+        how: dict[str, Any] = {"merge_threshold": THRESHOLD}
+        assert_same_run(through_kernels(case, **how), through_torch(case, **how), case, **how)
+
+    @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
+    @pytest.mark.parametrize("shape", [*PUBLISHED, *LARGE])
+    def test_large_maps_equal_the_torch_path(self, shape: tuple[int, ...], criterion: str, smoothing: float) -> None:
+        case = scene(*shape, masks=True)
+        how: dict[str, Any] = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": THRESHOLD}
+        (actual, grads), (expected, expected_grads) = taken(case, **how), on_the_same_device(case, **how)
+        assert actual.labels is not None
+        assert_same_labels(actual.labels, expected.labels)
+        for one, other in zip(actual[:3], expected[:3], strict=True):
+            assert_close_loss(one, other)
+        assert actual.num_boundary == expected.num_boundary
+        regions = (expected.labels.interior, expected.labels.boundary)
+        for grad, other, region in zip(grads, expected_grads, regions, strict=True):
+            scale = gradient_scale(region, shape[2], criterion=criterion, slot_mask=case.slot_mask)
+            assert_close_gradient(grad, other, scale=scale)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [*PUBLISHED, *LARGE])
+    def test_runs_do_not_differ_by_a_bit(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        case = scene(*shape, dtype=dtype)
+        first, first_grads = taken(case)
+        for _ in range(10):
+            again, grads = taken(case)
+            assert first.labels is not None
+            assert again.labels is not None
+            assert_same_labels(again.labels, first.labels)
+            assert all(torch.equal(one, other) for one, other in zip(again[:5], first[:5], strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(grads, first_grads, strict=True))
+
+    def test_maps_of_more_than_2_31_cells(self) -> None:
+        # a batch of which the last clip is the first: 4.3 GB a map
+        if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+            pytest.skip("needs 40 GB of the GPU's memory")
+        shape = (65, 16, 8, 512, 512)
+        case = scene(1, *shape[1:], dtype=torch.float16)
+        enc, dec = (one.expand(shape).contiguous() for one in case[:2])
+        labels = kernels.pseudo_labels(
+            enc, dec, valid=None, slot_mask=None, merge_threshold=0.6, min_different=1, min_same=1, max_different=0
+        )
+        for one in labels:
+            assert torch.equal(one[-1], one[0])
+        (terms, grads) = taken(SSyncCase(enc, dec, None, None))
+        for one in grads:
+            assert torch.equal(one[-1], one[0])
+            assert one[-1].any()
+        assert terms.num_boundary == shape[0] * labels.boundary[0].sum()
+
+    def test_the_current_device_need_not_be_that_of_the_maps(self) -> None:
+        if torch.cuda.device_count() == 1:
+            # what can be asked of one: the device is set, and set back
+            with torch.cuda.device(0):
+                taken(scene(1, 1, 3, 8, 8))
+            assert torch.cuda.current_device() == 0
+            return
+        case = SSyncCase._make(None if one is None else one.to("cuda:1") for one in scene(1, 2, 3, 8, 8))
+        terms, _ = taken(case, merge_threshold=THRESHOLD)
+        assert_close_loss(terms.total.cpu(), through_torch(case, merge_threshold=THRESHOLD).terms.total)
+
+
+class TestWaiting:
+    @pytest.mark.usefixtures("no_waiting")
+    @pytest.mark.parametrize("masks", [False, True])
+    def test_a_step_never_waits_for_the_gpu(self, masks: bool) -> None:
+        case = scene(4, 2, 5, 16, 16, masks=masks)
+        # compiled here
+        taken(case)
+        torch.cuda.set_sync_debug_mode("error")
+        taken(case)
+
+    @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
+    @pytest.mark.parametrize("masks", [False, True])
+    def test_a_step_is_captured_once_and_replayed_on_new_data(self, masks: bool, criterion: str) -> None:
+        case = scene(8, 4, 11, 24, 24, dtype=torch.float16, masks=masks)
+        enc, dec = (leaf(one) for one in case[:2])
+        how = SETTINGS | {"criterion": criterion, "valid": case.valid, "slot_mask": case.slot_mask, "clean": None}
+
+        def step() -> tuple[Tensor, tuple[Tensor, ...]]:
+            terms = kernels.step(enc, dec, **how, with_labels=False)
+            return terms.total, torch.autograd.grad(terms.total, (enc, dec))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total, grads = step()
+        for seed in (1, 2):
+            new = scene(8, 4, 11, 24, 24, dtype=torch.float16, seed=seed)
+            with torch.no_grad():
+                enc.copy_(new.enc_logits)
+                dec.copy_(new.dec_logits)
+            graph.replay()
+            expected, expected_grads = step()
+            assert torch.equal(total, expected)
+            assert all(torch.equal(one, other) for one, other in zip(grads, expected_grads, strict=True))
+
+    def test_seven_kernels_run_and_nothing_is_filled(self) -> None:
+        case = scene(4, 2, 5, 16, 16, dtype=torch.float16)
+        taken(case)
+        enc, dec = (leaf(one) for one in case[:2])
+        how = SETTINGS | {"valid": None, "slot_mask": None, "clean": None}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            terms = kernels.step(enc, dec, **how, with_labels=False)
+            torch.autograd.grad(terms.total, (enc, dec))
+            torch.cuda.synchronize()
+        launches = [one.name for one in profile.events() or [] if one.device_type.name == "CUDA"]
+        # with the 1 that a backward begins with
+        assert len(launches) == 8, launches
+
+
+SANITIZED = """
+import torch
+from test_kernels_gpu import scene, taken
+for slots in (1, 5, 8, 16, 33, 64):
+    for masks in (False, True):
+        taken(scene(2, 3, slots, 7, 11, dtype=torch.float16, masks=masks))
+taken(scene(1, 2, 11, 130, 67, masks=True))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_the_sanitizer_has_nothing_to_say(tool: str) -> None:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

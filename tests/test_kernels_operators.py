@@ -1,0 +1,467 @@
+"""The kernels as operators of torch: compilation, fake tensors, gradients, launches, memory, what they need."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, through_torch
+from sample_maps import leaf, sample_maps
+from ssync_loss import kernels
+from ssync_loss.kernels import _facts, _launch, _ops
+from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
+
+__all__ = ["quick_interpreter"]
+
+MASKS: dict[str, Any] = {"valid": None, "slot_mask": None, "clean": None}
+PATCHES = torch.zeros(2, 2, 5, 12, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def maps(num_clips: int = 2) -> tuple[Tensor, Tensor]:
+    enc, dec = sample_maps(num_clips)
+    return leaf(enc.to(DEVICE)), leaf(dec.to(DEVICE))
+
+
+def masks(num_clips: int = 2) -> dict[str, Any]:
+    valid = torch.rand(num_clips, 2, 5, 12, device=DEVICE) > 0.2
+    return {
+        "valid": valid,
+        "slot_mask": torch.tensor([[True, True, False, True]], device=DEVICE).expand(num_clips, 4),
+        "clean": torch.tensor(True, device=DEVICE),
+    }
+
+
+def step(enc: Tensor, dec: Tensor, with_labels: bool = False, **settings: Any) -> kernels.Step:
+    return kernels.step(enc, dec, with_labels=with_labels, **SETTINGS | MASKS | settings)
+
+
+def distill(logits: Tensor, reduction: Any = "mean") -> Tensor:
+    return kernels.distill(
+        logits,
+        PATCHES,
+        PATCHES == 0,
+        criterion="mse",
+        label_smoothing=0.0,
+        temperature=1.0,
+        slot_mask=None,
+        reduction=reduction,
+    )
+
+
+OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]]] = {
+    "label": (_ops.label, lambda enc, dec: (enc, dec, None, None, 0.6, 1, 1, 0, True, True)),
+    "label, masked, without targets": (
+        _ops.label,
+        lambda enc, dec: (enc, dec, *list(masks().values())[:2], None, 1, 1, 0, False, True),
+    ),
+    "loss": (
+        _ops.loss,
+        lambda enc, dec: (enc, dec, torch.stack([PATCHES] * 2).char(), None, None, "mse", 0.0, 1.0, 1.0, 1.0),
+    ),
+    "loss, masked": (
+        _ops.loss,
+        lambda enc, dec: (
+            *(enc, dec, torch.stack([PATCHES] * 2).char(), masks()["slot_mask"], masks()["clean"]),
+            *("cross_entropy", 0.1, 0.5, 2.0, 0.5),
+        ),
+    ),
+    "loss_backward": (
+        _ops.loss_backward,
+        lambda enc, dec: (
+            *(torch.ones((), device=DEVICE), None, None, enc.detach(), dec.detach()),
+            *(torch.stack([PATCHES] * 2).char(), None, torch.ones(2, device=DEVICE)),
+            *("mse", 0.0, 1.0, 1.0, 1.0, True, False),
+        ),
+    ),
+    "distill": (
+        _ops.distill,
+        lambda enc, _: (enc, PATCHES, PATCHES == 0, None, "mse", 0.0, 1.0, "mean"),
+    ),
+    "distill, by patch": (
+        _ops.distill,
+        lambda enc, _: (enc, PATCHES, PATCHES == 0, masks()["slot_mask"], "cross_entropy", 0.1, 1.0, "none"),
+    ),
+    "distill_backward": (
+        _ops.distill_backward,
+        lambda enc, _: (
+            *(torch.ones((), device=DEVICE), enc.detach(), PATCHES.char(), torch.ones(1, device=DEVICE)),
+            *(None, "mse", 0.0, 1.0, "sum"),
+        ),
+    ),
+}
+
+
+class TestOperators:
+    @pytest.mark.parametrize("name", OPERATOR_CASES)
+    def test_they_are_what_they_say(self, name: str) -> None:
+        operator, arguments = OPERATOR_CASES[name]
+        torch.library.opcheck(operator, arguments(*maps()))
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_a_step_is_one_graph_with_the_values_of_eager(self, masked: bool) -> None:
+        chosen = masks() if masked else {}
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(step, fullgraph=True, backend=counter)
+        results: list[tuple[Any, Any]] = []
+        for function in (compiled, step):
+            enc, dec = maps()
+            terms = function(enc, dec, with_labels=True, **chosen)
+            results.append((terms, torch.autograd.grad(terms.total, (enc, dec))))
+        (actual, grads), (expected, expected_grads) = results
+        assert all(torch.equal(one, other) for one, other in zip(actual[:5], expected[:5], strict=True))
+        assert_same_labels(actual.labels, expected.labels)
+        assert all(torch.equal(one, other) for one, other in zip(grads, expected_grads, strict=True))
+        assert counter.frame_count == 1
+
+    def test_batches_of_any_size_share_a_graph(self) -> None:
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(lambda enc, dec: step(enc, dec).total, fullgraph=True, backend=counter)
+        for num_clips in (2, 3, 5):
+            enc, dec = maps(num_clips)
+            loss = compiled(enc, dec)
+            assert torch.equal(loss, step(enc, dec).total)
+            loss.backward()
+        # the first size, and all others
+        assert counter.frame_count == 2
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_a_distillation_compiles(self, reduction: str) -> None:
+        compiled = torch.compile(distill, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (compiled, distill):
+            logits, _ = maps()
+            loss = function(logits, reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+    def test_fake_tensors_carry_a_step(self) -> None:
+        given = masks()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            enc, dec = (mode.from_tensor(one.detach()).half().requires_grad_() for one in maps())
+            terms = step(enc, dec, with_labels=True, **{key: mode.from_tensor(one) for key, one in given.items()})
+            assert terms.total.shape == ()
+            assert terms.labels is not None
+            assert terms.labels.boundary.shape == PATCHES.shape
+            terms.total.backward()
+            assert enc.grad is not None
+            assert enc.grad.dtype == torch.float16
+            loss = distill(dec, "none")
+            assert loss.shape == PATCHES.shape
+
+    def test_autocast_changes_nothing(self) -> None:
+        enc, dec = maps()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            total = step(enc, dec).total
+        assert torch.equal(total, step(enc, dec).total)
+
+
+class TestGradients:
+    def test_each_term_has_its_own(self) -> None:
+        for name, weight in (("boundary", 0.5), ("interior", 2.0)):
+            enc, dec = maps()
+            terms = step(enc, dec, boundary_weight=0.5, interior_weight=2.0)
+            total = torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
+            alone = torch.autograd.grad(getattr(terms, name), (enc, dec), allow_unused=True)
+            taught, other = (1, 0) if name == "boundary" else (0, 1)
+            # not a map of zeros, which somebody would have to fill
+            assert alone[other] is None
+            torch.testing.assert_close(alone[taught] * weight, total[taught])
+
+    def test_all_of_them_add_up(self) -> None:
+        enc, dec = maps()
+        terms = step(enc, dec)
+        total = torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
+        mixed = 2 * terms.total - 3 * terms.boundary + terms.interior
+        grad_enc, grad_dec = torch.autograd.grad(mixed, (enc, dec))
+        torch.testing.assert_close(grad_enc, 3 * total[0])
+        torch.testing.assert_close(grad_dec, -total[1])
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_map_without_gradient_costs_none(self, which: int) -> None:
+        given = maps()
+        full = torch.autograd.grad(step(*given).total, given)
+        enc, dec = (one.detach() if place == which else one for place, one in enumerate(given))
+        (grad,) = torch.autograd.grad(step(enc, dec).total, given[1 - which])
+        assert torch.equal(grad, full[1 - which])
+
+    def test_no_gradient_at_all(self) -> None:
+        enc, dec = (one.detach() for one in maps())
+        assert not step(enc, dec).total.requires_grad
+        with torch.no_grad():
+            assert not step(*maps()).total.requires_grad
+
+    def test_backward_can_be_run_again(self) -> None:
+        enc, dec = maps()
+        total = step(enc, dec).total
+        once = torch.autograd.grad(total, (enc, dec), retain_graph=True)
+        again = torch.autograd.grad(total, (enc, dec))
+        assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_second_derivative_is_an_error(self, which: int) -> None:
+        given = maps()
+        enc, dec = (one if place == which else one.detach() for place, one in enumerate(given))
+        (grad,) = torch.autograd.grad(step(enc, dec).total, given[which], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.sum().backward()
+
+    def test_a_second_derivative_of_a_distillation_is_an_error(self) -> None:
+        logits, _ = maps()
+        (grad,) = torch.autograd.grad(distill(logits), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.sum().backward()
+
+    def test_two_runs_give_the_same_bits(self) -> None:
+        enc, dec = maps()
+        case = SSyncCase(enc, dec, None, None)
+        first, second = through_kernels(case), through_kernels(case)
+        assert torch.equal(first.terms.total, second.terms.total)
+        assert torch.equal(first.grad_enc, second.grad_enc)
+        assert torch.equal(first.grad_dec, second.grad_dec)
+
+
+OPERATORS = {str(one._opoverload): one for one in vars(_ops).values() if isinstance(one, CustomOpDef)}
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches of kernels, and of whatever torch runs around and inside the operators but taking memory."""
+
+    FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten.view", "aten.alias", "aten.expand")
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[str] = []
+        self.others: list[str] = []
+        launch = _launch.launch
+
+        def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
+            self.kernels.append(kernel.__name__)
+            # what the interpreter does with memory is none of ours
+            with torch._C._DisableTorchDispatch():
+                launch(kernel, *arguments, **constants)
+
+        patch.setattr(_launch, "launch", counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name in OPERATORS:
+            # a mode is off while it handles a call
+            with self:
+                return OPERATORS[name]._init_fn(*args, **(kwargs or {}))
+        if not name.startswith(self.FREE):
+            self.others.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class TestLaunches:
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_a_step_takes_seven_and_one_that_autograd_starts_with(
+        self, masked: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        enc, dec = maps()
+        chosen = masks() if masked else {}
+        with Launches(monkeypatch) as launches:
+            step(enc, dec, **chosen).total.backward()
+        assert launches.kernels == [
+            "label_kernel",
+            "overlap_kernel",
+            "merge_kernel",
+            "target_kernel",
+            "loss_kernel",
+            "finish_kernel",
+            "gradient_kernel",
+        ]
+        # the 1 that a backward begins with
+        assert launches.others == ["aten.ones_like.default"]
+
+    def test_labels_for_logging_take_no_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enc, dec = maps()
+        with Launches(monkeypatch) as launches:
+            step(enc, dec, with_labels=True).total.backward()
+        assert len(launches.kernels) == 7
+
+    def test_without_merging_it_takes_five(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enc, dec = maps()
+        with Launches(monkeypatch) as launches:
+            step(enc, dec, merge_threshold=None).total.backward()
+        assert len(launches.kernels) == 5
+
+    def test_labels_alone_take_four(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enc, dec = maps()
+        with Launches(monkeypatch) as launches:
+            kernels.pseudo_labels(
+                enc, dec, valid=None, slot_mask=None, merge_threshold=0.6, min_different=1, min_same=1, max_different=0
+            )
+        assert len(launches.kernels) == 4
+        assert not launches.others
+
+    @pytest.mark.parametrize(("reduction", "number"), [("mean", 3), ("sum", 3), ("none", 2)])
+    def test_a_distillation_takes_three(self, reduction: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits, _ = maps()
+        upstream = torch.ones(PATCHES.shape if reduction == "none" else (), device=DEVICE)
+        target, region = PATCHES, PATCHES == 0
+        how: dict[str, Any] = {"criterion": "mse", "label_smoothing": 0.0, "temperature": 1.0, "slot_mask": None}
+        how["reduction"] = reduction
+        with Launches(monkeypatch) as launches:
+            loss = kernels.distill(logits, target, region, **how)
+            torch.autograd.grad(loss, logits, upstream)
+        assert len(launches.kernels) == number
+        assert not launches.others
+
+    def test_the_record_sees_what_torch_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enc, dec = maps()
+        find = _launch.find_labels
+
+        def find_after_an_addition(tiling: Any, enc: Tensor, *rest: Any, **how: Any) -> Any:
+            return find(tiling, enc + 1, *rest, **how)
+
+        monkeypatch.setattr(f"{_ops.__name__}.find_labels", find_after_an_addition)
+        with Launches(monkeypatch) as launches:
+            torch.zeros(2, device=DEVICE)
+            step(enc, dec)
+        assert launches.others == ["aten.zeros.default", "aten.add.Tensor"]
+        assert len(OPERATORS) == 5
+
+    def test_no_axis_of_a_grid_but_the_first_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        grids = []
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                grids.append(grid)
+                return lambda *arguments, **constants: None
+
+        _launch.launch(Kernel(), 2**31 - 1)
+        assert grids == [(2**31 - 1,)]
+
+
+class TestMemory:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_two_bytes_a_patch_are_kept_for_the_backward(self, dtype: torch.dtype) -> None:
+        enc, dec = (leaf(one.to(dtype)) for one in maps())
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = step(enc, dec, **masks())
+        own = [kept.pop(one.untyped_storage().data_ptr()) for one in (enc, dec)]
+        assert all(one.dtype == dtype for one in own)
+        assert terms.total.requires_grad
+        by_type = {one.dtype: one.untyped_storage().nbytes() for one in kept.values()}
+        # targets, scales, and the slot mask that was handed in: its one row
+        assert by_type == {torch.int8: 2 * PATCHES.numel(), torch.float32: 8, torch.bool: 4}
+
+    def test_a_distillation_keeps_one(self) -> None:
+        logits, _ = maps()
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            distill(logits)
+        assert sorted(one.nbytes for one in kept) == [4, PATCHES.numel(), logits.nbytes]
+
+
+class TestFacts:
+    def test_what_can_be_taken(self) -> None:
+        assert kernels.missing() is None
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert kernels.missing(torch.empty(1, 1, kernels.MAX_SLOTS, 2, 2, dtype=dtype, device=DEVICE)) is None
+
+    @pytest.mark.parametrize(
+        ("lacking", "message"),
+        [
+            (torch.empty(1, 1, 80, 2, 2, device=DEVICE), "S <= 64; got S=80"),
+            (
+                torch.empty(1, 1, 4, 2, 2, device=DEVICE, dtype=torch.float64),
+                "float16, bfloat16 or float32; got torch.float64",
+            ),
+            (torch.empty(1, 1, 4, 2, 2, device="meta"), "a CUDA tensor; got meta"),
+            (
+                torch.empty(1, 1, 1, 1, 1, device=DEVICE).expand(1, 2, 1, 2**15, 2**15),
+                f"T*H*W <= 2147483647; got {2**31}",
+            ),
+        ],
+    )
+    def test_what_cannot_is_said(self, lacking: Tensor, message: str) -> None:
+        assert kernels.missing(lacking) == message
+        fine = torch.empty(1, 1, 4, 2, 2, device=DEVICE)
+        assert kernels.missing(fine, lacking) == message
+
+    def test_a_cpu_is_not_enough_without_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_facts, "INTERPRETED", False)
+        assert kernels.missing(torch.empty(1, 1, 4, 2, 2)) == "a CUDA tensor; got cpu"
+
+    def test_the_other_maker_of_cuda_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_facts, "IS_ROCM", True)
+        with FakeTensorMode():
+            assert kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda")) == "a CUDA tensor; got one of ROCm"
+
+    def test_triton_may_be_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_facts, "INSTALLED", False)
+        wanted = "the package triton, which is not installed"
+        assert kernels.missing() == kernels.missing(torch.empty(1, 1, 4, 2, 2)) == wanted
+
+    def test_the_facts_are_known_to_a_compiler(self) -> None:
+        def twice(one: Tensor) -> Tensor:
+            return one * 2 if kernels.missing(one) is None else one
+
+        one = torch.ones(1, 1, 4, 2, 2, device=DEVICE)
+        compiled = torch.compile(twice, fullgraph=True, backend="eager")
+        assert compiled(one).sum() == 32
+        assert compiled(one.double()).sum() == 16
+
+    def test_the_library_is_imported_without_triton(self) -> None:
+        code = (
+            "from importlib.machinery import PathFinder\n"
+            "find = PathFinder.find_spec\n"
+            "PathFinder.find_spec = lambda name, *rest: None if name.startswith('triton') else find(name, *rest)\n"
+            "import ssync_loss.kernels._ops, torch\n"
+            "print(ssync_loss.kernels.missing(torch.ones(1, 1, 1, 1, 1)))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "the package triton, which is not installed"
+
+    def test_triton_is_not_imported_before_it_is_needed(self) -> None:
+        code = "import sys, ssync_loss.kernels, ssync_loss.functional; print(ssync_loss.kernels.missing.__name__)\n"
+        code += "print([name for name in sys.modules if name.startswith(('triton', 'ssync_loss.kernels.gpu'))])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        before = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys, torch; print([one for one in sys.modules if one.startswith('triton')])",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        # torch itself may look at it
+        assert done.stdout.splitlines()[1] == before.stdout.strip()
+
+
+def test_the_torch_path_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # or all comparisons with it would say nothing
+    monkeypatch.setattr(_launch, "launch", None)
+    enc, dec = maps()
+    run = through_torch(SSyncCase(enc, dec, None, None))
+    assert_close_loss(run.terms.total, run.terms.boundary + run.terms.interior)

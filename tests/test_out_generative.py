@@ -1,0 +1,356 @@
+"""Out-generative learning: published numbers, the slow definition, pairs, balance, the center, bad input."""
+
+import copy
+import pickle
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
+from ssync_loss.losses.centered import CenteredCrossEntropy
+from ssync_loss.losses.out_generative import OutGenerativeLoss, out_generative_loss
+from ssync_loss.reference.ino import reference_out_generative_loss
+from test_memory import Meter
+
+NAN, INF = float("nan"), float("inf")
+BALANCES = pytest.mark.parametrize("balance", ["flat", "per_term"])
+
+Views = tuple[Tensor, Tensor, Tensor]
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Views:
+    """Return the student's global, its local and the teacher's global views; the shape is (B, T, g, l, Kp)."""
+    clips, frames, num_global, num_local, Kp = shape or (2, 4, 1, 3, 5)
+    generator = torch.Generator().manual_seed(seed)
+    s_glob, s_loc, t_glob = (
+        (torch.rand(clips, frames, views, Kp, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
+        for views in (num_global, num_local, num_global)
+    )
+    return s_glob.requires_grad_(), s_loc.requires_grad_(), t_glob
+
+
+def centered(Kp: int = 5, seed: int = 1, **given: Any) -> CenteredCrossEntropy:
+    """Return a criterion whose center is somewhere."""
+    criterion = CenteredCrossEntropy(Kp, **given)
+    criterion.center = torch.rand(Kp, generator=torch.Generator().manual_seed(seed)) - 0.5
+    return criterion
+
+
+def step(views: Iterable[Tensor], ce: CenteredCrossEntropy, **given: Any) -> Views:
+    s_glob, s_loc, t_glob = (one.detach() for one in views)
+    loss = out_generative_loss(s_glob.requires_grad_(), s_loc.requires_grad_(), t_glob, ce, **given)
+    of_global, of_local = torch.autograd.grad(loss, (s_glob, s_loc))
+    return loss.detach(), of_global, of_local
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_published_numbers(dtype: torch.dtype) -> None:
+    golden = Golden("ino_out_generative_T4_l3")
+    views = [golden.tensor(name, dtype) for name in ("s_glob", "s_loc", "t_glob")]
+    criterion = CenteredCrossEntropy(
+        views[0].shape[3], tau_s=golden.number("tau_s"), tau_t=golden.number("tau_t"), m_c=golden.number("m_c")
+    )
+    loss, of_global, of_local = step(views, criterion, update_center=True)
+    assert loss.dtype == dtype
+    assert deviation(loss, golden.tensor("loss_f64")) <= LOSS_TOL[dtype]
+    assert deviation(of_global, golden.tensor("grad_s_glob_f64")) <= GRADIENT_TOL[dtype]
+    assert deviation(of_local, golden.tensor("grad_s_loc_f64")) <= GRADIENT_TOL[dtype]
+    assert deviation(criterion.center, golden.tensor("center_after_f64")) <= LOSS_TOL[dtype]
+
+
+def test_all_golden_files_are_here() -> None:
+    assert golden_names("ino_out_generative") == ["ino_out_generative_T4_l3"]
+
+
+@settings(max_examples=50)
+@given(
+    shape=st.tuples(*(st.sampled_from(sizes) for sizes in ((0, 1, 2), (1, 2, 4), (1, 2), (0, 1, 2), (1, 3)))),
+    seed=st.integers(0, 2**31),
+    taus=st.sampled_from(((0.1, 0.04), (1.0, 2.0), (0.01, 0.003))),
+    m_c=st.sampled_from((0.0, 0.9)),
+    balance=st.sampled_from(("flat", "per_term")),
+    update_center=st.booleans(),
+)
+def test_loss_gradients_and_center_are_those_of_the_slow_definition(
+    shape: tuple[int, ...], seed: int, taus: tuple[float, float], m_c: float, balance: Any, update_center: bool
+) -> None:
+    views = sample(*shape, dtype=torch.float64, seed=seed)
+    criterion = centered(shape[4], seed % 7, tau_s=taus[0], tau_t=taus[1], m_c=m_c)
+    knobs: dict[str, Any] = {"tau_s": taus[0], "tau_t": taus[1], "m_c": m_c}
+    knobs |= {"balance": balance, "update_center": update_center}
+    expected, center = reference_out_generative_loss(*views, criterion.center.clone(), **knobs)
+    gradients = torch.autograd.grad(expected, views[:2], materialize_grads=True)
+    actual = step(views, criterion, balance=balance, update_center=update_center)
+    for one, other in zip(actual, (expected.detach(), *gradients), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(criterion.center.double(), center.double(), rtol=1e-7, atol=1e-9)
+
+
+def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() -> None:
+    # distributions are one-hot: what is asked for costs nothing, everything else 1 / tau_s = 10
+    views = torch.eye(2)[:, None].expand(1, 2, 1, 2)
+    wrong, right = views.flip(1), views
+    local = torch.tensor([1.0, 0.0]).expand(1, 2, 8, 2)
+    criterion = CenteredCrossEntropy(2, tau_t=1e-3)
+    # the frames ask for different prototypes: global crops predict the other frame's
+    nothing_global = out_generative_loss(wrong, local, views, criterion)
+    all_global = out_generative_loss(right, local, views, criterion)
+    assert (all_global - nothing_global).item() == pytest.approx(10 * 2 / 34, rel=1e-4)
+    # half of the local terms are wrong
+    assert nothing_global.item() == pytest.approx(10 * 16 / 34, rel=1e-3)
+    nothing_global, all_global = (
+        out_generative_loss(one, local, views, criterion, balance="per_term") for one in (wrong, right)
+    )
+    assert (all_global - nothing_global).item() == pytest.approx(10 / 2, rel=1e-4)
+
+
+@BALANCES
+def test_frames_half_a_clip_apart_are_pairs(balance: Any) -> None:
+    views = sample(2, 6, 2, 3, 5, dtype=torch.float64)
+    parts = [step((one[:, [i, i + 3]] for one in views), centered(), balance=balance)[0] for i in range(3)]
+    whole = step(views, centered(), balance=balance)[0]
+    torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-12, atol=0)
+    shuffled = step((one[:, [1, 0, 2, 3, 4, 5]] for one in views), centered(), balance=balance)[0]
+    assert not torch.isclose(whole, shuffled, rtol=1e-6)
+
+
+def test_balances_agree_where_one_term_is_all_there_is() -> None:
+    views = sample(2, 4, 2, 0, 5)
+    assert torch.equal(step(views, centered())[0], step(views, centered(), balance="per_term")[0])
+
+
+@BALANCES
+def test_the_order_of_local_crops_and_of_the_frames_of_a_pair_means_nothing(balance: Any) -> None:
+    views = sample(2, 4, 2, 3, 5, dtype=torch.float64)
+    loss, of_global, of_local = step(views, centered(), balance=balance)
+    s_glob, s_loc, t_glob = views
+    moved = step((s_glob, s_loc.flip(2), t_glob), centered(), balance=balance)
+    torch.testing.assert_close(moved, (loss, of_global, of_local.flip(2)), rtol=1e-12, atol=1e-14)
+    swapped = step((one.roll(2, dims=1) for one in views), centered(), balance=balance)
+    torch.testing.assert_close(
+        swapped, (loss, of_global.roll(2, dims=1), of_local.roll(2, dims=1)), rtol=1e-12, atol=1e-14
+    )
+
+
+# --- the center ---
+
+
+def test_unasked_the_center_stays() -> None:
+    views = sample()
+    criterion, before = centered(), centered().center
+    step(views, criterion)
+    assert torch.equal(criterion.center, before)
+
+
+def test_asked_it_moves_after_every_pair() -> None:
+    views = sample()
+    criterion, by_hand = centered(), centered()
+    parts = []
+    for i in range(2):
+        pair = [one[:, [i, i + 2]] for one in views]
+        parts.append(step(pair, by_hand)[0])
+        by_hand.update_center(pair[2])
+    loss = step(views, criterion, update_center=True)[0]
+    torch.testing.assert_close(loss, torch.stack(parts).mean())
+    torch.testing.assert_close(criterion.center, by_hand.center)
+    assert not torch.isclose(loss, step(views, centered())[0], rtol=1e-4)
+
+
+def test_in_evaluation_it_stays_even_when_asked() -> None:
+    views = sample()
+    criterion, before = centered().eval(), centered().center
+    assert torch.equal(step(views, criterion, update_center=True)[0], step(views, criterion)[0])
+    assert torch.equal(criterion.center, before)
+
+
+# --- empty, undefined, gradients, types ---
+
+
+@BALANCES
+@pytest.mark.parametrize("shape", [(0, 4, 1, 3, 5), (2, 1, 1, 3, 5), (0, 2, 1, 0, 5), (2, 1, 2, 0, 5)])
+def test_nothing_to_predict_is_an_attached_zero(balance: Any, shape: tuple[int, ...]) -> None:
+    views = sample(*shape)
+    criterion, before = centered(), centered().center
+    loss, of_global, of_local = step(views, criterion, balance=balance, update_center=True)
+    assert loss == 0
+    assert torch.equal(of_global, torch.zeros_like(views[0]))
+    assert torch.equal(of_local, torch.zeros_like(views[1]))
+    assert torch.equal(criterion.center, before)
+
+
+@pytest.mark.parametrize("dirt", [NAN, INF])
+@pytest.mark.parametrize("dirty", [0, 1, 2])
+def test_dirt_is_never_finite(dirty: int, dirt: float) -> None:
+    views = [one.detach().clone() for one in sample()]
+    views[dirty][0, 1, 0, 0] = dirt
+    assert not step(views, centered())[0].isfinite()
+
+
+@BALANCES
+def test_gradcheck(balance: Any) -> None:
+    s_glob, s_loc, t_glob = sample(1, 2, 2, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda one, other: out_generative_loss(one, other, t_glob, centered(3, tau_s=0.5), balance=balance),
+        (s_glob, s_loc),
+    )
+
+
+@pytest.mark.parametrize("update_center", [False, True])
+def test_only_the_student_gets_gradients(update_center: bool) -> None:
+    s_glob, s_loc, t_glob = sample()
+    criterion = centered()
+    out_generative_loss(s_glob, s_loc, t_glob.requires_grad_(), criterion, update_center=update_center).backward()
+    assert t_glob.grad is None
+    assert not criterion.center.requires_grad
+    for one in (s_glob, s_loc):
+        assert one.grad is not None
+        assert one.grad.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_widened_and_their_gradient_is_of_their_type(dtype: torch.dtype) -> None:
+    views = sample(dtype=dtype)
+    criterion, expected = centered(), centered()
+    loss, *gradients = step(views, criterion, update_center=True)
+    wide, *wide_gradients = step((one.float() for one in views), expected, update_center=True)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, wide)
+    for one, other in zip(gradients, wide_gradients, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, other.to(dtype))
+    assert torch.equal(criterion.center, expected.center)
+
+
+def test_autocast_changes_nothing() -> None:
+    views = sample()
+    criterion, expected = centered(), centered()
+    wanted = step(views, expected, update_center=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = step(views, criterion, update_center=True)
+    assert all(map(torch.equal, actual, wanted))
+    assert torch.equal(criterion.center, expected.center)
+
+
+# --- graphs, work ---
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("update_center", [False, True])
+def test_a_step_compiles_to_one_graph(update_center: bool) -> None:
+    s_glob, s_loc, t_glob = sample()
+    criterion, expected = centered(), centered()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = OutGenerativeLoss(criterion, update_center=update_center)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for _ in range(2):
+        loss = compiled(s_glob, s_loc, t_glob)
+        wanted = step((s_glob, s_loc, t_glob), expected, update_center=update_center)
+        torch.testing.assert_close((loss.detach(), *torch.autograd.grad(loss, (s_glob, s_loc))), wanted)
+        torch.testing.assert_close(criterion.center, expected.center)
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors_carry_a_step() -> None:
+    with FakeTensorMode():
+        s_glob, s_loc = torch.randn(2, 4, 1, 5, requires_grad=True), torch.randn(2, 4, 3, 5, requires_grad=True)
+        out_generative_loss(
+            s_glob, s_loc, torch.randn(2, 4, 1, 5), CenteredCrossEntropy(5), update_center=True
+        ).backward()
+        assert s_glob.grad is not None
+        assert s_loc.grad is not None
+
+
+def test_clips_and_views_are_not_walked_through() -> None:
+    numbers = set()
+    for shape in ((2, 4, 2, 3, 5), (3, 6, 2, 2, 5), (5, 8, 3, 8, 5)):
+        views = sample(*shape)
+        with Meter() as meter:
+            out_generative_loss(*views, centered(), update_center=True).backward()
+        numbers.add(meter.num_operators)
+    assert len(numbers) == 1
+
+
+def test_views_meet_without_a_copy_of_their_prototypes_for_each() -> None:
+    # 34 terms a pair: one by one their distributions alone would be 34 x 2 x 1000 numbers
+    views = sample(1, 4, 1, 8, 1000)
+    with Meter(views) as meter:
+        out_generative_loss(*views, centered(1000)).backward()
+    rows = 4 * (1 + 8 + 1)
+    assert meter.peak < 4 * 4 * rows * 1000
+
+
+# --- the module, bad input ---
+
+
+def test_a_module_remembers_its_settings() -> None:
+    views = sample()
+    module = OutGenerativeLoss(centered())
+    assert torch.equal(module(*views), out_generative_loss(*views, centered()))
+    assert list(module.state_dict()) == ["ce.center"]
+    assert repr(module).startswith("OutGenerativeLoss(\n  balance='flat', update_center=False\n  (ce): Centered")
+    moving = OutGenerativeLoss(centered(), balance="per_term", update_center=True)
+    expected = out_generative_loss(*views, centered(), balance="per_term", update_center=True)
+    for twin in (pickle.loads(pickle.dumps(moving)), copy.deepcopy(moving), moving):
+        assert torch.equal(twin(*views), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("ce", torch.nn.CrossEntropyLoss(), TypeError, r"`ce` must be a CenteredCrossEntropy; got CrossEntropyLoss"),
+        ("balance", "equal", ValueError, r"`balance` must be one of 'flat', 'per_term'; got 'equal'"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
+    given = {"ce": centered(), name: value}
+    with pytest.raises(error, match=message):
+        out_generative_loss(*sample(), **given)
+    with pytest.raises(error, match=message):
+        OutGenerativeLoss(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("s_glob", None, TypeError, r"`s_glob` must be a tensor; got NoneType"),
+        ("s_glob", torch.zeros(2, 4, 5), ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got \(2, 4, 5\)"),
+        ("s_glob", torch.zeros(2, 4, 1, 6), ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got"),
+        ("s_glob", torch.zeros(2, 4, 0, 5), ValueError, r"`s_glob` must have g >= 1; got g=0"),
+        ("s_glob", torch.zeros(2, 0, 1, 5), ValueError, r"`s_glob` must have T >= 1; got T=0"),
+        ("s_glob", torch.zeros(2, 4, 1, 5).int(), TypeError, r"`s_glob` must be floating point; got"),
+        ("s_loc", torch.zeros(2, 3, 3, 5), ValueError, r"`s_loc` must have shape \(B=2, T=4, l, Kp=5\); got"),
+        ("s_loc", torch.zeros(2, 4, 3, 5).long(), TypeError, r"`s_loc` must be floating point; got torch.int64"),
+        ("s_loc", torch.zeros(2, 4, 3, 5, device="meta"), ValueError, r"`s_loc` must be on the device of `center`"),
+        ("t_glob", [1.0], TypeError, r"`t_glob` must be a tensor; got list"),
+        ("t_glob", torch.zeros(2, 4, 2, 5), ValueError, r"`t_glob` must have shape \(B=2, T=4, g=1, Kp=5\); got"),
+        ("t_glob", torch.zeros(2, 4, 1, 5).bool(), TypeError, r"`t_glob` must be floating point; got torch.bool"),
+    ],
+)
+def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
+    s_glob, s_loc, t_glob = sample()
+    with pytest.raises(error, match=message):
+        out_generative_loss(**{"s_glob": s_glob, "s_loc": s_loc, "t_glob": t_glob, "ce": centered(), name: value})
+
+
+@pytest.mark.parametrize("num_frames", [3, 5])
+def test_an_odd_number_of_frames_is_named(num_frames: int) -> None:
+    message = rf"`s_glob` must have an even T, for the pairs of frames \(i, i \+ T / 2\); got T={num_frames}"
+    with pytest.raises(ValueError, match=message):
+        out_generative_loss(*sample(2, num_frames, 1, 3, 5), centered())

@@ -1,0 +1,465 @@
+"""Label propagation: the slow definition, chunks, memory, what moves with what, the read-out, bad input."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssync_loss import propagation
+from ssync_loss.metrics import image_miou
+from ssync_loss.propagation import propagate_labels, propagate_masks
+from ssync_loss.reference.ino import reference_propagate_masks
+from test_memory import Meter
+
+NAN, INF = float("nan"), float("inf")
+
+
+def sample(*shape: int, num_masks: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return features (B, T, D, H, W) that change slowly, and soft masks (B, K, H, W) that sum to 1."""
+    clips, frames, channels, height, width = shape or (2, 5, 4, 3, 4)
+    generator = torch.Generator().manual_seed(seed)
+    still = torch.randn(clips, 1, channels, height, width, generator=generator, dtype=torch.float64)
+    moving = torch.randn(clips, frames, channels, height, width, generator=generator, dtype=torch.float64)
+    masks = torch.randn(clips, num_masks, height, width, generator=generator, dtype=torch.float64).softmax(1)
+    return (still + 0.5 * moving).to(dtype), masks.to(dtype)
+
+
+def a_scene(num_frames: int, *, step: int = 1) -> tuple[Tensor, Tensor]:
+    """Return features and labels (1, T, 8, 12) of two squares that move over a background, each with its texture."""
+    labels = torch.zeros(1, num_frames, 8, 12, dtype=torch.int64)
+    for now in range(num_frames):
+        labels[0, now, 1:4, now * step : now * step + 3] = 1
+        labels[0, now, 4:7, 9 - now * step : 12 - now * step] = 2
+    codes = torch.eye(3, dtype=torch.float64)
+    noise = torch.randn(1, num_frames, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return codes[labels].movedim(4, 2) + 0.1 * noise, labels
+
+
+# --- values ---
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(*(st.sampled_from(sizes) for sizes in ((1, 2), (1, 2, 5), (1, 3), (1, 2), (1, 3)))),
+    seed=st.integers(0, 2**31),
+    num_context=st.sampled_from((0, 1, 2, 10)),
+    radius=st.sampled_from((0, 1, 40)),
+    top_k=st.sampled_from((1, 2, 5, 100)),
+    temperature=st.sampled_from((0.1, 1.0)),
+    chunk_size=st.sampled_from((None, 1, 2, 5)),
+    ties=st.booleans(),
+)
+def test_masks_are_those_of_the_slow_definition(
+    shape: tuple[int, ...],
+    seed: int,
+    num_context: int,
+    radius: int,
+    top_k: int,
+    temperature: float,
+    chunk_size: int | None,
+    ties: bool,
+) -> None:
+    features, masks = sample(*shape, seed=seed)
+    if ties:
+        # cosines are multiples of 1/4: what ties, ties in any precision
+        features = torch.zeros(*shape[:2], 4, *shape[3:]).double()
+        features += torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    knobs: dict[str, Any] = {
+        "num_context": num_context,
+        "radius": radius,
+        "top_k": top_k,
+        "temperature": temperature,
+    }
+    actual = propagate_masks(features, masks, chunk_size=chunk_size, **knobs)
+    torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    chunk_size=st.integers(1, 40),
+    radius=st.sampled_from((1, 40)),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
+def test_a_chunk_size_changes_nothing(seed: int, chunk_size: int, radius: int, dtype: torch.dtype) -> None:
+    features, masks = sample(2, 4, 6, 5, 7, seed=seed, dtype=dtype)
+    whole = propagate_masks(features, masks, radius=radius, chunk_size=35)
+    chunked = propagate_masks(features, masks, radius=radius, chunk_size=chunk_size)
+    tol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(chunked, whole, rtol=tol, atol=tol)
+
+
+def test_labels_do_not_depend_on_a_chunk_size() -> None:
+    features, labels = a_scene(6)
+    whole = propagate_labels(features, labels[:, 0], chunk_size=96)
+    for chunk_size in (None, 1, 7, 96):
+        assert torch.equal(propagate_labels(features, labels[:, 0], chunk_size=chunk_size), whole)
+
+
+def test_soft_masks_stay_a_distribution_and_are_carried_on_soft() -> None:
+    features, masks = sample()
+    carried = propagate_masks(features, masks)
+    torch.testing.assert_close(carried.sum(2), torch.ones(2, 5, 3, 4, dtype=torch.float64))
+    assert carried.min() > 0
+    hardened = propagate_masks(features[:, 1:], F.one_hot(carried[:, 1].argmax(1), 3).movedim(3, 1).double())
+    assert not torch.allclose(hardened[:, 1], carried[:, 2], atol=1e-3)
+
+
+def test_the_first_frame_is_as_given() -> None:
+    features, masks = sample()
+    assert torch.equal(propagate_masks(features, masks)[:, 0], masks)
+    assert torch.equal(propagate_masks(features[:, :1], masks), masks.unsqueeze(1))
+
+
+def test_lengths_and_a_common_rotation_of_features_mean_nothing() -> None:
+    features, masks = sample()
+    expected = propagate_masks(features, masks, top_k=3)
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    moved = torch.einsum("ij,btjhw->btihw", rotation, features) * (torch.rand(2, 5, 1, 3, 4).double() + 0.1)
+    torch.testing.assert_close(propagate_masks(moved, masks, top_k=3), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_masks_are_carried_each_by_itself() -> None:
+    features, masks = sample()
+    carried = propagate_masks(features, masks)
+    for k in range(3):
+        torch.testing.assert_close(propagate_masks(features, masks[:, k : k + 1]), carried[:, :, k : k + 1])
+    for b in range(2):
+        torch.testing.assert_close(propagate_masks(features[b : b + 1], masks[b : b + 1]), carried[b : b + 1])
+
+
+# --- the context and the window ---
+
+
+@pytest.mark.parametrize(("num_context", "found"), [(0, False), (2, False), (3, True), (4, True), (9, True)])
+def test_a_frame_is_found_again_while_it_is_in_the_context(num_context: int, found: bool) -> None:
+    # two patches: in frame 1 they change places (and so do the masks); frame 4 looks like frame 1 and nothing else
+    left, right = [0, 2, 4, 6, 3], [1, 3, 5, 7, 2]
+    features = torch.stack([torch.eye(8)[left], torch.eye(8)[right]], 2).view(1, 5, 8, 1, 2)
+    # what ties the frames: 1 sees 0 through a hint
+    features[0, 1, 1, 0, 0] = features[0, 1, 0, 0, 1] = 0.5
+    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    carried = propagate_masks(features, masks, num_context=num_context, top_k=1)[0, :, 0, 0]
+    assert carried[1].tolist() == [0.0, 1.0]
+    assert (carried[4].tolist() == [1.0, 0.0]) == found
+
+
+def test_the_first_frame_never_leaves_and_counts_once() -> None:
+    # frame 3 is like frame 0, with a context of one frame; were frame 0 there twice, both its places would be one
+    features = torch.eye(8)[[0, 1, 2, 0]].view(1, 4, 8, 1, 1).repeat(1, 1, 1, 1, 2)
+    features[0, :, 7, 0, 1] = 3.0
+    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    carried = propagate_masks(features, masks, num_context=1, top_k=2, temperature=1.0)
+    expected = reference_propagate_masks(features, masks, num_context=1, top_k=2, temperature=1.0)
+    torch.testing.assert_close(carried.double(), expected, rtol=1e-6, atol=1e-7)
+    alone = propagate_masks(features, masks, num_context=1, top_k=1)
+    assert alone[0, 3, 0, 0].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("radius", "reached"), [(0, False), (1, False), (2, True), (3, True)])
+@pytest.mark.parametrize("axis", [3, 4])
+def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int) -> None:
+    # one patch in seven is special, and it jumps by two
+    features = torch.zeros(1, 2, 2, 1, 7)
+    features[:, :, 0] = 1
+    features[0, 0, :, 0, 2] = features[0, 1, :, 0, 4] = torch.tensor([0.0, 1.0])
+    masks = (torch.arange(7) == 2).float().view(1, 1, 1, 7)
+    if axis == 3:
+        features, masks = features.mT, masks.mT
+    carried = propagate_masks(features, masks, radius=radius, top_k=1)[0, 1, 0].flatten()
+    assert (carried[4] == 1) == reached
+
+
+def test_the_largest_are_taken_over_all_frames_together() -> None:
+    # the query of frame 2 has cosines 1 with frame 1 (both patches), 0.8 and 0 with frame 0
+    features = torch.tensor([[[0.8, 0.6], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    features = features.mT.view(1, 3, 2, 1, 2)
+    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    carried = propagate_masks(features, masks, top_k=2, temperature=1.0)[0, :, 0, 0]
+    share = 1 / (1 + math.exp(-0.8))
+    # frame 1 takes both of frame 0, and frame 2 both of frame 1
+    torch.testing.assert_close(carried[1], torch.tensor([share, share]))
+    torch.testing.assert_close(carried[2], torch.tensor([share, share]))
+    third = propagate_masks(features, masks, top_k=3, temperature=1.0)[0, 2, 0, 0, 0]
+    expected = (2 * math.e * share + math.exp(0.8)) / (2 * math.e + math.exp(0.8))
+    assert third.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_that_tie_with_the_last_are_in() -> None:
+    features = torch.ones(1, 2, 1, 1, 4)
+    masks = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
+    carried = propagate_masks(features, masks, top_k=1)
+    assert carried[0, 1].flatten().tolist() == [0.5] * 4
+
+
+def test_fewer_places_than_are_asked_for_are_all_in() -> None:
+    features, masks = sample()
+    everything = propagate_masks(features, masks, top_k=10_000)
+    assert torch.equal(everything, propagate_masks(features, masks, top_k=12 * 5))
+    narrow = propagate_masks(features, masks, radius=0, num_context=0, top_k=5)
+    # a patch sees itself in the first frame, and nothing else
+    torch.testing.assert_close(narrow, masks.unsqueeze(1).expand(-1, 5, -1, -1, -1))
+
+
+# --- the read-out ---
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_objects_are_followed(normalize: bool) -> None:
+    features, labels = a_scene(7)
+    found = propagate_labels(features, labels[:, 0], normalize=normalize)
+    assert found.dtype == torch.int64
+    assert image_miou(found, labels, background=0).item() > 0.97
+    assert torch.equal(found[:, 0], labels[:, 0])
+    still = labels[:, :1].expand_as(labels)
+    assert image_miou(still, labels, background=0).item() < 0.5
+
+
+def test_features_that_say_nothing_lose_the_objects() -> None:
+    features, labels = a_scene(7)
+    found = propagate_labels(torch.ones_like(features), labels[:, 0], normalize=False)
+    assert not found[:, 1:].any()
+
+
+def test_labels_may_be_finer_than_features_and_have_any_names() -> None:
+    features, labels = a_scene(7)
+    names = torch.tensor([0, 255, 7])
+    fine = names[labels].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    found = propagate_labels(features, fine[:, 0].to(torch.uint8))
+    assert found.shape == fine.shape
+    assert set(found.unique().tolist()) == {0, 7, 255}
+    assert image_miou(found, fine, background=0).item() > 0.85
+    coarse = propagate_labels(features, fine[:, 0], size=(8, 12))
+    assert image_miou(coarse, names[labels], background=0).item() > 0.97
+
+
+def test_labels_are_put_on_the_grid_by_their_centers() -> None:
+    labels = torch.arange(6 * 9).view(1, 6, 9)
+    seen = propagate_labels(torch.randn(1, 1, 2, 2, 3), labels, size=(2, 3))
+    assert seen.tolist() == [[[[10, 13, 16], [37, 40, 43]]]]
+    expected = F.interpolate(labels.view(1, 1, 6, 9).float(), size=(4, 5), mode="nearest-exact").long()
+    assert torch.equal(propagate_labels(torch.randn(1, 1, 2, 2, 3), labels, size=(4, 5)), expected)
+
+
+def test_the_read_out_is_bilinear_then_normalized_then_the_largest() -> None:
+    features, labels = a_scene(5)
+    masks = F.one_hot(labels[:, 0], 3).movedim(3, 1).double()
+    soft = propagate_masks(features, masks, top_k=20, temperature=1.0)
+    for normalize in (True, False):
+        pixels = F.interpolate(soft[0], size=(20, 30), mode="bilinear", align_corners=False)
+        if normalize:
+            low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+            pixels = (pixels - low) / (high - low)
+        found = propagate_labels(features, labels[:, 0], size=(20, 30), top_k=20, temperature=1.0, normalize=normalize)
+        assert torch.equal(found[0, 1:], pixels.argmax(1)[1:])
+
+
+def test_a_mask_that_is_the_same_everywhere_is_not_normalized() -> None:
+    features, labels = a_scene(3)
+    found = propagate_labels(features, torch.full((1, 8, 12), 9))
+    assert (found == 9).all()
+    # object 2 looks like the background from frame 1 on: its mask is 0 everywhere
+    features, labels = a_scene(3)
+    gone = labels == 2
+    gone[:, 0] = False
+    features += gone.unsqueeze(2) * torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1)
+    found = propagate_labels(features, labels[:, 0])
+    assert torch.equal(found, labels.masked_fill(gone, 0))
+
+
+def test_what_a_clip_does_not_show_is_never_assigned() -> None:
+    # the clips of a batch have labels of their own
+    features, labels = a_scene(4)
+    both = torch.cat([labels[:, 0] + 3, labels[:, 0]])
+    found = propagate_labels(features.repeat(2, 1, 1, 1, 1), both)
+    assert torch.equal(found[0], found[1] + 3)
+    # one pixel that no center of the grid meets
+    fine = labels[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2)
+    fine[0, 0, 0] = 8
+    found = propagate_labels(features, fine)
+    assert found[0, 0, 0, 0] == 8
+    assert not (found[:, 1:] == 8).any()
+
+
+def test_not_even_rounding_assigns_what_a_clip_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    # label 0 is in the second clip alone; the masks of 1 and 2 are smallest at the same pixel
+    masks = torch.zeros(2, 1, 3, 1, 2)
+    masks[0, 0, 1:] = torch.tensor([0.5, 0.6])
+    masks[1, 0, 0] = 1
+    monkeypatch.setattr(propagation, "propagate_masks", lambda *given, **settings: masks.repeat(1, 2, 1, 1, 1))
+    found = propagate_labels(torch.ones(2, 2, 1, 1, 2), torch.tensor([[[1, 2]], [[0, 0]]]))
+    assert found[0, 1].tolist() == [[1, 1]]
+
+
+def test_frames_are_read_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = a_scene(7)
+    peaks, results = [], []
+    for block in (propagation.BLOCK_ELEMENTS, 2 * 3 * 40 * 60):
+        monkeypatch.setattr(propagation, "BLOCK_ELEMENTS", block)
+        with Meter() as meter:
+            found = propagate_labels(features, labels[:, 0], size=(40, 60))
+        peaks.append(meter.peak)
+        results.append(found)
+    assert torch.equal(results[0], results[1])
+    # two frames at once and not seven, in float64
+    assert peaks[1] < peaks[0] - 2 * 4 * 3 * 40 * 60 * 8
+
+
+def test_an_object_that_appears_later_has_a_track_of_its_own() -> None:
+    features, labels = a_scene(7)
+    # object 2 is annotated from frame 3 on
+    first = F.one_hot(labels[:, 0] * (labels[:, 0] == 1), 2).movedim(3, 1).double()
+    soft = propagate_masks(features, first)
+    later = propagate_masks(features[:, 3:], (labels[:, 3:4] == 2).double())
+    competing = torch.cat([soft[:, 3:], later], 2)
+    competing[:, :, :1] -= later
+    assert image_miou(competing.argmax(2), labels[:, 3:], background=0).item() > 0.97
+
+
+# --- types, memory ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:
+    features, masks = sample(dtype=dtype)
+    carried = propagate_masks(features, masks)
+    assert carried.dtype == torch.float32
+    assert torch.equal(carried, propagate_masks(features.float(), masks.float()))
+    assert propagate_masks(features, masks.double()).dtype == torch.float64
+
+
+def test_autocast_and_gradients_change_nothing() -> None:
+    features, masks = sample(dtype=torch.float32)
+    expected = propagate_masks(features, masks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        carried = propagate_masks(features.requires_grad_(), masks.requires_grad_())
+    assert torch.equal(carried, expected)
+    assert not carried.requires_grad
+
+
+def test_zero_vectors_are_as_unlike_everything() -> None:
+    features, masks = sample()
+    features[0, 2, :, 1, 1] = 0
+    features[:, 0, :, 0, 0] = 0
+    carried = propagate_masks(features, masks)
+    assert carried.isfinite().all()
+    torch.testing.assert_close(carried, reference_propagate_masks(features, masks), rtol=1e-10, atol=1e-12)
+    nothing = propagate_masks(features * 0, masks)
+    torch.testing.assert_close(nothing[:, 1], masks.mean((2, 3), keepdim=True).expand_as(masks))
+
+
+def test_strides_mean_nothing() -> None:
+    features, masks = sample()
+    views = (features.transpose(0, 3).contiguous().transpose(0, 3), masks.mT.contiguous().mT)
+    assert not any(one.is_contiguous() for one in views)
+    torch.testing.assert_close(propagate_masks(*views), propagate_masks(features, masks))
+
+
+def test_no_clips_have_no_labels() -> None:
+    features, masks = sample(0, 5, 4, 3, 4)
+    assert propagate_masks(features, masks).shape == (0, 5, 3, 3, 4)
+    assert propagate_labels(features, torch.zeros(0, 6, 8, dtype=torch.int64)).shape == (0, 5, 6, 8)
+
+
+def peak(frames: int, side: int, chunk_size: int | None, num_context: int = 2) -> int:
+    features, masks = sample(1, frames, 3, side, side, num_masks=2, dtype=torch.float32)
+    meter = Meter([features, masks])
+    with meter:
+        propagate_masks(features, masks, num_context=num_context, chunk_size=chunk_size, radius=3)
+    return meter.peak
+
+
+def test_a_chunk_bounds_what_is_held() -> None:
+    for side in (12, 16):
+        places = side**2
+        # two maps of scores at most, and what is linear: the context, the result and a frame
+        linear = 4 * places * (3 * 5 + 6 * 2 + 8 * 3)
+        for chunk_size in (8, 32):
+            assert peak(6, side, chunk_size) < linear + 2 * 4 * chunk_size * 3 * places
+        assert peak(6, side, places) > linear + 4 * places * 3 * places
+
+
+def test_what_is_held_does_not_grow_with_the_video() -> None:
+    result = 4 * 2 * 16**2
+    short, long = peak(6, 16, 64), peak(40, 16, 64)
+    assert long - short == 34 * result
+
+
+def test_by_default_scores_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(propagation, "BLOCK_ELEMENTS", 4 * 3 * 16**2)
+    assert peak(6, 16, None) == peak(6, 16, 4)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"num_context": -1}, ValueError, r"`num_context` must be at least 0; got -1"),
+        ({"radius": -1}, ValueError, r"`radius` must be at least 0; got -1"),
+        ({"radius": 1.5}, TypeError, r"`radius` must be an integer; got float"),
+        ({"top_k": 0}, ValueError, r"`top_k` must be at least 1; got 0"),
+        ({"temperature": 0.0}, ValueError, r"`temperature` must be finite and above 0.0; got 0.0"),
+        ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    features, masks = sample()
+    with pytest.raises(error, match=message):
+        propagate_masks(features, masks, **wrong)
+    with pytest.raises(error, match=message):
+        propagate_labels(features, masks.argmax(1), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (4, ValueError, r"`size` must be a pair \(height, width\); got 4"),
+        ((4, 5, 6), ValueError, r"`size` must be a pair \(height, width\); got \(4, 5, 6\)"),
+        ((0, 4), ValueError, r"`size` must be at least 1; got 0"),
+        ((4.0, 4), TypeError, r"`size` must be an integer; got float"),
+    ],
+)
+def test_a_wrong_size_is_named(size: Any, error: type[Exception], message: str) -> None:
+    features, masks = sample()
+    with pytest.raises(error, match=message):
+        propagate_labels(features, masks.argmax(1), size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("features", None, TypeError, r"`features` must be a tensor; got NoneType"),
+        ("features", torch.zeros(2, 5, 4, 12), ValueError, r"`features` must have shape \(B, T, D, H, W\); got"),
+        ("features", torch.zeros(2, 0, 4, 3, 4), ValueError, r"`features` must have T >= 1; got T=0"),
+        ("features", torch.zeros(2, 5, 4, 3, 4).int(), TypeError, r"`features` must be floating point; got"),
+        ("features", torch.full((2, 5, 4, 3, 4), NAN), ValueError, r"`features` must hold neither NaN nor infinity"),
+        ("features", torch.full((2, 5, 4, 3, 4), INF), ValueError, r"`features` must hold neither NaN nor infinity"),
+        ("masks", [1.0], TypeError, r"`masks` must be a tensor; got list"),
+        ("masks", torch.zeros(2, 3, 3, 5), ValueError, r"`masks` must have shape \(B=2, K, H=3, W=4\); got"),
+        ("masks", torch.zeros(2, 0, 3, 4), ValueError, r"`masks` must have K >= 1; got K=0"),
+        ("masks", torch.zeros(2, 3, 3, 4).bool(), TypeError, r"`masks` must be floating point; got torch.bool"),
+        ("masks", torch.full((2, 3, 3, 4), NAN), ValueError, r"`masks` must hold neither NaN nor infinity; got some"),
+        ("masks", torch.zeros(2, 3, 3, 4, device="meta"), ValueError, r"`masks` must be on the device of `features`"),
+        ("labels", None, TypeError, r"`labels` must be a tensor; got NoneType"),
+        ("labels", torch.zeros(1, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got \(1, 3, 4\)"),
+        ("labels", torch.zeros(2, 5, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got"),
+        ("labels", torch.zeros(2, 0, 4).long(), ValueError, r"`labels` must have h >= 1; got h=0"),
+        ("labels", torch.zeros(2, 3, 4), TypeError, r"`labels` must hold integers; got torch.float32"),
+        ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Give what is not"),
+        ("labels", torch.zeros(2, 3, 4, device="meta").long(), ValueError, r"`labels` must be on the device of"),
+    ],
+)
+def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
+    features, masks = sample()
+    given: dict[str, Any] = {"features": features, "masks": masks, "labels": masks.argmax(1), name: value}
+    for second, function in (("masks", propagate_masks), ("labels", propagate_labels)):
+        if name in ("features", second):
+            with pytest.raises(error, match=message):
+                function(given["features"], given[second])

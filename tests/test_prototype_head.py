@@ -1,0 +1,220 @@
+"""The prototype head: cosines with prototypes, what its weights are, gradients, types, bad input."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssync_loss.losses.centered import CenteredCrossEntropy
+from ssync_loss.losses.prototypes import PrototypeHead
+
+
+def small(**given: Any) -> PrototypeHead:
+    """Return a head whose layers do something."""
+    head = PrototypeHead(6, **{"Kp": 7, "hidden": 5, "bottleneck": 4, **given})
+    with torch.no_grad():
+        for one in head.parameters():
+            one.mul_(20)
+    return head
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*(shape or (2, 3, 6)), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def by_hand(head: PrototypeHead, x: Tensor) -> Tensor:
+    """The same, one step after the other, in float64."""
+    linears = [one for one in head.mlp if isinstance(one, nn.Linear)]
+    x = x.double()
+    for number, linear in enumerate(linears):
+        x = x @ linear.weight.double().T + linear.bias.double()
+        if number < len(linears) - 1:
+            x = x * (1 + torch.erf(x / 2**0.5)) / 2
+    x = x / x.square().sum(-1, keepdim=True).sqrt()
+    prototypes = head.prototypes.double()
+    return x @ (prototypes / prototypes.square().sum(1, keepdim=True).sqrt()).T
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_it_is_linear_layers_a_direction_and_cosines(layers: int) -> None:
+    head = small(layers=layers)
+    x = tokens()
+    torch.testing.assert_close(head(x).double(), by_hand(head, x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.double()(x.double()), by_hand(head, x), rtol=0, atol=1e-12)
+    assert sum(isinstance(one, nn.GELU) for one in head.mlp) == layers - 1
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    head = PrototypeHead(384)
+    shapes = {name: tuple(one.shape) for name, one in head.named_parameters()}
+    assert shapes == {
+        "prototypes": (4096, 256),
+        "mlp.0.weight": (2048, 384),
+        "mlp.0.bias": (2048,),
+        "mlp.2.weight": (2048, 2048),
+        "mlp.2.bias": (2048,),
+        "mlp.4.weight": (256, 2048),
+        "mlp.4.bias": (256,),
+    }
+    for name, one in head.named_parameters():
+        if name.endswith("bias"):
+            assert not one.any()
+        else:
+            assert abs(one.std().item() - 0.02) < 2e-4
+            assert abs(one.mean().item()) < 2e-4
+
+
+def test_cosines_lie_between_minus_one_and_one() -> None:
+    head = small()
+    cosines = head(tokens(200, 6) * 100)
+    assert cosines.abs().max() <= 1 + 1e-6
+    assert cosines.min() < -0.9
+    assert cosines.max() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)])
+def test_tokens_may_have_any_shape_and_do_not_see_each_other(shape: tuple[int, ...]) -> None:
+    head = small()
+    x = tokens(*shape)
+    cosines = head(x)
+    assert cosines.shape == (*shape[:-1], 7)
+    for one, other in zip(x.view(-1, 6), cosines.view(-1, 7), strict=True):
+        torch.testing.assert_close(head(one), other)
+
+
+def test_lengths_of_prototypes_mean_nothing_and_get_no_gradient() -> None:
+    head = small().double()
+    x = tokens(dtype=torch.float64)
+    expected = head(x)
+    (expected[..., 0].sum() + expected.square().sum()).backward()
+    assert head.prototypes.grad is not None
+    along = (head.prototypes.grad * head.prototypes).sum(1)
+    assert along.abs().max() < 1e-12 < head.prototypes.grad.abs().sum(1).min()
+    with torch.no_grad():
+        head.prototypes.mul_(torch.arange(1.0, 8).unsqueeze(1))
+    torch.testing.assert_close(head(x), expected, rtol=0, atol=1e-14)
+
+
+def test_gradcheck() -> None:
+    head = small(layers=2).double()
+    x = tokens(3, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: head(x), (x, *head.parameters()))
+
+
+def test_a_token_of_zeros_has_cosines_of_zero_and_finite_gradients() -> None:
+    head = PrototypeHead(6, Kp=7, hidden=5, bottleneck=4)
+    x = tokens().clone()
+    # biases are 0: all layers return 0
+    x[0, 0] = 0
+    x.requires_grad_()
+    cosines = head(x)
+    assert not cosines[0, 0].any()
+    CenteredCrossEntropy(7)(cosines, cosines.detach().roll(1, 2)).backward()
+    assert x.grad is not None
+    assert not x.grad[0, 0].any()
+    assert x.grad[0, 1].any()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in head.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_of_halves_gives_float32_cosines_and_gradients_of_its_type(dtype: torch.dtype) -> None:
+    head = small().to(dtype)
+    x = tokens(dtype=dtype).requires_grad_()
+    cosines = head(x)
+    cosines.square().sum().backward()
+    assert cosines.dtype == torch.float32
+    torch.testing.assert_close(cosines.double(), by_hand(head, x.detach()), rtol=0, atol=0.05)
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert head.prototypes.grad is not None
+    assert head.prototypes.grad.dtype == dtype
+
+
+def test_under_autocast_layers_are_narrow_and_cosines_are_not() -> None:
+    head = small()
+    x = tokens()
+    seen = []
+    head.mlp[-1].register_forward_hook(lambda module, given, out: seen.append(out))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cosines = head(x)
+        cosines.square().sum().backward()
+    assert seen[0].dtype == torch.bfloat16
+    assert cosines.dtype == torch.float32
+    units, prototypes = (nn.functional.normalize(one.float(), dim=-1) for one in (seen[0], head.prototypes))
+    torch.testing.assert_close(cosines, units @ prototypes.T, rtol=0, atol=1e-6)
+    assert all(one.grad is not None and one.grad.any() for one in head.parameters())
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_it_compiles_to_one_graph() -> None:
+    head = small()
+    counter = CompileCounterWithBackend("aot_eager")
+    x = tokens()
+    cosines = torch.compile(head, fullgraph=True, backend=counter)(x)
+    torch.testing.assert_close(cosines, head(x))
+    parameters = tuple(head.parameters())
+    actual, expected = (torch.autograd.grad(one.square().sum(), parameters) for one in (cosines, head(x)))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors_carry_a_step() -> None:
+    head = small()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 3, 6, requires_grad=True)
+        cosines = head(x)
+        cosines.sum().backward()
+        assert cosines.shape == (2, 3, 7)
+        assert x.grad is not None
+
+
+def test_a_teacher_is_a_copy() -> None:
+    head = small()
+    x = tokens()
+    twins = [copy.deepcopy(head), pickle.loads(pickle.dumps(head)), small()]
+    twins[2].load_state_dict(head.state_dict())
+    for twin in twins:
+        assert torch.equal(twin(x), head(x))
+    head.reset_parameters()
+    assert not torch.allclose(twins[0](x), head(x), atol=1e-2)
+
+
+def test_a_head_shows_what_it_has() -> None:
+    assert repr(small()).startswith("PrototypeHead(\n  Kp=7\n  (mlp): Sequential(\n    (0): Linear(in_features=6")
+
+
+@pytest.mark.parametrize("name", ["C", "Kp", "hidden", "bottleneck", "layers"])
+def test_a_wrong_setting_is_named(name: str) -> None:
+    half: Any = 0.5
+    with pytest.raises(ValueError, match=rf"`{name}` must be at least 1; got 0"):
+        PrototypeHead(**{"C": 6, name: 0})
+    with pytest.raises(TypeError, match=rf"`{name}` must be an integer; got float"):
+        PrototypeHead(**{"C": 6, name: half})
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (None, TypeError, r"`x` must be a tensor; got NoneType"),
+        (torch.zeros(()), ValueError, r"`x` must have shape \(..., C=6\); got \(\)"),
+        (torch.zeros(2, 5), ValueError, r"`x` must have shape \(..., C=6\); got \(2, 5\)"),
+        (torch.zeros(2, 6).int(), TypeError, r"`x` must be floating point; got torch.int32"),
+        (torch.zeros(2, 6, device="meta"), ValueError, r"`x` must be on the device of `prototypes` \(cpu\); got meta"),
+    ],
+)
+def test_a_wrong_tensor_is_named(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small()(x)

@@ -1,0 +1,536 @@
+"""Semantic-aware slot attention and correlation fusion: the slow definitions, symmetries, gradients, bad input."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
+from ssync_loss.losses.instance import valid_instances
+from ssync_loss.reference.smtc import reference_correlation_fusion, reference_slot_attention
+
+NAN = float("nan")
+DIM, SEMANTICS, INSTANCES = 6, 3, 2
+
+
+def attention(*, seed: int = 0, dtype: torch.dtype = torch.float64, **given: Any) -> SemanticAwareSlotAttention:
+    torch.manual_seed(seed)
+    given = {"num_slots": SEMANTICS, "num_instances": INSTANCES, "hidden": 5, **given}
+    return SemanticAwareSlotAttention(DIM, **given).to(dtype)
+
+
+def sample(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, num_slots: int = SEMANTICS
+) -> tuple[Tensor, Tensor]:
+    """Return features and noise; the shape is (B, T, H, W)."""
+    clips, frames, height, width = shape or (2, 2, 2, 3)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(clips, frames, DIM, height, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(clips, frames, num_slots, INSTANCES, DIM, generator=generator, dtype=torch.float64)
+    return features.to(dtype), noise.to(dtype)
+
+
+def assert_same(actual: SemanticSlots, expected: SemanticSlots, tol: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tol, atol=tol)
+
+
+def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, iters: int) -> SemanticSlots:
+    """The two stages of every frame by the slow definition of one."""
+    weights = module.state_dict()
+    mu, sigma = module.mu.detach(), module.log_sigma.detach().exp()
+    clips, frames, _, height, width = features.shape
+    found: list[list[Tensor]] = [[], [], [], []]
+    for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
+        patches = frame.flatten(1).T
+        slots, logits = reference_slot_attention(mu, patches, weights, iters=iters)
+        gate = logits.softmax(0)
+        if module.gate == "prob":
+            gate = (gate > module.gate_thr).double()
+        if module.gate == "logit":
+            gate = (logits > module.gate_thr).double()
+        inside = [
+            reference_slot_attention(mu[s] + sigma[s] * draws[s], patches, weights, iters=iters, gate=gate[s])
+            for s in range(module.num_slots)
+        ]
+        parts = (slots, logits, torch.stack([one[0] for one in inside]), torch.stack([one[1] for one in inside]))
+        for some, one in zip(found, parts, strict=True):
+            some.append(one)
+    slots, logits, instances, instance_logits = (torch.stack(one).unflatten(0, (clips, frames)) for one in found)
+    return SemanticSlots(
+        slots, logits.unflatten(-1, (height, width)), instances, instance_logits.unflatten(-1, (height, width))
+    )
+
+
+# --- values ---
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.tuples(*(st.integers(1, 2) for _ in range(3)), st.integers(1, 3)),
+    seed=st.integers(0, 2**31),
+    iters=st.integers(1, 4),
+)
+def test_two_stages_are_those_of_the_slow_definition(shape: tuple[int, ...], seed: int, iters: int) -> None:
+    module, (features, noise) = attention(seed=seed), sample(*shape, seed=seed)
+    assert_same(module(features, noise, iters=iters), slowly(module, features, noise, iters), 1e-9)
+
+
+@pytest.mark.parametrize(("gate", "gate_thr"), [("prob", 0.3), ("logit", -0.1), ("logit", 0.0)])
+def test_hard_gates_are_those_of_the_slow_definition(gate: Any, gate_thr: float) -> None:
+    module, (features, noise) = attention(gate=gate, gate_thr=gate_thr), sample(1, 1, 3, 4)
+    actual = module(features, noise)
+    # nobody is shut out, and the 1e-8 of hard gates is all that differs
+    logits = actual.logits.softmax(2) if gate == "prob" else actual.logits
+    open_ = logits > gate_thr
+    assert open_.flatten(3).any(3).all()
+    assert not open_.all()
+    assert_same(actual, slowly(module, features, noise, 3), 1e-6)
+
+
+def test_a_hard_gate_that_is_shut_leaves_instances_to_the_mlp() -> None:
+    module, (features, noise) = attention(gate="prob", gate_thr=1.0), sample()
+    found = module(features, noise, iters=1)
+    start = module.mu.unsqueeze(1) + module.log_sigma.exp().unsqueeze(1) * noise
+    torch.testing.assert_close(found.instances, start + module.mlp(module.norm_mlp(start)))
+
+
+def test_one_semantic_without_a_gate_is_plain_slot_attention_over_its_draws() -> None:
+    module = attention(num_slots=1)
+    features, noise = sample(1, 1, 2, 3, num_slots=1)
+    start = module.mu + module.log_sigma.exp() * noise[0, 0, 0]
+    slots, logits = reference_slot_attention(
+        start.detach(), features[0, 0].flatten(1).T, module.state_dict(), iters=module.iters
+    )
+    found = module(features, noise)
+    torch.testing.assert_close(found.instances[0, 0, 0], slots)
+    torch.testing.assert_close(found.instance_logits[0, 0, 0].flatten(1), logits)
+
+
+def test_a_single_instance_takes_its_semantic() -> None:
+    module, (features, noise) = attention(num_instances=1), sample()
+    found = module(features, noise[:, :, :, :1])
+    torch.testing.assert_close(found.masks().squeeze(3), found.logits.softmax(2))
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31))
+def test_orders_mean_nothing(seed: int) -> None:
+    module, (features, noise) = attention(seed=seed), sample(2, 2, 2, 3, seed=seed)
+    found = module(features, noise)
+    generator = torch.Generator().manual_seed(seed)
+    # of patches
+    order = torch.randperm(6, generator=generator)
+    moved = module(features.flatten(3)[..., order].view(features.shape), noise)
+    shuffled = [one.flatten(-2)[..., order].view(one.shape) for one in (found.logits, found.instance_logits)]
+    assert_same(moved, SemanticSlots(found.slots, shuffled[0], found.instances, shuffled[1]), 1e-9)
+    # of frames, which do not see each other
+    alone = module(features[:1, 1:], noise[:1, 1:])
+    assert_same(alone, SemanticSlots(*(one[:1, 1:] for one in found)), 1e-9)
+    # of instances
+    order = torch.randperm(INSTANCES, generator=generator)
+    moved = module(features, noise[:, :, :, order])
+    expected = found._replace(
+        instances=found.instances[:, :, :, order], instance_logits=found.instance_logits[:, :, :, order]
+    )
+    assert_same(moved, expected, 1e-9)
+    # of semantics
+    order = torch.randperm(SEMANTICS, generator=generator)
+    with torch.no_grad():
+        for one in (module.mu, module.log_sigma):
+            one.copy_(one[order].clone())
+    assert_same(module(features, noise[:, :, order]), SemanticSlots(*(one[:, :, order] for one in found)), 1e-9)
+
+
+def test_draws_are_fresh_for_every_frame_and_reproducible() -> None:
+    module, (features, _) = attention(), sample()
+    same_frames = features[:, :1].expand(features.shape)
+    torch.manual_seed(3)
+    found = module(same_frames)
+    assert torch.equal(found.slots[:, 0], found.slots[:, 1])
+    assert not torch.isclose(found.instances[:, 0], found.instances[:, 1]).all()
+    torch.manual_seed(3)
+    assert_same(module(same_frames), found, 0.0)
+
+
+def test_masks_are_shares_and_scores_are_cosines() -> None:
+    module, (features, noise) = attention(), sample()
+    found = module(features, noise)
+    assert found.masks().shape == (2, 2, SEMANTICS, INSTANCES, 2, 3)
+    torch.testing.assert_close(found.masks().sum((2, 3)), torch.ones(2, 2, 2, 3, dtype=torch.float64))
+    torch.testing.assert_close(found.masks().sum(3), found.logits.softmax(2))
+    expected = torch.cosine_similarity(found.slots.unsqueeze(3), found.instances, dim=-1)
+    torch.testing.assert_close(found.scores(), expected)
+    alike = found.scores() > 0.5
+    valid = valid_instances(found.logits, found.slots, found.instances, area_thr=0.0, p_thr=0.0)
+    assert torch.equal(valid, alike)
+
+
+def test_sigma_starts_at_about_one() -> None:
+    module = SemanticAwareSlotAttention(384)
+    assert module.mu.shape == (16, 384)
+    assert 0.02 < module.log_sigma.abs().max() < 0.0304
+    assert 0.9 < module.mu.std() < 1.1
+    assert module.mlp[0].out_features == 384
+    assert SemanticAwareSlotAttention(8).mlp[0].out_features == 128
+
+
+# --- gradients ---
+
+
+def test_only_the_last_step_and_the_start_get_a_gradient() -> None:
+    module, (features, noise) = attention(), sample()
+    # a step from where the slots are, with the start added to it, as a constant
+    frames = module.norm_features(features.flatten(0, 1).flatten(2).mT)
+    keys, values = module.to_k(frames), module.to_v(frames)
+    start = module.mu.expand(len(frames), 1, -1, -1)
+    with torch.no_grad():
+        first, _ = module._step(start, keys, values, None)
+        second, _ = module._step(first, keys, values, None)
+    expected, _ = module._step(second - start.detach() + start, keys, values, None)
+    weights = [one for name, one in module.named_parameters() if name != "log_sigma"]
+    found = module(features, noise).slots
+    torch.testing.assert_close(found.flatten(0, 1), expected.squeeze(1))
+    actual = torch.autograd.grad(found.square().sum(), weights)
+    for one, other in zip(actual, torch.autograd.grad(expected.square().sum(), weights), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_single_step_is_differentiated_whole() -> None:
+    module, (features, noise) = attention(iters=1), sample(1, 1, 2, 3)
+    found = module(features, noise).slots.square().sum()
+    (actual,) = torch.autograd.grad(found, module.mu)
+    # the slow definition cuts nothing out of the gradient
+    mu = module.mu.detach().requires_grad_()
+    slots, _ = reference_slot_attention(mu, features[0, 0].flatten(1).T, module.state_dict(), iters=1)
+    torch.testing.assert_close(actual, torch.autograd.grad(slots.square().sum(), mu)[0])
+
+
+def test_earlier_steps_leave_nothing_for_the_backward() -> None:
+    module, (features, noise) = attention(), sample()
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    saved = []
+    for iters in (1, 2, 7):
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(features, noise, iters=iters)
+        saved.append(sum(sizes))
+    assert saved[0] > 0
+    assert saved[0] == saved[1] == saved[2]
+
+
+def gradients(module: SemanticAwareSlotAttention, wanted: str) -> dict[str, bool]:
+    features, noise = sample()
+    features.requires_grad_()
+    getattr(module(features, noise), wanted).square().sum().backward()
+    reached = {name: one.grad is not None and bool(one.grad.any()) for name, one in module.named_parameters()}
+    return {**reached, "features": bool(features.grad is not None and features.grad.any())}
+
+
+def test_draws_teach_where_they_come_from() -> None:
+    assert all(gradients(attention(), "instances").values())
+
+
+@pytest.mark.parametrize(
+    ("gate", "unreached"), [("soft", ["log_sigma"]), ("prob", ["mu", "log_sigma"]), ("logit", ["mu", "log_sigma"])]
+)
+def test_published_draws_do_not_and_semantics_are_reached_through_a_soft_gate_alone(
+    gate: Any, unreached: list[str]
+) -> None:
+    reached = gradients(attention(reparam=False, gate=gate, gate_thr=0.2), "instances")
+    assert [name for name, there in reached.items() if not there] == unreached
+
+
+@pytest.mark.parametrize("wanted", ["slots", "logits", "instances", "instance_logits"])
+def test_gradcheck_of_one_step(wanted: str) -> None:
+    module, (features, noise) = attention(iters=1), sample(1, 1, 1, 2)
+    module.requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda one: getattr(module(one, noise), wanted), (features.requires_grad_(),))
+
+
+def test_a_gate_that_underflows_is_finite() -> None:
+    # more semantics than patches, each of which goes to one of them
+    module, features = attention(num_slots=9, dtype=torch.float32), sample(dtype=torch.float32)[0].requires_grad_()
+    with torch.no_grad():
+        module.to_q.weight.mul_(1e4)
+    found = module(features)
+    assert (found.logits.softmax(2).flatten(3).amax(3) == 0).any()
+    sum(one.sum() for one in found).backward()
+    assert all(one.isfinite().all() for one in found)
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in (features, *module.parameters()))
+
+
+# --- types, graphs, copies ---
+
+
+def test_autocast_changes_nothing() -> None:
+    module, (features, noise) = attention(dtype=torch.float32), sample(dtype=torch.float32)
+    weights = list(module.parameters())
+    expected = module(features, noise)
+    wanted = torch.autograd.grad(expected.instances.square().sum(), weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = module(features, noise)
+    given = torch.autograd.grad(actual.instances.square().sum(), weights)
+    assert_same(actual, expected, 0.0)
+    for one, other in zip(given, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half_weights", [True, False])
+def test_halves_give_floats(dtype: torch.dtype, half_weights: bool) -> None:
+    module, (features, noise) = attention(dtype=torch.float32), sample(dtype=torch.float32)
+    expected = module(features, noise)
+    found = (module.to(dtype) if half_weights else module)(features.to(dtype), noise.to(dtype))
+    assert {one.dtype for one in found} == {torch.float32}
+    assert_same(found, expected, 0.1)
+    found.instances.sum().backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in module.parameters())
+
+
+def test_no_clips_have_no_slots() -> None:
+    found = attention()(sample(0, 2, 2, 3)[0])
+    assert [tuple(one.shape) for one in found] == [(0, 2, 3, 6), (0, 2, 3, 2, 3), (0, 2, 3, 2, 6), (0, 2, 3, 2, 2, 3)]
+
+
+def test_dirt_stays_in_its_frame() -> None:
+    module, (features, noise) = attention(), sample()
+    clean = module(features, noise)
+    features[0, 1, 0, 0, 0] = NAN
+    found = module(features, noise)
+    assert all(one[0, 1].isnan().any() for one in found)
+    assert_same(SemanticSlots(*(one[1] for one in found)), SemanticSlots(*(one[1] for one in clean)), 0.0)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("gate", ["soft", "logit"])
+def test_a_step_compiles_to_one_graph(gate: Any) -> None:
+    module, (features, noise) = attention(gate=gate), sample()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    found = compiled(features, noise)
+    weights = list(module.parameters())
+    actual = torch.autograd.grad(found.instances.square().sum(), weights)
+    assert counter.frame_count == 1
+    expected = module(features, noise)
+    assert_same(found, expected, 1e-9)
+    for one, other in zip(actual, torch.autograd.grad(expected.instances.square().sum(), weights), strict=True):
+        torch.testing.assert_close(one, other)
+    assert compiled(features).instances.shape == found.instances.shape
+
+
+def test_fake_tensors_carry_a_step() -> None:
+    with FakeTensorMode():
+        module = SemanticAwareSlotAttention(6, num_slots=3, num_instances=2)
+        found = module(torch.randn(2, 2, 6, 2, 3))
+        found.masks().sum().backward()
+        assert module.mu.grad is not None
+
+
+def test_copies_are_equal_and_settings_are_shown() -> None:
+    module, (features, noise) = attention(gate="prob", gate_thr=0.2, reparam=False, iters=2), sample()
+    shown = "dim=6, num_slots=3, num_instances=2, iters=2, gate='prob', gate_thr=0.2, reparam=False"
+    assert shown in repr(module)
+    fresh = attention(seed=1, gate="prob", gate_thr=0.2, reparam=False, iters=2)
+    fresh.load_state_dict(module.state_dict())
+    for twin in (fresh, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert_same(twin(features, noise), module(features, noise), 0.0)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, r"`dim` must be at least 1; got 0"),
+        ({"num_slots": 0}, ValueError, r"`num_slots` must be at least 1; got 0"),
+        ({"num_instances": 2.0}, TypeError, r"`num_instances` must be an integer; got float"),
+        ({"iters": 0}, ValueError, r"`iters` must be at least 1; got 0"),
+        ({"hidden": 0}, ValueError, r"`hidden` must be at least 1; got 0"),
+        ({"gate": "hard"}, ValueError, r"`gate` must be one of 'soft', 'prob', 'logit'; got 'hard'"),
+        ({"gate_thr": -0.1}, ValueError, r"`gate_thr` must be finite and at least 0.0; got -0.1"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SemanticAwareSlotAttention(**{"dim": 4, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("features", None, TypeError, r"`features` must be a tensor; got NoneType"),
+        ("features", torch.zeros(2, 2, 5, 2, 3), ValueError, r"`features` must have shape \(B, T, D=6, H, W\); got"),
+        ("features", torch.zeros(2, 2, 6, 0, 3), ValueError, r"`features` must have H >= 1; got H=0"),
+        ("features", torch.zeros(2, 2, 6, 2, 3).int(), TypeError, r"`features` must be floating point; got"),
+        (
+            "features",
+            torch.zeros(2, 2, 6, 2, 3, device="meta"),
+            ValueError,
+            r"`features` must be on the device of `mu`",
+        ),
+        ("noise", torch.zeros(2, 2, 3, 3, 6), ValueError, r"`noise` must have shape \(B=2, T=2, S=3, P=2, D=6\); got"),
+        ("noise", torch.zeros(2, 2, 3, 2, 6).long(), TypeError, r"`noise` must be floating point; got torch.int64"),
+        ("iters", 0, ValueError, r"`iters` must be at least 1; got 0"),
+    ],
+)
+def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
+    features, noise = sample()
+    with pytest.raises(error, match=message):
+        attention()(**{"features": features, "noise": noise, name: value})
+
+
+# --- correlation fusion ---
+
+
+def fusion(grid: Any = (2, 3), *, dtype: torch.dtype = torch.float64) -> CorrelationFusion:
+    torch.manual_seed(0)
+    return CorrelationFusion(4, grid).to(dtype)
+
+
+def keys(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return features; the shape is (B, T, H, W)."""
+    clips, frames, height, width = shape or (2, 3, 2, 3)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(clips, frames, 4, height, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@settings(max_examples=20)
+@given(shape=st.tuples(st.integers(1, 2), st.integers(1, 3)), seed=st.integers(0, 2**31))
+def test_fusion_is_its_quadratic_definition(shape: tuple[int, ...], seed: int) -> None:
+    module, given_ = fusion(), keys(*shape, 2, 3, seed=seed)
+    weights = (module.project.weight, module.project.bias)
+    one, other = given_.requires_grad_(), given_.detach().clone().requires_grad_()
+    actual, expected = module(one), reference_correlation_fusion(other, *weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    slopes = torch.autograd.grad(actual.square().sum(), (one, *weights))
+    for slope, wanted in zip(slopes, torch.autograd.grad(expected.square().sum(), (other, *weights)), strict=True):
+        torch.testing.assert_close(slope, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_no_correlation_of_all_patches_is_formed() -> None:
+    module, side = fusion((32, 32), dtype=torch.float32), 32
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(keys(1, 2, side, side, dtype=torch.float32).requires_grad_())
+    assert 0 < max(sizes) <= 2 * 4 * side**2
+
+
+def test_a_fusion_of_nothing_is_the_identity() -> None:
+    module = fusion()
+    torch.nn.init.zeros_(module.project.weight)
+    torch.nn.init.zeros_(module.project.bias)
+    assert torch.equal(module(keys()), keys())
+
+
+def test_the_frame_before_the_first_is_the_last_and_an_image_is_its_own() -> None:
+    module, frames = fusion(), keys()
+    torch.testing.assert_close(module(frames.roll(1, 1)), module(frames).roll(1, 1))
+    image = frames[:, :1]
+    torch.testing.assert_close(module(image), module(image.repeat(1, 2, 1, 1, 1))[:, :1])
+
+
+def test_another_grid_is_resized_to_that_of_training() -> None:
+    module = fusion((2, 3))
+    coarse = keys(1, 2, 2, 3)
+    fine = coarse.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    # bilinear halving averages four equal cells
+    expected = module(coarse).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    torch.testing.assert_close(module(fine), expected)
+
+
+def test_a_number_of_cells_is_a_square_grid() -> None:
+    assert fusion(9).grid == (3, 3)
+    assert repr(fusion(9)).startswith("CorrelationFusion(\n  dim=4, n_ref=(3, 3)")
+
+
+def test_fusion_gives_a_gradient_to_both_frames_and_its_weights() -> None:
+    module, frames = fusion(), keys(1, 3, 2, 3).requires_grad_()
+    module(frames)[:, 1].square().sum().backward()
+    assert frames.grad is not None
+    assert [bool(frames.grad[0, t].any()) for t in range(3)] == [True, True, False]
+    assert all(one.grad is not None and one.grad.any() for one in module.parameters())
+    assert torch.autograd.gradcheck(fusion((1, 2)), (keys(1, 2, 2, 2).requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fusion_is_computed_in_floats_and_keeps_the_type(dtype: torch.dtype) -> None:
+    module, frames = fusion(dtype=torch.float32), keys(dtype=dtype)
+    expected = module(frames.float()).to(dtype)
+    assert torch.equal(module(frames), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(frames), expected)
+    assert module.to(dtype)(frames).dtype == dtype
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
+def test_fusion_compiles_to_one_graph(grid: tuple[int, int]) -> None:
+    module, frames = fusion(grid), keys().requires_grad_()
+    counter = CompileCounterWithBackend("aot_eager")
+    fused = torch.compile(module, fullgraph=True, backend=counter)(frames)
+    fused.sum().backward()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(fused, module(frames))
+    with FakeTensorMode():
+        assert CorrelationFusion(4, grid)(torch.randn(2, 3, 4, 2, 3)).shape == fused.shape
+
+
+def test_no_clips_are_fused_to_none() -> None:
+    assert fusion()(keys(0, 2, 2, 3)).shape == (0, 2, 4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given_", "error", "message"),
+    [
+        ((0, 4), ValueError, r"`dim` must be at least 1; got 0"),
+        ((4, 5), ValueError, r"`n_ref` must be \(height, width\) or the number of cells of a square; got 5"),
+        ((4, 0), ValueError, r"`n_ref` must be at least 1; got 0"),
+        ((4, (2, 0)), ValueError, r"`n_ref` must be at least 1; got 0"),
+        ((4, (2, 2, 2)), ValueError, r"`n_ref` must be \(height, width\) or a number of cells; got \(2, 2, 2\)"),
+        ((4, "4"), TypeError, r"`n_ref` must be an integer; got str"),
+    ],
+)
+def test_a_wrong_fusion_is_named(given_: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CorrelationFusion(*given_)
+
+
+@pytest.mark.parametrize(
+    ("given_", "error", "message"),
+    [
+        (None, TypeError, r"`keys` must be a tensor; got NoneType"),
+        (torch.zeros(2, 3, 5, 2, 3), ValueError, r"`keys` must have shape \(B, T, C=4, H, W\); got"),
+        (torch.zeros(2, 0, 4, 2, 3), ValueError, r"`keys` must have T >= 1; got T=0"),
+        (torch.zeros(2, 3, 4, 2, 3).int(), TypeError, r"`keys` must be floating point; got torch.int32"),
+    ],
+)
+def test_wrong_keys_are_named(given_: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fusion()(given_)

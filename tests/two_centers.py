@@ -1,0 +1,97 @@
+"""Moves centers in two processes: python two_centers.py RANK FOLDER.
+
+Each rank writes FOLDER/RANK.pt: the centers it ends with, the losses on the way, and how many numbers were sent.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssync_loss.losses.centered import CenteredCrossEntropy
+from ssync_loss.losses.masked_tokens import masked_token_loss
+from ssync_loss.losses.out_generative import out_generative_loss
+
+WORLD_SIZE = 2
+NUM_PROTOTYPES = 5
+
+# clips of each rank
+SHARES = {
+    "equal": [slice(0, 2), slice(2, 4)],
+    "uneven": [slice(0, 1), slice(1, 4)],
+    "one empty": [slice(0, 4), slice(0)],
+}
+
+
+def scene() -> dict[str, Tensor]:
+    """The whole batch of four clips, four frames; the clips have different numbers of masked positions."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (4, 4, 6, NUM_PROTOTYPES)
+    s, t = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    mask = torch.rand(shape[:3], generator=generator) < torch.tensor([0.2, 0.8, 0.5, 0.0]).view(4, 1, 1)
+    # a frame that no clip masks
+    mask[:, 2] = False
+    return {"s": s, "t": t, "mask": mask}
+
+
+def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = None) -> dict[str, Tensor]:
+    """Return the centers after two steps of every kind, and the losses met on the way."""
+    found = {}
+    for kind in ("explicit", "masked", "frames", "pairs"):
+        criterion = CenteredCrossEntropy(NUM_PROTOTYPES, m_c=0.7, all_reduce=all_reduce, group=group)
+        for step in range(2):
+            if kind == "explicit":
+                loss = criterion(s, t + step)
+                criterion.update_center(t + step)
+            elif kind == "masked":
+                loss = criterion(s, t + step)
+                criterion.update_center(t + step, mask=mask)
+            elif kind == "frames":
+                loss = masked_token_loss(s, t + step, mask, criterion, update_center=True)
+            else:
+                views = t[:, :, :1] + step
+                loss = out_generative_loss(s[:, :, :1], s[:, :, 1:], views, criterion, update_center=True)
+            found[f"{kind}, loss {step}"] = loss
+        found[kind] = criterion.center
+    return found
+
+
+def main(rank: int, folder: Path) -> None:
+    """Meet the other process over a file, and write what was found."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    results: dict[str, Any] = {}
+    # every rank must make every group
+    groups = [dist.new_group([one]) for one in range(WORLD_SIZE)]
+    for name, shares in SHARES.items():
+        mine = {key: one[shares[rank]] for key, one in scene().items()}
+        for kind, group in (("all ranks", None), ("a named group", dist.group.WORLD), ("by itself", groups[rank])):
+            sent.clear()
+            results[f"{name}, {kind}"] = moved(**mine, all_reduce=True, group=group), list(sent)
+        sent.clear()
+        results[f"{name}, alone"] = moved(**mine, all_reduce=False), list(sent)
+    dist.all_reduce = all_reduce
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
