@@ -1145,7 +1145,7 @@ class TestRefusedSettings:
         refuses(error, message, call, LOGITS, LOGITS, **knobs)
 
     def test_the_backend_of_labels(self) -> None:
-        wanted = "`backend` must be one of 'auto', 'torch', 'reference'; got 'cuda'."
+        wanted = "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'."
         backend: Any = "cuda"
         refuses(ValueError, wanted, pseudo_labels, LOGITS, LOGITS, backend=backend)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 MAX_SLOTS = 64
-# a clip's patches are counted in int32
-MAX_PATCHES = 2**31 - 1
+# the patches of a clip are counted in int32, those by which its last tile sticks out among them
+MAX_PATCHES = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INSTALLED = find_spec("triton") is not None
