@@ -1469,3 +1469,11 @@ def test_any_kind_of_area_names_a_member_of_the_group() -> None:
     nan = float("nan")
     assert merge_slots(linked, torch.tensor([[nan, 2.0, nan]]), threshold=0.5).tolist() == [[1, 1, 2]]
     assert merge_slots(linked, torch.tensor([[nan, nan, nan]]), threshold=0.5).tolist() == [[0, 0, 2]]
+
+
+def test_true_may_be_any_byte_but_zero() -> None:
+    target = torch.zeros(1, 1, 2, 2, dtype=torch.int64)
+    region = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8).view(torch.bool)
+    logits = torch.randn(1, 1, 3, 2, 2)
+    expected = selective_distillation_loss(logits, target, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    assert_close_loss(selective_distillation_loss(logits, target, region), expected)

@@ -200,6 +200,24 @@ class TestDrawn:
             )
         assert_close_gradient(fast.grad, slow.grad, scale=scale * float(upstream.abs().max()))
 
+    @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_a_distillation_of_some_slots(self, criterion: str, smoothing: float, reduction: str) -> None:
+        logits = torch.randn(3, 2, 5, 3, 4)
+        slot_mask = torch.tensor([[True] * 5, [True, False, True, False, False], [False] * 5])
+        target = 2 * torch.randint(2, (3, 2, 3, 4))
+        target[0] += 1
+        region = torch.rand(3, 2, 3, 4) < 0.6
+        how: dict[str, Any] = {"criterion": criterion, "label_smoothing": smoothing, "reduction": reduction}
+        fast, slow = leaf(logits), leaf(logits)
+        actual = distilled(DistillationCase(fast, target, region, slot_mask), **how)
+        expected = reference_selective_distillation_loss(slow, target, region, slot_mask=slot_mask, **how)
+        assert_close_loss(actual, expected)
+        upstream = torch.rand(actual.shape)
+        (grad,) = torch.autograd.grad(actual, fast, upstream)
+        (other,) = torch.autograd.grad(expected, slow, upstream)
+        assert_close_gradient(grad, other, scale=float(other.abs().max()))
+
 
 class TestSizes:
     @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 11, 16, 17, 33, 64])
@@ -395,12 +413,12 @@ class TestPrecision:
         torch.testing.assert_close(actual.grad_enc * temperature, expected.grad_enc * temperature, rtol=0, atol=1e-6)
         torch.testing.assert_close(actual.grad_dec * temperature, expected.grad_dec * temperature, rtol=0, atol=1e-6)
 
-    def test_a_mean_is_a_sum_over_a_count_in_float32(self) -> None:
-        # 2^24 + 1 is no float32, and a product with 1/3 would not be 1
-        enc = torch.tensor([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0]]).view(1, 1, 2, 1, 3)
-        case = SSyncCase(enc, enc, None, None)
-        # slot 0 is constant: it exceeds its mean nowhere, and does not merge
-        assert labels_of(case, merge_threshold=0.0).representative.tolist() == [[0, 1]]
+    @pytest.mark.parametrize("num_patches", [41, 47, 55, 61, 83])
+    def test_a_mean_is_a_sum_divided_by_a_count(self, num_patches: int) -> None:
+        # times the rounded 1/41 a sum of ones is below 1: all slots would be active everywhere, and one
+        enc = torch.ones(1, 1, 3, 1, num_patches)
+        labels = labels_of(SSyncCase(enc, enc, None, None), merge_threshold=0.0)
+        assert labels.representative.tolist() == [[0, 1, 2]]
 
 
 class TestUndefined:

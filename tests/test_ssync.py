@@ -859,3 +859,35 @@ def test_hooks_on_the_module_see_the_loss() -> None:
     criterion.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     loss = criterion(*sample_maps())
     assert seen == [loss]
+
+
+@pytest.mark.parametrize("weighed", ["enc", "dec"])
+def test_the_value_of_a_function_gradient_can_be_differentiated_too(weighed: str) -> None:
+    enc, dec = (one.detach() for one in sample_maps())
+    criterion = SSyncLoss(max_different=10).eval()
+
+    def loss(maps: Tensor, weight: Tensor) -> Tensor:
+        return criterion(maps * weight, dec) if weighed == "enc" else criterion(maps, dec * weight)
+
+    weight, plain = leaf(torch.ones(())), leaf(torch.ones(()))
+    _, value = torch.func.grad_and_value(loss)(enc, weight)
+    value.backward()
+    loss(enc, plain).backward()
+    assert plain.grad is not None
+    assert weight.grad is not None
+    assert plain.grad != 0
+    assert_close_loss(weight.grad, plain.grad)
+
+
+def test_a_teacher_is_not_kept() -> None:
+    with torch.inference_mode():
+        enc = torch.randn(2, 2, 3, 4, 4)
+    dec = leaf(torch.randn(2, 2, 3, 4, 4))
+    SSyncLoss(interior_weight=0.0)(enc, dec).backward()
+    assert dec.grad is not None
+
+
+def test_a_backend_that_cannot_be_had_is_refused_before_the_start() -> None:
+    enc, dec = (torch.zeros(1, 1, 65, 2, 2) for _ in range(2))
+    with pytest.raises(ValueError, match="`backend`='triton' needs"):
+        SSyncLoss(backend="triton", start_step=5).eval()(enc, dec, step=0)

@@ -33,6 +33,23 @@ def once_differentiable(backward: Backward) -> Backward:
     return wrapped
 
 
+class Slopes:
+    """Which slopes are as the forward wrote them, so that a backward may scale them in place.
+
+    With ``torch.func`` the graphs of all levels hold the same memory: the first to come may have it, all others
+    compute it again.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+
+    def take(self, number: int) -> bool:
+        """Tell whether nobody has taken a slope before, and take it."""
+        is_first = number not in self._taken
+        self._taken.add(number)
+        return is_first
+
+
 class _DeadEnd(torch.autograd.Function):
     """A gradient as it is, with a graph that leads nowhere."""
 

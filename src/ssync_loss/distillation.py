@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import once_differentiable
+from ssync_loss._autograd import Slopes, once_differentiable
 from ssync_loss._backends import Backend, check_backend, resolve_backend
 from ssync_loss._blocks import Blocks, clips_of, frames_of, indicator
 from ssync_loss._checks import (
@@ -176,7 +176,8 @@ def distill(
     with no_autocast(logits):
         with_slope = logits.requires_grad and torch.is_grad_enabled()
         # a patch's sum over slots; what it is divided by depends on the reduction
-        patches, _ = _distill(logits, target, region, slot_mask, criterion, label_smoothing, temperature, with_slope)
+        how = criterion, label_smoothing, temperature
+        patches, _ = _distill(logits, target, region, slot_mask, *how, with_slope, Slopes())
         if reduction == "mean":
             averaged = num_averaged(region.sum((1, 2, 3)), logits.shape[2], slot_mask, criterion)
             return patches.sum() / averaged.clamp_min(1)
@@ -205,8 +206,11 @@ def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, cri
 
 def as_numbers(region: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 where selected and 0 elsewhere; from bytes, which on a CPU is faster than from bool."""
-    # the CPU's compiler cannot view them so
-    return (region if torch.compiler.is_compiling() else region.view(torch.uint8)).to(dtype)
+    if torch.compiler.is_compiling():
+        # the CPU's compiler cannot view them so
+        return region.to(dtype)
+    # True may be any byte but 0
+    return region.view(torch.uint8).clamp_max(1).to(dtype)
 
 
 class _Distill(torch.autograd.Function):
@@ -226,6 +230,7 @@ class _Distill(torch.autograd.Function):
         smoothing: float,
         temperature: float,
         with_slope: bool,
+        unscaled: Slopes,  # noqa: ARG004 (for the backward)
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         values = torch.empty(target.shape, device=logits.device, dtype=dtype)
@@ -255,7 +260,7 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, region, slot_mask, *ctx.settings, _ = inputs
+        logits, target, region, slot_mask, *ctx.settings, _, ctx.unscaled = inputs
         values, ctx.slope = output
         ctx.mark_non_differentiable(ctx.slope)
         # or autograd makes a map of zeros as the gradient of the slope
@@ -266,7 +271,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad_values is None:
             return None, *nothing
         logits, target, region, slot_mask, undefined = ctx.saved_tensors
@@ -275,15 +280,30 @@ class _Distill(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grad = ctx.slope * scale.unsqueeze(2)
         else:
-            slope, ctx.slope = ctx.slope, None
-            if slope is None:
-                slope = _Distill.forward(logits, target, region, slot_mask, criterion, smoothing, temperature, True)[1]
+            slope: Tensor | None = ctx.slope
+            ctx.slope = None
+            # of another level of torch.func, where the logits may need no gradient
+            if slope is None or slope.dim() == 1 or not ctx.unscaled.take(0):
+                slope = slope_again(logits, target, region, slot_mask, criterion, smoothing, temperature)
             grad = slope.mul_(scale.unsqueeze(2))
         return grad.to(logits.dtype), *nothing
 
 
 # typed: autograd's own `apply` is not
 _distill: Callable[..., tuple[Tensor, Tensor]] = _Distill.apply
+
+
+def slope_again(
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    criterion: Criterion,
+    smoothing: float,
+    temperature: float,
+) -> Tensor:
+    """Compute the slope of a map as the forward did, for a backward that is not the first."""
+    return _Distill.forward(logits, target, region, slot_mask, criterion, smoothing, temperature, True, Slopes())[1]
 
 
 def evaluate(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import once_differentiable
+from ssync_loss._autograd import Slopes, once_differentiable
 from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._blocks import Blocks
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.distillation import Criterion, as_numbers, evaluate, num_averaged, steepness
+from ssync_loss.distillation import Criterion, as_numbers, evaluate, num_averaged, slope_again, steepness
 from ssync_loss.losses._teaching import teach
 from ssync_loss.pseudo_labels import joined, labels_of, labels_of_clips
 
@@ -61,7 +61,7 @@ def terms_of(
         return _kernels(maps, settings, weights, ramp, with_labels)
     slopes = [one.requires_grad and torch.is_grad_enabled() for one in (maps.dec, maps.enc)]
     with no_autocast(maps.enc):
-        boundary, interior, num, _, _, _, _, *labels = _step(*maps, *settings, *slopes, with_labels)
+        boundary, interior, num, _, _, _, _, _, *labels = _step(*maps, *settings, *slopes, with_labels, Slopes())
     total = weigh(boundary, interior, weights, ramp)
     return Terms(total, boundary, interior, num[0], num[1], PseudoLabels(*labels) if with_labels else None)
 
@@ -110,11 +110,19 @@ def _kernels(
     return Terms(step.total if isinstance(ramp, float) else step.total * ramp, *step[1:])
 
 
+def _memory(maps: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Tensor]:
+    """Return uninitialized slopes of both maps, empty what is not wanted."""
+    if all(wanted) and maps.device.type == "cpu" and not torch.compiler.is_compiling():
+        # in one piece: malloc gives two back together, and every page is faulted in again at the next step
+        return list(torch.empty(2, *maps.shape, device=maps.device, dtype=dtype).unbind(0))
+    return [torch.empty(maps.shape if one else 0, device=maps.device, dtype=dtype) for one in wanted]
+
+
 class _Step(torch.autograd.Function):
     """Both means, and the slopes that become their gradients.
 
     The number of selected patches is known after the last clip, so the slopes wait, unscaled, for the backward,
-    which scales them in place. A second backward through the same graph computes them again.
+    which scales them in place. A second backward computes them again, from the targets.
     """
 
     @staticmethod
@@ -134,16 +142,15 @@ class _Step(torch.autograd.Function):
         dec_with_slope: bool,
         enc_with_slope: bool,
         with_labels: bool,
+        unscaled: Slopes,  # noqa: ARG004 (for the backward)
     ) -> tuple[Tensor, ...]:
         maps = Maps(enc, dec, valid, slot_mask, clean)
         B, T, S, H, W = enc.shape
         dtype = maps.dtype
         blocks = Blocks(enc, dtype)
         regions = torch.empty(2, B, T, H, W, device=enc.device, dtype=torch.bool)
-        slopes = [
-            torch.empty(enc.shape if wanted else 0, device=enc.device, dtype=dtype)
-            for wanted in (dec_with_slope, enc_with_slope)
-        ]
+        targets = torch.empty(2, B, T, H, W, device=enc.device, dtype=torch.int8 if S <= 128 else torch.int32)
+        slopes = _memory(enc, dtype, dec_with_slope, enc_with_slope)
         sums, all_clean, all_labels = [], [] if clean is None else [clean], []
         for group in blocks.groups:
             some = maps.of_clips(group)
@@ -157,6 +164,7 @@ class _Step(torch.autograd.Function):
             )
             found, peaks, is_clean = labeled
             torch.stack([found.boundary, found.interior], out=regions[:, group])
+            targets[0, group], targets[1, group] = found.enc_labels, found.dec_labels
             errors = torch.empty_like(peaks)
             lessons = (some.dec, found.enc_labels, peaks[1]), (some.enc, found.dec_labels, peaks[0])
             for k, lesson in enumerate(lessons):
@@ -181,39 +189,41 @@ class _Step(torch.autograd.Function):
         means = torch.stack(sums).sum(0) / averaged + poison
         shares = steepness(criterion, temperature) / averaged + poison
         labels = joined(all_labels) if with_labels else ()
-        return means[0].clone(), means[1].clone(), selected.sum(1), regions, shares, *slopes, *labels
+        return means[0].clone(), means[1].clone(), selected.sum(1), regions, targets, shares, *slopes, *labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        enc, dec, valid, slot_mask, clean, *ctx.settings, _, _, _ = inputs
-        _, _, _, regions, shares, *ctx.slopes = output[:7]
+        enc, dec, _, slot_mask, _, _, _, _, _, *ctx.settings, _, _, _, ctx.unscaled = inputs
+        _, _, _, regions, targets, shares, *ctx.slopes = output[:8]
         ctx.mark_non_differentiable(*output[2:])
         # or autograd makes maps of zeros as the gradients of the slopes
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(enc, dec, valid, slot_mask, clean, regions, shares)
+        pupils = (one if needed else None for one, needed in zip((enc, dec), ctx.needs_input_grad, strict=False))
+        ctx.save_for_backward(*pupils, slot_mask, regions, targets, shares)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_boundary: Tensor | None, grad_interior: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        enc, dec, valid, slot_mask, clean, regions, shares = ctx.saved_tensors
-        slopes = ctx.slopes
-        if not torch.compiler.is_compiling():
-            ctx.slopes = None
-            if slopes is None:
-                wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
-                forward: Callable[..., tuple[Tensor, ...]] = _Step.forward
-                slopes = forward(enc, dec, valid, slot_mask, clean, *ctx.settings, *wanted, False)[5:7]
+        enc, dec, slot_mask, regions, targets, shares = ctx.saved_tensors
         grads: list[Tensor | None] = []
         for k, (grad, pupil) in enumerate(((grad_boundary, dec), (grad_interior, enc))):
-            if grad is None or not ctx.needs_input_grad[1 - k]:
+            if grad is None or pupil is None:
                 grads.append(None)
                 continue
             scale = as_numbers(regions[k], shares.dtype).mul_(grad * shares[k]).unsqueeze(2)
-            slope = slopes[k] * scale if torch.compiler.is_compiling() else slopes[k].mul_(scale)
-            grads.append(slope.to(pupil.dtype))
-        return grads[1], grads[0], *(None,) * 13
+            slope: Tensor | None = ctx.slopes[k]
+            if torch.compiler.is_compiling() and slope is not None:
+                grads.append((slope * scale).to(pupil.dtype))
+                continue
+            ctx.slopes[k] = None
+            # of another level of torch.func, where the map may need no gradient
+            if slope is None or slope.dim() == 1 or not ctx.unscaled.take(k):
+                wide = pupil.to(shares.dtype)
+                slope = slope_again(wide, targets[k], regions[k], slot_mask, *ctx.settings)
+            grads.append(slope.mul_(scale).to(pupil.dtype))
+        return grads[1], grads[0], *(None,) * 14
 
 
 # typed: autograd's own `apply` is not

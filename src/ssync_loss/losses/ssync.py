@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ssync_loss._backends import Backend, check_backend
+from ssync_loss._backends import Backend, check_backend, resolve_backend
 from ssync_loss._checks import check_choice, check_int, check_number
 from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
@@ -175,6 +175,8 @@ class SSyncLoss(nn.Module):
         self._warn_if_detached(enc_logits, dec_logits)
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
+            # what cannot be had is said now, and not when the loss starts
+            resolve_backend(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
         return self._terms_of(maps, step, with_labels=False).total
