@@ -344,14 +344,14 @@ class TestMemoryLayout:
 
     def test_offsets_beyond_32_bits(self) -> None:
         # memory that is reserved, and never touched but for a few pages
-        far = 2**31 + 64
+        far = 2**30 + 64
         try:
-            memory = torch.empty(far + 64, dtype=torch.float16, device=DEVICE)
+            memory = torch.empty(2 * far + 256, dtype=torch.float16, device=DEVICE)
         except RuntimeError as error:
             pytest.fail(f"4 GiB of address space are needed: {error}")
-        case = on_device(random_case(1, 2, 2, 3, 4, dtypes=(torch.float16, torch.float16)))
-        # slot 1 lies that far from slot 0, or frame 1 from frame 0, in elements
-        for strides in ((0, 16, far, 4, 1), (0, far, 16, 4, 1)):
+        case = on_device(random_case(1, 3, 3, 3, 4, dtypes=(torch.float16, torch.float16)))
+        # from slot to slot, from frame to frame, from row to row
+        for strides in ((0, 16, far, 4, 1), (0, far, 16, 4, 1), (0, 64, 16, far, 1)):
             enc = memory.as_strided(case.enc_logits.shape, strides)
             enc.copy_(case.enc_logits)
             assert_kernels_equal_torch(case._replace(enc_logits=enc), merge_threshold=0.2)
