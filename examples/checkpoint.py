@@ -75,14 +75,8 @@ class TrainingState:
         torch.manual_seed(seed)
         model = SlotModel(settings.slots)
         alignment = DenseAlignment(DenseSettings(settings.steps)) if dense else None
-        optimizer = torch.optim.Adam(_parameters(model, alignment), settings.learning_rate)
-
-        def rate(step: int) -> float:
-            warmup: float = min(1.0, (step + 1) / settings.warmup_steps)
-            decay: float = 0.5 ** (step / settings.steps)
-            return warmup * decay
-
-        return cls(settings, seed, model, alignment, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
+        optimizer, scheduler = make_optimizer(_parameters(model, alignment), settings)
+        return cls(settings, seed, model, alignment, optimizer, scheduler)
 
     def parameters(self) -> list[nn.Parameter]:
         """List what is trained: the model, and the projections of dense alignment."""
@@ -134,6 +128,20 @@ class TrainingState:
         state.times = content["times"]
         state.history = content["history"]
         return state
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], settings: Settings
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Make Adam, and its rate: a linear warm-up, then exponential decay, to half at the end."""
+    optimizer = torch.optim.Adam(parameters, settings.learning_rate)
+
+    def rate(step: int) -> float:
+        warmup: float = min(1.0, (step + 1) / settings.warmup_steps)
+        decay: float = 0.5 ** (step / settings.steps)
+        return warmup * decay
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def _parameters(model: SlotModel, alignment: DenseAlignment | None) -> list[nn.Parameter]:

@@ -1,20 +1,18 @@
 """The results of the example as a file, a table and a figure."""
 
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from math import isnan, nan
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from examples.checkpoint import Settings, TrainingState
 from examples.dense_alignment import DenseSettings
 from examples.evaluation import EvaluationSet, maps_of
+from examples.machine import this_machine
+from examples.markdown import markdown, mean_sd, number
 from examples.slot_model import SlotModel
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -116,7 +114,7 @@ class Report:
         if dense is not None:
             steps = {"start_step": dense.start_step, "redundancy_end": dense.redundancy_end}
             content["dense"] = asdict(dense) | steps
-        return cls(content, _machine())
+        return cls(content, this_machine())
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -148,7 +146,7 @@ def table(report: Report) -> str:
         runs = [seed.runs[name] for seed in report.seeds if name in seed.runs]
         steps = sorted({run.step for run in runs})
         unfinished = "" if steps == [_last_step(report, name)] else f" (step {', '.join(map(str, steps))})"
-        cells = [_mean_sd([run.value(key) for run in runs], digits) for _, key, digits in columns]
+        cells = [mean_sd([run.value(key) for run in runs], digits) for _, key, digits in columns]
         rows.append([RUN_NAMES[name] + unfinished, *cells])
     for name in ("ssync", "dense"):
         paired = [seed for seed in report.seeds if {"baseline", name} <= seed.runs.keys()]
@@ -156,13 +154,13 @@ def table(report: Report) -> str:
             continue
         title = f"{RUN_NAMES[name]}: difference" if "dense" in names else "difference"
         gains = {key: [_gain(seed, name, key) for seed in paired] for _, key, _ in columns}
-        rows.append([title, *(_mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
+        rows.append([title, *(mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
         if len(paired) > 1:
             for i, seed in enumerate(paired):
-                cells = [_number(gains[key][i], digits, sign="+") for _, key, digits in columns]
+                cells = [number(gains[key][i], digits, sign="+") for _, key, digits in columns]
                 rows.append([f"{title}, seed {seed.seed}", *cells])
     below = [*_premise_lines(report), *_time_lines(report)]
-    return "\n".join([*_caption(report, with_truth), "", *_markdown(rows), "", *below]).rstrip()
+    return "\n".join([*_caption(report, with_truth), "", *markdown(rows), "", *below]).rstrip()
 
 
 def _last_step(report: Report, name: str) -> int:
@@ -172,25 +170,6 @@ def _last_step(report: Report, name: str) -> int:
 
 def _gain(seed: SeedReport, name: str, key: str) -> float:
     return seed.runs[name].value(key) - seed.runs["baseline"].value(key)
-
-
-def _number(value: float, digits: int, sign: str = "") -> str:
-    return "-" if isnan(value) else f"{value:{sign}z.{digits}f}"
-
-
-def _mean_sd(values: list[float], digits: int, sign: str = "") -> str:
-    mean = _number(fmean(values), digits, sign)
-    # stdev of NaN is an error
-    return mean if len(values) < 2 or any(map(isnan, values)) else f"{mean} ± {_number(stdev(values), digits)}"
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-
-    return [line(rows[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows[1:])]
 
 
 def _caption(report: Report, with_truth: bool) -> list[str]:
@@ -299,36 +278,3 @@ def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), title="who is taught", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Name the commit of the code, marked when the working tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -9,6 +9,7 @@ before the softmax. The decoder map says whose *reconstruction* of a patch count
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,26 +59,51 @@ class SlotModel(nn.Module):
         )
         self.decoder = LowFrequencyDecoder(dim, feature_dim)
 
-    def forward(self, features: Tensor) -> SlotOutput:
-        """Follow the slots through the frames, then decode every frame."""
-        height, width = features.shape[-2:]
+    def forward(self, features: Tensor, *, num_slots: int | None = None) -> SlotOutput:
+        """Follow the slots, or the first `num_slots` of them, through the frames, then decode every frame."""
         tokens = self.encoder(features)  # (B, T, N, C)
-        prior = repeat(self.initial_slots, "s c -> b s c", b=len(features))
+        prior = repeat(self.initial_slots[:num_slots], "s c -> b s c", b=len(features))
         slots, enc_logits, attention = [], [], []
         for t, frame in enumerate(tokens.unbind(dim=1)):
-            posterior, dots = self.attention(frame, prior, iterations=3 if t == 0 else 2)
-            slots.append(posterior)
-            enc_logits.append(dots[-1])
-            attention.append(torch.stack(dots).softmax(dim=-1).mean(dim=0))
-            prior = self.predictor(posterior)
-        all_slots = torch.stack(slots, dim=1)
-        dec_logits, reconstruction = self.decoder(all_slots, height, width)
+            seen = self.see(prior, frame, first=t == 0)
+            slots.append(seen.slots)
+            enc_logits.append(seen.dots[-1])
+            attention.append(torch.stack(seen.dots).softmax(dim=-1).mean(dim=0))
+            prior = seen.predicted
+        maps = torch.stack(enc_logits, dim=1), torch.stack(attention, dim=1)
+        return self.decode(tokens, torch.stack(slots, dim=1), *maps, size=features.shape[-2:])
 
-        def on_grid(frames: list[Tensor]) -> Tensor:
-            return rearrange(torch.stack(frames, dim=1), "b t s (h w) -> b t s h w", h=height)
+    def see(self, prior: Tensor, tokens: Tensor, *, first: bool) -> "Seen":
+        """Correct slots (B, S, C) by the tokens (B, N, C) of a frame, and predict those of the next."""
+        slots, dots = self.attention(tokens, prior, iterations=3 if first else 2)
+        return Seen(slots, dots, self.predictor(slots))
+
+    def decode(
+        self, tokens: Tensor, slots: Tensor, enc_logits: Tensor, attention: Tensor, *, size: Sequence[int]
+    ) -> SlotOutput:
+        """Decode slots (B, T, S, C); the maps of the encoder (B, T, S, N) are put on a grid of that size."""
+        height, width = size
+        dec_logits, reconstruction = self.decoder(slots, height, width)
+
+        def on_grid(maps: Tensor) -> Tensor:
+            return rearrange(maps, "b t s (h w) -> b t s h w", h=height)
 
         tokens = rearrange(tokens, "b t (h w) c -> b t c h w", h=height)
-        return SlotOutput(all_slots, on_grid(enc_logits), dec_logits, reconstruction, tokens, on_grid(attention))
+        return SlotOutput(slots, on_grid(enc_logits), dec_logits, reconstruction, tokens, on_grid(attention))
+
+
+class Seen(NamedTuple):
+    """What the model makes of a frame.
+
+    Shape:
+        slots: (B, S, C).
+        dots: (B, S, N) of every iteration, the encoder's logits.
+        predicted: (B, S, C), the slots that the next frame starts from.
+    """
+
+    slots: Tensor
+    dots: list[Tensor]
+    predicted: Tensor
 
 
 class TokenEncoder(nn.Module):

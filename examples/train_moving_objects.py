@@ -30,18 +30,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
 
 from examples.checkpoint import Settings, TrainingState, batch_of_step
-from examples.clips import load_clips
+from examples.data import Data, make_data, read_data
 from examples.dense_alignment import DenseAlignment, DenseSettings
-from examples.evaluation import EvaluationSet, ask_premise, evaluate, premise_summary
-from examples.features import FrozenFeatures
-from examples.moving_objects import moving_objects
+from examples.evaluation import ask_premise, evaluate, premise_summary
 from examples.report import Report, Run, SeedReport, save_figure, table
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 
 from ssync_loss import SSyncLoss
 from ssync_loss.diagnostics import report as premise_report
 
-TRAIN_SEED, PREMISE_SEED, TEST_SEED = 1, 2, 777
 SAVE_EVERY = 100
 
 
@@ -151,42 +148,6 @@ def explained() -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-class Data(NamedTuple):
-    """Training features, and the clips that the premise and the scores are taken from."""
-
-    description: str
-    features: Tensor
-    premise: EvaluationSet
-    test: EvaluationSet
-
-
-def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
-    """Make the moving objects: three sets from three seeds."""
-    train_clips = moving_objects(num_train, seed=TRAIN_SEED)
-    featurize = FrozenFeatures().fit(train_clips.video)
-
-    def held_out(num_clips: int, seed: int) -> EvaluationSet:
-        clips = moving_objects(num_clips, seed=seed)
-        return EvaluationSet(clips.video, featurize(clips.video), clips.ids)
-
-    return Data(
-        f"moving objects, seed {TRAIN_SEED}",
-        featurize(train_clips.video),
-        held_out(num_premise, PREMISE_SEED),
-        held_out(num_test, TEST_SEED),
-    )
-
-
-def read_data(directory: Path, *, match: str, stride: int, num_test: int) -> Data:
-    """Read the user's clips; without ground truth they are trained on and looked at."""
-    video, sources = load_clips(directory, match=match, stride=stride)
-    features = FrozenFeatures().fit(video)(video)
-    spread = torch.linspace(0, len(video) - 1, min(num_test, len(video))).round().long()
-    looked_at = EvaluationSet(video[spread], features[spread], None)
-    print(f"{len(video)} clips of {video.shape[1]} frames from {len(set(sources))} videos in {directory}")
-    return Data(f"{directory}, {match}, stride {stride}", features, looked_at, looked_at)
 
 
 def train_one_seed(

@@ -18,6 +18,7 @@ import torch
 from examples import moving_objects, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.clips import load_clips
+from examples.data import make_data
 from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.evaluation import EvaluationSet, ask_premise, evaluate
 from examples.features import FrozenFeatures
@@ -386,7 +387,7 @@ class TestEvaluation:
 
 
 def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path) -> None:
-    data = train_moving_objects.make_data(num_train=1500, num_premise=48, num_test=1)
+    data = make_data(num_train=1500, num_premise=48, num_test=1)
     settings = Settings(data=data.description, num_clips=1500, slots=9, steps=1500, threshold=0.6)
     state = TrainingState.fresh(settings, seed=0)
     train_moving_objects.train(

@@ -1,0 +1,40 @@
+"""Numbers and tables as Markdown."""
+
+from math import isnan
+from statistics import fmean, stdev
+
+
+def number(value: float, digits: int, sign: str = "") -> str:
+    """Write a number; NaN is a dash.
+
+    >>> number(0.25, 3, "+"), number(float("nan"), 3)
+    ('+0.250', '-')
+    """
+    return "-" if isnan(value) else f"{value:{sign}z.{digits}f}"
+
+
+def mean_sd(values: list[float], digits: int, sign: str = "") -> str:
+    """Write mean ± standard deviation, of one value the value.
+
+    >>> mean_sd([1.0, 3.0], 1)
+    '2.0 ± 1.4'
+    """
+    mean = number(fmean(values), digits, sign)
+    # stdev of NaN is an error
+    return mean if len(values) < 2 or any(map(isnan, values)) else f"{mean} ± {number(stdev(values), digits)}"
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    r"""Lay out a table, its head first, line by line.
+
+    >>> print(*markdown([["", "score"], ["own", "1"]]), sep="\n")
+    |     | score |
+    |-----|-------|
+    | own | 1     |
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+    return [line(rows[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows[1:])]

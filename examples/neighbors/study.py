@@ -1,0 +1,257 @@
+"""One small model trained in a few ways: what a method adds to it, what SSync adds, and what both do.
+
+Every example of this folder is a `Study`: the model with its own losses, the model with a method, and both again with
+SSync from 30 % of the training on. Runs with and without SSync share the steps before, to the bit.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from examples.checkpoint import Settings, batch_of_step, make_optimizer
+from examples.machine import this_machine
+from examples.markdown import markdown, mean_sd, number
+from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from ssync_loss import SSyncLoss
+
+OWN, SSYNC = "own losses", "SSync"
+
+
+class Method:
+    """What a run does beside the model's own losses: this one, nothing. Methods override what they need.
+
+    Args:
+        model: the one that is trained.
+        settings: of the training.
+    """
+
+    def __init__(self, model: SlotModel, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what is trained beside the model."""
+        return []
+
+    def forward(self, features: Tensor) -> SlotOutput:
+        """Run the model on the features of a step."""
+        output: SlotOutput = self.model(features)
+        return output
+
+    def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (for those who override)
+        """Compute what is added to the loss of a step."""
+        return features.new_zeros(())
+
+    def after_step(self, optimizer: Optimizer, step: int) -> None:
+        """Do what is to be done after the optimizer's step."""
+
+
+class Column(NamedTuple):
+    """A column of the table: its title, the score that it shows, and its digits."""
+
+    title: str
+    key: str
+    digits: int
+
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how it is read.
+
+    Attributes:
+        title: of the table, a sentence.
+        methods: by name, what runs do beside the own losses; a run without, `OWN`, comes first.
+        readings: by name, how a trained model is scored; the name is put behind that of the run, "" for nothing.
+        columns: of the table; "ms" is there anyway.
+        settings: of the training.
+    """
+
+    title: str
+    methods: Mapping[str, Callable[[SlotModel, Settings], Method]]
+    readings: Mapping[str, Callable[[SlotModel], Scores]]
+    columns: Sequence[Column]
+    settings: Settings
+
+
+@dataclass
+class Training:
+    """A run: a deep copy of it goes on as the run itself would."""
+
+    settings: Settings
+    seed: int
+    model: SlotModel
+    method: Method
+    optimizer: torch.optim.Adam
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    rng: Tensor
+    step: int = 0
+    times: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, make: Callable[[SlotModel, Settings], Method], settings: Settings, seed: int) -> "Training":
+        """Start from the weights that the seed gives: the model's are the same with every method."""
+        torch.manual_seed(seed)
+        model = SlotModel(settings.slots)
+        method = make(model, settings)
+        optimizer, scheduler = make_optimizer([*model.parameters(), *method.parameters()], settings)
+        return cls(settings, seed, model, method, optimizer, scheduler, torch.get_rng_state())
+
+    def train(self, features: Tensor, *, until: int, criterion: SSyncLoss | None, title: str) -> None:
+        """Train up to a step."""
+        settings, model, method = self.settings, self.model, self.method
+        parameters = [*model.parameters(), *method.parameters()]
+        torch.set_rng_state(self.rng)
+        for step in tqdm(range(self.step, until), title, initial=self.step, total=until, dynamic_ncols=True):
+            started = time.perf_counter()
+            chosen = batch_of_step(step, num_clips=len(features), batch_size=settings.batch_size, seed=self.seed)
+            batch = features[chosen]
+            output = method.forward(batch)
+            loss = reconstruction_loss(output, batch) + settings.contrast_weight * slot_contrast_loss(output.slots)
+            loss = loss + method.loss(output, batch, step)
+            if criterion is not None:
+                loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            method.after_step(self.optimizer, step)
+            self.times.append(time.perf_counter() - started)
+        self.step, self.rng = until, torch.get_rng_state()
+
+
+def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
+    """Train and score every run of a seed: by name of run and reading, its scores."""
+    settings, scores = study.settings, {}
+    criterion = SSyncLoss(merge_threshold=settings.threshold, start_step=settings.start_step)
+    for name, make in study.methods.items():
+        plain = Training.start(make, settings, seed)
+        plain.train(features, until=settings.start_step, criterion=None, title=f"seed {seed}, {name}, shared")
+        both = copy.deepcopy(plain)
+        for run, line in ((plain, None), (both, criterion)):
+            title = with_ssync(name) if line is not None else name
+            run.train(features, until=settings.steps, criterion=line, title=f"seed {seed}, {title}")
+            # of the steps in which SSync is on, where it is
+            ms = 1000 * median(run.times[settings.start_step :])
+            for reading, measure in study.readings.items():
+                scores[title + reading] = measure(run.model) | {"ms": ms}
+    return scores
+
+
+def with_ssync(name: str) -> str:
+    """Name the run with SSync on top.
+
+    >>> with_ssync(OWN), with_ssync("+ curriculum")
+    ('+ SSync', '+ curriculum + SSync')
+    """
+    return f"+ {SSYNC}" if name == OWN else f"{name} + {SSYNC}"
+
+
+@dataclass
+class StudyReport:
+    """The scores by seed, run and score, and what makes them credible."""
+
+    title: str
+    columns: list[Column]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    seeds: dict[int, dict[str, Scores]]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "StudyReport":
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        content["columns"] = [Column(*column) for column in content["columns"]]
+        content["seeds"] = {int(seed): runs for seed, runs in content["seeds"].items()}
+        return cls(**content)
+
+
+def table(report: StudyReport) -> str:
+    """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one."""
+    columns = [*report.columns, Column("ms per step", "ms", 1)]
+    runs = list(report.seeds.values())
+    names = list(runs[0])
+    rows = [["", *(column.title for column in columns)]]
+    rows += [[name, *(mean_sd([run[name][c.key] for run in runs], c.digits) for c in columns)] for name in names]
+    for name in names[1:]:
+        gains = [{c.key: run[name][c.key] - run[names[0]][c.key] for c in columns} for run in runs]
+        rows.append([f"{name}: difference", *(mean_sd([g[c.key] for g in gains], c.digits, "+") for c in columns)])
+        if len(gains) > 1:
+            for seed, gain in zip(report.seeds, gains, strict=True):
+                rows.append([f"{name}: seed {seed}", *(number(gain[c.key], c.digits, "+") for c in columns)])
+    settings, machine = report.settings, report.machine
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
+    spread = f" Mean ± sd over seeds; differences are to {names[0]} and paired." if len(runs) > 1 else ""
+    return "\n".join(
+        [
+            f"{report.title}{spread}",
+            f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
+            f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
+            f"seed {', '.join(map(str, report.seeds))}.",
+            f"{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+            "",
+            *markdown(rows),
+        ]
+    )
+
+
+class Options(NamedTuple):
+    """What the command line says: see `main`."""
+
+    steps: int
+    quick: bool
+
+
+def main(
+    name: str, description: str, build: Callable[[Options], tuple[Study, Tensor]], arguments: Sequence[str] | None
+) -> int:
+    """Run a study from the command line, write its results and print its table.
+
+    Args:
+        name: of the study, for its results.
+        description: for --help.
+        build: makes the study and the features (B, T, D, H, W) that are trained on.
+        arguments: the command line; None for the process's own.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0], help="training seeds")
+    add("--steps", type=int, default=1500, help="optimizer steps of a run")
+    add("--out", type=Path, default=Path("runs") / f"{name}.json", help="where the results go")
+    add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
+    add("--threads", type=int, default=1, help="CPU threads; operators this small gain nothing from a second one")
+    add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished study")
+    options = parser.parse_args(arguments)
+    for option, low in (("steps", 10), ("threads", 1)):
+        if getattr(options, option) < low:
+            parser.error(f"--{option} must be at least {low}; got {getattr(options, option)}")
+    if options.table is not None:
+        print(table(StudyReport.load(options.table)))
+        return 0
+    torch.set_num_threads(options.threads)
+    study, features = build(Options(min(options.steps, 40) if options.quick else options.steps, options.quick))
+    settings = asdict(study.settings) | {"start_step": study.settings.start_step}
+    report = StudyReport(study.title, list(study.columns), settings, this_machine(), {})
+    for seed in options.seeds:
+        report.seeds[seed] = run_seed(study, features, seed)
+        report.save(options.out)
+    print(f"\n{table(report)}\n\nnumbers  {options.out}")
+    return 0
