@@ -215,6 +215,19 @@ def test_nothing_to_compare_is_an_attached_zero(shape: tuple[int, ...], chunk_si
     assert torch.equal(gradient, torch.zeros(shape))
 
 
+def test_an_attached_zero_is_as_wide_as_the_wider_of_both() -> None:
+    for dtype, other, expected in (
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+    ):
+        for shape in ((2, 1, 6, 4), (2, 3, 6, 4)):
+            s, t = sample(*shape)
+            loss, gradient = step(s.to(dtype), t.to(other))
+            assert (loss.dtype, gradient.dtype) == (expected, dtype)
+            assert (loss == 0) == (shape[1] == 1)
+
+
 def test_a_mask_that_keeps_nothing_is_an_attached_zero() -> None:
     loss, gradient = step(*sample(), mask=torch.zeros(2, 3, 6, dtype=torch.bool))
     assert loss == 0

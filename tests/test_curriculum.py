@@ -1,5 +1,6 @@
 """The parts of the slot curriculum: schedule, errors, allotment, children, what an optimizer remembers."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, deviation, golden_names
@@ -21,7 +23,7 @@ from ssync_loss.curriculum import (
     slot_schedule,
     spawn_children,
 )
-from ssync_loss.curriculum.children import place_children
+from ssync_loss.curriculum.children import _most_similar, _radii, place_children
 from ssync_loss.reference.slotcurri import (
     reference_allot_children,
     reference_place_children,
@@ -179,6 +181,24 @@ def test_errors_take_less_memory_than_a_difference() -> None:
         assert slot_error(*(torch.zeros(one.shape) for one in (recon, target, masks))).shape == (9,)
 
 
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_errors_and_their_allotment_compile_to_one_graph() -> None:
+    def allotted(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+        return allot_children(slot_error(recon, target, masks), 5)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    data = scene()
+    assert torch.equal(torch.compile(allotted, fullgraph=True, backend=counter)(*data), allotted(*data))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
@@ -324,6 +344,12 @@ def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: st
     parents = slots[golden.tensor("parent").long()]
     radius = (children.double() - parents.double()).norm(dim=1)
     assert deviation(radius, golden.tensor(f"radius_{rule}{suffix}", torch.float64)) <= tol
+    # before any child is written
+    rows = slots[:num_active] if rule == "active" else slots
+    nearest = _most_similar(rows)
+    assert torch.equal(nearest[:num_active], golden.tensor(f"neighbour_{rule}").long())
+    still = _radii(rows, nearest, golden.number("beta"), 0.0)[golden.tensor("parent").long()]
+    assert deviation(still, golden.tensor(f"radius_{rule}_static_formula_f64")) <= tol
 
 
 def test_all_golden_files_are_here() -> None:

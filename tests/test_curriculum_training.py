@@ -153,6 +153,22 @@ def test_a_stage_reached_late_is_made_up_for() -> None:
     assert run(curriculum, slots, range(6, 16)) == [2, 3, 3, 3, 3, 7, 7, 7, 7, 7]
 
 
+@pytest.mark.parametrize(("last", "written"), [(9, r"\(1, 0\)"), (10, r"\(1, 1\)")])
+def test_buffers_that_are_written_over_and_not_loaded_are_named(last: int, written: str) -> None:
+    # the first rank alone has loaded a checkpoint, and its buffers were copied to the others
+    first, other = (SlotCurriculum([2, 3, 7], [4, 10]) for _ in range(2))
+    run(first, placeholders(), range(last))
+    for name, one in other.named_buffers():
+        one.copy_(first.get_buffer(name))
+    message = rf"are {written} in the buffers and \(0, 0\) by .*: every rank must load the checkpoint itself"
+    with pytest.raises(RuntimeError, match=message):
+        other.observe(*scene(2), last)
+    other.load_state_dict(first.state_dict())
+    slots = placeholders()
+    assert run(other, slots, range(last, 12))[0] == 3
+    assert other.n_active() == 7
+
+
 def test_a_milestone_without_errors_says_so() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [4]), placeholders()
     assert not curriculum.maybe_expand(slots, 3)

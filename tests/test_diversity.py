@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.losses.diversity import MaskDiversityLoss, mask_diversity_loss
+from ssync_loss.losses.diversity import EPSILON, MaskDiversityLoss, mask_diversity_loss
 from ssync_loss.reference.smtc import reference_mask_diversity_loss
 
 NAN, INF = float("nan"), float("inf")
@@ -53,6 +53,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     tol = COLLAPSED_TOL if name.endswith("collapsed") else GRADIENT_TOL
     assert deviation(loss, golden.tensor("loss_f64")) <= LOSS_TOL[dtype]
     assert deviation(gradient, golden.tensor("grad_Z_f64")) <= tol[dtype]
+    assert golden.number("eps") == EPSILON
 
 
 def test_all_golden_files_are_here() -> None:

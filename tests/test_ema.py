@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ssync_loss.ema import EmaTeacher
@@ -169,7 +170,7 @@ def test_a_checkpoint_is_read_with_weights_only(tmp_path: Path) -> None:
 
 def test_buffers_are_those_of_the_student_or_stay_as_published() -> None:
     student = Student()
-    copying, published = EmaTeacher(student), EmaTeacher(student, copy_buffers=False)
+    copying, published = EmaTeacher(student, copy_buffers=True), EmaTeacher(student)
     before = tensors(copying.model)
     learn(student, steps=3)
     student.get_buffer("scale").fill_(7.0)
@@ -183,7 +184,7 @@ def test_buffers_are_those_of_the_student_or_stay_as_published() -> None:
 
 def test_names_that_are_skipped_stay_as_they_were() -> None:
     student = Student()
-    teacher = EmaTeacher(student, momentum=0.5, skip=("encoder", "running"))
+    teacher = EmaTeacher(student, momentum=0.5, copy_buffers=True, skip=("encoder", "running"))
     before = tensors(teacher.model)
     learn(student)
     teacher.update(student)
@@ -290,6 +291,21 @@ def test_compiled_and_replicated_students_are_looked_into() -> None:
         assert all(torch.equal(one, tensors(student)[name]) for name, one in tensors(teacher.model).items())
 
 
+def test_the_copy_compiles_to_one_graph_and_is_updated_outside() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.5)
+    x = torch.randn(8, 3)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(teacher, fullgraph=True, backend=counter)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), teacher(x))
+        learn(student)
+        teacher.update(student)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
 def test_a_student_in_a_half_is_averaged_in_floats() -> None:
     student = nn.Linear(3, 4)
     teacher = EmaTeacher(student, momentum=0.999)
@@ -306,7 +322,7 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.9, final_momentum=1.0, num_steps=5, skip=["encoder"])
     teacher.update(student)
-    shown = "momentum=0.9, final_momentum=1.0, num_steps=5, copy_buffers=True, skip=('encoder',)"
+    shown = "momentum=0.9, final_momentum=1.0, num_steps=5, copy_buffers=False, skip=('encoder',)"
     assert shown in repr(teacher)
     x = torch.randn(8, 3)
     for twin in (pickle.loads(pickle.dumps(teacher)), copy.deepcopy(teacher)):

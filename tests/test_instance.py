@@ -19,7 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, golden_names
 from ssync_loss.losses._assignment import MOST_ENUMERATED, best_assignment
-from ssync_loss.losses.instance import InstanceConsistencyLoss, instance_consistency_loss, valid_instances
+from ssync_loss.losses.instance import (
+    EPSILON,
+    InstanceConsistencyLoss,
+    instance_consistency_loss,
+    valid_instances,
+)
 from ssync_loss.reference.smtc import reference_instance_consistency_loss, reference_valid_instances
 
 NAN, INF = float("nan"), float("inf")
@@ -90,6 +95,7 @@ def test_published_numbers_and_assignments(name: str, dtype: torch.dtype) -> Non
     golden.assert_same_step(loss, source, "O")
     scores = torch.einsum("btspd,bjsqd->tjbspq", embeddings.detach(), teacher)
     assert torch.equal(best_assignment(scores), golden.tensor("assignment"))
+    assert golden.number("den_eps") == EPSILON
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

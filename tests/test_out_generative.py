@@ -188,6 +188,14 @@ def test_nothing_to_predict_is_an_attached_zero(balance: Any, shape: tuple[int, 
     assert torch.equal(criterion.center, before)
 
 
+def test_an_attached_zero_is_as_wide_as_the_widest() -> None:
+    for frames in (1, 2):
+        views = sample(2, frames, 1, 3, 5)
+        loss, of_global, of_local = step((*views[:2], views[2].double()), centered())
+        assert (loss.dtype, of_global.dtype, of_local.dtype) == (torch.float64, torch.float32, torch.float32)
+        assert (loss == 0) == (frames == 1)
+
+
 @pytest.mark.parametrize("dirt", [NAN, INF])
 @pytest.mark.parametrize("dirty", [0, 1, 2])
 def test_dirt_is_never_finite(dirty: int, dirt: float) -> None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from golden_neighbors import Golden, golden_names
 from ssync_loss import SlotRedundancyLoss
 from ssync_loss.functional import slot_redundancy_loss
-from ssync_loss.losses.redundancy import redundant_slots
+from ssync_loss.losses.redundancy import EPSILON, redundant_slots
 from ssync_loss.reference.dense import reference_slot_redundancy_loss
 
 
@@ -69,6 +69,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     expected = golden.tensor("picks").long()
     missing = expected.shape[1] - picks.shape[1]
     assert torch.equal(torch.nn.functional.pad(picks, (0, missing), value=-1), expected)
+    assert golden.number("eps_in_log") == EPSILON
 
 
 def test_all_golden_files_are_here() -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, golden_names
-from ssync_loss.losses.semantic import SemanticConsistencyLoss, semantic_consistency_loss
+from ssync_loss.losses.semantic import EPSILON, SemanticConsistencyLoss, semantic_consistency_loss
 from ssync_loss.reference.smtc import reference_semantic_consistency_loss
 from test_memory import Meter
 
@@ -84,6 +84,7 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
         chunk_size=chunk_size,
     )
     golden.assert_same_step(loss, logits, "Z")
+    assert golden.number("log_eps") == EPSILON
 
 
 def test_all_golden_files_are_here() -> None:

@@ -13,7 +13,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     2048 (float16) or 256 (bfloat16) on.
     """
     device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -1,13 +1,15 @@
-"""Gradients that are written out by hand have no second derivative, and say so."""
+"""Gradients that are written out by hand: their functions are called fast, and have no second derivative."""
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeAlias
+from inspect import signature
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
+Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
 
 def once_differentiable(backward: Backward) -> Backward:
@@ -31,6 +33,16 @@ def once_differentiable(backward: Backward) -> Backward:
         )
 
     return wrapped
+
+
+def signature_kept(function: Function) -> Function:
+    """Keep the signature of a forward, by which torch binds the arguments of every call.
+
+    It would be put together each time, which takes longer than many an operator.
+    """
+    forward: Any = function.forward
+    forward.__signature__ = signature(forward)
+    return function
 
 
 class Slopes:

@@ -65,8 +65,8 @@ class Maps(NamedTuple):
 
     def is_clean(self) -> Tensor:
         """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""
-        clean = is_clean(peak_of(self.enc, self.slot_mask), self.valid)
-        clean = clean & is_clean(peak_of(self.dec, self.slot_mask), self.valid)
+        clean = is_clean(peak_of(self.enc.detach(), self.slot_mask), self.valid)
+        clean = clean & is_clean(peak_of(self.dec.detach(), self.slot_mask), self.valid)
         return clean if self.clean is None else clean & self.clean
 
 
@@ -240,7 +240,7 @@ def prepare_maps(
             dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
             usable = _usable(dec_valid, slot_mask)
             dec = at_least_float32(_as_logits(dec, dec_kind, usable))
-            clean = is_clean(peak_of(dec, slot_mask), dec_valid)
+            clean = is_clean(peak_of(dec.detach(), slot_mask), dec_valid)
             dec = _resize(dec, enc.shape[3:], dec_valid, usable)
     return Maps(enc, dec, valid, slot_mask, clean)
 
@@ -265,7 +265,6 @@ def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
 
 def peak_of(logits: Tensor, slot_mask: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Return the largest logit of the present slots, which also shows a NaN or a +inf of any of them."""
-    logits = logits.detach()
     if slot_mask is not None:
         logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
     return logits.amax(2) if out is None else torch.amax(logits, 2, out=out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import Slopes, once_differentiable
+from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, check_backend, resolve_backend
 from ssync_loss._blocks import Blocks, clips_of, frames_of, indicator
 from ssync_loss._checks import (
@@ -213,6 +213,7 @@ def as_numbers(region: Tensor, dtype: torch.dtype) -> Tensor:
     return region.view(torch.uint8).clamp_max(1).to(dtype)
 
 
+@signature_kept
 class _Distill(torch.autograd.Function):
     """A patch's criterion, 0 where unselected, and its slope.
 
@@ -386,7 +387,11 @@ def _squared_error(
         slope.addcmul_(probs, torch.mul(correct, wrong).sub_(square))
         slope.scatter_(2, label, correct.mul_(value).neg_())
     # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
-    value.add_(nothing.mul_(1 - 1 / _num_slots(logits, slot_mask)))
+    num_slots = _num_slots(logits, slot_mask)
+    if isinstance(num_slots, int):
+        value.add_(nothing, alpha=1 - 1 / num_slots)
+    else:
+        value.add_(nothing.mul_(1 - 1 / num_slots))
 
 
 def _cross_entropy(

@@ -29,19 +29,20 @@ class EmaTeacher(nn.Module):
     updates, and stays there. The number of updates is in the ``state_dict``, so that a resumed run goes on where it
     stopped. Updates are the same on all ranks when the students are, and there is no collective: under DDP every
     rank keeps its own, outside of the wrapper. Wrapped and compiled students are looked into, so that names agree.
+    The copy may be compiled; :meth:`update` counts in Python, and stays outside.
 
     Args:
         model: the student; a deep copy is taken.
-        momentum: share of the past. Published: 0.999, constant.
+        momentum: share of the past. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
         final_momentum: where it ends, or None for a constant.
         num_steps: when it ends there, with ``final_momentum`` only.
-        copy_buffers: whether buffers, such as running statistics, become those of the student at every update. The
-            authors' code leaves them as they were, with False.
+        copy_buffers: whether buffers, such as the running statistics of a batch norm, become those of the student at
+            every update. Published: they stay as they were.
         skip: pieces of names; parameters and buffers whose name contains one stay as they were. The authors' later
             code skips ``"encoder"``.
 
-    Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951); the cosine of
-    Grill et al., NeurIPS 2020.
+    Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
+    ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
 
     Raises:
         TypeError: if the model is no module, or has parameters in a half, which cannot hold an average: what is
@@ -65,7 +66,7 @@ class EmaTeacher(nn.Module):
         momentum: float = 0.999,
         final_momentum: float | None = None,
         num_steps: int | None = None,
-        copy_buffers: bool = True,
+        copy_buffers: bool = False,
         skip: Sequence[str] = (),
     ) -> None:
         super().__init__()

@@ -18,8 +18,8 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
     frame predicts for the next one, and goes from the last frame but one to the first. So the first frames are seen by
     slots that know the clip. The last frame is not seen twice: its outputs are those of the forward pass.
 
-    ``2 T - 1`` calls of ``step``, one after the other, as the method demands. Decode once, what is returned.
-    Not causal, and not for training; call it under ``torch.no_grad()``.
+    ``2 T - 1`` calls of ``step``, one after the other, as the method demands; a compiler unrolls them. Decode once,
+    what is returned. Not causal, and not for training; call it under ``torch.no_grad()``.
 
     Shape:
         inputs: (B, T, ...). Returns every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.

@@ -139,7 +139,8 @@ def propagate_masks(
 
     Every frame needs those before it: frames are walked through in a loop, and so are their patches, ``chunk_size`` of
     a clip at once. That changes nothing but the memory, which beside the result is one score for each of these
-    patches with each of (num_context + 1) H W places, and the features of the context.
+    patches with each of (num_context + 1) H W places, and the features of the context. Whether they are numbers is
+    read on the host, once a frame; this is for evaluation, and is not compiled.
 
     Shape:
         features: (B, T, D, H, W). masks: (B, K, H, W). Returns (B, T, K, H, W), the first frame as given, in

@@ -10,11 +10,11 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._backends import Backend, check_backend, resolve_backend
 from ssync_loss._blocks import Blocks, frames_of, indicator
 from ssync_loss._checks import check_int, check_number
-from ssync_loss._maps import Grid, KindArgument, Maps, is_clean, peak_of, prepare_maps
+from ssync_loss._maps import Grid, KindArgument, Maps, peak_of, prepare_maps
 from ssync_loss._types import PseudoLabels
 from ssync_loss.merging import overlap_of, representatives, unmerged
 from ssync_loss.reference.ssync import reference_pseudo_labels
-from ssync_loss.regions import count_differing, select_boundary, select_interior
+from ssync_loss.regions import count_differing, select_regions
 
 
 def pseudo_labels(
@@ -125,32 +125,48 @@ def labels_of(
             slot_mask=maps.slot_mask,
         )
     blocks = Blocks(maps.enc, maps.dtype)
-    parts = []
-    for group in blocks.groups:
-        found = labels_of_clips(
+    groups = [
+        labels_of_clips(
             maps.of_clips(group),
             blocks,
             merge_threshold=merge_threshold,
             min_different=min_different,
             min_same=min_same,
             max_different=max_different,
-        )
-        parts.append(found.labels)
-    return joined(parts)
+        ).found
+        for group in blocks.groups
+    ]
+    return joined(groups)
+
+
+class Found(NamedTuple):
+    """The labels of clips that go together.
+
+    Attributes:
+        labels: (2, B, T, H, W) int64, the merged labels of encoder and decoder.
+        regions: (2, B, T, H, W) bool, boundary and interior.
+        representative: (B, S) int64.
+    """
+
+    labels: Tensor
+    regions: Tensor
+    representative: Tensor
 
 
 class ClipLabels(NamedTuple):
     """Labels of clips that go together, and what finding them has shown.
 
     Attributes:
-        labels: the pseudo-labels.
+        found: the labels.
+        narrow: the merged labels as int8, or int32 for more than 128 slots.
         peaks: (2, B, T, H, W), the largest logits of the present slots, encoder and decoder; -inf where none is.
-        clean: scalar bool: whether no valid patch of a present slot holds NaN or +inf, in either map.
+        top: scalar, the largest of the valid patches, at least 0; NaN if one is.
     """
 
-    labels: PseudoLabels
+    found: Found
+    narrow: Tensor
     peaks: Tensor
-    clean: Tensor
+    top: Tensor
 
 
 def labels_of_clips(
@@ -163,14 +179,8 @@ def labels_of_clips(
     max_different: int,
 ) -> ClipLabels:
     """Compute :func:`pseudo_labels` of clips that go together."""
-    B, T, S, H, W = maps.enc.shape
-    # both maps in one tensor: on small batches the number of operators counts
-    peaks = maps.enc.new_empty(2, B, T, H, W)
-    ranks = torch.empty_like(peaks)
-    for k, logits in enumerate((maps.enc, maps.dec)):
-        rank_first(logits, maps.slot_mask, blocks, peaks[k], ranks[k])
-    clean = is_clean(peaks, maps.valid)
-    labels = label_of_rank(ranks, S)
+    B, _, S, _, _ = maps.enc.shape
+    labels, peaks = first_largest(maps, blocks)
     if merge_threshold is None:
         representative = unmerged(B, S, labels.device)
     else:
@@ -183,60 +193,67 @@ def labels_of_clips(
     if maps.valid is not None:
         labels = labels.masked_fill(~maps.valid, 0)
         both_valid = maps.valid.expand(labels.shape).flatten(0, 1)
-    narrow = labels.flatten(0, 1).to(torch.int8 if S < 128 else torch.int32)
-    enc_count, dec_count = count_differing(narrow, both_valid).chunk(2)
-    boundary = select_boundary(enc_count, min_different, min_same, maps.valid)
-    interior = select_interior(dec_count, max_different, maps.valid)
-    return ClipLabels(PseudoLabels(labels[0], labels[1], boundary, interior, representative), peaks, clean)
+    narrow = labels.to(torch.int8 if S <= 128 else torch.int32)
+    regions = select_regions(
+        *count_differing(narrow.flatten(0, 1), both_valid).chunk(2),
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+        valid=maps.valid,
+    )
+    return ClipLabels(Found(labels, regions, representative), narrow, peaks, top_of(peaks, maps.valid))
 
 
-def joined(parts: list[PseudoLabels]) -> PseudoLabels:
+def joined(groups: list[Found]) -> PseudoLabels:
     """Put the labels of groups of clips together."""
-    return PseudoLabels(*(torch.cat(one) for one in zip(*parts, strict=True)))
+    enc_labels, dec_labels = torch.cat([one.labels for one in groups], 1).unbind()
+    boundary, interior = torch.cat([one.regions for one in groups], 1).unbind()
+    representative = torch.cat([one.representative for one in groups])
+    return PseudoLabels(enc_labels, dec_labels, boundary, interior, representative)
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
     """Label every patch of both maps, before merging; an invalid patch may get any label."""
     blocks = Blocks(maps.enc, maps.dtype)
-    B, T, S, H, W = maps.enc.shape
-    peaks = torch.empty(2, B, T, H, W, dtype=maps.dtype, device=maps.enc.device)
-    ranks = torch.empty_like(peaks)
-    for group in blocks.groups:
-        some = maps.of_clips(group)
-        rank_first(some.enc, some.slot_mask, blocks, peaks[0, group], ranks[0, group])
-        rank_first(some.dec, some.slot_mask, blocks, peaks[1, group], ranks[1, group])
-    enc_labels, dec_labels = label_of_rank(ranks, S).unbind(0)
+    labels = [first_largest(maps.of_clips(group), blocks)[0] for group in blocks.groups]
+    enc_labels, dec_labels = torch.cat(labels, 1).unbind()
     return enc_labels, dec_labels
 
 
-def rank_first(logits: Tensor, slot_mask: Tensor | None, blocks: Blocks, peaks: Tensor, ranks: Tensor) -> None:
-    """Write the largest logit of the present slots, and S less the first slot that has it, of every patch.
+def first_largest(maps: Maps, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Find the first slot with the largest logit of the present ones, of every patch of both maps, and that logit.
 
-    On a CPU ``argmax`` over a middle axis takes 25 times as long as this: the ranks S, S-1, .., 1 of all slots
+    On a CPU ``argmax`` over a middle axis takes 25 times as long as this: the ranks S - 1, S - 2, .., 0 of all slots
     that equal the largest value, and the first of those by another maximum.
 
-    Args:
-        logits: (B, T, S, H, W).
-        slot_mask: (B, S) bool, or None.
-        blocks: how to walk through the logits.
-        peaks: (B, T, H, W), where the largest logits are written. NaN if any slot is NaN.
-        ranks: (B, T, H, W), where the ranks are written. 0 where nothing is largest, for NaN.
+    Shape:
+        Returns slots (2, B, T, H, W) int64, encoder and decoder, any where nothing is largest, for NaN; and the
+        largest logits (2, B, T, H, W), NaN if one of the slots is.
     """
-    num_slots = logits.shape[2]
-    rank = torch.arange(num_slots, 0, -1, device=logits.device, dtype=logits.dtype)[:, None, None]
-    for frames in blocks.frames:
-        some, peak, best = frames_of(frames, logits, peaks, ranks)
-        peak_of(some, slot_mask, out=peak)
-        leads = indicator(torch.eq, some, peak.unsqueeze(2), blocks.scratch(some)).mul_(rank)
-        if slot_mask is not None:
-            # absent slots may hold anything, the largest value of the present ones too
-            leads.mul_(slot_mask[:, None, :, None, None])
-        torch.amax(leads, 2, out=best)
+    B, T, S, H, W = maps.enc.shape
+    # both maps in one tensor: on small batches the number of operators counts
+    peaks = maps.enc.new_empty(2, B, T, H, W)
+    ranks = torch.empty_like(peaks)
+    rank = torch.arange(S - 1, -1, -1, device=peaks.device, dtype=peaks.dtype)[:, None, None]
+    for k, logits in enumerate((maps.enc, maps.dec)):
+        for frames in blocks.frames:
+            some, peak, best = frames_of(frames, logits, peaks[k], ranks[k])
+            peak_of(some, maps.slot_mask, out=peak)
+            leads = indicator(torch.eq, some, peak.unsqueeze(2), blocks.scratch(some)).mul_(rank)
+            if maps.slot_mask is not None:
+                # absent slots may hold anything, the largest value of the present ones too
+                leads.mul_(maps.slot_mask[:, None, :, None, None])
+            torch.amax(leads, 2, out=best)
+    return (S - 1 - ranks).long(), peaks
 
 
-def label_of_rank(ranks: Tensor, num_slots: int) -> Tensor:
-    """Return the slot of every rank, int64; any slot where the rank is 0."""
-    return (num_slots - ranks).clamp_max_(num_slots - 1).long()
+def top_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the largest of the valid patches' largest logits, or 0 if none is above it; NaN if one is."""
+    if peaks.numel() == 0:
+        return peaks.new_zeros(())
+    if valid is not None:
+        peaks = torch.where(valid, peaks, 0.0)
+    return peaks.amax().clamp_min(0.0)
 
 
 def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:

@@ -48,7 +48,8 @@ def spawn_children(
     ``min_radius=0``. A parent that has a twin, or no length, then has a clone equal to itself, and equal slots
     never part.
 
-    An event of training rather than a part of its steps: it waits for the device to read the counts.
+    An event of training rather than a part of its steps: it waits for the device to read the counts, and is not
+    compiled.
 
     Shape:
         slots_active: (K, D). counts: (K,). unborn: (U, D). Returns (n_new, D) in the slots' dtype, computed in

@@ -24,11 +24,14 @@ class SlotCurriculum(nn.Module):
 
         curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
         for step in range(max_steps):
-            slots = curriculum.take(model.slots)                  # the rows in use, in evaluation too
+            slots = curriculum.take(model.slots)                  # the rows in use
             ...
             curriculum.observe(recon, target, masks, step)        # masks of the decoder, after the softmax
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
+
+    Evaluate with the rows in use, too; the public code then takes all, unborn ones among them. Inside of what is
+    compiled there is room for ``take`` alone, which makes a graph a stage.
 
     Errors are those of the ``window`` steps before a milestone (published: one). The rows are written after the
     milestone's own step, which is the last with the old budget; the public code writes them during that step. A
@@ -36,7 +39,9 @@ class SlotCurriculum(nn.Module):
     averaged over all ranks and all get the newborn rows of the first, in one collective each per milestone; all ranks
     must call both methods at the same steps.
 
-    The stage, the errors and their number are buffers, and so in the checkpoint.
+    The stage, the errors and their number are buffers, and so in the checkpoint, which every rank loads. A teacher of
+    the model knows neither the stage nor the newborn rows: where ``maybe_expand`` returns True it begins anew, by
+    ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
         budgets: slots of each stage, which grow, see :func:`slot_schedule`.
@@ -145,6 +150,7 @@ class SlotCurriculum(nn.Module):
         Raises:
             TypeError: on a wrong dtype.
             ValueError: on wrong shapes.
+            RuntimeError: if the buffers were written over, rather than loaded.
         """
         check_int("step", step, 0)
         if not self._is_watching(step):
@@ -223,7 +229,7 @@ class SlotCurriculum(nn.Module):
         """Keep the optimizer from changing placeholders that are not in use, from now on.
 
         They get no gradient, but weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever
-        reads them, and this is not needed.
+        reads them, and this is not needed. A checkpoint does not remember it: a training that goes on calls it again.
 
         Shape:
             slots_param: (K_max, D) or (1, K_max, D).
@@ -246,7 +252,16 @@ class SlotCurriculum(nn.Module):
         milestone = self.milestones[self._stage]
         if step < milestone:
             return step >= milestone - self.window
-        return self._num_observed == 0
+        if self._num_observed > 0:
+            return False
+        # late, perhaps as the first rank alone has loaded a checkpoint, and its buffers were copied to the others
+        known, written = (self._stage, self._num_observed), (int(self.stage), int(self.num_observed))
+        if known != written:
+            raise RuntimeError(
+                f"`stage` and `num_observed` are {written} in the buffers and {known} by what was called here: every "
+                "rank must load the checkpoint itself, by `load_state_dict`."
+            )
+        return True
 
     def _check_placeholders(self, slots_param: nn.Parameter) -> None:
         if not isinstance(slots_param, nn.Parameter):

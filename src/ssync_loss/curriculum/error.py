@@ -27,7 +27,7 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
         target: features of the backbone.
         masks: mixture weights of the decoder.
 
-    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots.
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots, delta^(k).
 
     Raises:
         TypeError: on a wrong dtype.

@@ -22,7 +22,7 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
     Returns:
         Budgets that grow from ``start`` to ``total``; one budget if these are equal.
 
-    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum: K(m) and sigma, M stages.
 
     Raises:
         TypeError: on a wrong type.

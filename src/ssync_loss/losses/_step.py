@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import Slopes, once_differentiable
+from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, resolve_backend
 from ssync_loss._blocks import Blocks
 from ssync_loss._maps import Maps
@@ -118,6 +118,12 @@ def _memory(maps: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Tensor]:
     return [torch.empty(maps.shape if one else 0, device=maps.device, dtype=dtype) for one in wanted]
 
 
+def _in_one(groups: list[Tensor]) -> Tensor:
+    """Put (2, B, ..) of groups of clips together."""
+    return groups[0] if len(groups) == 1 else torch.cat(groups, 1)
+
+
+@signature_kept
 class _Step(torch.autograd.Function):
     """Both means, and the slopes that become their gradients.
 
@@ -145,16 +151,13 @@ class _Step(torch.autograd.Function):
         unscaled: Slopes,  # noqa: ARG004 (for the backward)
     ) -> tuple[Tensor, ...]:
         maps = Maps(enc, dec, valid, slot_mask, clean)
-        B, T, S, H, W = enc.shape
-        dtype = maps.dtype
+        dtype, num_slots = maps.dtype, enc.shape[2]
         blocks = Blocks(enc, dtype)
-        regions = torch.empty(2, B, T, H, W, device=enc.device, dtype=torch.bool)
-        targets = torch.empty(2, B, T, H, W, device=enc.device, dtype=torch.int8 if S <= 128 else torch.int32)
         slopes = _memory(enc, dtype, dec_with_slope, enc_with_slope)
-        sums, all_clean, all_labels = [], [] if clean is None else [clean], []
+        sums, regions_, targets_, tops, groups = [], [], [], [], []
         for group in blocks.groups:
             some = maps.of_clips(group)
-            labeled = labels_of_clips(
+            found, narrow, peaks, top = labels_of_clips(
                 some,
                 blocks,
                 merge_threshold=merge_threshold,
@@ -162,14 +165,13 @@ class _Step(torch.autograd.Function):
                 min_same=min_same,
                 max_different=max_different,
             )
-            found, peaks, is_clean = labeled
-            torch.stack([found.boundary, found.interior], out=regions[:, group])
-            targets[0, group], targets[1, group] = found.enc_labels, found.dec_labels
             errors = torch.empty_like(peaks)
-            lessons = (some.dec, found.enc_labels, peaks[1]), (some.enc, found.dec_labels, peaks[0])
-            for k, lesson in enumerate(lessons):
+            # the decoder learns what the encoder's labels say, and the other way round
+            for k, pupil in enumerate((some.dec, some.enc)):
                 evaluate(
-                    *lesson,
+                    pupil,
+                    found.labels[k],
+                    peaks[1 - k],
                     some.slot_mask,
                     blocks,
                     errors[k],
@@ -178,18 +180,23 @@ class _Step(torch.autograd.Function):
                     smoothing=smoothing,
                     temperature=temperature,
                 )
-            sums.append(errors.mul_(as_numbers(regions[:, group], dtype)).sum((1, 2, 3, 4)))
-            all_clean.append(is_clean)
+            sums.append(errors.mul_(as_numbers(found.regions, dtype)).sum((1, 2, 3, 4)))
+            regions_.append(found.regions)
+            targets_.append(narrow)
+            tops.append(top)
             if with_labels:
-                all_labels.append(found)
+                groups.append(found)
+        regions, targets = _in_one(regions_), _in_one(targets_)
         selected = regions.sum((2, 3, 4))
-        averaged = num_averaged(selected, S, slot_mask, criterion).clamp_min(1).to(dtype)
-        # 0, or NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
-        poison = torch.where(torch.stack(all_clean).all(), 0.0, float("nan"))
-        means = torch.stack(sums).sum(0) / averaged + poison
-        shares = steepness(criterion, temperature) / averaged + poison
-        labels = joined(all_labels) if with_labels else ()
-        return means[0].clone(), means[1].clone(), selected.sum(1), regions, targets, shares, *slopes, *labels
+        # NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
+        top = torch.stack(tops).amax() if len(tops) > 1 else tops[0]
+        averaged = num_averaged(selected, num_slots, slot_mask, criterion).clamp_min(1) + top * 0.0
+        if clean is not None:
+            averaged = torch.where(clean, averaged, float("nan"))
+        boundary, interior = (sum(sums[1:], sums[0]) / averaged).unbind()
+        labels = joined(groups) if with_labels else ()
+        shares = steepness(criterion, temperature) / averaged
+        return boundary.clone(), interior.clone(), selected.sum(1), regions, targets, shares, *slopes, *labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -75,7 +75,7 @@ def affinity_consistency_loss(
         check_equal_counts("mask", kept)
     tokens, targets = as_list(s), as_list(t)
     if size["T"] == 1 or tokens.shape[0] == 0 or tokens.shape[2] == 0:
-        return attached_zero(s)
+        return attached_zero(s, t.detach())
     with_slope = torch.is_grad_enabled() and s.requires_grad
     with torch.no_grad(), no_autocast(s):
         value, slope = _value_and_slope(tokens, targets, kept, tau_s, tau_t, chunk_size, with_slope)

@@ -29,9 +29,9 @@ class CenteredCrossEntropy(nn.Module):
     (the authors' code moves it in every call). It is a buffer, so that it is in the checkpoint, and is kept in
     float32, or float64 once logits are. Class and patch tokens have a center each: two of these modules.
 
-    With ``all_reduce``, the mean is that of the rows of all ranks, however many each has: one all-reduce of Kp + 1
-    numbers a move, which all ranks must make. Without an initialized process group there is none. It has no place
-    in a compiled graph; everything else compiles whole.
+    With ``all_reduce``, as published, the mean is that of the rows of all ranks, however many each has: one all-reduce
+    of Kp + 1 numbers a move, which all ranks must make. Without an initialized process group there is none. It has no
+    place in a compiled graph; everything else compiles whole.
 
     ``forward(s, t)``; no rows give exactly 0, attached to the graph.
 

@@ -81,7 +81,7 @@ def out_generative_loss(
     if size["T"] > 1 and size["T"] % 2:
         raise ValueError(f"`s_glob` must have an even T, for the pairs of frames (i, i + T / 2); got T={size['T']}.")
     if size["T"] == 1:
-        return attached_zero(s_glob, s_loc)
+        return attached_zero(s_glob, s_loc, t_glob.detach())
     with no_autocast(s_glob):
         dtype = torch.promote_types(torch.promote_types(s_glob.dtype, s_loc.dtype), t_glob.dtype)
         dtype = torch.promote_types(dtype, torch.float32)

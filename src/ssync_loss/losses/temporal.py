@@ -46,8 +46,8 @@ def temporal_slot_contrast_loss(
         kind: ``"adjacent"`` or ``"supervised"``.
         negatives: ``"batch"`` or ``"video"``.
 
-    Source: Manasyan et al., CVPR 2025 (``"adjacent"``); Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390)
-    (``"supervised"``).
+    Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
+    (arXiv:2602.03390; ``"supervised"``).
 
     Raises:
         TypeError: on a wrong dtype.
@@ -100,8 +100,8 @@ class TemporalSlotContrastLoss(nn.Module):
 
     ``forward(slots)``.
 
-    Source: Manasyan et al., CVPR 2025 (``"adjacent"``); Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390)
-    (``"supervised"``).
+    Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
+    (arXiv:2602.03390; ``"supervised"``).
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)
     >>> round(TemporalSlotContrastLoss(temperature=1.0)(slots).item(), 4)

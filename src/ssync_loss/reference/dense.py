@@ -5,7 +5,9 @@ Nothing is shared with them, and arguments are taken to be right. All functions 
 and computed in float64 whatever comes in, so that they can referee faster forms; the result is float32 or wider.
 Meant for tests and for reading, not for training.
 
-Sources: Seong, Moon & Heo, ICLR 2026 (arXiv 2602.03390); Manasyan et al., CVPR 2025 (adjacent contrast).
+Sources: Seong, Moon & Heo, From Vicious to Virtuous Cycles: Synergistic Representation Learning for Unsupervised
+Video Object-Centric Learning, ICLR 2026 (arXiv:2602.03390); Manasyan et al., Temporally Consistent Object-Centric
+Learning by Contrasting Slots, CVPR 2025 (arXiv:2412.14295; adjacent contrast).
 """
 
 import math

@@ -5,7 +5,8 @@ it fast. Nothing is shared with it, and arguments are taken to be right. Compute
 it can referee faster forms; losses are differentiable by autograd, and float32 or wider. Meant for tests and for
 reading, not for training.
 
-Source: Pan et al., ACM MM 2022 (arXiv:2203.15312).
+Source: Pan, Li, Yang, Zhou, Zhou, Yang, Zhou & Yang, In-N-Out Generative Learning for Dense Unsupervised Video
+Segmentation, ACM MM 2022 (arXiv:2203.15312).
 """
 
 import torch

@@ -5,7 +5,8 @@ are; the library says it fast. Nothing is shared with it, and arguments are take
 differentiable by autograd. Computed in float64, and shares in fractions, so that they can referee faster forms.
 Meant for tests and for reading, not for training.
 
-Source: Moon, Seong & Heo, CVPR 2026 (arXiv 2603.22758).
+Source: Moon, Seong & Heo, Reconstruction-Guided Slot Curriculum: Addressing Object Over-Fragmentation in Video
+Object-Centric Learning, CVPR 2026 (arXiv:2603.22758).
 """
 
 import math

@@ -5,7 +5,8 @@ fast. Nothing is shared with it, and arguments are taken to be right. All functi
 where the fast ones are, and computed in float64 whatever comes in; the result is float32 or wider. Meant for tests
 and for reading, not for training.
 
-Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
+Source: Qian, Ding, Liu & Lin, Semantics Meets Temporal Correspondence: Self-supervised Object-centric Learning in
+Videos, ICCV 2023 (arXiv:2308.09951).
 """
 
 import math
