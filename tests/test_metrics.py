@@ -819,7 +819,7 @@ class TestMetricAverage:
             "masks_to_labels",
             "objects_to_labels",
         }
-        assert len(scores) == 15
+        assert len(scores) == 18
         for name in scores:
             metric = cast("Callable[..., Tensor]", getattr(metrics, name))
             taken = inspect.signature(metric).parameters

@@ -75,11 +75,7 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _pieces(length: int, step: int) -> list[tuple[int, int]]:
-    """Return start and size of every piece.
-
-    >>> _pieces(5, 2)
-    [(0, 2), (2, 2), (4, 1)]
-    """
+    """Return start and size of every piece: of length 5 in steps of 2 they are (0, 2), (2, 2), (4, 1)."""
     return [(start, min(step, length - start)) for start in range(0, length, step)]
 
 

@@ -21,19 +21,26 @@ So print the definition with the number, as :class:`MetricAverage` does. Four ch
 choice          here                                        what it moves
 ==============  ==========================================  ==================================================
 unit            ``video_`` pools the pixels of a clip,      a video score punishes identity switches, a mean
-                ``image_`` scores frames, then the mean     over frames cannot see them
+                ``image_`` scores frames, then the mean;    over frames cannot see them;
+                ``j_and_f`` scores frames, but an object    J&F punishes them, too
+                keeps its slot
 background      ``background=`` is always given: an id,     ``ari`` rewards a clean background, ``fg_ari``
                 or None if no id stands for it              does not look at it
 annotation      a negative target id drops the pixel        COCO drops what two objects claim
                 from truth and prediction
 matching        ``mbo``: the best slot for each object,     a slot that covers two objects serves both in
-                ``miou``: a slot for one object only        mBO, one in mIoU
+                ``miou``: a slot for one object only;       mBO, one in mIoU; propagated labels bear the names
+                ``j_and_f``: ``matching=`` says it          of objects, and need no matching
 ==============  ==========================================  ==================================================
 
 **Labels.** ``pred`` and ``target`` are (B, T, H, W) integers; the numbers are names and may be any, of any
 size, except that negative target ids are "not annotated". A still image is T=1. ``masks_to_labels`` makes
 ``pred`` from soft masks, ``objects_to_labels`` makes ``target`` from one mask per object. Compare unmerged
 decoder masks: merged labels are training targets. Every function returns (B,) float64.
+
+**Video object segmentation.** ``j_and_f`` is DAVIS's J&F, the mean of ``region_similarity`` J (overlap) and
+``contour_accuracy`` F (outline). It scores labels that were propagated from a first frame, with
+``skip_first=1``, as that frame was given; and slots, with ``matching="hungarian"``.
 
 **The background trap.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO
 annotate objects only, so their "ARI with background" *is* FG-ARI, and removing the first mask as if it were
@@ -43,9 +50,10 @@ the pixels it covers outside all objects, and a pixel marked -1 is charged to no
 is an object until it is mapped to -1.
 
 **Nothing to score.** No function returns NaN. A video without an object has an FG-ARI of 1.0 (the
-denominator is 0) and overlaps, recall and fragmentation of 0.0; neither says anything, so leave such videos
-out: ``has_objects`` finds them, and :class:`MetricAverage` weighs them with zero. Some published code counts
-a frame that shows nothing but annotated background as 1.0; a mean over frames can be a little higher there.
+denominator is 0) and overlaps, J&F, recall and fragmentation of 0.0; neither says anything, so leave such
+videos out: ``has_objects`` finds them, and :class:`MetricAverage` weighs them with zero. Some published code
+counts a frame that shows nothing but annotated background as 1.0; a mean over frames can be a little higher
+there. J&F is such code, and ``j_and_f`` does so: an object that is rightly not seen in a frame counts 1.0.
 
 **Precision.** Counts and scores are float64: the pixel pairs of 30 frames of 518 x 518 reach 6e13, where
 float32 is exact to 2^24 only and products of pairs overflow int64. ``ari`` equals scikit-learn's. These
@@ -54,6 +62,7 @@ functions read data on the host and belong in evaluation, not in a training step
 
 from ssync_loss.metrics.accumulator import MetricAverage
 from ssync_loss.metrics.ari import ari, fg_ari, image_ari, image_fg_ari, video_ari, video_fg_ari
+from ssync_loss.metrics.jf import contour_accuracy, j_and_f, region_similarity
 from ssync_loss.metrics.labels import has_objects, masks_to_labels, objects_to_labels
 from ssync_loss.metrics.overlap import (
     image_mbo,
@@ -68,6 +77,7 @@ from ssync_loss.metrics.slots import fragmentation, object_recall, unused_slots
 __all__ = [
     "MetricAverage",
     "ari",
+    "contour_accuracy",
     "fg_ari",
     "fragmentation",
     "has_objects",
@@ -75,11 +85,13 @@ __all__ = [
     "image_fg_ari",
     "image_mbo",
     "image_miou",
+    "j_and_f",
     "masks_to_labels",
     "mean_best_overlap",
     "mean_iou",
     "object_recall",
     "objects_to_labels",
+    "region_similarity",
     "unused_slots",
     "video_ari",
     "video_fg_ari",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssync_loss.metrics import ari, overlap, slots
+from ssync_loss.metrics import ari, jf, overlap, slots
 from ssync_loss.metrics._scores import Scores
 
 _SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {
@@ -24,6 +24,9 @@ _SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {
     overlap.mean_iou: overlap.iou_scores,
     overlap.video_miou: partial(overlap.iou_scores, per="video"),
     overlap.image_miou: partial(overlap.iou_scores, per="image"),
+    jf.j_and_f: partial(jf.track_scores, measure="J&F"),
+    jf.region_similarity: partial(jf.track_scores, measure="J"),
+    jf.contour_accuracy: partial(jf.track_scores, measure="F"),
     slots.object_recall: slots.recall_scores,
     slots.fragmentation: slots.fragmentation_scores,
     slots.unused_slots: slots.unused_scores,
@@ -34,8 +37,8 @@ class MetricAverage:
     """Mean of a metric over all batches seen, in float64, with the definition printed beside the number.
 
     The mean is taken over what the metric counts: videos (``per="video"``), frames (``per="image"``),
-    objects in frames (recall, fragmentation) or slots. What has nothing to score is left out, so a video
-    without an object neither helps nor harms::
+    objects (J, F), objects in frames (recall, fragmentation) or slots. What has nothing to score is left
+    out, so a video without an object neither helps nor harms::
 
         mean = state[0] / state[1]      # sum and count
 

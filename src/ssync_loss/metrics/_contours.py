@@ -1,0 +1,54 @@
+"""Contours of masks, and how much of one runs along another."""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+
+def contours(masks: Tensor) -> Tensor:
+    """Mark the pixels of masks (..., H, W) that differ from the one to the right, below or right below.
+
+    The last row has nothing below it and looks to the right alone, the last column down alone; the corner they share
+    is never marked.
+    """
+    # a pixel stands for those beyond its border, from which it cannot differ
+    right = torch.cat([masks[..., 1:], masks[..., -1:]], -1)
+    below, right_below = (torch.cat([one[..., 1:, :], one[..., -1:, :]], -2) for one in (masks, right))
+    return (masks ^ right) | (masks ^ below) | (masks ^ right_below)
+
+
+def within(marks: Tensor, radius: int) -> Tensor:
+    """Mark the pixels of (..., H, W) that lie at a distance of at most ``radius`` from a mark.
+
+    This is the dilation by the disk ``dy**2 + dx**2 <= radius**2``, one column of the disk after the other: they grow
+    towards its middle, so that each is the one before and a little more.
+    """
+    near, column = marks.clone(), marks.clone()
+    height = 0
+    for across in range(radius, -1, -1):
+        for down in range(height + 1, isqrt(radius**2 - across**2) + 1):
+            _add_moved(column, marks, down, -2)
+            height = down
+        _add_moved(near, column, across, -1)
+    return near
+
+
+def share_near(marks: Tensor, near: Tensor) -> Tensor:
+    """Return which share of the marks in (F, N, H, W) lies in each of (F, K, H, W): (F, N, K), 0 without marks."""
+    frame, name, row, column = marks.nonzero(as_tuple=True)
+    mask = frame * marks.shape[1] + name
+    num_masks = marks.shape[0] * marks.shape[1]
+    # few pixels are marked: looked up one by one, they cost less than products of whole maps
+    hits = torch.zeros(num_masks, near.shape[1], dtype=torch.float64, device=marks.device)
+    hits.index_add_(0, mask, near[frame, :, row, column].to(torch.float64))
+    total = torch.bincount(mask, minlength=num_masks)
+    return (hits / total.clamp_min(1).unsqueeze(1)).view(*marks.shape[:2], near.shape[1])
+
+
+def _add_moved(into: Tensor, marks: Tensor, step: int, dim: int) -> None:
+    """Add marks moved by so many pixels, back and forth, to those of another map."""
+    rest = marks.shape[dim] - step
+    if rest > 0:
+        into.narrow(dim, step, rest).logical_or_(marks.narrow(dim, 0, rest))
+        into.narrow(dim, 0, rest).logical_or_(marks.narrow(dim, step, rest))

@@ -1,0 +1,365 @@
+"""J and F: how well regions and contours of objects are followed through a video, frame by frame."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss.metrics._contingency import check_background, check_labels
+from ssync_loss.metrics._contours import contours, share_near, within
+from ssync_loss.metrics._scores import Scores
+
+Matching = Literal["ids", "hungarian"]
+Measure = Literal["J", "F", "J&F"]
+
+# pixels of masks held at once: 4 MB a map
+_BLOCK = 2**22
+
+
+def j_and_f(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    background: int | None,
+    matching: Matching = "ids",
+    skip_first: int = 0,
+    skip_last: int = 0,
+    tolerance: float = 0.008,
+) -> Tensor:
+    """J&F, the number of video object segmentation: half region similarity J, half contour accuracy F.
+
+    As code, with ``J`` and ``F`` (objects, slots) the means over frames of what :func:`region_similarity` and
+    :func:`contour_accuracy` measure between an object and a slot::
+
+        J_and_F = (J + F) / 2
+        objects, slots = scipy.optimize.linear_sum_assignment(J_and_F, maximize=True)    # "hungarian"
+        slots = objects                                                                  # "ids"
+        j_and_f = J_and_F[objects, slots].mean()
+
+    An object keeps its slot for the whole video, so an identity switch costs, and it is scored in every frame of
+    the video, also where it cannot be seen: a frame where neither object nor slot shows a pixel counts 1, as in the
+    published code. The objects are all that the ground truth shows anywhere in the video, skipped frames included.
+    With fewer slots than objects, those left over are compared with an empty mask.
+
+    Two things are compared here:
+
+    - **Label propagation** (semi-supervised). Predicted ids are object ids; predictions of any other id count as
+      background. The first frame was given and has to be left out: ``skip_first=1``. Scores published for DAVIS
+      leave out the last one, too: ``skip_first=1, skip_last=1``.
+    - **Slots** (unsupervised). ``matching="hungarian"`` finds a slot for each object, by J&F, for all frames at once.
+      It needs scipy: ``pip install "ssync-loss[metrics]"``. Used on propagated labels it would excuse a mix-up.
+
+    Pixels without annotation belong to no mask, of truth or prediction, and a frame without any annotation is not
+    scored. A score of a data set is the mean over all of its objects, as published; :class:`MetricAverage` takes it.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: object ids, or slot labels: any integers, which are only names if they are matched.
+        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
+        background: the id of the background, or None if every id is an object.
+        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own.
+        skip_first: how many frames to leave out at the beginning.
+        skip_last: how many frames to leave out at the end.
+        tolerance: how far contours may lie apart, as a share of the frame's diagonal; rounded up to whole pixels.
+
+    Returns:
+        One value in [0, 1] per video, the mean over its objects; 0.0 for a video without an object, or without an
+        annotated frame to score.
+
+    Raises:
+        ImportError: if slots are to be matched and scipy is missing.
+        TypeError: if labels, ``background`` or the frames to skip are not integers, or ``tolerance`` is no number.
+        ValueError: if shapes differ, ``background`` is negative, ``matching`` is unknown, no frame is left, or
+            ``tolerance`` is outside [0, 1].
+
+    Source: F. Perazzi et al., A benchmark dataset and evaluation methodology for video object segmentation,
+    CVPR 2016; several objects and J&F: J. Pont-Tuset et al., The 2017 DAVIS challenge on video object segmentation
+    (arXiv:1704.00675); matching by J&F as in the public code of the unsupervised challenge of 2019
+    (arXiv:1905.00737).
+
+    >>> target = torch.tensor([[[[0, 1, 1, 0]], [[0, 0, 1, 1]]]])
+    >>> pred = torch.tensor([[[[0, 1, 1, 0]], [[0, 1, 1, 0]]]])
+    >>> j_and_f(pred, target, background=0)  # J (1 + 1/3) / 2, F (1 + 1) / 2
+    tensor([0.8333], dtype=torch.float64)
+    >>> j_and_f(pred, target, background=0, skip_first=1)  # (1/3 + 1) / 2
+    tensor([0.6667], dtype=torch.float64)
+    >>> slots = 7 - pred
+    >>> j_and_f(slots, target, background=0).tolist()  # no slot is called 1: an object that was never found
+    [0.0]
+    >>> j_and_f(slots, target, background=0, matching="hungarian")  # slot 6 is
+    tensor([0.8333], dtype=torch.float64)
+    """
+    return track_scores(
+        pred,
+        target,
+        measure="J&F",
+        background=background,
+        matching=matching,
+        skip_first=skip_first,
+        skip_last=skip_last,
+        tolerance=tolerance,
+    ).mean(empty=0.0)
+
+
+def region_similarity(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    background: int | None,
+    matching: Matching = "ids",
+    skip_first: int = 0,
+    skip_last: int = 0,
+    tolerance: float = 0.008,
+) -> Tensor:
+    """Region similarity J: the IoU of each object with its slot, frame by frame.
+
+    As code, for an object and a slot, masks of one frame::
+
+        J = (object & slot).sum() / (object | slot).sum()        # 1.0 where both are empty
+
+    The value of an object is the mean over frames, that of a video the mean over objects. :func:`video_miou` divides
+    pixels of all frames together, and :func:`image_miou` matches in each frame anew. Objects, frames and the matching
+    are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: object ids or slot labels, as in :func:`j_and_f`, like all that follow.
+        target: object ids; negative without annotation.
+        background: the id of the background, or None if every id is an object.
+        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own, the best by J&F.
+        skip_first: how many frames to leave out at the beginning.
+        skip_last: how many frames to leave out at the end.
+        tolerance: of the contours, which have their say in the matching: idle with "ids".
+
+    Returns:
+        One value in [0, 1] per video; 0.0 for one with nothing to score.
+
+    Raises:
+        ImportError, TypeError, ValueError: as :func:`j_and_f`.
+
+    Source: Perazzi et al., CVPR 2016, region similarity; Pont-Tuset et al., arXiv:1704.00675.
+
+    >>> target = torch.tensor([[[[0, 1, 1, 0]], [[0, 0, 1, 1]]]])
+    >>> pred = torch.tensor([[[[0, 1, 1, 0]], [[0, 1, 1, 0]]]])
+    >>> region_similarity(pred, target, background=0)  # (1 + 1/3) / 2
+    tensor([0.6667], dtype=torch.float64)
+    """
+    return track_scores(
+        pred,
+        target,
+        measure="J",
+        background=background,
+        matching=matching,
+        skip_first=skip_first,
+        skip_last=skip_last,
+        tolerance=tolerance,
+    ).mean(empty=0.0)
+
+
+def contour_accuracy(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    background: int | None,
+    matching: Matching = "ids",
+    skip_first: int = 0,
+    skip_last: int = 0,
+    tolerance: float = 0.008,
+) -> Tensor:
+    """Contour accuracy F: the F-measure of each object's contour and its slot's, frame by frame.
+
+    As code, for an object and a slot, masks of one frame, with ``near`` the pixels at a distance of at most
+    ``radius`` from a contour::
+
+        radius = ceil(tolerance * sqrt(H**2 + W**2))
+        contour = (mask != right) | (mask != below) | (mask != right_below)    # of neighbors inside the frame
+        precision = (contour(slot) & near(contour(object))).sum() / contour(slot).sum()
+        recall = (contour(object) & near(contour(slot))).sum() / contour(object).sum()
+        F = 2 * precision * recall / (precision + recall)    # 1.0 where both are empty, 0.0 where one is
+
+    A contour follows the border between two pixels and is marked above and to the left of it; the border of the frame
+    is no contour. The last row compares to the right alone, the last column down alone, and their corner is never
+    marked. So a mask that fills the frame has no contour, and a frame of one pixel counts 1. The value of an object
+    is the mean over frames, that of a video the mean over objects. Objects, frames and the matching are those of
+    :func:`j_and_f`, which is the mean of :func:`region_similarity` and F.
+
+    The paper defines F by matching the pixels of two contours one to one, and takes this as its stand-in for speed,
+    as the public code does. The masks of one frame are held at once, and of more frames while these are small.
+
+    Shape:
+        pred, target: (B, T, H, W). Returns (B,), float64.
+
+    Args:
+        pred: object ids or slot labels, as in :func:`j_and_f`, like all that follow.
+        target: object ids; negative without annotation.
+        background: the id of the background, or None if every id is an object.
+        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own, the best by J&F.
+        skip_first: how many frames to leave out at the beginning.
+        skip_last: how many frames to leave out at the end.
+        tolerance: how far contours may lie apart, as a share of the frame's diagonal; rounded up to whole pixels:
+            8 for frames of 480 x 854.
+
+    Returns:
+        One value in [0, 1] per video; 0.0 for one with nothing to score.
+
+    Raises:
+        ImportError, TypeError, ValueError: as :func:`j_and_f`.
+
+    Source: Perazzi et al., CVPR 2016, contour accuracy; Pont-Tuset et al., arXiv:1704.00675.
+
+    >>> target = torch.tensor([[[[0, 1, 1, 0]], [[0, 0, 1, 1]]]])
+    >>> pred = torch.tensor([[[[0, 1, 1, 0]], [[0, 1, 1, 0]]]])
+    >>> contour_accuracy(pred, target, background=0).tolist()  # frame 2: pixels 0 and 2, each next to pixel 1
+    [1.0]
+    >>> contour_accuracy(pred, target, background=0, tolerance=0).tolist()  # next to is not on
+    [0.5]
+    """
+    return track_scores(
+        pred,
+        target,
+        measure="F",
+        background=background,
+        matching=matching,
+        skip_first=skip_first,
+        skip_last=skip_last,
+        tolerance=tolerance,
+    ).mean(empty=0.0)
+
+
+def track_scores(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    measure: Measure,
+    background: int | None,
+    matching: Matching = "ids",
+    skip_first: int = 0,
+    skip_last: int = 0,
+    tolerance: float = 0.008,
+) -> Scores:
+    """Return what the three functions above average."""
+    pred, target, annotated = check_labels(pred, target)
+    check_background(background)
+    check_choice("matching", matching, ("ids", "hungarian"))
+    check_int("skip_first", skip_first, 0)
+    check_int("skip_last", skip_last, 0)
+    check_number("tolerance", tolerance, 0.0, 1.0)
+    batch, frames, height, width = pred.shape
+    if skip_first + skip_last > max(frames - 1, 0):
+        raise ValueError(
+            f"`skip_first` and `skip_last` must leave a frame of T={frames}; got {skip_first} and {skip_last}."
+        )
+    radius = math.ceil(tolerance * math.hypot(height, width))
+    is_object = annotated if background is None else annotated & (target != background)
+    frame = torch.arange(frames, device=pred.device).view(-1, 1, 1)
+    to_score = annotated & (frame >= skip_first) & (frame < frames - skip_last)
+
+    total, weight = torch.zeros(2, batch, dtype=torch.float64, device=pred.device)
+    # videos show different objects, and each is matched by itself
+    for i in range(batch):
+        shown = to_score[i].flatten(1).any(1)
+        value = _score_objects(
+            pred[i][shown],
+            target[i][shown],
+            annotated[i][shown],
+            _distinct(target[i][is_object[i]]),
+            measure=measure,
+            matching=matching,
+            radius=radius,
+        )
+        total[i], weight[i] = value.sum(), len(value)
+    return Scores(total, weight, "objects")
+
+
+def _score_objects(
+    pred: Tensor,
+    target: Tensor,
+    annotated: Tensor,
+    objects: Tensor,
+    *,
+    measure: Measure,
+    matching: Matching,
+    radius: int,
+) -> Tensor:
+    """Score each object of one video, labels (F, H, W), by its mean over frames; none where there is no frame."""
+    num_frames, num_objects = len(pred), len(objects)
+    if num_frames * num_objects == 0:
+        return objects.new_zeros(0, dtype=torch.float64)
+    slots = objects if matching == "ids" else _distinct(pred[annotated])
+    # slots without a name stay empty: one for each object that is left over
+    num_slots = max(len(slots), num_objects)
+    needs_contours = measure != "J" or matching == "hungarian"
+
+    # J and F of every object with every slot
+    mean = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
+    block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
+    for start in range(0, num_frames, block):
+        part = slice(start, start + block)
+        of_object = _number(target[part], objects, annotated[part])
+        of_slot = _number(pred[part], slots, annotated[part])
+        mean[0] += _overlaps(of_object, of_slot, num_objects, num_slots).sum(0)
+        if needs_contours:
+            object_contour, slot_contour = (
+                contours(labels.unsqueeze(1) == torch.arange(count, device=labels.device).view(-1, 1, 1))
+                for labels, count in ((of_object, num_objects), (of_slot, num_slots))
+            )
+            mean[1] += _f_measure(object_contour, slot_contour, radius).sum(0)
+    mean /= num_frames
+
+    both = mean.mean(0)
+    own = torch.arange(num_objects, device=pred.device) if matching == "ids" else _assign(both)
+    value = {"J": mean[0], "F": mean[1], "J&F": both}[measure]
+    return value.gather(1, own.unsqueeze(1)).squeeze(1)
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    """List the ids in ascending order."""
+    # labels come in runs, and sorting every pixel of a video takes longer than all the rest
+    runs: Tensor = ids.unique_consecutive()
+    distinct: Tensor = runs.unique()
+    return distinct
+
+
+def _number(labels: Tensor, names: Tensor, keep: Tensor) -> Tensor:
+    """Replace labels by their places among ascending names, and what has none or is not kept by -1."""
+    place = torch.searchsorted(names, labels).clamp_max(len(names) - 1)
+    return torch.where(keep & (names[place] == labels), place, -1)
+
+
+def _overlaps(of_object: Tensor, of_slot: Tensor, num_objects: int, num_slots: int) -> Tensor:
+    """Return J of every object with every slot in frames of numbers (F, H, W): (F, objects, slots)."""
+    # one more row and column, for pixels of no object and of no slot
+    shape = (len(of_object), num_objects + 1, num_slots + 1)
+    frame = torch.arange(shape[0], device=of_object.device).view(-1, 1, 1)
+    cell = (frame * shape[1] + of_object + 1) * shape[2] + of_slot + 1
+    table = torch.bincount(cell.flatten(), minlength=math.prod(shape)).view(shape).to(torch.float64)
+    shared = table[:, 1:, 1:]
+    union = table[:, 1:].sum(2, keepdim=True) + table[:, :, 1:].sum(1, keepdim=True) - shared
+    return torch.where(union > 0, shared / union.clamp_min(1.0), 1.0)
+
+
+def _f_measure(object_contour: Tensor, slot_contour: Tensor, radius: int) -> Tensor:
+    """Return F of every object with every slot, contours (F, objects or slots, H, W): (F, objects, slots)."""
+    recall = share_near(object_contour, within(slot_contour, radius))
+    precision = share_near(slot_contour, within(object_contour, radius)).mT
+    of_object, of_slot = (one.flatten(2).any(2) for one in (object_contour, slot_contour))
+    both_empty = ~(of_object.unsqueeze(2) | of_slot.unsqueeze(1))
+    summed = precision + recall
+    f = 2 * precision * recall / torch.where(summed > 0, summed, 1.0)
+    return torch.where(both_empty, 1.0, f)
+
+
+def _assign(value: Tensor) -> Tensor:
+    """Give each object (row) a slot (column) of its own such that the sum of values is largest."""
+    try:
+        # here and not above: scipy is an optional extra, and equal ids do without it
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError('`matching="hungarian"` needs scipy: pip install "ssync-loss[metrics]".') from error
+    return torch.from_numpy(linear_sum_assignment(value.cpu().numpy(), maximize=True)[1]).to(value.device)

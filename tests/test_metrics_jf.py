@@ -1,0 +1,563 @@
+"""J and F against pixels compared one by one, disks laid out in full, and numbers worked out by hand."""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+from torch import Tensor
+
+from ssync_loss.metrics import MetricAverage, contour_accuracy, image_miou, j_and_f, jf, region_similarity
+from ssync_loss.metrics._contours import contours, share_near, within
+
+VOID = -1
+TARGET_IDS = [VOID, 0, 1, 2, 9, 2**40]
+PRED_IDS = [0, 1, 2, 9, 2**40, -7, 2**62]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+measures = [region_similarity, contour_accuracy, j_and_f]
+
+
+@st.composite
+def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
+    """Draw a ground truth, and a prediction that is right at some of its pixels."""
+    shape = draw(st.tuples(st.integers(1, 2), st.integers(1, frames), st.integers(1, 4), st.integers(1, 5)))
+    target_ids = draw(st.lists(st.sampled_from(TARGET_IDS), min_size=1, max_size=4))
+    pred_ids = draw(st.lists(st.sampled_from(PRED_IDS), min_size=1, max_size=4))
+    target = draw(hnp.arrays(np.int64, shape, elements=st.sampled_from(target_ids), fill=st.nothing()))
+    other = draw(hnp.arrays(np.int64, shape, elements=st.sampled_from(pred_ids), fill=st.nothing()))
+    wrong = draw(hnp.arrays(np.bool_, shape))
+    return torch.from_numpy(np.where(wrong, other, target)), torch.from_numpy(target)
+
+
+backgrounds = st.sampled_from([None, 0, 9])
+tolerances = st.sampled_from([0, 0.008, 0.2, 0.3, 1.0])
+matchings = st.sampled_from(["ids", "hungarian"])
+
+
+def at_most(clip: tuple[Tensor, Tensor], skip_first: int, skip_last: int) -> tuple[int, int]:
+    """Skip so many frames, or as many as leave one."""
+    rest = clip[0].shape[1] - 1
+    return min(skip_first, rest), min(skip_last, rest - min(skip_first, rest))
+
+
+# ---------------------------------------------------------------- the slow reference: pixels one by one
+
+
+class Measured(NamedTuple):
+    j: float
+    f: float
+
+
+def reference_j(slot: Mask, obj: Mask) -> float:
+    pairs = list(zip(slot.flatten().tolist(), obj.flatten().tolist(), strict=True))
+    union = sum(a or b for a, b in pairs)
+    return sum(a and b for a, b in pairs) / union if union else 1.0
+
+
+def reference_contour(mask: Mask) -> Mask:
+    height, width = mask.shape
+    contour = np.zeros_like(mask)
+    for y, x in itertools.product(range(height), range(width)):
+        beyond = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+        contour[y, x] = any(mask[y, x] != mask[p] for p in beyond if p[0] < height and p[1] < width)
+    return contour
+
+
+def disk(radius: int) -> Mask:
+    offsets = np.arange(-radius, radius + 1)
+    return cast("Mask", offsets[:, None] ** 2 + offsets[None, :] ** 2 <= radius**2)
+
+
+def reference_f(slot: Mask, obj: Mask, tolerance: float) -> float:
+    structure = disk(math.ceil(tolerance * math.sqrt(slot.shape[0] ** 2 + slot.shape[1] ** 2)))
+    of_slot, of_object = reference_contour(slot), reference_contour(obj)
+    if not of_slot.any() and not of_object.any():
+        return 1.0
+    if not of_slot.any() or not of_object.any():
+        return 0.0
+    precision = (of_slot & ndimage.binary_dilation(of_object, structure)).sum() / of_slot.sum()
+    recall = (of_object & ndimage.binary_dilation(of_slot, structure)).sum() / of_object.sum()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def reference_video(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    background: int | None,
+    matching: str,
+    tolerance: float,
+    skip_first: int = 0,
+    skip_last: int = 0,
+) -> list[list[Measured]]:
+    """Return J and F of every object of a video, for every matching that is best by J&F."""
+    objects = sorted({one for one in target.flatten().tolist() if one >= 0} - {background})
+    frames = [
+        (slots.numpy(), truth.numpy())
+        for slots, truth in list(zip(pred, target, strict=True))[skip_first : len(pred) - skip_last]
+        if bool((truth >= 0).any())
+    ]
+    if not frames:
+        return [[]]
+    slots: list[Any] = objects
+    if matching == "hungarian":
+        slots = sorted({one for labels, truth in frames for one in labels[truth >= 0].tolist()})
+        slots += [None] * (len(objects) - len(slots))
+
+    def measure(obj: int, slot: int | None) -> Measured:
+        pairs = [((labels == slot) & (truth >= 0), truth == obj) for labels, truth in frames]
+        return Measured(
+            fmean(reference_j(*pair) for pair in pairs), fmean(reference_f(*pair, tolerance) for pair in pairs)
+        )
+
+    if matching == "ids":
+        return [[measure(one, one) for one in objects]]
+    table = {(obj, i): measure(obj, slot) for obj in objects for i, slot in enumerate(slots)}
+    ways = [
+        [table[pair] for pair in zip(objects, way, strict=True)]
+        for way in itertools.permutations(range(len(slots)), len(objects))
+    ]
+    best = max(sum(one.j + one.f for one in way) for way in ways)
+    return [way for way in ways if sum(one.j + one.f for one in way) > best - 1e-9]
+
+
+def assert_scores(actual: Tensor, expected: list[float]) -> None:
+    assert actual.dtype == torch.float64
+    assert actual.tolist() == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def frames(*rows: list[int]) -> Tensor:
+    """Build one video of one-row frames."""
+    return torch.tensor(rows).unsqueeze(1).unsqueeze(0)
+
+
+def square(side: int, *corners: tuple[int, int], size: int = 20) -> Tensor:
+    """Build a video of one square, given by its upper left corner in each frame."""
+    video = torch.zeros(1, len(corners), size, size, dtype=torch.int64)
+    for frame, (y, x) in zip(video[0], corners, strict=True):
+        frame[y : y + side, x : x + side] = 1
+    return video
+
+
+class TestAgainstTheReference:
+    @given(clips(), backgrounds, tolerances, st.integers(0, 2), st.integers(0, 1))
+    @settings(max_examples=200, deadline=None)
+    def test_equal_ids(
+        self, clip: tuple[Tensor, Tensor], background: int | None, tolerance: float, first: int, last: int
+    ) -> None:
+        skip_first, skip_last = at_most(clip, first, last)
+        options: dict[str, Any] = {"background": background, "tolerance": tolerance}
+        options |= {"skip_first": skip_first, "skip_last": skip_last}
+        videos = [reference_video(*video, matching="ids", **options)[0] for video in zip(*clip, strict=True)]
+        assert_scores(region_similarity(*clip, **options), [mean_of(one.j for one in video) for video in videos])
+        assert_scores(contour_accuracy(*clip, **options), [mean_of(one.f for one in video) for video in videos])
+        assert_scores(j_and_f(*clip, **options), [mean_of((one.j + one.f) / 2 for one in video) for video in videos])
+
+    @given(clips(), backgrounds, tolerances, st.integers(0, 1))
+    @settings(max_examples=150, deadline=None)
+    def test_matched_slots_equal_the_best_of_all_permutations(
+        self, clip: tuple[Tensor, Tensor], background: int | None, tolerance: float, first: int
+    ) -> None:
+        skip_first, _ = at_most(clip, first, 0)
+        options: dict[str, Any] = {"background": background, "tolerance": tolerance, "skip_first": skip_first}
+        options["matching"] = "hungarian"
+        # several matchings may be equally good, and J and F are those of one of them
+        for i, video in enumerate(zip(*clip, strict=True)):
+            j, f, both = (measure(*clip, **options)[i].item() for measure in measures)
+            ways = reference_video(*video, **options)
+            means = [(mean_of(one.j for one in way), mean_of(one.f for one in way)) for way in ways]
+            assert both == pytest.approx(sum(means[0]) / 2, abs=1e-12)
+            assert any((j, f) == pytest.approx(mean, abs=1e-12) for mean in means)
+
+    @given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6)))
+    @settings(max_examples=100, deadline=None)
+    def test_contours(self, masks: Mask) -> None:
+        expected = np.stack([reference_contour(mask) for mask in masks])
+        assert np.array_equal(contours(torch.from_numpy(masks)).numpy(), expected)
+
+    @pytest.mark.parametrize("radius", [*range(11), 40])
+    @pytest.mark.parametrize("shape", [(30, 41), (1, 50), (50, 1)])
+    def test_dilation_by_a_disk(self, radius: int, shape: tuple[int, int]) -> None:
+        marks = torch.rand(2, *shape, generator=torch.Generator().manual_seed(radius)) < 0.02
+        marks[0, 0, 0] = True
+        expected = np.stack([ndimage.binary_dilation(one, disk(radius)) for one in marks.numpy()])
+        before = marks.clone()
+        assert np.array_equal(within(marks, radius).numpy(), expected)
+        assert torch.equal(marks, before)
+
+    def test_shares_by_hand(self) -> None:
+        marks = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool).view(1, 2, 1, 4)
+        near = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool).view(1, 3, 1, 4)
+        assert share_near(marks, near).tolist() == [[[1 / 3, 1, 0], [0, 0, 0]]]
+
+    # two objects and two slots of six pixels: 24 a frame
+    @pytest.mark.parametrize("block", [1, 24, 48, 71, 72, 24 * 7])
+    @pytest.mark.parametrize("matching", ["ids", "hungarian"])
+    def test_frames_taken_in_blocks_change_nothing(
+        self, block: int, matching: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pred, target = torch.randint(1, 3, (2, 1, 7, 2, 3), generator=torch.Generator().manual_seed(0))
+        at_once = j_and_f(pred, target, background=0, matching=matching)
+        monkeypatch.setattr(jf, "_BLOCK", block)
+        assert_scores(j_and_f(pred, target, background=0, matching=matching), at_once.tolist())
+
+
+def mean_of(values: Any) -> float:
+    listed = list(values)
+    return fmean(listed) if listed else 0.0
+
+
+class TestByHand:
+    def test_j_is_the_mean_over_frames_and_then_over_objects(self) -> None:
+        target = frames([0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 2, 2])
+        pred = frames([0, 0, 1, 2, 2, 2], [1, 1, 1, 1, 2, 2])
+        # object 1: 1/2 and 2/4; object 2: 1 and 2/3
+        assert_scores(region_similarity(pred, target, background=0), [((1 / 2 + 2 / 4) / 2 + (1 + 2 / 3) / 2) / 2])
+
+    @pytest.mark.parametrize(("radius", "matched"), [(0, 6), (1, 10), (2, 14), (3, 20)])
+    def test_f_of_a_square_and_one_moved_by_three(self, radius: int, matched: int) -> None:
+        # 5 x 5: the contour is the rim of 6 x 6, rows and columns 4 to 9, as it is marked above and to the left
+        target, pred = square(5, (5, 5)), square(5, (5, 8))
+        assert int(contours(target == 1).sum()) == 20
+        # matched are, of rows 4 and 9, columns 7 to 9 and one more for each pixel of the radius; of column 7, the
+        # ends next to these rows (radius 1), or all, as column 9 is two away; column 12 is three away
+        tolerance = 0.99 * radius / math.hypot(20, 20)
+        assert_scores(contour_accuracy(pred, target, background=0, tolerance=tolerance), [matched / 20])
+
+    @pytest.mark.parametrize("step", [(0, 1), (1, 0), (0, -1), (-1, 0)])
+    def test_a_shift_within_the_tolerance_costs_j_and_not_f(self, step: tuple[int, int]) -> None:
+        # 20 x 20: 0.008 * 28.3, rounded up to 1
+        target, pred = square(5, (7, 7)), square(5, (7 + step[0], 7 + step[1]))
+        assert contour_accuracy(pred, target, background=0).tolist() == [1.0]
+        assert_scores(region_similarity(pred, target, background=0), [20 / 30])
+        assert_scores(j_and_f(pred, target, background=0), [5 / 6])
+        far = square(5, (7 + 2 * step[0], 7 + 2 * step[1]))
+        assert contour_accuracy(far, target, background=0).item() < 1
+
+    @pytest.mark.parametrize(("height", "width", "radius"), [(480, 854, 8), (75, 100, 1), (76, 100, 2)])
+    def test_the_default_tolerance_is_0_008_of_the_diagonal_rounded_up(
+        self, height: int, width: int, radius: int
+    ) -> None:
+        target = torch.zeros(1, 1, height, width, dtype=torch.int64)
+        target[..., : width // 2] = 1
+        within_reach, beyond = target.roll(radius, -1), target.roll(radius + 1, -1)
+        for pred in (within_reach, beyond):
+            pred[..., : radius + 1] = 1
+        assert contour_accuracy(within_reach, target, background=0).tolist() == [1.0]
+        assert contour_accuracy(beyond, target, background=0).tolist() == [0.0]
+
+    def test_the_border_of_the_frame_is_no_contour(self) -> None:
+        full = torch.ones(1, 1, 3, 4, dtype=torch.int64)
+        assert not contours(full == 1).any()
+        assert contour_accuracy(full, full, background=0).tolist() == [1.0]
+        # the last pixel of a frame is never marked, its neighbors are
+        corner = torch.zeros(3, 4, dtype=torch.bool)
+        corner[2, 3] = True
+        assert contours(corner).nonzero().tolist() == [[1, 2], [1, 3], [2, 2]]
+
+    def test_an_object_out_of_sight_counts_1_where_nothing_is_predicted_and_0_where_something_is(self) -> None:
+        target = frames([0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0])
+        pred = frames([0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0])
+        for measure in measures:
+            assert_scores(measure(pred, target, background=0), [2 / 3])
+
+    def test_an_object_that_is_not_predicted_counts_0_where_it_is_seen(self) -> None:
+        target = frames([0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0])
+        nothing = torch.zeros_like(target)
+        for measure in measures:
+            assert_scores(measure(nothing, target, background=0), [1 / 3])
+
+    def test_predictions_of_other_ids_are_background(self) -> None:
+        target = frames([0, 1, 1, 0])
+        for other in (0, 5, -3):
+            pred = torch.where(target == 0, other, target)
+            assert j_and_f(pred, target, background=0).tolist() == [1.0]
+
+    def test_skipped_frames_are_not_scored_yet_name_their_objects(self) -> None:
+        target = frames([0, 2, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1])
+        pred = frames([0, 2, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
+        # object 2 is out of sight from frame 2 on, and rightly not predicted: 1
+        assert_scores(region_similarity(pred, target, background=0), [((1 + 1 + 2 / 3 + 2 / 4) / 4 + 1) / 2])
+        assert_scores(region_similarity(pred, target, background=0, skip_first=1), [((1 + 2 / 3 + 2 / 4) / 3 + 1) / 2])
+        assert_scores(
+            region_similarity(pred, target, background=0, skip_first=1, skip_last=1), [((1 + 2 / 3) / 2 + 1) / 2]
+        )
+
+    def test_an_identity_switch_costs(self) -> None:
+        target = frames([0, 1, 1, 2, 2], [0, 1, 1, 2, 2])
+        switched = frames([0, 1, 1, 2, 2], [0, 2, 2, 1, 1])
+        assert_scores(region_similarity(switched, target, background=0), [1 / 2])
+        assert_scores(region_similarity(switched, target, background=0, matching="hungarian"), [1 / 2])
+        assert image_miou(switched, target, background=0).tolist() == [1.0]
+
+
+class TestMatching:
+    def test_slots_of_any_name_are_matched(self) -> None:
+        target = frames([0, 1, 1, 2, 2], [0, 1, 1, 2, 2])
+        slots = frames([7, -4, -4, 0, 0], [7, -4, -4, 0, 0])
+        for measure in measures:
+            assert measure(slots, target, background=0, matching="hungarian").tolist() == [1.0]
+        assert region_similarity(slots, target, background=0).tolist() == [0.0]
+
+    def test_a_slot_serves_one_object_and_the_other_is_compared_with_an_empty_mask(self) -> None:
+        # one slot for two objects, and object 2 is out of sight in frame 2
+        target, pred = frames([1, 1, 1, 2], [1, 1, 1, 1]), frames([5, 5, 5, 5], [5, 5, 5, 5])
+        assert_scores(
+            region_similarity(pred, target, background=None, matching="hungarian"),
+            [((3 / 4 + 1) / 2 + (0 + 1) / 2) / 2],
+        )
+
+    def test_a_slot_without_an_annotated_pixel_is_no_empty_mask_to_choose(self) -> None:
+        # as an empty mask slot 6 would be right in three of four frames
+        target = frames([1, 1, VOID], [0, 0, 0], [0, 0, 0], [0, 0, 0])
+        pred = frames([5, 5, 6], [5, 5, 5], [5, 5, 5], [5, 5, 5])
+        assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [1 / 4])
+
+    def test_the_mean_over_frames_decides_and_not_the_pooled_pixels(self) -> None:
+        # slot 5 has most of the object's pixels, all in one frame; slot 6 fits in three of four
+        target = frames([1] * 8, [1] + [0] * 7, [1] + [0] * 7, [1] + [0] * 7)
+        pred = frames([5] * 8, [6] + [7] * 7, [6] + [7] * 7, [6] + [7] * 7)
+        assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [3 / 4])
+
+    def test_contours_have_their_say_in_the_matching(self) -> None:
+        # the object in three pieces, J 1/3 each, F 1/2 at most; the slot around it misses it, and has its contour
+        target, pred = frames([0, 1, 1, 1, 0]), frames([5, 6, 7, 8, 5])
+        options: dict[str, Any] = {"background": 0, "matching": "hungarian", "tolerance": 0}
+        assert region_similarity(pred, target, **options).tolist() == [0.0]
+        assert contour_accuracy(pred, target, **options).tolist() == [1.0]
+        assert j_and_f(pred, target, **options).tolist() == [0.5]
+
+    @given(clips(), backgrounds, tolerances, matchings)
+    @settings(max_examples=60, deadline=None)
+    def test_j_and_f_is_the_mean_of_j_and_f(
+        self, clip: tuple[Tensor, Tensor], background: int | None, tolerance: float, matching: Any
+    ) -> None:
+        j, f, both = (
+            measure(*clip, background=background, tolerance=tolerance, matching=matching) for measure in measures
+        )
+        torch.testing.assert_close(both, (j + f) / 2, rtol=0, atol=1e-12)
+
+    @given(clips(), backgrounds, tolerances)
+    @settings(max_examples=60, deadline=None)
+    def test_matching_never_costs_a_prediction_that_shows_its_objects(
+        self, clip: tuple[Tensor, Tensor], background: int | None, tolerance: float
+    ) -> None:
+        pred, target = clip
+        # every object has a slot of its name, so equal ids are one of the matchings
+        shown = torch.cat([pred, target], -1)
+        truth = torch.cat([target, target], -1)
+        by_name = j_and_f(shown, truth, background=background, tolerance=tolerance)
+        matched = j_and_f(shown, truth, background=background, tolerance=tolerance, matching="hungarian")
+        assert bool((matched >= by_name - 1e-12).all())
+
+    @given(clips(frames=1), backgrounds)
+    @settings(max_examples=60, deadline=None)
+    def test_matched_j_of_an_image_never_exceeds_its_miou(
+        self, clip: tuple[Tensor, Tensor], background: int | None
+    ) -> None:
+        matched = region_similarity(*clip, background=background, matching="hungarian")
+        assert bool((matched <= image_miou(*clip, background=background) + 1e-12).all())
+
+    def test_names_the_extra_that_brings_scipy_and_does_without_it_for_ids(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+        labels = frames([0, 1])
+        with pytest.raises(ImportError, match=r'`matching="hungarian"` needs scipy: pip .*"ssync-loss\[metrics\]"'):
+            j_and_f(labels, labels, background=0, matching="hungarian")
+        assert j_and_f(labels, labels, background=0).tolist() == [1.0]
+
+
+class TestProperties:
+    @pytest.mark.parametrize("measure", measures)
+    @given(clips(), backgrounds, tolerances, matchings)
+    @settings(max_examples=40, deadline=None)
+    def test_the_truth_itself_scores_1(
+        self,
+        measure: Callable[..., Tensor],
+        clip: tuple[Tensor, Tensor],
+        background: int | None,
+        tolerance: float,
+        matching: Any,
+    ) -> None:
+        _, target = clip
+        shown = ((target >= 0) & (target != background if background is not None else True)).flatten(1).any(1)
+        value = measure(target, target, background=background, tolerance=tolerance, matching=matching)
+        assert torch.equal(value, shown.to(torch.float64))
+
+    @pytest.mark.parametrize("measure", measures)
+    @given(clips(), tolerances)
+    @settings(max_examples=40, deadline=None)
+    def test_truth_and_prediction_change_places_where_they_name_the_same_objects(
+        self, measure: Callable[..., Tensor], clip: tuple[Tensor, Tensor], tolerance: float
+    ) -> None:
+        # side by side, each names the objects of the other, and all pixels are annotated
+        one, two = (torch.where(x < 0, 0, x) for x in clip)
+        pred, target = torch.cat([one, two], -1), torch.cat([two, one], -1)
+        torch.testing.assert_close(
+            measure(pred, target, background=0, tolerance=tolerance),
+            measure(target, pred, background=0, tolerance=tolerance),
+            rtol=0,
+            atol=1e-12,
+        )
+
+    @given(clips(), backgrounds, st.lists(tolerances, min_size=2, max_size=2).map(sorted))
+    @settings(max_examples=80, deadline=None)
+    def test_a_larger_tolerance_never_costs(
+        self, clip: tuple[Tensor, Tensor], background: int | None, bounds: list[float]
+    ) -> None:
+        strict, loose = (contour_accuracy(*clip, background=background, tolerance=one) for one in bounds)
+        assert bool((loose >= strict - 1e-12).all())
+        strict, loose = (j_and_f(*clip, background=background, tolerance=one, matching="hungarian") for one in bounds)
+        assert bool((loose >= strict - 1e-12).all())
+
+    @pytest.mark.parametrize("measure", measures)
+    @given(clips(), backgrounds, matchings, st.integers(-3, 3))
+    @settings(max_examples=40, deadline=None)
+    def test_predictions_at_pixels_without_annotation_do_not_matter(
+        self,
+        measure: Callable[..., Tensor],
+        clip: tuple[Tensor, Tensor],
+        background: int | None,
+        matching: Any,
+        anything: int,
+    ) -> None:
+        pred, target = clip
+        other = torch.where(target < 0, anything, pred)
+        options: dict[str, Any] = {"background": background, "matching": matching}
+        assert torch.equal(measure(pred, target, **options), measure(other, target, **options))
+
+    @pytest.mark.parametrize("measure", measures)
+    @given(clips(), matchings)
+    @settings(max_examples=20, deadline=None)
+    def test_videos_are_scored_apart(
+        self, measure: Callable[..., Tensor], clip: tuple[Tensor, Tensor], matching: Any
+    ) -> None:
+        apart = [measure(p[None], t[None], background=0, matching=matching).item() for p, t in zip(*clip, strict=True)]
+        assert_scores(measure(*clip, background=0, matching=matching), apart)
+
+    @given(clips(), backgrounds, matchings)
+    @settings(max_examples=60, deadline=None)
+    def test_scores_lie_within_0_and_1(
+        self, clip: tuple[Tensor, Tensor], background: int | None, matching: Any
+    ) -> None:
+        for measure in measures:
+            value = measure(*clip, background=background, matching=matching)
+            assert bool(((value >= 0) & (value <= 1)).all())
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+    def test_integers_of_any_width_are_equal(self, dtype: torch.dtype) -> None:
+        target, pred = frames([0, 1, 1, 2, 2]), frames([0, 1, 2, 2, 2])
+        for matching in ("ids", "hungarian"):
+            value = j_and_f(pred.to(dtype), target, background=0, matching=cast("Any", matching))
+            assert torch.equal(value, j_and_f(pred, target.to(dtype), background=0, matching=cast("Any", matching)))
+            assert torch.equal(value, j_and_f(pred, target, background=0, matching=cast("Any", matching)))
+
+
+class TestNothingToScore:
+    @pytest.mark.parametrize("measure", measures)
+    @pytest.mark.parametrize("matching", ["ids", "hungarian"])
+    def test_a_video_without_an_object_is_0(self, measure: Callable[..., Tensor], matching: Any) -> None:
+        target = torch.tensor([[[[0, 0]]], [[[VOID, VOID]]], [[[0, 1]]]])
+        assert measure(target, target, background=0, matching=matching).tolist() == [0.0, 0.0, 1.0]
+
+    @pytest.mark.parametrize("matching", ["ids", "hungarian"])
+    def test_a_frame_without_annotation_is_not_scored(self, matching: Any) -> None:
+        target, pred = frames([0, 1, 1, 0], [VOID] * 4, [0, 0, 0, 0]), frames([0, 0, 1, 0], [1, 1, 5, 1], [0] * 4)
+        assert_scores(region_similarity(pred, target, background=0, matching=matching), [(1 / 2 + 1) / 2])
+        assert_scores(region_similarity(pred, target, background=0, matching=matching, skip_last=1), [1 / 2])
+        # only the first frame shows an object, and no frame is left
+        nothing = region_similarity(pred, target, background=0, matching=matching, skip_first=1, skip_last=1)
+        assert nothing.tolist() == [0.0]
+
+    @pytest.mark.parametrize("measure", measures)
+    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
+    def test_empty_batches_and_clips_pass(self, measure: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+        empty = torch.zeros(shape, dtype=torch.int64)
+        assert measure(empty, empty, background=None, matching="hungarian").tolist() == [0.0] * shape[0]
+
+
+class TestMetricAverage:
+    def test_is_the_mean_over_objects_and_not_over_videos(self) -> None:
+        average = MetricAverage(j_and_f, background=0, skip_first=1)
+        # three objects at 1, then one at 0, then none
+        average.update(frames([0, 1, 2, 3], [0, 1, 2, 3]), frames([0, 1, 2, 3], [0, 1, 2, 3]))
+        average.update(frames([0, 1, 1, 0], [0, 0, 0, 0]), frames([0, 1, 1, 0], [0, 1, 1, 0]))
+        average.update(frames([0, 1], [0, 1]), frames([0, 0], [0, 0]))
+        assert repr(average) == "j_and_f(background=0, skip_first=1) = 0.7500 over 4 objects"
+
+    @pytest.mark.parametrize("measure", measures)
+    @given(clips(), matchings)
+    @settings(max_examples=20, deadline=None)
+    def test_agrees_with_the_function_on_one_video(
+        self, measure: Callable[..., Tensor], clip: tuple[Tensor, Tensor], matching: Any
+    ) -> None:
+        pred, target = clip[0][:1], clip[1][:1]
+        average = MetricAverage(measure, background=None, matching=matching)
+        average.update(pred, target)
+        assert average.state[1] == len({one for one in target.flatten().tolist() if one >= 0})
+        if average.state[1] > 0:
+            assert average.compute().item() == pytest.approx(
+                measure(pred, target, background=None, matching=matching).item(), abs=1e-12
+            )
+
+    def test_refuses_options_that_do_not_fit(self) -> None:
+        with pytest.raises(TypeError, match=r"`options` must fit j_and_f: .*'measure'; got"):
+            MetricAverage(j_and_f, background=0, measure="J")
+        with pytest.raises(TypeError, match=r"`options` must fit contour_accuracy: missing a required .*'background'"):
+            MetricAverage(contour_accuracy)
+
+
+@pytest.mark.parametrize("measure", measures)
+class TestErrors:
+    def test_labels(self, measure: Callable[..., Tensor]) -> None:
+        good = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"`pred` must have shape \(B, T, H, W\); got \(1, 2, 3\)"):
+            measure(good[..., 0], good, background=0)
+        with pytest.raises(ValueError, match=r"`target` must have shape \(B=1, T=2, H=3, W=3\); got \(1, 1, 3, 3\)"):
+            measure(good, good[:, :1], background=0)
+        with pytest.raises(TypeError, match=r"`pred` must hold integers; got torch.float32"):
+            measure(good.float(), good, background=0)
+        with pytest.raises(TypeError, match=r"`target` must hold integers; got torch.bool"):
+            measure(good, good.bool(), background=0)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"background": -1}, ValueError, "`background` must be at least 0; got -1"),
+            ({"background": True}, TypeError, "`background` must be an integer; got bool"),
+            ({"matching": "best"}, ValueError, "`matching` must be one of 'ids', 'hungarian'; got 'best'"),
+            ({"skip_first": -1}, ValueError, "`skip_first` must be at least 0; got -1"),
+            ({"skip_last": 1.0}, TypeError, "`skip_last` must be an integer; got float"),
+            ({"skip_first": 2}, ValueError, "`skip_first` and `skip_last` must leave a frame of T=2; got 2 and 0"),
+            (
+                {"skip_first": 1, "skip_last": 1},
+                ValueError,
+                "`skip_first` and `skip_last` must leave a frame of T=2; got 1 and 1",
+            ),
+            ({"tolerance": 8}, ValueError, r"`tolerance` must be within \[0.0, 1.0\]; got 8"),
+            ({"tolerance": float("nan")}, ValueError, r"`tolerance` must be within \[0.0, 1.0\]; got nan"),
+            ({"tolerance": "far"}, TypeError, "`tolerance` must be a number; got str"),
+        ],
+    )
+    def test_options(
+        self, measure: Callable[..., Tensor], options: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        labels = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
+        with pytest.raises(error, match=message):
+            measure(labels, labels, **{"background": 0, **options})
+
+    def test_skipping_frames_of_a_clip_without_any(self, measure: Callable[..., Tensor]) -> None:
+        empty = torch.zeros(1, 0, 3, 3, dtype=torch.int64)
+        with pytest.raises(ValueError, match="must leave a frame of T=0; got 1 and 0"):
+            measure(empty, empty, background=0, skip_first=1)
