@@ -5,6 +5,7 @@ is left from the job before, and no second is spent on importing. What malloc do
 the start of a process, so there is a worker for every setting of it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -20,8 +21,16 @@ from typing import IO, Any, NamedTuple
 
 from benchmarks.environment import ROOT
 
-# for compiled contenders; imported in every fork, it would cost seconds each
-PRELOADED = ("torch._dynamo", "torch._inductor.compile_fx")
+# what jobs import, for most of a second each in every fork, and what compiled contenders do, for seconds
+PRELOADED = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "benchmarks.suites.add_ons",
+    "benchmarks.suites.gate",
+    "benchmarks.suites.kernels",
+    "benchmarks.suites.linear_vs_quadratic",
+    "benchmarks.suites.training_step",
+)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
@@ -139,6 +148,9 @@ def _prepare() -> None:
     # the first one takes a second to start
     with recorder():
         pass
+    # a fork that collects its garbage would otherwise copy every page that an object lies on
+    gc.collect()
+    gc.freeze()
 
 
 def _in_a_fork(job: dict[str, Any]) -> Outcome:

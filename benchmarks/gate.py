@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.add_ons import BY_NAME, AddOn, Inputs, Outputs
 from benchmarks.contenders import CONTENDERS, MERGE_THRESHOLD, Contender, dense_loss, ssync_criterion
 from benchmarks.inputs import dense_inputs, moving_blobs
 from ssync_loss.functional import pseudo_labels
@@ -37,6 +38,11 @@ DENSE_DIM = 6
 GRADIENT_TOL = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DENSE_RTOL = 2e-5
 
+# uneven sides that pools divide, and all else small: the definitions of add-ons are loops, too
+ADD_ON_SHAPE = {"B": 2, "T": 4, "S": 3, "H": 4, "W": 6, "D": 4, "Kp": 5, "weights": 32}
+# of the largest magnitude; definitions are computed in float64
+ADD_ON_RTOL = 1e-5
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Labels = Callable[[Tensor, Tensor], Any]
 
@@ -59,6 +65,15 @@ def gate(contender: str, dtype: str, device: str) -> str:
                     device=device,
                     shapes=[COMPILED_SHAPE] if chosen.compiled else SSYNC_SHAPES,
                 )
+    except AssertionError as error:
+        return " ".join(str(error).split())[:500] or "disagrees with the reference"
+    return ""
+
+
+def gate_add_on(contender: str, device: str) -> str:
+    """Compare an add-on by its name; return what is wrong, or nothing."""
+    try:
+        check_add_on(BY_NAME[contender], device=device)
     except AssertionError as error:
         return " ".join(str(error).split())[:500] or "disagrees with the reference"
     return ""
@@ -123,6 +138,41 @@ def check_dense(contender: Contender, *, device: str) -> None:
     for one, other in zip(torch.autograd.grad(actual, leaves), wanted, strict=True):
         scale = other.abs().max().item()
         torch.testing.assert_close(one.cpu(), other, rtol=0.0, atol=DENSE_RTOL * scale)
+
+
+def check_add_on(add_on: AddOn, *, device: str = "cpu") -> None:
+    """Compare what an add-on returns, or changes, and its gradients with its definition.
+
+    Raises:
+        AssertionError: at the first disagreement.
+    """
+    settings = {**add_on.settings, **add_on.gate_settings}
+    shape = ADD_ON_SHAPE | add_on.gate_shape
+    # drawn on the CPU, where definitions are at home
+    definition = add_on.make(Inputs(shape), **settings)
+    step = add_on.make(Inputs(shape, device, drawn_on="cpu"), **settings)
+    expected = _as_tuple(definition.expected())
+    step.before()
+    actual = _as_tuple(step.seen(step.forward()))
+    for one, other in zip(actual, expected, strict=True):
+        _assert_close(one, other)
+    if step.leaves:
+        grads, wanted = (
+            torch.autograd.grad(outputs, side.leaves, side.incoming or torch.ones_like(outputs[0]))
+            for outputs, side in ((actual, step), (expected, definition))
+        )
+        for one, other in zip(grads, wanted, strict=True):
+            _assert_close(one, other)
+
+
+def _as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _assert_close(actual: Tensor, expected: Tensor) -> None:
+    exact = not expected.is_floating_point()
+    scale = 0.0 if exact else expected.detach().abs().max().item()
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0.0, atol=ADD_ON_RTOL * scale)
 
 
 def available(backend: str, device: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 SCHEMA = "ssync-loss benchmarks 1"
 
-SUITES = ("gate", "linear_vs_quadratic", "training_step", "kernels")
+SUITES = ("gate", "linear_vs_quadratic", "training_step", "kernels", "add_ons")
 # a row without a number says why
 STATUSES = ("measured", "memory", "time", "failed", "wrong")
 # what a measured row has to hold; it may hold more

@@ -1,6 +1,6 @@
 """Measure everything, or a suite, on this machine: ``python -m benchmarks.run``.
 
-    python -m benchmarks.run                                     # all suites on the CPU, about a quarter of an hour
+    python -m benchmarks.run                                     # all suites on the CPU, about twenty minutes
     python -m benchmarks.run --quick                             # all suites in less than two minutes, a rehearsal
     python -m benchmarks.run --device cuda --out benchmarks/results/h200.json
     python -m benchmarks.report                                  # tables and figures from what was measured
@@ -17,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import environment
+from benchmarks.add_ons import AddOn
 from benchmarks.child import Worker
-from benchmarks.contenders import BACKENDS, Contender
+from benchmarks.contenders import BACKENDS, Contender, ssync_contender
 from benchmarks.results import Results
 from benchmarks.session import Options, Session, Task
-from benchmarks.suites import gate, kernels, linear_vs_quadratic, training_step
+from benchmarks.suites import add_ons, gate, kernels, linear_vs_quadratic, training_step
 
-SUITES = ("linear_vs_quadratic", "training_step", "kernels")
+SUITES = ("linear_vs_quadratic", "training_step", "kernels", "add_ons")
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_CAP_GB = 12.0
 
@@ -60,6 +61,7 @@ def plan(options: Options) -> list[Task]:
     """Plan what was asked for, the gate in front."""
     tasks: list[Task] = []
     gated: dict[tuple[Contender, str], None] = {}
+    gated_add_ons: list[AddOn] = []
     if "linear_vs_quadratic" in options.suites:
         tasks += linear_vs_quadratic.plan(options)
         dtype = linear_vs_quadratic.DTYPE
@@ -70,7 +72,11 @@ def plan(options: Options) -> list[Task]:
     if "kernels" in options.suites:
         tasks += kernels.plan(options)
         gated.update(dict.fromkeys(kernels.contenders_of(options)))
-    return [*gate.plan(options, gated), *tasks]
+    if "add_ons" in options.suites:
+        tasks += add_ons.plan(options)
+        gated.update({(ssync_contender(options.backends[0]), add_ons.DTYPE): None})
+        gated_add_ons = add_ons.add_ons_of(options)
+    return [*gate.plan(options, gated, gated_add_ons), *tasks]
 
 
 def available_backends(device: str, wanted: str) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.child import Outcome, Worker
-from benchmarks.contenders import Contender
 from benchmarks.environment import RAISED_ALLOCATOR
 from benchmarks.results import Results, Row, RowId, Value, values_from_json
 
@@ -82,9 +81,9 @@ class Session:
         """Return the rows that are not in the file."""
         return [row for row in rows if row not in self.results.rows]
 
-    def stopped_at_gate(self, contender: Contender) -> Outcome | None:
+    def stopped_at_gate(self, contender: str) -> Outcome | None:
         """Return how a contender failed at the gate, in any dtype, or None: then it may be measured."""
-        for row in self.results.select(suite="gate", contender=contender.name):
+        for row in self.results.select(suite="gate", contender=contender):
             if row.status != "measured":
                 return Outcome(row.status, row.note, None)
         return None

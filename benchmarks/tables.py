@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+from benchmarks.add_on_tables import add_on_parts
+from benchmarks.add_ons import BY_NAME
 from benchmarks.bars import SWEEPS, bars, fit_from, here, slope_of
 from benchmarks.contenders import DENSE, DENSE_CHUNKED, DENSE_WINDOWS, Contender
+from benchmarks.markdown import details, markdown_table, significant
 from benchmarks.results import Results, Row, RowId
 from benchmarks.slopes import Slope
-from benchmarks.suites import kernels, training_step
+from benchmarks.suites import add_ons, kernels, training_step
 from benchmarks.suites import linear_vs_quadratic as growth
 from benchmarks.weak_spots import weak_spots
 
@@ -19,7 +22,7 @@ def section(results: Results, name: str, figure: str) -> str:
         _caption(results),
         _gate(results),
         "### What must be shown",
-        _markdown(["", "limit", "measured", ""], [list(bar) for bar in bars(results)]),
+        markdown_table(["", "limit", "measured", ""], [list(bar) for bar in bars(results)]),
     ]
     if results.select(suite=growth.SUITE):
         parts += [
@@ -33,13 +36,15 @@ def section(results: Results, name: str, figure: str) -> str:
             _growth(results, "H*W", contenders, _memory_cell),
             "Slopes: the exponent p of a fit ~ patches^p, in brackets over all sizes.",
             _slopes(results, contenders),
-            *(_details(f"All rows in {one.replace('*', '·')}", _all_rows(results, one, contenders)) for one in SWEEPS),
+            *(details(f"All rows in {one.replace('*', '·')}", _all_rows(results, one, contenders)) for one in SWEEPS),
             *_stops(results),
         ]
     if results.select(suite=training_step.SUITE):
         parts += ["### Share of a training step", TRAINING_NOTE, _training(results)]
     if results.select(suite=kernels.SUITE):
         parts += ["### Operations", _kernels_note(results), _kernels(results)]
+    if results.select(suite=add_ons.SUITE):
+        parts += ["### Add-ons", *add_on_parts(results)]
     spots = weak_spots(results)
     parts += ["### Weak spots", "\n".join(f"- {one}" for one in spots) if spots else "None by the rules of this page."]
     return "\n\n".join(parts)
@@ -78,9 +83,14 @@ def _caption(results: Results) -> str:
 
 def _gate(results: Results) -> str:
     rows = results.select(suite="gate")
-    agree = [row.id.contender for row in rows if row.status == "measured"]
+    measured = dict.fromkeys(row.id.contender for row in rows if row.status == "measured")
+    agree = [name for name in measured if name not in BY_NAME]
+    # their names are in a table of their own
+    num_add_ons = sum(name in BY_NAME for name in measured)
+    if num_add_ons:
+        agree.append(f"{num_add_ons} rows of add-ons")
     others = [f"{row.id.contender} ({row.status}: {row.note})" for row in rows if row.status != "measured"]
-    said = f"Compared with the slow definitions first: {', '.join(dict.fromkeys(agree)) or 'none'} agree."
+    said = f"Compared with the slow definitions first: {', '.join(agree) or 'none'} agree."
     return f"{said} Without numbers: {', '.join(others)}." if others else said
 
 
@@ -106,7 +116,7 @@ def _growth(results: Results, sweep: str, contenders: Sequence[Contender], cell:
     for size in sorted({growth.num_patches(row.id.sizes) for row in rows}):
         by_name = {row.id.contender: row for row in rows if growth.num_patches(row.id.sizes) == size}
         table.append([f"{size:,}", *(cell(results, by_name[name]) if name in by_name else "" for name in names)])
-    return _markdown(["patches", *names], table)
+    return markdown_table(["patches", *names], table)
 
 
 def _time_cell(_: Results, row: Row) -> str:
@@ -146,7 +156,7 @@ def _slopes(results: Results, contenders: Sequence[Contender]) -> str:
             used = fitted[0][0]
             sizes = f"{used.num_sizes}: {used.first:,} to {used.last:,}" if used else "-"
             table.append([contender.name, sweep.replace("*", "·"), sizes, *(_slope_cell(*one) for one in fitted)])
-    return _markdown(head, table)
+    return markdown_table(head, table)
 
 
 def _slope_cell(fitted: Slope | None, whole: Slope | None) -> str:
@@ -170,7 +180,7 @@ def _all_rows(results: Results, sweep: str, contenders: Sequence[Contender]) -> 
         memory = results.rows.get(RowId(one.suite, one.case, one.contender, "memory", one.shape, one.dtype))
         cells += ["", "", ""] if memory is None else _memory_cells(memory)
         table.append([f"{growth.num_patches(one.sizes):,}", one.contender, *cells])
-    return _markdown(head, table)
+    return markdown_table(head, table)
 
 
 def _memory_cells(row: Row) -> list[str]:
@@ -213,7 +223,7 @@ def _training(results: Results) -> str:
                 f"{difference.median:+.2%} ({difference.q1:+.2%} to {difference.q3:+.2%})",
             ]
         table.append([shape, row.id.contender, *cells])
-    return _markdown(head, table)
+    return markdown_table(head, table)
 
 
 def _kernels_note(results: Results) -> str:
@@ -255,28 +265,4 @@ def _kernels(results: Results) -> str:
         cells += [f"{counts.number(key):.0f}" if counts else "" for key in ("launches", "host_reads")]
         cells.append(f"{memory.number('maps_beyond_gradients'):.2f}" if memory else "")
         table.append([shape, one.dtype, one.case, one.contender, *cells])
-    return _markdown(head, table)
-
-
-def significant(value: float) -> str:
-    """Write three significant digits, without powers of ten.
-
-    >>> significant(1234567.0), significant(12.345), significant(0.001234)
-    ('1,234,567', '12.3', '0.00123')
-    """
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def _details(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
+    return markdown_table(head, table)

@@ -1,8 +1,11 @@
 """What does not look good in a file of results, found by the same rules in every file."""
 
-from benchmarks.bars import MAX_TIME_SLOPE, MISSED, NOT_MEASURED, SWEEPS, bars, here, slope_of
+from benchmarks.add_on_tables import growth_of
+from benchmarks.add_ons import ADD_ONS
+from benchmarks.bars import MAX_MEMORY_SLOPE, MAX_TIME_SLOPE, MISSED, NOT_MEASURED, SWEEPS, bars, here, slope_of
 from benchmarks.contenders import CONTENDERS
 from benchmarks.results import Results, Row, Spread
+from benchmarks.suites import add_ons
 from benchmarks.suites.linear_vs_quadratic import SUITE, num_patches
 
 # interquartile range over median
@@ -16,6 +19,7 @@ def weak_spots(results: Results) -> list[str]:
         *_bars(results),
         *_beaten(results),
         *_default_allocator(results),
+        *_steep(results),
         *_without_number(results),
         *_noise(results),
     ]
@@ -63,6 +67,21 @@ def _default_allocator(results: Results) -> list[str]:
     return found
 
 
+def _steep(results: Results) -> list[str]:
+    """Name the add-ons that grow faster than they should."""
+    found = []
+    for one in ADD_ONS:
+        for measure, power, limit in (("time", one.time, MAX_TIME_SLOPE), ("memory", one.memory, MAX_MEMORY_SLOPE)):
+            slope = growth_of(results, one.axis, one.name, measure)
+            # as far above its exponent as SSync may be above 1
+            if slope is not None and slope.enough and slope.exponent > power + limit - 1:
+                found.append(
+                    f"{one.name}: the slope of {measure} in {one.axis.replace('*', '·')} is {slope.exponent:.2f} from "
+                    f"{slope.first:,} to {slope.last:,}, and should be {power}."
+                )
+    return found
+
+
 def _without_number(results: Results) -> list[str]:
     rows = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
     notes = dict.fromkeys((row.id.contender, row.status, row.note) for row in rows)
@@ -87,4 +106,8 @@ def _noise_of(row: Row) -> float:
 
 
 def _short(row: Row) -> str:
-    return f"{row.id.case}, {row.id.contender}, {num_patches(row.id.sizes):,} patches"
+    one = row.id
+    where = f"{num_patches(one.sizes):,} patches"
+    if one.suite == add_ons.SUITE:
+        where = f"{add_ons.size_of(one.case, one.sizes):,} {add_ons.GROWTH.unit(one.case)}"
+    return f"{one.case}, {one.contender}, {where}"

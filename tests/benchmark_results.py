@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 from benchmarks import run
+from benchmarks.add_ons import BY_NAME
 from benchmarks.child import Outcome, Worker
 from benchmarks.contenders import CONTENDERS, PARTS
 from benchmarks.results import Results, Spread, Value, values_to_json
 from benchmarks.session import Options, Session
-from benchmarks.suites import kernels, linear_vs_quadratic
+from benchmarks.suites import add_ons, kernels, linear_vs_quadratic
 
 ENVIRONMENT: dict[str, Any] = {
     "device": "cpu",
@@ -58,12 +59,18 @@ class Machine:
         self.stop_at = 0
 
     def seconds(self, contender: str, shape: dict[str, int]) -> float:
-        """Return a microsecond a patch for SSync, and for dense alignment 10 ns a pair."""
+        """Return a microsecond a patch for SSync, 10 ns a pair for dense alignment, and what add-ons should take."""
+        if contender in BY_NAME:
+            one = BY_NAME[contender]
+            return float(1e-7 * add_ons.size_of(one.axis, shape) ** one.time)
         patches, window = self._size(contender, shape)
         return 1e-6 * patches if window is None else 1e-8 * patches * window
 
     def bytes(self, contender: str, shape: dict[str, int]) -> int:
-        """Return 100 bytes a patch for SSync, and for dense alignment 16 a pair that is held."""
+        """Return 100 bytes a patch for SSync, 16 a pair that is held for dense alignment; add-ons may hold nothing."""
+        if contender in BY_NAME:
+            one = BY_NAME[contender]
+            return 8 * add_ons.size_of(one.axis, shape) ** one.memory if one.memory else 0
         patches, window = self._size(contender, shape)
         if window is None:
             return 100 * patches
@@ -89,6 +96,9 @@ class Machine:
 
     def gate(self, contender: str, **_: Any) -> str:
         return "the loss is another" if contender == self.wrong else ""
+
+    def gate_add_on(self, contender: str, **_: Any) -> str:
+        return self.gate(contender)
 
     def measure_times(self, contenders: list[str], shape: dict[str, int], **_: Any) -> dict[str, Any]:
         base = self.seconds(contenders[0], shape)

@@ -7,14 +7,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from benchmarks import report, run, slopes, tables
+from benchmarks import markdown, report, run, slopes
 from benchmarks import results as results_module
 from benchmarks.bars import Bar, bars, slope_of, step_in_exponentials
 from benchmarks.child import Outcome, Worker
 from benchmarks.contenders import BACKENDS, DENSE, DENSE_CHUNKED, DENSE_WINDOWS, ssync_contender
 from benchmarks.results import Results, Row, RowId
 from benchmarks.session import Options
-from benchmarks.suites import linear_vs_quadratic
+from benchmarks.suites import add_ons, linear_vs_quadratic
 from benchmarks.suites.linear_vs_quadratic import num_patches
 from benchmarks.tables import section
 from benchmarks.weak_spots import weak_spots
@@ -34,7 +34,7 @@ def made() -> Results:
         return measured(chosen, Machine(), fresh(chosen), patch)
 
 
-@pytest.mark.parametrize("module", [results_module, slopes, tables], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [results_module, slopes, markdown, add_ons], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_hold(module: ModuleType) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0

@@ -129,7 +129,7 @@ def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
     held = [key for key in held if REPLAY not in key.contender]
 
     def run(session: Session) -> None:
-        stopped = {one: session.stopped_at_gate(CONTENDERS[one]) for one in contenders}
+        stopped = {one: session.stopped_at_gate(one) for one in contenders}
         for key in session.missing([*timed, *counted, *held]):
             outcome = stopped.get(key.contender.removesuffix(REPLAY))
             if outcome is not None:

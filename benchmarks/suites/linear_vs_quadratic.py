@@ -1,12 +1,11 @@
 """SSync against dense alignment as a clip, or a batch, grows: time, memory, and where each has to stop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.child import Outcome
 from benchmarks.contenders import (
     CONTENDERS,
     DENSE,
@@ -21,17 +20,15 @@ from benchmarks.contenders import (
 )
 from benchmarks.gate import COMPILED_SHAPE
 from benchmarks.memory import peak_memory
-from benchmarks.results import Results, Row, RowId, values_to_json
-from benchmarks.session import Options, Session, Task
-from benchmarks.slopes import predict
+from benchmarks.results import Results, values_to_json
+from benchmarks.session import Options, Task
+from benchmarks.suites.sweep import Growth
 from benchmarks.timing import clock_of, interleave
 
 SUITE = "linear_vs_quadratic"
 MODULE = "benchmarks.suites.linear_vs_quadratic"
 NUM_SLOTS = 11
 DTYPE = "float32"
-# between losses over millions of patches in different orders; a wrong label or patch moves more
-LOSS_RTOL = 1e-4
 
 
 class Sweep(NamedTuple):
@@ -92,23 +89,24 @@ def compiled_sizes(options: Options) -> list[int]:
     return [first << k for k in range(0, 9, 2)]
 
 
-def num_patches(shape: dict[str, int]) -> int:
+def num_patches(shape: Mapping[str, int]) -> int:
     """Count the patches of a batch."""
     return shape["B"] * shape["T"] * shape["H"] * shape["W"]
 
 
 def plan(options: Options) -> list[Task]:
     """Plan a task for every size of every sweep."""
-    tasks = []
-    for sweep in sweeps(options):
-        for shape in sweep.shapes:
-            chosen = contenders(options, sweep.name, shape)
-            rows = [_key(sweep.name, one, measure, shape) for measure in ("memory", "time") for one in chosen]
+    return [
+        GROWTH.task(
+            sweep.name,
+            shape,
+            [one.name for one in contenders(options, sweep.name, shape)],
             # a rehearsal asks for it in one sweep only
-            if options.device == "cpu" and (sweep.name == "H*W" or not options.quick):
-                rows.append(_key(sweep.name, chosen[0], "time, default allocator", shape))
-            tasks.append(Task(rows, _Size(sweep.name, shape, chosen, rows).run))
-    return tasks
+            usual_allocator=options.device == "cpu" and (sweep.name == "H*W" or not options.quick),
+        )
+        for sweep in sweeps(options)
+        for shape in sweep.shapes
+    ]
 
 
 def contenders_of(options: Options) -> list[Contender]:
@@ -122,127 +120,24 @@ def contenders_of(options: Options) -> list[Contender]:
     return [one for name, one in CONTENDERS.items() if name in everyone]
 
 
-class _Size(NamedTuple):
-    """One size of a sweep: memory first, a process each, then all in turn against the clock."""
-
-    sweep: str
-    shape: dict[str, int]
-    contenders: list[Contender]
-    rows: list[RowId]
-
-    def run(self, session: Session) -> None:
-        """Measure what is missing."""
-        missing = set(session.missing(self.rows))
-        for one in self.contenders:
-            key = self._key(one, "memory")
-            if key in missing:
-                session.add(session.row(key, self._memory(session, one)))
-        timed = [one for one in self.contenders if self._key(one, "time") in missing]
-        if timed:
-            session.add(*self._times(session, timed, "time"))
-        usual = self._key(self.contenders[0], "time, default allocator")
-        if usual in missing:
-            session.add(*self._times(session, self.contenders[:1], "time, default allocator"))
-
-    def _memory(self, session: Session, contender: Contender) -> Outcome:
-        stopped = session.stopped_at_gate(contender) or self._too_much(session, contender)
-        if stopped is not None:
-            return stopped
-        # the usual malloc: what it keeps to itself is no memory that the loss needs
-        outcome = session.call(
-            f"{MODULE}:measure_memory",
-            plain=True,
-            contender=contender.name,
-            shape=self.shape,
-            device=session.options.device,
-        )
-        return self._compared(session, contender, outcome)
-
-    def _compared(self, session: Session, contender: Contender, outcome: Outcome) -> Outcome:
-        """Compare the loss with that of the first who computes the same: the gate is small, sizes are not."""
-        twins = [one for one in self.contenders if _computes_the_same(one, contender)]
-        first = session.results.rows.get(self._key(twins[0], "memory"))
-        if outcome.status != "measured" or first is None or first.status != "measured":
-            return outcome
-        own, expected = outcome.value["loss"], first.number("loss")
-        if abs(own - expected) <= LOSS_RTOL * abs(expected):
-            return outcome
-        return Outcome("wrong", f"the loss is {own:.8g}, and {expected:.8g} by {twins[0].name}", None)
-
-    def _too_much(self, session: Session, contender: Contender) -> Outcome | None:
-        """Say what a step should take that may not be taken, going by smaller sizes."""
-        size, options = num_patches(self.shape), session.options
-        seconds = history(session.results, self.sweep, contender, "time", "step")
-        wanted = predict(seconds, size)
-        if wanted is not None and wanted > options.time_cap:
-            known, cost = _largest(seconds, size)
-            note = f"a step should take {_number(wanted)} s after {_number(cost)} s at {known:,} patches"
-            return Outcome("time", f"{note}; the cap is {options.time_cap:g} s", None)
-        numbers = history(session.results, self.sweep, contender, "memory", "allocated")
-        wanted = predict(numbers, size)
-        if wanted is not None and wanted > options.memory_cap:
-            known, cost = _largest(numbers, size)
-            note = f"a step should take {_number(wanted / 1e9)} GB after {_number(cost / 1e9)} GB at {known:,} patches"
-            return Outcome("memory", f"{note}; the cap is {options.memory_cap / 1e9:g} GB", None)
-        return self._stopped_before(session, contender)
-
-    def _stopped_before(self, session: Session, contender: Contender) -> Outcome | None:
-        """Say why a smaller size has no number: then nothing tells what this one would take."""
-        rows = session.results.select(suite=SUITE, case=self.sweep, contender=contender.name, measure="memory")
-        for row in rows:
-            size = num_patches(row.id.sizes)
-            if row.status != "measured" and size < num_patches(self.shape):
-                note = row.note if row.note.startswith("as at ") else f"as at {size:,} patches: {row.note}"
-                return Outcome(row.status, note, None)
-        return None
-
-    def _times(self, session: Session, timed: Sequence[Contender], measure: str) -> list[Row]:
-        # who could not be run for its memory is not run for its time either, for the same reason
-        rows, runnable = [], []
-        for one in timed:
-            memory = session.results.rows[self._key(one, "memory")]
-            if memory.status == "measured":
-                runnable.append(one)
-            else:
-                rows.append(Row(self._key(one, measure), memory.status, memory.note))
-        if runnable:
-            outcome = session.call(
-                f"{MODULE}:measure_times",
-                plain=measure != "time",
-                contenders=[one.name for one in runnable],
-                shape=self.shape,
-                device=session.options.device,
-                budget=session.options.budget,
-            )
-            for one in runnable:
-                value = outcome.value[one.name] if outcome.status == "measured" else None
-                rows.append(session.row(self._key(one, measure), outcome._replace(value=value)))
-        return rows
-
-    def _key(self, contender: Contender, measure: str) -> RowId:
-        return _key(self.sweep, contender, measure, self.shape)
-
-
 def history(results: Results, sweep: str, contender: Contender, measure: str, value: str) -> list[tuple[int, float]]:
     """Return what was measured of a contender in a sweep: (patches, value), from small to large."""
-    rows = results.select(suite=SUITE, case=sweep, contender=contender.name, measure=measure)
-    return sorted((num_patches(row.id.sizes), row.number(value)) for row in rows if row.status == "measured")
+    return GROWTH.history(results, sweep, contender.name, measure, value)
 
 
-def _computes_the_same(one: Contender, other: Contender) -> bool:
-    return (one.backend is None, one.group_frames) == (other.backend is None, other.group_frames)
+def _computes_the_same(one: str, other: str) -> bool:
+    first, second = CONTENDERS[one], CONTENDERS[other]
+    return (first.backend is None, first.group_frames) == (second.backend is None, second.group_frames)
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _largest(points: Sequence[tuple[int, float]], size: int) -> tuple[int, float]:
-    return max(point for point in points if point[0] < size)
-
-
-def _key(sweep: str, contender: Contender, measure: str, shape: dict[str, int]) -> RowId:
-    return RowId.of(SUITE, sweep, contender.name, measure, shape, DTYPE)
+GROWTH = Growth(
+    SUITE,
+    MODULE,
+    DTYPE,
+    size_of=lambda _, shape: num_patches(shape),
+    unit=lambda _: "patches",
+    same=_computes_the_same,
+)
 
 
 def _shape(clips: int, frames: int, height: int, width: int) -> dict[str, int]:

@@ -58,7 +58,7 @@ def _task(case: str, backend: str, options: Options) -> Task:
     key = RowId.of(SUITE, case, contender.name, "share", shape, _dtype(options))
 
     def run(session: Session) -> None:
-        stopped = session.stopped_at_gate(contender)
+        stopped = session.stopped_at_gate(contender.name)
         if stopped is not None:
             session.add(session.row(key, stopped))
             return
