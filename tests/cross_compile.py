@@ -35,12 +35,16 @@ class Variant(NamedTuple):
     dec_dtype: torch.dtype
     criterion: str
     masked: bool
+    slots_last: bool
 
 
 def variants(num_slots: int) -> list[Variant]:
-    """List large frames, one of which nothing is a multiple of anything, and the published one if it is another."""
-    large = Variant(num_slots, (64, 64), torch.float16, torch.float16, "mse", False)
-    odd = Variant(num_slots, (37, 37), torch.float32, torch.bfloat16, "cross_entropy", True)
+    """List large frames, one of which nothing is a multiple of anything, and the published one if it is another.
+
+    The odd one's decoder has its slots side by side in memory, as attention leaves them.
+    """
+    large = Variant(num_slots, (64, 64), torch.float16, torch.float16, "mse", False, False)
+    odd = Variant(num_slots, (37, 37), torch.float32, torch.bfloat16, "cross_entropy", True, True)
     small = large._replace(grid=(24, 24))
     return [large, odd, small] if num_slots <= 16 else [large, odd]
 
@@ -84,7 +88,10 @@ def launch_all(variant: Variant) -> None:
     patches = (2, 4, *variant.grid)
     shape = (2, 4, variant.num_slots, *variant.grid)
     enc = torch.empty(shape, dtype=variant.enc_dtype, requires_grad=True)
-    dec = torch.empty(shape, dtype=variant.dec_dtype, requires_grad=True)
+    dec = torch.empty(shape, dtype=variant.dec_dtype)
+    if variant.slots_last:
+        dec = dec.movedim(2, -1).contiguous().movedim(-1, 2)
+    dec.requires_grad_()
     settings: dict[str, Any] = {
         "criterion": variant.criterion,
         "label_smoothing": 0.1 if variant.criterion == "cross_entropy" else 0.0,

@@ -1,5 +1,6 @@
 """Which implementation computes, what is missing when it cannot be had, and that no value depends on it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ class TestChoice:
         assert resolve_backend("auto", maps, maps) == "torch"
         with pytest.raises(ValueError, match=f"^`backend`='triton' needs {text}"):
             resolve_backend("triton", maps, maps)
+
+    def test_on_an_old_gpu_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        maps = torch.zeros(1, 1, 2, 1, 1)
+        gpu = SimpleNamespace(major=6, minor=0)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        on_cuda(monkeypatch)
+        assert resolve_backend("auto", maps) == "torch"
+        with pytest.raises(ValueError, match=r"needs a GPU of compute capability 7.0 or above; got 6.0"):
+            resolve_backend("triton", maps)
 
     def test_without_triton_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps = torch.zeros(1, 1, 2, 1, 1)

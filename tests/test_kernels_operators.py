@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,42 @@ class TestGradients:
         with pytest.raises(RuntimeError, match="no second derivative"):
             grad.sum().backward()
 
+    def test_gradients_of_functions_are_those_of_autograd(self) -> None:
+        enc, dec = maps()
+        expected = torch.autograd.grad(step(enc, dec).total, (enc, dec))
+        actual = torch.func.grad(lambda *both: step(*both).total, argnums=(0, 1))(enc.detach(), dec.detach())
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+        (expected_one,) = torch.autograd.grad(distill(dec), dec)
+        assert torch.equal(torch.func.grad(distill)(dec.detach()), expected_one)
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_the_value_of_a_function_gradient_can_be_differentiated_too(self, which: int) -> None:
+        given = [one.detach() for one in maps()]
+
+        def loss(taught: Tensor, weight: Tensor) -> Tensor:
+            pair = [taught, given[1]]
+            pair[which] = pair[which] * weight
+            return step(pair[0], pair[1]).total
+
+        weight, plain = leaf(torch.ones((), device=DEVICE)), leaf(torch.ones((), device=DEVICE))
+        _, value = torch.func.grad_and_value(loss)(given[0], weight)
+        value.backward()
+        loss(given[0], plain).backward()
+        assert plain.grad is not None
+        assert weight.grad is not None
+        assert plain.grad != 0
+        assert_close_loss(weight.grad, plain.grad)
+
+    # torch's own rules of forward derivatives are scripts
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("function", [lambda one: step(one, one).total, distill])
+    def test_there_is_no_forward_derivative_and_it_is_not_zero(self, function: Callable[[Tensor], Tensor]) -> None:
+        enc = maps()[0].detach()
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(function, (enc,), (enc,))
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.func.grad(lambda one: torch.func.grad(function)(one).square().sum())(enc)
+
     def test_two_runs_give_the_same_bits(self) -> None:
         enc, dec = maps()
         case = SSyncCase(enc, dec, None, None)
@@ -368,6 +405,22 @@ class TestMemory:
         # targets, scales, and the slot mask that was handed in: its one row
         assert by_type == {torch.int8: 2 * PATCHES.numel(), torch.float32: 8, torch.bool: 4}
 
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_teacher_is_not_kept(self, which: int) -> None:
+        given = list(maps())
+        given[which] = given[which].detach()
+        kept: set[int] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = step(given[0], given[1])
+        assert terms.total.requires_grad
+        assert given[which].data_ptr() not in kept
+        assert given[1 - which].data_ptr() in kept
+
     def test_a_distillation_keeps_one(self) -> None:
         logits, _ = maps()
         kept: list[Tensor] = []
@@ -415,6 +468,23 @@ class TestFacts:
         monkeypatch.setattr(_facts, "IS_ROCM", True)
         with FakeTensorMode():
             assert kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda")) == "a CUDA tensor; got one of ROCm"
+
+    @pytest.mark.parametrize(("capability", "lacks"), [((6, 1), True), ((7, 0), False), ((9, 0), False)])
+    def test_old_gpus_are_too_old(
+        self, capability: tuple[int, int], lacks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpus = {torch.device("cuda", 0): SimpleNamespace(major=capability[0], minor=capability[1])}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+        with FakeTensorMode():
+            said = kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda"))
+        assert said == ("a GPU of compute capability 7.0 or above; got 6.1" if lacks else None)
+
+    def test_a_gpu_that_is_not_there_is_asked_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+        with FakeTensorMode():
+            assert kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda")) is None
 
     def test_triton_may_be_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_facts, "INSTALLED", False)

@@ -90,7 +90,7 @@ def step(
         True,
         with_labels,
     )
-    total, boundary, interior, num_boundary, num_interior, _ = _ops.loss(
+    total, boundary, interior, num_boundary, num_interior, _ = _ops.differentiable_loss(
         enc,
         dec,
         targets,
@@ -164,5 +164,7 @@ def distill(
         reduction: ``"none"`` (0 where unselected), ``"sum"`` or ``"mean"``.
     """
     value: Tensor
-    value, *_ = _ops.distill(logits, target, region, slot_mask, criterion, label_smoothing, temperature, reduction)
+    value, *_ = _ops.differentiable_distill(
+        logits, target, region, slot_mask, criterion, label_smoothing, temperature, reduction
+    )
     return value

@@ -10,6 +10,8 @@ MAX_SLOTS = 64
 # the patches of a clip are counted in int32, those by which its last tile sticks out among them
 MAX_PATCHES = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# of GPUs; torch's own compiler asks for as much
+MIN_CAPABILITY = 7
 
 INSTALLED = find_spec("triton") is not None
 # torch calls the devices of both makers "cuda"
@@ -27,18 +29,26 @@ def missing(*maps: Tensor) -> str | None:
     if not INSTALLED:
         return "the package triton, which is not installed"
     for one in maps:
-        lack = _lack_of_device(one.device.type) or _lack_of_form(one)
+        lack = _lack_of_device(one.device) or _lack_of_form(one)
         if lack is not None:
             return lack
     return None
 
 
-def _lack_of_device(kind: str) -> str | None:
-    if kind == "cpu" and INTERPRETED:
+def _lack_of_device(device: torch.device) -> str | None:
+    if device.type == "cpu" and INTERPRETED:
         return None
-    if kind != "cuda":
-        return f"a CUDA tensor; got {kind}"
-    return "a CUDA tensor; got one of ROCm" if IS_ROCM else None
+    if device.type != "cuda":
+        return f"a CUDA tensor; got {device.type}"
+    if IS_ROCM:
+        return "a CUDA tensor; got one of ROCm"
+    # a fake tensor may name a GPU where there is none
+    if torch.cuda.is_available():
+        # a compiler knows these, and not what `get_device_capability` returns
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major < MIN_CAPABILITY:
+            return f"a GPU of compute capability {MIN_CAPABILITY}.0 or above; got {gpu.major}.{gpu.minor}"
+    return None
 
 
 def _lack_of_form(maps: Tensor) -> str | None:

@@ -352,7 +352,7 @@ def compute_distillation_gradient(
 
     by_patch = reduction == "none"
     strides, layout = strides_of(logits)
-    grad_strides, grad_layout = strides_of(grad) if by_patch else (None, True)
+    grad_strides, grad_layout = strides_of(grad if by_patch else None)
     grad_logits_strides, grad_logits_layout = strides_of(grad_logits)
     launch(
         distill_gradient_kernel,

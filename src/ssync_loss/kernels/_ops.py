@@ -1,11 +1,12 @@
 """The kernels as operators of torch: opaque to compilers, with shapes for fake tensors and with gradients."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssync_loss._autograd import once_differentiable
+from ssync_loss._autograd import Backward, once_differentiable
 from ssync_loss.kernels._launch import (
     Criterion,
     Regions,
@@ -23,6 +24,28 @@ from ssync_loss.kernels._tiling import Tiling
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # total, boundary, interior, num_boundary, num_interior, scales
 Losses: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _differentiable(operator: Any, save: Callable[..., None], derive: Backward) -> Callable[..., Any]:
+    """Give an operator a gradient, and return what is to be called in its place.
+
+    Of an operator's gradient ``torch.func.grad`` knows nothing, and a forward derivative would silently be 0. A
+    function's it takes, and the derivative is an error. A compiler takes the operator, and traces no backward.
+    """
+    operator.register_autograd(derive, setup_context=save)
+
+    class Differentiable(torch.autograd.Function):
+        forward = staticmethod(operator)
+        setup_context = staticmethod(save)
+        backward = staticmethod(derive)
+
+    # typed: autograd's own `apply` is not
+    function: Callable[..., Any] = Differentiable.apply
+
+    def call(*inputs: Any) -> Any:
+        return operator(*inputs) if torch.compiler.is_compiling() else function(*inputs)
+
+    return call
 
 
 @torch.library.custom_op("ssync_loss::label", mutates_args=())
@@ -166,10 +189,12 @@ def _new_gradient(maps: Tensor, wanted: bool) -> Tensor:
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Losses) -> None:
     enc, dec, targets, slot_mask, _, *ctx.settings = inputs
     *_, num_boundary, num_interior, scales = output
+    for_enc, for_dec, *_ = ctx.needs_input_grad
     ctx.mark_non_differentiable(num_boundary, num_interior, scales)
     # or autograd fills zeros for outputs that nobody differentiates: a launch each
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(enc, dec, targets, slot_mask, scales)
+    # a map that learns nothing is not kept: the other stands in its place, and is not read there
+    ctx.save_for_backward(enc if for_enc else dec, dec if for_dec else enc, targets, slot_mask, scales)
 
 
 @once_differentiable
@@ -185,7 +210,7 @@ def _loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return grad_enc if for_enc else None, grad_dec if for_dec else None, *nothing
 
 
-loss.register_autograd(_loss_backward, setup_context=_save_loss)
+differentiable_loss = _differentiable(loss, _save_loss, _loss_backward)
 
 
 @torch.library.custom_op("ssync_loss::distill", mutates_args=())
@@ -267,4 +292,4 @@ def _distill_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor |
     return grad_logits, *nothing
 
 
-distill.register_autograd(_distill_backward, setup_context=_save_distillation)
+differentiable_distill = _differentiable(distill, _save_distillation, _distill_backward)

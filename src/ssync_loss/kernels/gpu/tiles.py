@@ -91,8 +91,13 @@ def read_tile(
     SLOTS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """Read a tile as float32, -inf where it sticks out and in absent slots: these win nothing and have no share."""
-    cells = map_cells(maps, strides, clip, frame, slots, patches, shape, LAYOUT)
+    """Read a tile as float32, -inf where it sticks out and in absent slots: these win nothing and have no share.
+
+    Where slots lie side by side in memory threads would share them out: each would do the work of all its patches
+    over again, and run out of registers. So every slot is read on its own, and the cache sees to the rest.
+    """
+    alone = tl.max_contiguous(tl.arange(0, SLOTS), 1)
+    cells = map_cells(maps, strides, clip, frame, alone, patches, shape, LAYOUT)
     x = tl.load(cells, mask=tile_mask(slots, inside, S, SLOTS), other=float("-inf")).to(tl.float32)
     # what sticks out is -inf already
     if slot_mask is not None:
