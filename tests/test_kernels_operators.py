@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, through_torch
 from sample_maps import leaf, sample_maps
-from ssync_loss import kernels
+from ssync_loss import SSyncLoss, kernels
 from ssync_loss.kernels import _facts, _launch, _ops
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
 
@@ -325,6 +325,16 @@ class TestLaunches:
         ]
         # the 1 that a backward begins with
         assert launches.others == ["aten.ones_like.default"]
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_the_module_adds_none(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        enc, dec = maps()
+        chosen = {name: masks()[name] for name in ("valid", "slot_mask")} if masked else {}
+        criterion = SSyncLoss(backend="triton")
+        with Launches(monkeypatch) as launches:
+            criterion(enc, dec, **chosen).backward()
+        assert len(launches.kernels) == 7
+        assert [name for name in launches.others if "unsqueeze" not in name] == ["aten.ones_like.default"]
 
     def test_labels_for_logging_take_no_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         enc, dec = maps()

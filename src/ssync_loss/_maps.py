@@ -40,7 +40,7 @@ class Maps(NamedTuple):
     Attributes:
         enc: encoder logits (B, T, S, H, W), of any floating type: halves are widened where they are read.
         dec: decoder logits, likewise.
-        valid: (B, T, H, W) bool, or None when every patch counts.
+        valid: (B, T, H, W) bool, or None when every patch counts; see :attr:`counted` for clips without slots.
         slot_mask: (B, S) bool, or None when every slot is present.
         clean: scalar bool: whether no valid cell of a present slot held NaN or +inf in a decoder map that was
             resized, which need not read every cell; None where it was not.
@@ -57,10 +57,19 @@ class Maps(NamedTuple):
         """What is computed in: float32, or float64 if a map is."""
         return torch.promote_types(torch.promote_types(self.enc.dtype, self.dec.dtype), torch.float32)
 
+    @property
+    def counted(self) -> Tensor | None:
+        """What is valid, nothing in a clip without a present slot: (B, T, H, W) bool, or None."""
+        if self.slot_mask is None:
+            return self.valid
+        has_slots = self.slot_mask.any(1)[:, None, None, None]
+        B, T, _, H, W = self.enc.shape
+        return has_slots.expand(B, T, H, W) if self.valid is None else self.valid & has_slots
+
     def of_clips(self, clips: slice) -> "Maps":
-        """Return the maps of some clips, widened to what is computed in."""
+        """Return the maps of some clips, widened to what is computed in, with what counts as what is valid."""
         dtype = self.dtype
-        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.valid, self.slot_mask)
+        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.counted, self.slot_mask)
         return Maps(enc.to(dtype), dec.to(dtype), valid, slot_mask, self.clean)
 
     def is_clean(self) -> Tensor:
@@ -227,17 +236,18 @@ def prepare_maps(
     """
     enc_kind, dec_kind = check_kind(kind)
     enc, dec, valid, slot_mask = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
-    if slot_mask is not None:
-        has_slots = slot_mask.any(1)[:, None, None, None]
-        valid = has_slots.expand(enc.shape[0], enc.shape[1], *enc.shape[3:]) if valid is None else valid & has_slots
-    clean = None
+    maps = Maps(enc, dec, valid, slot_mask, None)
+    if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
+        # nothing to do, and nothing is launched
+        return maps
+    counted, clean = maps.counted, None
     with no_autocast(enc):
-        usable = _usable(valid, slot_mask)
+        usable = _usable(counted, slot_mask)
         enc = _as_logits(enc, enc_kind, usable)
         if dec.shape == enc.shape:
             dec = _as_logits(dec, dec_kind, usable)
         else:
-            dec_valid = None if valid is None else _overlapping(valid, dec.shape[3:])
+            dec_valid = None if counted is None else _overlapping(counted, dec.shape[3:])
             usable = _usable(dec_valid, slot_mask)
             dec = at_least_float32(_as_logits(dec, dec_kind, usable))
             clean = is_clean(peak_of(dec.detach(), slot_mask), dec_valid)

@@ -104,7 +104,8 @@ def premise(
         B, T, S, H, W = maps.enc.shape
         check_features(features, B=B, T=T, H=H, W=W)
         check_same_device("features", features, enc_logits=enc_logits)
-        patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if maps.valid is None else maps.valid
+        counted = maps.counted
+        patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if counted is None else counted
         enc, dec = hard_labels(maps)
         enc_confidence, dec_confidence = (
             _confidence(logits, patches, maps.slot_mask) for logits in (maps.enc, maps.dec)

@@ -61,8 +61,9 @@ def fitting_labels(labels: PseudoLabels, target_name: str, region_name: str, map
     check_shape(f"labels.{region_name}", region, "B T H W", **size)
     check_bool(f"labels.{region_name}", region)
     check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
-    if maps.valid is not None:
-        region = region & maps.valid
+    counted = maps.counted
+    if counted is not None:
+        region = region & counted
     if maps.slot_mask is not None:
         check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
     return labels._replace(**{region_name: region})

@@ -99,14 +99,15 @@ def panel(
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
         frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
         enc, dec = hard_labels(maps)
+        counted = maps.counted
         gray = as_gray(frames)
-        merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=maps.valid)
+        merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=counted)
         rows = [
             frames,
-            overlay(gray, enc, alpha=alpha, valid=maps.valid),
-            overlay(gray, dec, alpha=alpha, valid=maps.valid),
+            overlay(gray, enc, alpha=alpha, valid=counted),
+            overlay(gray, dec, alpha=alpha, valid=counted),
             outline(merged, labels.enc_labels != labels.dec_labels, width=scale),
-            blended(gray, with_invalid(role_colors(labels), maps.valid), alpha),
+            blended(gray, with_invalid(role_colors(labels), counted), alpha),
         ]
         strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)
         # rows are laid out like frames, on their side
