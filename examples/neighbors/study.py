@@ -8,7 +8,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -77,6 +77,8 @@ class Study:
         readings: by name, how a trained model is scored; the name is put behind that of the run, "" for nothing.
         columns: of the table; "ms" is there anyway.
         settings: of the training.
+        compared_with: by row of the table, the row that it is compared with where that is not the first.
+        alone: names of the methods that are run without SSync only.
     """
 
     title: str
@@ -84,6 +86,8 @@ class Study:
     readings: Mapping[str, Callable[[SlotModel], Scores]]
     columns: Sequence[Column]
     settings: Settings
+    compared_with: Mapping[str, str] = field(default_factory=dict)
+    alone: Collection[str] = ()
 
 
 @dataclass
@@ -140,8 +144,10 @@ def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
     for name, make in study.methods.items():
         plain = Training.start(make, settings, seed)
         plain.train(features, until=settings.start_step, criterion=None, title=f"seed {seed}, {name}, shared")
-        both = copy.deepcopy(plain)
-        for run, line in ((plain, None), (both, criterion)):
+        runs: list[tuple[Training, SSyncLoss | None]] = [(plain, None)]
+        if name not in study.alone:
+            runs.append((copy.deepcopy(plain), criterion))
+        for run, line in runs:
             title = with_ssync(name) if line is not None else name
             run.train(features, until=settings.steps, criterion=line, title=f"seed {seed}, {title}")
             # of the steps in which SSync is on, where it is
@@ -169,6 +175,7 @@ class StudyReport:
     settings: dict[str, Any]
     machine: dict[str, Any]
     seeds: dict[int, dict[str, Scores]]
+    compared_with: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -185,21 +192,24 @@ class StudyReport:
 
 
 def table(report: StudyReport) -> str:
-    """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one."""
+    """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one, or the one named."""
     columns = [*report.columns, Column("ms per step", "ms", 1)]
     runs = list(report.seeds.values())
     names = list(runs[0])
     rows = [["", *(column.title for column in columns)]]
     rows += [[name, *(mean_sd([run[name][c.key] for run in runs], c.digits) for c in columns)] for name in names]
     for name in names[1:]:
-        gains = [{c.key: run[name][c.key] - run[names[0]][c.key] for c in columns} for run in runs]
-        rows.append([f"{name}: difference", *(mean_sd([g[c.key] for g in gains], c.digits, "+") for c in columns)])
+        other = report.compared_with.get(name, names[0])
+        gains = [{c.key: run[name][c.key] - run[other][c.key] for c in columns} for run in runs]
+        to = f" to {other}" * (other != names[0])
+        rows.append([f"{name}: difference{to}", *(mean_sd([g[c.key] for g in gains], c.digits, "+") for c in columns)])
         if len(gains) > 1:
             for seed, gain in zip(report.seeds, gains, strict=True):
                 rows.append([f"{name}: seed {seed}", *(number(gain[c.key], c.digits, "+") for c in columns)])
     settings, machine = report.settings, report.machine
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    spread = f" Mean ± sd over seeds; differences are to {names[0]} and paired." if len(runs) > 1 else ""
+    to = f"{names[0]}, or to the run named," if report.compared_with else names[0]
+    spread = f" Mean ± sd over seeds; differences are to {to} and paired." if len(runs) > 1 else ""
     return "\n".join(
         [
             f"{report.title}{spread}",
@@ -217,11 +227,18 @@ class Options(NamedTuple):
     """What the command line says: see `main`."""
 
     steps: int
+    slots: int
     quick: bool
 
 
 def main(
-    name: str, description: str, build: Callable[[Options], tuple[Study, Tensor]], arguments: Sequence[str] | None
+    name: str,
+    description: str,
+    build: Callable[[Options], tuple[Study, Tensor]],
+    arguments: Sequence[str] | None,
+    *,
+    steps: int = 1500,
+    slots: int = 9,
 ) -> int:
     """Run a study from the command line, write its results and print its table.
 
@@ -230,26 +247,30 @@ def main(
         description: for --help.
         build: makes the study and the features (B, T, D, H, W) that are trained on.
         arguments: the command line; None for the process's own.
+        steps: of a run, if the command line does not say.
+        slots: of the model, likewise.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0], help="training seeds")
-    add("--steps", type=int, default=1500, help="optimizer steps of a run")
+    add("--steps", type=int, default=steps, help="optimizer steps of a run")
+    add("--slots", type=int, default=slots, help="number of slots")
     add("--out", type=Path, default=Path("runs") / f"{name}.json", help="where the results go")
     add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
     add("--threads", type=int, default=1, help="CPU threads; operators this small gain nothing from a second one")
     add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished study")
     options = parser.parse_args(arguments)
-    for option, low in (("steps", 10), ("threads", 1)):
+    for option, low in (("steps", 10), ("slots", 1), ("threads", 1)):
         if getattr(options, option) < low:
             parser.error(f"--{option} must be at least {low}; got {getattr(options, option)}")
     if options.table is not None:
         print(table(StudyReport.load(options.table)))
         return 0
     torch.set_num_threads(options.threads)
-    study, features = build(Options(min(options.steps, 40) if options.quick else options.steps, options.quick))
+    steps = min(options.steps, 40) if options.quick else options.steps
+    study, features = build(Options(steps, options.slots, options.quick))
     settings = asdict(study.settings) | {"start_step": study.settings.start_step}
-    report = StudyReport(study.title, list(study.columns), settings, this_machine(), {})
+    report = StudyReport(study.title, list(study.columns), settings, this_machine(), {}, dict(study.compared_with))
     for seed in options.seeds:
         report.seeds[seed] = run_seed(study, features, seed)
         report.save(options.out)
