@@ -1,0 +1,237 @@
+"""The example of cyclic inference: its scans, its scores, its table, and what its results bear out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from examples.data import held_out
+from examples.features import FrozenFeatures
+from examples.moving_objects import moving_objects
+from examples.neighbors import cyclic_inference as example
+from examples.neighbors.study import Scores, StudyReport, main, table
+from examples.slot_model import SlotModel, SlotOutput
+from torch import Tensor
+
+RESULTS = Path(example.__file__).parent / "results" / "cyclic_inference.json"
+ROWS = [
+    "own losses",
+    "own losses, cyclic",
+    "own losses, longer first look",
+    "+ SSync",
+    "+ SSync, cyclic",
+    "+ SSync, longer first look",
+]
+
+
+@pytest.fixture
+def model() -> SlotModel:
+    torch.manual_seed(0)
+    return SlotModel(3, feature_dim=5, dim=8).requires_grad_(False)
+
+
+def features(frames: int, clips: int = 2) -> Tensor:
+    return torch.randn(clips, frames, 5, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def looks(
+    scan: example.Scan, model: SlotModel, clip: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, bool]]:
+    """Scan, and list which frame every step saw, and whether as a first one."""
+    tokens, see, seen = model.encoder(clip), model.see, []
+
+    def spy(prior: Tensor, frame: Tensor, *, first: bool) -> object:
+        distance = (tokens - frame.unsqueeze(1)).abs().flatten(2).amax(2).amax(0)
+        assert distance.min() < 1e-6
+        seen.append((int(distance.argmin()), first))
+        return see(prior, frame, first=first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "see", spy)
+        scan(model, clip)
+    return seen
+
+
+def assert_frame_equal(output: SlotOutput, t: int, expected: SlotOutput, expected_t: int) -> None:
+    for values, wanted in zip(output, expected, strict=True):
+        torch.testing.assert_close(values[:, t], wanted[:, expected_t], rtol=0, atol=0)
+
+
+class TestCyclic:
+    def test_it_goes_forward_and_then_back(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = (0, True)
+        rest = [(1, False), (2, False), (3, False), (2, False), (1, False), (0, False)]
+        assert looks(example.cyclic, model, features(4), monkeypatch) == [first, *rest]
+
+    def test_it_returns_what_is_seen_on_the_way_back(self, model: SlotModel) -> None:
+        clip = features(3)
+        tokens = model.encoder(clip)
+        prior = model.initial_slots.expand(2, -1, -1)
+        for t in (0, 1, 2, 1):
+            seen = model.see(prior, tokens[:, t], first=t == 0)
+            prior = seen.predicted
+        seen = model.see(prior, tokens[:, 0], first=False)
+        output = example.cyclic(model, clip)
+        alpha, painted = model.decoder(seen.slots.unsqueeze(1), 4, 6)
+        torch.testing.assert_close(output.slots[:, 0], seen.slots)
+        torch.testing.assert_close(output.enc_logits[:, 0].flatten(2), seen.dots[-1])
+        attention = (seen.dots[0].softmax(-1) + seen.dots[1].softmax(-1)) / 2
+        torch.testing.assert_close(output.attention[:, 0].flatten(2), attention)
+        torch.testing.assert_close(output.dec_logits[:, :1], alpha)
+        torch.testing.assert_close(output.reconstruction[:, :1], painted)
+
+    def test_the_last_frame_stays_and_all_others_change(self, model: SlotModel) -> None:
+        clip = features(4)
+        there, back = example.forward(model, clip), example.cyclic(model, clip)
+        assert_frame_equal(back, -1, there, -1)
+        assert (there.dec_logits - back.dec_logits).abs().flatten(2).amax(2)[:, :-1].min() > 1e-6
+
+    def test_of_a_single_frame_it_is_the_forward_scan(self, model: SlotModel) -> None:
+        clip = features(1)
+        assert_frame_equal(example.cyclic(model, clip), 0, example.forward(model, clip), 0)
+
+
+class TestLongerFirstLook:
+    def test_it_takes_as_many_steps_as_the_cycle(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        rest = [(0, False), (0, False), (0, False), (1, False), (2, False), (3, False)]
+        assert looks(example.longer_first_look, model, features(4), monkeypatch) == [(0, True), *rest]
+
+    def test_it_returns_the_clip_alone(self, model: SlotModel) -> None:
+        clip = features(3)
+        output = example.longer_first_look(model, clip)
+        again = example.forward(model, clip[:, [0, 0, 0, 1, 2]])
+        for t in range(3):
+            assert_frame_equal(output, t, again, t + 2)
+        assert output.dec_logits.shape[:2] == clip.shape[:2]
+
+
+class TestScores:
+    def test_identity_is_asked_of_objects_seen_at_both_ends(self) -> None:
+        # of the objects 1 to 4: stays, changes its slot, is gone, stays by its larger part
+        ids = torch.tensor([[[[0, 1, 2, 3, 4, 4, 4]], [[0, 0, 0, 0, 0, 0, 0]], [[0, 1, 2, 0, 4, 4, 4]]]])
+        labels = torch.tensor([[[[0, 1, 2, 3, 4, 4, 0]], [[5, 5, 5, 5, 5, 5, 5]], [[0, 1, 1, 0, 2, 4, 4]]]])
+        assert example.identity(labels, ids) == pytest.approx(2 / 3)
+
+    def test_frames_are_scored_one_by_one_and_together(self) -> None:
+        # the same two objects twice: found, and cut the wrong way
+        ids = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 1, 2, 2]]]])
+        labels = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 2, 1, 2]]]])
+        scores = example.score(labels, ids)
+        assert (scores["fg_ari_0"], scores["mbo_0"]) == (1, 1)
+        # two by two pixels, one in each cell: 0 pairs together, 2 · 2 / 6 expected, (2 + 2) / 2 at most
+        assert scores["fg_ari_1"] == pytest.approx((0 - 2 / 3) / (2 - 2 / 3))
+        assert scores["mbo_1"] == pytest.approx(1 / 3)
+        assert scores["fg_ari_mean"] == pytest.approx((1 - 0.5) / 2)
+        assert scores["mbo_mean"] == pytest.approx((1 + 1 / 3) / 2)
+        # 3 + 1 pixels of each: 2 · 3 pairs together, 12 · 12 / 28 expected, 12 at most
+        assert scores["fg_ari_clip"] == pytest.approx((6 - 144 / 28) / (12 - 144 / 28))
+
+    def test_only_the_first_frame_gets_noise(self) -> None:
+        featurize = FrozenFeatures().fit(moving_objects(4, seed=0).video)
+        clips = example.Clips(featurize, 3, seed=5)
+        expected = held_out(featurize, 3, seed=5, num_frames=8)
+        assert expected.ids is not None
+        clean, noisy = clips.features[""], clips.features["noisy_"]
+        assert torch.equal(clips.ids, expected.ids)
+        assert torch.equal(clean, expected.features)
+        assert torch.equal(clean[:, 1:], noisy[:, 1:])
+        assert (clean - noisy)[:, 0].abs().flatten(1).amax(1).min() > 0.5
+
+    def test_both_versions_of_the_clips_are_scored(self) -> None:
+        featurize = FrozenFeatures().fit(moving_objects(4, seed=0).video)
+        torch.manual_seed(0)
+        scores = example.Clips(featurize, 3, seed=5).score(SlotModel(3), example.forward)
+        assert {column.key for column in example.COLUMNS} <= scores.keys()
+        # forward, what comes later depends on the first frame: both are other clips to the model
+        assert scores["fg_ari_1"] != scores["noisy_fg_ari_1"]
+
+
+def test_a_rehearsal_reads_every_run_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cyclic.json"
+    arguments = ["--quick", "--steps", "10", "--slots", "4", "--seeds", "0", "--out", str(out)]
+    threads = torch.get_num_threads()
+    try:
+        assert main("cyclic_inference", "", example.build, arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == [
+        *ROWS,
+        "own losses, cyclic: difference",
+        "own losses, longer first look: difference",
+        "+ SSync: difference",
+        "+ SSync, cyclic: difference to + SSync",
+        "+ SSync, longer first look: difference to + SSync",
+    ]
+    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
+    assert titles == [*(column.title for column in example.COLUMNS), "ms per step"]
+    written = StudyReport.load(out)
+    assert written.settings["slots"] == 4
+    runs = written.seeds[0]
+    for name in ("own losses", "+ SSync"):
+        assert runs[name]["fg_ari_7"] == runs[f"{name}, cyclic"]["fg_ari_7"]
+        assert runs[name]["fg_ari_0"] != runs[f"{name}, cyclic"]["fg_ari_0"]
+
+
+def results() -> list[tuple[Scores, Scores, Scores]]:
+    """List what every model of the published table reached: forward, cyclically, with a longer first look."""
+    by_seed = StudyReport.load(RESULTS).seeds
+    assert list(by_seed) == [0, 1, 2]
+    assert all(list(runs) == ROWS for runs in by_seed.values())
+    return [
+        (runs[name], runs[f"{name}, cyclic"], runs[f"{name}, longer first look"])
+        for runs in by_seed.values()
+        for name in ("own losses", "+ SSync")
+    ]
+
+
+class TestResults:
+    """What is said of the results holds for every seed, without and with SSync."""
+
+    def test_they_are_those_of_the_default_command(self) -> None:
+        settings = StudyReport.load(RESULTS).settings
+        assert (settings["num_clips"], settings["slots"], settings["steps"]) == (1500, 9, 1500)
+        assert "differences are to own losses, or to the run named, and paired" in table(StudyReport.load(RESULTS))
+
+    def test_forward_the_first_frame_is_the_worst(self) -> None:
+        for forward, _, _ in results():
+            for name in ("fg_ari", "mbo"):
+                first, *later = (forward[f"{name}_{t}"] for t in range(8))
+                assert first < min(later)
+            assert 0.035 < forward["fg_ari_7"] - forward["fg_ari_0"] < 0.115
+
+    def test_cyclically_it_is_as_good_as_the_last_which_stays(self) -> None:
+        for forward, back, _ in results():
+            assert back["fg_ari_7"] == forward["fg_ari_7"]
+            assert back["mbo_7"] == forward["mbo_7"]
+            assert back["fg_ari_0"] > forward["fg_ari_0"] + 0.04
+            assert back["mbo_0"] > forward["mbo_0"] + 0.03
+            assert back["fg_ari_0"] > back["fg_ari_7"] - 0.01
+            assert back["mbo_0"] > back["mbo_7"] - 0.01
+
+    def test_clips_and_identities_gain(self) -> None:
+        for forward, back, _ in results():
+            for score in ("fg_ari_mean", "fg_ari_clip", "mbo_mean", "identity"):
+                assert back[score] > forward[score]
+
+    def test_a_longer_first_look_does_as_much_for_clean_clips(self) -> None:
+        for forward, back, longer in results():
+            assert longer["fg_ari_0"] > back["fg_ari_0"]
+            assert longer["mbo_0"] > back["mbo_0"]
+            for score in ("fg_ari_mean", "fg_ari_clip", "mbo_mean", "identity"):
+                assert longer[score] > forward[score]
+                assert abs(longer[score] - back[score]) < 0.03
+
+    def test_but_it_does_not_for_those_with_a_noisy_first_frame(self) -> None:
+        for forward, back, longer in results():
+            for score in ("fg_ari_0", "fg_ari_1", "identity"):
+                assert back[f"noisy_{score}"] > max(forward[f"noisy_{score}"], longer[f"noisy_{score}"])
+            assert longer["noisy_fg_ari_1"] < forward["noisy_fg_ari_1"] + 0.01
+            # the way back meets the second frame before the noise
+            assert abs(back["noisy_fg_ari_1"] - back["fg_ari_1"]) < 0.01
+            assert back["noisy_fg_ari_0"] < back["fg_ari_0"] - 0.05
+        assert sum(longer["noisy_identity"] < forward["noisy_identity"] for forward, _, longer in results()) == 5
+
+    def test_the_first_frame_gains_more_with_ssync(self) -> None:
+        for own, ssync in zip(results()[::2], results()[1::2], strict=True):
+            for score in ("fg_ari_0", "noisy_fg_ari_1"):
+                assert ssync[1][score] - ssync[0][score] > own[1][score] - own[0][score]
