@@ -1,0 +1,214 @@
+"""The example of the structure-aware loss: its term, its measures, its table, and what its results bear out."""
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from examples.checkpoint import Settings
+from examples.data import held_out
+from examples.features import FrozenFeatures
+from examples.moving_objects import moving_objects
+from examples.neighbors import structure_aware as example
+from examples.neighbors.study import Method, StudyReport, main
+from examples.slot_model import SlotModel, reconstruction_loss
+from torch import Tensor
+
+from ssync_loss.functional import structure_aware_loss
+
+Runs = list[dict[str, dict[str, float]]]
+
+RESULTS = Path(example.__file__).parent / "results" / "structure_aware.json"
+AGAIN, WEAK, STRONG = "+ squared error again", "+ structure, weight 0.05", "+ structure, weight 2"
+ROWS = ["own losses", "+ SSync", AGAIN, WEAK, STRONG, f"{STRONG} + SSync"]
+
+
+@pytest.fixture
+def model() -> SlotModel:
+    torch.manual_seed(0)
+    return SlotModel(3, feature_dim=5, dim=8)
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return torch.randn(2, 4, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def runs() -> Runs:
+    report = StudyReport.load(RESULTS)
+    assert (report.settings["steps"], report.settings["slots"], list(report.seeds)) == (1000, 9, [0, 1, 2])
+    return list(report.seeds.values())
+
+
+class TestStructureAware:
+    def method(self, model: SlotModel, weight: float) -> Method:
+        return example.StructureAware(model, Settings(data="x", num_clips=2), weight=weight)
+
+    def test_it_compares_the_reconstruction_with_the_features(self, model: SlotModel, features: Tensor) -> None:
+        output = model(features)
+        loss = self.method(model, 2.0).loss(output, features, 0)
+        expected = 2 * structure_aware_loss(output.reconstruction, features, filters="torch")
+        torch.testing.assert_close(loss, expected)
+        assert 0.5 < loss.item() < 4
+
+    def test_masks_slots_and_encoder_are_taught(self, model: SlotModel, features: Tensor) -> None:
+        self.method(model, 1.0).loss(model(features), features, 0).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+    def test_a_step_along_its_slope_meets_the_structure_better(self, model: SlotModel, features: Tensor) -> None:
+        method = self.method(model, 1.0)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        losses = []
+        for step in range(10):
+            loss = method.loss(model(features), features, step)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[-1] < losses[0] - 1e-3
+
+    def test_pull_is_a_ratio_of_gradients(self, model: SlotModel, features: Tensor) -> None:
+        def norm(loss: Tensor) -> float:
+            model.zero_grad()
+            loss.backward()
+            squares = [p.grad.square().sum().item() for p in model.parameters() if p.grad is not None]
+            return math.sqrt(sum(squares))
+
+        structure = norm(structure_aware_loss(model(features).reconstruction, features, filters="torch"))
+        error = norm(reconstruction_loss(model(features), features))
+        assert example.pull(model, features) == pytest.approx(structure / error, rel=1e-4)
+
+
+def test_the_control_doubles_the_squared_error(model: SlotModel, features: Tensor) -> None:
+    output = model(features)
+    loss = example.MoreError(model, Settings(data="x", num_clips=2)).loss(output, features, 0)
+    assert torch.equal(loss, reconstruction_loss(output, features))
+
+
+class TestEdges:
+    ids = torch.tensor([[0, 0, 1], [0, 0, 1]]).view(1, 1, 2, 3)
+
+    def test_contrast_of_a_copy_is_1_and_of_a_constant_0(self) -> None:
+        wanted = torch.randn(1, 1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+        assert example.edge_contrast(wanted, wanted, self.ids) == pytest.approx(1)
+        assert example.edge_contrast(wanted / 4 + 3, wanted, self.ids) == pytest.approx(0.25)
+        assert example.edge_contrast(torch.ones_like(wanted), wanted, self.ids) == 0
+
+    def test_contrast_looks_at_edges_in_both_directions_and_nowhere_else(self) -> None:
+        # steps of 1 to the right and 2 down, of which the ids cross one right and two down
+        wanted = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
+        ids = torch.tensor([[0, 1], [2, 2]]).view(1, 1, 2, 2)
+        made = torch.tensor([[0.0, 3.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
+        # right 3 of 1; down 2 of 2 and 0 of 2: (3 + 4 + 0) / (1 + 4 + 4)
+        assert example.edge_contrast(made, wanted, ids) == pytest.approx(7 / 9)
+
+    def test_noise_counts_for_nothing(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        wanted, noise = (torch.randn(20, 4, 8, 12, 12, generator=generator) for _ in range(2))
+        ids = torch.randint(3, (20, 4, 12, 12), generator=generator)
+        assert example.edge_contrast(noise, wanted, ids) == pytest.approx(0, abs=0.02)
+
+    def test_masks_as_sharp_as_the_objects(self) -> None:
+        masks = torch.nn.functional.one_hot(self.ids).movedim(-1, 2).float()
+        assert example.mask_steps(masks, self.ids) == (1, 0)
+        assert example.mask_steps(torch.full_like(masks, 0.5), self.ids) == (0, 0)
+
+    def test_fragments_are_steps_inside(self) -> None:
+        # the left surface is cut in two from top to bottom: two of its four steps
+        masks = torch.nn.functional.one_hot(torch.tensor([[0, 2, 1], [0, 2, 1]]).view(1, 1, 2, 3)).movedim(-1, 2)
+        assert example.mask_steps(masks.float(), self.ids) == pytest.approx((1, 2 / 5))
+
+    def test_a_patch_is_of_the_surface_that_most_of_it_shows(self) -> None:
+        ids = torch.zeros(1, 1, 4, 12, dtype=torch.int64)
+        ids[..., :3], ids[..., 7] = 2, 1
+        patches, mixed = example.patch_ids(ids)
+        assert patches.tolist() == [[[[2, 0, 0]]]]
+        assert mixed.tolist() == [[[[True, True, False]]]]
+
+    def test_painting_gives_the_mean_of_a_surface_in_its_frame(self) -> None:
+        features = torch.tensor([[1.0, 3.0, 8.0], [2.0, 6.0, 7.0]]).view(1, 2, 1, 1, 3)
+        ids = torch.tensor([[0, 0, 1], [0, 2, 2]]).view(1, 2, 1, 3)
+        assert example.painted(features, ids).flatten().tolist() == [2, 2, 8, 2, 6.5, 6.5]
+
+    def test_true_masks_would_be_sharper_than_a_fresh_model(self) -> None:
+        clips = moving_objects(8, seed=0)
+        featurize = FrozenFeatures().fit(clips.video)
+        data = held_out(featurize, 8, seed=5)
+        assert data.ids is not None
+        torch.manual_seed(0)
+        model = SlotModel(3)
+        scores = example.sharpness(model, data)
+        assert {column.key for column in example.COLUMNS if not column.key.startswith("dec_")} <= scores.keys()
+        ids, mixed = example.patch_ids(data.ids)
+        best = example.painted(data.features, ids)
+        assert example.edge_contrast(best, data.features, ids) > scores["contrast"] + 0.2
+        error = (model(data.features).reconstruction - data.features).square().mean(2)
+        assert scores["error_at_edges"] == pytest.approx(error[mixed].mean().item(), rel=1e-4)
+        assert scores["error_inside"] == pytest.approx(error[~mixed].mean().item(), rel=1e-4)
+
+
+def test_a_rehearsal_has_every_run_and_the_published_weight_without_ssync(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "structure.json"
+    arguments = ["--quick", "--steps", "10", "--seeds", "0", "--out", str(out)]
+    assert main("structure_aware", "", example.build, arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *(f"{name}: difference" for name in ROWS[1:])]
+    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
+    assert titles == [*(column.title for column in example.COLUMNS), "ms per step"]
+    assert list(StudyReport.load(out).seeds[0]) == ROWS
+
+
+class TestResults:
+    """What is said of the results."""
+
+    def gains(self, runs: Runs, key: str, name: str, over: str) -> list[float]:
+        return [run[name][key] - run[over][key] for run in runs]
+
+    @pytest.mark.parametrize("over", ["own losses", AGAIN])
+    def test_edges_are_sharper_on_every_seed(self, runs: Runs, over: str) -> None:
+        for key in ("contrast", "step_at_edges"):
+            assert min(self.gains(runs, key, STRONG, over)) > 0
+        for key in ("error_at_edges", "structure"):
+            assert max(self.gains(runs, key, STRONG, over)) < 0
+
+    def test_most_of_the_contrast_is_not_had_by_counting_the_error_twice(self, runs: Runs) -> None:
+        gain, control = (fmean(self.gains(runs, "contrast", name, "own losses")) for name in (STRONG, AGAIN))
+        assert gain > 3 * control
+
+    def test_contours_lie_no_better_than_with_the_error_twice(self, runs: Runs) -> None:
+        gains = self.gains(runs, "contour_f", STRONG, "own losses")
+        control = self.gains(runs, "contour_f", AGAIN, "own losses")
+        assert min(gains + control) > 0
+        assert abs(fmean(gains) - fmean(control)) < stdev(gains)
+
+    def test_ari_rises_on_every_seed_and_fg_ari_does_not(self, runs: Runs) -> None:
+        assert min(self.gains(runs, "dec_ari", STRONG, "own losses")) > 0.2
+        objects = self.gains(runs, "dec_fg_ari", STRONG, "own losses")
+        assert abs(fmean(objects)) < stdev(objects)
+
+    @pytest.mark.parametrize("key", ["contrast", "error_at_edges", "step_at_edges", "step_inside", "contour_f"])
+    def test_the_published_weight_shows_at_no_edge(self, runs: Runs, key: str) -> None:
+        gains = self.gains(runs, key, WEAK, "own losses")
+        assert abs(fmean(gains)) < stdev(gains)
+
+    def test_pulls_are_a_fortieth_and_about_equal(self, runs: Runs) -> None:
+        pull = fmean(run["own losses"]["pull"] for run in runs)
+        assert 1 / 45 < example.PUBLISHED * pull < 1 / 35
+        assert 0.8 < example.EQUAL * pull < 1.2
+
+    def test_ssync_keeps_the_edges_and_loses_some_of_its_objects(self, runs: Runs) -> None:
+        both = f"{STRONG} + SSync"
+        assert min(self.gains(runs, "contrast", both, STRONG)) > 0
+        assert min(self.gains(runs, "contrast", both, "+ SSync")) > 0.03
+        alone = self.gains(runs, "contrast", "+ SSync", "own losses")
+        assert abs(fmean(alone)) < stdev(alone)
+        assert min(self.gains(runs, "step_at_edges", both, "+ SSync")) > 0
+        assert max(self.gains(runs, "dec_fg_ari", both, "+ SSync")) < 0
+        assert min(self.gains(runs, "dec_fg_ari", both, STRONG)) > 0
+        assert abs(fmean(self.gains(runs, "dec_ari", both, "+ SSync"))) < 0.01
