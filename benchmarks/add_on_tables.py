@@ -46,6 +46,16 @@ def costs(results: Results) -> dict[str, str]:
     return found
 
 
+def in_short(results: Results) -> dict[str, str]:
+    """Say what each add-on costs as the README does, such as ``"0.12x, linear"``: how it grows with patches."""
+    found = {}
+    for one in ADD_ONS:
+        time = _at_reference(results, one.axis, one.name, "time")
+        if time is not None and time.status == "measured" and _base(results, time) is not None:
+            found[one.name] = f"{_times(time.number('ratio'))}, {POWERS[one.time if one.axis == 'H*W' else 0]}"
+    return found
+
+
 def add_on_parts(results: Results) -> list[str]:
     """Lay out all that was measured of them."""
     return [

@@ -11,6 +11,8 @@ from examples.moving_objects import moving_objects
 from torch import Tensor
 
 TRAIN_SEED, PREMISE_SEED, TEST_SEED = 1, 2, 777
+# the most that an object moves along each axis, in images per frame
+SPEED = 0.05
 DESCRIPTION = f"moving objects, seed {TRAIN_SEED}"
 
 
@@ -34,16 +36,18 @@ def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
     )
 
 
-def training_clips(num_clips: int) -> tuple[Tensor, FrozenFeatures]:
+def training_clips(num_clips: int, *, speed: float = SPEED) -> tuple[Tensor, FrozenFeatures]:
     """Make the features (B, T, D, H, W) of the training clips, and what makes them."""
-    video = moving_objects(num_clips, seed=TRAIN_SEED).video
+    video = moving_objects(num_clips, seed=TRAIN_SEED, speed=speed).video
     featurize = FrozenFeatures().fit(video)
     return featurize(video), featurize
 
 
-def held_out(featurize: FrozenFeatures, num_clips: int, *, seed: int, num_frames: int = 4) -> EvaluationSet:
+def held_out(
+    featurize: FrozenFeatures, num_clips: int, *, seed: int, num_frames: int = 4, speed: float = SPEED
+) -> EvaluationSet:
     """Make clips that nothing is trained on."""
-    clips = moving_objects(num_clips, seed=seed, num_frames=num_frames)
+    clips = moving_objects(num_clips, seed=seed, num_frames=num_frames, speed=speed)
     return EvaluationSet(clips.video, featurize(clips.video), clips.ids)
 
 

@@ -37,6 +37,7 @@ def moving_objects(
     seed: int,
     num_frames: int = 4,
     size: int = 48,
+    speed: float = 0.05,
     color_distance: float = 0.5,
     contrast: float = 0.2,
     noise: float = 0.05,
@@ -44,14 +45,15 @@ def moving_objects(
     """Make clips of 2-4 moving objects; the same seed gives the same clips.
 
     Objects are ellipses, rectangles and triangles of half-size 0.20-0.32 of the image and aspect 0.6-1,
-    turned at random, moving by at most 0.05 of the image per frame along each axis. Surface k of a clip
-    shows ``color_k + contrast * sin(stripes_k) + noise * normal``; the stripes travel with their object.
+    turned at random, moving by at most `speed` per frame along each axis. Surface k of a clip shows
+    ``color_k + contrast * sin(stripes_k) + noise * normal``; the stripes travel with their object.
 
     Args:
         num_clips: B.
         seed: of everything that is random here.
         num_frames: T.
         size: H = W, in pixels.
+        speed: as a share of the image.
         color_distance: the least distance in RGB between the base colors of one clip.
         contrast: amplitude of the stripes.
         noise: standard deviation of the pixel noise.
@@ -61,7 +63,7 @@ def moving_objects(
     (torch.Size([3, 4, 3, 48, 48]), torch.Size([3, 4, 48, 48]))
     """
     generator = torch.Generator().manual_seed(seed)
-    scenes = _draw_scenes(num_clips, color_distance, generator)
+    scenes = _draw_scenes(num_clips, speed, color_distance, generator)
     video = torch.empty(num_clips, num_frames, 3, size, size)
     ids = torch.empty(num_clips, num_frames, size, size, dtype=torch.int64)
     for block in torch.split(torch.arange(num_clips), BLOCK):
@@ -91,7 +93,7 @@ class _Scenes(NamedTuple):
     stripe_phase: Tensor  # (B, surfaces)
 
 
-def _draw_scenes(num_clips: int, color_distance: float, generator: torch.Generator) -> _Scenes:
+def _draw_scenes(num_clips: int, speed: float, color_distance: float, generator: torch.Generator) -> _Scenes:
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(num_clips, *shape, generator=generator)
 
@@ -100,7 +102,7 @@ def _draw_scenes(num_clips: int, color_distance: float, generator: torch.Generat
     num_objects = torch.randint(2, objects + 1, (num_clips,), generator=generator)
     kind = torch.randint(0, 3, (num_clips, objects), generator=generator)
     center = uniform(objects, 2, low=0.2, high=0.8)
-    velocity = uniform(objects, 2, low=-0.05, high=0.05)
+    velocity = uniform(objects, 2, low=-speed, high=speed)
     half_width = uniform(objects, low=0.20, high=0.32)
     half_height = half_width * uniform(objects, low=0.6, high=1.0)
     return _Scenes(

@@ -154,3 +154,24 @@ class TestCommand:
         with pytest.raises(SystemExit, match="2"):
             self.run(*arguments)
         assert message in capsys.readouterr().err
+
+
+FOLDER = Path(slot_curriculum.__file__).parent
+README = (FOLDER / "README.md").read_text()
+
+
+def test_tables_in_the_readme_are_those_that_the_scripts_print() -> None:
+    shown = re.findall(r"<!-- table: python (\S+) --table (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
+    assert {Path(script).stem for script, _, _ in shown} == {path.stem for path in FOLDER.glob("*.py")} - {"study"}
+    root = FOLDER.parents[1]
+    for script, results, text in shown:
+        assert Path(script).stem == Path(results).stem
+        assert text.strip() == table(StudyReport.load(root / results)).strip(), script
+
+
+def test_committed_results_are_of_three_seeds_and_of_the_settings_of_the_scripts() -> None:
+    for path in (FOLDER / "results").glob("*.json"):
+        report = StudyReport.load(path)
+        assert list(report.seeds) == [0, 1, 2]
+        assert report.settings["num_clips"] == 1500
+        assert report.settings["start_step"] == round(0.3 * report.settings["steps"])

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks.add_on_tables import in_short
 from benchmarks.bars import step_in_exponentials
 from benchmarks.results import Results
 
@@ -54,6 +55,28 @@ def test_the_cost_is_the_measured_one_and_within_its_limits() -> None:
     said = re.search(r"about (\d+) times as long as `torch.exp` of both\s+maps at 64.*?about (\d+) times at 4", README)
     assert said is not None
     assert (int(said[1]), int(said[2])) == (round(ratio[64]), round(ratio[4]))
+
+
+def test_the_costs_of_add_ons_are_the_measured_ones() -> None:
+    said = in_short(Results.load(ROOT / "benchmarks" / "results" / "cpu.json"))
+    rows = [line for line in README.splitlines() if line.startswith("| `") and line.count("|") == 6]
+    entries = {
+        "SlotRedundancyLoss": ["SlotRedundancyLoss", "TemporalSlotContrastLoss"],
+        "StructureAwareLoss": ["StructureAwareLoss, own filters", "StructureAwareLoss, kornia's filters"],
+        "curriculum.SlotCurriculum": ["SlotCurriculum, elsewhere", "SlotCurriculum, at a milestone"],
+        "SemanticConsistencyLoss": [
+            "SemanticConsistencyLoss, pair by pair",
+            "SemanticConsistencyLoss, pooled to 144",
+            "MaskDiversityLoss",
+            "InstanceConsistencyLoss, P=4",
+        ],
+        "AffinityConsistencyLoss": ["AffinityConsistencyLoss", "MaskedTokenLoss, Kp=256", "OutGenerativeLoss"],
+        "functional.propagate_labels": ["propagate_labels, 64 patches at once"],
+    }
+    for first, names in entries.items():
+        (row,) = (row for row in rows if row.startswith(f"| `{first}`"))
+        shown = re.findall(r"<?\d[\d,.]*x, \w+", row.split("|")[5])
+        assert shown == [said[name] for name in names], first
 
 
 def test_versions_are_pinned() -> None:

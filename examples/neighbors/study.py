@@ -75,7 +75,7 @@ class Study:
         title: of the table, a sentence.
         methods: by name, what runs do beside the own losses; a run without, `OWN`, comes first.
         readings: by name, how a trained model is scored; the name is put behind that of the run, "" for nothing.
-        columns: of the table; "ms" is there anyway.
+        columns: of the table. Milliseconds of a step are scores, too: "ms".
         settings: of the training.
         compared_with: by row of the table, the row that it is compared with where that is not the first.
         alone: names of the methods that are run without SSync only.
@@ -193,7 +193,7 @@ class StudyReport:
 
 def table(report: StudyReport) -> str:
     """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one, or the one named."""
-    columns = [*report.columns, Column("ms per step", "ms", 1)]
+    columns = report.columns
     runs = list(report.seeds.values())
     names = list(runs[0])
     rows = [["", *(column.title for column in columns)]]

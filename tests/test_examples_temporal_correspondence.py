@@ -1,0 +1,200 @@
+"""The example of correspondence over time: its terms and its teacher, its measures, what its results bear out."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from examples.checkpoint import Settings
+from examples.data import held_out
+from examples.features import FrozenFeatures
+from examples.moving_objects import moving_objects
+from examples.neighbors import temporal_correspondence as example
+from examples.neighbors.study import StudyReport, Training, main
+from examples.slot_model import SlotModel, slot_contrast_loss
+from torch import Tensor
+
+from ssync_loss.functional import (
+    instance_consistency_loss,
+    mask_diversity_loss,
+    semantic_consistency_loss,
+    valid_instances,
+)
+from ssync_loss.metrics import masks_to_labels, video_fg_ari
+
+ROWS = ["own losses", "+ SSync", "+ slot contrast", "+ SMTC", "+ SMTC + SSync"]
+SETTINGS = Settings(data="noise", num_clips=8, slots=7, steps=10, batch_size=4, contrast_weight=0.0)
+FEATURES = torch.randn(8, 3, 24, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def method() -> example.Correspondence:
+    torch.manual_seed(0)
+    return example.Correspondence(SlotModel(7), SETTINGS)
+
+
+class TestCorrespondence:
+    def test_it_is_the_sum_of_the_three_terms(self, method: example.Correspondence) -> None:
+        with torch.no_grad():
+            # a student that has left its teacher behind, with masks that are sharp enough for slots to count
+            method.model.attention.to_query.weight.mul_(30)
+            next(method.project.parameters()).mul_(2)
+        ours, taught = method.model(FEATURES), method.teacher.model(FEATURES)
+        assert not torch.equal(ours.enc_logits, taught.enc_logits)
+        embedded = F.normalize(method.project(ours.slots), dim=3).unsqueeze(2)
+        teacher_embedded = F.normalize(method.teacher_project.model(taught.slots), dim=3).unsqueeze(2)
+        # a slot counts where it wins, with a probability above a half, more than a twentieth of a frame
+        shares = ((output.enc_logits.softmax(2) > 0.5).double().mean((3, 4)) for output in (ours, taught))
+        valid, teacher_valid = (share.unsqueeze(2) > 0.05 for share in shares)
+        assert valid.any()
+        expected = (
+            semantic_consistency_loss(ours.enc_logits, taught.enc_logits, FEATURES, pool=2)
+            + mask_diversity_loss(ours.enc_logits)
+            + instance_consistency_loss(embedded, teacher_embedded, valid, teacher_valid)
+        )
+        torch.testing.assert_close(method.loss(ours, FEATURES, 0), 0.1 * expected)
+
+    def test_a_slot_counts_by_its_area_alone(self, method: example.Correspondence) -> None:
+        output = method.model(FEATURES)
+        sharp = output._replace(enc_logits=50 * output.enc_logits)
+        by_area = valid_instances(sharp.enc_logits, torch.ones(8, 3, 7, 1), torch.ones(8, 3, 7, 1, 1), area_thr=0.05)
+        assert torch.equal(example.counted(sharp), by_area.mT)
+        assert 0 < example.counted(sharp).double().mean() < 1
+
+    def test_all_but_the_decoder_is_taught_and_the_teacher_is_not(self, method: example.Correspondence) -> None:
+        with torch.no_grad():
+            method.model.attention.to_query.weight.mul_(30)
+        method.loss(method.model(FEATURES), FEATURES, 0).backward()
+        for name, parameter in [*method.model.named_parameters(), *method.project.named_parameters()]:
+            if name.startswith("decoder"):
+                assert parameter.grad is None, name
+            else:
+                assert parameter.grad is not None, name
+                assert parameter.grad.abs().sum() > 0, name
+        for teacher in (method.teacher, method.teacher_project):
+            assert all(parameter.grad is None for parameter in teacher.parameters())
+
+    def test_the_teacher_starts_as_the_model_and_follows_it_by_a_hundredth(self) -> None:
+        run = Training.start(example.Correspondence, SETTINGS, 0)
+        assert isinstance(run.method, example.Correspondence)
+        pairs = ((run.method.teacher.model, run.model), (run.method.teacher_project.model, run.method.project))
+        before = [copy.deepcopy(teacher.state_dict()) for teacher, _ in pairs]
+        for first, (_, student) in zip(before, pairs, strict=True):
+            assert all(torch.equal(first[name], value) for name, value in student.state_dict().items())
+        with torch.no_grad():
+            run.model.attention.to_query.weight.mul_(30)  # else no slot is sharp enough to count
+        run.train(FEATURES, until=1, criterion=None, title="")
+        for first, (teacher, student) in zip(before, pairs, strict=True):
+            now = student.state_dict()
+            assert any(not torch.equal(now[name], first[name]) for name in now)
+            for name, value in teacher.state_dict().items():
+                torch.testing.assert_close(value, 0.99 * first[name] + 0.01 * now[name])
+
+    def test_the_projection_is_trained(self) -> None:
+        run = Training.start(example.Correspondence, SETTINGS, 0)
+        assert isinstance(run.method, example.Correspondence)
+        with torch.no_grad():
+            run.model.attention.to_query.weight.mul_(30)
+        before = [parameter.detach().clone() for parameter in run.method.project.parameters()]
+        run.train(FEATURES, until=1, criterion=None, title="")
+        after = run.method.project.parameters()
+        assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+    def test_a_copy_goes_on_as_the_run_itself(self) -> None:
+        run = Training.start(example.Correspondence, SETTINGS, 0)
+        run.train(FEATURES, until=3, criterion=None, title="")
+        other = copy.deepcopy(run)
+        for one in (run, other):
+            one.train(FEATURES, until=6, criterion=None, title="")
+        pairs = zip(run.model.parameters(), other.model.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) and ours is not theirs for ours, theirs in pairs)
+
+
+def test_the_contrast_has_its_usual_weight() -> None:
+    output = SlotModel(4)(FEATURES)
+    usual = Settings(data="noise", num_clips=8).contrast_weight
+    term = example.SlotContrast(SlotModel(4), SETTINGS).loss(output, FEATURES, 0)
+    torch.testing.assert_close(term, usual * slot_contrast_loss(output.slots))
+
+
+def clip(*frames: list[int]) -> Tensor:
+    return torch.tensor(frames).view(1, len(frames), 1, -1)
+
+
+class TestKept:
+    def test_slots_that_swap_their_objects_keep_nothing(self) -> None:
+        ids, masks = clip([1, 1, 2, 2], [1, 1, 2, 2]), clip([0, 0, 1, 1], [1, 1, 0, 0])
+        assert example.kept(ids - 1, ids) == (1, 1)
+        assert example.kept(masks, ids) == (0, 0)
+        # the same is lost over time, as the FG-ARI of clips has it
+        assert video_fg_ari(masks, ids, background=0) < video_fg_ari(ids, ids, background=0) == 1
+
+    def test_what_comes_back_is_lost_on_the_way_alone(self) -> None:
+        ids, masks = clip([1, 1], [1, 1], [1, 1]), clip([4, 4], [2, 2], [4, 4])
+        assert example.kept(masks, ids) == (0, 1)
+
+    def test_objects_must_be_seen_in_both_frames(self) -> None:
+        # the first is seen in two frames in a row, the second in the first frame alone
+        ids, masks = clip([1, 1, 2, 2], [1, 1, 0, 0], [0, 0, 0, 0]), clip([0, 0, 1, 1], [0, 0, 2, 2], [3, 3, 3, 3])
+        following, last = example.kept(masks, ids)
+        assert following == 1
+        assert last != last  # nothing is seen in the first frame and in the last
+
+    def test_the_best_slot_is_that_of_the_largest_overlap_per_union(self) -> None:
+        # slot 0 has two thirds of the object, and all that is around it; slot 1 has nothing else
+        ids = clip([1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0])
+        masks = clip([0, 0, 1, 0, 0, 0, 0], [2, 2, 1, 2, 2, 2, 2])
+        assert example.kept(masks, ids) == (1, 1)
+
+    def test_every_clip_counts_the_same(self) -> None:
+        many, few = clip([1, 2, 3], [1, 2, 3]), clip([1, 1, 1], [1, 1, 1])
+        ids, masks = torch.cat([many, few]), torch.cat([many, clip([0, 0, 0], [5, 5, 5])])
+        assert example.kept(masks, ids) == (0.5, 0.5)
+
+    def test_a_clip_that_shows_nothing_twice_says_nothing(self) -> None:
+        ids = torch.cat([clip([0, 0], [1, 1]), clip([1, 1], [1, 1])])
+        masks = torch.cat([clip([0, 0], [1, 1]), clip([3, 3], [3, 3])])
+        assert example.kept(masks, ids) == (1, 1)
+
+
+def test_scores_are_those_of_the_decoders_masks() -> None:
+    featurize = FrozenFeatures().fit(moving_objects(8, seed=0).video)
+    data = held_out(featurize, 8, seed=5, speed=example.SPEED)
+    assert data.ids is not None
+    torch.manual_seed(0)
+    model = SlotModel(3)
+    scores = example.score(model, data, 0.6)
+    assert {column.key for column in example.COLUMNS} <= scores.keys()
+    with torch.no_grad():
+        masks = masks_to_labels(model(data.features).dec_logits, (48, 48))
+    assert (scores["kept_next"], scores["kept_last"]) == example.kept(masks, data.ids)
+    assert scores["lost_over_time"] == scores["frame_fg_ari"] - scores["dec_fg_ari"]
+
+
+def test_fast_objects_are_slow_ones_seen_less_often() -> None:
+    slow, fast = moving_objects(30, seed=4, num_frames=10), moving_objects(30, seed=4, speed=0.15)
+    assert torch.equal(slow.colors, fast.colors)
+    # rounding moves an edge here and there
+    assert (slow.ids[:, ::3] == fast.ids).double().mean() > 0.9999
+    assert (slow.ids[:, :4] == fast.ids).double().mean() < 0.95
+
+
+def test_a_rehearsal_has_every_run_and_the_contrast_without_ssync(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "correspondence.json"
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--quick", "--steps", "10", "--out", str(out)]
+        assert main("temporal_correspondence", "", example.build, arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    differences = [*(f"{name}: difference" for name in ROWS[1:-1]), "+ SMTC + SSync: difference to + SMTC"]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *differences]
+    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
+    assert titles == [*(column.title for column in example.COLUMNS), "ms per step"]
+    report = StudyReport.load(out)
+    assert list(report.seeds[0]) == ROWS
+    assert report.settings["contrast_weight"] == 0
