@@ -1,7 +1,7 @@
 """Tables and figures from files of results: ``python -m benchmarks.report``.
 
 Every JSON file in benchmarks/results becomes a section of benchmarks/README.md, between its markers, and a figure
-beside the file. Nothing there is typed.
+beside the file, if it has curves. Nothing there is typed.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import Results
+from benchmarks.suites.linear_vs_quadratic import SUITE
 from benchmarks.tables import section
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     for name, results in found.items():
-        save_figure(results, options.results / f"{name}.png")
+        if results.select(suite=SUITE):
+            save_figure(results, options.results / f"{name}.png")
     options.readme.write_text(text)
     print(f"{options.readme}: {', '.join(found) or 'no results'}")
     return 0

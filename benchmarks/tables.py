@@ -21,9 +21,13 @@ def section(results: Results, name: str, figure: str) -> str:
         f"## Results: {name}",
         _caption(results),
         _gate(results),
-        "### What must be shown",
-        markdown_table(["", "limit", "measured", ""], [list(bar) for bar in bars(results)]),
     ]
+    shown = bars(results)
+    if shown:
+        parts += [
+            "### What must be shown",
+            markdown_table(["", "limit", "measured", ""], [list(bar) for bar in shown]),
+        ]
     if results.select(suite=growth.SUITE):
         parts += [
             "### Linear against quadratic",

@@ -1,0 +1,110 @@
+"""The example of affinity consistency: its crops, its teacher, its scores, its table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from examples.checkpoint import Settings
+from examples.neighbors import affinity_consistency as example
+from examples.neighbors.study import StudyReport, main
+from examples.slot_model import SlotModel
+from torch import Tensor
+
+from ssync_loss.functional import affinity_consistency_loss
+
+RESULTS = Path(example.__file__).parent / "results" / "affinity_consistency.json"
+ROWS = ["own losses", "+ SSync", example.AFFINITY, f"{example.AFFINITY} + SSync", example.AGREEMENT]
+SETTINGS = Settings(data="noise", num_clips=2, slots=3, steps=10)
+
+
+@pytest.fixture
+def model() -> SlotModel:
+    torch.manual_seed(0)
+    return SlotModel(3)
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return torch.randn(2, 4, 24, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class TestAffinity:
+    def test_student_and_teacher_see_the_same_patches(
+        self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        method, output = example.Affinity(model, SETTINGS), model(features)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def compare(student: Tensor, teacher: Tensor) -> Tensor:
+            seen.append((student, teacher))
+            return student.sum()
+
+        monkeypatch.setattr(method, "compare", compare)
+        # the place is a part of a token: without it a crop's tokens are those of the frame
+        monkeypatch.setattr(model.encoder, "forward", lambda frames: frames.flatten(3).mT)
+        monkeypatch.setattr(method.teacher.model, "forward", lambda frames: frames.flatten(3).mT)
+        method.loss(output, features, 0)
+        ((student, teacher),) = seen
+        assert student.shape == (2, 4, 24, method.side, method.side)
+        assert torch.equal(student, teacher)
+
+    def test_it_is_the_loss_of_the_library_and_teaches_the_encoder_only(
+        self, model: SlotModel, features: Tensor
+    ) -> None:
+        method = example.Affinity(model, SETTINGS)
+        student, teacher = (torch.randn(2, 4, 5, 3, 3) for _ in range(2))
+        torch.testing.assert_close(method.compare(student, teacher), affinity_consistency_loss(student, teacher))
+        output = model(features)
+        method.loss(output, features, 0).backward()
+        touched = {name.split(".")[0] for name, one in model.named_parameters() if one.grad is not None}
+        assert touched == {"encoder"}
+        assert all(one.grad is None for one in method.teacher.parameters())
+
+    def test_the_teacher_follows_the_encoder(self, model: SlotModel) -> None:
+        method = example.Affinity(model, SETTINGS)
+        before = method.teacher.model.get_parameter("mlp.1.weight").clone()
+        with torch.no_grad():
+            model.encoder.get_parameter("mlp.1.weight").add_(1.0)
+        method.after_step(torch.optim.SGD(model.parameters()), 0)
+        moved = method.teacher.model.get_parameter("mlp.1.weight") - before
+        assert 0 < moved.mean() < 0.01
+
+    def test_agreement_is_zero_for_tokens_in_the_same_direction(self, model: SlotModel) -> None:
+        method = example.Agreement(model, SETTINGS)
+        tokens = torch.randn(2, 4, 5, 3, 3)
+        assert method.compare(3 * tokens, tokens).abs() < 1e-6
+        assert method.compare(-tokens, tokens) > 1.99
+
+
+class TestCarry:
+    def test_perfect_features_carry_every_object(self) -> None:
+        ids = torch.zeros(1, example.NUM_FRAMES, 4, 4, dtype=torch.int64)
+        for t in range(example.NUM_FRAMES):
+            ids[0, t, :, t % 2 : t % 2 + 2] = 1
+        features = torch.nn.functional.one_hot(ids, 2).movedim(-1, 2).float() + 0.01
+        assert example.carry(features, ids) == {"j_and_f": 1.0, "j": 1.0, "f": 1.0}
+
+    def test_features_that_say_nothing_do_not(self) -> None:
+        ids = torch.zeros(1, example.NUM_FRAMES, 4, 4, dtype=torch.int64)
+        ids[0, 0, 0, 0] = ids[0, 1:, 3, 3] = 1
+        scores = example.carry(torch.ones(1, example.NUM_FRAMES, 2, 4, 4), ids)
+        assert scores["j"] == 0
+
+
+def test_a_rehearsal_has_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    threads = torch.get_num_threads()
+    try:
+        assert main("x", "x", example.build, ["--quick", "--steps", "10", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    (head,) = (line for line in printed.splitlines() if line.startswith("|  "))
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [column.title for column in example.COLUMNS]
+    assert list(StudyReport.load(out).seeds[0]) == ROWS
+
+
+def test_the_frozen_features_of_a_seed_do_not_depend_on_the_run() -> None:
+    report = StudyReport.load(RESULTS)
+    assert list(next(iter(report.seeds.values()))) == ROWS
+    assert len({run["frozen_j_and_f"] for runs in report.seeds.values() for run in runs.values()}) == 1
