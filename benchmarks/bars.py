@@ -6,8 +6,8 @@ from benchmarks.contenders import DENSE, Contender, ssync_contender
 from benchmarks.results import Results, Row
 from benchmarks.slopes import Slope, fit
 from benchmarks.slot_video_model import PUBLISHED
-from benchmarks.suites import kernels, training_step
-from benchmarks.suites.linear_vs_quadratic import SUITE, history, num_patches
+from benchmarks.suites import add_ons, kernels, training_step
+from benchmarks.suites.linear_vs_quadratic import history, num_patches
 
 SWEEPS = ("H*W", "T", "B")
 # patches from which time is in the work and not in calling it; smaller sizes would flatter a slope. Compiled steps
@@ -40,8 +40,8 @@ class Bar(NamedTuple):
 
 
 def bars(results: Results) -> list[Bar]:
-    """Hold the results of a machine against every bar that is about its kind; none where no suite has one."""
-    if not any(results.select(suite=suite) for suite in (SUITE, training_step.SUITE, kernels.SUITE)):
+    """Hold the results of a machine against every bar that is about its kind; none for add-ons alone."""
+    if results.select(suite=add_ons.SUITE) and len({row.id.suite for row in results.rows.values()} - {"gate"}) == 1:
         return []
     device: str = results.environment["device"]
     found = [*_slopes(results), *_against_dense(results), *_shares(results, device)]

@@ -1,6 +1,7 @@
 """The example of affinity consistency: its crops, its teacher, its scores, its table."""
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -108,3 +109,28 @@ def test_the_frozen_features_of_a_seed_do_not_depend_on_the_run() -> None:
     report = StudyReport.load(RESULTS)
     assert list(next(iter(report.seeds.values()))) == ROWS
     assert len({run["frozen_j_and_f"] for runs in report.seeds.values() for run in runs.values()}) == 1
+
+
+class TestResults:
+    """What the README says of the committed results."""
+
+    def scores(self, name: str, key: str) -> list[float]:
+        return [runs[name][key] for runs in StudyReport.load(RESULTS).seeds.values()]
+
+    def test_affinity_gives_most_of_what_was_lost_back_on_every_seed(self) -> None:
+        own, affine = self.scores("own losses", "j_and_f"), self.scores(example.AFFINITY, "j_and_f")
+        frozen = self.scores("own losses", "frozen_j_and_f")
+        for before, after, best in zip(own, affine, frozen, strict=True):
+            assert before + 0.5 * (best - before) < after < best
+
+    def test_a_plainer_comparison_does_as_well(self) -> None:
+        affine, plain = self.scores(example.AFFINITY, "j_and_f"), self.scores(example.AGREEMENT, "j_and_f")
+        assert fmean(plain) > fmean(affine) - 0.01
+
+    def test_ssync_adds_to_the_masks_and_not_to_the_tokens(self) -> None:
+        for name, with_line in (("own losses", "+ SSync"), (example.AFFINITY, f"{example.AFFINITY} + SSync")):
+            for before, after in zip(
+                self.scores(name, "dec_fg_ari"), self.scores(with_line, "dec_fg_ari"), strict=True
+            ):
+                assert after > before
+            assert abs(fmean(self.scores(with_line, "j_and_f")) - fmean(self.scores(name, "j_and_f"))) < 0.015

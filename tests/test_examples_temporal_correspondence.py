@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -198,3 +199,29 @@ def test_a_rehearsal_has_every_run_and_the_contrast_without_ssync(
     report = StudyReport.load(out)
     assert list(report.seeds[0]) == ROWS
     assert report.settings["contrast_weight"] == 0
+
+
+class TestResults:
+    """What the README says of the committed results."""
+
+    def gains(self, name: str, other: str, key: str) -> list[float]:
+        report = StudyReport.load(Path(example.__file__).parent / "results" / "temporal_correspondence.json")
+        return [runs[name][key] - runs[other][key] for runs in report.seeds.values()]
+
+    def test_objects_keep_their_slots_and_masks_follow_them_on_every_seed(self) -> None:
+        for key in ("kept_last", "dec_fg_ari", "frame_fg_ari", "dec_mbo"):
+            assert min(self.gains("+ SMTC", "own losses", key)) > 0, key
+        assert sum(gain > 0 for gain in self.gains("+ SMTC", "own losses", "kept_next")) == 2
+
+    def test_the_background_pays(self) -> None:
+        assert max(self.gains("+ SMTC", "own losses", "dec_ari")) < 0
+
+    def test_the_contrast_does_not_do_the_same(self) -> None:
+        assert sum(self.gains("+ slot contrast", "own losses", "kept_last")) < 0
+
+    def test_ssync_on_top_adds_to_the_masks_and_nothing_certain_to_identity(self) -> None:
+        for key in ("dec_fg_ari", "frame_fg_ari", "dec_ari", "dec_mbo"):
+            assert min(self.gains("+ SMTC + SSync", "+ SMTC", key)) > 0, key
+            assert min(self.gains("+ SSync", "own losses", key)) > 0, key
+        gains = self.gains("+ SMTC + SSync", "+ SMTC", "kept_last")
+        assert abs(fmean(gains)) < stdev(gains)
