@@ -77,7 +77,7 @@ def _note(results: Results) -> str:
         f"{one['weights'] / 1e6:.1f} million weights; along one of these, other sizes. A step is the forward and, "
         f"where there is a gradient, the backward. In brackets: how many times that of {first} at the same shape, "
         f"taken in turn; behind slopes, the exponent that they should not exceed. Slopes are fitted to the {MIN_SIZES} "
-        f"largest sizes. Nothing is run that should take more than {LONGEST_STEP:g} s a step."
+        f"largest sizes. Here the longest step that is run is one that should take {LONGEST_STEP:g} s."
     )
 
 
