@@ -8,7 +8,7 @@ import torch
 from examples.checkpoint import Settings
 from examples.neighbors import affinity_consistency as example
 from examples.neighbors.study import StudyReport, main
-from examples.slot_model import SlotModel
+from examples.slot_model import SlotModel, cosine_basis
 from torch import Tensor
 
 from ssync_loss.functional import affinity_consistency_loss
@@ -134,3 +134,67 @@ class TestResults:
             ):
                 assert after > before
             assert abs(fmean(self.scores(with_line, "j_and_f")) - fmean(self.scores(name, "j_and_f"))) < 0.015
+
+
+class TestCrops:
+    def test_the_student_sees_crops_and_the_teacher_whole_frames(
+        self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        corners = [(0, 2), (6, 0), (3, 5), (1, 1)]
+        monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(corners))
+        method = example.Affinity(model, SETTINGS)
+        with torch.no_grad():
+            model.encoder.get_parameter("mlp.1.weight").mul_(2)  # the teacher remembers what was before
+        student, teacher = [], []
+        for t, (y, x) in enumerate(corners):
+            here = (..., slice(y, y + 6), slice(x, x + 6))
+            student.append(model.encoder(features[:, t : t + 1][here]))
+            whole = method.teacher(features[:, t : t + 1])
+            teacher.append(whole.view(2, 1, 12, 12, 48).movedim(-1, 2)[here].flatten(3).mT)
+        expected = 0.01 * affinity_consistency_loss(torch.cat(student, 1), torch.cat(teacher, 1))
+        torch.testing.assert_close(method.loss(model(features), features, 0), expected)
+
+    def test_those_of_frames_are_drawn_apart_and_reach_every_place(
+        self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn, randint = [], torch.randint
+
+        def spy(high: int, size: tuple[int, int]) -> Tensor:
+            drawn.append(randint(high, size))
+            return drawn[-1]
+
+        monkeypatch.setattr(torch, "randint", spy)
+        method, output = example.Affinity(model, SETTINGS), model(features)
+        for step in range(40):
+            method.loss(output, features, step)
+        places = torch.stack(drawn)
+        assert places.shape == (40, 4, 2)
+        assert places.unique().tolist() == [0, 1, 2, 3, 4, 5, 6]
+        assert (places[:, 0] != places[:, 1]).any(1).sum() > 30
+
+    def test_without_them_tokens_that_tell_their_place_alone_get_by(self) -> None:
+        def places(height: int, width: int) -> Tensor:
+            return cosine_basis(6, height, width)[1:].expand(1, 4, -1, -1, -1)
+
+        seen = example.crop(places(12, 12), [(0, 0), (6, 6), (0, 6), (6, 0)], 6)
+        whole = affinity_consistency_loss(places(12, 12), places(12, 12))
+        assert affinity_consistency_loss(places(6, 6), seen) > 3 * whole
+
+
+def test_the_teacher_stops_at_the_end_of_the_training(model: SlotModel) -> None:
+    method = example.Affinity(model, SETTINGS)
+    assert method.teacher.current_momentum() == 0.996
+    for step in range(SETTINGS.steps):
+        method.after_step(torch.optim.SGD(model.parameters()), step)
+    assert method.teacher.current_momentum() == 1
+
+
+def test_scores_are_of_objects_that_the_first_frame_shows_and_of_later_frames() -> None:
+    torch.manual_seed(0)
+    ids = torch.zeros(1, 3, 12, 12, dtype=torch.int64)
+    ids[:, :, 2:6, 2:6], ids[:, 1:, 8:11, 8:11] = 1, 2
+    features = torch.randn(1, 3, 5, 12, 12)
+    scores = example.carry(features, ids)
+    assert scores == example.carry(features, torch.where(ids == 2, 0, ids))
+    assert scores["j_and_f"] == pytest.approx((scores["j"] + scores["f"]) / 2)
+    assert scores["f"] != scores["j"]
