@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss import PseudoLabels, SSyncLoss, kernels
+from ssync_loss._types import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 # kernels run in the interpreter where there is no GPU, see conftest.py; the torch path runs on the CPU
@@ -51,7 +52,7 @@ def quick_interpreter() -> Iterator[None]:
 class Run(NamedTuple):
     """What one step gives."""
 
-    terms: kernels.Step
+    terms: Terms
     grad_enc: Tensor
     grad_dec: Tensor
 
@@ -85,7 +86,7 @@ def through_kernels(case: SSyncCase, *, clean: Tensor | None = None, **settings:
     grads = torch.autograd.grad(terms.total, (enc, dec))
     assert terms.labels is not None
     labels = PseudoLabels._make(one.cpu() for one in terms.labels)
-    return Run(kernels.Step._make((*(one.cpu() for one in terms[:5]), labels)), *(one.cpu() for one in grads))
+    return Run(Terms._make((*(one.cpu() for one in terms[:5]), labels)), *(one.cpu() for one in grads))
 
 
 def through_torch(case: SSyncCase, **settings: Any) -> Run:
@@ -94,7 +95,7 @@ def through_torch(case: SSyncCase, **settings: Any) -> Run:
     enc, dec = (one.detach().clone().requires_grad_() for one in case[:2])
     criterion = SSyncLoss(**SETTINGS | settings, backend="torch")
     terms = criterion.terms(enc, dec, valid=case.valid, slot_mask=case.slot_mask)
-    return Run(kernels.Step(*terms), *torch.autograd.grad(terms.total, (enc, dec)))
+    return Run(Terms(*terms), *torch.autograd.grad(terms.total, (enc, dec)))
 
 
 def assert_same_run(actual: Run, expected: Run, case: SSyncCase, **settings: Any) -> None:

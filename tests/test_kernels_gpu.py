@@ -15,6 +15,7 @@ from torch import Tensor
 from kernel_runs import SETTINGS, assert_same_run, through_kernels, through_torch
 from sample_maps import leaf
 from ssync_loss import SSyncLoss, kernels
+from ssync_loss._types import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 pytestmark = [
@@ -60,7 +61,7 @@ def on_the_same_device(case: SSyncCase, **settings: Any) -> tuple[Any, tuple[Ten
     return terms, torch.autograd.grad(terms.total, (enc, dec))
 
 
-def taken(case: SSyncCase, **settings: Any) -> tuple[kernels.Step, tuple[Tensor, ...]]:
+def taken(case: SSyncCase, **settings: Any) -> tuple[Terms, tuple[Tensor, ...]]:
     """Take one step through the kernels, without leaving the GPU."""
     enc, dec = (leaf(one) for one in case[:2])
     masks: dict[str, Any] = {"valid": case.valid, "slot_mask": case.slot_mask, "clean": None}

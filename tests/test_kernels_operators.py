@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, through_torch
 from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss, kernels
+from ssync_loss._types import Terms
 from ssync_loss.kernels import _facts, _launch, _ops
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
 
@@ -47,7 +48,7 @@ def masks(num_clips: int = 2) -> dict[str, Any]:
     }
 
 
-def step(enc: Tensor, dec: Tensor, with_labels: bool = False, **settings: Any) -> kernels.Step:
+def step(enc: Tensor, dec: Tensor, with_labels: bool = False, **settings: Any) -> Terms:
     return kernels.step(enc, dec, with_labels=with_labels, **SETTINGS | MASKS | settings)
 
 

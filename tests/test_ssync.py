@@ -20,7 +20,7 @@ from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabe
 from ssync_loss.distributed import global_mean
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss, pseudo_labels
 from ssync_loss.losses import _step, boundary, interior
-from ssync_loss.pseudo_labels import labels_of, labels_of_clips
+from ssync_loss.pseudo_labels import find_labels, labels_of
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 
 NAN, INF = float("nan"), float("inf")
@@ -726,7 +726,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (boundary, interior):
         monkeypatch.setattr(module, "labels_of", counted(labels_of))
-    monkeypatch.setattr(_step, "labels_of_clips", counted(labels_of_clips))
+    monkeypatch.setattr(_step, "find_labels", counted(find_labels))
     return calls
 
 

@@ -1,6 +1,7 @@
 """Walking through maps in pieces that stay in a CPU's cache, without asking for memory at every step."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Blocks:
     Args:
         maps: what is walked through; only shape and device count.
         dtype: of the scratch memory; None for that of the maps.
+        num_maps: how many maps scratch memory is wanted for at once.
 
     Attributes:
         groups: index of every group of clips.
@@ -37,22 +39,24 @@ class Blocks:
     [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
 
-    def __init__(self, maps: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, maps: Tensor, dtype: torch.dtype | None = None, num_maps: int = 1) -> None:
         num_clips, num_frames, *frame = maps.shape
         clips, frames = num_clips, num_frames
+        size = frame[0] * frame[1] * frame[2]
         if maps.device.type == "cpu" and not torch.compiler.is_compiling():
-            size = max(frame[0] * frame[1] * frame[2], 1)
-            clips = min(max(BLOCK_ELEMENTS // (size * num_frames), 1), num_clips)
-            frames = min(max(BLOCK_ELEMENTS // size, 1), num_frames)
+            clips = min(max(BLOCK_ELEMENTS // (max(size, 1) * num_frames), 1), num_clips)
+            frames = min(max(BLOCK_ELEMENTS // max(size, 1), 1), num_frames)
         self.groups, self.frames = _slices(num_clips, clips), _slices(num_frames, frames)
         # taken once: fresh pages cost more than the arithmetic on them
-        self._memory = torch.empty(clips, frames, *frame, dtype=dtype or maps.dtype, device=maps.device)
+        length = num_maps * clips * frames * size
+        self._memory = torch.empty(length, dtype=dtype or maps.dtype, device=maps.device)
 
-    def scratch(self, piece: Tensor) -> Tensor:
-        """Return memory of a piece's shape; every call returns the same."""
-        if piece.shape == self._memory.shape:
-            return self._memory
-        return self._memory[: piece.shape[0], : piece.shape[1]]
+    def scratch(self, *shape: int) -> Tensor:
+        """Return memory of a shape; every call returns the same."""
+        if torch.compiler.is_compiling():
+            # a compiler plans memory by itself, and cannot write into views
+            return self._memory.new_empty(shape)
+        return self._memory[: prod(shape)].view(shape)
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -67,14 +71,21 @@ def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def frames_of(frames: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Return some frames of everything that is there."""
-    return tensors if frames == ALL else tuple(None if one is None else one[:, frames] for one in tensors)
+    """Return some frames of all (.., T, S, H, W) that are there."""
+    return tensors if frames == ALL else tuple(None if one is None else one[..., frames, :, :, :] for one in tensors)
 
 
-def indicator(compare: Callable[..., Tensor], cells: Tensor, other: Tensor | float, out: Tensor) -> Tensor:
+def in_one(pieces: list[Tensor], dim: int = 0) -> Tensor:
+    """Put together what was computed in pieces; a single one costs nothing."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def indicator(
+    compare: Callable[..., Tensor], cells: Tensor, other: Tensor | float, out: Tensor | None = None
+) -> Tensor:
     """Write 1 where ``compare(cells, other)`` and 0 elsewhere, as numbers of the map's own type.
 
     On a CPU this takes a quarter of the time of a boolean comparison against a broadcast operand.
     """
-    result: Tensor = compare(cells, other, out=out)
+    result: Tensor = compare(cells, other, out=torch.empty_like(cells) if out is None else out)
     return result

@@ -68,9 +68,9 @@ class Maps(NamedTuple):
 
     def of_clips(self, clips: slice) -> "Maps":
         """Return the maps of some clips, widened to what is computed in, with what counts as what is valid."""
-        dtype = self.dtype
-        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.counted, self.slot_mask)
-        return Maps(enc.to(dtype), dec.to(dtype), valid, slot_mask, self.clean)
+        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.valid, self.slot_mask)
+        some = Maps(enc.to(self.dtype), dec.to(self.dtype), valid, slot_mask, self.clean)
+        return some._replace(valid=some.counted)
 
     def is_clean(self) -> Tensor:
         """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""
@@ -273,11 +273,14 @@ def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
     return maps.clamp_min(TINY).log()
 
 
-def peak_of(logits: Tensor, slot_mask: Tensor | None, out: Tensor | None = None) -> Tensor:
+def only_present(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Put absent slots at -inf; the logits themselves where every slot is present."""
+    return logits if slot_mask is None else logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
+
+
+def peak_of(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
     """Return the largest logit of the present slots, which also shows a NaN or a +inf of any of them."""
-    if slot_mask is not None:
-        logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
-    return logits.amax(2) if out is None else torch.amax(logits, 2, out=out)
+    return only_present(logits, slot_mask).amax(2)
 
 
 def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the label stage hands to the losses."""
+"""What stages and backends hand to each other."""
 
 from typing import NamedTuple
 
@@ -21,3 +21,23 @@ class PseudoLabels(NamedTuple):
     boundary: Tensor
     interior: Tensor
     representative: Tensor
+
+
+class Terms(NamedTuple):
+    """Both terms of SSync, as every backend returns them.
+
+    Attributes:
+        total: weighted sum of both means.
+        boundary: mean over boundary patches, which teaches the decoder.
+        interior: mean over interior patches, which teaches the encoder.
+        num_boundary: number of boundary patches in the batch, int64.
+        num_interior: number of interior patches in the batch, int64.
+        labels: what both are taught, if it was asked for.
+    """
+
+    total: Tensor
+    boundary: Tensor
+    interior: Tensor
+    num_boundary: Tensor
+    num_interior: Tensor
+    labels: PseudoLabels | None

@@ -1,6 +1,6 @@
 """Teaching one map the hard labels of the other, on selected patches only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +24,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss._maps import TINY, check_slot_mask, peak_of
+from ssync_loss._maps import TINY, check_slot_mask, only_present, peak_of
 from ssync_loss.reference.ssync import reference_selective_distillation_loss
 
 Criterion: TypeAlias = Literal["mse", "cross_entropy"]
@@ -240,22 +240,21 @@ class _Distill(torch.autograd.Function):
         for group in blocks.groups:
             some, label, chosen, mask = clips_of(group, logits, target, region, slot_mask)
             some, chosen = some.to(dtype), as_numbers(chosen, dtype)
-            peak = peak_of(some, mask)
             value = values[group]
             evaluate(
-                some,
-                label.long(),
-                peak,
+                [some],
+                label.long()[None],
                 mask,
                 blocks,
-                value,
-                slope[group] if with_slope else None,
+                value[None],
+                slope[None, group] if with_slope else None,
                 criterion=criterion,
                 smoothing=smoothing,
                 temperature=temperature,
             )
+            peak = peak_of(some, mask)
             # a selected patch whose largest logit is NaN or +inf has no value: 0 times 1/0 there, 0 times 1/1 elsewhere
-            below = indicator(torch.lt, peak, float("inf"), torch.empty_like(peak))
+            below = indicator(torch.lt, peak, float("inf"))
             value.mul_(chosen).add_((1 - chosen + chosen * below).reciprocal_().mul_(0.0))
         return values, slope
 
@@ -308,13 +307,12 @@ def slope_again(
 
 
 def evaluate(
-    logits: Tensor,
+    pupils: Sequence[Tensor],
     label: Tensor,
-    peak: Tensor,
     slot_mask: Tensor | None,
     blocks: Blocks,
     values: Tensor,
-    slope: Tensor | None,
+    slopes: Tensor | None,
     *,
     criterion: Criterion,
     smoothing: float,
@@ -326,27 +324,26 @@ def evaluate(
     whatever the logits hold.
 
     Args:
-        logits: (B, T, S, H, W), float32 or wider, a group of clips.
-        label: (B, T, H, W) int64.
-        peak: (B, T, H, W), the largest logit of the present slots.
+        pupils: K maps (B, T, S, H, W) of logits, a group of clips.
+        label: (K, B, T, H, W) int64.
         slot_mask: (B, S) bool, or None.
-        blocks: how to walk through the logits.
-        values: (B, T, H, W), written to.
-        slope: (B, T, S, H, W), written to; None if it is not wanted.
+        blocks: how to walk through the logits, with scratch memory for K maps, float32 or wider.
+        values: (K, B, T, H, W), written to.
+        slopes: (K, B, T, S, H, W), written to; None if they are not wanted.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         smoothing: of the labels, for ``"cross_entropy"``.
         temperature: of the softmax.
     """
+    label, values = label.unsqueeze(3), values.unsqueeze(3)
     for frames in blocks.frames:
-        some, slope_, *cells = frames_of(frames, logits, slope, label, peak, values)
-        label_, peak_, value = (one.unsqueeze(2) for one in cells)
-        # without a finite logit all slots count alike
-        nothing = indicator(torch.eq, peak_, float("-inf"), torch.empty_like(peak_))
+        label_, value, slope, *some = frames_of(frames, label, values, slopes, *pupils)
+        scores = [only_present(one.to(values.dtype), slot_mask) for one in some]
+        num_slots = _num_slots(scores[0], slot_mask)
+        scratch = blocks.scratch(len(some), *some[0].shape)
         if criterion == "mse":
-            _squared_error(some, label_, peak_, nothing, slot_mask, temperature, blocks.scratch(some), value, slope_)
+            _squared_error(scores, label_, num_slots, temperature, scratch, value, slope)
         else:
-            scratch = blocks.scratch(some)
-            _cross_entropy(some, label_, peak_, nothing, slot_mask, temperature, smoothing, scratch, value, slope_)
+            _cross_entropy(scores, label_, num_slots, slot_mask, temperature, smoothing, scratch, value, slope)
 
 
 def steepness(criterion: Criterion, temperature: float) -> float:
@@ -355,11 +352,9 @@ def steepness(criterion: Criterion, temperature: float) -> float:
 
 
 def _squared_error(
-    logits: Tensor,
+    scores: list[Tensor],
     label: Tensor,
-    peak: Tensor,
-    nothing: Tensor,
-    slot_mask: Tensor | None,
+    num_slots: Tensor | int,
     temperature: float,
     scratch: Tensor,
     value: Tensor,
@@ -371,23 +366,25 @@ def _squared_error(
     as ``sum P^2 - 2 P_y + 1`` does, and the gradient is ``-(2/tau) P_y e`` at y and
     ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere.
     """
-    scores = _scores(logits, slot_mask)
-    if temperature != 1.0:
-        scores = _below_peak(scores, peak, temperature)
-    # a patch with NaN, +inf or nothing but -inf has no probabilities
-    probs = torch.softmax(scores, 2, out=scratch).nan_to_num_()
-    correct = probs.gather(2, label)
+    probs = scratch if slope is None else slope
+    for k, one in enumerate(scores):
+        below = one if temperature == 1.0 else _below_peak(one, one.amax(2, True), temperature)
+        torch.softmax(below, 2, out=probs[k])
+    # a patch with NaN, +inf or nothing but -inf has none
+    probs.nan_to_num_()
+    correct = probs.gather(3, label)
     # zeros are scattered twice as fast as the number zero
-    probs.scatter_(2, label, torch.zeros_like(correct))
-    wrong = probs.sum(2, keepdim=True)
-    squares = torch.square(probs) if slope is None else torch.square(probs, out=slope)
-    square = squares.sum(2, keepdim=True)
+    zero = correct.new_zeros(())
+    probs.scatter_(3, label, zero.expand_as(correct))
+    wrong = probs.sum(3, keepdim=True)
+    # then all slots count alike: 1/S each is ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
+    nothing = (wrong + correct).eq_(0.0)
+    squares = torch.square(probs, out=scratch)
+    square = squares.sum(3, keepdim=True)
     torch.addcmul(square, wrong, wrong, out=value)
     if slope is not None:
-        slope.addcmul_(probs, torch.mul(correct, wrong).sub_(square))
-        slope.scatter_(2, label, correct.mul_(value).neg_())
-    # uniform probabilities 1/S are ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
-    num_slots = _num_slots(logits, slot_mask)
+        torch.addcmul(squares, probs, square.addcmul_(correct, wrong, value=-1), value=-1, out=slope)
+        slope.scatter_(3, label, torch.addcmul(zero, correct, value, value=-1))
     if isinstance(num_slots, int):
         value.add_(nothing, alpha=1 - 1 / num_slots)
     else:
@@ -395,10 +392,9 @@ def _squared_error(
 
 
 def _cross_entropy(
-    logits: Tensor,
+    scores: list[Tensor],
     label: Tensor,
-    peak: Tensor,
-    nothing: Tensor,
+    num_slots: Tensor | int,
     slot_mask: Tensor | None,
     temperature: float,
     smoothing: float,
@@ -411,46 +407,45 @@ def _cross_entropy(
     With aims ``q_s = (1 - e) 1[s = y] + e/S`` the gradient is ``(1/tau) (P_s sum_k q_k - q_s)``, where slots
     with a logit of -inf, whose log-probability is a constant, leave both terms.
     """
-    num_slots = _num_slots(logits, slot_mask)
-    scores = _scores(logits, slot_mask)
-    # before the peak is taken off: beside a +inf every finite logit would look like this
-    impossible = scores == float("-inf")
-    scores = _below_peak(scores, peak, temperature, out=scratch)
-    exps = torch.exp(scores) if slope is None else torch.exp(scores, out=slope)
-    own = exps.gather(2, label)
-    others = exps.scatter_(2, label, torch.zeros_like(own)).sum(2, keepdim=True)
+    impossible = torch.empty_like(scratch, dtype=torch.bool)
+    peak = torch.empty_like(value)
+    for k, one in enumerate(scores):
+        # before the peak is taken off: beside a +inf every finite logit would look like this
+        torch.eq(one, float("-inf"), out=impossible[k])
+        torch.amax(one, 2, True, out=peak[k])
+        _below_peak(one, peak[k], temperature, out=scratch[k])
+    below = scratch
+    exps = torch.exp(below) if slope is None else torch.exp(below, out=slope)
+    own = exps.gather(3, label)
+    others = exps.scatter_(3, label, torch.zeros_like(own)).sum(3, keepdim=True)
     total = others + own
     # a confident patch's loss is all in the others: adding them to 1 first would round it off
     log_total = torch.where(own == 1, others.log1p(), total.log())
-    log_probs = scores.sub_(log_total).masked_fill_(impossible, LOG_TINY)
-    entropy = log_probs.gather(2, label) * (smoothing - 1)
+    log_probs = below.sub_(log_total).masked_fill_(impossible, LOG_TINY)
+    entropy = log_probs.gather(3, label) * (smoothing - 1)
     if smoothing:
         if slot_mask is not None:
             log_probs.masked_fill_(~slot_mask[:, None, :, None, None], 0.0)
-        entropy = entropy - log_probs.sum(2, keepdim=True) * (smoothing / num_slots)
+        entropy = entropy - log_probs.sum(3, keepdim=True) * (smoothing / num_slots)
     # uniform probabilities where there is nothing
+    nothing = peak == float("-inf")
     uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
-    value.copy_(torch.where(nothing > 0, uniform, entropy.nan_to_num_()))
+    value.copy_(torch.where(nothing, uniform, entropy.nan_to_num_()))
     if slope is not None:
-        aims = scratch.zero_().scatter_(2, label, torch.full_like(own, 1 - smoothing))
+        aims = scratch.zero_().scatter_(3, label, torch.full_like(own, 1 - smoothing))
         if smoothing:
             aims += smoothing / num_slots
         aims.masked_fill_(impossible, 0.0)
-        probs = slope.scatter_(2, label, own).div_(total)
-        probs.mul_(aims.sum(2, keepdim=True)).sub_(aims).nan_to_num_().mul_(1 - nothing)
+        probs = slope.scatter_(3, label, own).div_(total)
+        probs.mul_(aims.sum(3, keepdim=True)).sub_(aims).nan_to_num_().masked_fill_(nothing, 0.0)
 
 
 def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
-    """Return S, or the number of present slots as it broadcasts against (B, T, S, H, W)."""
+    """Return S, or the number of present slots as it broadcasts against (K, B, T, S, H, W)."""
     if slot_mask is None:
         return logits.shape[2]
     # no integers: 1 / 3 of those is float32, beside float64 logits too
     return present_slots(slot_mask)[:, None, None, None, None].to(logits.dtype)
-
-
-def _scores(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Return logits with absent slots at -inf; the logits themselves where nothing is to be done."""
-    return logits if slot_mask is None else logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
 
 
 def _below_peak(scores: Tensor, peak: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import Blocks, clips_of, frames_of, indicator
+from ssync_loss._blocks import Blocks, clips_of, frames_of, in_one, indicator
 from ssync_loss._checks import (
     check_floating,
     check_not_empty,
@@ -48,33 +48,39 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
     with torch.no_grad(), no_autocast(logits):
         logits = at_least_float32(logits)
         blocks = Blocks(logits)
-        parts = []
+        both = []
         for group in blocks.groups:
             some, some_valid, some_slots = clips_of(group, logits, valid, slot_mask)
-            parts.append(overlap_of(some, some_valid, some_slots, blocks))
-        return torch.cat(parts)
+            both.append(active_together(some, some_valid, some_slots, blocks))
+        return mean_overlap(in_one(both), valid)
 
 
-def overlap_of(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None, blocks: Blocks) -> Tensor:
-    """Measure as :func:`slot_overlap` does, without checks, on clips that go together."""
-    num_clips, num_frames, num_slots = logits.shape[:3]
+def active_together(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None, blocks: Blocks) -> Tensor:
+    """Count the patches of every frame on which two slots are active, of clips that go together: (B, T, S, S)."""
+    num_clips, _, num_slots = logits.shape[:3]
     mean = slot_means(logits, valid).view(num_clips, 1, num_slots, 1, 1)
-    both = torch.empty(num_clips, num_frames, num_slots, num_slots, device=logits.device, dtype=logits.dtype)
+    cells = None if valid is None else valid.unsqueeze(2)
+    both = []
     for frames in blocks.frames:
-        some, counts = frames_of(frames, logits, valid)
-        active = indicator(torch.gt, some, mean, blocks.scratch(some))
-        if counts is not None:
-            active.mul_(counts.unsqueeze(2))
+        some, counted = frames_of(frames, logits, cells)
+        active = indicator(torch.gt, some, mean, blocks.scratch(*some.shape))
+        if counted is not None:
+            active.mul_(counted)
         if slot_mask is not None:
             active.mul_(slot_mask[:, None, :, None, None])
         # zeros and ones: the products are exact counts in float32 (and in TF32) up to 2^24 patches a frame
         active = active.flatten(3).flatten(0, 1)
-        both[:, frames] = torch.bmm(active, active.mT).unflatten(0, some.shape[:2])
+        both.append(torch.bmm(active, active.mT).unflatten(0, some.shape[:2]))
+    return in_one(both, 1)
+
+
+def mean_overlap(both: Tensor, valid: Tensor | None) -> Tensor:
+    """Average the IoU over frames, from what :func:`active_together` counts, written over: (B, S, S)."""
     area = both.diagonal(dim1=-2, dim2=-1)
     either = (area.unsqueeze(-1) + area.unsqueeze(-2)).sub_(both).clamp_min_(1.0)
     iou = both.div_(either)
     if valid is None:
-        return iou.sum(1) / num_frames
+        return iou.sum(1) / iou.shape[1]
     return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
 
 
@@ -123,17 +129,19 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
     if threshold is not None:
         check_number("threshold", threshold, 0.0, 1.0)
     with torch.no_grad(), no_autocast(overlap):
-        return representatives(at_least_float32(overlap), area, threshold)
+        overlap = at_least_float32(overlap)
+        area = torch.where(area.isnan(), float("-inf"), area) if area.is_floating_point() else area.long()
+        # how many slots are smaller says the same of any numbers
+        area = (area.unsqueeze(-1) > area.unsqueeze(-2)).sum(-1)
+        return representatives(torch.fmax(overlap, overlap.mT), area, threshold)
 
 
 def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor:
-    """Merge as :func:`merge_slots` does, without checks."""
+    """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S) int64, without checks."""
     num_slots = overlap.shape[-1]
     if threshold is None:
         return unmerged(overlap.shape[0], num_slots, overlap.device)
-    index = torch.arange(num_slots, device=overlap.device)
-    linked = overlap > threshold
-    reach = (linked | linked.mT).float()
+    reach = indicator(torch.gt, overlap, threshold)
     reach.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     # a path has at most S - 1 links, and every squaring doubles the reach
     for squaring in range((num_slots - 2).bit_length()):
@@ -142,15 +150,7 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> T
             # paths are counted, and would be more than a float holds
             reach.clamp_max_(1.0)
     member = reach > 0
-    if area.is_floating_point():
-        lowest: float = float("-inf")
-        area = torch.where(area.isnan(), lowest, area)
-    else:
-        area, lowest = area.long(), torch.iinfo(torch.int64).min
-    area = area.unsqueeze(-2)
-    largest = torch.where(member, area, lowest).amax(-1, keepdim=True)
-    leads = member & (area == largest)
-    return torch.where(leads, index, num_slots).amin(-1)
+    return torch.where(member, area.unsqueeze(-2), -1).argmax(-1)
 
 
 def unmerged(num_clips: int, num_slots: int, device: torch.device) -> Tensor:

@@ -3,18 +3,19 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._backends import Backend, check_backend, resolve_backend
-from ssync_loss._blocks import Blocks, frames_of, indicator
+from ssync_loss._blocks import Blocks, in_one
 from ssync_loss._checks import check_int, check_number
-from ssync_loss._maps import Grid, KindArgument, Maps, peak_of, prepare_maps
+from ssync_loss._maps import Grid, KindArgument, Maps, only_present, prepare_maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.merging import overlap_of, representatives, unmerged
+from ssync_loss.merging import active_together, mean_overlap, representatives, unmerged
 from ssync_loss.reference.ssync import reference_pseudo_labels
-from ssync_loss.regions import count_differing, select_regions
+from ssync_loss.regions import as_bool, count_differing, select_regions
 
 
 def pseudo_labels(
@@ -124,52 +125,42 @@ def labels_of(
             valid=maps.valid,
             slot_mask=maps.slot_mask,
         )
-    blocks = Blocks(maps.enc, maps.dtype)
-    groups = [
-        labels_of_clips(
-            maps.of_clips(group),
-            blocks,
-            merge_threshold=merge_threshold,
-            min_different=min_different,
-            min_same=min_same,
-            max_different=max_different,
-        ).found
-        for group in blocks.groups
-    ]
-    return joined(groups)
+    found = find_labels(
+        maps,
+        Blocks(maps.enc, maps.dtype),
+        merge_threshold=merge_threshold,
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+    )
+    return found.as_pseudo_labels()
 
 
 class Found(NamedTuple):
-    """The labels of clips that go together.
+    """Labels, and what finding them has shown.
 
     Attributes:
         labels: (2, B, T, H, W) int64, the merged labels of encoder and decoder.
-        regions: (2, B, T, H, W) bool, boundary and interior.
+        narrow: the same as int8, or int32 for more than 128 slots.
+        regions: (2, B, T, H, W) uint8, 1 in the boundary and the interior, and 0 elsewhere.
         representative: (B, S) int64.
+        top: scalar, the largest logit of valid patches and present slots in both maps, at least 0; NaN if one is.
     """
 
     labels: Tensor
+    narrow: Tensor
     regions: Tensor
     representative: Tensor
-
-
-class ClipLabels(NamedTuple):
-    """Labels of clips that go together, and what finding them has shown.
-
-    Attributes:
-        found: the labels.
-        narrow: the merged labels as int8, or int32 for more than 128 slots.
-        peaks: (2, B, T, H, W), the largest logits of the present slots, encoder and decoder; -inf where none is.
-        top: scalar, the largest of the valid patches, at least 0; NaN if one is.
-    """
-
-    found: Found
-    narrow: Tensor
-    peaks: Tensor
     top: Tensor
 
+    def as_pseudo_labels(self) -> PseudoLabels:
+        """Return what :func:`pseudo_labels` returns."""
+        enc_labels, dec_labels = self.labels.unbind()
+        boundary, interior = as_bool(self.regions).unbind()
+        return PseudoLabels(enc_labels, dec_labels, boundary, interior, self.representative)
 
-def labels_of_clips(
+
+def find_labels(
     maps: Maps,
     blocks: Blocks,
     *,
@@ -177,83 +168,89 @@ def labels_of_clips(
     min_different: int,
     min_same: int,
     max_different: int,
-) -> ClipLabels:
-    """Compute :func:`pseudo_labels` of clips that go together."""
+) -> Found:
+    """Compute :func:`pseudo_labels` by operators of torch."""
     B, _, S, _, _ = maps.enc.shape
-    labels, peaks = first_largest(maps, blocks)
-    if merge_threshold is None:
-        representative = unmerged(B, S, labels.device)
-    else:
-        with no_autocast(maps.enc):
-            overlap = overlap_of(maps.enc, maps.valid, maps.slot_mask, blocks)
-            area = hard_area(labels[0], S, maps.valid)
-            representative = representatives(overlap, area, merge_threshold)
-        labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
+    valid = maps.counted
+    with no_autocast(maps.enc):
+        labels, top, both = _read(maps, blocks, with_activity=merge_threshold is not None)
+        if both is None:
+            representative = unmerged(B, S, labels.device)
+        else:
+            area = hard_area(labels[0], S, valid)
+            representative = representatives(mean_overlap(both, valid), area, merge_threshold)
+            labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
     both_valid = None
-    if maps.valid is not None:
-        labels = labels.masked_fill(~maps.valid, 0)
-        both_valid = maps.valid.expand(labels.shape).flatten(0, 1)
+    if valid is not None:
+        labels = labels.masked_fill(~valid, 0)
+        both_valid = valid.expand(labels.shape).flatten(0, 1)
     narrow = labels.to(torch.int8 if S <= 128 else torch.int32)
     regions = select_regions(
-        *count_differing(narrow.flatten(0, 1), both_valid).chunk(2),
+        count_differing(narrow.flatten(0, 1), both_valid).view(labels.shape),
         min_different=min_different,
         min_same=min_same,
         max_different=max_different,
-        valid=maps.valid,
+        valid=valid,
     )
-    return ClipLabels(Found(labels, regions, representative), narrow, peaks, top_of(peaks, maps.valid))
-
-
-def joined(groups: list[Found]) -> PseudoLabels:
-    """Put the labels of groups of clips together."""
-    enc_labels, dec_labels = torch.cat([one.labels for one in groups], 1).unbind()
-    boundary, interior = torch.cat([one.regions for one in groups], 1).unbind()
-    representative = torch.cat([one.representative for one in groups])
-    return PseudoLabels(enc_labels, dec_labels, boundary, interior, representative)
+    return Found(labels, narrow, regions, representative, top)
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
     """Label every patch of both maps, before merging; an invalid patch may get any label."""
-    blocks = Blocks(maps.enc, maps.dtype)
-    labels = [first_largest(maps.of_clips(group), blocks)[0] for group in blocks.groups]
-    enc_labels, dec_labels = torch.cat(labels, 1).unbind()
+    enc_labels, dec_labels = _read(maps, Blocks(maps.enc, maps.dtype), with_activity=False)[0].unbind()
     return enc_labels, dec_labels
 
 
-def first_largest(maps: Maps, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Find the first slot with the largest logit of the present ones, of every patch of both maps, and that logit.
-
-    On a CPU ``argmax`` over a middle axis takes 25 times as long as this: the ranks S - 1, S - 2, .., 0 of all slots
-    that equal the largest value, and the first of those by another maximum.
+def _read(maps: Maps, blocks: Blocks, *, with_activity: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take from the maps, while a group of clips is in the cache, all that labels are made of.
 
     Shape:
-        Returns slots (2, B, T, H, W) int64, encoder and decoder, any where nothing is largest, for NaN; and the
-        largest logits (2, B, T, H, W), NaN if one of the slots is.
+        Returns the unmerged labels (2, B, T, H, W) int64, :attr:`Found.top`, and how many patches two slots of the
+        encoder are active on together (B, T, S, S), if that is wanted.
     """
-    B, T, S, H, W = maps.enc.shape
-    # both maps in one tensor: on small batches the number of operators counts
-    peaks = maps.enc.new_empty(2, B, T, H, W)
-    ranks = torch.empty_like(peaks)
-    rank = torch.arange(S - 1, -1, -1, device=peaks.device, dtype=peaks.dtype)[:, None, None]
-    for k, logits in enumerate((maps.enc, maps.dec)):
-        for frames in blocks.frames:
-            some, peak, best = frames_of(frames, logits, peaks[k], ranks[k])
-            peak_of(some, maps.slot_mask, out=peak)
-            leads = indicator(torch.eq, some, peak.unsqueeze(2), blocks.scratch(some)).mul_(rank)
-            if maps.slot_mask is not None:
-                # absent slots may hold anything, the largest value of the present ones too
-                leads.mul_(maps.slot_mask[:, None, :, None, None])
-            torch.amax(leads, 2, out=best)
-    return (S - 1 - ranks).long(), peaks
+    B, T, _, H, W = maps.enc.shape
+    labels: tuple[list[Tensor], list[Tensor]] = [], []
+    tops, both = [], []
+    for group in blocks.groups:
+        some = maps.of_clips(group)
+        for logits, found in zip((some.enc, some.dec), labels, strict=True):
+            slots, peak = first_largest(only_present(logits, some.slot_mask))
+            if some.slot_mask is not None:
+                # where no present slot has more than -inf, an absent one may have come first
+                first = some.slot_mask.to(torch.uint8).argmax(1)[:, None, None, None]
+                slots = torch.where(peak == float("-inf"), first, slots)
+            found.append(slots)
+            tops.append(largest_of(peak, some.valid))
+        if with_activity:
+            both.append(active_together(some.enc, some.valid, some.slot_mask, blocks))
+    enc_labels, dec_labels = labels
+    top = torch.stack(tops).amax().clamp_min(0.0)
+    return torch.cat(enc_labels + dec_labels).view(2, B, T, H, W), top, in_one(both) if with_activity else None
 
 
-def top_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the largest of the valid patches' largest logits, or 0 if none is above it; NaN if one is."""
+def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the first slot with the largest logit of every patch, and that logit.
+
+    On a CPU ``argmax`` over a middle axis takes eighty times as long as to pool a window of all slots, of patches
+    that are channels and last in memory.
+
+    Shape:
+        logits: (B, T, S, H, W). Returns slots (B, T, H, W) int64, any where nothing is largest, for NaN; and the
+        largest logits (B, T, H, W), NaN if one of the slots is.
+    """
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return logits.argmax(2), logits.amax(2)
+    B, T, S, H, W = logits.shape
+    rows = logits.reshape(B * T, S, 1, H * W).permute(0, 3, 1, 2)
+    peaks, slots = F.max_pool2d(rows, (S, 1), return_indices=True)
+    return slots.view(B, T, H, W), peaks.view(B, T, H, W)
+
+
+def largest_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the largest of the valid patches' largest logits, a scalar; NaN if one is, 0 if there is none."""
     if peaks.numel() == 0:
         return peaks.new_zeros(())
-    if valid is not None:
-        peaks = torch.where(valid, peaks, 0.0)
-    return peaks.amax().clamp_min(0.0)
+    return (peaks if valid is None else torch.where(valid, peaks, 0.0)).amax()
 
 
 def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:

@@ -59,9 +59,10 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
     Patches stand in one row, in which every direction is a shift; what that does to the rims is cut off.
     """
     height, width = around.shape[2:]
-    length = around.numel()
-    cells, counted = _row(around), None if valid is None else _row(valid).view(torch.uint8)
-    count = torch.empty(length, device=around.device, dtype=torch.uint8)
+    cells, counted = around.flatten(), None if valid is None else valid.flatten().view(torch.uint8)
+    count = torch.empty_like(around, dtype=torch.uint8)
+    # to the last with a farthest neighbor
+    length = max(around.numel() - 2 * width - 2, 0)
     in_cache = around.device.type == "cpu" and not torch.compiler.is_compiling()
     for start, size in _pieces(length, CELLS) if in_cache else [(0, length)]:
         # a cell and its eight neighbors, (3, 3, size): the same memory at nine shifts
@@ -70,18 +71,13 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
         torch.ne(cells.as_strided(*square), cells.narrow(0, start + width + 1, size), out=differs)
         if counted is not None:
             differs.mul_(counted.as_strided(*square))
-        torch.sum(differs, (0, 1), dtype=torch.uint8, out=count.narrow(0, start, size))
-    return count.view(around.shape)[..., : height - 2, : width - 2]
+        torch.sum(differs, (0, 1), dtype=torch.uint8, out=count.view(-1).narrow(0, start, size))
+    return count[..., : height - 2, : width - 2]
 
 
 def _pieces(length: int, step: int) -> list[tuple[int, int]]:
     """Return start and size of every piece: of length 5 in steps of 2 they are (0, 2), (2, 2), (4, 1)."""
     return [(start, min(step, length - start)) for start in range(0, length, step)]
-
-
-def _row(around: Tensor) -> Tensor:
-    """Flatten, and add as many cells as the farthest neighbor of the last one lies ahead."""
-    return torch.cat([around.flatten(), around.new_zeros(2 * around.shape[3] + 2)])
 
 
 def _with_edges(cells: Tensor) -> Tensor:
@@ -112,7 +108,7 @@ def boundary_region(
     check_int("min_different", min_different, 0, 10)
     check_int("min_same", min_same, 0, 10)
     valid = _check(labels, valid)
-    selected = _within(count_differing(labels, valid), min_different, 10 - min_same)
+    selected = as_bool(_within(count_differing(labels, valid), min_different, 10 - min_same))
     return selected if valid is None else selected & valid
 
 
@@ -134,34 +130,40 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
     """
     check_int("max_different", max_different, 0, 10)
     valid = _check(labels, valid)
-    selected = _within(count_differing(labels, valid), 0, max_different)
+    selected = as_bool(_within(count_differing(labels, valid), 0, max_different))
     return selected if valid is None else selected & valid
 
 
 def select_regions(
-    enc_count: Tensor,
-    dec_count: Tensor,
+    count: Tensor,
     *,
     min_different: int,
     min_same: int,
     max_different: int,
     valid: Tensor | None,
 ) -> Tensor:
-    """Select boundary and interior as the functions above do, without checks: (2, B, T, H, W) bool."""
-    boundary = _within(enc_count, min_different, 10 - min_same)
-    regions = torch.stack([boundary, _within(dec_count, 0, max_different)])
-    return regions if valid is None else regions & valid
+    """Select boundary and interior as the functions above do, without checks.
+
+    Shape:
+        count: (2, B, T, H, W) uint8, of encoder and decoder; written over. Returns the same shape and dtype, 1 where
+        selected and 0 elsewhere.
+    """
+    _within(count[0], min_different, 10 - min_same)
+    _within(count[1], 0, max_different)
+    return count if valid is None else count * valid
 
 
 def _within(count: Tensor, low: int, high: int) -> Tensor:
-    """Say which counts lie in [low, high]."""
+    """Write, over counts, 1 where they lie in [low, high] and 0 elsewhere: on a CPU ten times as fast as bool."""
     if high < low:
-        return torch.zeros_like(count, dtype=torch.bool)
+        return count.zero_()
     if low > 0:
         # of bytes: what is below wraps around to much above
-        count = count - low
-    if torch.compiler.is_compiling():
-        # the CPU's compiler cannot view bytes as bool
-        return count <= high - low
-    # ten times as fast on a CPU as to write bool
-    return torch.le(count, high - low, out=torch.empty_like(count)).view(torch.bool)
+        count.sub_(low)
+    return count.le_(high - low)
+
+
+def as_bool(region: Tensor) -> Tensor:
+    """View bytes that are 0 or 1 as bool."""
+    # the CPU's compiler cannot view them so
+    return region > 0 if torch.compiler.is_compiling() else region.view(torch.bool)

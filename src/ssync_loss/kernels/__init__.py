@@ -4,35 +4,15 @@ How they work is told in the README beside this file. Nothing here is public: th
 come here when their ``backend`` says so. ``triton`` is imported when a kernel is launched first.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
-from ssync_loss._types import PseudoLabels
+from ssync_loss._types import PseudoLabels, Terms
 from ssync_loss.kernels import _ops
 from ssync_loss.kernels._facts import MAX_SLOTS, missing
 
-__all__ = ["MAX_SLOTS", "Step", "distill", "missing", "pseudo_labels", "step"]
-
-
-class Step(NamedTuple):
-    """What :func:`step` returns.
-
-    Attributes:
-        total: weighted sum of both means, float32.
-        boundary: mean over boundary patches, which teaches the decoder.
-        interior: mean over interior patches, which teaches the encoder.
-        num_boundary: number of boundary patches in the batch, int64.
-        num_interior: number of interior patches in the batch, int64.
-        labels: what both are taught, if it was asked for.
-    """
-
-    total: Tensor
-    boundary: Tensor
-    interior: Tensor
-    num_boundary: Tensor
-    num_interior: Tensor
-    labels: PseudoLabels | None
+__all__ = ["MAX_SLOTS", "distill", "missing", "pseudo_labels", "step"]
 
 
 def step(
@@ -52,7 +32,7 @@ def step(
     boundary_weight: float,
     interior_weight: float,
     with_labels: bool,
-) -> Step:
+) -> Terms:
     """Compute both losses of two maps, with their gradients to come: 6 launches, and 1 for the backward.
 
     ``total = boundary_weight * boundary + interior_weight * interior``. Without merging it is 4 launches. NaN or
@@ -102,7 +82,7 @@ def step(
         boundary_weight,
         interior_weight,
     )
-    return Step(
+    return Terms(
         total, boundary, interior, num_boundary, num_interior, PseudoLabels._make(labels) if with_labels else None
     )
 

@@ -10,12 +10,12 @@ from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import Blocks
+from ssync_loss._blocks import Blocks, clips_of
 from ssync_loss._maps import Maps
-from ssync_loss._types import PseudoLabels
-from ssync_loss.distillation import Criterion, as_numbers, evaluate, num_averaged, slope_again, steepness
+from ssync_loss._types import PseudoLabels, Terms
+from ssync_loss.distillation import Criterion, evaluate, num_averaged, slope_again, steepness
 from ssync_loss.losses._teaching import teach
-from ssync_loss.pseudo_labels import joined, labels_of, labels_of_clips
+from ssync_loss.pseudo_labels import find_labels, labels_of
 
 
 class Settings(NamedTuple):
@@ -28,17 +28,6 @@ class Settings(NamedTuple):
     criterion: Criterion
     label_smoothing: float
     temperature: float
-
-
-class Terms(NamedTuple):
-    """The weighted sum, both means, what they were taken over, and the labels if they were asked for."""
-
-    total: Tensor
-    boundary: Tensor
-    interior: Tensor
-    num_boundary: Tensor
-    num_interior: Tensor
-    labels: PseudoLabels | None
 
 
 def terms_of(
@@ -107,20 +96,15 @@ def _kernels(
         interior_weight=weights[1] * known,
         with_labels=with_labels,
     )
-    return Terms(step.total if isinstance(ramp, float) else step.total * ramp, *step[1:])
+    return step if isinstance(ramp, float) else step._replace(total=step.total * ramp)
 
 
-def _memory(maps: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Tensor]:
-    """Return uninitialized slopes of both maps, empty what is not wanted."""
-    if all(wanted) and maps.device.type == "cpu" and not torch.compiler.is_compiling():
-        # in one piece: malloc gives two back together, and every page is faulted in again at the next step
-        return list(torch.empty(2, *maps.shape, device=maps.device, dtype=dtype).unbind(0))
-    return [torch.empty(maps.shape if one else 0, device=maps.device, dtype=dtype) for one in wanted]
+def _memory(like: Tensor, dtype: torch.dtype, num_maps: int, wanted: bool) -> Tensor:
+    """Return uninitialized slopes of some maps, or as many tensors without elements.
 
-
-def _in_one(groups: list[Tensor]) -> Tensor:
-    """Put (2, B, ..) of groups of clips together."""
-    return groups[0] if len(groups) == 1 else torch.cat(groups, 1)
+    In one piece: malloc gives two back together, and every page is faulted in again at the next step.
+    """
+    return torch.empty(num_maps, *(like.shape if wanted else (0,)), device=like.device, dtype=dtype)
 
 
 @signature_kept
@@ -152,51 +136,52 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         maps = Maps(enc, dec, valid, slot_mask, clean)
         dtype, num_slots = maps.dtype, enc.shape[2]
-        blocks = Blocks(enc, dtype)
-        slopes = _memory(enc, dtype, dec_with_slope, enc_with_slope)
-        sums, regions_, targets_, tops, groups = [], [], [], [], []
+        # half as many operators where both maps are taught at once, which a compiler does by itself
+        at_once = dec_with_slope == enc_with_slope and not torch.compiler.is_compiling()
+        taught = [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]
+        blocks = Blocks(enc, dtype, num_maps=2 if at_once else 1)
+        found = find_labels(
+            maps,
+            blocks,
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=max_different,
+        )
+        targets, regions, top = found.narrow, found.regions, found.top
+        labels = found.as_pseudo_labels() if with_labels else ()
+        # or labels of eight bytes stay while the slopes are made
+        del found
+        wanted = (dec_with_slope, enc_with_slope)
+        slopes = [_memory(enc, dtype, part.stop - part.start, wanted[part.start]) for part in taught]
+        sums = []
         for group in blocks.groups:
-            some = maps.of_clips(group)
-            found, narrow, peaks, top = labels_of_clips(
-                some,
-                blocks,
-                merge_threshold=merge_threshold,
-                min_different=min_different,
-                min_same=min_same,
-                max_different=max_different,
-            )
-            errors = torch.empty_like(peaks)
+            *pupils, mask = clips_of(group, dec, enc, slot_mask)
+            label, chosen = targets[:, group].long(), regions[:, group].to(dtype)
+            errors = torch.empty_like(chosen)
             # the decoder learns what the encoder's labels say, and the other way round
-            for k, pupil in enumerate((some.dec, some.enc)):
+            for part, slope in zip(taught, slopes, strict=True):
                 evaluate(
-                    pupil,
-                    found.labels[k],
-                    peaks[1 - k],
-                    some.slot_mask,
+                    pupils[part],
+                    label[part],
+                    mask,
                     blocks,
-                    errors[k],
-                    slopes[k][group] if slopes[k].dim() > 1 else None,
+                    errors[part],
+                    slope[:, group] if slope.dim() > 2 else None,
                     criterion=criterion,
                     smoothing=smoothing,
                     temperature=temperature,
                 )
-            sums.append(errors.mul_(as_numbers(found.regions, dtype)).sum((1, 2, 3, 4)))
-            regions_.append(found.regions)
-            targets_.append(narrow)
-            tops.append(top)
-            if with_labels:
-                groups.append(found)
-        regions, targets = _in_one(regions_), _in_one(targets_)
+            sums.append(errors.mul_(chosen).sum((1, 2, 3, 4)))
         selected = regions.sum((2, 3, 4))
         # NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
-        top = torch.stack(tops).amax() if len(tops) > 1 else tops[0]
         averaged = num_averaged(selected, num_slots, slot_mask, criterion).clamp_min(1) + top * 0.0
         if clean is not None:
             averaged = torch.where(clean, averaged, float("nan"))
         boundary, interior = (sum(sums[1:], sums[0]) / averaged).unbind()
-        labels = joined(groups) if with_labels else ()
         shares = steepness(criterion, temperature) / averaged
-        return boundary.clone(), interior.clone(), selected.sum(1), regions, targets, shares, *slopes, *labels
+        each = [slope for part in slopes for slope in part.unbind()]
+        return boundary.clone(), interior.clone(), selected.sum(1), regions, targets, shares, *each, *labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -219,7 +204,7 @@ class _Step(torch.autograd.Function):
             if grad is None or pupil is None:
                 grads.append(None)
                 continue
-            scale = as_numbers(regions[k], shares.dtype).mul_(grad * shares[k]).unsqueeze(2)
+            scale = regions[k].to(shares.dtype).mul_(grad * shares[k]).unsqueeze(2)
             slope: Tensor | None = ctx.slopes[k]
             if torch.compiler.is_compiling() and slope is not None:
                 grads.append((slope * scale).to(pupil.dtype))
