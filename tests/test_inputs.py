@@ -1466,9 +1466,22 @@ def test_any_kind_of_area_names_a_member_of_the_group() -> None:
     for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int64, torch.float16, torch.float64):
         area = torch.tensor([[1, 2, 9]]).to(dtype)
         assert merge_slots(linked, area, threshold=0.5).tolist() == [[1, 1, 2]]
-    nan = float("nan")
+    extremes = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    assert merge_slots(linked, torch.tensor([[*extremes, 9]]), threshold=0.5).tolist() == [[1, 1, 2]]
+    assert merge_slots(linked, torch.tensor([[-5, extremes[0], 9]]), threshold=0.5).tolist() == [[0, 0, 2]]
+    nan, inf = float("nan"), float("inf")
+    assert merge_slots(linked, torch.tensor([[-inf, -1e38, inf]]), threshold=0.5).tolist() == [[1, 1, 2]]
     assert merge_slots(linked, torch.tensor([[nan, 2.0, nan]]), threshold=0.5).tolist() == [[1, 1, 2]]
     assert merge_slots(linked, torch.tensor([[nan, nan, nan]]), threshold=0.5).tolist() == [[0, 0, 2]]
+
+
+def test_a_link_in_one_direction_counts_whatever_the_other_holds() -> None:
+    for other in (0.0, float("nan"), float("-inf")):
+        overlap = torch.tensor([[[1.0, 0.9], [other, 1.0]]])
+        for one in (overlap, overlap.mT):
+            assert merge_slots(one, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[1, 1]]
+    nothing = torch.full((1, 2, 2), float("nan"))
+    assert merge_slots(nothing, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[0, 1]]
 
 
 def test_true_may_be_any_byte_but_zero() -> None:

@@ -140,8 +140,8 @@ def test_small_batches_take_the_same_operators_whatever_their_size(name: str) ->
     assert math.prod(sizes[-1]) * math.prod(MOVI_C) <= BLOCK_ELEMENTS
     counts = {measure(*size, *MOVI_C, **SETTINGS[name]).num_operators for size in sizes}
     assert len(counts) == 1
-    # a hundred or two each for labels and losses: operators are what a small batch costs
-    assert counts.pop() < 350
+    # operators are what a small batch costs; both maps are taught by the same ones
+    assert counts.pop() <= 145
 
 
 @pytest.mark.parametrize("name", SETTINGS)

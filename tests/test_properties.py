@@ -197,6 +197,20 @@ class TestRenaming:
         assert torch.equal(found.dec_labels, labels)
         assert found.representative.tolist() == [list(range(130))]
 
+    @pytest.mark.parametrize(
+        ("num_slots", "names"), [(128, (0, 127, 3)), (129, (0, 128, 3)), (256, (1, 255, 2)), (257, (0, 256, 44))]
+    )
+    def test_a_step_with_more_slots_than_a_byte_can_name(self, num_slots: int, names: tuple[int, int, int]) -> None:
+        labels = torch.tensor(names)[torch.randint(3, (1, 2, 3, 4))]
+        enc, dec = (
+            F.one_hot(labels, num_slots).movedim(-1, 2).float() * 3 + torch.rand(1, 2, num_slots, 3, 4)
+            for _ in range(2)
+        )
+        assert torch.equal(pseudo_labels(enc, dec, merge_threshold=None).enc_labels, labels)
+        expected = run(enc, dec, merge_threshold=None, backend="reference")
+        assert expected.terms.num_boundary > 0
+        assert_close(run(enc, dec, merge_threshold=None), expected)
+
 
 class TestMerging:
     @given(slot_graphs(), thresholds())
@@ -1036,6 +1050,16 @@ class TestOrder:
             pieces = run(**case._asdict(), **knobs)
         assert_same_labels(pieces.terms.labels, whole.terms.labels)
         assert_close(pieces, whole, slot_mask=case.slot_mask, criterion=criterion)
+
+    @pytest.mark.parametrize("dirty", range(5))
+    def test_dirt_in_any_block_is_dirt(self, monkeypatch: pytest.MonkeyPatch, dirty: int) -> None:
+        monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 5)
+        enc, dec = torch.randn(2, 5, 2, 3, 4, 5).unbind()
+        assert SSyncLoss().eval()(enc, dec).isfinite()
+        for maps in (enc, dec):
+            maps[dirty, 1, 2, 3, 4] = float("nan")
+            assert SSyncLoss().eval()(enc, dec).isnan()
+            maps[dirty, 1, 2, 3, 4] = 0.0
 
     @given(case=ssync_cases(maps=MAPS))
     @few

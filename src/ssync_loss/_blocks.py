@@ -65,6 +65,12 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def in_blocks(maps: Tensor) -> bool:
+    """Tell whether groups of whole clips stay in the cache."""
+    on_cpu = maps.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and maps[:1].numel() <= BLOCK_ELEMENTS
+
+
 def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Return a group's part of everything that is there."""
     return tensors if group == ALL else tuple(None if one is None else one[group] for one in tensors)

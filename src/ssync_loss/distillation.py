@@ -337,13 +337,11 @@ def evaluate(
     label, values = label.unsqueeze(3), values.unsqueeze(3)
     for frames in blocks.frames:
         label_, value, slope, *some = frames_of(frames, label, values, slopes, *pupils)
-        scores = [only_present(one.to(values.dtype), slot_mask) for one in some]
-        num_slots = _num_slots(scores[0], slot_mask)
         scratch = blocks.scratch(len(some), *some[0].shape)
         if criterion == "mse":
-            _squared_error(scores, label_, num_slots, temperature, scratch, value, slope)
+            _squared_error(some, label_, slot_mask, temperature, scratch, value, slope)
         else:
-            _cross_entropy(scores, label_, num_slots, slot_mask, temperature, smoothing, scratch, value, slope)
+            _cross_entropy(some, label_, slot_mask, temperature, smoothing, scratch, value, slope)
 
 
 def steepness(criterion: Criterion, temperature: float) -> float:
@@ -352,9 +350,9 @@ def steepness(criterion: Criterion, temperature: float) -> float:
 
 
 def _squared_error(
-    scores: list[Tensor],
+    pupils: Sequence[Tensor],
     label: Tensor,
-    num_slots: Tensor | int,
+    slot_mask: Tensor | None,
     temperature: float,
     scratch: Tensor,
     value: Tensor,
@@ -367,10 +365,9 @@ def _squared_error(
     ``(2/tau) P_s (P_s + P_y r - Q)`` elsewhere.
     """
     probs = scratch if slope is None else slope
-    for k, one in enumerate(scores):
-        below = one if temperature == 1.0 else _below_peak(one, one.amax(2, True), temperature)
-        torch.softmax(below, 2, out=probs[k])
-    # a patch with NaN, +inf or nothing but -inf has none
+    for k, one in enumerate(pupils):
+        _write_probs(one, slot_mask, temperature, out=probs[k])
+    # a patch with NaN, +inf or nothing but -inf has no probabilities
     probs.nan_to_num_()
     correct = probs.gather(3, label)
     # zeros are scattered twice as fast as the number zero
@@ -385,6 +382,7 @@ def _squared_error(
     if slope is not None:
         torch.addcmul(squares, probs, square.addcmul_(correct, wrong, value=-1), value=-1, out=slope)
         slope.scatter_(3, label, torch.addcmul(zero, correct, value, value=-1))
+    num_slots = _num_slots(value, pupils[0].shape[2], slot_mask)
     if isinstance(num_slots, int):
         value.add_(nothing, alpha=1 - 1 / num_slots)
     else:
@@ -392,9 +390,8 @@ def _squared_error(
 
 
 def _cross_entropy(
-    scores: list[Tensor],
+    pupils: Sequence[Tensor],
     label: Tensor,
-    num_slots: Tensor | int,
     slot_mask: Tensor | None,
     temperature: float,
     smoothing: float,
@@ -409,12 +406,10 @@ def _cross_entropy(
     """
     impossible = torch.empty_like(scratch, dtype=torch.bool)
     peak = torch.empty_like(value)
-    for k, one in enumerate(scores):
-        # before the peak is taken off: beside a +inf every finite logit would look like this
-        torch.eq(one, float("-inf"), out=impossible[k])
-        torch.amax(one, 2, True, out=peak[k])
-        _below_peak(one, peak[k], temperature, out=scratch[k])
+    for k, one in enumerate(pupils):
+        _write_below_peak(one, slot_mask, temperature, out=scratch[k], impossible=impossible[k], peak=peak[k])
     below = scratch
+    num_slots = _num_slots(value, pupils[0].shape[2], slot_mask)
     exps = torch.exp(below) if slope is None else torch.exp(below, out=slope)
     own = exps.gather(3, label)
     others = exps.scatter_(3, label, torch.zeros_like(own)).sum(3, keepdim=True)
@@ -428,24 +423,42 @@ def _cross_entropy(
             log_probs.masked_fill_(~slot_mask[:, None, :, None, None], 0.0)
         entropy = entropy - log_probs.sum(3, keepdim=True) * (smoothing / num_slots)
     # uniform probabilities where there is nothing
-    nothing = peak == float("-inf")
     uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
-    value.copy_(torch.where(nothing, uniform, entropy.nan_to_num_()))
+    value.copy_(torch.where(peak == float("-inf"), uniform, entropy.nan_to_num_()))
     if slope is not None:
         aims = scratch.zero_().scatter_(3, label, torch.full_like(own, 1 - smoothing))
         if smoothing:
             aims += smoothing / num_slots
         aims.masked_fill_(impossible, 0.0)
         probs = slope.scatter_(3, label, own).div_(total)
-        probs.mul_(aims.sum(3, keepdim=True)).sub_(aims).nan_to_num_().masked_fill_(nothing, 0.0)
+        probs.mul_(aims.sum(3, keepdim=True)).sub_(aims).nan_to_num_()
 
 
-def _num_slots(logits: Tensor, slot_mask: Tensor | None) -> Tensor | int:
-    """Return S, or the number of present slots as it broadcasts against (K, B, T, S, H, W)."""
+def _num_slots(like: Tensor, num_slots: int, slot_mask: Tensor | None) -> Tensor | int:
+    """Return S, or the number of present slots as it broadcasts against (K, B, T, S, H, W), in the dtype of another."""
     if slot_mask is None:
-        return logits.shape[2]
+        return num_slots
     # no integers: 1 / 3 of those is float32, beside float64 logits too
-    return present_slots(slot_mask)[:, None, None, None, None].to(logits.dtype)
+    return present_slots(slot_mask)[:, None, None, None, None].to(like.dtype)
+
+
+def _write_probs(logits: Tensor, slot_mask: Tensor | None, temperature: float, *, out: Tensor) -> None:
+    """Write the probabilities of all slots; NaN for a patch with NaN, +inf or nothing but -inf."""
+    scores = only_present(logits.to(out.dtype), slot_mask)
+    if temperature != 1.0:
+        scores = _below_peak(scores, scores.amax(2, keepdim=True), temperature)
+    torch.softmax(scores, 2, out=out)
+
+
+def _write_below_peak(
+    logits: Tensor, slot_mask: Tensor | None, temperature: float, *, out: Tensor, impossible: Tensor, peak: Tensor
+) -> None:
+    """Write how far every slot lies below the largest, which slots are -inf, and the largest."""
+    scores = only_present(logits.to(out.dtype), slot_mask)
+    # before the peak is taken off: beside a +inf every finite logit would look like this
+    torch.eq(scores, float("-inf"), out=impossible)
+    torch.amax(scores, 2, keepdim=True, out=peak)
+    _below_peak(scores, peak, temperature, out=out)
 
 
 def _below_peak(scores: Tensor, peak: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Both terms of SSync in one walk over the clips: each is labeled and taught while its maps are in the cache."""
+"""Both terms of SSync at once: all clips are labeled, then taught a group of clips at a time, slopes included."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import Blocks, clips_of
+from ssync_loss._blocks import Blocks, clips_of, in_blocks
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels, Terms
 from ssync_loss.distillation import Criterion, evaluate, num_averaged, slope_again, steepness
@@ -136,8 +136,8 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         maps = Maps(enc, dec, valid, slot_mask, clean)
         dtype, num_slots = maps.dtype, enc.shape[2]
-        # half as many operators where both maps are taught at once, which a compiler does by itself
-        at_once = dec_with_slope == enc_with_slope and not torch.compiler.is_compiling()
+        # while clips are small, both maps at once take half as many operators
+        at_once = dec_with_slope == enc_with_slope and in_blocks(enc)
         taught = [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]
         blocks = Blocks(enc, dtype, num_maps=2 if at_once else 1)
         found = find_labels(
