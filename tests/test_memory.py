@@ -134,14 +134,16 @@ def test_the_meter_counts_elements_operators_and_bytes() -> None:
     assert meter.peak == 800
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_small_batches_take_the_same_operators_whatever_their_size(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "limit"), [("default", 105), ("cross entropy", 135), ("no merging", 80), ("probabilities", 145)]
+)
+def test_small_batches_take_the_same_operators_whatever_their_size(name: str, limit: int) -> None:
     sizes = [(1, 1), (1, 4), (2, 3), (4, 4), (5, 4)]
     assert math.prod(sizes[-1]) * math.prod(MOVI_C) <= BLOCK_ELEMENTS
     counts = {measure(*size, *MOVI_C, **SETTINGS[name]).num_operators for size in sizes}
     assert len(counts) == 1
     # operators are what a small batch costs; both maps are taught by the same ones
-    assert counts.pop() <= 145
+    assert counts.pop() <= limit
 
 
 @pytest.mark.parametrize("name", SETTINGS)
