@@ -675,9 +675,12 @@ class TestStrides:
         )
         labels = torch.randint(3, (2, W, H, 2)).movedim((1, 2, 3), (3, 2, 1))
         plain = labels.contiguous()
-        assert torch.equal(
-            neighbor_difference(labels, valid=valid), neighbor_difference(plain, valid=valid.contiguous())
-        )
+        for strided in (labels, plain.to(memory_format=torch.channels_last), plain.mT.contiguous().mT):
+            assert not strided.is_contiguous()
+            assert torch.equal(
+                neighbor_difference(strided, valid=valid), neighbor_difference(plain, valid=valid.contiguous())
+            )
+            assert torch.equal(boundary_region(strided), boundary_region(plain))
         for criterion, smoothing in SOFT:
             knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
             assert torch.equal(
@@ -1472,6 +1475,7 @@ def test_any_kind_of_area_names_a_member_of_the_group() -> None:
     nan, inf = float("nan"), float("inf")
     assert merge_slots(linked, torch.tensor([[-inf, -1e38, inf]]), threshold=0.5).tolist() == [[1, 1, 2]]
     assert merge_slots(linked, torch.tensor([[nan, 2.0, nan]]), threshold=0.5).tolist() == [[1, 1, 2]]
+    assert merge_slots(linked, torch.tensor([[nan, -inf, nan]]), threshold=0.5).tolist() == [[1, 1, 2]]
     assert merge_slots(linked, torch.tensor([[nan, nan, nan]]), threshold=0.5).tolist() == [[0, 0, 2]]
 
 

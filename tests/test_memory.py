@@ -177,7 +177,17 @@ def test_large_batches_take_as_many_more_operators_as_blocks(name: str) -> None:
 def test_the_peak_is_a_few_maps(name: str, frame: tuple[int, int, int], limit: float) -> None:
     # of a training batch of 64, beyond the inputs; two of these maps are the gradients
     one_map = 64 * 4 * math.prod(frame) * 4
-    assert 2.0 < measure(64, 4, *frame, **SETTINGS[name]).peak / one_map < limit
+    for masks in (False, True) if name != "probabilities" else (False,):
+        assert 2.0 < measure(64, 4, *frame, masks=masks, **SETTINGS[name]).peak / one_map < limit
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(("name", "limit"), [("default", 4.9), ("cross entropy", 5.4)])
+def test_one_large_piece_takes_a_few_maps_more(name: str, limit: float, masks: bool) -> None:
+    # on an accelerator; and on a CPU for frames that are larger than a block
+    for device, shape in (("meta", (64, 4, *MOVI_C)), ("cpu", (1, 1, 11, 256, 256))):
+        one_map = math.prod(shape) * 4
+        assert 2.0 < measure(*shape, device=device, masks=masks, **SETTINGS[name]).peak / one_map < limit
 
 
 def test_without_gradients_there_is_about_a_map_beside_the_inputs() -> None:

@@ -744,6 +744,18 @@ def test_shared_labels_are_computed_once(computed: list[str]) -> None:
     assert torch.equal(apart, terms.total)
 
 
+def test_labels_are_there_to_be_written_into() -> None:
+    enc, dec = sample_maps()
+    expected = gradients(SSyncLoss()(enc, dec), enc, dec)
+    terms = SSyncLoss().terms(enc, dec)
+    for one in terms.labels:
+        one.zero_()
+    for got, wanted in zip(gradients(terms.total, enc, dec), expected, strict=True):
+        assert got is not None
+        assert wanted is not None
+        assert torch.equal(got, wanted)
+
+
 def test_given_labels_are_taught_whatever_the_maps_say() -> None:
     enc, dec = sample_maps()
     labels = pseudo_labels(enc, dec)

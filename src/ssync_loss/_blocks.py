@@ -18,10 +18,10 @@ ALL = slice(None)
 class Blocks:
     """How to walk through (B, T, S, H, W) maps, and scratch memory for it.
 
-    Whole clips go together in groups, so that all that is done with a clip is done while its maps are in the
-    cache. A clip that is larger than a block goes alone, and operators walk through its frames. How many there
-    are depends on the shape alone. On accelerators and under compilation there is one group of all frames:
-    launches count there, not caches.
+    Whole clips go together in groups, so that what a stage does with a clip is done while its maps are in the
+    cache. A clip that is larger than a block goes alone, and is walked through in groups of frames where scratch
+    memory is needed. How many there are depends on the shape alone. On accelerators and under compilation there is
+    one group of all frames: launches count there, not caches.
 
     Args:
         maps: what is walked through; only shape and device count.
@@ -54,7 +54,7 @@ class Blocks:
     def scratch(self, *shape: int) -> Tensor:
         """Return memory of a shape; every call returns the same."""
         if torch.compiler.is_compiling():
-            # a compiler plans memory by itself, and cannot write into views
+            # a compiler plans memory by itself
             return self._memory.new_empty(shape)
         return self._memory[: prod(shape)].view(shape)
 
@@ -93,5 +93,8 @@ def indicator(
 
     On a CPU this takes a quarter of the time of a boolean comparison against a broadcast operand.
     """
+    if torch.compiler.is_compiling():
+        # a compiler gives what is written `out` the strides of what is read
+        return compare(cells, other).to(cells.dtype)
     result: Tensor = compare(cells, other, out=torch.empty_like(cells) if out is None else out)
     return result

@@ -374,7 +374,7 @@ def _squared_error(
     zero = correct.new_zeros(())
     probs.scatter_(3, label, zero.expand_as(correct))
     wrong = probs.sum(3, keepdim=True)
-    # then all slots count alike: 1/S each is ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
+    # a patch without probabilities counts as uniform: 1/S each is ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S away from any label
     nothing = (wrong + correct).eq_(0.0)
     squares = torch.square(probs, out=scratch)
     square = squares.sum(3, keepdim=True)

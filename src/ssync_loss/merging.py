@@ -126,21 +126,21 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
     if area.dtype == torch.bool or area.is_complex():
         raise TypeError(f"`area` must hold integers or floating-point numbers; got {area.dtype}.")
     check_same_device("area", area, overlap=overlap)
-    if threshold is not None:
-        check_number("threshold", threshold, 0.0, 1.0)
+    if threshold is None:
+        return unmerged(size["B"], size["S"], overlap.device)
+    check_number("threshold", threshold, 0.0, 1.0)
     with torch.no_grad(), no_autocast(overlap):
         overlap = at_least_float32(overlap)
-        area = torch.where(area.isnan(), float("-inf"), area) if area.is_floating_point() else area.long()
+        area = area if area.is_floating_point() else area.long()
+        numbers = ~area.isnan()
         # how many slots are smaller says the same of any numbers
-        area = (area.unsqueeze(-1) > area.unsqueeze(-2)).sum(-1)
-        return representatives(torch.fmax(overlap, overlap.mT), area, threshold)
+        smaller = (area.unsqueeze(-1) > area.unsqueeze(-2)) | (numbers.unsqueeze(-1) & ~numbers.unsqueeze(-2))
+        return representatives(torch.fmax(overlap, overlap.mT), smaller.sum(-1), threshold)
 
 
-def representatives(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor:
+def representatives(overlap: Tensor, area: Tensor, threshold: float) -> Tensor:
     """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S) int64, without checks."""
     num_slots = overlap.shape[-1]
-    if threshold is None:
-        return unmerged(overlap.shape[0], num_slots, overlap.device)
     reach = indicator(torch.gt, overlap, threshold)
     reach.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     # a path has at most S - 1 links, and every squaring doubles the reach

@@ -154,9 +154,9 @@ class Found(NamedTuple):
     top: Tensor
 
     def as_pseudo_labels(self) -> PseudoLabels:
-        """Return what :func:`pseudo_labels` returns."""
+        """Return what :func:`pseudo_labels` returns, to write into: a step keeps the bytes for its backward."""
         enc_labels, dec_labels = self.labels.unbind()
-        boundary, interior = as_bool(self.regions).unbind()
+        boundary, interior = as_bool(self.regions.clone()).unbind()
         return PseudoLabels(enc_labels, dec_labels, boundary, interior, self.representative)
 
 
@@ -174,7 +174,7 @@ def find_labels(
     valid = maps.counted
     with no_autocast(maps.enc):
         labels, top, both = _read(maps, blocks, with_activity=merge_threshold is not None)
-        if both is None:
+        if both is None or merge_threshold is None:
             representative = unmerged(B, S, labels.device)
         else:
             area = hard_area(labels[0], S, valid)
@@ -247,7 +247,7 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the largest of the valid patches' largest logits, a scalar; NaN if one is, 0 if there is none."""
+    """Return the largest of the valid patches' largest logits, or 0 beside invalid ones; NaN if one is: a scalar."""
     if peaks.numel() == 0:
         return peaks.new_zeros(())
     return (peaks if valid is None else torch.where(valid, peaks, 0.0)).amax()

@@ -60,7 +60,7 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
     """
     height, width = around.shape[2:]
     cells, counted = around.flatten(), None if valid is None else valid.flatten().view(torch.uint8)
-    count = torch.empty_like(around, dtype=torch.uint8)
+    count = torch.empty(around.shape, device=around.device, dtype=torch.uint8)
     # to the last with a farthest neighbor
     length = max(around.numel() - 2 * width - 2, 0)
     in_cache = around.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -102,7 +102,7 @@ def _kernels(
 def _memory(like: Tensor, dtype: torch.dtype, num_maps: int, wanted: bool) -> Tensor:
     """Return uninitialized slopes of some maps, or as many tensors without elements.
 
-    In one piece: malloc gives two back together, and every page is faulted in again at the next step.
+    Of two maps in one piece: a CPU's malloc gives two pieces back, and faults in every page at the next step.
     """
     return torch.empty(num_maps, *(like.shape if wanted else (0,)), device=like.device, dtype=dtype)
 
