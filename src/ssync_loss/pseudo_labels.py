@@ -9,7 +9,7 @@ from torch import Tensor
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._backends import Backend, check_backend, resolve_backend
-from ssync_loss._blocks import Blocks, in_one
+from ssync_loss._blocks import Blocks, in_one, indicator
 from ssync_loss._checks import check_int, check_number
 from ssync_loss._maps import Grid, KindArgument, Maps, only_present, prepare_maps
 from ssync_loss._types import PseudoLabels
@@ -238,9 +238,15 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits: (B, T, S, H, W). Returns slots (B, T, H, W) int64, any where nothing is largest, for NaN; and the
         largest logits (B, T, H, W), NaN if one of the slots is.
     """
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
-        return logits.argmax(2), logits.amax(2)
     B, T, S, H, W = logits.shape
+    if torch.compiler.is_compiling():
+        # for the CPU's compiler `argmax` is scalar: the first is the largest of the ranks S - 1, S - 2, .., 0 of all
+        # slots that equal the largest
+        peaks = logits.amax(2)
+        rank = torch.arange(S - 1, -1, -1, device=logits.device, dtype=logits.dtype)[:, None, None]
+        return (S - 1 - (indicator(torch.eq, logits, peaks.unsqueeze(2)) * rank).amax(2)).long(), peaks
+    if logits.device.type != "cpu":
+        return logits.argmax(2), logits.amax(2)
     rows = logits.reshape(B * T, S, 1, H * W).permute(0, 3, 1, 2)
     peaks, slots = F.max_pool2d(rows, (S, 1), return_indices=True)
     return slots.view(B, T, H, W), peaks.view(B, T, H, W)
