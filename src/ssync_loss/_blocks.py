@@ -43,7 +43,7 @@ class Blocks:
         num_clips, num_frames, *frame = maps.shape
         clips, frames = num_clips, num_frames
         size = frame[0] * frame[1] * frame[2]
-        if maps.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _has_cache(maps):
             clips = min(max(BLOCK_ELEMENTS // (max(size, 1) * num_frames), 1), num_clips)
             frames = min(max(BLOCK_ELEMENTS // max(size, 1), 1), num_frames)
         self.groups, self.frames = _slices(num_clips, clips), _slices(num_frames, frames)
@@ -67,8 +67,12 @@ def _slices(length: int, step: int) -> list[slice]:
 
 def in_blocks(maps: Tensor) -> bool:
     """Tell whether groups of whole clips stay in the cache."""
-    on_cpu = maps.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_cpu and maps[:1].numel() <= BLOCK_ELEMENTS
+    return _has_cache(maps) and maps[:1].numel() <= BLOCK_ELEMENTS
+
+
+def _has_cache(maps: Tensor) -> bool:
+    """Tell whether it is operators on a CPU that walk through maps."""
+    return maps.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -89,8 +93,9 @@ def in_one(pieces: list[Tensor], dim: int = 0) -> Tensor:
 def indicator(
     compare: Callable[..., Tensor], cells: Tensor, other: Tensor | float, out: Tensor | None = None
 ) -> Tensor:
-    """Write 1 where ``compare(cells, other)`` and 0 elsewhere, as numbers of the map's own type.
+    """Return 1 where ``compare(cells, other)`` and 0 elsewhere, as numbers of the map's own type.
 
+    They are written to ``out``, if that is given and nothing is being compiled.
     On a CPU this takes a quarter of the time of a boolean comparison against a broadcast operand.
     """
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_same_device
-from ssync_loss._maps import Grid, KindArgument, prepare_maps
+from ssync_loss._maps import Grid, KindArgument, only_present, prepare_maps
 from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.pseudo_labels import hard_labels
@@ -266,9 +266,7 @@ def _holds(margin: Tensor, measured: Tensor) -> Tensor:
 
 def _confidence(logits: Tensor, patches: Tensor, slot_mask: Tensor | None) -> Tensor:
     # the largest probability is exp(max - logsumexp); invalid patches may hold anything
-    if slot_mask is not None:
-        logits = logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
-    logits = logits.double()
+    logits = only_present(logits, slot_mask).double()
     largest = (logits.amax(2) - logits.logsumexp(2)).exp()
     total = torch.where(patches, largest, 0.0).flatten(1).sum(1)
     return total / patches.flatten(1).sum(1).clamp_min(1)
