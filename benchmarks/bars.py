@@ -6,7 +6,7 @@ from benchmarks.contenders import DENSE, Contender, ssync_contender
 from benchmarks.results import Results, Row
 from benchmarks.slopes import Slope, fit
 from benchmarks.slot_video_model import PUBLISHED
-from benchmarks.suites import add_ons, kernels, training_step
+from benchmarks.suites import kernels, training_step
 from benchmarks.suites.linear_vs_quadratic import history, num_patches
 
 SWEEPS = ("H*W", "T", "B")
@@ -40,9 +40,7 @@ class Bar(NamedTuple):
 
 
 def bars(results: Results) -> list[Bar]:
-    """Hold the results of a machine against every bar that is about its kind; none for add-ons alone."""
-    if results.select(suite=add_ons.SUITE) and len({row.id.suite for row in results.rows.values()} - {"gate"}) == 1:
-        return []
+    """Hold the results of a machine against every bar that is about its kind."""
     device: str = results.environment["device"]
     found = [*_slopes(results), *_against_dense(results), *_shares(results, device)]
     return [*found, *(_on_gpu(results) if device == "cuda" else _on_cpu(results))]
