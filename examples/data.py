@@ -7,12 +7,10 @@ import torch
 from examples.clips import load_clips
 from examples.evaluation import EvaluationSet
 from examples.features import FrozenFeatures
-from examples.moving_objects import moving_objects
+from examples.moving_objects import SPEED, moving_objects
 from torch import Tensor
 
 TRAIN_SEED, PREMISE_SEED, TEST_SEED = 1, 2, 777
-# the most that an object moves along each axis, in images per frame
-SPEED = 0.05
 DESCRIPTION = f"moving objects, seed {TRAIN_SEED}"
 
 

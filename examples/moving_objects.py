@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 MAX_OBJECTS = 4
+# the most that an object moves along each axis, in images per frame
+SPEED = 0.05
 # a block of clips is drawn at a time: the pictures of all shapes at once would not fit the cache
 BLOCK = 50
 
@@ -37,7 +39,7 @@ def moving_objects(
     seed: int,
     num_frames: int = 4,
     size: int = 48,
-    speed: float = 0.05,
+    speed: float = SPEED,
     color_distance: float = 0.5,
     contrast: float = 0.2,
     noise: float = 0.05,
