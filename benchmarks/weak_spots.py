@@ -34,10 +34,11 @@ def _bars(results: Results) -> list[str]:
 
 
 def _beaten(results: Results) -> list[str]:
-    """Name whatever is faster than SSync without compilation, with the sizes where it is."""
+    """Name whatever is faster than SSync without compilation, but SSync compiled, with the sizes where it is."""
     faster: dict[str, list[str]] = {}
+    own = {here(results)[0].name, *(one.name for one in here(results) if one.compiled)}
     for row in results.select(suite=SUITE, measure="time"):
-        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender != here(results)[0].name:
+        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender not in own:
             where = f"{num_patches(row.id.sizes):,} ({row.id.case.replace('*', '·')}, {row.number('ratio'):.2f}x)"
             faster.setdefault(row.id.contender, []).append(where)
     found = [

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from both_ways import WAYS
 from ssync_loss import SSyncLoss
 from ssync_loss.functional import (
     boundary_region,
@@ -62,36 +63,39 @@ def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: flo
     assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
 
 
-@given(label_videos(), st.data(), region_knobs())
-def test_regions_equal_looped_neighbors(labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
+@WAYS
+@given(labels=label_videos(), data=st.data(), knobs=region_knobs())
+def test_regions_equal_looped_neighbors(way: Any, labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
     valid = data.draw(st.none() | valid_masks(*labels.shape))
-    assert torch.equal(neighbor_difference(labels, valid=valid), reference_neighbor_difference(labels, valid=valid))
     boundary = {key: knobs[key] for key in ("min_different", "min_same")}
     interior = {"max_different": knobs["max_different"]}
-    assert torch.equal(
-        boundary_region(labels, **boundary, valid=valid),
-        reference_boundary_region(labels, **boundary, valid=valid),
-    )
-    assert torch.equal(
-        interior_region(labels, **interior, valid=valid),
-        reference_interior_region(labels, **interior, valid=valid),
-    )
+    with way():
+        difference = neighbor_difference(labels, valid=valid)
+        regions = boundary_region(labels, **boundary, valid=valid), interior_region(labels, **interior, valid=valid)
+    assert torch.equal(difference, reference_neighbor_difference(labels, valid=valid))
+    assert torch.equal(regions[0], reference_boundary_region(labels, **boundary, valid=valid))
+    assert torch.equal(regions[1], reference_interior_region(labels, **interior, valid=valid))
 
 
-@given(ssync_cases(maps=MAPS))
-def test_overlap_equals_sets(case: SSyncCase) -> None:
+@WAYS
+@given(case=ssync_cases(maps=MAPS))
+def test_overlap_equals_sets(way: Any, case: SSyncCase) -> None:
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     expected = reference_slot_overlap(case.enc_logits, **masks)
-    torch.testing.assert_close(slot_overlap(case.enc_logits, **masks), expected, rtol=0, atol=1e-6)
+    with way():
+        actual = slot_overlap(case.enc_logits, **masks)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
+@WAYS
 @pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
 @given(data=st.data(), threshold=thresholds(tied=False), knobs=region_knobs())
 def test_labels_equal(
-    maps: st.SearchStrategy[Any], data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
+    maps: st.SearchStrategy[Any], way: Any, data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
 ) -> None:
     case = data.draw(ssync_cases(maps=maps))
-    actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+    with way():
+        actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
     expected = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     clips = decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks)
@@ -101,6 +105,7 @@ def test_labels_equal(
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 
 
+@WAYS
 @pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
 @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
 @given(
@@ -113,6 +118,7 @@ def test_losses_and_gradients_equal(
     maps: st.SearchStrategy[Any],
     criterion: Any,
     smoothing: float,
+    way: Any,
     data: st.DataObject,
     temperature: float,
     reduction: Any,
@@ -120,11 +126,13 @@ def test_losses_and_gradients_equal(
     case: DistillationCase = data.draw(distillation_cases(maps=maps))
     knobs = {"criterion": criterion, "label_smoothing": smoothing, "temperature": temperature, "reduction": reduction}
     fast, slow = (case.logits.clone().requires_grad_() for _ in range(2))
-    actual = selective_distillation_loss(**case._replace(logits=fast)._asdict(), **knobs)
+    with way():
+        actual = selective_distillation_loss(**case._replace(logits=fast)._asdict(), **knobs)
     expected = reference_selective_distillation_loss(**case._replace(logits=slow)._asdict(), **knobs)
     assert_close_loss(actual, expected)
     upstream = torch.randn(actual.shape, dtype=actual.dtype)
-    actual.backward(upstream)
+    with way():
+        actual.backward(upstream)
     expected.backward(upstream)
     # of a mean: what one patch of so many can get; else: what one patch can get
     scale = 2.0 / temperature
@@ -135,13 +143,15 @@ def test_losses_and_gradients_equal(
     assert_close_gradient(fast.grad, slow.grad, scale=scale * float(upstream.abs().max()))
 
 
+@WAYS
 @given(case=ssync_cases(maps=MAPS), threshold=thresholds(tied=False))
-def test_the_module_equals_the_definition(case: SSyncCase, threshold: float | None) -> None:
+def test_the_module_equals_the_definition(way: Any, case: SSyncCase, threshold: float | None) -> None:
     criterion = SSyncLoss(merge_threshold=threshold).eval()
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     clips = decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks)
     case = SSyncCase._make(None if part is None else part[clips] for part in case)
-    terms = criterion.terms(**case._asdict())
+    with way():
+        terms = criterion.terms(**case._asdict())
     expected = reference_ssync(**case._asdict(), merge_threshold=threshold)
     assert_close_loss(terms.boundary, expected.boundary)
     assert_close_loss(terms.interior, expected.interior)

@@ -272,6 +272,7 @@ LAYERS: list[set[str]] = [
     {"_checks", "_autocast", "_autograd", "_blocks", "_types"},
     {"_maps", "kernels", "reference"},
     {"_backends"},
+    {"_criteria"},
     {"distillation", "merging", "propagation", "regions", "sinkhorn", "tube_mask"},
     {"pseudo_labels"},
     {"attention", "curriculum", "ema", "inference", "losses"},

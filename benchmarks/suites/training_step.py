@@ -39,18 +39,18 @@ class Parts(NamedTuple):
 
 
 def plan(options: Options) -> list[Task]:
-    """Plan a row for every backend in every model."""
+    """Plan a row for every contender in every model."""
     cases = [EXAMPLE, "MOVi-C"] if options.quick else [EXAMPLE, *PUBLISHED]
-    return [_task(case, backend, options) for case in cases for backend in options.backends]
+    return [_task(case, contender, options) for case in cases for contender, _ in contenders_of(options)]
 
 
 def contenders_of(options: Options) -> list[tuple[Contender, str]]:
     """Return who takes part, and in which dtype."""
-    return [(ssync_contender(backend), _dtype(options)) for backend in options.backends]
+    compiled = [False] if options.quick else [False, True]
+    return [(ssync_contender(b, compiled=c), _dtype(options)) for b in options.backends for c in compiled]
 
 
-def _task(case: str, backend: str, options: Options) -> Task:
-    contender = ssync_contender(backend)
+def _task(case: str, contender: Contender, options: Options) -> Task:
     shape = _published_shape(case)
     if options.quick and case != EXAMPLE:
         # an eighth of one clip: more would be most of the rehearsal

@@ -80,6 +80,11 @@ def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tensors if group == ALL else tuple(None if one is None else one[group] for one in tensors)
 
 
+def clips_of_both(group: slice, both: Tensor) -> Tensor:
+    """Return a group's part of what there is of two maps, (2, B, ..)."""
+    return both if group == ALL else both[:, group]
+
+
 def frames_of(frames: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Return some frames of all (.., T, S, H, W) that are there."""
     return tensors if frames == ALL else tuple(None if one is None else one[..., frames, :, :, :] for one in tensors)

@@ -69,8 +69,9 @@ class Maps(NamedTuple):
     def of_clips(self, clips: slice) -> "Maps":
         """Return the maps of some clips, widened to what is computed in, with what counts as what is valid."""
         enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.valid, self.slot_mask)
-        some = Maps(enc.to(self.dtype), dec.to(self.dtype), valid, slot_mask, self.clean)
-        return some._replace(valid=some.counted)
+        dtype = self.dtype
+        some = Maps(enc.to(dtype), dec.to(dtype), valid, slot_mask, self.clean)
+        return some if slot_mask is None else some._replace(valid=some.counted)
 
     def is_clean(self) -> Tensor:
         """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""

@@ -76,12 +76,18 @@ def active_together(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | No
 
 def mean_overlap(both: Tensor, valid: Tensor | None) -> Tensor:
     """Average the IoU over frames, from what :func:`active_together` counts, written over: (B, S, S)."""
-    area = both.diagonal(dim1=-2, dim2=-1)
+    area = _diagonal(both)
     either = (area.unsqueeze(-1) + area.unsqueeze(-2)).sub_(both).clamp_min_(1.0)
     iou = both.div_(either)
     if valid is None:
-        return iou.sum(1) / iou.shape[1]
+        return iou.mean(1)
     return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
+
+
+def _diagonal(square: Tensor) -> Tensor:
+    """Return a view of the diagonals of contiguous (.., S, S); of torch's own a compiler warns."""
+    num_slots = square.shape[-1]
+    return square.view(*square.shape[:-2], num_slots * num_slots)[..., :: num_slots + 1]
 
 
 def slot_means(logits: Tensor, valid: Tensor | None) -> Tensor:
@@ -141,16 +147,15 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
 def representatives(overlap: Tensor, area: Tensor, threshold: float) -> Tensor:
     """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S) int64, without checks."""
     num_slots = overlap.shape[-1]
-    reach = indicator(torch.gt, overlap, threshold)
-    reach.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    reach = indicator(torch.gt, overlap.contiguous(), threshold)
+    _diagonal(reach).fill_(1.0)
     # a path has at most S - 1 links, and every squaring doubles the reach
     for squaring in range((num_slots - 2).bit_length()):
         reach = torch.bmm(reach, reach)
         if squaring % 3 == 2:
             # paths are counted, and would be more than a float holds
             reach.clamp_max_(1.0)
-    member = reach > 0
-    return torch.where(member, area.unsqueeze(-2), -1).argmax(-1)
+    return area.unsqueeze(-2).masked_fill(reach == 0, -1).argmax(-1)
 
 
 def unmerged(num_clips: int, num_slots: int, device: torch.device) -> Tensor:

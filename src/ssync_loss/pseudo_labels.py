@@ -1,5 +1,6 @@
 """From two maps to what each teaches the other: hard labels, merged slots, two regions. No gradient."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -180,11 +181,21 @@ def find_labels(
             area = hard_area(labels[0], S, valid)
             representative = representatives(mean_overlap(both, valid), area, merge_threshold)
             labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
-    both_valid = None
     if valid is not None:
         labels = labels.masked_fill(~valid, 0)
-        both_valid = valid.expand(labels.shape).flatten(0, 1)
-    narrow = labels.to(torch.int8 if S <= 128 else torch.int32)
+    select = _select
+    if torch.compiler.is_compiling() and labels.device.type == "cpu":
+        select = _select_on_cpu
+    narrow, regions = select(labels, valid, narrow_type(S), min_different, min_same, max_different)
+    return Found(labels, narrow, regions, representative, top)
+
+
+def _select(
+    labels: Tensor, valid: Tensor | None, kept: torch.dtype, min_different: int, min_same: int, max_different: int
+) -> tuple[Tensor, Tensor]:
+    """Return the labels as the type they are kept in, and the regions: see :class:`Found`."""
+    narrow = labels.to(kept)
+    both_valid = None if valid is None else valid.expand(labels.shape).flatten(0, 1)
     regions = select_regions(
         count_differing(narrow.flatten(0, 1), both_valid).view(labels.shape),
         min_different=min_different,
@@ -192,7 +203,21 @@ def find_labels(
         max_different=max_different,
         valid=valid,
     )
-    return Found(labels, narrow, regions, representative, top)
+    return narrow, regions
+
+
+# a CPU's compiler would look up the representative of every neighbor, cell by cell
+_select_on_cpu = torch.library.custom_op("ssync_loss::select", _select, mutates_args=(), device_types="cpu")
+
+
+@_select_on_cpu.register_fake
+def _(labels: Tensor, _: Tensor | None, kept: torch.dtype, *counts: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(labels, dtype=kept), torch.empty_like(labels, dtype=torch.uint8)
+
+
+def narrow_type(num_slots: int) -> torch.dtype:
+    """Return the smallest type that labels are kept in for a backward."""
+    return torch.int8 if num_slots <= 128 else torch.int32
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
@@ -224,7 +249,7 @@ def _read(maps: Maps, blocks: Blocks, *, with_activity: bool) -> tuple[Tensor, T
         if with_activity:
             both.append(active_together(some.enc, some.valid, some.slot_mask, blocks))
     enc_labels, dec_labels = labels
-    top = torch.stack(tops).amax().clamp_min(0.0)
+    top = reduce(torch.maximum, tops).clamp_min(0.0)
     return torch.cat(enc_labels + dec_labels).view(2, B, T, H, W), top, in_one(both) if with_activity else None
 
 
@@ -261,8 +286,6 @@ def largest_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
 
 def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:
     """Count the patches of every slot: (B, S) int64."""
-    counted = torch.ones((), dtype=torch.int64, device=labels.device).expand(labels.shape)
-    if valid is not None:
-        counted = valid.long()
-    area = torch.zeros(labels.shape[0], num_slots, dtype=torch.int64, device=labels.device)
-    return area.scatter_add_(1, labels.flatten(1), counted.flatten(1))
+    labels = labels.flatten(1)
+    counted = labels.new_ones(()).expand_as(labels) if valid is None else valid.flatten(1).long()
+    return labels.new_zeros(labels.shape[0], num_slots).scatter_add_(1, labels, counted)

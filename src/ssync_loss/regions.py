@@ -47,9 +47,11 @@ def count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
     around = _with_edges(labels)
     valid_around = None if valid is None else _with_edges(valid)
     count = _differing_in_frame(around, valid_around).contiguous()
-    differs = labels[:, 1:] != labels[:, :-1]
-    count[:, 1:].add_(differs if valid is None else differs & valid[:, :-1])
-    count[:, :-1].add_(differs if valid is None else differs & valid[:, 1:])
+    # every frame but the first, and every frame but the last
+    later, earlier = (1, 1, labels.shape[1] - 1), (1, 0, labels.shape[1] - 1)
+    differs = labels.narrow(*later) != labels.narrow(*earlier)
+    count.narrow(*later).add_(differs if valid is None else differs & valid.narrow(*earlier))
+    count.narrow(*earlier).add_(differs if valid is None else differs & valid.narrow(*later))
     return count if valid is None else count * valid
 
 
@@ -73,7 +75,7 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
         if counted is not None:
             differs.mul_(counted.as_strided(*square))
         torch.sum(differs, (0, 1), dtype=torch.uint8, out=count.view(-1).narrow(0, start, size))
-    return count[..., : height - 2, : width - 2]
+    return count.narrow(2, 0, height - 2).narrow(3, 0, width - 2)
 
 
 def _differing_by_direction(around: Tensor, valid: Tensor | None) -> Tensor:
@@ -103,8 +105,9 @@ def _with_edges(cells: Tensor) -> Tensor:
         # numbers of rows and columns are read while comparing; what is put together would be written first
         rows, columns = (torch.arange(-1, n + 1, device=cells.device).clamp(0, n - 1) for n in cells.shape[2:])
         return cells[:, :, rows][..., columns]
-    cells = torch.cat([cells[:, :, :1], cells, cells[:, :, -1:]], 2)
-    return torch.cat([cells[..., :1], cells, cells[..., -1:]], 3)
+    for dim in (2, 3):
+        cells = torch.cat([cells.narrow(dim, 0, 1), cells, cells.narrow(dim, -1, 1)], dim)
+    return cells
 
 
 def boundary_region(

@@ -10,10 +10,11 @@ from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import Blocks, clips_of, in_blocks
+from ssync_loss._blocks import ALL, Blocks, clips_of, clips_of_both, in_blocks, in_one
+from ssync_loss._criteria import Criterion, evaluate, steepness
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels, Terms
-from ssync_loss.distillation import Criterion, evaluate, num_averaged, slope_again, steepness
+from ssync_loss.distillation import num_averaged, slope_again
 from ssync_loss.losses._teaching import teach
 from ssync_loss.pseudo_labels import find_labels, labels_of
 
@@ -48,9 +49,9 @@ def terms_of(
         return _reference(maps, settings, weights, ramp)
     if backend == "triton":
         return _kernels(maps, settings, weights, ramp, with_labels)
-    slopes = [one.requires_grad and torch.is_grad_enabled() for one in (maps.dec, maps.enc)]
+    with_slope = tuple(one.requires_grad and torch.is_grad_enabled() for one in (maps.dec, maps.enc))
     with no_autocast(maps.enc):
-        boundary, interior, num, _, _, _, _, _, *labels = _step(*maps, *settings, *slopes, with_labels, Slopes())
+        boundary, interior, num, _, _, _, _, _, *labels = _step(*maps, settings, with_slope, with_labels, Slopes())
     total = weigh(boundary, interior, weights, ramp)
     return Terms(total, boundary, interior, num[0], num[1], PseudoLabels(*labels) if with_labels else None)
 
@@ -122,70 +123,69 @@ class _Step(torch.autograd.Function):
         valid: Tensor | None,
         slot_mask: Tensor | None,
         clean: Tensor | None,
-        merge_threshold: float | None,
-        min_different: int,
-        min_same: int,
-        max_different: int,
-        criterion: Criterion,
-        smoothing: float,
-        temperature: float,
-        dec_with_slope: bool,
-        enc_with_slope: bool,
+        settings: Settings,
+        with_slope: tuple[bool, bool],
         with_labels: bool,
         unscaled: Slopes,  # noqa: ARG004 (for the backward)
     ) -> tuple[Tensor, ...]:
         maps = Maps(enc, dec, valid, slot_mask, clean)
         dtype, num_slots = maps.dtype, enc.shape[2]
         # while clips are small, both maps at once take half as many operators
-        at_once = dec_with_slope == enc_with_slope and in_blocks(enc)
-        taught = [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]
+        at_once = with_slope[0] == with_slope[1] and in_blocks(enc)
+        taught = [ALL] if at_once else [slice(0, 1), slice(1, 2)]
         blocks = Blocks(enc, dtype, num_maps=2 if at_once else 1)
         found = find_labels(
             maps,
             blocks,
-            merge_threshold=merge_threshold,
-            min_different=min_different,
-            min_same=min_same,
-            max_different=max_different,
+            merge_threshold=settings.merge_threshold,
+            min_different=settings.min_different,
+            min_same=settings.min_same,
+            max_different=settings.max_different,
         )
         targets, regions, top = found.narrow, found.regions, found.top
         labels = found.as_pseudo_labels() if with_labels else ()
-        # or labels of eight bytes stay while the slopes are made
+        # wanted anyway where everything goes together; else labels of eight bytes need not stay for the slopes
+        wide = found.labels if blocks.groups == [ALL] and not torch.compiler.is_compiling() else None
         del found
-        wanted = (dec_with_slope, enc_with_slope)
-        slopes = [_memory(enc, dtype, part.stop - part.start, wanted[part.start]) for part in taught]
+        slopes = [_memory(enc, dtype, 2 // len(taught), with_slope[part.start or 0]) for part in taught]
         sums = []
         for group in blocks.groups:
             *pupils, mask = clips_of(group, dec, enc, slot_mask)
-            label, chosen = targets[:, group].long(), regions[:, group].to(dtype)
-            errors = torch.empty_like(chosen)
-            # the decoder learns what the encoder's labels say, and the other way round
+            label = clips_of_both(group, targets if wide is None else wide)
+            chosen = clips_of_both(group, regions).to(dtype)
+            errors = []
             for part, slope in zip(taught, slopes, strict=True):
-                evaluate(
+                # the decoder learns what the encoder's labels say, and the other way round
+                target, counted = clips_of(part, label, chosen)
+                value = evaluate(
                     pupils[part],
-                    label[part],
+                    target,
+                    counted,
                     mask,
                     blocks,
-                    errors[part],
-                    slope[:, group] if slope.dim() > 2 else None,
-                    criterion=criterion,
-                    smoothing=smoothing,
-                    temperature=temperature,
+                    clips_of_both(group, slope) if slope.dim() > 2 else None,
+                    each=False,
+                    criterion=settings.criterion,
+                    smoothing=settings.label_smoothing,
+                    temperature=settings.temperature,
                 )
-            sums.append(errors.mul_(chosen).sum((1, 2, 3, 4)))
-        selected = regions.sum((2, 3, 4))
+                errors.append(value)
+            sums.append(in_one(errors))
+        # half the time of a sum in int64
+        selected = regions.sum((2, 3, 4), dtype=torch.int32)
         # NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
-        averaged = num_averaged(selected, num_slots, slot_mask, criterion).clamp_min(1) + top * 0.0
+        averaged = num_averaged(selected, num_slots, slot_mask, settings.criterion).clamp_min(1) + top * 0.0
         if clean is not None:
             averaged = torch.where(clean, averaged, float("nan"))
         boundary, interior = (sum(sums[1:], sums[0]) / averaged).unbind()
-        shares = steepness(criterion, temperature) / averaged
+        shares = steepness(settings.criterion, settings.temperature) / averaged
         each = [slope for part in slopes for slope in part.unbind()]
         return boundary.clone(), interior.clone(), selected.sum(1), regions, targets, shares, *each, *labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        enc, dec, _, slot_mask, _, _, _, _, _, *ctx.settings, _, _, _, ctx.unscaled = inputs
+        enc, dec, _, slot_mask, _, settings, _, _, ctx.unscaled = inputs
+        ctx.settings = settings.criterion, settings.label_smoothing, settings.temperature
         _, _, _, regions, targets, shares, *ctx.slopes = output[:8]
         ctx.mark_non_differentiable(*output[2:])
         # or autograd makes maps of zeros as the gradients of the slopes
@@ -204,7 +204,7 @@ class _Step(torch.autograd.Function):
             if grad is None or pupil is None:
                 grads.append(None)
                 continue
-            scale = regions[k].to(shares.dtype).mul_(grad * shares[k]).unsqueeze(2)
+            scale = grad * shares[k]
             slope: Tensor | None = ctx.slopes[k]
             if torch.compiler.is_compiling() and slope is not None:
                 grads.append((slope * scale).to(pupil.dtype))
@@ -215,7 +215,7 @@ class _Step(torch.autograd.Function):
                 wide = pupil.to(shares.dtype)
                 slope = slope_again(wide, targets[k], regions[k], slot_mask, *ctx.settings)
             grads.append(slope.mul_(scale).to(pupil.dtype))
-        return grads[1], grads[0], *(None,) * 14
+        return grads[1], grads[0], *(None,) * 7
 
 
 # typed: autograd's own `apply` is not

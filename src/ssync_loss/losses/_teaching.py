@@ -13,9 +13,10 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
+from ssync_loss._criteria import Criterion
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.distillation import Criterion, distill
+from ssync_loss.distillation import distill
 
 
 def teach(

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ssync_loss._backends import Backend, check_backend
+from ssync_loss._criteria import Criterion
 from ssync_loss._maps import Grid, KindArgument, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels
-from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.distillation import check_criterion
 from ssync_loss.losses._modules import DetachedWarning, settings_of, shown_settings
 from ssync_loss.losses._teaching import fitting_labels, teach
 from ssync_loss.pseudo_labels import check_label_settings, labels_of

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ssync_loss._backends import Backend, check_backend, resolve_backend
 from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._criteria import Criterion
 from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss._types import PseudoLabels, Terms
-from ssync_loss.distillation import Criterion, check_criterion
+from ssync_loss.distillation import check_criterion
 from ssync_loss.losses._modules import DetachedWarning, shown_settings
 from ssync_loss.losses._step import Settings, terms_of, weigh
 from ssync_loss.losses._teaching import attached_zero

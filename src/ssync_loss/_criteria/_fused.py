@@ -1,0 +1,122 @@
+"""The criteria as a compiler likes them: a pass for exponentials, one for all sums over slots, one for the slope.
+
+What they are is said in :mod:`_eager`. A CPU's compiler vectorizes all of it as long as labels are compared as
+numbers of the map's own type, and nothing is gathered or scattered.
+"""
+
+from collections.abc import Sequence
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssync_loss._criteria._slots import LOG_TINY, below_peak, num_slots_of, scores_of
+
+
+class _Exponentials(NamedTuple):
+    """Exponentials of a map, and sums of them over slots.
+
+    Attributes:
+        peak: (B, T, 1, H, W), the largest logit of every patch.
+        below: (B, T, S, H, W), how far a slot lies below it, over the temperature.
+        own: (B, T, 1, H, W), the exponential of the label.
+        wrong: (B, T, S, H, W), those of all others, and 0 at the label.
+        others: (B, T, 1, H, W), their sum.
+        nothing: (B, T, 1, H, W), whether a patch has none: with NaN, +inf or nothing but -inf.
+        is_label: (B, T, S, H, W).
+    """
+
+    peak: Tensor
+    below: Tensor
+    own: Tensor
+    wrong: Tensor
+    others: Tensor
+    nothing: Tensor
+    is_label: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, label: Tensor, temperature: float) -> "_Exponentials":
+        """Take them of logits (B, T, S, H, W), with labels (B, T, 1, H, W)."""
+        peak = scores.amax(2, keepdim=True)
+        below = below_peak(scores, peak, temperature)
+        # NaN is not at most 0; to ask whether it is NaN would be done cell by cell
+        exps = torch.where(below <= 0, below.exp(), 0.0)
+        slots = torch.arange(scores.shape[2], device=scores.device, dtype=scores.dtype)[:, None, None]
+        is_label = label.to(scores.dtype) == slots
+        wrong = torch.where(is_label, 0.0, exps)
+        others = wrong.sum(2, keepdim=True)
+        own = torch.where(is_label, exps, 0.0).sum(2, keepdim=True)
+        return cls(peak, below, own, wrong, others, others + own == 0, is_label)
+
+
+def squared_error(
+    pupils: Sequence[Tensor],
+    label: Tensor,
+    chosen: Tensor,
+    slot_mask: Tensor | None,
+    temperature: float,
+    slope: Tensor | None,
+    *,
+    each: bool,
+) -> Tensor:
+    """Return ``r^2 + Q`` with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``, and write its slope.
+
+    Half of it, times tau, is ``-P_y (r^2 + Q)`` at y, and ``P_s (P_s + P_y r - Q)`` elsewhere.
+    """
+    values = []
+    for k, one in enumerate(pupils):
+        exps = _Exponentials.of(scores_of(one, slot_mask, chosen.dtype), label[k], temperature)
+        squares = exps.wrong.square().sum(2, keepdim=True)
+        scale = torch.where(exps.nothing, 1.0, exps.others + exps.own).reciprocal()
+        wrong, own, others = exps.wrong * scale, exps.own * scale, exps.others * scale
+        square = squares * scale * scale
+        error = others * others + square
+        uniform = 1 - 1 / num_slots_of(one, slot_mask, chosen.dtype)
+        values.append(torch.where(exps.nothing, uniform, error) * chosen[k])
+        if slope is not None:
+            below_label = wrong * (wrong + own * others - square)
+            slope[k].copy_(torch.where(exps.is_label, -own * error, below_label) * chosen[k])
+    return _of_patches(values, each=each)
+
+
+def cross_entropy(
+    pupils: Sequence[Tensor],
+    label: Tensor,
+    chosen: Tensor,
+    slot_mask: Tensor | None,
+    temperature: float,
+    slope: Tensor | None,
+    smoothing: float,
+    *,
+    each: bool,
+) -> Tensor:
+    """Return the cross-entropy, and write its slope times tau."""
+    values = []
+    for k, one in enumerate(pupils):
+        scores = scores_of(one, slot_mask, chosen.dtype)
+        impossible = scores == float("-inf")
+        exps = _Exponentials.of(scores, label[k], temperature)
+        total = torch.where(exps.nothing, 1.0, exps.others + exps.own)
+        log_total = torch.where(exps.own == 1, exps.others.log1p(), total.log())
+        log_probs = torch.where(impossible, LOG_TINY, exps.below - log_total)
+        entropy = torch.where(exps.is_label, log_probs, 0.0).sum(2, keepdim=True) * (smoothing - 1)
+        num_slots = num_slots_of(one, slot_mask, chosen.dtype)
+        if smoothing:
+            if slot_mask is not None:
+                log_probs = torch.where(slot_mask[:, None, :, None, None], log_probs, 0.0)
+            entropy = entropy - log_probs.sum(2, keepdim=True) * (smoothing / num_slots)
+        uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
+        nothing = torch.where(exps.peak == float("-inf"), uniform, 0.0)
+        values.append(torch.where(exps.nothing, nothing, entropy) * chosen[k])
+        if slope is not None:
+            aims = torch.where(exps.is_label, 1 - smoothing, 0.0) + (smoothing / num_slots if smoothing else 0.0)
+            aims = torch.where(impossible, 0.0, aims)
+            probs = torch.where(exps.is_label, exps.own, exps.wrong) / total
+            slope[k].copy_((probs * aims.sum(2, keepdim=True) - aims) * chosen[k])
+    return _of_patches(values, each=each)
+
+
+def _of_patches(values: list[Tensor], *, each: bool) -> Tensor:
+    """Return the values (B, T, 1, H, W) of every map as planes, or their sums."""
+    return torch.stack([value.squeeze(2) if each else value.sum() for value in values])
