@@ -50,7 +50,7 @@ def _count_on_gpu(work: Callable[[], object]) -> dict[str, Value]:
             torch.cuda.set_sync_debug_mode("default")
     synchronizing = [one for one in caught if "synchronizing" in str(one.message)]
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
         work()
         torch.cuda.synchronize()
     on_device = [one for one in record.events() or [] if one.device_type.name == "CUDA"]

@@ -50,7 +50,8 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, Value]:
 
 def recorder() -> profile:
     """Return a recorder of every allocation on the CPU."""
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    # or torch 2.11 warns that the events of a cycle are forgotten after it
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
 
 def _allocated_peak(record: profile) -> int:

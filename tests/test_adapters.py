@@ -750,6 +750,8 @@ class TestCompile:
             torch.testing.assert_close(compiled(clip), step(clip), rtol=1e-4, atol=1e-5)
         assert num_graphs() == 1
 
+    # torch's compiler looks at the .grad of all it is given
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.parametrize("in_place", [False, True])
     def test_compiled_host_starts_the_tap_afresh(self, in_place: bool) -> None:
         model = nn.Sequential(nn.Linear(D, D))

@@ -230,11 +230,10 @@ class _Distill(torch.autograd.Function):
         values = []
         slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
         blocks = Blocks(logits, dtype)
-        # values have the strides of these, and are added up in that order
-        target, region = target.contiguous(), region.contiguous()
         for group in blocks.groups:
             some, label, chosen, mask = clips_of(group, logits, target, region, slot_mask)
-            some, chosen = some.to(dtype), as_numbers(chosen, dtype)
+            # values have the strides of labels and regions, and are added up in that order
+            some, label, chosen = some.to(dtype), label.contiguous(), as_numbers(chosen.contiguous(), dtype)
             (value,) = evaluate(
                 [some],
                 label[None],
@@ -250,7 +249,8 @@ class _Distill(torch.autograd.Function):
             peak = peak_of(some, mask)
             # a selected patch whose largest logit is NaN or +inf has no value: 0 times 1/0 there, 0 times 1/1 elsewhere
             below = indicator(torch.lt, peak, float("inf"))
-            values.append(value.add_((1 - chosen + chosen * below).reciprocal_().mul_(0.0)))
+            # not in place: compiled by torch 2.11, what an operator has written into gets no gradient as an output
+            values.append(value + (1 - chosen + chosen * below).reciprocal_().mul_(0.0))
         return in_one(values), slope
 
     @staticmethod

@@ -1,6 +1,9 @@
 """Whether the kernels can take a tensor: facts that are known without its data, and to a compiler."""
 
 import os
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +21,15 @@ INSTALLED = find_spec("triton") is not None
 IS_ROCM = torch.version.hip is not None
 # triton itself reads this when a kernel is defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_version() -> tuple[int, int]:
+    """Return the first two numbers of Triton's version, without importing it; zeros where there is none to be found."""
+    for name in ("triton", "pytorch-triton"):
+        with suppress(PackageNotFoundError):
+            major, minor = re.findall(r"\d+", version(name))[:2]
+            return int(major), int(minor)
+    return 0, 0
 
 
 def missing(*maps: Tensor) -> str | None:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssync_loss.kernels._facts import triton_version
+
 # cells of a tile for each of 32 threads of a warp, all of them in registers; fewer where there are many slots, as
-# a thread keeps more than cells for each of its slots
-THREAD_CELLS = 32
+# a thread keeps more than cells for each of its slots. Triton 3.6 would spill hundreds of bytes of more cells.
+THREAD_CELLS = 32 if triton_version() >= (3, 7) else 16
 MANY_SLOTS = 64
 # warps of a program, if a frame has that many tiles then; small frames are cut more finely
 NUM_WARPS = 4
@@ -17,8 +19,9 @@ class Tiling(NamedTuple):
     """How maps (B, T, S, H, W) are cut: tiles of (slots, patches) within a frame.
 
     >>> import torch
-    >>> Tiling.of(torch.empty(2, 3, 11, 24, 24))[5:]
-    (16, 64, 1, 9)
+    >>> tiling = Tiling.of(torch.empty(2, 3, 11, 24, 24))
+    >>> tiling.slots, tiling.num_patches == tiling.tile * tiling.num_chunks
+    (16, True)
     """
 
     num_clips: int
