@@ -1056,6 +1056,26 @@ class TestOrder:
         assert_same_labels(pieces.terms.labels, whole.terms.labels)
         assert_close(pieces, whole, slot_mask=case.slot_mask, criterion=criterion)
 
+    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
+    def test_patches_of_many_blocks_stay_in_their_places(
+        self, monkeypatch: pytest.MonkeyPatch, criterion: Any, smoothing: float
+    ) -> None:
+        logits, target = torch.randn(2, 5, 3, 4, 6), torch.randint(3, (2, 5, 4, 6))
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "reduction": "none"}
+        whole = selective_distillation_loss(logits, target, target > 0, **knobs)
+        # two frames at a time
+        monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 6)
+        torch.testing.assert_close(selective_distillation_loss(logits, target, target > 0, **knobs), whole)
+
+    def test_a_large_plane_is_added_up_as_a_small_one(self) -> None:
+        enc, dec = torch.randn(2, 1, 1, 2, 1024, 1024).unbind()
+        everywhere: Settings = {"min_different": 0, "min_same": 0, "max_different": 10, "merge_threshold": None}
+        terms, exact = (SSyncLoss(**everywhere).eval().terms(enc.to(t), dec.to(t)) for t in (enc.dtype, torch.float64))
+        # more than two bytes count
+        assert terms.num_boundary == terms.num_interior == 1024**2
+        assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-7)
+        assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-7)
+
     @pytest.mark.parametrize("dirty", range(5))
     def test_dirt_in_any_block_is_dirt(self, monkeypatch: pytest.MonkeyPatch, dirty: int) -> None:
         monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 5)

@@ -18,8 +18,7 @@ class _Exponentials(NamedTuple):
     """Exponentials of a map, and sums of them over slots.
 
     Attributes:
-        peak: (B, T, 1, H, W), the largest logit of every patch.
-        below: (B, T, S, H, W), how far a slot lies below it, over the temperature.
+        below: (B, T, S, H, W), how far a slot lies below the largest logit of its patch, over the temperature.
         own: (B, T, 1, H, W), the exponential of the label.
         wrong: (B, T, S, H, W), those of all others, and 0 at the label.
         others: (B, T, 1, H, W), their sum.
@@ -27,7 +26,6 @@ class _Exponentials(NamedTuple):
         is_label: (B, T, S, H, W).
     """
 
-    peak: Tensor
     below: Tensor
     own: Tensor
     wrong: Tensor
@@ -38,8 +36,7 @@ class _Exponentials(NamedTuple):
     @classmethod
     def of(cls, scores: Tensor, label: Tensor, temperature: float) -> "_Exponentials":
         """Take them of logits (B, T, S, H, W), with labels (B, T, 1, H, W)."""
-        peak = scores.amax(2, keepdim=True)
-        below = below_peak(scores, peak, temperature)
+        below = below_peak(scores, scores.amax(2, keepdim=True), temperature)
         # NaN is not at most 0; to ask whether it is NaN would be done cell by cell
         exps = torch.where(below <= 0, below.exp(), 0.0)
         slots = torch.arange(scores.shape[2], device=scores.device, dtype=scores.dtype)[:, None, None]
@@ -47,7 +44,7 @@ class _Exponentials(NamedTuple):
         wrong = torch.where(is_label, 0.0, exps)
         others = wrong.sum(2, keepdim=True)
         own = torch.where(is_label, exps, 0.0).sum(2, keepdim=True)
-        return cls(peak, below, own, wrong, others, others + own == 0, is_label)
+        return cls(below, own, wrong, others, others + own == 0, is_label)
 
 
 def squared_error(
@@ -107,8 +104,7 @@ def cross_entropy(
                 log_probs = torch.where(slot_mask[:, None, :, None, None], log_probs, 0.0)
             entropy = entropy - log_probs.sum(2, keepdim=True) * (smoothing / num_slots)
         uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
-        nothing = torch.where(exps.peak == float("-inf"), uniform, 0.0)
-        values.append(torch.where(exps.nothing, nothing, entropy) * chosen[k])
+        values.append(torch.where(exps.nothing, uniform, entropy) * chosen[k])
         if slope is not None:
             aims = torch.where(exps.is_label, 1 - smoothing, 0.0) + (smoothing / num_slots if smoothing else 0.0)
             aims = torch.where(impossible, 0.0, aims)
