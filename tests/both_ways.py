@@ -9,7 +9,7 @@ import torch
 
 
 def as_compiled() -> AbstractContextManager[Any]:
-    """Make the library believe that it is being compiled: everything in one piece, fused criteria, closed operators."""
+    """Make the library believe that it is being compiled: everything in one piece, fused criteria."""
     return mock.patch.object(torch.compiler, "is_compiling", return_value=True)
 
 

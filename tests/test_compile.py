@@ -214,6 +214,16 @@ def test_neighbors_are_compiled_as_slices() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
+def test_a_compiled_label_out_of_range_has_no_value(criterion: Any) -> None:
+    _, dec = sample_maps()
+    target = torch.zeros(2, 2, 5, 12, dtype=torch.int64)
+    target[0, 0, 0, 0] = 4
+    compiled = torch.compile(selective_distillation_loss, fullgraph=True, backend="aot_eager")
+    for region, wanted in ((target == 4, True), (target == 0, False)):
+        assert compiled(dec, target, region, criterion=criterion).isnan() == wanted
+
+
+@pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
 def test_a_compiled_step_does_not_look_things_up_by_label(criterion: Any) -> None:
     """With a gather or scatter in a pass over a map, the CPU's compiler went through it cell by cell: five times."""
     maps = sample_maps()

@@ -698,6 +698,15 @@ class TestStrides:
             merge_slots(overlap.mT, area, threshold=0.6), merge_slots(overlap, area.clone(), threshold=0.6)
         )
 
+    def test_patches_may_be_weighed_in_place(self) -> None:
+        _, dec = maps()
+        target, region = torch.randint(3, (2, 2, H, W)), torch.rand(2, 2, H, W) < 0.7
+        for criterion, smoothing in SOFT:
+            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "reduction": "none"}
+            patches = selective_distillation_loss(dec, target, region, **knobs)
+            wanted = torch.autograd.grad((2 * patches).sum(), dec, retain_graph=True)
+            torch.testing.assert_close(torch.autograd.grad(patches.mul_(2).sum(), dec), wanted)
+
     def test_a_gradient_that_comes_expanded_or_strided(self) -> None:
         _, dec = maps()
         target, region = torch.randint(3, (2, 2, H, W)), torch.rand(2, 2, H, W) < 0.7

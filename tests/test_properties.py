@@ -558,6 +558,25 @@ class TestPoison:
         assert not dirty[~case.region].any()
         assert not dirty_grad[~case.region[:, :, None].expand_as(dirty_grad)].any()
 
+    @WAYS
+    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_what_overflows_there_does_not_matter(
+        self, way: Any, criterion: Any, smoothing: float, temperature: float
+    ) -> None:
+        enc, dec = torch.randn(2, 2, 2, 4, 5, 6).unbind()
+        valid = torch.rand(2, 2, 5, 6) < 0.7
+        wild = torch.tensor([-3e38, 3e38, 0.0, -3e38]).view(4, 1, 1)
+        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "temperature": temperature}
+        results = []
+        for value in (torch.zeros(()), wild):
+            maps = [torch.where(valid.unsqueeze(2), one, value).requires_grad_() for one in (enc, dec)]
+            with way():
+                loss = SSyncLoss(merge_threshold=None, **knobs)(*maps, valid=valid)
+                results.append((loss, *torch.autograd.grad(loss, maps)))
+        for quiet, loud in zip(*results, strict=True):
+            torch.testing.assert_close(loud, quiet)
+
     @pytest.mark.parametrize("value", RUBBISH)
     def test_labels_from_elsewhere_teach_no_invalid_patch(self, value: float) -> None:
         enc, dec = torch.randn(2, 2, 3, 4, 5), torch.randn(2, 2, 3, 4, 5)
@@ -1067,14 +1086,23 @@ class TestOrder:
         monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 6)
         torch.testing.assert_close(selective_distillation_loss(logits, target, target > 0, **knobs), whole)
 
-    def test_a_large_plane_is_added_up_as_a_small_one(self) -> None:
-        enc, dec = torch.randn(2, 1, 1, 2, 1024, 1024).unbind()
+    @WAYS
+    @pytest.mark.parametrize("size", [(24, 24), (128, 128), (1024, 1024), (1, 1 << 16)])
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_large_planes_are_added_up_as_small_ones(self, way: Any, size: tuple[int, int], constant: bool) -> None:
+        enc, dec = torch.randn(2, 1, 1, 3, *size).unbind()
+        if constant:
+            # every square is rounded to the same side
+            enc, dec = torch.zeros_like(enc), torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand_as(dec)
         everywhere: Settings = {"min_different": 0, "min_same": 0, "max_different": 10, "merge_threshold": None}
-        terms, exact = (SSyncLoss(**everywhere).eval().terms(enc.to(t), dec.to(t)) for t in (enc.dtype, torch.float64))
+        criterion = SSyncLoss(**everywhere).eval()
+        exact = criterion.terms(enc.double(), dec.double())
+        with way():
+            terms = criterion.terms(enc, dec)
         # more than two bytes count
-        assert terms.num_boundary == terms.num_interior == 1024**2
-        assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-7)
-        assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-7)
+        assert terms.num_boundary == terms.num_interior == math.prod(size)
+        assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-6)
+        assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-6)
 
     @pytest.mark.parametrize("dirty", range(5))
     def test_dirt_in_any_block_is_dirt(self, monkeypatch: pytest.MonkeyPatch, dirty: int) -> None:

@@ -249,6 +249,9 @@ class _Distill(torch.autograd.Function):
             peak = peak_of(some, mask)
             # a selected patch whose largest logit is NaN or +inf has no value: 0 times 1/0 there, 0 times 1/1 elsewhere
             below = indicator(torch.lt, peak, float("inf"))
+            if torch.compiler.is_compiling():
+                # nor has one with a label out of range, which elsewhere is an error
+                below = below * ((label >= 0) & (label < logits.shape[2]))
             # not in place: compiled by torch 2.11, what an operator has written into gets no gradient as an output
             values.append(value + (1 - chosen + chosen * below).reciprocal_().mul_(0.0))
         return in_one(values), slope

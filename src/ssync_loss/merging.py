@@ -80,7 +80,7 @@ def mean_overlap(both: Tensor, valid: Tensor | None) -> Tensor:
     either = (area.unsqueeze(-1) + area.unsqueeze(-2)).sub_(both).clamp_min_(1.0)
     iou = both.div_(either)
     if valid is None:
-        return iou.mean(1)
+        return iou.sum(1) / iou.shape[1]
     return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
 
 

@@ -194,7 +194,7 @@ def _select(
     labels: Tensor, valid: Tensor | None, kept: torch.dtype, min_different: int, min_same: int, max_different: int
 ) -> tuple[Tensor, Tensor]:
     """Return the labels as the type they are kept in, and the regions: see :class:`Found`."""
-    narrow = labels.to(kept)
+    narrow = labels.to(kept, memory_format=torch.contiguous_format)
     both_valid = None if valid is None else valid.expand(labels.shape).flatten(0, 1)
     regions = select_regions(
         count_differing(narrow.flatten(0, 1), both_valid).view(labels.shape),
@@ -212,7 +212,7 @@ _select_on_cpu = torch.library.custom_op("ssync_loss::select", _select, mutates_
 
 @_select_on_cpu.register_fake
 def _(labels: Tensor, _: Tensor | None, kept: torch.dtype, *counts: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(labels, dtype=kept), torch.empty_like(labels, dtype=torch.uint8)
+    return labels.new_empty(labels.shape, dtype=kept), labels.new_empty(labels.shape, dtype=torch.uint8)
 
 
 def narrow_type(num_slots: int) -> torch.dtype:

@@ -33,8 +33,8 @@ def evaluate(
 ) -> Tensor:
     """Compute the criterion of the chosen patches, summed over slots, and write its slope.
 
-    The slope times :func:`steepness` is the gradient, 0 for a patch that is not chosen or without a finite logit.
-    Both are finite whatever the logits hold.
+    The slope times :func:`steepness` is the gradient, 0 for a patch that is not chosen, or has nothing but -inf.
+    Neither is NaN, whatever the logits hold.
 
     Args:
         pupils: K maps (B, T, S, H, W) of logits, a group of clips.

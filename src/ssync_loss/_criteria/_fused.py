@@ -103,6 +103,9 @@ def cross_entropy(
             if slot_mask is not None:
                 log_probs = torch.where(slot_mask[:, None, :, None, None], log_probs, 0.0)
             entropy = entropy - log_probs.sum(2, keepdim=True) * (smoothing / num_slots)
+        # a patch that does not count may overflow, to NaN, too
+        largest = torch.finfo(entropy.dtype).max
+        entropy = torch.where(entropy <= largest, entropy, largest)
         uniform = log(num_slots) if isinstance(num_slots, int) else num_slots.log()
         values.append(torch.where(exps.nothing, uniform, entropy) * chosen[k])
         if slope is not None:
@@ -115,4 +118,5 @@ def cross_entropy(
 
 def _of_patches(values: list[Tensor], *, each: bool) -> Tensor:
     """Return the values (B, T, 1, H, W) of every map as planes, or their sums."""
-    return torch.stack([value.squeeze(2) if each else value.sum() for value in values])
+    # by rows first: a compiler adds up all of it with less regard to rounding
+    return torch.stack([value.squeeze(2) if each else value.sum(4).sum() for value in values])
