@@ -203,14 +203,24 @@ def called_by(function: Callable[..., Any], *arguments: Any) -> tuple[Any, set[s
     return torch.compile(function, backend=record, fullgraph=True)(*arguments), called
 
 
-def test_neighbors_are_compiled_as_slices() -> None:
+def test_neighbors_are_closed_to_a_compiler() -> None:
     """The strided view of all neighbors, fastest in eager mode, took the compiler's code a hundred times as long."""
     enc, dec = sample_maps()
     labels = pseudo_labels(enc, dec).enc_labels
     count, called = called_by(neighbor_difference, labels)
     assert torch.equal(count, neighbor_difference(labels))
-    assert "ne" in called
-    assert "as_strided" not in called
+    assert "count_differing.default" in called
+    assert not {"ne", "as_strided"} & called
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_what_is_closed_is_an_operator_like_any_other(dtype: torch.dtype) -> None:
+    labels = torch.randint(3, (2, 2, 3, 5, 4), dtype=dtype)
+    for valid in (None, torch.rand(2, 3, 5, 4) < 0.8):
+        torch.library.opcheck(torch.ops.ssync_loss.select_regions.default, (labels, valid, 1, 1, 0))
+        torch.library.opcheck(
+            torch.ops.ssync_loss.count_differing.default, (labels[0].mT, None if valid is None else valid.mT)
+        )
 
 
 @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
@@ -230,7 +240,7 @@ def test_a_compiled_step_does_not_look_things_up_by_label(criterion: Any) -> Non
     loss, called = called_by(SSyncLoss(criterion=criterion), *maps)
     assert_close_loss(loss, SSyncLoss(criterion=criterion)(*maps))
     # merged labels are looked up once, and areas counted
-    assert {"gather", "scatter_add_", "select.default", "exp"} <= called
+    assert {"gather", "scatter_add_", "select_regions.default", "exp"} <= called
     assert not {"scatter", "scatter_", "softmax", "nan_to_num_", "isnan", "ne", "as_strided"} & called
 
 

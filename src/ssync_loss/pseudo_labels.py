@@ -16,7 +16,7 @@ from ssync_loss._maps import Grid, KindArgument, Maps, only_present, prepare_map
 from ssync_loss._types import PseudoLabels
 from ssync_loss.merging import active_together, mean_overlap, representatives, unmerged
 from ssync_loss.reference.ssync import reference_pseudo_labels
-from ssync_loss.regions import as_bool, count_differing, select_regions
+from ssync_loss.regions import as_bool, select_regions
 
 
 def pseudo_labels(
@@ -183,41 +183,9 @@ def find_labels(
             labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
     if valid is not None:
         labels = labels.masked_fill(~valid, 0)
-    select = _select
-    if torch.compiler.is_compiling() and labels.device.type == "cpu":
-        select = _select_on_cpu
-    narrow, regions = select(labels, valid, narrow_type(S), min_different, min_same, max_different)
+    narrow = labels.to(torch.int8 if S <= 128 else torch.int32)
+    regions = select_regions(narrow, valid, min_different, min_same, max_different)
     return Found(labels, narrow, regions, representative, top)
-
-
-def _select(
-    labels: Tensor, valid: Tensor | None, kept: torch.dtype, min_different: int, min_same: int, max_different: int
-) -> tuple[Tensor, Tensor]:
-    """Return the labels as the type they are kept in, and the regions: see :class:`Found`."""
-    narrow = labels.to(kept, memory_format=torch.contiguous_format)
-    both_valid = None if valid is None else valid.expand(labels.shape).flatten(0, 1)
-    regions = select_regions(
-        count_differing(narrow.flatten(0, 1), both_valid).view(labels.shape),
-        min_different=min_different,
-        min_same=min_same,
-        max_different=max_different,
-        valid=valid,
-    )
-    return narrow, regions
-
-
-# a CPU's compiler would look up the representative of every neighbor, cell by cell
-_select_on_cpu = torch.library.custom_op("ssync_loss::select", _select, mutates_args=(), device_types="cpu")
-
-
-@_select_on_cpu.register_fake
-def _(labels: Tensor, _: Tensor | None, kept: torch.dtype, *counts: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return labels.new_empty(labels.shape, dtype=kept), labels.new_empty(labels.shape, dtype=torch.uint8)
-
-
-def narrow_type(num_slots: int) -> torch.dtype:
-    """Return the smallest type that labels are kept in for a backward."""
-    return torch.int8 if num_slots <= 128 else torch.int32
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:

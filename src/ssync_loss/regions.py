@@ -44,6 +44,11 @@ def _check(labels: Tensor, valid: Tensor | None) -> Tensor | None:
 
 def count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
     """Count as :func:`neighbor_difference` does, without checks; fastest for labels of one byte."""
+    count = _closed_count if torch.compiler.is_compiling() else _count
+    return count(labels, valid)
+
+
+def _count(labels: Tensor, valid: Tensor | None) -> Tensor:
     around = _with_edges(labels)
     valid_around = None if valid is None else _with_edges(valid)
     count = _differing_in_frame(around, valid_around).contiguous()
@@ -60,8 +65,6 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
 
     Patches stand in one row, in which every direction is a shift; what that does to the rims is cut off.
     """
-    if torch.compiler.is_compiling():
-        return _differing_by_direction(around, valid)
     height, width = around.shape[2:]
     cells, counted = around.flatten(), None if valid is None else valid.flatten().view(torch.uint8)
     count = torch.empty(around.shape, device=around.device, dtype=torch.uint8)
@@ -78,22 +81,6 @@ def _differing_in_frame(around: Tensor, valid: Tensor | None) -> Tensor:
     return count.narrow(2, 0, height - 2).narrow(3, 0, width - 2)
 
 
-def _differing_by_direction(around: Tensor, valid: Tensor | None) -> Tensor:
-    """Count as :func:`_differing_in_frame` does, for a compiler: it makes one pass of all directions.
-
-    The strided view of all neighbors it would read cell by cell, in a hundred times the time.
-    """
-    height, width = around.shape[2] - 2, around.shape[3] - 2
-    own = around[:, :, 1:-1, 1:-1]
-    count = torch.zeros_like(own, dtype=torch.uint8)
-    for row in range(3):
-        for column in range(3):
-            there = slice(None), slice(None), slice(row, row + height), slice(column, column + width)
-            differs = around[there] != own
-            count = count + (differs if valid is None else differs & valid[there])
-    return count
-
-
 def _pieces(length: int, step: int) -> list[tuple[int, int]]:
     """Return start and size of every piece: of length 5 in steps of 2 they are (0, 2), (2, 2), (4, 1)."""
     return [(start, min(step, length - start)) for start in range(0, length, step)]
@@ -101,10 +88,6 @@ def _pieces(length: int, step: int) -> list[tuple[int, int]]:
 
 def _with_edges(cells: Tensor) -> Tensor:
     """Add a replicated rim of one cell around every frame: (B, T, H, W) -> (B, T, H + 2, W + 2)."""
-    if torch.compiler.is_compiling():
-        # numbers of rows and columns are read while comparing; what is put together would be written first
-        rows, columns = (torch.arange(-1, n + 1, device=cells.device).clamp(0, n - 1) for n in cells.shape[2:])
-        return cells[:, :, rows][..., columns]
     for dim in (2, 3):
         cells = torch.cat([cells.narrow(dim, 0, 1), cells, cells.narrow(dim, -1, 1)], dim)
     return cells
@@ -159,19 +142,21 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
 
 
 def select_regions(
-    count: Tensor,
-    *,
-    min_different: int,
-    min_same: int,
-    max_different: int,
-    valid: Tensor | None,
+    labels: Tensor, valid: Tensor | None, min_different: int, min_same: int, max_different: int
 ) -> Tensor:
     """Select boundary and interior as the functions above do, without checks.
 
     Shape:
-        count: (2, B, T, H, W) uint8, of encoder and decoder; written over. Returns the same shape and dtype, 1 where
-        selected and 0 elsewhere.
+        labels: (2, B, T, H, W) integers, of encoder and decoder; one byte is fastest. valid: (B, T, H, W) bool.
+        Returns (2, B, T, H, W) uint8, 1 where selected and 0 elsewhere.
     """
+    select = _closed_select if torch.compiler.is_compiling() else _select
+    return select(labels, valid, min_different, min_same, max_different)
+
+
+def _select(labels: Tensor, valid: Tensor | None, min_different: int, min_same: int, max_different: int) -> Tensor:
+    both_valid = None if valid is None else valid.expand(labels.shape).flatten(0, 1)
+    count = _count(labels.flatten(0, 1), both_valid).view(labels.shape)
     _within(count[0], min_different, 10 - min_same)
     _within(count[1], 0, max_different)
     return count if valid is None else count * valid
@@ -191,3 +176,14 @@ def as_bool(region: Tensor) -> Tensor:
     """View bytes that are 0 or 1 as bool."""
     # the CPU's compiler cannot view them so
     return region > 0 if torch.compiler.is_compiling() else region.view(torch.bool)
+
+
+def _bytes_like(labels: Tensor, *_: object) -> Tensor:
+    return labels.new_empty(labels.shape, dtype=torch.uint8)
+
+
+# closed to compilers, which would read neighbors cell by cell, and those of a patch again for each of its slots
+_closed_count = torch.library.custom_op("ssync_loss::count_differing", _count, mutates_args=())
+_closed_select = torch.library.custom_op("ssync_loss::select_regions", _select, mutates_args=())
+_closed_count.register_fake(_bytes_like)
+_closed_select.register_fake(_bytes_like)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssync_loss._blocks import Blocks, frames_of, in_one
 from ssync_loss._criteria import _eager, _fused
-from ssync_loss._criteria._slots import present_slots
+from ssync_loss._criteria._lesson import Lesson, present_slots
 
 __all__ = ["Criterion", "evaluate", "present_slots", "steepness"]
 
@@ -52,18 +52,13 @@ def evaluate(
     values = []
     for frames in blocks.frames:
         label_, chosen_, slope, *some = frames_of(frames, label, chosen, slopes, *pupils)
-        given = some, label_, chosen_, slot_mask, temperature
+        lesson = Lesson(some, label_, chosen_, slot_mask, temperature, smoothing, slope, each)
         if torch.compiler.is_compiling():
-            if criterion == "mse":
-                value = _fused.squared_error(*given, slope, each=each)
-            else:
-                value = _fused.cross_entropy(*given, slope, smoothing, each=each)
+            value = _fused.squared_error(lesson) if criterion == "mse" else _fused.cross_entropy(lesson)
         else:
             memory = blocks.scratch(len(some), *some[0].shape)
-            if criterion == "mse":
-                value = _eager.squared_error(*given, slope, memory, each=each)
-            else:
-                value = _eager.cross_entropy(*given, slope, memory, smoothing, each=each)
+            compute = _eager.squared_error if criterion == "mse" else _eager.cross_entropy
+            value = compute(lesson, memory)
         values.append(value)
     return in_one(values, 2) if each else sum(values[1:], values[0])
 

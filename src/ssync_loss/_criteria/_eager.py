@@ -1,13 +1,12 @@
 """The criteria operator by operator, of all maps at once, in memory that is there already."""
 
-from collections.abc import Sequence
 from math import log
 
 import torch
 from torch import Tensor
 
 from ssync_loss._blocks import indicator
-from ssync_loss._criteria._slots import LOG_TINY, below_peak, num_slots_of, scores_of
+from ssync_loss._criteria._lesson import LOG_TINY, Lesson, below_peak
 
 # squares that are added up one after the other, without losing more than the last bits
 FEW = 1 << 11
@@ -15,32 +14,23 @@ FEW = 1 << 11
 _through_softmax = torch.ops.aten._softmax_backward_data.out
 
 
-def squared_error(
-    pupils: Sequence[Tensor],
-    label: Tensor,
-    chosen: Tensor,
-    slot_mask: Tensor | None,
-    temperature: float,
-    slope: Tensor | None,
-    scratch: Tensor,
-    *,
-    each: bool,
-) -> Tensor:
+def squared_error(lesson: Lesson, scratch: Tensor) -> Tensor:
     """Return ``sum_s E_s^2`` with errors ``E_s = P_s - 1[s = y]``, and write half its slope times tau.
 
     That is what the softmax hands back of the errors, ``P_s (E_s - sum_k P_k E_k)``. Of a patch that is sure of its
     label ``P_y - 1`` keeps few digits, and the loss as few: its error is far below that of a batch. :mod:`_fused`
     keeps them, which takes three operators more here.
     """
-    for probs, one in zip(scratch, pupils, strict=True):
-        _write_probs(one, slot_mask, temperature, out=probs)
+    _, label, chosen, _, temperature, _, slope, each = lesson
+    for k, out in enumerate(scratch):
+        _write_probs(lesson.scores(k), temperature, out=out)
     # a patch with NaN, +inf or nothing but -inf has no probabilities
     first = scratch[:, :, :, :1]
     nothing = indicator(torch.ne, first, first)
     probs = scratch.nan_to_num_()
     errors = torch.mul(probs, chosen, out=probs if slope is None else slope)
     # it counts as uniform: what 1/S each is off by, ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S, is put at its label
-    uniform = 1 - (1 - 1 / num_slots_of(pupils[0], slot_mask, chosen.dtype)) ** 0.5
+    uniform = 1 - (1 - 1 / lesson.num_slots) ** 0.5
     errors.scatter_add_(3, label.long(), nothing.mul_(uniform).sub_(1.0).mul_(chosen))
     if each:
         value: Tensor = (errors.square_() if slope is None else errors.square()).sum(3)
@@ -63,30 +53,19 @@ def _sum_of_squares(errors: Tensor) -> Tensor:
     return norms.square_().flatten(1).sum(1)
 
 
-def cross_entropy(
-    pupils: Sequence[Tensor],
-    label: Tensor,
-    chosen: Tensor,
-    slot_mask: Tensor | None,
-    temperature: float,
-    slope: Tensor | None,
-    scratch: Tensor,
-    smoothing: float,
-    *,
-    each: bool,
-) -> Tensor:
+def cross_entropy(lesson: Lesson, scratch: Tensor) -> Tensor:
     """Return ``-(1 - e) log P_y - (e/S) sum_s log P_s`` with smoothing e, and write its slope times tau.
 
     With aims ``q_s = (1 - e) 1[s = y] + e/S`` the gradient is ``(1/tau) (P_s sum_k q_k - q_s)``, where slots
     with a logit of -inf, whose log-probability is a constant, leave both terms.
     """
+    _, label, chosen, slot_mask, temperature, smoothing, slope, each = lesson
     label = label.long()
     impossible = torch.empty_like(scratch, dtype=torch.bool)
     peak = torch.empty_like(chosen)
-    for k, one in enumerate(pupils):
-        _write_below_peak(one, slot_mask, temperature, out=scratch[k], impossible=impossible[k], peak=peak[k])
-    below = scratch
-    num_slots = num_slots_of(pupils[0], slot_mask, chosen.dtype)
+    for k, out in enumerate(scratch):
+        _write_below_peak(lesson.scores(k), temperature, out=out, impossible=impossible[k], peak=peak[k])
+    below, num_slots = scratch, lesson.num_slots
     exps = torch.exp(below) if slope is None else torch.exp(below, out=slope)
     own = exps.gather(3, label)
     others = exps.scatter_(3, label, torch.zeros_like(own)).sum(3, keepdim=True)
@@ -112,19 +91,15 @@ def cross_entropy(
     return value.squeeze(3) if each else value.flatten(1).sum(1)
 
 
-def _write_probs(logits: Tensor, slot_mask: Tensor | None, temperature: float, *, out: Tensor) -> None:
+def _write_probs(scores: Tensor, temperature: float, *, out: Tensor) -> None:
     """Write the probabilities of all slots; NaN for a patch with NaN, +inf or nothing but -inf."""
-    scores = scores_of(logits, slot_mask, out.dtype)
     if temperature != 1.0:
         scores = below_peak(scores, scores.amax(2, keepdim=True), temperature)
     torch.softmax(scores, 2, out=out)
 
 
-def _write_below_peak(
-    logits: Tensor, slot_mask: Tensor | None, temperature: float, *, out: Tensor, impossible: Tensor, peak: Tensor
-) -> None:
+def _write_below_peak(scores: Tensor, temperature: float, *, out: Tensor, impossible: Tensor, peak: Tensor) -> None:
     """Write how far every slot lies below the largest, which slots are -inf, and the largest."""
-    scores = scores_of(logits, slot_mask, out.dtype)
     # before the peak is taken off: beside a +inf every finite logit would look like this
     torch.eq(scores, float("-inf"), out=impossible)
     torch.amax(scores, 2, keepdim=True, out=peak)

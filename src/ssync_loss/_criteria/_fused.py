@@ -4,14 +4,13 @@ What they are is said in :mod:`_eager`. A CPU's compiler vectorizes all of it as
 numbers of the map's own type, and nothing is gathered or scattered.
 """
 
-from collections.abc import Sequence
 from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssync_loss._criteria._slots import LOG_TINY, below_peak, num_slots_of, scores_of
+from ssync_loss._criteria._lesson import LOG_TINY, Lesson, below_peak
 
 
 class _Exponentials(NamedTuple):
@@ -47,58 +46,39 @@ class _Exponentials(NamedTuple):
         return cls(below, own, wrong, others, others + own == 0, is_label)
 
 
-def squared_error(
-    pupils: Sequence[Tensor],
-    label: Tensor,
-    chosen: Tensor,
-    slot_mask: Tensor | None,
-    temperature: float,
-    slope: Tensor | None,
-    *,
-    each: bool,
-) -> Tensor:
+def squared_error(lesson: Lesson) -> Tensor:
     """Return ``r^2 + Q`` with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``, and write its slope.
 
     Half of it, times tau, is ``-P_y (r^2 + Q)`` at y, and ``P_s (P_s + P_y r - Q)`` elsewhere.
     """
+    _, label, chosen, _, temperature, _, slope, each = lesson
     values = []
-    for k, one in enumerate(pupils):
-        exps = _Exponentials.of(scores_of(one, slot_mask, chosen.dtype), label[k], temperature)
+    for k in range(len(lesson.pupils)):
+        exps = _Exponentials.of(lesson.scores(k), label[k], temperature)
         squares = exps.wrong.square().sum(2, keepdim=True)
         scale = torch.where(exps.nothing, 1.0, exps.others + exps.own).reciprocal()
         wrong, own, others = exps.wrong * scale, exps.own * scale, exps.others * scale
         square = squares * scale * scale
         error = others * others + square
-        uniform = 1 - 1 / num_slots_of(one, slot_mask, chosen.dtype)
-        values.append(torch.where(exps.nothing, uniform, error) * chosen[k])
+        values.append(torch.where(exps.nothing, 1 - 1 / lesson.num_slots, error) * chosen[k])
         if slope is not None:
             below_label = wrong * (wrong + own * others - square)
             slope[k].copy_(torch.where(exps.is_label, -own * error, below_label) * chosen[k])
     return _of_patches(values, each=each)
 
 
-def cross_entropy(
-    pupils: Sequence[Tensor],
-    label: Tensor,
-    chosen: Tensor,
-    slot_mask: Tensor | None,
-    temperature: float,
-    slope: Tensor | None,
-    smoothing: float,
-    *,
-    each: bool,
-) -> Tensor:
+def cross_entropy(lesson: Lesson) -> Tensor:
     """Return the cross-entropy, and write its slope times tau."""
-    values = []
-    for k, one in enumerate(pupils):
-        scores = scores_of(one, slot_mask, chosen.dtype)
+    _, label, chosen, slot_mask, temperature, smoothing, slope, each = lesson
+    values, num_slots = [], lesson.num_slots
+    for k in range(len(lesson.pupils)):
+        scores = lesson.scores(k)
         impossible = scores == float("-inf")
         exps = _Exponentials.of(scores, label[k], temperature)
         total = torch.where(exps.nothing, 1.0, exps.others + exps.own)
         log_total = torch.where(exps.own == 1, exps.others.log1p(), total.log())
         log_probs = torch.where(impossible, LOG_TINY, exps.below - log_total)
         entropy = torch.where(exps.is_label, log_probs, 0.0).sum(2, keepdim=True) * (smoothing - 1)
-        num_slots = num_slots_of(one, slot_mask, chosen.dtype)
         if smoothing:
             if slot_mask is not None:
                 log_probs = torch.where(slot_mask[:, None, :, None, None], log_probs, 0.0)
