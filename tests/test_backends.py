@@ -22,7 +22,6 @@ from ssync_loss.testing import (
     assert_close_gradient,
     assert_close_loss,
     assert_same_labels,
-    gradient_scale,
 )
 
 # on a CPU the kernels run under Triton's interpreter
@@ -123,15 +122,13 @@ def assert_backends_agree(case: SSyncCase, **settings: Any) -> None:
     assert actual.num_interior == wanted.num_interior
     for name in ("total", "boundary", "interior"):
         assert_close_loss(getattr(actual, name), getattr(wanted, name))
-    how = {name: settings[name] for name in ("criterion", "temperature") if name in settings}
-    for got, grad, region in zip(grads, wanted_grads, (wanted.labels.interior, wanted.labels.boundary), strict=True):
+    for got, grad in zip(grads, wanted_grads, strict=True):
         assert got is not None
         assert grad is not None
         assert got.dtype == grad.dtype
         # a half may round to either side
         rounding = 0.0 if grad.dtype == torch.float32 else torch.finfo(grad.dtype).eps
-        # where nothing is selected there is no gradient; that of confident maps is far below the scale
-        scale = gradient_scale(region, grad.shape[2], slot_mask=case.slot_mask, **how) if region.any() else 0.0
+        scale = float(grad.abs().max())
         torch.testing.assert_close(got, grad, rtol=2 * rounding, atol=3e-6 * scale + rounding * 1e-3 * scale)
 
 

@@ -166,10 +166,10 @@ def test_large_batches_take_as_many_more_operators_as_blocks(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "frame", "limit"),
     [
-        ("default", MOVI_C, 2.7),
-        ("default", YTVIS, 2.7),
-        ("cross entropy", MOVI_C, 2.9),
-        ("cross entropy", YTVIS, 2.8),
+        ("default", MOVI_C, 2.9),
+        ("default", YTVIS, 2.9),
+        ("cross entropy", MOVI_C, 3.0),
+        ("cross entropy", YTVIS, 3.0),
         # autograd keeps the steps from probabilities to logits
         ("probabilities", MOVI_C, 9.6),
     ],
@@ -182,7 +182,7 @@ def test_the_peak_is_a_few_maps(name: str, frame: tuple[int, int, int], limit: f
 
 
 @pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize(("name", "limit"), [("default", 4.9), ("cross entropy", 5.4)])
+@pytest.mark.parametrize(("name", "limit"), [("default", 4.7), ("cross entropy", 5.0)])
 def test_one_large_piece_takes_a_few_maps_more(name: str, limit: float, masks: bool) -> None:
     # on an accelerator; and on a CPU for frames that are larger than a block
     for device, shape in (("meta", (64, 4, *MOVI_C)), ("cpu", (1, 1, 11, 256, 256))):

@@ -1,6 +1,7 @@
 """Gradients that are written out by hand: their functions are called fast, and have no second derivative."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from inspect import signature
 from typing import Any, TypeAlias, TypeVar
@@ -22,10 +23,13 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @wraps(backward)
     def wrapped(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        # a graph of the backward is made only on demand
+        if not torch.is_grad_enabled():
+            return backward(ctx, *incoming)
         with torch.no_grad():
             grads = backward(ctx, *incoming)
-        # a graph of the backward is made only on demand, and never by a compiler
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # and never by a compiler
+        if torch.compiler.is_compiling():
             return grads
         sources = [*ctx.saved_tensors, *[None] * len(grads)]
         return tuple(
@@ -43,6 +47,14 @@ def signature_kept(function: Function) -> Function:
     forward: Any = function.forward
     forward.__signature__ = signature(forward)
     return function
+
+
+def untracked() -> AbstractContextManager[None]:
+    """Compute what nobody differentiates or writes into without autograd's bookkeeping.
+
+    For small tensors that is a tenth of the time. What leaves must have been there before, or be computed outside.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode()
 
 
 class Slopes:

@@ -1,6 +1,8 @@
 """Walking through maps in pieces that stay in a CPU's cache, without asking for memory at every step."""
 
 from collections.abc import Callable
+from functools import cached_property
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -29,12 +31,12 @@ class Blocks:
         num_maps: how many maps scratch memory is wanted for at once.
 
     Attributes:
-        groups: index of every group of clips.
+        in_one: whether all clips go together.
         frames: index of every group of frames within such clips.
 
-    >>> blocks = Blocks(torch.zeros(5, 3, 2, 128, 128))
-    >>> blocks.groups, blocks.frames
-    ([slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)], [slice(None, None, None)])
+    >>> maps = torch.zeros(5, 3, 2, 128, 128)
+    >>> [len(some) for some, _ in Blocks(maps).groups(maps, None)]
+    [2, 2, 1]
     >>> Blocks(torch.zeros(1, 20, 2, 128, 128)).frames
     [slice(0, 8, None), slice(8, 16, None), slice(16, 20, None)]
     """
@@ -46,14 +48,29 @@ class Blocks:
         if _has_cache(maps):
             clips = min(max(BLOCK_ELEMENTS // (max(size, 1) * num_frames), 1), num_clips)
             frames = min(max(BLOCK_ELEMENTS // max(size, 1), 1), num_frames)
-        self.groups, self.frames = _slices(num_clips, clips), _slices(num_frames, frames)
+        self.in_one, self.frames = clips == num_clips, _slices(num_frames, frames)
+        self._clips, self._patches = clips, frame[1] * frame[2]
         # taken once: fresh pages cost more than the arithmetic on them
         length = num_maps * clips * frames * size
         self._memory = torch.empty(length, dtype=dtype or maps.dtype, device=maps.device)
 
+    def groups(self, *tensors: Tensor | None, dim: int = 0) -> list[tuple[Any, ...]]:
+        """Cut what there is of all clips, along an axis of them, and return every group's parts; None stays None."""
+        if self.in_one:
+            return [tensors]
+        # all at once: to slice takes as long as many an operator
+        parts = (repeat(None) if one is None else one.split(self._clips, dim) for one in tensors)
+        return list(zip(*parts, strict=False))
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """The numbers of the patches of a frame: (H W,) int64."""
+        return torch.arange(self._patches, device=self._memory.device)
+
     def scratch(self, *shape: int) -> Tensor:
         """Return memory of a shape; every call returns the same."""
-        return self._memory[: prod(shape)].view(shape)
+        length = prod(shape)
+        return (self._memory if length == self._memory.numel() else self._memory[:length]).view(shape)
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -70,16 +87,6 @@ def in_blocks(maps: Tensor) -> bool:
 def _has_cache(maps: Tensor) -> bool:
     """Tell whether it is operators on a CPU that walk through maps."""
     return maps.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def clips_of(group: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Return a group's part of everything that is there."""
-    return tensors if group == ALL else tuple(None if one is None else one[group] for one in tensors)
-
-
-def clips_of_both(group: slice, both: Tensor) -> Tensor:
-    """Return a group's part of what there is of two maps, (2, B, ..)."""
-    return both if group == ALL else both[:, group]
 
 
 def frames_of(frames: slice, *tensors: Tensor | None) -> tuple[Any, ...]:

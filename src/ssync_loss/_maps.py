@@ -3,7 +3,7 @@
 Everything behind this file sees logits (B, T, S, H, W).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isqrt
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import clips_of
+from ssync_loss._blocks import Blocks
 from ssync_loss._checks import (
     check_bool,
     check_choice,
@@ -55,7 +55,9 @@ class Maps(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in: float32, or float64 if a map is."""
-        return torch.promote_types(torch.promote_types(self.enc.dtype, self.dec.dtype), torch.float32)
+        dtypes = self.enc.dtype, self.dec.dtype
+        # asking torch takes as long as many an operator
+        return torch.float32 if torch.float64 not in dtypes else torch.float64
 
     @property
     def counted(self) -> Tensor | None:
@@ -66,12 +68,15 @@ class Maps(NamedTuple):
         B, T, _, H, W = self.enc.shape
         return has_slots.expand(B, T, H, W) if self.valid is None else self.valid & has_slots
 
-    def of_clips(self, clips: slice) -> "Maps":
-        """Return the maps of some clips, widened to what is computed in, with what counts as what is valid."""
-        enc, dec, valid, slot_mask = clips_of(clips, self.enc, self.dec, self.valid, self.slot_mask)
-        dtype = self.dtype
-        some = Maps(enc.to(dtype), dec.to(dtype), valid, slot_mask, self.clean)
-        return some if slot_mask is None else some._replace(valid=some.counted)
+    def in_groups(self, blocks: Blocks) -> Iterator["Maps"]:
+        """Return the maps of every group of clips, see :meth:`widened`."""
+        for enc, dec, valid, slot_mask in blocks.groups(self.enc, self.dec, self.valid, self.slot_mask):
+            yield Maps(enc, dec, valid, slot_mask, self.clean).widened()
+
+    def widened(self) -> "Maps":
+        """Return the maps as what is computed in, with what counts as what is valid."""
+        maps = self._replace(enc=self.enc.to(self.dtype), dec=self.dec.to(self.dtype))
+        return maps if self.slot_mask is None else maps._replace(valid=self.counted)
 
     def is_clean(self) -> Tensor:
         """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""

@@ -10,7 +10,7 @@ from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
 from ssync_loss._backends import Backend, check_backend, resolve_backend
-from ssync_loss._blocks import Blocks, clips_of, in_one, indicator
+from ssync_loss._blocks import Blocks, in_one, indicator
 from ssync_loss._checks import (
     check_bool,
     check_choice,
@@ -230,17 +230,17 @@ class _Distill(torch.autograd.Function):
         values = []
         slope = torch.empty(logits.shape if with_slope else 0, device=logits.device, dtype=dtype)
         blocks = Blocks(logits, dtype)
-        for group in blocks.groups:
-            some, label, chosen, mask = clips_of(group, logits, target, region, slot_mask)
+        of_clips = blocks.groups(logits, target, region, slot_mask, slope if with_slope else None)
+        for narrow, labels, regions, mask, some_slope in of_clips:
             # values have the strides of labels and regions, and are added up in that order
-            some, label, chosen = some.to(dtype), label.contiguous(), as_numbers(chosen.contiguous(), dtype)
+            some, label, chosen = narrow.to(dtype), labels.contiguous(), as_numbers(regions.contiguous(), dtype)
             (value,) = evaluate(
                 [some],
                 label[None],
                 chosen[None],
                 mask,
                 blocks,
-                slope[None, group] if with_slope else None,
+                None if some_slope is None else some_slope[None],
                 each=True,
                 criterion=criterion,
                 smoothing=smoothing,

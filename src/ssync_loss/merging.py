@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import Blocks, clips_of, frames_of, in_one, indicator
+from ssync_loss._blocks import Blocks, frames_of, in_one, indicator
 from ssync_loss._checks import (
     check_floating,
     check_not_empty,
@@ -49,16 +49,15 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
         logits = at_least_float32(logits)
         blocks = Blocks(logits)
         both = []
-        for group in blocks.groups:
-            some, some_valid, some_slots = clips_of(group, logits, valid, slot_mask)
+        for some, some_valid, some_slots in blocks.groups(logits, valid, slot_mask):
             both.append(active_together(some, some_valid, some_slots, blocks))
         return mean_overlap(in_one(both), valid)
 
 
 def active_together(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None, blocks: Blocks) -> Tensor:
     """Count the patches of every frame on which two slots are active, of clips that go together: (B, T, S, S)."""
-    num_clips, _, num_slots = logits.shape[:3]
-    mean = slot_means(logits, valid).view(num_clips, 1, num_slots, 1, 1)
+    num_slots = logits.shape[2]
+    mean = slot_means(logits, valid)
     cells = None if valid is None else valid.unsqueeze(2)
     both = []
     for frames in blocks.frames:
@@ -69,8 +68,8 @@ def active_together(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | No
         if slot_mask is not None:
             active.mul_(slot_mask[:, None, :, None, None])
         # zeros and ones: the products are exact counts in float32 (and in TF32) up to 2^24 patches a frame
-        active = active.flatten(3).flatten(0, 1)
-        both.append(torch.bmm(active, active.mT).unflatten(0, some.shape[:2]))
+        active = active.reshape(some.shape[:2].numel(), num_slots, some.shape[3:].numel())
+        both.append(torch.bmm(active, active.mT).view(*some.shape[:2], num_slots, num_slots))
     return in_one(both, 1)
 
 
@@ -91,11 +90,11 @@ def _diagonal(square: Tensor) -> Tensor:
 
 
 def slot_means(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Average every slot over the valid patches of a clip, a sum over a count: (B, S)."""
+    """Average every slot over the valid patches of a clip, a sum over a count: (B, 1, S, 1, 1)."""
     if valid is None:
-        return logits.sum((1, 3, 4)) / (logits.shape[1] * logits.shape[3] * logits.shape[4])
+        return logits.sum((1, 3, 4), keepdim=True) / (logits.shape[1] * logits.shape[3] * logits.shape[4])
     counted = torch.where(valid.unsqueeze(2), logits, 0.0)
-    return counted.sum((1, 3, 4)) / valid.sum((1, 2, 3)).clamp_min(1)[:, None]
+    return counted.sum((1, 3, 4), keepdim=True) / valid.sum((1, 2, 3)).clamp_min(1)[:, None, None, None, None]
 
 
 def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
@@ -145,16 +144,16 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
 
 
 def representatives(overlap: Tensor, area: Tensor, threshold: float) -> Tensor:
-    """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S) int64, without checks."""
+    """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S), without checks."""
     num_slots = overlap.shape[-1]
     reach = indicator(torch.gt, overlap.contiguous(), threshold)
     _diagonal(reach).fill_(1.0)
     # a path has at most S - 1 links, and every squaring doubles the reach
     for squaring in range((num_slots - 2).bit_length()):
-        reach = torch.bmm(reach, reach)
-        if squaring % 3 == 2:
+        if squaring > 0 and squaring % 3 == 0:
             # paths are counted, and would be more than a float holds
             reach.clamp_max_(1.0)
+        reach = torch.bmm(reach, reach)
     return area.unsqueeze(-2).masked_fill(reach == 0, -1).argmax(-1)
 
 

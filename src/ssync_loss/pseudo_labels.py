@@ -1,10 +1,8 @@
 """From two maps to what each teaches the other: hard labels, merged slots, two regions. No gradient."""
 
-from functools import reduce
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss import kernels
@@ -126,14 +124,15 @@ def labels_of(
             valid=maps.valid,
             slot_mask=maps.slot_mask,
         )
-    found = find_labels(
-        maps,
-        Blocks(maps.enc, maps.dtype),
-        merge_threshold=merge_threshold,
-        min_different=min_different,
-        min_same=min_same,
-        max_different=max_different,
-    )
+    with no_autocast(maps.enc):
+        found = find_labels(
+            maps,
+            Blocks(maps.enc, maps.dtype),
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=max_different,
+        )
     return found.as_pseudo_labels()
 
 
@@ -141,24 +140,23 @@ class Found(NamedTuple):
     """Labels, and what finding them has shown.
 
     Attributes:
-        labels: (2, B, T, H, W) int64, the merged labels of encoder and decoder.
-        narrow: the same as int8, or int32 for more than 128 slots.
+        labels: (2, B, T, H, W) int8, or int32 for more than 128 slots: the merged labels of encoder and decoder.
         regions: (2, B, T, H, W) uint8, 1 in the boundary and the interior, and 0 elsewhere.
         representative: (B, S) int64.
-        top: scalar, the largest logit of valid patches and present slots in both maps, at least 0; NaN if one is.
+        peaks: (2, B, T, H, W), the largest logit of every patch, at least the lowest finite number, of decoder and
+            encoder: the maps that are taught the labels, in this order.
     """
 
     labels: Tensor
-    narrow: Tensor
     regions: Tensor
     representative: Tensor
-    top: Tensor
+    peaks: Tensor
 
     def as_pseudo_labels(self) -> PseudoLabels:
         """Return what :func:`pseudo_labels` returns, to write into: a step keeps the bytes for its backward."""
-        enc_labels, dec_labels = self.labels.unbind()
+        enc_labels, dec_labels = self.labels.long().unbind()
         boundary, interior = as_bool(self.regions.clone()).unbind()
-        return PseudoLabels(enc_labels, dec_labels, boundary, interior, self.representative)
+        return PseudoLabels(enc_labels, dec_labels, boundary, interior, self.representative.clone())
 
 
 def find_labels(
@@ -170,22 +168,22 @@ def find_labels(
     min_same: int,
     max_different: int,
 ) -> Found:
-    """Compute :func:`pseudo_labels` by operators of torch."""
+    """Compute :func:`pseudo_labels` by operators of torch, with no autocast around them."""
     B, _, S, _, _ = maps.enc.shape
     valid = maps.counted
-    with no_autocast(maps.enc):
-        labels, top, both = _read(maps, blocks, with_activity=merge_threshold is not None)
-        if both is None or merge_threshold is None:
-            representative = unmerged(B, S, labels.device)
-        else:
-            area = hard_area(labels[0], S, valid)
-            representative = representatives(mean_overlap(both, valid), area, merge_threshold)
-            labels = representative.expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
+    narrow = torch.int8 if S <= 128 else torch.int32
+    labels, peaks, both = _read(maps, blocks, with_activity=merge_threshold is not None)
+    if both is None or merge_threshold is None:
+        representative = unmerged(B, S, labels.device)
+    else:
+        area = hard_area(labels[0], S, valid)
+        representative = representatives(mean_overlap(both, valid), area, merge_threshold)
+        labels = representative.to(narrow).expand(2, B, S).gather(2, labels.flatten(2)).view(labels.shape)
+    labels = labels.to(narrow)
     if valid is not None:
         labels = labels.masked_fill(~valid, 0)
-    narrow = labels.to(torch.int8 if S <= 128 else torch.int32)
-    regions = select_regions(narrow, valid, min_different, min_same, max_different)
-    return Found(labels, narrow, regions, representative, top)
+    regions = select_regions(labels, valid, min_different, min_same, max_different)
+    return Found(labels, regions, representative, peaks)
 
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
@@ -198,51 +196,52 @@ def _read(maps: Maps, blocks: Blocks, *, with_activity: bool) -> tuple[Tensor, T
     """Take from the maps, while a group of clips is in the cache, all that labels are made of.
 
     Shape:
-        Returns the unmerged labels (2, B, T, H, W) int64, :attr:`Found.top`, and how many patches two slots of the
-        encoder are active on together (B, T, S, S), if that is wanted.
+        Returns the unmerged labels (2, B, T, H, W) int64, :attr:`Found.peaks`, and how many patches two slots of
+        the encoder are active on together (B, T, S, S), if that is wanted.
     """
     B, T, _, H, W = maps.enc.shape
-    labels: tuple[list[Tensor], list[Tensor]] = [], []
-    tops, both = [], []
-    for group in blocks.groups:
-        some = maps.of_clips(group)
-        for logits, found in zip((some.enc, some.dec), labels, strict=True):
-            slots, peak = first_largest(only_present(logits, some.slot_mask))
+    labels = torch.empty(2, B, T, H, W, device=maps.enc.device, dtype=torch.int64)
+    peaks = torch.empty(2, B, T, H, W, device=maps.enc.device, dtype=maps.dtype)
+    both = []
+    # no `unbind`: a compiler cannot have its outputs written to for batches of any size
+    of_groups = blocks.groups(labels[0], labels[1], peaks[0], peaks[1])
+    for some, (enc_slots, dec_slots, dec_peaks, enc_peaks) in zip(maps.in_groups(blocks), of_groups, strict=True):
+        for logits, slots, peak in ((some.enc, enc_slots, enc_peaks), (some.dec, dec_slots, dec_peaks)):
+            write_first_largest(only_present(logits, some.slot_mask), slots, peak)
             if some.slot_mask is not None:
                 # where no present slot has more than -inf, an absent one may have come first
                 first = some.slot_mask.to(torch.uint8).argmax(1)[:, None, None, None]
-                slots = torch.where(peak == float("-inf"), first, slots)
-            found.append(slots)
-            tops.append(largest_of(peak, some.valid))
-        if with_activity:
-            both.append(active_together(some.enc, some.valid, some.slot_mask, blocks))
-    enc_labels, dec_labels = labels
-    top = reduce(torch.maximum, tops).clamp_min(0.0)
-    return torch.cat(enc_labels + dec_labels).view(2, B, T, H, W), top, in_one(both) if with_activity else None
+                slots.copy_(torch.where(peak == float("-inf"), first, slots))
+            if with_activity and slots is enc_slots:
+                both.append(active_together(logits, some.valid, some.slot_mask, blocks))
+    return labels, peaks.clamp_min_(torch.finfo(peaks.dtype).min), in_one(both) if with_activity else None
 
 
-def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def write_first_largest(logits: Tensor, slots: Tensor, peaks: Tensor) -> None:
     """Find the first slot with the largest logit of every patch, and that logit.
 
     On a CPU ``argmax`` over a middle axis takes eighty times as long as to pool a window of all slots, of patches
     that are channels and last in memory.
 
     Shape:
-        logits: (B, T, S, H, W). Returns slots (B, T, H, W) int64, any where nothing is largest, for NaN; and the
-        largest logits (B, T, H, W), NaN if one of the slots is.
+        logits: (B, T, S, H, W). slots: (B, T, H, W) int64, written to; any where nothing is largest, for NaN. peaks:
+        (B, T, H, W), written to; NaN if one of the slots is.
     """
     B, T, S, H, W = logits.shape
     if torch.compiler.is_compiling():
         # for the CPU's compiler `argmax` is scalar: the first is the largest of the ranks S - 1, S - 2, .., 0 of all
         # slots that equal the largest
-        peaks = logits.amax(2)
+        torch.amax(logits, 2, out=peaks)
         rank = torch.arange(S - 1, -1, -1, device=logits.device, dtype=logits.dtype)[:, None, None]
-        return (S - 1 - (indicator(torch.eq, logits, peaks.unsqueeze(2)) * rank).amax(2)).long(), peaks
-    if logits.device.type != "cpu":
-        return logits.argmax(2), logits.amax(2)
-    rows = logits.reshape(B * T, S, 1, H * W).permute(0, 3, 1, 2)
-    peaks, slots = F.max_pool2d(rows, (S, 1), return_indices=True)
-    return slots.view(B, T, H, W), peaks.view(B, T, H, W)
+        slots.copy_(S - 1 - (indicator(torch.eq, logits, peaks.unsqueeze(2)) * rank).amax(2))
+    elif logits.device.type != "cpu":
+        torch.argmax(logits, 2, out=slots)
+        torch.amax(logits, 2, out=peaks)
+    else:
+        channels, one_each = logits.reshape(B * T, S, 1, H * W).permute(0, 3, 1, 2), (B * T, H * W, 1, 1)
+        torch.ops.aten.max_pool2d_with_indices.out(
+            channels, [S, 1], out=peaks.view(one_each), indices=slots.view(one_each)
+        )
 
 
 def largest_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
@@ -253,7 +252,8 @@ def largest_of(peaks: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def hard_area(labels: Tensor, num_slots: int, valid: Tensor | None) -> Tensor:
-    """Count the patches of every slot: (B, S) int64."""
+    """Count the patches of every slot: (B, S) int32."""
     labels = labels.flatten(1)
-    counted = labels.new_ones(()).expand_as(labels) if valid is None else valid.flatten(1).long()
-    return labels.new_zeros(labels.shape[0], num_slots).scatter_add_(1, labels, counted)
+    area = labels.new_zeros(labels.shape[0], num_slots, dtype=torch.int32)
+    counted = torch.ones_like(labels, dtype=area.dtype) if valid is None else valid.flatten(1).to(area.dtype)
+    return area.scatter_add_(1, labels, counted)

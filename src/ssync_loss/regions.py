@@ -7,7 +7,7 @@ from ssync_loss._checks import check_int, check_integer, check_not_empty, check_
 from ssync_loss._maps import check_valid
 
 # cells that a CPU compares with their neighbors at a time: what comes out stays in its cache
-CELLS = 1 << 15
+CELLS = 1 << 16
 
 
 def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:

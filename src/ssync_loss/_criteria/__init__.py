@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._blocks import Blocks, frames_of, in_one
+from ssync_loss._blocks import ALL, Blocks, frames_of, in_one
 from ssync_loss._criteria import _eager, _fused
 from ssync_loss._criteria._lesson import Lesson, present_slots
 
@@ -27,6 +27,8 @@ def evaluate(
     slopes: Tensor | None,
     *,
     each: bool,
+    peaks: Tensor | None = None,
+    defined: bool = False,
     criterion: Criterion,
     smoothing: float,
     temperature: float,
@@ -34,7 +36,7 @@ def evaluate(
     """Compute the criterion of the chosen patches, summed over slots, and write its slope.
 
     The slope times :func:`steepness` is the gradient, 0 for a patch that is not chosen, or has nothing but -inf.
-    Neither is NaN, whatever the logits hold.
+    Neither is NaN, whatever the logits hold, unless they are said to be defined.
 
     Args:
         pupils: K maps (B, T, S, H, W) of logits, a group of clips.
@@ -44,21 +46,25 @@ def evaluate(
         blocks: how to walk through the logits, with scratch memory for K maps, float32 or wider.
         slopes: (K, B, T, S, H, W), written to, every map of it contiguous; None if they are not wanted.
         each: whether the patches are wanted one by one, (K, B, T, H, W), or their sum (K,).
+        peaks: (K, B, T, H, W), the largest logit of every patch, at least the lowest finite number, if it is known.
+        defined: whether logits hold no NaN and no +inf, or may give NaN where they do.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         smoothing: of the labels, for ``"cross_entropy"``.
         temperature: of the softmax.
     """
-    label, chosen = label.unsqueeze(3), chosen.unsqueeze(3)
+    chosen = chosen.unsqueeze(3)
+    peaks = None if peaks is None else peaks.unsqueeze(3)
     values = []
     for frames in blocks.frames:
-        label_, chosen_, slope, *some = frames_of(frames, label, chosen, slopes, *pupils)
-        lesson = Lesson(some, label_, chosen_, slot_mask, temperature, smoothing, slope, each)
+        chosen_, slope, peak, *some = frames_of(frames, chosen, slopes, peaks, *pupils)
+        label_ = label if frames == ALL else label[:, :, frames]
+        lesson = Lesson(some, label_, chosen_, slot_mask, temperature, smoothing, slope, each, peak, defined)
         if torch.compiler.is_compiling():
             value = _fused.squared_error(lesson) if criterion == "mse" else _fused.cross_entropy(lesson)
         else:
             memory = blocks.scratch(len(some), *some[0].shape)
             compute = _eager.squared_error if criterion == "mse" else _eager.cross_entropy
-            value = compute(lesson, memory)
+            value = compute(lesson, memory, blocks.patches)
         values.append(value)
     return in_one(values, 2) if each else sum(values[1:], values[0])
 

@@ -33,9 +33,10 @@ class _Exponentials(NamedTuple):
     is_label: Tensor
 
     @classmethod
-    def of(cls, scores: Tensor, label: Tensor, temperature: float) -> "_Exponentials":
-        """Take them of logits (B, T, S, H, W), with labels (B, T, 1, H, W)."""
-        below = below_peak(scores, scores.amax(2, keepdim=True), temperature)
+    def of(cls, lesson: Lesson, k: int) -> "_Exponentials":
+        """Take them of one of the maps."""
+        scores, label = lesson.scores(k), lesson.label[k].unsqueeze(2)
+        below = below_peak(scores, lesson.peak(k), lesson.temperature)
         # NaN is not at most 0; to ask whether it is NaN would be done cell by cell
         exps = torch.where(below <= 0, below.exp(), 0.0)
         slots = torch.arange(scores.shape[2], device=scores.device, dtype=scores.dtype)[:, None, None]
@@ -51,10 +52,10 @@ def squared_error(lesson: Lesson) -> Tensor:
 
     Half of it, times tau, is ``-P_y (r^2 + Q)`` at y, and ``P_s (P_s + P_y r - Q)`` elsewhere.
     """
-    _, label, chosen, _, temperature, _, slope, each = lesson
+    chosen, slope = lesson.chosen, lesson.slope
     values = []
     for k in range(len(lesson.pupils)):
-        exps = _Exponentials.of(lesson.scores(k), label[k], temperature)
+        exps = _Exponentials.of(lesson, k)
         squares = exps.wrong.square().sum(2, keepdim=True)
         scale = torch.where(exps.nothing, 1.0, exps.others + exps.own).reciprocal()
         wrong, own, others = exps.wrong * scale, exps.own * scale, exps.others * scale
@@ -64,17 +65,16 @@ def squared_error(lesson: Lesson) -> Tensor:
         if slope is not None:
             below_label = wrong * (wrong + own * others - square)
             slope[k].copy_(torch.where(exps.is_label, -own * error, below_label) * chosen[k])
-    return _of_patches(values, each=each)
+    return _of_patches(values, each=lesson.each)
 
 
 def cross_entropy(lesson: Lesson) -> Tensor:
     """Return the cross-entropy, and write its slope times tau."""
-    _, label, chosen, slot_mask, temperature, smoothing, slope, each = lesson
+    chosen, slot_mask, slope, smoothing = lesson.chosen, lesson.slot_mask, lesson.slope, lesson.smoothing
     values, num_slots = [], lesson.num_slots
     for k in range(len(lesson.pupils)):
-        scores = lesson.scores(k)
-        impossible = scores == float("-inf")
-        exps = _Exponentials.of(scores, label[k], temperature)
+        impossible = lesson.scores(k) == float("-inf")
+        exps = _Exponentials.of(lesson, k)
         total = torch.where(exps.nothing, 1.0, exps.others + exps.own)
         log_total = torch.where(exps.own == 1, exps.others.log1p(), total.log())
         log_probs = torch.where(impossible, LOG_TINY, exps.below - log_total)
@@ -93,7 +93,7 @@ def cross_entropy(lesson: Lesson) -> Tensor:
             aims = torch.where(impossible, 0.0, aims)
             probs = torch.where(exps.is_label, exps.own, exps.wrong) / total
             slope[k].copy_((probs * aims.sum(2, keepdim=True) - aims) * chosen[k])
-    return _of_patches(values, each=each)
+    return _of_patches(values, each=lesson.each)
 
 
 def _of_patches(values: list[Tensor], *, each: bool) -> Tensor:

@@ -23,13 +23,15 @@ class Lesson(NamedTuple):
 
     Attributes:
         pupils: K maps (B, T, S, H, W) of logits.
-        label: (K, B, T, 1, H, W) integers.
+        label: (K, B, T, H, W) integers.
         chosen: (K, B, T, 1, H, W), 1 where a patch counts and 0 elsewhere, in the type that is computed in.
         slot_mask: (B, S) bool, or None.
         temperature: of the softmax.
         smoothing: of the labels.
         slope: (K, B, T, S, H, W), written to; None if it is not wanted.
         each: whether values are wanted one by one, (K, B, T, H, W), or their sum (K,).
+        peaks: (K, B, T, 1, H, W), what :meth:`peak` returns; None if it is not known.
+        defined: whether logits hold no NaN and no +inf, or may give NaN where they do.
     """
 
     pupils: Sequence[Tensor]
@@ -40,6 +42,8 @@ class Lesson(NamedTuple):
     smoothing: float
     slope: Tensor | None
     each: bool
+    peaks: Tensor | None
+    defined: bool
 
     @property
     def num_slots(self) -> Tensor | int:
@@ -53,12 +57,18 @@ class Lesson(NamedTuple):
         """Return the logits of a map in the type that is computed in, absent slots at -inf."""
         return only_present(self.pupils[k].to(self.chosen.dtype), self.slot_mask)
 
+    def peak(self, k: int) -> Tensor:
+        """Return the largest of these scores of every patch, or the lowest finite number where all are -inf."""
+        if self.peaks is not None:
+            return self.peaks[k]
+        return self.scores(k).amax(2, keepdim=True).clamp_min(torch.finfo(self.chosen.dtype).min)
+
 
 def below_peak(scores: Tensor, peak: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
     """Return how far every slot lies below the largest, over the temperature.
 
-    Taken off before the division, the largest cannot overflow, however small the temperature. Where all slots
-    are -inf there is nothing to take off.
+    Taken off before the division, the largest cannot overflow, however small the temperature. Where it is the
+    lowest finite number, those that are -inf stay so.
     """
-    below = torch.sub(scores, torch.where(peak == float("-inf"), 0.0, peak), out=out)
+    below = torch.sub(scores, peak, out=out)
     return below if temperature == 1.0 else below.div_(temperature)

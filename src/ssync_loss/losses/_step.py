@@ -8,15 +8,15 @@ from torch import Tensor
 
 from ssync_loss import kernels
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import Slopes, once_differentiable, signature_kept
+from ssync_loss._autograd import Slopes, once_differentiable, signature_kept, untracked
 from ssync_loss._backends import Backend, resolve_backend
-from ssync_loss._blocks import ALL, Blocks, clips_of, clips_of_both, in_blocks, in_one
+from ssync_loss._blocks import ALL, Blocks, in_blocks, in_one
 from ssync_loss._criteria import Criterion, evaluate, steepness
 from ssync_loss._maps import Maps
 from ssync_loss._types import PseudoLabels, Terms
 from ssync_loss.distillation import num_averaged, slope_again
 from ssync_loss.losses._teaching import teach
-from ssync_loss.pseudo_labels import find_labels, labels_of
+from ssync_loss.pseudo_labels import Found, find_labels, labels_of, largest_of
 
 
 class Settings(NamedTuple):
@@ -51,9 +51,10 @@ def terms_of(
         return _kernels(maps, settings, weights, ramp, with_labels)
     with_slope = tuple(one.requires_grad and torch.is_grad_enabled() for one in (maps.dec, maps.enc))
     with no_autocast(maps.enc):
-        boundary, interior, num, _, _, _, _, _, *labels = _step(*maps, settings, with_slope, with_labels, Slopes())
+        boundary, interior, nums, _, _, _, _, _, *labels = _step(*maps, settings, with_slope, with_labels, Slopes())
     total = weigh(boundary, interior, weights, ramp)
-    return Terms(total, boundary, interior, num[0], num[1], PseudoLabels(*labels) if with_labels else None)
+    num_boundary, num_interior = nums.unbind()
+    return Terms(total, boundary, interior, num_boundary, num_interior, PseudoLabels(*labels) if with_labels else None)
 
 
 def weigh(boundary: Tensor, interior: Tensor, weights: tuple[float, float], ramp: Tensor | float) -> Tensor:
@@ -64,7 +65,7 @@ def weigh(boundary: Tensor, interior: Tensor, weights: tuple[float, float], ramp
 
 
 def _reference(maps: Maps, settings: Settings, weights: tuple[float, float], ramp: Tensor | float) -> Terms:
-    maps = maps.of_clips(slice(None))
+    maps = maps.widened()
     threshold, min_different, min_same, max_different, *criterion = settings
     labels = labels_of(
         maps,
@@ -108,6 +109,41 @@ def _memory(like: Tensor, dtype: torch.dtype, num_maps: int, wanted: bool) -> Te
     return torch.empty(num_maps, *(like.shape if wanted else (0,)), device=like.device, dtype=dtype)
 
 
+def _teach_both(
+    maps: Maps, found: Found, blocks: Blocks, taught: list[slice], slopes: list[Tensor], settings: Settings
+) -> Tensor:
+    """Add up the criterion over the patches of both regions, (2,), and write the slopes of decoder and encoder."""
+    of_clips = blocks.groups(maps.dec, maps.enc, maps.slot_mask)
+    wanted = (slope if slope.dim() > 2 else None for slope in slopes)
+    of_both = blocks.groups(found.labels, found.regions, found.peaks, *wanted, dim=1)
+    sums = []
+    # the maps that were read last are still in a cache
+    for (*pupils, mask), (labels, regions, peaks, *some) in reversed(list(zip(of_clips, of_both, strict=True))):
+        # the decoder learns what the encoder's labels say, and the other way round
+        lessons = labels, regions.to(maps.dtype), peaks
+        errors = []
+        for part, slope in zip(taught, some, strict=True):
+            label, chosen, peak = lessons if part == ALL else (one[part] for one in lessons)
+            value = evaluate(
+                pupils[part],
+                label,
+                chosen,
+                mask,
+                blocks,
+                slope,
+                each=False,
+                peaks=peak,
+                # else all of it will be NaN
+                defined=maps.valid is None,
+                criterion=settings.criterion,
+                smoothing=settings.label_smoothing,
+                temperature=settings.temperature,
+            )
+            errors.append(value)
+        sums.append(in_one(errors))
+    return sum(sums[1:], sums[0])
+
+
 @signature_kept
 class _Step(torch.autograd.Function):
     """Both means, and the slopes that become their gradients.
@@ -133,54 +169,32 @@ class _Step(torch.autograd.Function):
         # while clips are small, both maps at once take half as many operators
         at_once = with_slope[0] == with_slope[1] and in_blocks(enc)
         taught = [ALL] if at_once else [slice(0, 1), slice(1, 2)]
-        blocks = Blocks(enc, dtype, num_maps=2 if at_once else 1)
-        found = find_labels(
-            maps,
-            blocks,
-            merge_threshold=settings.merge_threshold,
-            min_different=settings.min_different,
-            min_same=settings.min_same,
-            max_different=settings.max_different,
-        )
-        targets, regions, top = found.narrow, found.regions, found.top
-        labels = found.as_pseudo_labels() if with_labels else ()
-        # wanted anyway where everything goes together; else labels of eight bytes need not stay for the slopes
-        wide = found.labels if blocks.groups == [ALL] and not torch.compiler.is_compiling() else None
-        del found
+        with untracked():
+            blocks = Blocks(enc, dtype, num_maps=2 if at_once else 1)
+            found = find_labels(
+                maps,
+                blocks,
+                merge_threshold=settings.merge_threshold,
+                min_different=settings.min_different,
+                min_same=settings.min_same,
+                max_different=settings.max_different,
+            )
+            # half the time of a sum in int64
+            selected = found.regions.sum((2, 3, 4), dtype=torch.int32)
+            averaged = num_averaged(selected, num_slots, slot_mask, settings.criterion).clamp_min(1)
+            # NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
+            averaged = averaged + largest_of(found.peaks, maps.counted) * 0.0
+            if clean is not None:
+                averaged = torch.where(clean, averaged, float("nan"))
         slopes = [_memory(enc, dtype, 2 // len(taught), with_slope[part.start or 0]) for part in taught]
-        sums = []
-        for group in blocks.groups:
-            *pupils, mask = clips_of(group, dec, enc, slot_mask)
-            label = clips_of_both(group, targets if wide is None else wide)
-            chosen = clips_of_both(group, regions).to(dtype)
-            errors = []
-            for part, slope in zip(taught, slopes, strict=True):
-                # the decoder learns what the encoder's labels say, and the other way round
-                target, counted = clips_of(part, label, chosen)
-                value = evaluate(
-                    pupils[part],
-                    target,
-                    counted,
-                    mask,
-                    blocks,
-                    clips_of_both(group, slope) if slope.dim() > 2 else None,
-                    each=False,
-                    criterion=settings.criterion,
-                    smoothing=settings.label_smoothing,
-                    temperature=settings.temperature,
-                )
-                errors.append(value)
-            sums.append(in_one(errors))
-        # half the time of a sum in int64
-        selected = regions.sum((2, 3, 4), dtype=torch.int32)
-        # NaN where a map is not clean: it reaches the values and, by way of the shares, the gradients
-        averaged = num_averaged(selected, num_slots, slot_mask, settings.criterion).clamp_min(1) + top * 0.0
-        if clean is not None:
-            averaged = torch.where(clean, averaged, float("nan"))
-        boundary, interior = (sum(sums[1:], sums[0]) / averaged).unbind()
+        with untracked():
+            means = _teach_both(maps, found, blocks, taught, slopes, settings) / averaged
+        boundary, interior = means.unbind()
         shares = steepness(settings.criterion, settings.temperature) / averaged
         each = [slope for part in slopes for slope in part.unbind()]
-        return boundary.clone(), interior.clone(), selected.sum(1), regions, targets, shares, *each, *labels
+        kept = found.regions.clone(), found.labels.clone(), shares, *each
+        labels = found.as_pseudo_labels() if with_labels else ()
+        return boundary.clone(), interior.clone(), selected.sum(1), *kept, *labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
