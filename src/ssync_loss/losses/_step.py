@@ -133,7 +133,7 @@ def _teach_both(
                 slope,
                 each=False,
                 peaks=peak,
-                # else all of it will be NaN
+                # a map that is not, while every patch counts, makes NaN of all values and gradients in the end
                 defined=maps.valid is None,
                 criterion=settings.criterion,
                 smoothing=settings.label_smoothing,
@@ -148,8 +148,8 @@ def _teach_both(
 class _Step(torch.autograd.Function):
     """Both means, and the slopes that become their gradients.
 
-    The number of selected patches is known after the last clip, so the slopes wait, unscaled, for the backward,
-    which scales them in place. A second backward computes them again, from the targets.
+    The slopes wait, unscaled, for the backward, which knows what to scale them by and does so in place. A second
+    backward computes them again, from the targets.
     """
 
     @staticmethod
