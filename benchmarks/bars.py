@@ -156,14 +156,16 @@ def _on_cpu(results: Results) -> list[Bar]:
             ratio = steps[clips].number("over_exp") if clips in steps else None
             claim = f"{name}: step over `torch.exp` of both maps, MOVi-C, {clips} clips"
             found.append(_at_most(claim, limit, ratio, ".1f"))
-    held = results.select(suite=kernels.SUITE, case=kernels.STEP, contender="SSync torch", measure="memory")
-    for name, frames in kernels.FRAMES.items():
-        shape = {"B": 64, **frames}
-        maps = [
-            row.number("maps_beyond_gradients") for row in held if (row.status, row.id.sizes) == ("measured", shape)
-        ]
-        claim = f"SSync torch: maps held beyond inputs and gradients, {name}, 64 clips"
-        found.append(_at_most(claim, MAX_MAPS, max(maps, default=None), ".2f"))
+    for compiled in (False, True):
+        name = ssync_contender("torch", compiled=compiled).name
+        held = results.select(suite=kernels.SUITE, case=kernels.STEP, contender=name, measure="memory")
+        for case, frames in kernels.FRAMES.items():
+            shape = {"B": 64, **frames}
+            maps = [
+                row.number("maps_beyond_gradients") for row in held if (row.status, row.id.sizes) == ("measured", shape)
+            ]
+            claim = f"{name}: maps held beyond inputs and gradients, {case}, 64 clips"
+            found.append(_at_most(claim, MAX_MAPS, max(maps, default=None), ".2f"))
     return found
 
 
