@@ -2,6 +2,7 @@
 
 import doctest
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -192,6 +193,18 @@ class TestWeakSpots:
             "dense in windows of 2 takes less time than SSync torch at 256 (H·W, 0.32x), 512 (H·W, 0.64x) patches.",
             "dense in windows of 4 takes less time than SSync torch at 256 (H·W, 0.64x) patches.",
         ]
+
+    def test_a_step_above_its_limit_is_taken_apart(self, made: Results) -> None:
+        step = step_in_exponentials(made)[64]
+        slow = Results(made.environment, made.settings, dict(made.rows))
+        slow.rows[step.id] = replace(step, values={**step.values, "over_exp": spread(4.2)})
+        said = [line for line in weak_spots(slow) if line not in weak_spots(made)]
+        missed, parts = said
+        assert missed.startswith("Missed: SSync torch: step over `torch.exp` of both maps, MOVi-C, 64 clips, 4.2 (")
+        assert parts == (
+            "What a step of 64 MOVi-C clips is made of, each by itself and in the same unit: "
+            "labels 3.40x, overlap 3.40x, merge 3.40x, regions 3.40x, distillation, mse 3.40x (of one map)."
+        )
 
     def test_what_is_faster_is_named_with_its_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Fast(Machine):

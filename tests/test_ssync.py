@@ -756,6 +756,27 @@ def test_labels_are_there_to_be_written_into() -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"merge_threshold": None}, {"criterion": "cross_entropy"}, {"boundary_weight": 0.5, "ramp_steps": 9}]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_comes_out_in_inference_mode(masked: bool, knobs: dict[str, Any], tracked: bool) -> None:
+    enc, dec = sample_maps()
+    masks = {}
+    if masked:
+        B, T, S, H, W = enc.shape
+        masks = {"valid": torch.rand(B, T, H, W) > 0.1, "slot_mask": torch.arange(S).expand(B, S) < S - 1}
+    with torch.set_grad_enabled(tracked):
+        terms = SSyncLoss(**knobs).terms(enc, dec, step=5, **masks)
+    made = tree_leaves(terms)
+    assert len(made) == 10
+    if tracked:
+        for _ in range(2):
+            made += torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
+    assert not [one for one in made if one.is_inference()]
+
+
 def test_given_labels_are_taught_whatever_the_maps_say() -> None:
     enc, dec = sample_maps()
     labels = pseudo_labels(enc, dec)

@@ -36,6 +36,7 @@ from ssync_loss.functional import (
 SUITE = "kernels"
 MODULE = "benchmarks.suites.kernels"
 STEP = "step, mse"
+PARTS_OF_A_STEP = ("labels", "overlap", "merge", "regions", "distillation, mse")
 # one clip of the published training
 FRAMES = {
     "MOVi-C": {"T": 4, "S": 11, "H": 24, "W": 24},

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -31,8 +30,7 @@ class Blocks:
         num_maps: how many maps scratch memory is wanted for at once.
 
     Attributes:
-        in_one: whether all clips go together.
-        frames: index of every group of frames within such clips.
+        frames: index of every group of frames within clips that go together.
 
     >>> maps = torch.zeros(5, 3, 2, 128, 128)
     >>> [len(some) for some, _ in Blocks(maps).groups(maps, None)]
@@ -48,19 +46,19 @@ class Blocks:
         if _has_cache(maps):
             clips = min(max(BLOCK_ELEMENTS // (max(size, 1) * num_frames), 1), num_clips)
             frames = min(max(BLOCK_ELEMENTS // max(size, 1), 1), num_frames)
-        self.in_one, self.frames = clips == num_clips, _slices(num_frames, frames)
-        self._clips, self._patches = clips, frame[1] * frame[2]
+        self.frames = _slices(num_frames, frames)
+        self._clips, self._num_groups, self._patches = clips, -(-num_clips // max(clips, 1)), frame[1] * frame[2]
         # taken once: fresh pages cost more than the arithmetic on them
         length = num_maps * clips * frames * size
         self._memory = torch.empty(length, dtype=dtype or maps.dtype, device=maps.device)
 
     def groups(self, *tensors: Tensor | None, dim: int = 0) -> list[tuple[Any, ...]]:
         """Cut what there is of all clips, along an axis of them, and return every group's parts; None stays None."""
-        if self.in_one:
+        if self._num_groups <= 1:
             return [tensors]
         # all at once: to slice takes as long as many an operator
-        parts = (repeat(None) if one is None else one.split(self._clips, dim) for one in tensors)
-        return list(zip(*parts, strict=False))
+        parts = ([None] * self._num_groups if one is None else one.split(self._clips, dim) for one in tensors)
+        return list(zip(*parts, strict=True))
 
     @cached_property
     def patches(self) -> Tensor:

@@ -234,6 +234,7 @@ class _Distill(torch.autograd.Function):
         for narrow, labels, regions, mask, some_slope in of_clips:
             # values have the strides of labels and regions, and are added up in that order
             some, label, chosen = narrow.to(dtype), labels.contiguous(), as_numbers(regions.contiguous(), dtype)
+            peak = peak_of(some, mask)
             (value,) = evaluate(
                 [some],
                 label[None],
@@ -242,11 +243,11 @@ class _Distill(torch.autograd.Function):
                 blocks,
                 None if some_slope is None else some_slope[None],
                 each=True,
+                peaks=peak.clamp_min(torch.finfo(dtype).min)[None],
                 criterion=criterion,
                 smoothing=smoothing,
                 temperature=temperature,
             )
-            peak = peak_of(some, mask)
             # a selected patch whose largest logit is NaN or +inf has no value: 0 times 1/0 there, 0 times 1/1 elsewhere
             below = indicator(torch.lt, peak, float("inf"))
             if torch.compiler.is_compiling():

@@ -49,7 +49,8 @@ def count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _count(labels: Tensor, valid: Tensor | None) -> Tensor:
-    around = _with_edges(labels)
+    # to numbers of their own type bytes are compared twice as fast
+    around = _with_edges(labels.view(torch.uint8) if labels.element_size() == 1 else labels)
     valid_around = None if valid is None else _with_edges(valid)
     count = _differing_in_frame(around, valid_around).contiguous()
     # every frame but the first, and every frame but the last

@@ -28,7 +28,7 @@ def evaluate(
     *,
     each: bool,
     peaks: Tensor | None = None,
-    defined: bool = False,
+    nan_allowed: bool = False,
     criterion: Criterion,
     smoothing: float,
     temperature: float,
@@ -36,7 +36,7 @@ def evaluate(
     """Compute the criterion of the chosen patches, summed over slots, and write its slope.
 
     The slope times :func:`steepness` is the gradient, 0 for a patch that is not chosen, or has nothing but -inf.
-    Neither is NaN, whatever the logits hold, unless they are said to be defined.
+    Neither is NaN, whatever the logits hold, unless that is allowed.
 
     Args:
         pupils: K maps (B, T, S, H, W) of logits, a group of clips.
@@ -47,7 +47,7 @@ def evaluate(
         slopes: (K, B, T, S, H, W), written to, every map of it contiguous; None if they are not wanted.
         each: whether the patches are wanted one by one, (K, B, T, H, W), or their sum (K,).
         peaks: (K, B, T, H, W), the largest logit of every patch, at least the lowest finite number, if it is known.
-        defined: whether logits hold no NaN and no +inf, or may give NaN where they do.
+        nan_allowed: whether values and slopes may be NaN where logits are NaN or +inf.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         smoothing: of the labels, for ``"cross_entropy"``.
         temperature: of the softmax.
@@ -58,7 +58,7 @@ def evaluate(
     for frames in blocks.frames:
         chosen_, slope, peak, *some = frames_of(frames, chosen, slopes, peaks, *pupils)
         label_ = label if frames == ALL else label[:, :, frames]
-        lesson = Lesson(some, label_, chosen_, slot_mask, temperature, smoothing, slope, each, peak, defined)
+        lesson = Lesson(some, label_, chosen_, slot_mask, temperature, smoothing, slope, each, peak, nan_allowed)
         if torch.compiler.is_compiling():
             value = _fused.squared_error(lesson) if criterion == "mse" else _fused.cross_entropy(lesson)
         else:

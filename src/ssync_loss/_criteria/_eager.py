@@ -15,19 +15,20 @@ def squared_error(lesson: Lesson, scratch: Tensor, patches: Tensor) -> Tensor:
     """Return ``r^2 + Q`` with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``, and write its slope.
 
     Half of it, times tau, is ``-P_y (r^2 + Q)`` at y, and ``P_s (P_s + P_y r - Q)`` elsewhere. Nothing is taken from
-    1, so that a patch which is sure, and right, keeps all digits.
+    1, so that nothing cancels in a patch which is sure, and right.
     """
     for k in range(len(scratch)):
         below_peak(lesson.scores(k), lesson.peak(k), lesson.temperature, out=scratch[k])
     exps = scratch.mul_(LOG2_E).exp2_()
-    if not lesson.defined:
+    if not lesson.nan_allowed:
         exps.nan_to_num_()
     rows, cells = _in_rows(exps), _cells_of(lesson.label, patches)
     own = _take(rows, cells, lesson.chosen)
     wrong, nothing = exps, torch.zeros_like(own)
     _put(rows, cells, nothing)
     # Beside the largest exponential, 1, this is nothing. A patch without any gets the error of a uniform one,
-    # r^2 = (S-1)/S = ((S-1)/S)^2 + (S-1)/S^2, and no slope.
+    # r^2 = (S-1)/S = ((S-1)/S)^2 + (S-1)/S^2, and no slope. Times a root it has to stay
+    # a normal number: others may be flushed to 0.
     small = 64 * torch.finfo(exps.dtype).tiny
     others = wrong.sum(3, keepdim=True).add_(small * (1 - 1 / lesson.num_slots) ** 0.5)
     scale = lesson.chosen / (others + own).clamp_min_(small)
@@ -36,9 +37,9 @@ def squared_error(lesson: Lesson, scratch: Tensor, patches: Tensor) -> Tensor:
     wrong = torch.mul(wrong, scale, out=wrong if lesson.slope is None else lesson.slope)
     squares = torch.mul(wrong, wrong, out=scratch)
     square = squares.sum(3, keepdim=True)
-    excess = torch.addcmul(square, own, others, value=-1, out=scale)
+    excess = None if lesson.slope is None else torch.addcmul(square, own, others, value=-1, out=scale)
     error = square.addcmul_(others, others)
-    if lesson.slope is not None:
+    if excess is not None:
         # nothing is added there: it is not among the wrong ones
         _put(rows, cells, nothing.addcmul_(own, error, value=-1))
         torch.addcmul(squares, wrong, excess, value=-1, out=lesson.slope)

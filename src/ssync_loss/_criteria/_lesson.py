@@ -31,7 +31,7 @@ class Lesson(NamedTuple):
         slope: (K, B, T, S, H, W), written to; None if it is not wanted.
         each: whether values are wanted one by one, (K, B, T, H, W), or their sum (K,).
         peaks: (K, B, T, 1, H, W), what :meth:`peak` returns; None if it is not known.
-        defined: whether logits hold no NaN and no +inf, or may give NaN where they do.
+        nan_allowed: whether values and slopes may be NaN where logits are NaN or +inf.
     """
 
     pupils: Sequence[Tensor]
@@ -43,7 +43,7 @@ class Lesson(NamedTuple):
     slope: Tensor | None
     each: bool
     peaks: Tensor | None
-    defined: bool
+    nan_allowed: bool
 
     @property
     def num_slots(self) -> Tensor | int:

@@ -133,8 +133,8 @@ def _teach_both(
                 slope,
                 each=False,
                 peaks=peak,
-                # a map that is not, while every patch counts, makes NaN of all values and gradients in the end
-                defined=maps.valid is None,
+                # where every patch counts, one of those makes NaN of all values and gradients in the end
+                nan_allowed=maps.valid is None,
                 criterion=settings.criterion,
                 smoothing=settings.label_smoothing,
                 temperature=settings.temperature,
