@@ -1,5 +1,7 @@
 """What must be shown, and whether a file of results shows it."""
 
+from collections.abc import Callable
+from operator import ge, le, lt
 from typing import NamedTuple
 
 from benchmarks.contenders import DENSE, Contender, ssync_contender
@@ -28,6 +30,7 @@ MAX_MAPS = 1.0
 MAX_LAUNCHES, MAX_REPLAY_SECONDS, MAX_OVER_FLOOR = 9, 60e-6, 1.5
 
 MET, MISSED, NOT_MEASURED = "met", "**missed**", "not measured"
+COMPARE: dict[str, Callable[[float, float], bool]] = {"<": lt, "≤": le, "≥": ge}
 
 
 class Bar(NamedTuple):
@@ -85,22 +88,25 @@ def here(results: Results) -> list[Contender]:
     return [ssync_contender(one, compiled=compiled) for compiled in (False, True) for one in backends]
 
 
-def _verdict(holds: bool | None) -> str:
-    return NOT_MEASURED if holds is None else MET if holds else MISSED
+def _bar(claim: str, sign: str, limit: float, value: float | Spread | None, form: str, unit: str = "") -> Bar:
+    """Hold what was measured against its limit; quartiles, where there are some, show what a verdict near it is worth.
 
-
-def _at_most(claim: str, limit: float, value: float | None, form: str) -> Bar:
-    said = "-" if value is None else format(value, form)
-    return Bar(claim, f"≤ {format(limit, form)}", said, _verdict(None if value is None else value <= limit))
-
-
-def _median_below(claim: str, limit: float, value: Spread | None, form: str, *, or_at: bool = False) -> Bar:
-    """Hold a median against its limit; the quartiles show what a verdict near it is worth."""
-    said, holds = "-", None
-    if value is not None:
-        median, q1, q3 = (format(one, form) for one in (value.median, value.q1, value.q3))
-        said, holds = f"{median} ({q1} to {q3})", value.median < limit or (or_at and value.median == limit)
-    return Bar(claim, f"{'≤' if or_at else '<'} {format(limit, form)}", said, _verdict(holds))
+    Args:
+        claim: what is measured, of whom.
+        sign: how the value, or its median, must compare with the limit.
+        limit: what it is compared with.
+        value: what was measured, or None.
+        form: how numbers are written.
+        unit: what is written after them.
+    """
+    bound = f"{sign} {limit:{form}}{unit}"
+    if value is None:
+        return Bar(claim, bound, "-", NOT_MEASURED)
+    middle = value.median if isinstance(value, Spread) else value
+    said = f"{middle:{form}}{unit}"
+    if isinstance(value, Spread):
+        said += f" ({value.q1:{form}}{unit} to {value.q3:{form}}{unit})"
+    return Bar(claim, bound, said, MET if COMPARE[sign](middle, limit) else MISSED)
 
 
 def _slopes(results: Results) -> list[Bar]:
@@ -112,7 +118,7 @@ def _slopes(results: Results) -> list[Bar]:
                 slope = slope_of(results, sweep, contender, measure)
                 enough = slope is not None and slope.enough
                 claim = f"{contender.name}: slope of {measure} in {sweep.replace('*', '·')}"
-                found.append(_at_most(claim, limit, slope.exponent if slope and enough else None, ".2f"))
+                found.append(_bar(claim, "≤", limit, slope.exponent if slope and enough else None, ".2f"))
     return found
 
 
@@ -122,9 +128,7 @@ def _against_dense(results: Results) -> list[Bar]:
         time, memory = (_ratio(results, contender, measure) for measure in ("time", "memory"))
         at = f"than full dense alignment at {COMPARED_AT:,} patches"
         for claim, limit, ratio in (("faster", MIN_SPEEDUP, time), ("less memory", MIN_MEMORY_RATIO, memory)):
-            said = "-" if ratio is None else f"{ratio:,.0f}x"
-            holds = None if ratio is None else ratio >= limit
-            found.append(Bar(f"{contender.name}: {claim} {at}", f"≥ {limit:,}x", said, _verdict(holds)))
+            found.append(_bar(f"{contender.name}: {claim} {at}", "≥", limit, ratio, ",.0f", "x"))
         steps = dict(history(results, "H*W", contender, "time", "step"))
         said = f"{1e3 * steps[LONG_CLIP]:.3g} ms" if LONG_CLIP in steps else "-"
         verdict = MET if LONG_CLIP in steps else NOT_MEASURED
@@ -152,7 +156,7 @@ def _shares(results: Results, device: str) -> list[Bar]:
             limit = MAX_EXAMPLE_SHARE if case == training_step.EXAMPLE else MAX_SHARE[device]
             row = rows.get((case, contender.name))
             share = row.spread("share") if row is not None and row.status == "measured" else None
-            found.append(_median_below(f"{contender.name}: share of a training step, {case}", limit, share, ".2%"))
+            found.append(_bar(f"{contender.name}: share of a training step, {case}", "<", limit, share, ".2%"))
     return found
 
 
@@ -164,7 +168,7 @@ def _on_cpu(results: Results) -> list[Bar]:
         for clips, limit in MAX_EXPONENTIALS.items():
             ratio = steps[clips].spread("over_exp") if clips in steps else None
             claim = f"{name}: step over `torch.exp` of both maps, MOVi-C, {clips} clips"
-            found.append(_median_below(claim, limit, ratio, ".1f", or_at=True))
+            found.append(_bar(claim, "≤", limit, ratio, ".1f"))
         held = results.select(suite=kernels.SUITE, case=kernels.STEP, contender=name, measure="memory")
         for case, frames in kernels.FRAMES.items():
             shape = {"B": 64, **frames}
@@ -172,7 +176,7 @@ def _on_cpu(results: Results) -> list[Bar]:
                 row.number("maps_beyond_gradients") for row in held if (row.status, row.id.sizes) == ("measured", shape)
             ]
             claim = f"{name}: maps held beyond inputs and gradients, {case}, 64 clips"
-            found.append(_at_most(claim, MAX_MAPS, max(maps, default=None), ".2f"))
+            found.append(_bar(claim, "≤", MAX_MAPS, max(maps, default=None), ".2f"))
     return found
 
 
@@ -184,14 +188,18 @@ def _on_gpu(results: Results) -> list[Bar]:
     shape = {"B": 64, **kernels.FRAMES["MOVi-C"]}
     replayed = [row.number("step") for row in timed if (row.id.sizes, row.id.dtype) == (shape, "float16")]
     large = [row.number("over_floor") for row in timed if _map_bytes(row) >= kernels.LARGE_MAP_BYTES]
-    microseconds = 1e6 * max(replayed) if replayed else None
     return [
-        _at_most(f"{name}: launches of a step", MAX_LAUNCHES, max(launches, default=None), ".0f"),
-        _at_most(
-            f"{name}: µs of a replayed step, MOVi-C, 64 clips, float16", 1e6 * MAX_REPLAY_SECONDS, microseconds, ".0f"
+        _bar(f"{name}: launches of a step", "≤", MAX_LAUNCHES, max(launches, default=None), ".0f"),
+        _bar(
+            f"{name}: µs of a replayed step, MOVi-C, 64 clips, float16",
+            "≤",
+            1e6 * MAX_REPLAY_SECONDS,
+            1e6 * max(replayed) if replayed else None,
+            ".0f",
         ),
-        _at_most(
+        _bar(
             f"{name}: replayed step over its bandwidth floor, large maps",
+            "≤",
             MAX_OVER_FLOOR,
             max(large, default=None),
             ".2f",

@@ -244,6 +244,7 @@ class _Distill(torch.autograd.Function):
                 None if some_slope is None else some_slope[None],
                 each=True,
                 peaks=peak.clamp_min(torch.finfo(dtype).min)[None],
+                nan_allowed=False,
                 criterion=criterion,
                 smoothing=smoothing,
                 temperature=temperature,

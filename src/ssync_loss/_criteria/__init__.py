@@ -27,8 +27,8 @@ def evaluate(
     slopes: Tensor | None,
     *,
     each: bool,
-    peaks: Tensor | None = None,
-    nan_allowed: bool = False,
+    peaks: Tensor,
+    nan_allowed: bool,
     criterion: Criterion,
     smoothing: float,
     temperature: float,
@@ -46,14 +46,13 @@ def evaluate(
         blocks: how to walk through the logits, with scratch memory for K maps, float32 or wider.
         slopes: (K, B, T, S, H, W), written to, every map of it contiguous; None if they are not wanted.
         each: whether the patches are wanted one by one, (K, B, T, H, W), or their sum (K,).
-        peaks: (K, B, T, H, W), the largest logit of every patch, at least the lowest finite number, if it is known.
+        peaks: (K, B, T, H, W), the largest logit of every patch, at least the lowest finite number.
         nan_allowed: whether values and slopes may be NaN where logits are NaN or +inf.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         smoothing: of the labels, for ``"cross_entropy"``.
         temperature: of the softmax.
     """
-    chosen = chosen.unsqueeze(3)
-    peaks = None if peaks is None else peaks.unsqueeze(3)
+    chosen, peaks = chosen.unsqueeze(3), peaks.unsqueeze(3)
     values = []
     for frames in blocks.frames:
         chosen_, slope, peak, *some = frames_of(frames, chosen, slopes, peaks, *pupils)

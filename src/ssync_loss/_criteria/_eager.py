@@ -18,7 +18,7 @@ def squared_error(lesson: Lesson, scratch: Tensor, patches: Tensor) -> Tensor:
     1, so that nothing cancels in a patch which is sure, and right.
     """
     for k in range(len(scratch)):
-        below_peak(lesson.scores(k), lesson.peak(k), lesson.temperature, out=scratch[k])
+        below_peak(lesson.scores(k), lesson.peaks[k], lesson.temperature, out=scratch[k])
     exps = scratch.mul_(LOG2_E).exp2_()
     if not lesson.nan_allowed:
         exps.nan_to_num_()
@@ -91,7 +91,7 @@ def _write_below_peak(lesson: Lesson, k: int, *, out: Tensor, impossible: Tensor
     scores = lesson.scores(k)
     # before the peak is taken off: beside a +inf every finite logit would look like this
     torch.eq(scores, float("-inf"), out=impossible)
-    below_peak(scores, lesson.peak(k), lesson.temperature, out=out)
+    below_peak(scores, lesson.peaks[k], lesson.temperature, out=out)
 
 
 def _in_rows(cells: Tensor) -> Tensor:

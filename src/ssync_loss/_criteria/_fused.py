@@ -36,7 +36,7 @@ class _Exponentials(NamedTuple):
     def of(cls, lesson: Lesson, k: int) -> "_Exponentials":
         """Take them of one of the maps."""
         scores, label = lesson.scores(k), lesson.label[k].unsqueeze(2)
-        below = below_peak(scores, lesson.peak(k), lesson.temperature)
+        below = below_peak(scores, lesson.peaks[k], lesson.temperature)
         # NaN is not at most 0; to ask whether it is NaN would be done cell by cell
         exps = torch.where(below <= 0, below.exp(), 0.0)
         slots = torch.arange(scores.shape[2], device=scores.device, dtype=scores.dtype)[:, None, None]

@@ -30,7 +30,7 @@ class Lesson(NamedTuple):
         smoothing: of the labels.
         slope: (K, B, T, S, H, W), written to; None if it is not wanted.
         each: whether values are wanted one by one, (K, B, T, H, W), or their sum (K,).
-        peaks: (K, B, T, 1, H, W), what :meth:`peak` returns; None if it is not known.
+        peaks: (K, B, T, 1, H, W), the largest score of every patch, or the lowest finite number where all are -inf.
         nan_allowed: whether values and slopes may be NaN where logits are NaN or +inf.
     """
 
@@ -42,7 +42,7 @@ class Lesson(NamedTuple):
     smoothing: float
     slope: Tensor | None
     each: bool
-    peaks: Tensor | None
+    peaks: Tensor
     nan_allowed: bool
 
     @property
@@ -56,12 +56,6 @@ class Lesson(NamedTuple):
     def scores(self, k: int) -> Tensor:
         """Return the logits of a map in the type that is computed in, absent slots at -inf."""
         return only_present(self.pupils[k].to(self.chosen.dtype), self.slot_mask)
-
-    def peak(self, k: int) -> Tensor:
-        """Return the largest of these scores of every patch, or the lowest finite number where all are -inf."""
-        if self.peaks is not None:
-            return self.peaks[k]
-        return self.scores(k).amax(2, keepdim=True).clamp_min(torch.finfo(self.chosen.dtype).min)
 
 
 def below_peak(scores: Tensor, peak: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
