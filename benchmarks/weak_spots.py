@@ -46,7 +46,9 @@ def _bars(results: Results) -> list[str]:
 
 
 def _taken_apart(results: Results) -> list[str]:
-    """Say of every step above its limit in exponentials what its operations take, each by itself."""
+    """Say of every step on a CPU that is above its limit in exponentials what its parts take, each by itself."""
+    if results.environment["device"] != "cpu":
+        return []
     found = []
     for clips, step in step_in_exponentials(results).items():
         if step.number("over_exp") <= MAX_EXPONENTIALS.get(clips, float("inf")):
@@ -60,8 +62,8 @@ def _taken_apart(results: Results) -> list[str]:
             and row.id.case in kernels.PARTS_OF_A_STEP
         ]
         found.append(
-            f"What a step of {clips} MOVi-C clips is made of, each by itself and in the same unit: {', '.join(parts)} "
-            "(of one map)."
+            f"The parts of a step of {clips} MOVi-C clips, each called by itself, in the same unit: {', '.join(parts)} "
+            "of either map."
         )
     return found
 

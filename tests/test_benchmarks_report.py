@@ -196,15 +196,18 @@ class TestWeakSpots:
 
     def test_a_step_above_its_limit_is_taken_apart(self, made: Results) -> None:
         step = step_in_exponentials(made)[64]
-        slow = Results(made.environment, made.settings, dict(made.rows))
+        slow = Results(dict(made.environment), made.settings, dict(made.rows))
         slow.rows[step.id] = replace(step, values={**step.values, "over_exp": spread(4.2)})
         said = [line for line in weak_spots(slow) if line not in weak_spots(made)]
         missed, parts = said
         assert missed.startswith("Missed: SSync torch: step over `torch.exp` of both maps, MOVi-C, 64 clips, 4.2 (")
         assert parts == (
-            "What a step of 64 MOVi-C clips is made of, each by itself and in the same unit: "
-            "labels 3.40x, overlap 3.40x, merge 3.40x, regions 3.40x, distillation, mse 3.40x (of one map)."
+            "The parts of a step of 64 MOVi-C clips, each called by itself, in the same unit: "
+            "pseudo-labels 3.40x, distillation, mse 3.40x of either map."
         )
+        # a limit of CPUs
+        slow.environment |= {"device": "cuda"}
+        assert parts not in weak_spots(slow)
 
     def test_what_is_faster_is_named_with_its_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Fast(Machine):

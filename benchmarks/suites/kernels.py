@@ -36,7 +36,8 @@ from ssync_loss.functional import (
 SUITE = "kernels"
 MODULE = "benchmarks.suites.kernels"
 STEP = "step, mse"
-PARTS_OF_A_STEP = ("labels", "overlap", "merge", "regions", "distillation, mse")
+# which share no work; the second is of one map
+PARTS_OF_A_STEP = ("pseudo-labels", "distillation, mse")
 # one clip of the published training
 FRAMES = {
     "MOVi-C": {"T": 4, "S": 11, "H": 24, "W": 24},

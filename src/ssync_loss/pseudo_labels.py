@@ -143,8 +143,8 @@ class Found(NamedTuple):
         labels: (2, B, T, H, W) int8, or int32 for more than 128 slots: the merged labels of encoder and decoder.
         regions: (2, B, T, H, W) uint8, 1 in the boundary and the interior, and 0 elsewhere.
         representative: (B, S) int64.
-        peaks: (2, B, T, H, W), the largest logit of every patch, at least the lowest finite number, of decoder and
-            encoder: the maps that are taught the labels, in this order.
+        peaks: (2, B, T, H, W), the largest logit of a present slot of every patch, at least the lowest finite number,
+            of decoder and encoder: the maps that are taught the labels, in this order.
     """
 
     labels: Tensor

@@ -46,7 +46,7 @@ def evaluate(
         blocks: how to walk through the logits, with scratch memory for K maps, float32 or wider.
         slopes: (K, B, T, S, H, W), written to, every map of it contiguous; None if they are not wanted.
         each: whether the patches are wanted one by one, (K, B, T, H, W), or their sum (K,).
-        peaks: (K, B, T, H, W), the largest logit of every patch, at least the lowest finite number.
+        peaks: (K, B, T, H, W), the largest logit of a present slot of every patch, at least the lowest finite number.
         nan_allowed: whether values and slopes may be NaN where logits are NaN or +inf.
         criterion: ``"mse"`` or ``"cross_entropy"``.
         smoothing: of the labels, for ``"cross_entropy"``.
