@@ -1,77 +1,61 @@
 """Gradients that are written out by hand: their functions are called fast, and have no second derivative."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from inspect import signature
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeAlias
 
-Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
-Function = TypeVar("Function", bound=type[torch.autograd.Function])
+Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
+
+
+def differentiable(operator: Any, save: Callable[..., None], derive: Backward) -> Callable[..., Any]:
+    """Give an operator of torch a gradient, and return what is to be called in its place.
+
+    Of an operator's gradient ``torch.func.grad`` knows nothing, and a forward derivative would silently be 0. A
+    function's it takes, and the derivative is an error. A compiler takes the operator, and traces no backward.
+    """
+    operator.register_autograd(derive, setup_context=save)
+
+    class Differentiable(torch.autograd.Function):
+        forward = staticmethod(operator)
+        setup_context = staticmethod(save)
+        backward = staticmethod(derive)
+
+    # torch binds the arguments of every call to it, and would put it together each time
+    forward: Any = Differentiable.forward
+    forward.__signature__ = signature(operator._init_fn)
+    # typed: autograd's own `apply` is not
+    function: Callable[..., Any] = Differentiable.apply
+
+    def call(*inputs: Any) -> Any:
+        return operator(*inputs) if torch.compiler.is_compiling() else function(*inputs)
+
+    return call
 
 
 def once_differentiable(backward: Backward) -> Backward:
     """Make it an error to differentiate the gradients that a backward returns.
 
     torch's own decorator does so only where the gradient that came in can be differentiated. A loss is mostly
-    differentiated from a constant 1, and there a Hessian would silently be 0. The tensors that were saved must
-    begin with those the gradients belong to, in their order.
+    differentiated from a constant 1, and there a Hessian would silently be 0. One of the tensors that were saved must
+    have a graph: an input, or an output of the function itself.
     """
 
     @wraps(backward)
     def wrapped(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        # a graph of the backward is made only on demand
-        if not torch.is_grad_enabled():
+        # a graph of the backward is made only on demand, and never by a compiler
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return backward(ctx, *incoming)
         with torch.no_grad():
             grads = backward(ctx, *incoming)
-        # and never by a compiler
-        if torch.compiler.is_compiling():
-            return grads
-        sources = [*ctx.saved_tensors, *[None] * len(grads)]
-        return tuple(
-            None if grad is None else _dead_end(grad, source) for grad, source in zip(grads, sources, strict=False)
-        )
+        sources = [one for one in ctx.saved_tensors if one is not None and one.requires_grad]
+        return tuple(None if grad is None or not sources else _dead_end(grad, sources[0]) for grad in grads)
 
     return wrapped
-
-
-def signature_kept(function: Function) -> Function:
-    """Keep the signature of a forward, by which torch binds the arguments of every call.
-
-    It would be put together each time, which takes longer than many an operator.
-    """
-    forward: Any = function.forward
-    forward.__signature__ = signature(forward)
-    return function
-
-
-def untracked() -> AbstractContextManager[None]:
-    """Compute what nobody differentiates or writes into without autograd's bookkeeping.
-
-    For small tensors that is a tenth of the time. What leaves must have been there before, or be computed outside.
-    """
-    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode()
-
-
-class Slopes:
-    """Which slopes are as the forward wrote them, so that a backward may scale them in place.
-
-    With ``torch.func`` the graphs of all levels hold the same memory: the first to come may have it, all others
-    compute it again.
-    """
-
-    def __init__(self) -> None:
-        self._taken: set[int] = set()
-
-    def take(self, number: int) -> bool:
-        """Tell whether nobody has taken a slope before, and take it."""
-        is_first = number not in self._taken
-        self._taken.add(number)
-        return is_first
 
 
 class _DeadEnd(torch.autograd.Function):

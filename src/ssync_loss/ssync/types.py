@@ -1,4 +1,4 @@
-"""What stages and backends hand to each other."""
+"""What the stages of the method hand to each other."""
 
 from typing import NamedTuple
 
@@ -23,16 +23,16 @@ class PseudoLabels(NamedTuple):
     representative: Tensor
 
 
-class Terms(NamedTuple):
-    """Both terms of SSync, as every backend returns them.
+class SSyncTerms(NamedTuple):
+    """What :meth:`ssync_loss.SSyncLoss.terms` returns: tensors only, so that logging decides when to wait for a device.
 
     Attributes:
-        total: weighted sum of both means.
-        boundary: mean over boundary patches, which teaches the decoder.
-        interior: mean over interior patches, which teaches the encoder.
+        total: weighted, ramped sum; what ``forward`` returns.
+        boundary: unweighted mean of the boundary term, which teaches the decoder.
+        interior: unweighted mean of the interior term, which teaches the encoder.
         num_boundary: number of boundary patches in the batch, int64.
         num_interior: number of interior patches in the batch, int64.
-        labels: what both are taught, if it was asked for.
+        labels: the merged labels and the regions behind them.
     """
 
     total: Tensor
@@ -40,4 +40,4 @@ class Terms(NamedTuple):
     interior: Tensor
     num_boundary: Tensor
     num_interior: Tensor
-    labels: PseudoLabels | None
+    labels: PseudoLabels

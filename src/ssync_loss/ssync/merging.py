@@ -1,18 +1,17 @@
-"""Redundant slots: which are active in the same places, and which slot speaks for each group."""
+"""Redundant slots: which are active in the same places, and which slot represents each group."""
 
 import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import Blocks, frames_of, in_one, indicator
 from ssync_loss._checks import (
     check_floating,
     check_not_empty,
-    check_number,
     check_same_device,
     check_shape,
 )
-from ssync_loss._maps import check_slot_mask, check_valid
+from ssync_loss.ssync.maps import check_slot_mask, check_valid
+from ssync_loss.ssync.settings import check_scalar
 
 
 def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
@@ -46,58 +45,36 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, logits=logits)
     with torch.no_grad(), no_autocast(logits):
-        logits = at_least_float32(logits)
-        blocks = Blocks(logits)
-        both = []
-        for some, some_valid, some_slots in blocks.groups(logits, valid, slot_mask):
-            both.append(active_together(some, some_valid, some_slots, blocks))
-        return mean_overlap(in_one(both), valid)
+        return mean_overlap(at_least_float32(logits), valid, slot_mask)
 
 
-def active_together(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None, blocks: Blocks) -> Tensor:
-    """Count the patches of every frame on which two slots are active, of clips that go together: (B, T, S, S)."""
-    num_slots = logits.shape[2]
-    mean = slot_means(logits, valid)
-    cells = None if valid is None else valid.unsqueeze(2)
-    both = []
-    for frames in blocks.frames:
-        some, counted = frames_of(frames, logits, cells)
-        active = indicator(torch.gt, some, mean, blocks.scratch(*some.shape))
-        if counted is not None:
-            active.mul_(counted)
-        if slot_mask is not None:
-            active.mul_(slot_mask[:, None, :, None, None])
-        # zeros and ones: the products are exact counts in float32 (and in TF32) up to 2^24 patches a frame
-        active = active.reshape(some.shape[:2].numel(), num_slots, some.shape[3:].numel())
-        both.append(torch.bmm(active, active.mT).view(*some.shape[:2], num_slots, num_slots))
-    return in_one(both, 1)
-
-
-def mean_overlap(both: Tensor, valid: Tensor | None) -> Tensor:
-    """Average the IoU over frames, from what :func:`active_together` counts, written over: (B, S, S)."""
-    area = _diagonal(both)
-    either = (area.unsqueeze(-1) + area.unsqueeze(-2)).sub_(both).clamp_min_(1.0)
-    iou = both.div_(either)
+def mean_overlap(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
+    """Compute :func:`slot_overlap` without checks, of float32 or wider."""
+    active = logits > slot_mean(logits, valid)
+    if valid is not None:
+        active = active & valid.unsqueeze(2)
+    if slot_mask is not None:
+        active = active & slot_mask[:, None, :, None, None]
+    # sums of zeros and ones are exact in float32 up to 2^24 patches a frame
+    active = active.flatten(3).to(logits.dtype)
+    both, area = active @ active.mT, active.sum(3)
+    either = area.unsqueeze(3) + area.unsqueeze(2) - both
+    iou = both / either.clamp_min(1)
     if valid is None:
         return iou.sum(1) / iou.shape[1]
-    return iou.sum(1) / valid.flatten(2).any(2).sum(1).clamp_min(1)[:, None, None]
+    num_frames = valid.flatten(2).any(2).sum(1).clamp_min(1)
+    return iou.sum(1) / num_frames[:, None, None]
 
 
-def _diagonal(square: Tensor) -> Tensor:
-    """Return a view of the diagonals of contiguous (.., S, S); of torch's own a compiler warns."""
-    num_slots = square.shape[-1]
-    return square.view(*square.shape[:-2], num_slots * num_slots)[..., :: num_slots + 1]
-
-
-def slot_means(logits: Tensor, valid: Tensor | None) -> Tensor:
+def slot_mean(logits: Tensor, valid: Tensor | None) -> Tensor:
     """Average every slot over the valid patches of a clip, a sum over a count: (B, 1, S, 1, 1)."""
     if valid is None:
         return logits.sum((1, 3, 4), keepdim=True) / (logits.shape[1] * logits.shape[3] * logits.shape[4])
-    counted = torch.where(valid.unsqueeze(2), logits, 0.0)
-    return counted.sum((1, 3, 4), keepdim=True) / valid.sum((1, 2, 3)).clamp_min(1)[:, None, None, None, None]
+    total = torch.where(valid.unsqueeze(2), logits, 0.0).sum((1, 3, 4), keepdim=True)
+    return total / valid.sum((1, 2, 3)).clamp_min(1)[:, None, None, None, None]
 
 
-def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
+def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | None) -> Tensor:
     """Merge slots transitively and name each slot's representative.
 
     Slots i != j are linked when ``overlap[i, j] > threshold``; the connected components of that graph are the
@@ -112,7 +89,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
     Args:
         overlap: how far slots overlap, see :func:`slot_overlap`.
         area: hard area of every slot; NaN is less than any number.
-        threshold: within [0, 1]; 1 merges nothing. None merges nothing either.
+        threshold: within [0, 1], or a scalar tensor; 1 merges nothing. None merges nothing either.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), transitive pseudo-label merging.
 
@@ -133,7 +110,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
     check_same_device("area", area, overlap=overlap)
     if threshold is None:
         return unmerged(size["B"], size["S"], overlap.device)
-    check_number("threshold", threshold, 0.0, 1.0)
+    check_scalar("threshold", threshold, 0.0, 1.0)
     with torch.no_grad(), no_autocast(overlap):
         overlap = at_least_float32(overlap)
         area = area if area.is_floating_point() else area.long()
@@ -143,18 +120,15 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Te
         return representatives(torch.fmax(overlap, overlap.mT), smaller.sum(-1), threshold)
 
 
-def representatives(overlap: Tensor, area: Tensor, threshold: float) -> Tensor:
+def representatives(overlap: Tensor, area: Tensor, threshold: float | Tensor) -> Tensor:
     """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S), without checks."""
     num_slots = overlap.shape[-1]
-    reach = indicator(torch.gt, overlap.contiguous(), threshold)
-    _diagonal(reach).fill_(1.0)
-    # a path has at most S - 1 links, and every squaring doubles the reach
-    for squaring in range((num_slots - 2).bit_length()):
-        if squaring > 0 and squaring % 3 == 0:
-            # paths are counted, and would be more than a float holds
-            reach.clamp_max_(1.0)
-        reach = torch.bmm(reach, reach)
-    return area.unsqueeze(-2).masked_fill(reach == 0, -1).argmax(-1)
+    itself = torch.eye(num_slots, dtype=torch.bool, device=overlap.device)
+    linked = (overlap > threshold) | itself
+    # a path has at most S - 1 links, and every squaring doubles its length
+    for _ in range((num_slots - 1).bit_length()):
+        linked = linked.float() @ linked.float() > 0
+    return area.unsqueeze(-2).masked_fill(~linked, -1).argmax(-1)
 
 
 def unmerged(num_clips: int, num_slots: int, device: torch.device) -> Tensor:

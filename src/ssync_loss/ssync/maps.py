@@ -3,17 +3,17 @@
 Everything behind this file sees logits (B, T, S, H, W).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isqrt
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import TypeAlias
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._blocks import Blocks
 from ssync_loss._checks import (
     check_bool,
     check_choice,
@@ -23,6 +23,7 @@ from ssync_loss._checks import (
     check_shape,
     check_tensor,
 )
+from ssync_loss.ssync.settings import TINY
 
 Kind: TypeAlias = Literal["logits", "probs"]
 KindArgument: TypeAlias = Kind | Sequence[Kind]
@@ -30,8 +31,6 @@ Size: TypeAlias = tuple[int, int]
 Grid: TypeAlias = Size | tuple[Size, Size] | None
 
 KINDS = ("logits", "probs")
-# the smallest normal float32: where a probability of zero is put before its logarithm is taken
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Maps(NamedTuple):
@@ -68,21 +67,16 @@ class Maps(NamedTuple):
         B, T, _, H, W = self.enc.shape
         return has_slots.expand(B, T, H, W) if self.valid is None else self.valid & has_slots
 
-    def in_groups(self, blocks: Blocks) -> Iterator["Maps"]:
-        """Return the maps of every group of clips, see :meth:`widened`."""
-        for enc, dec, valid, slot_mask in blocks.groups(self.enc, self.dec, self.valid, self.slot_mask):
-            yield Maps(enc, dec, valid, slot_mask, self.clean).widened()
+    def spoil(self) -> Tensor:
+        """Return 1, or NaN where a valid patch of a present slot holds NaN or +inf: labels then mean nothing.
 
-    def widened(self) -> "Maps":
-        """Return the maps as what is computed in, with what counts as what is valid."""
-        maps = self._replace(enc=self.enc.to(self.dtype), dec=self.dec.to(self.dtype))
-        return maps if self.slot_mask is None else maps._replace(valid=self.counted)
-
-    def is_clean(self) -> Tensor:
-        """Tell, as a scalar tensor, whether no valid patch of a present slot holds NaN or +inf, in either map."""
+        Whatever is multiplied by it, a map or a loss, is as it was, or becomes NaN with its gradient.
+        """
         clean = is_clean(peak_of(self.enc.detach(), self.slot_mask), self.valid)
         clean = clean & is_clean(peak_of(self.dec.detach(), self.slot_mask), self.valid)
-        return clean if self.clean is None else clean & self.clean
+        if self.clean is not None:
+            clean = clean & self.clean
+        return torch.where(clean, 1.0, float("nan")).to(self.dtype)
 
 
 class BoundMaps(NamedTuple):

@@ -1,0 +1,105 @@
+"""Distillation, plainly: one map is compared with hard labels on the patches of a region."""
+
+from math import log
+
+import torch
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32
+from ssync_loss.ssync.maps import only_present
+from ssync_loss.ssync.settings import TINY, Criterion, Reduction, Settings
+
+# what a slot that cannot win costs in the cross-entropy
+LOG_TINY = log(TINY)
+
+
+def distill(
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    settings: Settings,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute :func:`ssync_loss.functional.selective_distillation_loss` without checks."""
+    num_slots = logits.shape[2]
+    is_slot = (target >= 0) & (target < num_slots)
+    target = torch.where(is_slot, target, 0).long()
+    if slot_mask is not None:
+        region = region & slot_mask.any(1)[:, None, None, None]
+    below = _below_peak(at_least_float32(logits), region, slot_mask)
+    if settings.criterion == "mse":
+        value = squared_error(below / settings.temperature, target)
+    else:
+        value = cross_entropy(below, target, slot_mask, settings.temperature, settings.label_smoothing)
+    # a selected label that is no slot has no value
+    value = torch.where(region, torch.where(is_slot, value, float("nan")), 0.0)
+    if reduction == "mean":
+        selected = num_averaged(region.sum((1, 2, 3)), num_slots, slot_mask, settings.criterion)
+        return value.sum() / selected.clamp_min(1)
+    if settings.criterion == "mse":
+        value = value / _num_present(value, num_slots, slot_mask)
+    return value.sum() if reduction == "sum" else value
+
+
+def squared_error(scores: Tensor, target: Tensor) -> Tensor:
+    """Return ``sum_s (P_s - 1[s = y])^2`` as ``r^2 + Q``, with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``.
+
+    Nothing is taken from 1, so that nothing cancels in a patch that is sure of its target.
+    """
+    wrong = scores.softmax(2).scatter(2, target.unsqueeze(2), 0.0)
+    return wrong.sum(2).square() + wrong.square().sum(2)
+
+
+def cross_entropy(
+    below: Tensor, target: Tensor, slot_mask: Tensor | None, temperature: float, smoothing: float
+) -> Tensor:
+    """Return ``-(1 - e) log P_y - (e / S) sum_s log P_s`` with smoothing e, of logits whose largest is 0.
+
+    A logit of -inf has the log-probability of the smallest normal float32, and no gradient.
+    """
+    scores = below / temperature
+    # the largest exponential is 1: the others are not added to it, which would round them off
+    peak = scores.argmax(2, keepdim=True)
+    log_total = scores.exp().scatter(2, peak, 0.0).sum(2, keepdim=True).log1p()
+    log_probs = torch.where(below == float("-inf"), LOG_TINY, scores - log_total)
+    value = -(1 - smoothing) * log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
+    if smoothing:
+        if slot_mask is not None:
+            log_probs = torch.where(slot_mask[:, None, :, None, None], log_probs, 0.0)
+        value = value - smoothing * log_probs.sum(2) / _num_present(value, scores.shape[2], slot_mask)
+    return value
+
+
+def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Return how far every present slot lies below the largest; absent slots are at -inf.
+
+    Patches that are not selected, and those whose slots are all at -inf, count as undecided: all zeros, without a
+    gradient. What they hold is not read.
+    """
+    if slot_mask is not None:
+        # a clip without slots selects nothing, and may keep all of them
+        slot_mask = slot_mask | ~slot_mask.any(1, keepdim=True)
+    scores = only_present(logits, slot_mask)
+    decided = region.unsqueeze(2) & (scores.amax(2, keepdim=True) != float("-inf"))
+    scores = only_present(torch.where(decided, scores, 0.0), slot_mask)
+    return scores - scores.gather(2, scores.argmax(2, keepdim=True))
+
+
+def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:
+    """Count what a mean divides by, from the selected patches of every clip: (.., B) -> (..).
+
+    Selected patches, for the squared criterion times present slots.
+    """
+    if criterion == "cross_entropy":
+        return selected.sum(-1)
+    if slot_mask is None:
+        return selected.sum(-1) * num_slots
+    return (selected * slot_mask.sum(1)).sum(-1)
+
+
+def _num_present(patches: Tensor, num_slots: int, slot_mask: Tensor | None) -> Tensor | int:
+    """Count the slots of every clip, as it broadcasts against patches (B, T, H, W)."""
+    if slot_mask is None:
+        return num_slots
+    return slot_mask.sum(1).clamp_min(1).to(patches.dtype)[:, None, None, None]

@@ -1,0 +1,71 @@
+"""Engines: what computes SSync. One contract (:mod:`.contract`), and one place where an engine is chosen: here.
+
+``"torch"`` is the method as it reads, ``"cpu"`` a C library compiled at first use, ``"triton"`` CUDA kernels,
+``"reference"`` loops.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+from typing_extensions import TypeAlias
+
+from ssync_loss._checks import check_choice
+from ssync_loss.ssync.engines.contract import Engine
+from ssync_loss.ssync.engines.cpu import CpuEngine
+from ssync_loss.ssync.engines.reference import ReferenceEngine
+from ssync_loss.ssync.engines.self_check import is_trusted
+from ssync_loss.ssync.engines.torch import TorchEngine
+from ssync_loss.ssync.engines.triton import TritonEngine
+
+Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "reference"]
+
+ENGINES: dict[str, Engine] = {
+    "torch": TorchEngine(),
+    "cpu": CpuEngine(),
+    "triton": TritonEngine(),
+    "reference": ReferenceEngine(),
+}
+BACKENDS = ("auto", *ENGINES)
+# what is faster than torch, by the type of a device
+FAST = {"cpu": "cpu", "cuda": "triton"}
+
+
+def check_backend(backend: object) -> None:
+    """Require a known name, and what can be asked of the machine before there are maps.
+
+    Raises:
+        ValueError: if the name is unknown, or the engine cannot be had here.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend != "auto":
+        _require(str(backend))
+
+
+def resolve(backend: Backend, *maps: Tensor) -> Engine:
+    """Return what computes for these maps.
+
+    ``"auto"`` takes a fast engine where it can take the maps and has agreed with torch on a small case, once a process
+    and device; torch everywhere else. What is asked for by name is not second-guessed.
+
+    Raises:
+        ValueError: if the name is unknown, or the engine cannot take the maps.
+
+    >>> import torch
+    >>> type(resolve("auto", torch.zeros(1, 1, 2, 1, 1, device="meta"))).__name__
+    'TorchEngine'
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend != "auto":
+        _require(backend, *maps)
+        return ENGINES[backend]
+    device = maps[0].device
+    fast = FAST.get(device.type)
+    if fast is not None and ENGINES[fast].missing(*maps) is None and is_trusted(fast, str(device)):
+        return ENGINES[fast]
+    return ENGINES["torch"]
+
+
+def _require(name: str, *maps: Tensor) -> None:
+    missing = ENGINES[name].missing(*maps)
+    if missing is not None:
+        raise ValueError(f"`backend`={name!r} needs {missing}.")

@@ -1,0 +1,77 @@
+"""Engine ``"cpu"``: the method as one C file, compiled at first use and called on data pointers."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.cpu import operators
+from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
+from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Reduction, Settings
+from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+
+__all__ = ["CpuEngine"]
+
+
+class CpuEngine:
+    """The C library; :mod:`.operators` makes its functions operators of torch."""
+
+    def missing(self, *maps: Tensor) -> str | None:
+        """Say what keeps the library from taking maps."""
+        for one in maps:
+            if one.device.type != "cpu":
+                return f"CPU tensors; got {one.device.type}"
+            if one.dtype not in KINDS:
+                return f"16, 32 or 64 bits; got {one.dtype}"
+            if one.shape[2] > MAX_SLOTS:
+                return f"S <= {MAX_SLOTS}; got S={one.shape[2]}"
+        return missing_library()
+
+    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
+        """Compute labels, regions and representatives."""
+        return operators.pseudo_labels(maps, settings)
+
+    def distill(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        settings: Settings,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Compare one map with labels on a region."""
+        return operators.distill(logits, target, region, slot_mask, settings, reduction)
+
+    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+        """Compute the weighted sum of both terms; the weights are in the gradients that the forward writes."""
+        boundary, interior, *_ = operators.step(maps, settings, with_weights=True, with_labels=False)
+        return boundary + interior
+
+    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
+        """Compute that sum with its parts and labels."""
+        boundary, interior, counts, labels = operators.step(maps, settings, with_weights=False, with_labels=True)
+        num_boundary, num_interior = counts.unbind()
+        return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def missing_library() -> str | None:
+    """Say why there is no library, or return None: asked once a process. What is broken is warned about once."""
+    if not _reasons:
+        try:
+            load()
+            _reasons.append(None)
+        except UnavailableError as error:
+            _reasons.append(str(error))
+        except BrokenError as error:
+            _reasons.append(f"a C compiler that works: {error}")
+            warnings.warn(f"ssync_loss could not compile its CPU engine, and takes plain torch: {error} (Said once.)", stacklevel=2)
+    return _reasons[0]
+
+
+# the answer, once there is one
+_reasons: list[str | None] = []

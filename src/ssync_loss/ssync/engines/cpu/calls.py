@@ -1,0 +1,69 @@
+"""Call the C functions of `engine.c` on tensors: only pointers, shapes and strides travel."""
+
+import ctypes
+from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssync_loss.ssync.engines.cpu.library import load
+
+MAX_SLOTS = 64
+KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+class _Tensor(Structure):
+    _fields_ = (("data", c_void_p), ("kind", c_int64), ("strides", c_int64 * 5))
+
+
+class _Call(Structure):
+    """The fields of `Call`, in its order."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("num_clips", "num_frames", "num_slots", "height", "width", "num_threads")),
+        *((name, _Tensor) for name in ("enc", "dec", "valid")),
+        *((name, c_void_p) for name in ("slot_mask", "clean", "knobs")),
+        *((name, c_int64) for name in ("min_different", "min_same", "max_different", "cross_entropy")),
+        *((name, c_double) for name in ("label_smoothing", "temperature")),
+        *((name, _Tensor) for name in ("target", "region")),
+        *((name, c_void_p) for name in ("boundary_mean", "interior_mean", "values", "counts", "grad_enc", "grad_dec")),
+        *((name, c_void_p) for name in ("enc_labels", "dec_labels", "representative", "boundary", "interior")),
+        *((name, c_int64) for name in ("reduction", "kind")),
+        *((name, c_void_p) for name in ("targets", "sums", "selected", "dirty")),
+        ("scales", c_double * 2),
+    )
+
+
+def call(function: str, shape: torch.Size, dtype: torch.dtype, **fields: Any) -> None:
+    """Run a function of the library, in float32 or float64.
+
+    Args:
+        function: its name, without the type.
+        shape: (B, T, S, H, W).
+        dtype: what is computed in.
+        **fields: of the call; tensors as pointers, those with any strides as ``(tensor,)``.
+
+    Raises:
+        MemoryError: if there is no memory for what the function works with.
+    """
+    made = _Call(*shape, torch.get_num_threads())
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if isinstance(value, tuple):
+            _describe(getattr(made, name), value[0])
+        else:
+            setattr(made, name, value.data_ptr() if isinstance(value, Tensor) else KINDS.get(value, value))
+    suffix = "f64" if dtype == torch.float64 else "f32"
+    if getattr(load(), f"ssync_{function}_{suffix}")(ctypes.byref(made)):
+        raise MemoryError(f"no memory for engine 'cpu' on maps of shape {tuple(shape)}.")
+
+
+def _describe(field: _Tensor, tensor: Tensor | None) -> None:
+    if tensor is None:
+        return
+    field.data, field.kind = tensor.data_ptr(), KINDS.get(tensor.dtype, -1)
+    *outer, height, width = tensor.stride()
+    field.strides = (c_int64 * 5)(*outer[:2], outer[2] if len(outer) == 3 else 0, height, width)

@@ -1,0 +1,147 @@
+"""Compile `engine.c` at first use, keep the library in the user's cache folder, and load it."""
+
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from ctypes import CDLL
+from functools import lru_cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("engine.c")
+# neither of the last two assumes anything about NaN; without them the selects in the loops are scalar
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+COMPILERS = ("cc", "gcc", "clang")
+SECONDS = 10.0
+CACHE_VARIABLE = "SSYNC_LOSS_CACHE"
+
+
+class UnavailableError(Exception):
+    """This machine cannot have the engine; no fault of anybody."""
+
+
+class BrokenError(Exception):
+    """The engine should have been had here, and was not."""
+
+
+@lru_cache(maxsize=1)
+def load() -> CDLL:
+    """Return the engine's library, compiled if it is not in the cache yet.
+
+    Raises:
+        UnavailableError: without a compiler, without a cache folder that can be trusted and written, or where
+            libraries of that folder cannot be loaded.
+        BrokenError: if the compiler fails, or takes more than 10 seconds.
+    """
+    if sys.platform == "win32":
+        raise UnavailableError("a POSIX system")
+    folder = _cache_folder()
+    compiler = _compiler()
+    path = _find(folder, _key(compiler)) or _build(folder, compiler)
+    try:
+        return CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"a cache folder that libraries can be loaded from ({error})") from None
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CC", "").split()
+    for name in (*wanted[:1], *COMPILERS):
+        path = shutil.which(name)
+        if path is not None:
+            return os.path.realpath(path)
+    raise UnavailableError(f"a C compiler; none of {', '.join(COMPILERS)} is on the PATH")
+
+
+def _cache_folder() -> Path:
+    """Make the cache folder, and require that nobody but this user can have put anything into it."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "ssync-loss"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except (OSError, RuntimeError) as error:
+        raise UnavailableError(f"a cache folder; {CACHE_VARIABLE} names one ({error})") from None
+    wrong = (
+        "is a link"
+        if stat.S_ISLNK(facts.st_mode)
+        else "is no folder"
+        if not stat.S_ISDIR(facts.st_mode)
+        else "belongs to another user"
+        if facts.st_uid != os.geteuid()
+        else "can be written by others"
+        if facts.st_mode & 0o022
+        else None
+    )
+    if wrong is not None:
+        raise UnavailableError(f"a cache folder of its own: {folder} {wrong}; {CACHE_VARIABLE} names another")
+    return folder
+
+
+def _key(compiler: str) -> str:
+    """Hash what a library depends on: source, flags, compiler and processor."""
+    facts = os.stat(compiler)
+    parts = (SOURCE.read_bytes(), FLAGS, compiler, facts.st_size, facts.st_mtime_ns, platform.machine(), _processor())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """Describe what `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def _find(folder: Path, key: str) -> Path | None:
+    """Return a library whose name still says what is in it: a truncated one is never loaded."""
+    for path in folder.glob(f"engine-{key}-*.so"):
+        facts = path.lstat()
+        ours = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
+        if ours and path.name == _name(key, path):
+            return path
+    return None
+
+
+def _name(key: str, path: Path) -> str:
+    return f"engine-{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:24]}.so"
+
+
+def _build(folder: Path, compiler: str) -> Path:
+    """Compile beside, and rename: several processes may do so at once."""
+    try:
+        handle, beside = tempfile.mkstemp(dir=folder, suffix=".so.part")
+    except OSError as error:
+        raise UnavailableError(f"a cache folder that can be written; {CACHE_VARIABLE} names one ({error})") from None
+    os.close(handle)
+    try:
+        _compile([compiler, *FLAGS, str(SOURCE), "-o", beside, "-lm"])
+        os.chmod(beside, 0o700)
+        path = folder / _name(_key(compiler), Path(beside))
+        os.replace(beside, path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+    return path
+
+
+def _compile(command: list[str]) -> None:
+    # a session of its own, so that the parts of a compiler that hangs end with it
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise BrokenError(f"`{' '.join(command)}` took more than {SECONDS:g} s") from None
+    if process.returncode != 0:
+        text = said.decode(errors="replace").strip()[-2000:]
+        raise BrokenError(f"`{' '.join(command)}` failed with {process.returncode}: {text}")

@@ -1,0 +1,331 @@
+"""The C library's functions as operators of torch: shapes for fake tensors, and gradients.
+
+The forward writes the gradients of both maps, weights included. Nothing else waits for the backward, which multiplies
+them by the gradient that came in, unless that is 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeAlias
+
+from ssync_loss._autograd import differentiable, once_differentiable
+from ssync_loss._checks import is_readable
+from ssync_loss.ssync.engines.cpu.calls import REDUCTIONS, call
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Reduction, Settings
+from ssync_loss.ssync.types import PseudoLabels
+
+# the fields of PseudoLabels, without elements where they are not wanted
+Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# means of boundary and interior, how many patches they are of, gradients of decoder and encoder (those wanted), labels
+Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def step(
+    maps: Maps, settings: Settings, *, with_weights: bool, with_labels: bool
+) -> tuple[Tensor, Tensor, Tensor, PseudoLabels]:
+    """Compute both means, times their weights if wanted, both counts of patches, and the labels, empty if not wanted."""
+    weights = (settings.boundary_weight, settings.interior_weight) if with_weights else (1.0, 1.0)
+    enabled = torch.is_grad_enabled()
+    boundary, interior, counts, _, *labels = _differentiable_step(
+        maps.enc,
+        maps.dec,
+        maps.valid,
+        maps.slot_mask,
+        maps.clean,
+        _knobs(settings.merge_threshold, *weights),
+        settings.min_different,
+        settings.min_same,
+        settings.max_different,
+        settings.criterion == "cross_entropy",
+        settings.label_smoothing,
+        settings.temperature,
+        enabled and maps.dec.requires_grad,
+        enabled and maps.enc.requires_grad,
+        with_labels,
+    )
+    return boundary, interior, counts, PseudoLabels._make(labels)
+
+
+def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
+    """Compute labels, regions and representatives."""
+    labels: Labels = _label(
+        maps.enc.detach(),
+        maps.dec.detach(),
+        maps.valid,
+        maps.slot_mask,
+        _knobs(settings.merge_threshold, 1.0, 1.0),
+        settings.min_different,
+        settings.min_same,
+        settings.max_different,
+    )
+    return PseudoLabels._make(labels)
+
+
+def distill(
+    logits: Tensor, target: Tensor, region: Tensor, slot_mask: Tensor | None, settings: Settings, reduction: Reduction
+) -> Tensor:
+    """Compare one map with labels on a region."""
+    value: Tensor
+    value, _ = _differentiable_distill(
+        logits,
+        target,
+        region,
+        slot_mask,
+        settings.criterion == "cross_entropy",
+        settings.label_smoothing,
+        settings.temperature,
+        reduction,
+        logits.requires_grad and torch.is_grad_enabled(),
+    )
+    return value
+
+
+def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> Tensor:
+    """Put what may be numbers or tensors into one tensor (3,), which the library reads."""
+    knobs = [float("inf") if merge_threshold is None else merge_threshold, *weights]
+    if not any(isinstance(knob, Tensor) for knob in knobs):
+        return torch.tensor(knobs, dtype=torch.float64, device="cpu")
+    return torch.stack([torch.as_tensor(knob, dtype=torch.float64, device="cpu").detach() for knob in knobs])
+
+
+def _dtype_of(*maps: Tensor) -> torch.dtype:
+    return torch.float64 if any(one.dtype == torch.float64 for one in maps) else torch.float32
+
+
+@torch.library.custom_op("ssync_loss::cpu_step", mutates_args=())
+def _step(
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    clean: Tensor | None,
+    knobs: Tensor,
+    min_different: int,
+    min_same: int,
+    max_different: int,
+    cross_entropy: bool,
+    label_smoothing: float,
+    temperature: float,
+    for_dec: bool,
+    for_enc: bool,
+    with_labels: bool,
+) -> Step:
+    boundary, interior, counts, grads, *labels = outputs = _new_step(enc, dec, for_dec, for_enc, with_labels)
+    call(
+        "step",
+        enc.shape,
+        _dtype_of(enc, dec),
+        enc=(enc,),
+        dec=(dec,),
+        valid=(valid,),
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        clean=clean,
+        knobs=knobs,
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+        cross_entropy=cross_entropy,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        boundary_mean=boundary,
+        interior_mean=interior,
+        counts=counts,
+        grad_dec=grads[0] if for_dec else None,
+        grad_enc=grads[-1] if for_enc else None,
+        **dict(zip(PseudoLabels._fields, labels, strict=True)) if with_labels else {},
+    )
+    return outputs
+
+
+@_step.register_fake
+def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
+    *_, for_dec, for_enc, with_labels = settings
+    return _new_step(enc, dec, for_dec, for_enc, with_labels)
+
+
+def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool, with_labels: bool) -> Step:
+    dtype = _dtype_of(enc, dec)
+    # both gradients in one piece: of two, malloc gives the memory back, and every page is faulted in again
+    return (
+        enc.new_empty((), dtype=dtype),
+        enc.new_empty((), dtype=dtype),
+        enc.new_empty(2, dtype=torch.int64),
+        enc.new_empty((for_dec + for_enc, *enc.shape), dtype=dtype),
+        *_new_labels(enc, with_labels),
+    )
+
+
+def _new_labels(enc: Tensor, wanted: bool = True) -> Labels:
+    clips, frames, slots, height, width = enc.shape
+    patches = (clips, frames, height, width) if wanted else (0,)
+    return (
+        enc.new_empty(patches, dtype=torch.int64),
+        enc.new_empty(patches, dtype=torch.int64),
+        enc.new_empty(patches, dtype=torch.bool),
+        enc.new_empty(patches, dtype=torch.bool),
+        enc.new_empty((clips, slots) if wanted else 0, dtype=torch.int64),
+    )
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
+    enc, dec, *_ = inputs
+    *_, ctx.for_dec, ctx.for_enc, _ = inputs
+    boundary, interior, *rest = output
+    ctx.dtypes = dec.dtype, enc.dtype
+    ctx.mark_non_differentiable(*rest)
+    # or autograd fills zeros for what nobody differentiates
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(boundary, interior, rest[1])
+
+
+@once_differentiable
+def _derive_step(
+    ctx: Any, grad_boundary: Tensor | None, grad_interior: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _, _, grads = ctx.saved_tensors
+    grad_enc = grad_dec = None
+    if grad_boundary is not None and ctx.for_dec:
+        grad_dec = _times(grads[0], grad_boundary, ctx.dtypes[0])
+    if grad_interior is not None and ctx.for_enc:
+        grad_enc = _times(grads[-1], grad_interior, ctx.dtypes[1])
+    return grad_enc, grad_dec, *(None,) * 13
+
+
+_differentiable_step = differentiable(_step, _save_step, _derive_step)
+
+
+def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a gradient that the forward wrote, never in place; by a 1 it is handed on as it is, if only once."""
+    is_one = incoming.dim() == 0 and is_readable(incoming) and float(incoming) == 1
+    if is_one and grad.dtype == dtype and not _may_come_again():
+        return grad
+    result: Tensor = _scale(grad, incoming, dtype)
+    return result
+
+
+def _may_come_again() -> bool:
+    """Tell whether the graph is kept for another backward, as far as torch says."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+@torch.library.custom_op("ssync_loss::cpu_scale", mutates_args=())
+def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient times a number, or times one for every patch, in the type of its map."""
+    scaled = torch.empty_like(grad, dtype=dtype)
+    factor = incoming.to(grad.dtype).contiguous()
+    call(
+        "scale",
+        grad.shape,
+        grad.dtype,
+        enc=(grad,),
+        kind=dtype,
+        values=factor,
+        reduction=int(incoming.dim() == 0),
+        grad_enc=scaled,
+    )
+    return scaled
+
+
+@_scale.register_fake
+def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 (the operator has it)
+    return torch.empty_like(grad, dtype=dtype)
+
+
+@torch.library.custom_op("ssync_loss::cpu_label", mutates_args=())
+def _label(
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    knobs: Tensor,
+    min_different: int,
+    min_same: int,
+    max_different: int,
+) -> Labels:
+    labels = _new_labels(enc)
+    call(
+        "step",
+        enc.shape,
+        _dtype_of(enc, dec),
+        enc=(enc,),
+        dec=(dec,),
+        valid=(valid,),
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        knobs=knobs,
+        min_different=min_different,
+        min_same=min_same,
+        max_different=max_different,
+        **dict(zip(PseudoLabels._fields, labels, strict=True)),
+    )
+    return labels
+
+
+@_label.register_fake
+def _(enc: Tensor, *_: Any) -> Labels:
+    return _new_labels(enc)
+
+
+@torch.library.custom_op("ssync_loss::cpu_distill", mutates_args=())
+def _distill(
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    cross_entropy: bool,
+    label_smoothing: float,
+    temperature: float,
+    reduction: str,
+    for_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    value, grad = _new_distillation(logits, reduction, for_logits)
+    call(
+        "distill",
+        logits.shape,
+        _dtype_of(logits),
+        enc=(logits,),
+        target=(target.long(),),
+        region=(region,),
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        cross_entropy=cross_entropy,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        reduction=REDUCTIONS[reduction],
+        values=value,
+        grad_enc=grad if for_logits else None,
+    )
+    return value, grad
+
+
+@_distill.register_fake
+def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, for_logits = settings
+    return _new_distillation(logits, reduction, for_logits)
+
+
+def _new_distillation(logits: Tensor, reduction: str, for_logits: bool) -> tuple[Tensor, Tensor]:
+    dtype = _dtype_of(logits)
+    clips, frames, _, height, width = logits.shape
+    patches = (clips, frames, height, width) if reduction == "none" else ()
+    return logits.new_empty(patches, dtype=dtype), logits.new_empty(logits.shape if for_logits else 0, dtype=dtype)
+
+
+def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, *_ = inputs
+    value, grad = output
+    ctx.dtype = logits.dtype
+    ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(value, grad)
+
+
+@once_differentiable
+def _derive_distillation(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    _, grad = ctx.saved_tensors
+    return None if incoming is None else _times(grad, incoming, ctx.dtype), *(None,) * 8
+
+
+_differentiable_distill = differentiable(_distill, _save_distillation, _derive_distillation)

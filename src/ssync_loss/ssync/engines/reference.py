@@ -1,0 +1,62 @@
+"""Engine ``"reference"``: loops over clips, frames, slots and neighbors, for checking."""
+
+from torch import Tensor
+
+from ssync_loss.ssync.engines.contract import compose
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.reference import reference_pseudo_labels, reference_selective_distillation_loss
+from ssync_loss.ssync.settings import Reduction, Settings
+from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+
+
+class ReferenceEngine:
+    """The slow definitions."""
+
+    def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (it takes all maps)
+        """Say that nothing is missing."""
+        return None
+
+    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
+        """Compute labels, regions and representatives."""
+        threshold = settings.merge_threshold
+        if isinstance(threshold, Tensor):
+            threshold = float(threshold) if threshold < float("inf") else None
+        return reference_pseudo_labels(
+            maps.enc,
+            maps.dec,
+            merge_threshold=threshold,
+            min_different=settings.min_different,
+            min_same=settings.min_same,
+            max_different=settings.max_different,
+            valid=maps.counted,
+            slot_mask=maps.slot_mask,
+        )
+
+    def distill(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        settings: Settings,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Compare one map with labels on a region."""
+        return reference_selective_distillation_loss(
+            logits,
+            target,
+            region,
+            criterion=settings.criterion,
+            label_smoothing=settings.label_smoothing,
+            temperature=settings.temperature,
+            slot_mask=slot_mask,
+            reduction=reduction,
+        )
+
+    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+        """Compute the weighted sum of both terms."""
+        return self.terms(maps, settings).total
+
+    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
+        """Compute that sum with its parts and labels."""
+        return compose(self, maps, settings)

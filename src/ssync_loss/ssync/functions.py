@@ -1,0 +1,322 @@
+"""The method's functions as a user calls them: arguments are checked, an engine is chosen, and computes."""
+
+from torch import Tensor, no_grad
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_label_range,
+    check_labels_present,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+)
+from ssync_loss.ssync.engines import Backend, check_backend, resolve
+from ssync_loss.ssync.engines.contract import one_term
+from ssync_loss.ssync.maps import Grid, KindArgument, Maps, check_slot_mask, prepare_maps
+from ssync_loss.ssync.settings import REDUCTIONS, Criterion, Reduction, Settings
+from ssync_loss.ssync.types import PseudoLabels
+
+
+def pseudo_labels(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    merge_threshold: float | Tensor | None = 0.6,
+    min_different: int = 1,
+    min_same: int = 1,
+    max_different: int = 0,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> PseudoLabels:
+    """Compute the targets and regions of both SSync losses, in time linear in the patches.
+
+    ``e = argmax_s enc``, ``d = argmax_s dec`` (first index on ties); slots whose activations overlap by more
+    than ``merge_threshold`` are merged transitively (:func:`slot_overlap`, :func:`merge_slots`, with the hard
+    area of ``e``), and both label maps are rewritten with the representatives. ``boundary`` comes from the
+    merged ``e``, ``interior`` from the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
+
+    Shape:
+        enc_logits: (B, T, S, H, W) or (B, T, S, N). dec_logits: the same, on any grid.
+
+    Args:
+        enc_logits: slot-attention logits of the last iteration of every frame, before the softmax over slots.
+        dec_logits: alpha logits of the decoder, before the softmax over slots.
+        merge_threshold: within [0, 1], or a scalar tensor on the maps' device; None turns merging off.
+        min_different: differing neighbors, of ten, that make a boundary.
+        min_same: agreeing neighbors without which a patch is noise.
+        max_different: differing neighbors allowed in an interior.
+        kind: ``"logits"`` or ``"probs"``, or a pair for encoder and decoder. Probabilities of the encoder are
+            compared with their mean as log p: a *different* merging rule, which wants its own threshold.
+        grid: (H, W) of (B, T, S, N) maps, or a pair of grids for encoder and decoder.
+        valid: (B, T) or (B, T, H, W) bool: patches that count, on the encoder's grid.
+        slot_mask: (B, S) bool: slots that are present.
+        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
+
+    Raises:
+        TypeError, ValueError: on wrong shapes, dtypes or settings; the message names the argument.
+
+    >>> import torch
+    >>> maps = torch.tensor([[3.0, 3.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0]]).view(1, 1, 2, 1, 4)
+    >>> labels = pseudo_labels(maps, maps)
+    >>> labels.enc_labels.flatten().tolist(), labels.boundary.flatten().tolist()
+    ([0, 0, 1, 1], [False, True, True, False])
+    """
+    settings = Settings(merge_threshold, min_different, min_same, max_different)
+    settings.check()
+    check_backend(backend)
+    with no_grad():
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        return labels_of(maps, settings, backend)
+
+
+def labels_of(maps: Maps, settings: Settings, backend: Backend) -> PseudoLabels:
+    """Compute :func:`pseudo_labels` of maps that are prepared already."""
+    with no_autocast(maps.enc):
+        return resolve(backend, maps.enc, maps.dec).pseudo_labels(maps, settings)
+
+
+def selective_distillation_loss(
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    *,
+    criterion: Criterion = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    slot_mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compare a map's slot probabilities with hard labels on the patches of a region.
+
+    With ``P = softmax_s(logits / temperature)`` and y the label, the value of a selected patch is
+    ``(1/S) sum_s (P_s - 1[s = y])^2`` for ``"mse"`` and ``-log P_y`` for ``"cross_entropy"`` (with smoothing e,
+    ``-(1 - e) log P_y - (e/S) sum_s log P_s``). ``reduction="mean"`` divides by what was selected in the whole
+    batch. Nothing selected gives exactly 0, attached to the graph. What unselected patches hold never matters,
+    NaN included, and they get no gradient.
+
+    With a slot mask the sums run over present slots and S is their number in each clip, S_b; the mean of the
+    squared criterion is then ``sum over selected patches and slots / sum_b M_b S_b`` with M_b selected patches.
+
+    Two limits are fixed by convention. A selected patch whose slots are all -inf counts as uniform, without
+    gradient. In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32,
+    -87.3, without gradient, so that a slot which cannot win costs much, but not infinitely much.
+
+    Shape:
+        logits: (B, T, S, H, W). target: (B, T, H, W) integers within [0, S). region: (B, T, H, W) bool.
+        slot_mask: (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or
+        float64 if the logits are.
+
+    Args:
+        logits: the map to be taught; the only argument that gets a gradient.
+        target: slot index of every patch.
+        region: the patches that count.
+        criterion: ``"mse"`` or ``"cross_entropy"``.
+        label_smoothing: within [0, 1], spread over present slots; cross-entropy only.
+        temperature: above 0 (at least the smallest normal float32, 1.2e-38).
+        slot_mask: slots that are present; absent ones leave the softmax.
+        reduction: ``"none"`` (0 where unselected), ``"sum"`` or ``"mean"``.
+        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings. Labels out of range are found where that needs no waiting for
+            a device: on a CPU, outside compilation.
+
+    >>> import torch
+    >>> logits = torch.tensor([3.0, 1.0]).log().view(1, 1, 2, 1, 1)  # P = (3/4, 1/4)
+    >>> target, region = torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    >>> round(selective_distillation_loss(logits, target, region).item(), 6)  # (1/16 + 1/16) / 2
+    0.0625
+    """
+    size = check_shape("logits", logits, "B T S H W")
+    check_not_empty("logits", size, "T S H W")
+    check_floating("logits", logits)
+    patches = {axis: size[axis] for axis in "BTHW"}
+    check_shape("target", target, "B T H W", **patches)
+    check_integer("target", target)
+    check_same_device("target", target, logits=logits)
+    check_shape("region", region, "B T H W", **patches)
+    check_bool("region", region)
+    check_same_device("region", region, logits=logits)
+    if slot_mask is not None:
+        check_slot_mask(slot_mask, size, logits=logits)
+    settings = Settings(criterion=criterion, label_smoothing=label_smoothing, temperature=temperature)
+    settings.check()
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_label_range("target", target, size["S"])
+    check_backend(backend)
+    if slot_mask is not None:
+        check_labels_present("target", target, region, slot_mask)
+    with no_autocast(logits):
+        return resolve(backend, logits).distill(logits, target, region, slot_mask, settings, reduction)
+
+
+def boundary_refinement_loss(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    labels: PseudoLabels | None = None,
+    merge_threshold: float | Tensor | None = 0.6,
+    min_different: int = 1,
+    min_same: int = 1,
+    criterion: Criterion = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Teach the decoder the encoder's labels at boundaries.
+
+    ``L_b = mean over boundary patches and slots of (softmax_s(dec / temperature) - 1[e])^2`` with e the merged
+    hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
+    exactly 0, attached to the graph.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+
+    Args:
+        enc_logits: the teacher.
+        dec_logits: the student.
+        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
+            of the region idle.
+        merge_threshold: see :func:`pseudo_labels`, like the next two.
+        min_different: differing neighbors that make a boundary.
+        min_same: agreeing neighbors without which a patch is noise.
+        criterion: see :func:`selective_distillation_loss`, like the next two.
+        label_smoothing: for ``"cross_entropy"`` only.
+        temperature: of the softmax.
+        kind: see :func:`pseudo_labels`, like the rest.
+        grid: (H, W) of (B, T, S, N) maps.
+        valid: patches that count.
+        slot_mask: slots that are present.
+        backend: what computes, see :class:`SSyncLoss`.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
+
+    Raises:
+        TypeError, ValueError: on wrong shapes, dtypes or settings.
+
+    >>> import torch
+    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
+    >>> dec = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
+    >>> boundary_refinement_loss(enc, dec).item()
+    0.25
+    """
+    settings = Settings(
+        merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature
+    )
+    settings.check()
+    check_backend(backend)
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    labels = _labels(labels, "enc_labels", "boundary", maps, settings, backend)
+    return _term(maps.dec, labels.enc_labels, labels.boundary, maps, settings, backend)
+
+
+def interior_denoising_loss(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    labels: PseudoLabels | None = None,
+    merge_threshold: float | Tensor | None = 0.6,
+    max_different: int = 0,
+    criterion: Criterion = "mse",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Teach the encoder the decoder's labels in interiors.
+
+    ``L_i = mean over interior patches and slots of (softmax_s(enc / temperature) - 1[d])^2`` with d the merged
+    hard labels of the decoder. No gradient reaches the decoder's map. Where there is no interior the loss is
+    exactly 0, attached to the graph.
+
+    Shape:
+        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+
+    Args:
+        enc_logits: the student.
+        dec_logits: the teacher.
+        labels: see :func:`boundary_refinement_loss`, like the next.
+        merge_threshold: overlap above which slots are merged.
+        max_different: differing neighbors allowed in an interior.
+        criterion: see :func:`boundary_refinement_loss`, like the rest.
+        label_smoothing: for ``"cross_entropy"`` only.
+        temperature: of the softmax.
+        kind: what the maps hold.
+        grid: (H, W) of (B, T, S, N) maps.
+        valid: patches that count.
+        slot_mask: slots that are present.
+        backend: what computes.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
+
+    Raises:
+        TypeError, ValueError: on wrong shapes, dtypes or settings.
+
+    >>> import torch
+    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> enc = torch.zeros(1, 1, 2, 1, 2)  # undecided: (1/2 - 1)^2 and (1/2)^2 average to 1/4
+    >>> interior_denoising_loss(enc, dec).item()
+    0.25
+    """
+    settings = Settings(
+        merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature
+    )
+    settings.check()
+    check_backend(backend)
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+    labels = _labels(labels, "dec_labels", "interior", maps, settings, backend)
+    return _term(maps.enc, labels.dec_labels, labels.interior, maps, settings, backend)
+
+
+def _labels(
+    given: PseudoLabels | None, target_name: str, region_name: str, maps: Maps, settings: Settings, backend: Backend
+) -> PseudoLabels:
+    """Return labels: computed, or those that were given, checked, and without what is not valid now."""
+    if given is None:
+        return labels_of(maps, settings, backend)
+    if not isinstance(given, PseudoLabels):
+        raise TypeError(f"`labels` must be PseudoLabels; got {type(given).__name__}.")
+    target, region = getattr(given, target_name), getattr(given, region_name)
+    size = dict(zip("BTSHW", maps.enc.shape, strict=True))
+    num_slots = size.pop("S")
+    check_shape(f"labels.{target_name}", target, "B T H W", **size)
+    check_integer(f"labels.{target_name}", target)
+    check_same_device(f"labels.{target_name}", target, enc_logits=maps.enc)
+    check_label_range(f"labels.{target_name}", target, num_slots)
+    check_shape(f"labels.{region_name}", region, "B T H W", **size)
+    check_bool(f"labels.{region_name}", region)
+    check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
+    counted = maps.counted
+    if counted is not None:
+        region = region & counted
+    if maps.slot_mask is not None:
+        check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
+    return given._replace(**{region_name: region})
+
+
+def _term(
+    student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend
+) -> Tensor:
+    """Return the mean distillation of one of the maps."""
+    with no_autocast(student):
+        return one_term(resolve(backend, maps.enc, maps.dec), student, target, region, maps, settings)

@@ -1,0 +1,58 @@
+"""Pseudo-labels, plainly: hard labels, merged slots, two regions. No gradient."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss.ssync.maps import Maps, only_present
+from ssync_loss.ssync.merging import mean_overlap, representatives, unmerged
+from ssync_loss.ssync.regions import select_boundary, select_interior
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import PseudoLabels
+
+
+@torch.no_grad()
+def find_labels(maps: Maps, settings: Settings) -> PseudoLabels:
+    """Compute what both maps teach each other, and where; :func:`ssync_loss.functional.pseudo_labels` says what that is."""
+    valid = maps.counted
+    enc_labels, dec_labels = hard_labels(maps)
+    representative = _representative(maps.enc.to(maps.dtype), enc_labels, valid, maps.slot_mask, settings)
+    enc_labels, dec_labels = (
+        representative.gather(1, labels.flatten(1)).view_as(labels) for labels in (enc_labels, dec_labels)
+    )
+    if valid is not None:
+        enc_labels, dec_labels = enc_labels.masked_fill(~valid, 0), dec_labels.masked_fill(~valid, 0)
+    return PseudoLabels(
+        enc_labels,
+        dec_labels,
+        boundary=select_boundary(enc_labels, valid, settings.min_different, settings.min_same),
+        interior=select_interior(dec_labels, valid, settings.max_different),
+        representative=representative,
+    )
+
+
+def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
+    """Label every patch of both maps, before merging: (B, T, H, W) int64. An invalid patch may get any label."""
+    return _largest_slot(maps.enc, maps.slot_mask), _largest_slot(maps.dec, maps.slot_mask)
+
+
+def _largest_slot(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Return the first present slot with the largest logit."""
+    scores = only_present(logits, slot_mask)
+    labels = scores.argmax(2)
+    if slot_mask is None:
+        return labels
+    # where no present slot is above -inf, an absent one may come first
+    first = slot_mask.to(torch.uint8).argmax(1)[:, None, None, None]
+    return torch.where(scores.amax(2) == float("-inf"), first, labels)
+
+
+def _representative(
+    enc: Tensor, enc_labels: Tensor, valid: Tensor | None, slot_mask: Tensor | None, settings: Settings
+) -> Tensor:
+    """Return the slot that every slot is merged into: (B, S)."""
+    num_clips, _, num_slots = enc.shape[:3]
+    if settings.merge_threshold is None:
+        return unmerged(num_clips, num_slots, enc.device)
+    counted = torch.ones_like(enc_labels) if valid is None else valid.long()
+    area = enc_labels.new_zeros(num_clips, num_slots).scatter_add(1, enc_labels.flatten(1), counted.flatten(1))
+    return representatives(mean_overlap(enc, valid, slot_mask), area, settings.merge_threshold)
