@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import (
     check_bool,
@@ -16,9 +17,8 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss.losses._assignment import best_assignment
-from ssync_loss.losses._contrast import directions, products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._vectors import directions, products
+from ssync_loss.methods.smtc._assignment import best_assignment
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 

@@ -6,6 +6,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import (
     check_choice,
@@ -15,9 +16,8 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss.losses._contrast import directions
-from ssync_loss.losses._teaching import attached_zero
-from ssync_loss.sinkhorn import check_transport, scalings, transport_plan
+from ssync_loss._vectors import directions
+from ssync_loss.methods.smtc.sinkhorn import check_transport, scalings, transport_plan
 
 Marginals: TypeAlias = Literal["l1", "uniform"]
 

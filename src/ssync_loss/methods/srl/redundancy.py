@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_floating, check_int, check_not_empty, check_same_device, check_shape
-from ssync_loss.losses._contrast import directions
+from ssync_loss._vectors import directions
 
 # what keeps the logarithm of an attention of 0 finite
 EPSILON = 1e-8

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_same_device
-from ssync_loss.losses._centers import cross_entropies
-from ssync_loss.losses._tokens import as_list, check_mask, check_tokens
-from ssync_loss.losses.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss.methods.ino._centers import cross_entropies
+from ssync_loss.methods.ino._tokens import as_list, check_mask, check_tokens
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
 
 
 def masked_token_loss(

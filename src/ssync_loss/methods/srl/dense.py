@@ -13,7 +13,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss.losses._dense import align, decoder_term, encoder_term
+from ssync_loss.methods.srl._dense import align, decoder_term, encoder_term
 
 
 def dense_decoder_alignment_loss(

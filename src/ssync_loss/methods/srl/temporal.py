@@ -6,10 +6,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_number, check_shape
-from ssync_loss.losses._contrast import directions, products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._vectors import directions, products
 
 Contrast: TypeAlias = Literal["adjacent", "supervised"]
 Negatives: TypeAlias = Literal["batch", "video"]

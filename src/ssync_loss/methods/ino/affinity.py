@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_equal_counts, check_int, check_number, check_same_device
-from ssync_loss.losses._contrast import directions, known_gradient
-from ssync_loss.losses._dense import Chunks
-from ssync_loss.losses._modules import settings_of
-from ssync_loss.losses._teaching import attached_zero
-from ssync_loss.losses._tokens import as_list, check_mask, check_tokens, positions_of
+from ssync_loss._chunks import Chunks
+from ssync_loss._module import settings_of
+from ssync_loss._vectors import directions, known_gradient
+from ssync_loss.methods.ino._tokens import as_list, check_mask, check_tokens, positions_of
 
 
 def affinity_consistency_loss(

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_floating, check_not_empty, check_shape
-from ssync_loss.losses._contrast import products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._vectors import products
 
 # what an empty mask holds in every patch, so that it has a direction
 EPSILON = 1e-8
