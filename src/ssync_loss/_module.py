@@ -2,31 +2,84 @@
 
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ssync_loss._checks import check_tensor
 
+if TYPE_CHECKING:
+    from typing import ParamSpec, Protocol
 
-def settings_of(module: nn.Module, owner: type[nn.Module]) -> dict[str, Any]:
-    """Return the arguments of the owner's constructor; the module keeps each under its own name.
+    P = ParamSpec("P")
 
-    The owner is named because a subclass may have a constructor of its own.
+    class _HasForward(Protocol[P]):
+        def forward(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
+
+
+def accept(**settings: Any) -> None:
+    """Take settings as they are: for modules that check their own."""
+
+
+class LossModule(nn.Module):
+    """A loss that remembers its settings: the keyword arguments of its constructor.
+
+    Each is an attribute under its own name, and a new value takes effect with the next call. A subclass hands them to
+    ``super().__init__``, and names what checks them as ``check_settings``.
+
+    >>> from ssync_loss import TemporalSlotContrastLoss
+    >>> criterion = TemporalSlotContrastLoss(temperature=0.2)
+    >>> criterion
+    TemporalSlotContrastLoss(temperature=0.2)
+    >>> criterion.temperature = 0.5
+    >>> criterion.settings
+    {'temperature': 0.5, 'kind': 'adjacent', 'negatives': 'batch'}
     """
-    return {name: getattr(module, name) for name in owner.__init__.__kwdefaults__ or {}}
 
+    check_settings: Callable[..., None] = staticmethod(accept)
 
-def shown_settings(module: nn.Module, owner: type[nn.Module]) -> str:
-    """Return the settings that differ from the defaults, and the merge threshold always."""
-    defaults = owner.__init__.__kwdefaults__ or {}
-    shown = {
-        name: value
-        for name, value in settings_of(module, owner).items()
-        if name == "merge_threshold" or value != defaults[name]
-    }
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    _defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # a host's subclass may have a constructor of its own, and keeps the settings of its parent
+        if cls.__module__.partition(".")[0] == "ssync_loss":
+            cls._defaults = cls.__init__.__kwdefaults__ or {}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.check_settings(**settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, as they are now."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def extra_repr(self) -> str:
+        """Show the settings that differ from the defaults, and the merge threshold always."""
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.settings.items()
+            if name == "merge_threshold" or value != self._defaults[name]
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load a pickle; version 0.1.0 kept the settings of some losses in a dictionary."""
+        super().__setstate__({**state, **state.get("settings", {})})  # type: ignore[no-untyped-call]
+        self.__dict__.pop("settings", None)
+
+    # nn.Module types calls and attributes as anything, or as tensors and modules
+    if TYPE_CHECKING:
+
+        def __call__(self: "_HasForward[P]", *args: P.args, **kwargs: P.kwargs) -> Tensor:
+            """Run ``forward``."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 class DetachedWarning:

@@ -1,15 +1,19 @@
 """Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_equal_counts, check_int, check_number, check_same_device
-from ssync_loss._chunks import Chunks
-from ssync_loss._module import settings_of
-from ssync_loss._vectors import directions, known_gradient
-from ssync_loss.methods.ino._tokens import as_list, check_mask, check_tokens, positions_of
+from ssync_loss._checks import check_equal_counts, check_same_device
+from ssync_loss._inputs import widest
+from ssync_loss._module import LossModule
+from ssync_loss._rows import shut, soft_cross_entropy
+from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by
+from ssync_loss._vectors import directions, known_gradient, through_lengths
+from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens, positions_of
+
+_check_settings = check_by(tau_s=POSITIVE, tau_t=POSITIVE, chunk_size=OPTIONAL_COUNT)
 
 
 def affinity_consistency_loss(
@@ -64,79 +68,43 @@ def affinity_consistency_loss(
     >>> round(affinity_consistency_loss(frames, frames, tau_s=1.0, tau_t=1.0).item(), 4)
     0.5822
     """
-    _check_settings(tau_s, tau_t, chunk_size)
+    _check_settings(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
     size = check_tokens("s", s, "D")
     check_tokens("t", t, "C", **positions_of(size))
     check_same_device("t", t, s=s)
-    kept = None
+    tokens, targets = as_list(s), as_list(t)
+    kept = torch.ones(tokens.shape[:3], dtype=torch.bool, device=s.device)
     if mask is not None:
-        check_mask("mask", mask, size, s=s)
+        check_kept("mask", mask, size, s=s)
         kept = mask.flatten(2)
         check_equal_counts("mask", kept)
-    tokens, targets = as_list(s), as_list(t)
     if size["T"] == 1 or tokens.shape[0] == 0 or tokens.shape[2] == 0:
         return attached_zero(s, t.detach())
     with_slope = torch.is_grad_enabled() and s.requires_grad
     with torch.no_grad(), no_autocast(s):
-        value, slope = _value_and_slope(tokens, targets, kept, tau_s, tau_t, chunk_size, with_slope)
-    return value if slope is None else known_gradient(tokens, value, slope)
-
-
-def _value_and_slope(
-    s: Tensor, t: Tensor, kept: Tensor | None, tau_s: float, tau_t: float, chunk_size: int | None, with_slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of tokens (B, T, n, D), and its gradient with respect to the student's."""
-    dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
-    s, t = s.to(dtype), t.to(dtype)
-    if kept is not None:
         # what is dropped may hold anything
-        s, t = (torch.where(kept.unsqueeze(3), one, 0.0) for one in (s, t))
-    units, inverse = directions(s)
-    targets, _ = directions(t)
-    # every pair of frames by itself, (B (T-1), n, .)
-    (here, there), (from_, to) = _pairs(units), _pairs(targets)
-    num_pairs, num_tokens, _ = here.shape
-    counted = closed = None
-    number: Tensor | int = num_pairs * num_tokens
-    if kept is not None:
-        rows, columns = _pairs(kept)
+        vectors, aims = (torch.where(kept.unsqueeze(3), one.to(widest(s, t)), 0.0) for one in (tokens, targets))
+        units, inverse = directions(vectors)
+        aims, _ = directions(aims)
+        # every pair of frames by itself, (B (T-1), n, .)
+        (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
-        number = counted.sum().clamp_min(1)
 
-    chunks = Chunks(num_pairs, num_tokens, chunk_size)
-    losses = here.new_zeros(num_pairs, num_tokens)
-    slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else None
-    # finite, so that times a probability of 0 it is 0
-    far = torch.finfo(dtype).min / 2
-    for some in chunks.windows:
-        for part in chunks.rows:
-            scores = chunks.products("student", here[some][:, part], there[some], 1 / tau_s)
-            aims = chunks.products("teacher", from_[some][:, part], to[some], 1 / tau_t)
-            if closed is not None:
-                scores.masked_fill_(closed[some], far)
-                aims.masked_fill_(closed[some], far)
-            aims.sub_(aims.amax(2, keepdim=True)).exp_()
-            aims.div_(aims.sum(2, keepdim=True))
-            scores.sub_(scores.amax(2, keepdim=True))
-            # as products of rows: no other map is needed
-            aimed = torch.matmul(aims.unsqueeze(2), scores.unsqueeze(3)).flatten(1)
-            total = scores.exp_().sum(2, keepdim=True)
-            losses[some][:, part] = total.log().squeeze(2) - aimed
-            if slopes is not None:
-                # 0 where a token is dropped: as a target both are 0, and as a query it is a zero vector
-                scores.div_(total).sub_(aims)
-                # in place: as an expression, torch 2.13 compiles this and what follows to wrong numbers on a CPU
-                slopes[0][some][:, part].baddbmm_(scores, there[some], beta=0)
-                slopes[1][some].baddbmm_(scores.mT, here[some][:, part])
-    value = (losses if counted is None else losses * counted).sum() / number
-    if slopes is None:
-        return value, None
-    slope = torch.zeros_like(units)
-    slope[:, :-1] += slopes[0].view_as(units[:, :-1])
-    slope[:, 1:] += slopes[1].view_as(units[:, 1:])
-    # along the vector nothing changes, as its length is divided out
-    along = (slope * units).sum(3, keepdim=True)
-    return value, slope.addcmul_(units, along, value=-1).mul_(inverse / tau_s / number)
+        def seen_by_the_teacher(some: slice, part: slice) -> tuple[Tensor, Tensor]:
+            found = shut((source[some][:, part] / tau_t) @ goal[some].mT, closed[some]).softmax(2)
+            return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
+
+        slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
+        total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
+        number = counted.sum().clamp_min(1)
+        by_here, by_there = slopes
+        if by_here is None or by_there is None:
+            return total / number
+        slope = torch.zeros_like(units)
+        slope[:, :-1] += by_here.view_as(slope[:, :-1])
+        slope[:, 1:] += by_there.view_as(slope[:, 1:])
+        slope = through_lengths(slope, units, inverse / number)
+    return known_gradient(tokens, total / number, slope)
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,36 +112,21 @@ def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 
-class AffinityConsistencyLoss(nn.Module):
+class AffinityConsistencyLoss(LossModule):
     """Module of :func:`affinity_consistency_loss`: a student finds patches again where its teacher does.
 
     ``forward(s, t, mask=None)``.
-
-    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
 
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)
     >>> round(AffinityConsistencyLoss(tau_s=1.0, tau_t=1.0)(frames, frames).item(), 4)
     0.5822
     """
 
+    check_settings = staticmethod(_check_settings)
+
     def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
-        super().__init__()
-        _check_settings(tau_s, tau_t, chunk_size)
-        self.tau_s = tau_s
-        self.tau_t = tau_t
-        self.chunk_size = chunk_size
+        super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
 
     def forward(self, s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Return the term; see :func:`affinity_consistency_loss`."""
-        return affinity_consistency_loss(s, t, mask=mask, **settings_of(self, AffinityConsistencyLoss))
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"tau_s={self.tau_s}, tau_t={self.tau_t}, chunk_size={self.chunk_size}"
-
-
-def _check_settings(tau_s: object, tau_t: object, chunk_size: object) -> None:
-    check_number("tau_s", tau_s, 0.0, open_low=True)
-    check_number("tau_t", tau_t, 0.0, open_low=True)
-    if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1)
+        return affinity_consistency_loss(s, t, mask=mask, **self.settings)
