@@ -28,21 +28,20 @@ from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention
 from ssync_loss.curriculum import SlotCurriculum
 from ssync_loss.ema import EmaTeacher
 from ssync_loss.functional import clip_mask, cyclic_scan, propagate_labels, sinkhorn, slot_error, valid_instances
-from ssync_loss.reference.dense import reference_slot_redundancy_loss, reference_temporal_slot_contrast_loss
-from ssync_loss.reference.ino import (
+from ssync_loss.methods.ino.reference import (
     reference_affinity_consistency_loss,
     reference_centered_cross_entropy,
     reference_masked_token_loss,
     reference_out_generative_loss,
     reference_propagate_masks,
 )
-from ssync_loss.reference.slotcurri import (
+from ssync_loss.methods.slotcurri.reference import (
     reference_allot_children,
     reference_place_children,
     reference_slot_error,
     reference_structure_aware_loss,
 )
-from ssync_loss.reference.smtc import (
+from ssync_loss.methods.smtc.reference import (
     reference_correlation_fusion,
     reference_instance_consistency_loss,
     reference_mask_diversity_loss,
@@ -51,6 +50,7 @@ from ssync_loss.reference.smtc import (
     reference_slot_attention,
     reference_valid_instances,
 )
+from ssync_loss.methods.srl.reference import reference_slot_redundancy_loss, reference_temporal_slot_contrast_loss
 
 Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 Axis: TypeAlias = Literal["H*W", "S", "Kp", "weights"]

@@ -10,7 +10,7 @@ from benchmarks.add_ons import BY_NAME, AddOn, Inputs, Outputs
 from benchmarks.contenders import CONTENDERS, MERGE_THRESHOLD, Contender, dense_loss, ssync_criterion
 from benchmarks.inputs import dense_inputs, moving_blobs
 from ssync_loss.functional import pseudo_labels
-from ssync_loss.reference.dense import (
+from ssync_loss.methods.srl.reference import (
     reference_dense_decoder_alignment_loss,
     reference_dense_encoder_alignment_loss,
 )

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, golden_names
-from ssync_loss.losses.affinity import AffinityConsistencyLoss, affinity_consistency_loss
-from ssync_loss.reference.ino import reference_affinity_consistency_loss
+from ssync_loss.methods.ino.affinity import AffinityConsistencyLoss, affinity_consistency_loss
+from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")

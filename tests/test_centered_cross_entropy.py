@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import two_centers
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.reference.ino import reference_centered_cross_entropy, reference_moved_center
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.reference import reference_centered_cross_entropy, reference_moved_center
 from two_centers import NUM_PROTOTYPES, SHARES, WORLD_SIZE, scene
 
 TESTS = Path(__file__).parent

@@ -23,8 +23,8 @@ from ssync_loss.curriculum import (
     slot_schedule,
     spawn_children,
 )
-from ssync_loss.curriculum.children import _most_similar, _radii, place_children
-from ssync_loss.reference.slotcurri import (
+from ssync_loss.methods.slotcurri.curriculum.children import _most_similar, _radii, place_children
+from ssync_loss.methods.slotcurri.reference import (
     reference_allot_children,
     reference_place_children,
     reference_slot_error,

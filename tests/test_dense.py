@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from golden_neighbors import Golden, golden_names
 from ssync_loss import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss
 from ssync_loss.functional import dense_decoder_alignment_loss, dense_encoder_alignment_loss
-from ssync_loss.reference.dense import (
+from ssync_loss.methods.srl.reference import (
     reference_dense_decoder_alignment_loss,
     reference_dense_encoder_alignment_loss,
 )

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.losses.diversity import EPSILON, MaskDiversityLoss, mask_diversity_loss
-from ssync_loss.reference.smtc import reference_mask_diversity_loss
+from ssync_loss.methods.smtc.diversity import EPSILON, MaskDiversityLoss, mask_diversity_loss
+from ssync_loss.methods.smtc.reference import reference_mask_diversity_loss
 
 NAN, INF = float("nan"), float("inf")
 

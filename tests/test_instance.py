@@ -18,14 +18,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, golden_names
-from ssync_loss.losses._assignment import MOST_ENUMERATED, best_assignment
-from ssync_loss.losses.instance import (
+from ssync_loss.methods.smtc._assignment import MOST_ENUMERATED, best_assignment
+from ssync_loss.methods.smtc.instance import (
     EPSILON,
     InstanceConsistencyLoss,
     instance_consistency_loss,
     valid_instances,
 )
-from ssync_loss.reference.smtc import reference_instance_consistency_loss, reference_valid_instances
+from ssync_loss.methods.smtc.reference import reference_instance_consistency_loss, reference_valid_instances
 
 NAN, INF = float("nan"), float("inf")
 

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.losses.masked_tokens import MaskedTokenLoss, masked_token_loss
-from ssync_loss.reference.ino import reference_masked_token_loss
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.masked_tokens import MaskedTokenLoss, masked_token_loss
+from ssync_loss.methods.ino.reference import reference_masked_token_loss
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")

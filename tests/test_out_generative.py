@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.losses.out_generative import OutGenerativeLoss, out_generative_loss
-from ssync_loss.reference.ino import reference_out_generative_loss
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.out_generative import OutGenerativeLoss, out_generative_loss
+from ssync_loss.methods.ino.reference import reference_out_generative_loss
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")

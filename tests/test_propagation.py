@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_loss import propagation
+from ssync_loss.methods.ino.propagation import propagate_labels, propagate_masks
+from ssync_loss.methods.ino.reference import reference_propagate_masks
 from ssync_loss.metrics import image_miou
-from ssync_loss.propagation import propagate_labels, propagate_masks
-from ssync_loss.reference.ino import reference_propagate_masks
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.losses.prototypes import PrototypeHead
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.prototypes import PrototypeHead
 
 
 def small(**given: Any) -> PrototypeHead:

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from golden_neighbors import Golden, golden_names
 from ssync_loss import SlotRedundancyLoss
 from ssync_loss.functional import slot_redundancy_loss
-from ssync_loss.losses.redundancy import EPSILON, redundant_slots
-from ssync_loss.reference.dense import reference_slot_redundancy_loss
+from ssync_loss.methods.srl.redundancy import EPSILON, redundant_slots
+from ssync_loss.methods.srl.reference import reference_slot_redundancy_loss
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, channels: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

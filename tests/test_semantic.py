@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, golden_names
-from ssync_loss.losses.semantic import EPSILON, SemanticConsistencyLoss, semantic_consistency_loss
-from ssync_loss.reference.smtc import reference_semantic_consistency_loss
+from ssync_loss.methods.smtc.reference import reference_semantic_consistency_loss
+from ssync_loss.methods.smtc.semantic import EPSILON, SemanticConsistencyLoss, semantic_consistency_loss
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")

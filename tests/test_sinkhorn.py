@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, deviation, golden_names
-from ssync_loss.reference.smtc import reference_sinkhorn
-from ssync_loss.sinkhorn import scalings, sinkhorn, transport_plan
+from ssync_loss.methods.smtc.reference import reference_sinkhorn
+from ssync_loss.methods.smtc.sinkhorn import scalings, sinkhorn, transport_plan
 
 NAN, INF = float("nan"), float("inf")
 TOL = {torch.float32: 1e-6, torch.float64: 1e-10}

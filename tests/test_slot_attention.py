@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
-from ssync_loss.losses.instance import valid_instances
-from ssync_loss.reference.smtc import reference_correlation_fusion, reference_slot_attention
+from ssync_loss.methods.smtc.instance import valid_instances
+from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
 
 NAN = float("nan")
 DIM, SEMANTICS, INSTANCES = 6, 3, 2

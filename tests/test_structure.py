@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, deviation, golden_names
-from ssync_loss.losses.structure import StructureAwareLoss, structure_aware_loss
-from ssync_loss.reference.slotcurri import reference_structure_aware_loss
+from ssync_loss.methods.slotcurri.reference import reference_structure_aware_loss
+from ssync_loss.methods.slotcurri.structure import StructureAwareLoss, structure_aware_loss
 from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")
@@ -532,7 +532,7 @@ def test_kornia_is_imported_on_first_use() -> None:
     code = """
 import sys
 import torch
-from ssync_loss.losses.structure import structure_aware_loss
+from ssync_loss.methods.slotcurri.structure import structure_aware_loss
 clips = torch.rand(1, 3, 2, 3, 3)
 before = "kornia" in sys.modules
 structure_aware_loss(clips, clips, filters="torch")

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from golden_neighbors import Golden, golden_names
 from ssync_loss import TemporalSlotContrastLoss
 from ssync_loss.functional import temporal_slot_contrast_loss
-from ssync_loss.reference.dense import reference_temporal_slot_contrast_loss
+from ssync_loss.methods.srl.reference import reference_temporal_slot_contrast_loss
 
 NAN, INF = float("nan"), float("inf")
 KINDS = pytest.mark.parametrize("kind", ["adjacent", "supervised"])

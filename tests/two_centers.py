@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.losses.masked_tokens import masked_token_loss
-from ssync_loss.losses.out_generative import out_generative_loss
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.masked_tokens import masked_token_loss
+from ssync_loss.methods.ino.out_generative import out_generative_loss
 
 WORLD_SIZE = 2
 NUM_PROTOTYPES = 5

@@ -4,6 +4,7 @@
 >>> criterion = SSyncLoss(merge_threshold=0.6)  # loss = loss + criterion(enc_logits, dec_logits)
 """
 
+from ssync_loss import _moved
 from ssync_loss._types import PseudoLabels
 from ssync_loss.losses import (
     AffinityConsistencyLoss,
@@ -26,6 +27,8 @@ from ssync_loss.losses import (
 )
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 __all__ = [
     "AffinityConsistencyLoss",

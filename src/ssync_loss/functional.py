@@ -2,25 +2,25 @@
 
 from ssync_loss.curriculum import allot_children, milestones, slot_error, slot_schedule, spawn_children
 from ssync_loss.distillation import selective_distillation_loss
-from ssync_loss.inference import cyclic_scan
-from ssync_loss.losses.affinity import affinity_consistency_loss
 from ssync_loss.losses.boundary import boundary_refinement_loss
-from ssync_loss.losses.dense import dense_decoder_alignment_loss, dense_encoder_alignment_loss
-from ssync_loss.losses.diversity import mask_diversity_loss
-from ssync_loss.losses.instance import instance_consistency_loss, valid_instances
 from ssync_loss.losses.interior import interior_denoising_loss
-from ssync_loss.losses.masked_tokens import masked_token_loss
-from ssync_loss.losses.out_generative import out_generative_loss
-from ssync_loss.losses.redundancy import slot_redundancy_loss
-from ssync_loss.losses.semantic import semantic_consistency_loss
-from ssync_loss.losses.structure import structure_aware_loss
-from ssync_loss.losses.temporal import temporal_slot_contrast_loss
 from ssync_loss.merging import merge_slots, slot_overlap
-from ssync_loss.propagation import propagate_labels, propagate_masks
+from ssync_loss.methods.ino.affinity import affinity_consistency_loss
+from ssync_loss.methods.ino.masked_tokens import masked_token_loss
+from ssync_loss.methods.ino.out_generative import out_generative_loss
+from ssync_loss.methods.ino.propagation import propagate_labels, propagate_masks
+from ssync_loss.methods.ino.tube_mask import clip_mask
+from ssync_loss.methods.slotcurri.inference import cyclic_scan
+from ssync_loss.methods.slotcurri.structure import structure_aware_loss
+from ssync_loss.methods.smtc.diversity import mask_diversity_loss
+from ssync_loss.methods.smtc.instance import instance_consistency_loss, valid_instances
+from ssync_loss.methods.smtc.semantic import semantic_consistency_loss
+from ssync_loss.methods.smtc.sinkhorn import sinkhorn
+from ssync_loss.methods.srl.dense import dense_decoder_alignment_loss, dense_encoder_alignment_loss
+from ssync_loss.methods.srl.redundancy import slot_redundancy_loss
+from ssync_loss.methods.srl.temporal import temporal_slot_contrast_loss
 from ssync_loss.pseudo_labels import pseudo_labels
 from ssync_loss.regions import boundary_region, interior_region, neighbor_difference
-from ssync_loss.sinkhorn import sinkhorn
-from ssync_loss.tube_mask import clip_mask
 
 __all__ = [
     "affinity_consistency_loss",

@@ -1,11 +1,11 @@
 """A curriculum of slots: few at first, then clones of those that reconstruct worst (SlotCurri)."""
 
-from ssync_loss.curriculum.allotment import allot_children
-from ssync_loss.curriculum.children import spawn_children
-from ssync_loss.curriculum.controller import SlotCurriculum
-from ssync_loss.curriculum.error import slot_error
-from ssync_loss.curriculum.moments import hold_rows, inherit_moments
-from ssync_loss.curriculum.schedule import milestones, slot_schedule
+from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
+from ssync_loss.methods.slotcurri.curriculum.children import spawn_children
+from ssync_loss.methods.slotcurri.curriculum.controller import SlotCurriculum
+from ssync_loss.methods.slotcurri.curriculum.error import slot_error
+from ssync_loss.methods.slotcurri.curriculum.moments import hold_rows, inherit_moments
+from ssync_loss.methods.slotcurri.curriculum.schedule import milestones, slot_schedule
 
 __all__ = [
     "SlotCurriculum",

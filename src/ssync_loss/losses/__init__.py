@@ -1,20 +1,20 @@
 """Losses as modules: a module remembers settings, a function computes."""
 
-from ssync_loss.losses.affinity import AffinityConsistencyLoss
 from ssync_loss.losses.boundary import BoundaryRefinementLoss
-from ssync_loss.losses.centered import CenteredCrossEntropy
-from ssync_loss.losses.dense import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss
-from ssync_loss.losses.diversity import MaskDiversityLoss
-from ssync_loss.losses.instance import InstanceConsistencyLoss
 from ssync_loss.losses.interior import InteriorDenoisingLoss
-from ssync_loss.losses.masked_tokens import MaskedTokenLoss
-from ssync_loss.losses.out_generative import OutGenerativeLoss
-from ssync_loss.losses.prototypes import PrototypeHead
-from ssync_loss.losses.redundancy import SlotRedundancyLoss
-from ssync_loss.losses.semantic import SemanticConsistencyLoss
 from ssync_loss.losses.ssync import SSyncLoss, SSyncTerms
-from ssync_loss.losses.structure import StructureAwareLoss
-from ssync_loss.losses.temporal import TemporalSlotContrastLoss
+from ssync_loss.methods.ino.affinity import AffinityConsistencyLoss
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ssync_loss.methods.ino.masked_tokens import MaskedTokenLoss
+from ssync_loss.methods.ino.out_generative import OutGenerativeLoss
+from ssync_loss.methods.ino.prototypes import PrototypeHead
+from ssync_loss.methods.slotcurri.structure import StructureAwareLoss
+from ssync_loss.methods.smtc.diversity import MaskDiversityLoss
+from ssync_loss.methods.smtc.instance import InstanceConsistencyLoss
+from ssync_loss.methods.smtc.semantic import SemanticConsistencyLoss
+from ssync_loss.methods.srl.dense import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss
+from ssync_loss.methods.srl.redundancy import SlotRedundancyLoss
+from ssync_loss.methods.srl.temporal import TemporalSlotContrastLoss
 
 __all__ = [
     "AffinityConsistencyLoss",

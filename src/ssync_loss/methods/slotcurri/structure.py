@@ -15,8 +15,8 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss.losses._contrast import known_gradient
-from ssync_loss.losses._ssim import Similarity, kornia_dissimilarity, own_dissimilarity, why_not_kornia
+from ssync_loss._vectors import known_gradient
+from ssync_loss.methods.slotcurri._ssim import Similarity, kornia_dissimilarity, own_dissimilarity, why_not_kornia
 
 Normalize: TypeAlias = Literal["joint", "channel"]
 Filters: TypeAlias = Literal["auto", "kornia", "torch"]

@@ -1,23 +1,19 @@
 """Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import reduce
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import (
-    check_choice,
-    check_floating,
-    check_int,
-    check_not_empty,
-    check_same_device,
-    check_shape,
-)
-from ssync_loss.losses._contrast import directions
-from ssync_loss.losses._teaching import attached_zero
-from ssync_loss.sinkhorn import check_transport, scalings, transport_plan
+from ssync_loss._inputs import check_floats, widest
+from ssync_loss._module import LossModule
+from ssync_loss._rows import slices
+from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by, one_of
+from ssync_loss._vectors import directions
+from ssync_loss.methods.smtc.sinkhorn import scalings, transport_plan
 
 Marginals: TypeAlias = Literal["l1", "uniform"]
 
@@ -25,6 +21,10 @@ MARGINALS = ("l1", "uniform")
 
 # what keeps the logarithm of a probability of 0 finite
 EPSILON = 1e-8
+
+_check_settings = check_by(
+    eps=POSITIVE, iters=COUNT, marginals=one_of(*MARGINALS), pool=COUNT, chunk_size=OPTIONAL_COUNT
+)
 
 # a kernel between exp(-25) and exp(25) is scaled in float32 without a logarithm: scalings stay within its cube
 LARGEST_SCORE = 25.0
@@ -85,21 +85,13 @@ def semantic_consistency_loss(
     >>> round(semantic_consistency_loss(maps, maps * 100, feats).item(), 4)
     0.0181
     """
-    _check_settings(eps, iters, marginals, pool, chunk_size)
-    size = check_shape("logits", logits, "B T S H W")
-    check_not_empty("logits", size, "T S H W")
-    check_floating("logits", logits)
-    check_shape("teacher_logits", teacher_logits, "B T S H W", **size)
-    check_floating("teacher_logits", teacher_logits)
-    check_same_device("teacher_logits", teacher_logits, logits=logits)
-    given = check_shape("feats", feats, "B T D H W", **{axis: size[axis] for axis in "BTHW"})
-    check_not_empty("feats", given, "D")
-    check_floating("feats", feats)
-    check_same_device("feats", feats, logits=logits)
+    _check_settings(eps=eps, iters=iters, marginals=marginals, pool=pool, chunk_size=chunk_size)
+    size = check_floats("logits", logits, "B T S H W", filled="T S H W")
+    check_floats("teacher_logits", teacher_logits, "B T S H W", size, logits=logits)
+    check_floats("feats", feats, "B T D H W", size, filled="D", logits=logits)
     if size["H"] % pool or size["W"] % pool:
         raise ValueError(f"`pool` must divide the grid, H={size['H']} and W={size['W']}; got {pool}.")
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, teacher_logits.dtype), feats.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = widest(logits, teacher_logits, feats)
     if size["T"] == 1 or size["B"] == 0:
         return attached_zero(logits).to(dtype)
     with no_autocast(logits):
@@ -128,10 +120,9 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
     maps = torch.where(known, maps, 0.0)
     # every pair once: what is cheap from one frame to the other is cheap on the way back
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
-    step = len(first) if chunk_size is None else chunk_size
     wanted = torch.zeros_like(maps)
-    for start in range(0, len(first), step):
-        t, j = first[start : start + step], second[start : start + step]
+    for some in slices(len(first), chunk_size):
+        t, j = first[some], second[some]
         here, there = (_Frames(units[:, one], weights[:, one], maps[:, one]) for one in (t, j))
         of_here, of_there = _exchanged(here, there, eps, iters)
         wanted.index_add_(1, t, of_here).index_add_(1, j, of_there)
@@ -167,17 +158,17 @@ def _pooled(frames: Tensor, pool: int) -> Tensor:
     return reduce(frames, "b t s (h i) (w j) -> b t s (h w)", "mean", i=pool, j=pool)
 
 
-class SemanticConsistencyLoss(nn.Module):
+class SemanticConsistencyLoss(LossModule):
     """Module of :func:`semantic_consistency_loss`: patches that correspond belong to the same semantic.
 
     ``forward(logits, teacher_logits, feats)``.
-
-    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> round(SemanticConsistencyLoss()(feats * 4, feats * 400, feats).item(), 4)
     0.0181
     """
+
+    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -188,28 +179,8 @@ class SemanticConsistencyLoss(nn.Module):
         pool: int = 1,
         chunk_size: int | None = 1,
     ) -> None:
-        super().__init__()
-        _check_settings(eps, iters, marginals, pool, chunk_size)
-        self.settings: dict[str, Any] = {
-            "eps": eps,
-            "iters": iters,
-            "marginals": marginals,
-            "pool": pool,
-            "chunk_size": chunk_size,
-        }
+        super().__init__(eps=eps, iters=iters, marginals=marginals, pool=pool, chunk_size=chunk_size)
 
     def forward(self, logits: Tensor, teacher_logits: Tensor, feats: Tensor) -> Tensor:
         """Return the term; see :func:`semantic_consistency_loss`."""
         return semantic_consistency_loss(logits, teacher_logits, feats, **self.settings)
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-
-def _check_settings(eps: object, iters: object, marginals: object, pool: object, chunk_size: object) -> None:
-    check_transport(eps, iters)
-    check_choice("marginals", marginals, MARGINALS)
-    check_int("pool", pool, 1)
-    if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1)

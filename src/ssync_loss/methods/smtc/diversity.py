@@ -1,12 +1,13 @@
 """Mask diversity: no two slots of a frame cover the same patches."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_floating, check_not_empty, check_shape
-from ssync_loss.losses._contrast import products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._inputs import check_floats
+from ssync_loss._module import LossModule
+from ssync_loss._vectors import products
 
 # what an empty mask holds in every patch, so that it has a direction
 EPSILON = 1e-8
@@ -38,9 +39,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
     >>> round(mask_diversity_loss(logits).item(), 4)  # masks (1, 1/2) and (0, 1/2): 1 / sqrt(5)
     0.4472
     """
-    size = check_shape("logits", logits, "B T S H W")
-    check_not_empty("logits", size, "T S H W")
-    check_floating("logits", logits)
+    size = check_floats("logits", logits, "B T S H W", filled="T S H W")
     num_slots = size["S"]
     if num_slots == 1 or size["B"] == 0:
         return attached_zero(logits)
@@ -53,12 +52,10 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
         return products(units / num_cosines, units).masked_fill(itself, 0.0).sum()
 
 
-class MaskDiversityLoss(nn.Module):
+class MaskDiversityLoss(LossModule):
     """Module of :func:`mask_diversity_loss`: no two slots of a frame cover the same patches.
 
     ``forward(logits)``.
-
-    Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951).
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
     >>> round(MaskDiversityLoss()(logits).item(), 4)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_loss._checks import check_floating, check_int, check_shape, check_tensor
-from ssync_loss.curriculum._ranks import from_first_rank, weighted_mean
-from ssync_loss.curriculum.allotment import allot_children
-from ssync_loss.curriculum.children import Neighbors, check_placement, spawn_children
-from ssync_loss.curriculum.error import slot_error
-from ssync_loss.curriculum.moments import hold_rows, inherit_moments, rows_of
+from ssync_loss.methods.slotcurri.curriculum._ranks import from_first_rank, weighted_mean
+from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
+from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
+from ssync_loss.methods.slotcurri.curriculum.error import slot_error
+from ssync_loss.methods.slotcurri.curriculum.moments import hold_rows, inherit_moments, rows_of
 
 
 class SlotCurriculum(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_floating, check_int, check_same_device, check_tensor
-from ssync_loss.losses._contrast import directions, products
+from ssync_loss._vectors import directions, products
 
 
 class PrototypeHead(nn.Module):

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_same_device
-from ssync_loss.losses._centers import cross_entropies
-from ssync_loss.losses._tokens import as_list, check_mask, check_tokens
-from ssync_loss.losses.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss.methods.ino._centers import cross_entropies
+from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
 
 
 def masked_token_loss(
@@ -56,7 +56,7 @@ def masked_token_loss(
     check_criterion("ce_patch", ce_patch)
     size = check_tokens("s_pat", s_pat, "Kp", Kp=ce_patch.center.shape[0])
     check_tokens("t_pat", t_pat, "Kp", **size)
-    check_mask("mask", mask, size, s_pat=s_pat)
+    check_kept("mask", mask, size, s_pat=s_pat)
     check_same_device("t_pat", t_pat, s_pat=s_pat)
     check_same_device("s_pat", s_pat, center=ce_patch.center)
     with no_autocast(s_pat):

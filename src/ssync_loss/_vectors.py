@@ -28,6 +28,15 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * inverse, inverse
 
 
+def through_lengths(slope: Tensor, units: Tensor, inverse: Tensor) -> Tensor:
+    """Return the gradient with respect to vectors, written over that with respect to their directions.
+
+    Along a vector nothing changes, as its length is divided out.
+    """
+    along = (slope * units).sum(-1, keepdim=True)
+    return slope.addcmul_(units, along, value=-1).mul_(inverse)
+
+
 class _Products(torch.autograd.Function):
     """``left @ right.mT``, and gradients that no autocast around the backward casts down either."""
 

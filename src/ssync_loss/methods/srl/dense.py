@@ -1,19 +1,17 @@
 """Dense contrastive alignment: all patches of a window against all others, quadratic in their number."""
 
-from typing import Any
+from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssync_loss._checks import (
-    check_floating,
-    check_int,
-    check_integer,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
+from ssync_loss._inputs import check_floats, check_labels
+from ssync_loss._module import LossModule
+from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
+from ssync_loss.methods.srl._dense import align, decoder_targets, encoder_targets
+
+_check_settings = check_by(
+    group_frames=OPTIONAL_COUNT, top_k=COUNT, temperature=POSITIVE, base_temperature=POSITIVE, chunk_size=OPTIONAL_COUNT
 )
-from ssync_loss.losses._dense import align, decoder_term, encoder_term
 
 
 def dense_decoder_alignment_loss(
@@ -33,7 +31,7 @@ def dense_decoder_alignment_loss(
     -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself is one of its label's.
 
     Time is quadratic in M: a product of M x M x D numbers, and a second one for the gradient, which is formed in
-    the forward. Memory is the M x M scores of all windows, or ``chunk_size`` x M scores with the same value and
+    the forward. Memory is two maps of M x M scores of all windows, or of ``chunk_size`` x M with the same value and
     gradient. A zero vector has cosine 0 with everything and gets no gradient. No clips give exactly 0, attached
     to the graph.
 
@@ -65,17 +63,21 @@ def dense_decoder_alignment_loss(
     >>> round(loss.item(), 4)
     0.5633
     """
-    _check_settings(group_frames, 1, temperature, base_temperature, chunk_size)
-    size = _check_features(features)
-    check_shape("anchors", anchors, "B T D H W", **size)
-    frames = _check_rest(features, anchors, "enc_labels", enc_labels, group_frames)
+    _check_settings(
+        group_frames=group_frames, temperature=temperature, base_temperature=base_temperature, chunk_size=chunk_size
+    )
+    size = check_floats("features", features, "B T D H W", filled="T D H W")
+    check_floats("anchors", anchors, "B T D H W", size, features=features)
+    check_labels("enc_labels", enc_labels, "B T H W", size, features=features)
     return align(
         features,
         anchors,
         enc_labels,
-        decoder_term(temperature=temperature),
-        group_frames=frames,
-        scale=temperature / base_temperature,
+        decoder_targets,
+        to_anchors=True,
+        group_frames=_frames_of_a_window(group_frames, size["T"]),
+        temperature=temperature,
+        base_temperature=base_temperature,
         chunk_size=chunk_size,
     )
 
@@ -113,11 +115,11 @@ def dense_encoder_alignment_loss(
         features: the encoder's features, projected; the only argument that gets a gradient.
         anchors: features of the backbone, for finding neighbors.
         dec_labels: hard labels of the decoder's map.
-        group_frames: frames of a window, which divide T; None for the whole clip. Images need 1 or None.
+        group_frames: as in :func:`dense_decoder_alignment_loss`, like the last three.
         top_k: neighbors per frame of the window, the patch itself among them.
-        temperature: of the softmax, above 0.
-        base_temperature: what the loss is scaled by, above 0.
-        chunk_size: rows of scores that are held at once, over all windows; None for all.
+        temperature: of the softmax.
+        base_temperature: what the loss is scaled by.
+        chunk_size: rows of scores that are held at once.
 
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.
 
@@ -135,33 +137,40 @@ def dense_encoder_alignment_loss(
     >>> round(loss.item(), 4)  # (0.1566 + 0.1566 + 0.3466) / 3
     0.2199
     """
-    _check_settings(group_frames, top_k, temperature, base_temperature, chunk_size)
-    size = _check_features(features)
-    check_shape("anchors", anchors, "B T C H W", **{axis: size[axis] for axis in "BTHW"})
-    frames = _check_rest(features, anchors, "dec_labels", dec_labels, group_frames)
-    num_patches = frames * size["H"] * size["W"]
-    if top_k * frames > num_patches:
+    _check_settings(
+        group_frames=group_frames,
+        top_k=top_k,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        chunk_size=chunk_size,
+    )
+    size = check_floats("features", features, "B T D H W", filled="T D H W")
+    check_floats("anchors", anchors, "B T C H W", size, features=features)
+    check_labels("dec_labels", dec_labels, "B T H W", size, features=features)
+    frames = _frames_of_a_window(group_frames, size["T"])
+    per_frame = size["H"] * size["W"]
+    if top_k > per_frame:
         raise ValueError(
-            f"`top_k` must be at most {num_patches // frames}, the patches of a frame; got {top_k}, "
-            f"which asks for {top_k * frames} neighbors among the {num_patches} patches of a window."
+            f"`top_k` must be at most {per_frame}, the patches of a frame; got {top_k}, "
+            f"which asks for {top_k * frames} neighbors among the {frames * per_frame} patches of a window."
         )
     return align(
         features,
         anchors,
         dec_labels,
-        encoder_term(temperature=temperature, num_neighbors=top_k * frames),
+        partial(encoder_targets, num_neighbors=top_k * frames),
+        to_anchors=False,
         group_frames=frames,
-        scale=temperature / base_temperature,
+        temperature=temperature,
+        base_temperature=base_temperature,
         chunk_size=chunk_size,
     )
 
 
-class DenseDecoderAlignmentLoss(nn.Module):
+class DenseDecoderAlignmentLoss(LossModule):
     """Module of :func:`dense_decoder_alignment_loss`: the encoder's labels align what the decoder reconstructs.
 
     ``forward(features, anchors, enc_labels)``.
-
-    Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the decoder's deblurring.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -169,6 +178,8 @@ class DenseDecoderAlignmentLoss(nn.Module):
     >>> round(criterion(features, features, labels).item(), 4)
     0.5633
     """
+
+    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -178,30 +189,19 @@ class DenseDecoderAlignmentLoss(nn.Module):
         base_temperature: float = 0.07,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_settings(group_frames, 1, temperature, base_temperature, chunk_size)
-        self.settings: dict[str, Any] = {
-            "group_frames": group_frames,
-            "temperature": temperature,
-            "base_temperature": base_temperature,
-            "chunk_size": chunk_size,
-        }
+        super().__init__(
+            group_frames=group_frames, temperature=temperature, base_temperature=base_temperature, chunk_size=chunk_size
+        )
 
     def forward(self, features: Tensor, anchors: Tensor, enc_labels: Tensor) -> Tensor:
         """Return the decoder's term; see :func:`dense_decoder_alignment_loss`."""
         return dense_decoder_alignment_loss(features, anchors, enc_labels, **self.settings)
 
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-
-class DenseEncoderAlignmentLoss(nn.Module):
+class DenseEncoderAlignmentLoss(LossModule):
     """Module of :func:`dense_encoder_alignment_loss`: likeness and the decoder's labels align the encoder's features.
 
     ``forward(features, anchors, dec_labels)``.
-
-    Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
@@ -209,6 +209,8 @@ class DenseEncoderAlignmentLoss(nn.Module):
     >>> round(criterion(features, features, torch.arange(3).view(1, 1, 1, 3)).item(), 4)
     0.2199
     """
+
+    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -219,52 +221,20 @@ class DenseEncoderAlignmentLoss(nn.Module):
         base_temperature: float = 0.07,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_settings(group_frames, top_k, temperature, base_temperature, chunk_size)
-        self.settings: dict[str, Any] = {
-            "group_frames": group_frames,
-            "top_k": top_k,
-            "temperature": temperature,
-            "base_temperature": base_temperature,
-            "chunk_size": chunk_size,
-        }
+        super().__init__(
+            group_frames=group_frames,
+            top_k=top_k,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            chunk_size=chunk_size,
+        )
 
     def forward(self, features: Tensor, anchors: Tensor, dec_labels: Tensor) -> Tensor:
         """Return the encoder's term; see :func:`dense_encoder_alignment_loss`."""
         return dense_encoder_alignment_loss(features, anchors, dec_labels, **self.settings)
 
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-
-def _check_settings(
-    group_frames: object, top_k: object, temperature: object, base_temperature: object, chunk_size: object
-) -> None:
-    if group_frames is not None:
-        check_int("group_frames", group_frames, 1)
-    check_int("top_k", top_k, 1)
-    check_number("temperature", temperature, 0.0, open_low=True)
-    check_number("base_temperature", base_temperature, 0.0, open_low=True)
-    if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1)
-
-
-def _check_features(features: Tensor) -> dict[str, int]:
-    size = check_shape("features", features, "B T D H W")
-    check_not_empty("features", size, "T D H W")
-    check_floating("features", features)
-    return size
-
-
-def _check_rest(features: Tensor, anchors: Tensor, name: str, labels: Tensor, group_frames: int | None) -> int:
-    """Check the anchors' type, the labels and the windows; return the frames of a window."""
-    check_floating("anchors", anchors)
-    check_same_device("anchors", anchors, features=features)
-    num_clips, num_frames, _, height, width = features.shape
-    check_shape(name, labels, "B T H W", B=num_clips, T=num_frames, H=height, W=width)
-    check_integer(name, labels)
-    check_same_device(name, labels, features=features)
+def _frames_of_a_window(group_frames: int | None, num_frames: int) -> int:
     if group_frames is None:
         return num_frames
     if num_frames % group_frames:

@@ -4,15 +4,11 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import (
-    check_floating,
-    check_int,
-    check_not_empty,
-    check_number,
-    check_positive,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import check_positive
+from ssync_loss._inputs import check_floats, widest
+from ssync_loss._settings import COUNT, POSITIVE, check_by
+
+_check_settings = check_by(eps=POSITIVE, iters=COUNT)
 
 
 @torch.no_grad()
@@ -47,18 +43,15 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
     tensor([[[0.1250, 0.1250],
              [0.3750, 0.3750]]])
     """
-    check_transport(eps, iters)
-    size = check_shape("cost", cost, "B N M")
-    check_not_empty("cost", size, "N M")
-    check_floating("cost", cost)
-    for name, marginal, axis in (("mu", mu, "N"), ("nu", nu, "M")):
-        check_shape(name, marginal, f"B {axis}", **{one: size[one] for one in ("B", axis)})
-        check_floating(name, marginal)
-        check_same_device(name, marginal, cost=cost)
-        check_positive(name, marginal)
+    _check_settings(eps=eps, iters=iters)
+    size = check_floats("cost", cost, "B N M", filled="N M")
+    check_floats("mu", mu, "B N", size, cost=cost)
+    check_floats("nu", nu, "B M", size, cost=cost)
+    check_positive("mu", mu)
+    check_positive("nu", nu)
     with no_autocast(cost):
-        dtype = torch.promote_types(torch.promote_types(cost.dtype, mu.dtype), nu.dtype)
-        cost, mu, nu = (one.to(torch.promote_types(dtype, torch.float32)) for one in (cost, mu, nu))
+        dtype = widest(cost, mu, nu)
+        cost, mu, nu = (one.to(dtype) for one in (cost, mu, nu))
         mu, nu = (one / one.sum(1, keepdim=True) for one in (mu, nu))
         return transport_plan(cost / -eps, mu, nu, iters)
 
@@ -88,9 +81,3 @@ def scalings(kernel: Tensor, mu: Tensor, nu: Tensor, iters: int) -> tuple[Tensor
         a = mu / (kernel @ b)
         b = nu / (kernel.mT @ a)
     return a, b.mT
-
-
-def check_transport(eps: object, iters: object) -> None:
-    """Check the settings of a transport."""
-    check_number("eps", eps, 0.0, open_low=True)
-    check_int("iters", iters, 1)

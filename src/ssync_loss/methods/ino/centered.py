@@ -13,7 +13,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_tensor,
 )
-from ssync_loss.losses._centers import cross_entropies, trajectory
+from ssync_loss.methods.ino._centers import cross_entropies, trajectory
 
 
 class CenteredCrossEntropy(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_floating, check_not_empty, check_same_device, check_shape
+from ssync_loss._inputs import check_floats, widest
 
 # channels that are compared at once
 CHANNELS = 64
@@ -38,18 +38,10 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     >>> slot_error(recon, target, masks).tolist()  # (4 * 1 + 1 * 0.5) / 2 and (4 * 0 + 1 * 0.5) / 2
     [2.25, 0.25]
     """
-    size = check_shape("recon", recon, "B T D H W")
-    check_not_empty("recon", size, "T D H W")
-    check_floating("recon", recon)
-    check_shape("target", target, "B T D H W", **size)
-    check_floating("target", target)
-    check_same_device("target", target, recon=recon)
-    given = check_shape("masks", masks, "B T S H W", **{axis: size[axis] for axis in "BTHW"})
-    check_not_empty("masks", given, "S")
-    check_floating("masks", masks)
-    check_same_device("masks", masks, recon=recon)
-    dtype = torch.promote_types(torch.promote_types(recon.dtype, target.dtype), masks.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    size = check_floats("recon", recon, "B T D H W", filled="T D H W")
+    check_floats("target", target, "B T D H W", size, recon=recon)
+    check_floats("masks", masks, "B T S H W", size, filled="S", recon=recon)
+    dtype = widest(recon, target, masks)
     with no_autocast(recon):
         error = torch.zeros(*recon.shape[:2], *recon.shape[3:], dtype=dtype, device=recon.device)
         for one, other in zip(recon.split(CHANNELS, 2), target.split(CHANNELS, 2), strict=True):

@@ -3,14 +3,18 @@
 from math import log
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_floating, check_int, check_not_empty, check_same_device, check_shape
-from ssync_loss.losses._contrast import directions
+from ssync_loss._inputs import check_floats
+from ssync_loss._module import LossModule
+from ssync_loss._settings import COUNT, check_by
+from ssync_loss._vectors import directions
 
 # what keeps the logarithm of an attention of 0 finite
 EPSILON = 1e-8
+
+_check_settings = check_by(num_picked=COUNT)
 
 
 def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 5) -> Tensor:
@@ -45,16 +49,11 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
     >>> round(slot_redundancy_loss(attention, slots, num_picked=2).item(), 4)
     0.0654
     """
-    check_int("num_picked", num_picked, 1)
+    _check_settings(num_picked=num_picked)
     if isinstance(attention, Tensor) and attention.ndim == 5:
         attention = attention.flatten(3)
-    size = check_shape("attention", attention, "B T S N")
-    check_not_empty("attention", size, "T S N")
-    check_floating("attention", attention)
-    given = check_shape("slots", slots, "B T S D", **{axis: size[axis] for axis in "BTS"})
-    check_not_empty("slots", given, "D")
-    check_floating("slots", slots)
-    check_same_device("slots", slots, attention=attention)
+    size = check_floats("attention", attention, "B T S N", filled="T S N")
+    check_floats("slots", slots, "B T S D", size, filled="D", attention=attention)
     with no_autocast(attention):
         attention = at_least_float32(attention)
         from_uniform = (attention * ((attention + EPSILON).log() + log(size["N"]))).sum(3).mean(1)
@@ -90,12 +89,10 @@ def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Te
     return torch.stack(picks, 1) if picks else torch.empty(num_clips, 0, dtype=torch.int64, device=slots.device)
 
 
-class SlotRedundancyLoss(nn.Module):
+class SlotRedundancyLoss(LossModule):
     """Module of :func:`slot_redundancy_loss`: the redundant slots of a clip are pushed to idle.
 
     ``forward(attention, slots)``.
-
-    Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
@@ -103,15 +100,11 @@ class SlotRedundancyLoss(nn.Module):
     0.0654
     """
 
+    check_settings = staticmethod(_check_settings)
+
     def __init__(self, *, num_picked: int = 5) -> None:
-        super().__init__()
-        check_int("num_picked", num_picked, 1)
-        self.num_picked = num_picked
+        super().__init__(num_picked=num_picked)
 
     def forward(self, attention: Tensor, slots: Tensor) -> Tensor:
         """Return the term; see :func:`slot_redundancy_loss`."""
-        return slot_redundancy_loss(attention, slots, num_picked=self.num_picked)
-
-    def extra_repr(self) -> str:
-        """Show the setting."""
-        return f"num_picked={self.num_picked}"
+        return slot_redundancy_loss(attention, slots, **self.settings)

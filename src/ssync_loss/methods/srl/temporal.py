@@ -4,18 +4,22 @@ from typing import Literal, TypeAlias
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_number, check_shape
-from ssync_loss.losses._contrast import directions, products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._inputs import check_floats
+from ssync_loss._module import LossModule
+from ssync_loss._settings import POSITIVE, check_by, one_of
+from ssync_loss._vectors import directions, products
 
 Contrast: TypeAlias = Literal["adjacent", "supervised"]
 Negatives: TypeAlias = Literal["batch", "video"]
 
 CONTRASTS = ("adjacent", "supervised")
 NEGATIVES = ("batch", "video")
+
+_check_settings = check_by(temperature=POSITIVE, kind=one_of(*CONTRASTS), negatives=one_of(*NEGATIVES))
 
 # what the supervised form is scaled by
 BASE_TEMPERATURE = 0.07
@@ -57,10 +61,8 @@ def temporal_slot_contrast_loss(
     >>> round(temporal_slot_contrast_loss(slots, temperature=1.0).item(), 4)
     0.3133
     """
-    _check_settings(temperature, kind, negatives)
-    size = check_shape("slots", slots, "B T S D")
-    check_not_empty("slots", size, "T S D")
-    check_floating("slots", slots)
+    _check_settings(temperature=temperature, kind=kind, negatives=negatives)
+    size = check_floats("slots", slots, "B T S D", filled="T S D")
     if size["T"] == 1 or size["B"] == 0:
         return attached_zero(slots)
     with no_autocast(slots):
@@ -95,40 +97,23 @@ def _supervised(units: Tensor, temperature: float) -> Tensor:
     return means.mean() * (-temperature / BASE_TEMPERATURE)
 
 
-class TemporalSlotContrastLoss(nn.Module):
+class TemporalSlotContrastLoss(LossModule):
     """Module of :func:`temporal_slot_contrast_loss`: a slot stays itself from frame to frame.
 
     ``forward(slots)``.
-
-    Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
-    (arXiv:2602.03390; ``"supervised"``).
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)
     >>> round(TemporalSlotContrastLoss(temperature=1.0)(slots).item(), 4)
     0.3133
     """
 
+    check_settings = staticmethod(_check_settings)
+
     def __init__(
         self, *, temperature: float = 0.1, kind: Contrast = "adjacent", negatives: Negatives = "batch"
     ) -> None:
-        super().__init__()
-        _check_settings(temperature, kind, negatives)
-        self.temperature = temperature
-        self.kind: Contrast = kind
-        self.negatives: Negatives = negatives
+        super().__init__(temperature=temperature, kind=kind, negatives=negatives)
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return the term; see :func:`temporal_slot_contrast_loss`."""
-        return temporal_slot_contrast_loss(
-            slots, temperature=self.temperature, kind=self.kind, negatives=self.negatives
-        )
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"temperature={self.temperature}, kind={self.kind!r}, negatives={self.negatives!r}"
-
-
-def _check_settings(temperature: object, kind: object, negatives: object) -> None:
-    check_number("temperature", temperature, 0.0, open_low=True)
-    check_choice("kind", kind, CONTRASTS)
-    check_choice("negatives", negatives, NEGATIVES)
+        return temporal_slot_contrast_loss(slots, **self.settings)

@@ -1,24 +1,20 @@
 """Instance consistency: what one frame shows is found again in the others, and told apart from the rest."""
 
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import (
-    check_bool,
-    check_choice,
-    check_floating,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
-)
-from ssync_loss.losses._assignment import best_assignment
-from ssync_loss.losses._contrast import directions, products
-from ssync_loss.losses._teaching import attached_zero
+from ssync_loss._checks import check_choice, check_number
+from ssync_loss._inputs import check_floats, check_mask, widest
+from ssync_loss._module import LossModule
+from ssync_loss._settings import SHARE, check_by, check_flag
+from ssync_loss._vectors import directions, products
+from ssync_loss.methods.smtc._assignment import best_assignment
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 
@@ -26,6 +22,15 @@ METRICS = ("cosine", "euclidean")
 
 # what keeps a mean over no valid instance finite
 EPSILON = 1e-10
+
+_check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_number, low=-1.0, high=1.0))
+
+
+def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
+    check_choice("metric", metric, METRICS)
+    low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
+    check_number("margin", margin, low, high)
+    check_flag("same_frame", same_frame)
 
 
 @torch.no_grad()
@@ -68,19 +73,10 @@ def valid_instances(
     >>> valid_instances(logits, slots, instances, area_thr=0.5).tolist()
     [[[[True, False], [False, False]]]]
     """
-    for name, value, low in (("p_thr", p_thr, 0.0), ("area_thr", area_thr, 0.0), ("sim_thr", sim_thr, -1.0)):
-        check_number(name, value, low, 1.0)
-    size = check_shape("logits", logits, "B T S H W")
-    check_not_empty("logits", size, "T S H W")
-    check_floating("logits", logits)
-    given = check_shape("slots", slots, "B T S D", **{axis: size[axis] for axis in "BTS"})
-    check_not_empty("slots", given, "D")
-    check_floating("slots", slots)
-    check_same_device("slots", slots, logits=logits)
-    given = check_shape("instances", instances, "B T S P D", **{axis: given[axis] for axis in "BTSD"})
-    check_not_empty("instances", given, "P")
-    check_floating("instances", instances)
-    check_same_device("instances", instances, logits=logits)
+    _check_thresholds(p_thr=p_thr, area_thr=area_thr, sim_thr=sim_thr)
+    size = check_floats("logits", logits, "B T S H W", filled="T S H W")
+    given = check_floats("slots", slots, "B T S D", size, filled="D", logits=logits)
+    check_floats("instances", instances, "B T S P D", given, filled="P", logits=logits)
     with no_autocast(logits):
         inside = at_least_float32(logits).softmax(2) > p_thr
         # a count and a quotient: a mean may multiply by the inverse, and an area at the threshold would pass it
@@ -146,18 +142,12 @@ def instance_consistency_loss(
     >>> round(instance_consistency_loss(embeddings, embeddings.flip(3), valid, teacher_valid).item(), 4)
     -0.5
     """
-    _check_settings(margin, metric, same_frame)
-    size = check_shape("embeddings", embeddings, "B T S P D")
-    check_not_empty("embeddings", size, "T S P D")
-    check_floating("embeddings", embeddings)
-    check_shape("teacher_embeddings", teacher_embeddings, "B T S P D", **size)
-    check_floating("teacher_embeddings", teacher_embeddings)
-    check_same_device("teacher_embeddings", teacher_embeddings, embeddings=embeddings)
-    for name, mask in (("valid", valid), ("teacher_valid", teacher_valid)):
-        check_shape(name, mask, "B T S P", **{axis: size[axis] for axis in "BTSP"})
-        check_bool(name, mask)
-        check_same_device(name, mask, embeddings=embeddings)
-    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, teacher_embeddings.dtype), torch.float32)
+    _check_settings(margin=margin, metric=metric, same_frame=same_frame)
+    size = check_floats("embeddings", embeddings, "B T S P D", filled="T S P D")
+    check_floats("teacher_embeddings", teacher_embeddings, "B T S P D", size, embeddings=embeddings)
+    check_mask("valid", valid, "B T S P", size, embeddings=embeddings)
+    check_mask("teacher_valid", teacher_valid, "B T S P", size, embeddings=embeddings)
+    dtype = widest(embeddings, teacher_embeddings)
     if size["B"] == 0 or (size["T"] == 1 and not same_frame):
         return attached_zero(embeddings).to(dtype)
     with no_autocast(embeddings):
@@ -200,35 +190,21 @@ def _matched(cosines: Tensor) -> Tensor:
     return assigned.unsqueeze(-1) == torch.arange(cosines.shape[-1], device=cosines.device)
 
 
-class InstanceConsistencyLoss(nn.Module):
+class InstanceConsistencyLoss(LossModule):
     """Module of :func:`instance_consistency_loss`: what one frame shows is found again in the others.
 
     ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
-
-    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
 
     >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> round(InstanceConsistencyLoss()(embeddings, embeddings, valid, valid).item(), 4)
     -1.0
     """
 
+    check_settings = staticmethod(_check_settings)
+
     def __init__(self, *, margin: float = 0.5, metric: Metric = "cosine", same_frame: bool = True) -> None:
-        super().__init__()
-        _check_settings(margin, metric, same_frame)
-        self.settings: dict[str, Any] = {"margin": margin, "metric": metric, "same_frame": same_frame}
+        super().__init__(margin=margin, metric=metric, same_frame=same_frame)
 
     def forward(self, embeddings: Tensor, teacher_embeddings: Tensor, valid: Tensor, teacher_valid: Tensor) -> Tensor:
         """Return the term; see :func:`instance_consistency_loss`."""
         return instance_consistency_loss(embeddings, teacher_embeddings, valid, teacher_valid, **self.settings)
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-
-def _check_settings(margin: object, metric: object, same_frame: object) -> None:
-    check_choice("metric", metric, METRICS)
-    low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
-    check_number("margin", margin, low, high)
-    if not isinstance(same_frame, bool):
-        raise TypeError(f"`same_frame` must be True or False; got {type(same_frame).__name__}.")

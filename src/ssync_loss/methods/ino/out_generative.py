@@ -6,12 +6,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_same_device, check_shape
-from ssync_loss.losses._centers import targets
-from ssync_loss.losses._contrast import products
-from ssync_loss.losses._teaching import attached_zero
-from ssync_loss.losses.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss._vectors import products
+from ssync_loss.methods.ino._centers import targets
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
 
 Balance: TypeAlias = Literal["flat", "per_term"]
 

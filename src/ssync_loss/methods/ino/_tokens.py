@@ -3,7 +3,7 @@
 from einops import rearrange
 from torch import Tensor
 
-from ssync_loss._checks import check_bool, check_floating, check_not_empty, check_same_device, check_shape
+from ssync_loss._inputs import check_floats, check_mask
 
 
 def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict[str, int]:
@@ -16,10 +16,8 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
     {'N': 3, 'B': 1, 'T': 2, 'D': 4}
     """
     is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
-    size = check_shape(name, tokens, f"B T N {channels}" if is_list else f"B T {channels} H W", **sizes)
-    check_not_empty(name, size, f"T {channels}" if is_list else f"T {channels} H W")
-    check_floating(name, tokens)
-    return size
+    axes, filled = ("N {}", "{}") if is_list else ("{} H W", "{} H W")
+    return check_floats(name, tokens, f"B T {axes.format(channels)}", sizes, filled=f"T {filled.format(channels)}")
 
 
 def positions_of(size: dict[str, int]) -> dict[str, int]:
@@ -31,12 +29,10 @@ def positions_of(size: dict[str, int]) -> dict[str, int]:
     return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
 
 
-def check_mask(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
+def check_kept(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
     """Check the mask of kept positions, (B, T, N) or (B, T, H, W)."""
     places = positions_of(size)
-    check_shape(name, mask, " ".join(places), **places)
-    check_bool(name, mask)
-    check_same_device(name, mask, **beside)
+    check_mask(name, mask, " ".join(places), places, **beside)
 
 
 def as_list(tokens: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""What the losses ask of the tensors they are given."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ssync_loss._checks import (
+    check_bool,
+    check_floating,
+    check_integer,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+)
+
+NO_SIZES: Mapping[str, int] = {}
+
+
+def check_floats(
+    name: str, tensor: Tensor, axes: str, known: Mapping[str, int] = NO_SIZES, *, filled: str = "", **beside: Tensor
+) -> dict[str, int]:
+    """Require a floating-point tensor with the axes named, each of its known size.
+
+    Args:
+        name: of the tensor.
+        tensor: what is checked.
+        axes: as in :func:`check_shape`, e.g. ``"B T D H W"``.
+        known: sizes of axes, those of others among them.
+        filled: axes that must not be empty.
+        **beside: another tensor, whose device it must be on.
+
+    Returns:
+        The sizes of the axes.
+    """
+    size = _check_axes(name, tensor, axes, known)
+    check_not_empty(name, size, filled)
+    check_floating(name, tensor)
+    check_same_device(name, tensor, **beside)
+    return size
+
+
+def check_mask(name: str, mask: Tensor, axes: str, known: Mapping[str, int], **beside: Tensor) -> None:
+    """Require a boolean tensor, likewise."""
+    _check_axes(name, mask, axes, known)
+    check_bool(name, mask)
+    check_same_device(name, mask, **beside)
+
+
+def check_labels(name: str, labels: Tensor, axes: str, known: Mapping[str, int], **beside: Tensor) -> dict[str, int]:
+    """Require a tensor of integers, likewise."""
+    size = _check_axes(name, labels, axes, known)
+    check_integer(name, labels)
+    check_same_device(name, labels, **beside)
+    return size
+
+
+def _check_axes(name: str, tensor: Tensor, axes: str, known: Mapping[str, int]) -> dict[str, int]:
+    return check_shape(name, tensor, axes, **{axis: known[axis] for axis in axes.split() if axis in known})
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """Return the type that all of them fit into: float32, or float64 if one of them is.
+
+    >>> widest(torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=torch.bfloat16))
+    torch.float32
+    """
+    dtype = torch.float32
+    for one in tensors:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return dtype

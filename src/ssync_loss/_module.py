@@ -1,0 +1,117 @@
+"""What modules of losses have in common: settings by name, a repr, and a word when nothing can be taught."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._checks import check_tensor
+
+if TYPE_CHECKING:
+    from typing import ParamSpec, Protocol
+
+    P = ParamSpec("P")
+
+    class _HasForward(Protocol[P]):
+        def forward(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
+
+
+def accept(**settings: Any) -> None:
+    """Take settings as they are: for modules that check their own."""
+
+
+class LossModule(nn.Module):
+    """A loss that remembers its settings: the keyword arguments of its constructor.
+
+    Each is an attribute under its own name, and a new value takes effect with the next call. A subclass hands them to
+    ``super().__init__``, and names what checks them as ``check_settings``.
+
+    >>> from ssync_loss import TemporalSlotContrastLoss
+    >>> criterion = TemporalSlotContrastLoss(temperature=0.2)
+    >>> criterion
+    TemporalSlotContrastLoss(temperature=0.2)
+    >>> criterion.temperature = 0.5
+    >>> criterion.settings
+    {'temperature': 0.5, 'kind': 'adjacent', 'negatives': 'batch'}
+    """
+
+    check_settings: Callable[..., None] = staticmethod(accept)
+
+    _defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # a host's subclass may have a constructor of its own, and keeps the settings of its parent
+        if cls.__module__.partition(".")[0] == "ssync_loss":
+            cls._defaults = cls.__init__.__kwdefaults__ or {}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.check_settings(**settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, as they are now."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def extra_repr(self) -> str:
+        """Show the settings that differ from the defaults, and the merge threshold always."""
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.settings.items()
+            if name == "merge_threshold" or value != self._defaults[name]
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load a pickle; version 0.1.0 kept the settings of some losses in a dictionary."""
+        super().__setstate__({**state, **state.get("settings", {})})  # type: ignore[no-untyped-call]
+        self.__dict__.pop("settings", None)
+
+    # nn.Module types calls and attributes as anything, or as tensors and modules
+    if TYPE_CHECKING:
+
+        def __call__(self: "_HasForward[P]", *args: P.args, **kwargs: P.kwargs) -> Tensor:
+            """Run ``forward``."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+class DetachedWarning:
+    """Warns, once, when a map that is to be taught carries no gradient.
+
+    Only in training mode with gradients enabled; a compiled step is not interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self, module: nn.Module, **taught: tuple[Tensor, str]) -> None:
+        """Look at maps by name, each with the term that teaches it."""
+        if torch.compiler.is_compiling() or self.said or not module.training or not torch.is_grad_enabled():
+            return
+        detached = []
+        for name, (maps, term) in taught.items():
+            check_tensor(name, maps)
+            if not maps.requires_grad:
+                detached.append(f"`{name}` (taught by the {term} term)")
+        if detached:
+            self.said = True
+            warnings.warn(
+                f"{' and '.join(detached)} {'carries' if len(detached) == 1 else 'carry'} no gradient, so SSync "
+                "teaches nothing there. Does the model detach? If that is meant, switch the term off. (Said once.)",
+                stacklevel=_callers_stacklevel(),
+            )
+
+
+def _callers_stacklevel() -> int:
+    """Return the ``stacklevel`` that points at the user's line, below frames of this package and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("ssync_loss", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

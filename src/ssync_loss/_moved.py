@@ -1,0 +1,80 @@
+"""Import paths of earlier versions.
+
+An old path gives a module of its own, which holds the names of the modules that took its place.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# below `ssync_loss`: where a module was, and where its names are now, one place or several
+MOVED = {
+    "attention.correlation": "methods.smtc.attention.correlation",
+    "attention.semantic": "methods.smtc.attention.semantic",
+    "curriculum.allotment": "methods.slotcurri.curriculum.allotment",
+    "curriculum.children": "methods.slotcurri.curriculum.children",
+    "curriculum.controller": "methods.slotcurri.curriculum.controller",
+    "curriculum.error": "methods.slotcurri.curriculum.error",
+    "curriculum.moments": "methods.slotcurri.curriculum.moments",
+    "curriculum.schedule": "methods.slotcurri.curriculum.schedule",
+    "inference": "methods.slotcurri.inference",
+    # pickles of earlier versions ask for it
+    "losses._modules": "_module",
+    "losses.affinity": "methods.ino.affinity",
+    "losses.centered": "methods.ino.centered",
+    "losses.dense": "methods.srl.dense",
+    "losses.diversity": "methods.smtc.diversity",
+    "losses.instance": "methods.smtc.instance",
+    "losses.masked_tokens": "methods.ino.masked_tokens",
+    "losses.out_generative": "methods.ino.out_generative",
+    "losses.prototypes": "methods.ino.prototypes",
+    "losses.redundancy": "methods.srl.redundancy",
+    "losses.semantic": "methods.smtc.semantic",
+    "losses.structure": "methods.slotcurri.structure",
+    "losses.temporal": "methods.srl.temporal",
+    "propagation": "methods.ino.propagation",
+    "reference.dense": "methods.srl.reference",
+    "reference.ino": "methods.ino.reference",
+    "reference.slotcurri": "methods.slotcurri.reference",
+    "reference.smtc": "methods.smtc.reference",
+    "sinkhorn": "methods.smtc.sinkhorn",
+    "tube_mask": "methods.ino.tube_mask",
+}
+
+PACKAGE = __name__.partition(".")[0]
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds the old paths, which no other finder knows."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002 (the import system passes both)
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != PACKAGE or old not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=any(one.startswith(f"{old}.") for one in MOVED))
+
+    def exec_module(self, module: ModuleType) -> None:
+        # the module's own name, file and loader stay
+        own = set(vars(module))
+        places = MOVED[module.__name__.partition(".")[2]].split()
+        module.__doc__ = f"Moved to {', '.join(f'{PACKAGE}.{one}' for one in places)}."
+        for place in places:
+            names = vars(import_module(f"{PACKAGE}.{place}"))
+            vars(module).update({name: one for name, one in names.items() if name not in own})
+
+
+_finder = _Moved()
+
+
+def install() -> None:
+    """Let old paths be imported; a second call changes nothing."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.append(_finder)

@@ -1,0 +1,1 @@
+"""INO: affinity consistency, centered cross-entropy and what is built on it, label propagation."""

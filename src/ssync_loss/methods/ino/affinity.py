@@ -1,0 +1,132 @@
+"""Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._attached import attached_zero
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_equal_counts, check_same_device
+from ssync_loss._inputs import widest
+from ssync_loss._module import LossModule
+from ssync_loss._rows import shut, soft_cross_entropy
+from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by
+from ssync_loss._vectors import directions, known_gradient, through_lengths
+from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens, positions_of
+
+_check_settings = check_by(tau_s=POSITIVE, tau_t=POSITIVE, chunk_size=OPTIONAL_COUNT)
+
+
+def affinity_consistency_loss(
+    s: Tensor,
+    t: Tensor,
+    *,
+    mask: Tensor | None = None,
+    tau_s: float = 0.1,
+    tau_t: float = 0.04,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Ask a student to find a patch again in the next frame where its teacher finds it.
+
+    With the tokens at length 1, ``A_i[u, v] = token u of frame i times token v of frame i + 1``, one direction:
+    ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. The
+    temperatures differ, so that the loss of a student that equals its teacher is above 0. No position is a label:
+    frames may be cropped each on its own.
+
+    Time is quadratic in the n tokens of a frame: two products of B (T-1) n x n x D numbers, and two more for the
+    gradient, which is formed in the forward. Memory is two maps of B (T-1) n x n, or of ``chunk_size`` x n with the
+    same value and gradient. Pool the grid, or keep some positions: a list of n of N tokens costs n^2, where a
+    ``mask`` over all N costs N^2.
+
+    A zero vector has cosine 0 with everything and gets no gradient. A single frame, no clips, no tokens and an empty
+    mask give exactly 0, attached to the graph (the published code: NaN). Several crops of a frame are clips of
+    their own, (B g, T, n, D).
+
+    Shape:
+        s, t: (B, T, D, H, W), or kept positions (B, T, n, D); t may have channels of its own. mask: (B, T, H, W) or
+        (B, T, n), bool. Returns a scalar in float32, or float64 if one of both is.
+
+    Args:
+        s: the student's features of what may be masked frames; the only argument that gets a gradient. A trained
+            encoder's output, or reconstructed features; published are the logits of a :class:`PrototypeHead`
+            at the masked positions.
+        t: the teacher's features of whole frames.
+        mask: positions that take part, as many in every frame; None for all. On an accelerator and under
+            compilation numbers that differ cannot be seen without waiting: every patch then counts alike.
+        tau_s: temperature of the student, above 0.
+        tau_t: temperature of the teacher, above 0.
+        chunk_size: rows of affinities that are held at once, over all pairs of frames; None for all.
+
+    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on wrong shapes or settings, or a mask that keeps more positions in one frame than in another.
+
+    >>> import torch
+    >>> frames = torch.eye(2).expand(1, 2, 2, 2)  # two tokens, nothing moves
+    >>> # the teacher is e : 1 sure of a token, the student too: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> round(affinity_consistency_loss(frames, frames, tau_s=1.0, tau_t=1.0).item(), 4)
+    0.5822
+    """
+    _check_settings(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
+    size = check_tokens("s", s, "D")
+    check_tokens("t", t, "C", **positions_of(size))
+    check_same_device("t", t, s=s)
+    tokens, targets = as_list(s), as_list(t)
+    kept = torch.ones(tokens.shape[:3], dtype=torch.bool, device=s.device)
+    if mask is not None:
+        check_kept("mask", mask, size, s=s)
+        kept = mask.flatten(2)
+        check_equal_counts("mask", kept)
+    if size["T"] == 1 or tokens.shape[0] == 0 or tokens.shape[2] == 0:
+        return attached_zero(s, t.detach())
+    with_slope = torch.is_grad_enabled() and s.requires_grad
+    with torch.no_grad(), no_autocast(s):
+        # what is dropped may hold anything
+        vectors, aims = (torch.where(kept.unsqueeze(3), one.to(widest(s, t)), 0.0) for one in (tokens, targets))
+        units, inverse = directions(vectors)
+        aims, _ = directions(aims)
+        # every pair of frames by itself, (B (T-1), n, .)
+        (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
+        counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
+
+        def seen_by_the_teacher(some: slice, part: slice) -> tuple[Tensor, Tensor]:
+            found = shut((source[some][:, part] / tau_t) @ goal[some].mT, closed[some]).softmax(2)
+            return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
+
+        slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
+        total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
+        number = counted.sum().clamp_min(1)
+        by_here, by_there = slopes
+        if by_here is None or by_there is None:
+            return total / number
+        slope = torch.zeros_like(units)
+        slope[:, :-1] += by_here.view_as(slope[:, :-1])
+        slope[:, 1:] += by_there.view_as(slope[:, 1:])
+        slope = through_lengths(slope, units, inverse / number)
+    return known_gradient(tokens, total / number, slope)
+
+
+def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Return every frame but the last, and beside each the next one, over all clips."""
+    return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
+
+
+class AffinityConsistencyLoss(LossModule):
+    """Module of :func:`affinity_consistency_loss`: a student finds patches again where its teacher does.
+
+    ``forward(s, t, mask=None)``.
+
+    >>> frames = torch.eye(2).expand(1, 2, 2, 2)
+    >>> round(AffinityConsistencyLoss(tau_s=1.0, tau_t=1.0)(frames, frames).item(), 4)
+    0.5822
+    """
+
+    check_settings = staticmethod(_check_settings)
+
+    def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
+        super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
+
+    def forward(self, s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Return the term; see :func:`affinity_consistency_loss`."""
+        return affinity_consistency_loss(s, t, mask=mask, **self.settings)

@@ -1,0 +1,1 @@
+"""SlotCurri: the structure of features, a curriculum of slots, cyclic inference."""

@@ -1,0 +1,1 @@
+"""Parts of a model that find semantics in frames, and instances inside each."""

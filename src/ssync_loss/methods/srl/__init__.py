@@ -1,0 +1,1 @@
+"""SRL: dense alignment of decoder and encoder, slot redundancy, temporal slot contrast."""
