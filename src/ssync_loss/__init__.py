@@ -5,7 +5,7 @@
 """
 
 from ssync_loss import _moved
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.losses import (
     AffinityConsistencyLoss,
     BoundaryRefinementLoss,

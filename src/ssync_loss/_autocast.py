@@ -5,6 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# asked once: torch 2.11 cannot compile the question
+DEVICE_TYPES = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(one)]
+
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which nothing on the tensor's device is cast down.
@@ -13,9 +16,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     2048 (float16) or 256 (bfloat16) on.
     """
     device_type = tensor.device.type
-    # torch 2.11 cannot compile the question, but for all it compiles for the answer is yes
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type):
+    if device_type in DEVICE_TYPES and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -111,7 +111,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_positive(name: str, tensor: Tensor) -> None:
     """Require numbers above 0, where that can be seen as in :func:`check_label_range`."""
-    if not _readable(tensor) or tensor.numel() == 0:
+    if not is_readable(tensor) or tensor.numel() == 0:
         return
     lowest = float(tensor.min())
     if lowest <= 0:
@@ -124,7 +124,7 @@ def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     Only plain CPU tensors outside compilation are read. On an accelerator the check would stall the step;
     there an index out of range trips the device's own assertion.
     """
-    if not _readable(labels) or labels.numel() == 0:
+    if not is_readable(labels) or labels.numel() == 0:
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_slots:
@@ -136,7 +136,7 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
     A clip without any present slot has nothing to teach and is left out.
     """
-    if not _readable(labels):
+    if not is_readable(labels):
         return
     present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)
     absent = region & ~present & slot_mask.any(1)[:, None, None, None]
@@ -151,13 +151,13 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
 def check_equal_counts(name: str, mask: Tensor) -> None:
     """Require a mask (B, T, N) of as many positions in every frame, where :func:`check_label_range` can look, too."""
-    if not _readable(mask) or mask.numel() == 0:
+    if not is_readable(mask) or mask.numel() == 0:
         return
     low, high = (int(one) for one in mask.sum(2).aminmax())
     if low != high:
         raise ValueError(f"`{name}` must keep the same number of positions in every frame; got {low} to {high}.")
 
 
-def _readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Tell whether a tensor can be looked into without waiting for a device or breaking a graph."""
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"

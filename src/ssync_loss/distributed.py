@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_loss.distillation import num_averaged
-from ssync_loss.losses.ssync import SSyncLoss
+from ssync_loss.ssync.distillation import num_averaged
+from ssync_loss.ssync.modules import SSyncLoss
 
 
 def global_mean(

@@ -1,10 +1,6 @@
 """Every pure function of the library in one place; modules only remember their arguments."""
 
 from ssync_loss.curriculum import allot_children, milestones, slot_error, slot_schedule, spawn_children
-from ssync_loss.distillation import selective_distillation_loss
-from ssync_loss.losses.boundary import boundary_refinement_loss
-from ssync_loss.losses.interior import interior_denoising_loss
-from ssync_loss.merging import merge_slots, slot_overlap
 from ssync_loss.methods.ino.affinity import affinity_consistency_loss
 from ssync_loss.methods.ino.masked_tokens import masked_token_loss
 from ssync_loss.methods.ino.out_generative import out_generative_loss
@@ -19,8 +15,14 @@ from ssync_loss.methods.smtc.sinkhorn import sinkhorn
 from ssync_loss.methods.srl.dense import dense_decoder_alignment_loss, dense_encoder_alignment_loss
 from ssync_loss.methods.srl.redundancy import slot_redundancy_loss
 from ssync_loss.methods.srl.temporal import temporal_slot_contrast_loss
-from ssync_loss.pseudo_labels import pseudo_labels
-from ssync_loss.regions import boundary_region, interior_region, neighbor_difference
+from ssync_loss.ssync.functions import (
+    boundary_refinement_loss,
+    interior_denoising_loss,
+    pseudo_labels,
+    selective_distillation_loss,
+)
+from ssync_loss.ssync.merging import merge_slots, slot_overlap
+from ssync_loss.ssync.regions import boundary_region, interior_region, neighbor_difference
 
 __all__ = [
     "affinity_consistency_loss",

@@ -13,7 +13,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss._maps import check_valid
+from ssync_loss.ssync.maps import check_valid
 
 # features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
 _CHANNELS = 64

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._checks import check_bool, check_integer, check_not_empty, check_same_device, check_shape
-from ssync_loss._maps import check_slot_mask, check_valid
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.maps import check_slot_mask, check_valid
+from ssync_loss.ssync.types import PseudoLabels
 
 
 class Summary(NamedTuple):

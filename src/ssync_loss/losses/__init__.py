@@ -1,8 +1,5 @@
 """Losses as modules: a module remembers settings, a function computes."""
 
-from ssync_loss.losses.boundary import BoundaryRefinementLoss
-from ssync_loss.losses.interior import InteriorDenoisingLoss
-from ssync_loss.losses.ssync import SSyncLoss, SSyncTerms
 from ssync_loss.methods.ino.affinity import AffinityConsistencyLoss
 from ssync_loss.methods.ino.centered import CenteredCrossEntropy
 from ssync_loss.methods.ino.masked_tokens import MaskedTokenLoss
@@ -15,6 +12,8 @@ from ssync_loss.methods.smtc.semantic import SemanticConsistencyLoss
 from ssync_loss.methods.srl.dense import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss
 from ssync_loss.methods.srl.redundancy import SlotRedundancyLoss
 from ssync_loss.methods.srl.temporal import TemporalSlotContrastLoss
+from ssync_loss.ssync.modules import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
+from ssync_loss.ssync.types import SSyncTerms
 
 __all__ = [
     "AffinityConsistencyLoss",

@@ -1,46 +1,159 @@
-"""SSync: each of two maps teaches the other where it is the reliable one."""
+"""The three modules of SSync: each remembers settings, and calls the functions."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssync_loss._backends import Backend, check_backend, resolve_backend
-from ssync_loss._checks import check_choice, check_int, check_number
-from ssync_loss._criteria import Criterion
-from ssync_loss._maps import Grid, KindArgument, Maps, bind_maps, check_grid, check_kind, prepare_maps
-from ssync_loss._types import PseudoLabels, Terms
-from ssync_loss.distillation import check_criterion
-from ssync_loss.losses._modules import DetachedWarning, shown_settings
-from ssync_loss.losses._step import Settings, terms_of, weigh
-from ssync_loss.losses._teaching import attached_zero
-from ssync_loss.pseudo_labels import check_label_settings
+from ssync_loss._attached import attached_zero
+from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_choice, check_int
+from ssync_loss._module import DetachedWarning, LossModule
+from ssync_loss.ssync.engines import Backend, check_backend, resolve
+from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.functions import boundary_refinement_loss, interior_denoising_loss
+from ssync_loss.ssync.maps import Grid, KindArgument, bind_maps, check_grid, check_kind, prepare_maps
+from ssync_loss.ssync.settings import Criterion, Settings
+from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # merge thresholds of the published configurations
 PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
 
 
-class SSyncTerms(NamedTuple):
-    """What :meth:`SSyncLoss.terms` returns: tensors only, so that logging decides when to wait for a device.
+class _SSyncModule(LossModule):
+    """What the three have in common: how settings are checked."""
 
-    Attributes:
-        total: weighted, ramped sum; what ``forward`` returns.
-        boundary: unweighted mean of the boundary term, which teaches the decoder.
-        interior: unweighted mean of the interior term, which teaches the encoder.
-        num_boundary: number of boundary patches in the batch, int64.
-        num_interior: number of interior patches in the batch, int64.
-        labels: the merged labels and the regions behind them.
+    @staticmethod
+    def check_settings(
+        *,
+        kind: KindArgument,
+        grid: Grid,
+        backend: Backend,
+        start_step: int = 0,
+        ramp_steps: int = 0,
+        **settings: Any,
+    ) -> None:
+        """Check the arguments of a constructor."""
+        Settings(**settings).check()
+        check_kind(kind)
+        check_grid(grid)
+        check_int("start_step", start_step, 0)
+        check_int("ramp_steps", ramp_steps, 0)
+        check_backend(backend)
+
+
+class BoundaryRefinementLoss(_SSyncModule):
+    """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
+
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
+    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
+
+    >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)
+    >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2, requires_grad=True)).item()
+    0.25
     """
 
-    total: Tensor
-    boundary: Tensor
-    interior: Tensor
-    num_boundary: Tensor
-    num_interior: Tensor
-    labels: PseudoLabels
+    def __init__(
+        self,
+        *,
+        merge_threshold: float | Tensor | None = 0.6,
+        min_different: int = 1,
+        min_same: int = 1,
+        criterion: Criterion = "mse",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        kind: KindArgument = "logits",
+        grid: Grid = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            merge_threshold=merge_threshold,
+            min_different=min_different,
+            min_same=min_same,
+            criterion=criterion,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            kind=kind,
+            grid=grid,
+            backend=backend,
+        )
+        self._warn = DetachedWarning()
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the boundary term; see :func:`boundary_refinement_loss`."""
+        self._warn(self, dec_logits=(dec_logits, "boundary"))
+        return boundary_refinement_loss(
+            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+        )
 
 
-class SSyncLoss(nn.Module):
+class InteriorDenoisingLoss(_SSyncModule):
+    """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
+
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
+    as ``labels`` to this and to :class:`BoundaryRefinementLoss`, and they are computed once.
+
+    Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
+
+    >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
+    >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2, requires_grad=True), dec).item()
+    0.25
+    """
+
+    def __init__(
+        self,
+        *,
+        merge_threshold: float | Tensor | None = 0.6,
+        max_different: int = 0,
+        criterion: Criterion = "mse",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        kind: KindArgument = "logits",
+        grid: Grid = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            merge_threshold=merge_threshold,
+            max_different=max_different,
+            criterion=criterion,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            kind=kind,
+            grid=grid,
+            backend=backend,
+        )
+        self._warn = DetachedWarning()
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the interior term; see :func:`interior_denoising_loss`."""
+        self._warn(self, enc_logits=(enc_logits, "interior"))
+        return interior_denoising_loss(
+            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+        )
+
+
+class SSyncLoss(_SSyncModule):
     """Selective synergistic learning: one loss line for a slot model that already trains.
 
     ``loss = ramp * (boundary_weight * L_b + interior_weight * L_i)``: the encoder's labels teach the decoder at
@@ -53,7 +166,8 @@ class SSyncLoss(nn.Module):
 
     Args:
         merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. The
-            sensitive knob: see :meth:`from_preset` for the published values.
+            sensitive knob: see :meth:`from_preset` for the published values. It may be a scalar tensor on the maps'
+            device, as the weights may.
         boundary_weight: weight of the boundary term, at least 0.
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
@@ -69,10 +183,12 @@ class SSyncLoss(nn.Module):
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
-        backend: what computes; the value does not depend on it. ``"auto"`` takes ``"triton"`` for float16,
-            bfloat16 and float32 maps of up to 64 slots on a CUDA device where Triton is installed, and
-            ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is
-            an error.
+        backend: the engine that computes; the value does not depend on it. ``"torch"`` runs anywhere. ``"cpu"`` is a
+            C library, compiled at first use and kept in the user's cache folder (the variable SSYNC_LOSS_CACHE moves
+            it), for CPU maps of up to 64 slots. ``"triton"`` is CUDA kernels, for float16, bfloat16 and float32 maps of
+            up to 64 slots. ``"auto"`` takes either where it can be had and agrees with torch on a small case, and
+            ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
+            error.
 
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64.
@@ -92,9 +208,9 @@ class SSyncLoss(nn.Module):
     def __init__(
         self,
         *,
-        merge_threshold: float | None = 0.6,
-        boundary_weight: float = 1.0,
-        interior_weight: float = 1.0,
+        merge_threshold: float | Tensor | None = 0.6,
+        boundary_weight: float | Tensor = 1.0,
+        interior_weight: float | Tensor = 1.0,
         criterion: Criterion = "mse",
         label_smoothing: float = 0.0,
         temperature: float = 1.0,
@@ -107,34 +223,26 @@ class SSyncLoss(nn.Module):
         ramp_steps: int = 0,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
-        check_label_settings(merge_threshold, min_different, min_same, max_different)
-        check_criterion(criterion, label_smoothing, temperature)
-        check_number("boundary_weight", boundary_weight, 0.0)
-        check_number("interior_weight", interior_weight, 0.0)
-        check_kind(kind)
-        check_grid(grid)
-        check_int("start_step", start_step, 0)
-        check_int("ramp_steps", ramp_steps, 0)
-        check_backend(backend)
-        self.merge_threshold = merge_threshold
-        self.boundary_weight = boundary_weight
-        self.interior_weight = interior_weight
-        self.criterion = criterion
-        self.label_smoothing = label_smoothing
-        self.temperature = temperature
-        self.min_different = min_different
-        self.min_same = min_same
-        self.max_different = max_different
-        self.kind = kind
-        self.grid = grid
-        self.start_step = start_step
-        self.ramp_steps = ramp_steps
-        self.backend = backend
+        super().__init__(
+            merge_threshold=merge_threshold,
+            boundary_weight=boundary_weight,
+            interior_weight=interior_weight,
+            criterion=criterion,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            min_different=min_different,
+            min_same=min_same,
+            max_different=max_different,
+            kind=kind,
+            grid=grid,
+            start_step=start_step,
+            ramp_steps=ramp_steps,
+            backend=backend,
+        )
         self._warn = DetachedWarning()
 
     @classmethod
-    def from_preset(cls, name: str, **settings: Any) -> Self:
+    def from_preset(cls, name: str, **settings: Any) -> "Self":
         """Build the loss with the merge threshold published for a data set.
 
         Args:
@@ -176,11 +284,13 @@ class SSyncLoss(nn.Module):
         self._warn_if_detached(enc_logits, dec_logits)
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
-            # what cannot be had is said now, and not when the loss starts
-            resolve_backend(self.backend, bound.enc, bound.dec)
+            if self.backend != "auto":
+                # what cannot be had is said now, and not when the loss starts
+                resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
-        return self._terms_of(maps, step, with_labels=False).total
+        with no_autocast(maps.enc):
+            return resolve(self.backend, maps.enc, maps.dec).loss(maps, self._settings_at(step, maps.enc))
 
     def terms(
         self,
@@ -198,26 +308,16 @@ class SSyncLoss(nn.Module):
         is_on = self.is_on(step)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
         self._warn_if_detached(enc_logits, dec_logits)
-        terms = self._terms_of(maps, step if is_on else None, with_labels=True)
-        assert terms.labels is not None
-        total = terms.total if is_on else attached_zero(enc_logits, dec_logits)
-        return SSyncTerms(total, *terms[1:5], terms.labels)
-
-    def _terms_of(self, maps: Maps, step: int | None, *, with_labels: bool) -> Terms:
-        return terms_of(
-            maps,
-            Settings(**{name: getattr(self, name) for name in Settings._fields}),
-            (self.boundary_weight, self.interior_weight),
-            self._ramp(step, maps.enc),
-            backend=self.backend,
-            with_labels=with_labels,
-        )
+        settings = self._settings_at(step if is_on else None, maps.enc)
+        with no_autocast(maps.enc):
+            terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
+        return terms if is_on else terms._replace(total=attached_zero(enc_logits, dec_logits))
 
     def is_on(self, step: int | None) -> bool:
-        """Tell whether the loss has started at a step.
+        """Tell whether the loss has started, and check the step.
 
         Raises:
-            TypeError: if the step is no Python int.
+            TypeError: if the step is no integer.
             ValueError: if there is a schedule and no step.
         """
         if step is None:
@@ -233,42 +333,32 @@ class SSyncLoss(nn.Module):
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
-        weights = self.boundary_weight, self.interior_weight
-        return weigh(boundary, interior, weights, self._ramp(step, boundary))
+        return weigh(boundary, interior, self._settings_at(step, boundary))
 
-    def _ramp(self, step: int | None, like: Tensor) -> Tensor | float:
-        if step is None or self.ramp_steps == 0:
-            return 1.0
-        progress = step - self.start_step
-        if torch.compiler.is_compiling():
+    def _settings_at(self, step: int | None, like: Tensor) -> Settings:
+        """Return the settings of a step, the ramp in the weights."""
+        weights = self.boundary_weight, self.interior_weight
+        if step is not None and step - self.start_step < self.ramp_steps:
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
             dtype = torch.promote_types(like.dtype, torch.float32)
-            done = torch.full((), progress, device=like.device, dtype=dtype)
-            return (done / self.ramp_steps).clamp_max(1.0)
-        return min(progress / self.ramp_steps, 1.0)
+            ramp = torch.full((), step - self.start_step, device=like.device, dtype=dtype) / self.ramp_steps
+            weights = ramp * weights[0], ramp * weights[1]
+        return Settings(
+            self.merge_threshold,
+            self.min_different,
+            self.min_same,
+            self.max_different,
+            self.criterion,
+            self.label_smoothing,
+            self.temperature,
+            *weights,
+        )
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
         taught = {}
-        if self.boundary_weight > 0:
+        # a weight that is a tensor may be anything
+        if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:
             taught["dec_logits"] = (dec_logits, "boundary")
-        if self.interior_weight > 0:
+        if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
-
-    def extra_repr(self) -> str:
-        """Show the settings that differ from the defaults, and the threshold always."""
-        return shown_settings(self, SSyncLoss)
-
-    # nn.Module.__call__ is typed Any
-    if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            enc_logits: Tensor,
-            dec_logits: Tensor,
-            *,
-            step: int | None = None,
-            valid: Tensor | None = None,
-            slot_mask: Tensor | None = None,
-        ) -> Tensor:
-            """Run ``forward``."""

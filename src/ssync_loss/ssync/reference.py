@@ -23,7 +23,7 @@ from ssync_loss._checks import (
     check_number,
     check_shape,
 )
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels
 
 # eight neighbors in the frame, and the same place one frame before and after
 NEIGHBORS = (

@@ -7,7 +7,7 @@ asked for; everything else works without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ssync_loss.reference.ssync import (
+from ssync_loss.ssync.reference import (
     ReferenceSSync,
     UnionFind,
     reference_boundary_region,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels
 
 LOSS_RTOL = 5e-6
 LOSS_ATOL = 1e-8

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ssync_loss.reference.ssync import reference_hard_labels, reference_pseudo_labels, reference_slot_overlap
+from ssync_loss.ssync.reference import reference_hard_labels, reference_pseudo_labels, reference_slot_overlap
 
 MEAN_MARGIN = 1e-5
 OVERLAP_MARGIN = 1e-6

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_int, check_number, check_same_device, check_shape
-from ssync_loss._maps import Grid, KindArgument, prepare_maps
-from ssync_loss._types import PseudoLabels
-from ssync_loss.pseudo_labels import hard_labels, pseudo_labels
+from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
+from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.functions import pseudo_labels
+from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.visualize.pictures import (
     as_bytes,
     as_gray,

@@ -19,8 +19,8 @@ from ssync_loss._checks import (
     check_same_device,
     check_shape,
 )
-from ssync_loss._maps import check_valid
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.maps import check_valid
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.colors import (
     BOTH_TAUGHT,
     DECODER_TAUGHT,

@@ -4,8 +4,10 @@
 ``"reference"`` loops.
 """
 
+import warnings
 from typing import Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import TypeAlias
 
@@ -13,8 +15,8 @@ from ssync_loss._checks import check_choice
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
 from ssync_loss.ssync.engines.reference import ReferenceEngine
-from ssync_loss.ssync.engines.self_check import is_trusted
-from ssync_loss.ssync.engines.torch import TorchEngine
+from ssync_loss.ssync.engines.self_check import complaint_about
+from ssync_loss.ssync.engines.plain_torch import TorchEngine
 from ssync_loss.ssync.engines.triton import TritonEngine
 
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "reference"]
@@ -50,7 +52,6 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     Raises:
         ValueError: if the name is unknown, or the engine cannot take the maps.
 
-    >>> import torch
     >>> type(resolve("auto", torch.zeros(1, 1, 2, 1, 1, device="meta"))).__name__
     'TorchEngine'
     """
@@ -63,6 +64,30 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     if fast is not None and ENGINES[fast].missing(*maps) is None and is_trusted(fast, str(device)):
         return ENGINES[fast]
     return ENGINES["torch"]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_trusted(name: str, device: str) -> bool:
+    """Tell whether an engine agrees with torch on a device: values, labels and gradients of a small case.
+
+    Asked once a process and device; a compiler asks while it traces, and takes the answer as a constant. While a CUDA
+    graph is captured nothing is run: an answer from before holds, and without one it is no.
+    """
+    if (name, device) not in _answers:
+        if device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        complaint = complaint_about(ENGINES[name], ENGINES["torch"], device)
+        _answers[name, device] = complaint is None
+        if complaint is not None:
+            warnings.warn(
+                f"Engine {name!r} does not agree with plain torch on {device}, so backend='auto' takes torch there. "
+                f"Please report this with the output of `python -m torch.utils.collect_env`: {complaint} (Said once.)",
+                stacklevel=2,
+            )
+    return _answers[name, device]
+
+
+_answers: dict[tuple[str, str], bool] = {}
 
 
 def _require(name: str, *maps: Tensor) -> None:

@@ -403,7 +403,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
     int8_t *enc_labels = (int8_t *)(scratch + S * N), *dec_labels = enc_labels + T * N;
     uint8_t *valid = (uint8_t *)(dec_labels + T * N);
     int8_t *chosen = (int8_t *)(valid + T * N), *framed = chosen + (call->height + 2) * (call->width + 2);
-    double totals[MAX_SLOTS] = {0}, overlap[MAX_SLOTS * MAX_SLOTS], threshold = call->knobs[0];
+    double totals[MAX_SLOTS] = {0}, overlap[MAX_SLOTS * MAX_SLOTS], threshold = (REAL)call->knobs[0];
     int slots[MAX_SLOTS], num_present = list_slots(call, b, slots), dirty = 0;
 
     if (!num_present) memset(enc_labels, NOT_TAUGHT, 2 * T * N);
@@ -432,7 +432,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
             const uint8_t *counted = call->valid.data ? valid + t * N : NULL;
             TYPED(count_overlap)(call, enc, slots, num_present, counted, mean, planes, overlap);
         }
-        for (int i = 0; i < S * S; i++) overlap[i] /= (double)num_frames;
+        for (int i = 0; i < S * S; i++) overlap[i] = (REAL)(overlap[i] / (double)num_frames);
     }
     merge_slots((int)S, overlap, threshold, area, name);
     for (int64_t i = 0; i < 2 * T * N; i++) enc_labels[i] = enc_labels[i] < 0 ? NOT_TAUGHT : name[enc_labels[i]];

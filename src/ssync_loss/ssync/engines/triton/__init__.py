@@ -1,18 +1,93 @@
-"""SSync as Triton kernels: 7 launches from two maps to both gradients.
+"""Engine ``"triton"``: SSync as CUDA kernels, 7 launches from two maps to both gradients.
 
-How they work is told in the README beside this file. Nothing here is public: the library's functions and modules
-come here when their ``backend`` says so. ``triton`` is imported when a kernel is launched first.
+How they work is told in the README beside this file. ``triton`` is imported when a kernel is launched first.
 """
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ssync_loss._types import PseudoLabels, Terms
-from ssync_loss.kernels import _ops
-from ssync_loss.kernels._facts import MAX_SLOTS, missing
+from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.triton import _ops
+from ssync_loss.ssync.engines.triton._facts import MAX_SLOTS, missing
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Reduction, Settings
+from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
 
-__all__ = ["MAX_SLOTS", "distill", "missing", "pseudo_labels", "step"]
+__all__ = ["MAX_SLOTS", "TritonEngine", "distill", "missing", "pseudo_labels", "step"]
+
+
+class Terms(NamedTuple):
+    """As :class:`ssync_loss.SSyncTerms`, with labels only if they were asked for."""
+
+    total: Tensor
+    boundary: Tensor
+    interior: Tensor
+    num_boundary: Tensor
+    num_interior: Tensor
+    labels: PseudoLabels | None
+
+
+class TritonEngine:
+    """The kernels."""
+
+    def missing(self, *maps: Tensor) -> str | None:
+        """Say what keeps the kernels from taking maps."""
+        return missing(*maps)
+
+    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
+        """Compute labels, regions and representatives."""
+        return pseudo_labels(maps.enc, maps.dec, valid=maps.valid, slot_mask=maps.slot_mask, **_label_settings(settings))
+
+    def distill(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        region: Tensor,
+        slot_mask: Tensor | None,
+        settings: Settings,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Compare one map with labels on a region."""
+        how = _criterion_settings(settings)
+        return distill(logits, target, region, slot_mask=slot_mask, reduction=reduction, **how)
+
+    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+        """Compute the weighted sum of both terms."""
+        return self._step(maps, settings, with_labels=False).total
+
+    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
+        """Compute that sum with its parts and labels."""
+        return SSyncTerms._make(self._step(maps, settings, with_labels=True))
+
+    def _step(self, maps: Maps, settings: Settings, *, with_labels: bool) -> Terms:
+        weights = settings.boundary_weight, settings.interior_weight
+        # a kernel takes numbers
+        numbers = [1.0 if isinstance(weight, Tensor) else weight for weight in weights]
+        terms = step(
+            maps.enc,
+            maps.dec,
+            valid=maps.valid,
+            slot_mask=maps.slot_mask,
+            clean=maps.clean,
+            boundary_weight=numbers[0],
+            interior_weight=numbers[1],
+            with_labels=with_labels,
+            **_label_settings(settings),
+            **_criterion_settings(settings),
+        )
+        if not any(isinstance(weight, Tensor) for weight in weights):
+            return terms
+        return terms._replace(total=weigh(terms.boundary, terms.interior, settings))
+
+
+def _label_settings(settings: Settings) -> dict[str, Any]:
+    names = ("merge_threshold", "min_different", "min_same", "max_different")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _criterion_settings(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("criterion", "label_smoothing", "temperature")}
 
 
 def step(
@@ -22,7 +97,7 @@ def step(
     valid: Tensor | None,
     slot_mask: Tensor | None,
     clean: Tensor | None,
-    merge_threshold: float | None,
+    merge_threshold: float | Tensor | None,
     min_different: int,
     min_same: int,
     max_different: int,
@@ -47,7 +122,7 @@ def step(
         valid: patches that count.
         slot_mask: slots that are present; a clip without one counts nowhere.
         clean: scalar bool, False where NaN or +inf was found already, in cells that were not handed on.
-        merge_threshold: the overlap above which slots are merged, or None.
+        merge_threshold: the overlap above which slots are merged, a number or a scalar tensor, or None.
         min_different: differing neighbors that make a boundary.
         min_same: agreeing neighbors without which a patch is noise.
         max_different: differing neighbors allowed in an interior.
@@ -63,7 +138,7 @@ def step(
         dec.detach(),
         valid,
         slot_mask,
-        merge_threshold,
+        *_number_or_tensor(merge_threshold),
         min_different,
         min_same,
         max_different,
@@ -93,7 +168,7 @@ def pseudo_labels(
     *,
     valid: Tensor | None,
     slot_mask: Tensor | None,
-    merge_threshold: float | None,
+    merge_threshold: float | Tensor | None,
     min_different: int,
     min_same: int,
     max_different: int,
@@ -104,7 +179,7 @@ def pseudo_labels(
         dec.detach(),
         valid,
         slot_mask,
-        merge_threshold,
+        *_number_or_tensor(merge_threshold),
         min_different,
         min_same,
         max_different,
@@ -148,3 +223,8 @@ def distill(
         logits, target, region, slot_mask, criterion, label_smoothing, temperature, reduction
     )
     return value
+
+
+def _number_or_tensor(threshold: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """Put a threshold where an operator of torch takes it."""
+    return (None, threshold.detach()) if isinstance(threshold, Tensor) else (threshold, None)

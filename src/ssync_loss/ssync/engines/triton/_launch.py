@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_loss.kernels._tiling import (
+from ssync_loss.ssync.engines.triton._tiling import (
     NUM_WARPS,
     Tiling,
     ceil_divide,
@@ -83,7 +83,7 @@ def find_labels(
     tiling: Tiling, enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, *, merges: bool
 ) -> HardLabels:
     """Label both maps, and add up what merging needs: 1 launch."""
-    from ssync_loss.kernels.gpu.labels import label_kernel
+    from ssync_loss.ssync.engines.triton.gpu.labels import label_kernel
 
     num_parts = min(tiling.clip_tiles, MAX_PARTS, max(LABEL_PROGRAMS // tiling.num_clips, 1))
     planes = enc.new_empty((2, *enc.shape[:2], *enc.shape[3:]), dtype=torch.int8)
@@ -112,11 +112,11 @@ def find_labels(
 
 
 def find_representatives(
-    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float
+    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float | Tensor
 ) -> Tensor:
     """Name every slot's representative, (B, S) int8: 2 launches."""
-    from ssync_loss.kernels.gpu.merge import merge_kernel
-    from ssync_loss.kernels.gpu.overlap import overlap_kernel
+    from ssync_loss.ssync.engines.triton.gpu.merge import merge_kernel
+    from ssync_loss.ssync.engines.triton.gpu.overlap import overlap_kernel
 
     assert found.sums is not None
     num_parts = found.sums.shape[1]
@@ -154,6 +154,7 @@ def find_representatives(
         SLOTS=slots,
         FRAMES=max(MERGE_CELLS // slots**2, 1),
         SQUARINGS=(tiling.num_slots - 1).bit_length(),
+        THRESHOLD_IN_MEMORY=isinstance(threshold, Tensor),
         num_warps=NUM_WARPS if slots < 64 else 2 * NUM_WARPS,
     )
     return table
@@ -181,7 +182,7 @@ def find_targets(
     labels: Sequence[Tensor] | None,
 ) -> None:
     """Write int8 targets (2, B, T, H, W), the five tensors of ``PseudoLabels``, or both: 1 launch."""
-    from ssync_loss.kernels.gpu.targets import target_kernel
+    from ssync_loss.ssync.engines.triton.gpu.targets import target_kernel
 
     num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
     launch(
@@ -208,7 +209,7 @@ def compute_loss(
     outputs: Sequence[Tensor],
 ) -> None:
     """Write total, both means, both counts, and the scales of the gradients: 2 launches."""
-    from ssync_loss.kernels.gpu.losses import finish_kernel, loss_kernel
+    from ssync_loss.ssync.engines.triton.gpu.losses import finish_kernel, loss_kernel
 
     errors, tallies = _shares(enc, 2, tiling)
     enc_strides, enc_layout = strides_of(enc)
@@ -257,7 +258,7 @@ def compute_gradients(
     weights: tuple[float, float],
 ) -> None:
     """Write the gradients that are not None, from those of the total and of both means: 1 launch."""
-    from ssync_loss.kernels.gpu.gradients import gradient_kernel
+    from ssync_loss.ssync.engines.triton.gpu.gradients import gradient_kernel
 
     enc_strides, enc_layout = strides_of(enc)
     dec_strides, dec_layout = strides_of(dec)
@@ -295,7 +296,7 @@ def compute_distillation(
     outputs: Sequence[Tensor],
 ) -> None:
     """Write the loss, int8 targets (B, T, H, W) and what the gradient of a scalar is scaled by: 1 or 2 launches."""
-    from ssync_loss.kernels.gpu.distill import distill_kernel, finish_distill_kernel
+    from ssync_loss.ssync.engines.triton.gpu.distill import distill_kernel, finish_distill_kernel
 
     loss, targets, scale = outputs
     by_patch = reduction == "none"
@@ -348,7 +349,7 @@ def compute_distillation_gradient(
     reduction: str,
 ) -> None:
     """Write the gradient of a distillation loss: 1 launch."""
-    from ssync_loss.kernels.gpu.distill import distill_gradient_kernel
+    from ssync_loss.ssync.engines.triton.gpu.distill import distill_gradient_kernel
 
     by_patch = reduction == "none"
     strides, layout = strides_of(logits)

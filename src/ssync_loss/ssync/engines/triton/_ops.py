@@ -1,13 +1,13 @@
 """The kernels as operators of torch: opaque to compilers, with shapes for fake tensors and with gradients."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeAlias
 
-from ssync_loss._autograd import Backward, once_differentiable
-from ssync_loss.kernels._launch import (
+from ssync_loss._autograd import differentiable, once_differentiable
+from ssync_loss.ssync.engines.triton._launch import (
     Criterion,
     Regions,
     compute_distillation,
@@ -18,34 +18,12 @@ from ssync_loss.kernels._launch import (
     find_representatives,
     find_targets,
 )
-from ssync_loss.kernels._tiling import Tiling
+from ssync_loss.ssync.engines.triton._tiling import Tiling
 
 # targets, and the five of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # total, boundary, interior, num_boundary, num_interior, scales
 Losses: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _differentiable(operator: Any, save: Callable[..., None], derive: Backward) -> Callable[..., Any]:
-    """Give an operator a gradient, and return what is to be called in its place.
-
-    Of an operator's gradient ``torch.func.grad`` knows nothing, and a forward derivative would silently be 0. A
-    function's it takes, and the derivative is an error. A compiler takes the operator, and traces no backward.
-    """
-    operator.register_autograd(derive, setup_context=save)
-
-    class Differentiable(torch.autograd.Function):
-        forward = staticmethod(operator)
-        setup_context = staticmethod(save)
-        backward = staticmethod(derive)
-
-    # typed: autograd's own `apply` is not
-    function: Callable[..., Any] = Differentiable.apply
-
-    def call(*inputs: Any) -> Any:
-        return operator(*inputs) if torch.compiler.is_compiling() else function(*inputs)
-
-    return call
 
 
 @torch.library.custom_op("ssync_loss::label", mutates_args=())
@@ -55,21 +33,26 @@ def label(
     valid: Tensor | None,
     slot_mask: Tensor | None,
     merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
     min_different: int,
     min_same: int,
     max_different: int,
     with_targets: bool,
     with_labels: bool,
 ) -> Labels:
-    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``; empty what is not wanted."""
+    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``; empty what is not wanted.
+
+    The threshold is a number, or a tensor, or neither: nothing is merged.
+    """
+    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
     targets, *labels = outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0]:
         with torch.cuda.device_of(enc):
             tiling = Tiling.of(enc)
-            found = find_labels(tiling, enc, dec, valid, slot_mask, merges=merge_threshold is not None)
+            found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
             table = None
-            if merge_threshold is not None:
-                table = find_representatives(tiling, enc, slot_mask, found, merge_threshold)
+            if threshold is not None:
+                table = find_representatives(tiling, enc, slot_mask, found, threshold)
             find_targets(
                 tiling,
                 found.planes,
@@ -210,7 +193,7 @@ def _loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return grad_enc if for_enc else None, grad_dec if for_dec else None, *nothing
 
 
-differentiable_loss = _differentiable(loss, _save_loss, _loss_backward)
+differentiable_loss = differentiable(loss, _save_loss, _loss_backward)
 
 
 @torch.library.custom_op("ssync_loss::distill", mutates_args=())
@@ -292,4 +275,4 @@ def _distill_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor |
     return grad_logits, *nothing
 
 
-differentiable_distill = _differentiable(distill, _save_distillation, _distill_backward)
+differentiable_distill = differentiable(distill, _save_distillation, _distill_backward)

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ssync_loss.kernels.gpu.gradients import write_slopes
-from ssync_loss.kernels.gpu.losses import add_shares, averaging, write_share
-from ssync_loss.kernels.gpu.softmax import patch_values
-from ssync_loss.kernels.gpu.tiles import locate, patch_cells, present_slots, read_tile
+from ssync_loss.ssync.engines.triton.gpu.gradients import write_slopes
+from ssync_loss.ssync.engines.triton.gpu.losses import add_shares, averaging, write_share
+from ssync_loss.ssync.engines.triton.gpu.softmax import patch_values
+from ssync_loss.ssync.engines.triton.gpu.tiles import locate, patch_cells, present_slots, read_tile
 
 
 @triton.jit

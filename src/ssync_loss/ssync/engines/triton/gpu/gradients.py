@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ssync_loss.kernels.gpu.softmax import patch_slopes
-from ssync_loss.kernels.gpu.tiles import locate, map_cells, present_slots, read_tile, tile_mask
+from ssync_loss.ssync.engines.triton.gpu.softmax import patch_slopes
+from ssync_loss.ssync.engines.triton.gpu.tiles import locate, map_cells, present_slots, read_tile, tile_mask
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ssync_loss.kernels.gpu.softmax import patch_values
-from ssync_loss.kernels.gpu.targets import INVALID
-from ssync_loss.kernels.gpu.tiles import locate, present_slots, read_tile
+from ssync_loss.ssync.engines.triton.gpu.softmax import patch_values
+from ssync_loss.ssync.engines.triton.gpu.targets import INVALID
+from ssync_loss.ssync.engines.triton.gpu.tiles import locate, present_slots, read_tile
 
 
 @triton.jit

@@ -16,6 +16,7 @@ def merge_kernel(
     SLOTS: tl.constexpr,
     FRAMES: tl.constexpr,
     SQUARINGS: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr,
 ):
     """Write ``table`` (B, S), int8: the representative of every slot.
 
@@ -51,6 +52,8 @@ def merge_kernel(
         area += tl.sum(won, 0)
     mean = (overlap / tl.maximum(num_counted, 1)).to(tl.float32)
 
+    if THRESHOLD_IN_MEMORY:
+        threshold = tl.load(threshold)
     # a path has at most S - 1 links, and every squaring doubles the reach
     reach = ((mean > threshold) | same).to(tl.float16)
     for _ in range(SQUARINGS):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ssync_loss.kernels.gpu.tiles import present_slots, read_tile
+from ssync_loss.ssync.engines.triton.gpu.tiles import present_slots, read_tile
 
 
 @triton.jit
