@@ -7,27 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from typing_extensions import TypeAlias
 
 Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
 
 
-def differentiable(operator: Any, save: Callable[..., None], derive: Backward) -> Callable[..., Any]:
+def differentiable(
+    operator: CustomOpDef, compute: Callable[..., Any], save: Callable[..., None], derive: Backward
+) -> Callable[..., Any]:
     """Give an operator of torch a gradient, and return what is to be called in its place.
 
     Of an operator's gradient ``torch.func.grad`` knows nothing, and a forward derivative would silently be 0. A
     function's it takes, and the derivative is an error. A compiler takes the operator, and traces no backward.
+
+    Args:
+        operator: what compilers and fake tensors see.
+        compute: what it computes by; called on plain tensors without the dispatcher, which takes twice as long.
+        save: ``setup_context`` of the gradient.
+        derive: its ``backward``.
     """
     operator.register_autograd(derive, setup_context=save)
 
     class Differentiable(torch.autograd.Function):
-        forward = staticmethod(operator)
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return compute(*inputs) if type(inputs[0]) is Tensor else operator(*inputs)
+
         setup_context = staticmethod(save)
         backward = staticmethod(derive)
 
-    # torch binds the arguments of every call to it, and would put it together each time
+    # torch binds the inputs of every call to it, and would put it together each time
     forward: Any = Differentiable.forward
-    forward.__signature__ = signature(operator._init_fn)
+    forward.__signature__ = signature(forward)
     # typed: autograd's own `apply` is not
     function: Callable[..., Any] = Differentiable.apply
 

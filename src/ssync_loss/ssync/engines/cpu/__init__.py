@@ -48,12 +48,13 @@ class CpuEngine:
 
     def loss(self, maps: Maps, settings: Settings) -> Tensor:
         """Compute the weighted sum of both terms; the weights are in the gradients that the forward writes."""
-        boundary, interior, *_ = operators.step(maps, settings, with_weights=True, with_labels=False)
+        boundary, interior, _ = operators.step(maps, settings, with_weights=True)
         return boundary + interior
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
-        boundary, interior, counts, labels = operators.step(maps, settings, with_weights=False, with_labels=True)
+        boundary, interior, counts = operators.step(maps, settings, with_weights=False)
+        labels = operators.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
 

@@ -17,19 +17,17 @@ from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
 from ssync_loss.ssync.types import PseudoLabels
 
-# the fields of PseudoLabels, without elements where they are not wanted
+# the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-# means of boundary and interior, how many patches they are of, gradients of decoder and encoder (those wanted), labels
-Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# means of boundary and interior, how many patches they are of, gradients of decoder and encoder: those wanted
+Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def step(
-    maps: Maps, settings: Settings, *, with_weights: bool, with_labels: bool
-) -> tuple[Tensor, Tensor, Tensor, PseudoLabels]:
-    """Compute both means, times their weights if wanted, both counts of patches, and the labels, empty if not wanted."""
+def step(maps: Maps, settings: Settings, *, with_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute both means, times their weights if wanted, and both counts of patches."""
     weights = (settings.boundary_weight, settings.interior_weight) if with_weights else (1.0, 1.0)
     enabled = torch.is_grad_enabled()
-    boundary, interior, counts, _, *labels = _differentiable_step(
+    boundary, interior, counts, _ = _differentiable_step(
         maps.enc,
         maps.dec,
         maps.valid,
@@ -44,14 +42,13 @@ def step(
         settings.temperature,
         enabled and maps.dec.requires_grad,
         enabled and maps.enc.requires_grad,
-        with_labels,
     )
-    return boundary, interior, counts, PseudoLabels._make(labels)
+    return boundary, interior, counts
 
 
 def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
     """Compute labels, regions and representatives."""
-    labels: Labels = _label(
+    labels: Labels = _label_operator(
         maps.enc.detach(),
         maps.dec.detach(),
         maps.valid,
@@ -95,7 +92,6 @@ def _dtype_of(*maps: Tensor) -> torch.dtype:
     return torch.float64 if any(one.dtype == torch.float64 for one in maps) else torch.float32
 
 
-@torch.library.custom_op("ssync_loss::cpu_step", mutates_args=())
 def _step(
     enc: Tensor,
     dec: Tensor,
@@ -111,9 +107,8 @@ def _step(
     temperature: float,
     for_dec: bool,
     for_enc: bool,
-    with_labels: bool,
 ) -> Step:
-    boundary, interior, counts, grads, *labels = outputs = _new_step(enc, dec, for_dec, for_enc, with_labels)
+    boundary, interior, counts, grads = outputs = _new_step(enc, dec, for_dec, for_enc)
     call(
         "step",
         enc.shape,
@@ -135,18 +130,20 @@ def _step(
         counts=counts,
         grad_dec=grads[0] if for_dec else None,
         grad_enc=grads[-1] if for_enc else None,
-        **dict(zip(PseudoLabels._fields, labels, strict=True)) if with_labels else {},
     )
     return outputs
 
 
-@_step.register_fake
+_step_operator = torch.library.custom_op("ssync_loss::cpu_step", _step, mutates_args=())
+
+
+@_step_operator.register_fake
 def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
-    *_, for_dec, for_enc, with_labels = settings
-    return _new_step(enc, dec, for_dec, for_enc, with_labels)
+    *_, for_dec, for_enc = settings
+    return _new_step(enc, dec, for_dec, for_enc)
 
 
-def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool, with_labels: bool) -> Step:
+def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool) -> Step:
     dtype = _dtype_of(enc, dec)
     # both gradients in one piece: of two, malloc gives the memory back, and every page is faulted in again
     return (
@@ -154,31 +151,18 @@ def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool, with_label
         enc.new_empty((), dtype=dtype),
         enc.new_empty(2, dtype=torch.int64),
         enc.new_empty((for_dec + for_enc, *enc.shape), dtype=dtype),
-        *_new_labels(enc, with_labels),
-    )
-
-
-def _new_labels(enc: Tensor, wanted: bool = True) -> Labels:
-    clips, frames, slots, height, width = enc.shape
-    patches = (clips, frames, height, width) if wanted else (0,)
-    return (
-        enc.new_empty(patches, dtype=torch.int64),
-        enc.new_empty(patches, dtype=torch.int64),
-        enc.new_empty(patches, dtype=torch.bool),
-        enc.new_empty(patches, dtype=torch.bool),
-        enc.new_empty((clips, slots) if wanted else 0, dtype=torch.int64),
     )
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
     enc, dec, *_ = inputs
-    *_, ctx.for_dec, ctx.for_enc, _ = inputs
-    boundary, interior, *rest = output
+    *_, ctx.for_dec, ctx.for_enc = inputs
+    boundary, interior, counts, grads = output
     ctx.dtypes = dec.dtype, enc.dtype
-    ctx.mark_non_differentiable(*rest)
+    ctx.mark_non_differentiable(counts, grads)
     # or autograd fills zeros for what nobody differentiates
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(boundary, interior, rest[1])
+    ctx.save_for_backward(boundary, interior, grads)
 
 
 @once_differentiable
@@ -191,10 +175,10 @@ def _derive_step(
         grad_dec = _times(grads[0], grad_boundary, ctx.dtypes[0])
     if grad_interior is not None and ctx.for_enc:
         grad_enc = _times(grads[-1], grad_interior, ctx.dtypes[1])
-    return grad_enc, grad_dec, *(None,) * 13
+    return grad_enc, grad_dec, *(None,) * 12
 
 
-_differentiable_step = differentiable(_step, _save_step, _derive_step)
+_differentiable_step = differentiable(_step_operator, _step, _save_step, _derive_step)
 
 
 def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,7 +186,7 @@ def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     is_one = incoming.dim() == 0 and is_readable(incoming) and float(incoming) == 1
     if is_one and grad.dtype == dtype and not _may_come_again():
         return grad
-    result: Tensor = _scale(grad, incoming, dtype)
+    result: Tensor = _scale_operator(grad, incoming, dtype)
     return result
 
 
@@ -212,7 +196,6 @@ def _may_come_again() -> bool:
     return True if ask is None else bool(ask())
 
 
-@torch.library.custom_op("ssync_loss::cpu_scale", mutates_args=())
 def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a gradient times a number, or times one for every patch, in the type of its map."""
     scaled = torch.empty_like(grad, dtype=dtype)
@@ -230,12 +213,14 @@ def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
-@_scale.register_fake
+_scale_operator = torch.library.custom_op("ssync_loss::cpu_scale", _scale, mutates_args=())
+
+
+@_scale_operator.register_fake
 def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 (the operator has it)
     return torch.empty_like(grad, dtype=dtype)
 
 
-@torch.library.custom_op("ssync_loss::cpu_label", mutates_args=())
 def _label(
     enc: Tensor,
     dec: Tensor,
@@ -264,12 +249,26 @@ def _label(
     return labels
 
 
-@_label.register_fake
+_label_operator = torch.library.custom_op("ssync_loss::cpu_label", _label, mutates_args=())
+
+
+@_label_operator.register_fake
 def _(enc: Tensor, *_: Any) -> Labels:
     return _new_labels(enc)
 
 
-@torch.library.custom_op("ssync_loss::cpu_distill", mutates_args=())
+def _new_labels(enc: Tensor) -> Labels:
+    clips, frames, slots, height, width = enc.shape
+    patches = (clips, frames, height, width)
+    return (
+        enc.new_empty(patches, dtype=torch.int64),
+        enc.new_empty(patches, dtype=torch.int64),
+        enc.new_empty(patches, dtype=torch.bool),
+        enc.new_empty(patches, dtype=torch.bool),
+        enc.new_empty((clips, slots), dtype=torch.int64),
+    )
+
+
 def _distill(
     logits: Tensor,
     target: Tensor,
@@ -300,7 +299,10 @@ def _distill(
     return value, grad
 
 
-@_distill.register_fake
+_distill_operator = torch.library.custom_op("ssync_loss::cpu_distill", _distill, mutates_args=())
+
+
+@_distill_operator.register_fake
 def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, for_logits = settings
     return _new_distillation(logits, reduction, for_logits)
@@ -328,4 +330,4 @@ def _derive_distillation(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -
     return None if incoming is None else _times(grad, incoming, ctx.dtype), *(None,) * 8
 
 
-_differentiable_distill = differentiable(_distill, _save_distillation, _derive_distillation)
+_differentiable_distill = differentiable(_distill_operator, _distill, _save_distillation, _derive_distillation)

@@ -193,7 +193,7 @@ def _loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return grad_enc if for_enc else None, grad_dec if for_dec else None, *nothing
 
 
-differentiable_loss = differentiable(loss, _save_loss, _loss_backward)
+differentiable_loss = differentiable(loss, loss, _save_loss, _loss_backward)
 
 
 @torch.library.custom_op("ssync_loss::distill", mutates_args=())
@@ -275,4 +275,4 @@ def _distill_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor |
     return grad_logits, *nothing
 
 
-differentiable_distill = differentiable(distill, _save_distillation, _distill_backward)
+differentiable_distill = differentiable(distill, distill, _save_distillation, _distill_backward)
