@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss import PseudoLabels, SSyncLoss, kernels
-from ssync_loss._types import Terms
+from ssync_loss.ssync.types import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 # kernels run in the interpreter where there is no GPU, see conftest.py; the torch path runs on the CPU

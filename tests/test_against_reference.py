@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from both_ways import WAYS
+from engines_in_turn import ENGINES_IN_TURN
 from ssync_loss import SSyncLoss
 from ssync_loss.functional import (
     boundary_region,
@@ -63,13 +63,13 @@ def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: flo
     assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
 
 
-@WAYS
+@ENGINES_IN_TURN
 @given(labels=label_videos(), data=st.data(), knobs=region_knobs())
-def test_regions_equal_looped_neighbors(way: Any, labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
+def test_regions_equal_looped_neighbors(engine: Any, labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
     valid = data.draw(st.none() | valid_masks(*labels.shape))
     boundary = {key: knobs[key] for key in ("min_different", "min_same")}
     interior = {"max_different": knobs["max_different"]}
-    with way():
+    with engine():
         difference = neighbor_difference(labels, valid=valid)
         regions = boundary_region(labels, **boundary, valid=valid), interior_region(labels, **interior, valid=valid)
     assert torch.equal(difference, reference_neighbor_difference(labels, valid=valid))
@@ -77,24 +77,24 @@ def test_regions_equal_looped_neighbors(way: Any, labels: Tensor, data: st.DataO
     assert torch.equal(regions[1], reference_interior_region(labels, **interior, valid=valid))
 
 
-@WAYS
+@ENGINES_IN_TURN
 @given(case=ssync_cases(maps=MAPS))
-def test_overlap_equals_sets(way: Any, case: SSyncCase) -> None:
+def test_overlap_equals_sets(engine: Any, case: SSyncCase) -> None:
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     expected = reference_slot_overlap(case.enc_logits, **masks)
-    with way():
+    with engine():
         actual = slot_overlap(case.enc_logits, **masks)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-@WAYS
+@ENGINES_IN_TURN
 @pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
 @given(data=st.data(), threshold=thresholds(tied=False), knobs=region_knobs())
 def test_labels_equal(
-    maps: st.SearchStrategy[Any], way: Any, data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
+    maps: st.SearchStrategy[Any], engine: Any, data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
 ) -> None:
     case = data.draw(ssync_cases(maps=maps))
-    with way():
+    with engine():
         actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
     expected = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
@@ -105,7 +105,7 @@ def test_labels_equal(
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 
 
-@WAYS
+@ENGINES_IN_TURN
 @pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
 @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
 @given(
@@ -118,7 +118,7 @@ def test_losses_and_gradients_equal(
     maps: st.SearchStrategy[Any],
     criterion: Any,
     smoothing: float,
-    way: Any,
+    engine: Any,
     data: st.DataObject,
     temperature: float,
     reduction: Any,
@@ -126,12 +126,12 @@ def test_losses_and_gradients_equal(
     case: DistillationCase = data.draw(distillation_cases(maps=maps))
     knobs = {"criterion": criterion, "label_smoothing": smoothing, "temperature": temperature, "reduction": reduction}
     fast, slow = (case.logits.clone().requires_grad_() for _ in range(2))
-    with way():
+    with engine():
         actual = selective_distillation_loss(**case._replace(logits=fast)._asdict(), **knobs)
     expected = reference_selective_distillation_loss(**case._replace(logits=slow)._asdict(), **knobs)
     assert_close_loss(actual, expected)
     upstream = torch.randn(actual.shape, dtype=actual.dtype)
-    with way():
+    with engine():
         actual.backward(upstream)
     expected.backward(upstream)
     # of a mean: what one patch of so many can get; else: what one patch can get
@@ -143,14 +143,14 @@ def test_losses_and_gradients_equal(
     assert_close_gradient(fast.grad, slow.grad, scale=scale * float(upstream.abs().max()))
 
 
-@WAYS
+@ENGINES_IN_TURN
 @given(case=ssync_cases(maps=MAPS), threshold=thresholds(tied=False))
-def test_the_module_equals_the_definition(way: Any, case: SSyncCase, threshold: float | None) -> None:
+def test_the_module_equals_the_definition(engine: Any, case: SSyncCase, threshold: float | None) -> None:
     criterion = SSyncLoss(merge_threshold=threshold).eval()
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     clips = decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks)
     case = SSyncCase._make(None if part is None else part[clips] for part in case)
-    with way():
+    with engine():
         terms = criterion.terms(**case._asdict())
     expected = reference_ssync(**case._asdict(), merge_threshold=threshold)
     assert_close_loss(terms.boundary, expected.boundary)

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.diagnostics import (
     Premise,
     Summary,

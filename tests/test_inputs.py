@@ -1096,7 +1096,7 @@ class TestRefusedSettings:
             (INF, ValueError, "within [0.0, 1.0]; got inf."),
             (True, TypeError, "a number; got bool."),
             ("0.6", TypeError, "a number; got str."),
-            (torch.tensor(0.6), TypeError, "a number; got Tensor."),
+            (torch.tensor([0.6]), ValueError, "a number or a floating-point tensor without axes; got a tensor of torch.float32"),
         ],
     )
     def test_merge_threshold(self, call: Any, value: Any, error: type[Exception], message: str) -> None:
@@ -1149,7 +1149,7 @@ class TestRefusedSettings:
             (
                 {"backend": "cuda"},
                 ValueError,
-                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'.",
+                "`backend` must be one of 'auto', 'torch', 'cpu', 'triton', 'reference'; got 'cuda'.",
             ),
         ],
     )
@@ -1157,7 +1157,7 @@ class TestRefusedSettings:
         refuses(error, message, call, LOGITS, LOGITS, **knobs)
 
     def test_the_backend_of_labels(self) -> None:
-        wanted = "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'."
+        wanted = "`backend` must be one of 'auto', 'torch', 'cpu', 'triton', 'reference'; got 'cuda'."
         backend: Any = "cuda"
         refuses(ValueError, wanted, pseudo_labels, LOGITS, LOGITS, backend=backend)
 
@@ -1420,7 +1420,7 @@ class TestRefusedPieces:
             (
                 {"backend": "fast"},
                 ValueError,
-                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'fast'.",
+                "`backend` must be one of 'auto', 'torch', 'cpu', 'triton', 'reference'; got 'fast'.",
             ),
         ],
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernel_runs import SETTINGS, assert_same_run, through_kernels, through_torch
 from sample_maps import leaf
 from ssync_loss import SSyncLoss, kernels
-from ssync_loss._types import Terms
+from ssync_loss.ssync.types import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 pytestmark = [

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, through_torch
 from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss, kernels
-from ssync_loss._types import Terms
+from ssync_loss.ssync.types import Terms
 from ssync_loss.kernels import _facts, _launch, _ops
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
 

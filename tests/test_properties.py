@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from both_ways import WAYS
+from engines_in_turn import ENGINES_IN_TURN
 from ssync_loss import PseudoLabels, SSyncLoss, SSyncTerms
 from ssync_loss.functional import (
     boundary_refinement_loss,
@@ -441,7 +441,7 @@ def seen_from(cells: Tensor, height: int, width: int) -> Tensor:
 
 
 class TestPoison:
-    @WAYS
+    @ENGINES_IN_TURN
     @pytest.mark.parametrize("kind", ["logits", "probs", ("logits", "probs")])
     @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
     @given(
@@ -453,7 +453,7 @@ class TestPoison:
     @settings(max_examples=15)
     def test_what_invalid_patches_and_absent_slots_hold_never_matters(
         self,
-        way: Any,
+        engine: Any,
         kind: Any,
         criterion: Any,
         smoothing: float,
@@ -474,7 +474,7 @@ class TestPoison:
             "merge_threshold": threshold,
             "kind": kind,
         }
-        with way():
+        with engine():
             clean = run(*maps, **masks | loss | knobs)
             dirty = run(*(poison(one, value=value, **masks) for one in maps), **masks | loss | knobs)
         assert dirty.terms.total.isfinite()
@@ -535,17 +535,17 @@ class TestPoison:
         assert not (boundary_region(labels, **edge, valid=valid) & ~valid).any()
         assert not (interior_region(labels, **calm, valid=valid) & ~valid).any()
 
-    @WAYS
+    @ENGINES_IN_TURN
     @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
     @given(case=distillation_cases(maps=MAPS), value=st.sampled_from(RUBBISH))
     @few
     def test_a_loss_does_not_look_at_patches_it_does_not_teach(
-        self, way: Any, criterion: Any, smoothing: float, case: DistillationCase, value: float
+        self, engine: Any, criterion: Any, smoothing: float, case: DistillationCase, value: float
     ) -> None:
         results = []
         for logits in (case.logits, poison(case.logits, valid=case.region, slot_mask=case.slot_mask, value=value)):
             leaf = logits.clone().requires_grad_()
-            with way():
+            with engine():
                 patches = selective_distillation_loss(
                     **case._replace(logits=leaf)._asdict(),
                     criterion=criterion,
@@ -559,11 +559,11 @@ class TestPoison:
         assert not dirty[~case.region].any()
         assert not dirty_grad[~case.region[:, :, None].expand_as(dirty_grad)].any()
 
-    @WAYS
+    @ENGINES_IN_TURN
     @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
     @pytest.mark.parametrize("temperature", [1.0, 0.5])
     def test_what_overflows_there_does_not_matter(
-        self, way: Any, criterion: Any, smoothing: float, temperature: float
+        self, engine: Any, criterion: Any, smoothing: float, temperature: float
     ) -> None:
         enc, dec = torch.randn(2, 2, 2, 4, 5, 6).unbind()
         valid = torch.rand(2, 2, 5, 6) < 0.7
@@ -572,7 +572,7 @@ class TestPoison:
         results = []
         for value in (torch.zeros(()), wild):
             maps = [torch.where(valid.unsqueeze(2), one, value).requires_grad_() for one in (enc, dec)]
-            with way():
+            with engine():
                 loss = SSyncLoss(merge_threshold=None, **knobs)(*maps, valid=valid)
                 results.append((loss, *torch.autograd.grad(loss, maps)))
         for quiet, loud in zip(*results, strict=True):
@@ -1061,36 +1061,10 @@ class TestOrder:
         torch.testing.assert_close(whole.boundary, means[0], rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(whole.interior, means[1], rtol=1e-5, atol=1e-8)
 
-    @pytest.mark.parametrize("elements", [1, 7, 64, 500])
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
-    @settings(max_examples=8)
-    def test_the_size_of_the_blocks_does_not_matter(
-        self, elements: int, criterion: Any, smoothing: float, case: SSyncCase, threshold: float | None
-    ) -> None:
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": threshold}
-        whole = run(**case._asdict(), **knobs)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", elements)
-            pieces = run(**case._asdict(), **knobs)
-        assert_same_labels(pieces.terms.labels, whole.terms.labels)
-        assert_close(pieces, whole, slot_mask=case.slot_mask, criterion=criterion)
-
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    def test_patches_of_many_blocks_stay_in_their_places(
-        self, monkeypatch: pytest.MonkeyPatch, criterion: Any, smoothing: float
-    ) -> None:
-        logits, target = torch.randn(2, 5, 3, 4, 6), torch.randint(3, (2, 5, 4, 6))
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "reduction": "none"}
-        whole = selective_distillation_loss(logits, target, target > 0, **knobs)
-        # two frames at a time
-        monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 6)
-        torch.testing.assert_close(selective_distillation_loss(logits, target, target > 0, **knobs), whole)
-
-    @WAYS
+    @ENGINES_IN_TURN
     @pytest.mark.parametrize("size", [(24, 24), (128, 128), (1024, 1024), (1, 1 << 16)])
     @pytest.mark.parametrize("constant", [True, False])
-    def test_large_planes_are_added_up_as_small_ones(self, way: Any, size: tuple[int, int], constant: bool) -> None:
+    def test_large_planes_are_added_up_as_small_ones(self, engine: Any, size: tuple[int, int], constant: bool) -> None:
         enc, dec = torch.randn(2, 1, 1, 3, *size).unbind()
         if constant:
             # every square is rounded to the same side
@@ -1098,7 +1072,7 @@ class TestOrder:
         everywhere: Settings = {"min_different": 0, "min_same": 0, "max_different": 10, "merge_threshold": None}
         criterion = SSyncLoss(**everywhere).eval()
         exact = criterion.terms(enc.double(), dec.double())
-        with way():
+        with engine():
             terms = criterion.terms(enc, dec)
         # more than two bytes count
         assert terms.num_boundary == terms.num_interior == math.prod(size)
@@ -1106,8 +1080,7 @@ class TestOrder:
         assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-6)
 
     @pytest.mark.parametrize("dirty", range(5))
-    def test_dirt_in_any_block_is_dirt(self, monkeypatch: pytest.MonkeyPatch, dirty: int) -> None:
-        monkeypatch.setattr("ssync_loss._blocks.BLOCK_ELEMENTS", 2 * 3 * 4 * 5)
+    def test_dirt_in_any_clip_is_dirt(self, dirty: int) -> None:
         enc, dec = torch.randn(2, 5, 2, 3, 4, 5).unbind()
         assert SSyncLoss().eval()(enc, dec).isfinite()
         for maps in (enc, dec):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssync_loss._types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.pseudo_labels import pseudo_labels
 from ssync_loss.testing import SSyncCase, poison, ssync_cases
 from ssync_loss.visualize import (

@@ -83,7 +83,9 @@ def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Ten
     scores = only_present(logits, slot_mask)
     decided = region.unsqueeze(2) & (scores.amax(2, keepdim=True) != float("-inf"))
     scores = only_present(torch.where(decided, scores, 0.0), slot_mask)
-    return scores - scores.gather(2, scores.argmax(2, keepdim=True))
+    peak = scores.gather(2, scores.argmax(2, keepdim=True))
+    # +inf less itself is NaN, for all slots of the patch
+    return scores - peak + (peak - peak)
 
 
 def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:

@@ -19,15 +19,14 @@ from ssync_loss.ssync.types import PseudoLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-# means of boundary and interior, how many patches they are of, gradients of decoder and encoder: those wanted
-Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+# means of boundary and interior, how many patches they are of, gradients of decoder and encoder (those wanted), anchor
+Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def step(maps: Maps, settings: Settings, *, with_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Compute both means, times their weights if wanted, and both counts of patches."""
     weights = (settings.boundary_weight, settings.interior_weight) if with_weights else (1.0, 1.0)
-    enabled = torch.is_grad_enabled()
-    boundary, interior, counts, _ = _differentiable_step(
+    boundary, interior, counts, *_ = _differentiable_step(
         maps.enc,
         maps.dec,
         maps.valid,
@@ -40,8 +39,8 @@ def step(maps: Maps, settings: Settings, *, with_weights: bool) -> tuple[Tensor,
         settings.criterion == "cross_entropy",
         settings.label_smoothing,
         settings.temperature,
-        enabled and maps.dec.requires_grad,
-        enabled and maps.enc.requires_grad,
+        _learns(maps.dec),
+        _learns(maps.enc),
     )
     return boundary, interior, counts
 
@@ -66,7 +65,7 @@ def distill(
 ) -> Tensor:
     """Compare one map with labels on a region."""
     value: Tensor
-    value, _ = _differentiable_distill(
+    value, *_ = _differentiable_distill(
         logits,
         target,
         region,
@@ -75,9 +74,14 @@ def distill(
         settings.label_smoothing,
         settings.temperature,
         reduction,
-        logits.requires_grad and torch.is_grad_enabled(),
+        _learns(logits),
     )
     return value
+
+
+def _learns(logits: Tensor) -> bool:
+    """Tell whether the forward has to write a gradient; a level of ``torch.func`` does not see what others need."""
+    return torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active())
 
 
 def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def _step(
     for_dec: bool,
     for_enc: bool,
 ) -> Step:
-    boundary, interior, counts, grads = outputs = _new_step(enc, dec, for_dec, for_enc)
+    boundary, interior, counts, grads, _ = outputs = _new_step(enc, dec, for_dec, for_enc)
     call(
         "step",
         enc.shape,
@@ -151,29 +155,30 @@ def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool) -> Step:
         enc.new_empty((), dtype=dtype),
         enc.new_empty(2, dtype=torch.int64),
         enc.new_empty((for_dec + for_enc, *enc.shape), dtype=dtype),
+        enc.new_empty(0, dtype=dtype),
     )
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
     enc, dec, *_ = inputs
-    *_, ctx.for_dec, ctx.for_enc = inputs
-    boundary, interior, counts, grads = output
+    _, _, counts, grads, anchor = output
     ctx.dtypes = dec.dtype, enc.dtype
     ctx.mark_non_differentiable(counts, grads)
     # or autograd fills zeros for what nobody differentiates
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(boundary, interior, grads)
+    # the anchor has the graph of this function, by which a second derivative is refused
+    ctx.save_for_backward(grads, anchor)
 
 
 @once_differentiable
 def _derive_step(
     ctx: Any, grad_boundary: Tensor | None, grad_interior: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    _, _, grads = ctx.saved_tensors
+    grads, _ = ctx.saved_tensors
     grad_enc = grad_dec = None
-    if grad_boundary is not None and ctx.for_dec:
+    if grad_boundary is not None and ctx.needs_input_grad[1]:
         grad_dec = _times(grads[0], grad_boundary, ctx.dtypes[0])
-    if grad_interior is not None and ctx.for_enc:
+    if grad_interior is not None and ctx.needs_input_grad[0]:
         grad_enc = _times(grads[-1], grad_interior, ctx.dtypes[1])
     return grad_enc, grad_dec, *(None,) * 12
 
@@ -279,8 +284,8 @@ def _distill(
     temperature: float,
     reduction: str,
     for_logits: bool,
-) -> tuple[Tensor, Tensor]:
-    value, grad = _new_distillation(logits, reduction, for_logits)
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, grad, anchor = _new_distillation(logits, reduction, for_logits)
     call(
         "distill",
         logits.shape,
@@ -296,37 +301,41 @@ def _distill(
         values=value,
         grad_enc=grad if for_logits else None,
     )
-    return value, grad
+    return value, grad, anchor
 
 
 _distill_operator = torch.library.custom_op("ssync_loss::cpu_distill", _distill, mutates_args=())
 
 
 @_distill_operator.register_fake
-def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, reduction, for_logits = settings
     return _new_distillation(logits, reduction, for_logits)
 
 
-def _new_distillation(logits: Tensor, reduction: str, for_logits: bool) -> tuple[Tensor, Tensor]:
+def _new_distillation(logits: Tensor, reduction: str, for_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _dtype_of(logits)
     clips, frames, _, height, width = logits.shape
     patches = (clips, frames, height, width) if reduction == "none" else ()
-    return logits.new_empty(patches, dtype=dtype), logits.new_empty(logits.shape if for_logits else 0, dtype=dtype)
+    return (
+        logits.new_empty(patches, dtype=dtype),
+        logits.new_empty(logits.shape if for_logits else 0, dtype=dtype),
+        logits.new_empty(0, dtype=dtype),
+    )
 
 
-def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, *_ = inputs
-    value, grad = output
+    _, grad, anchor = output
     ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(grad)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(value, grad)
+    ctx.save_for_backward(grad, anchor)
 
 
 @once_differentiable
 def _derive_distillation(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, grad = ctx.saved_tensors
+    grad, _ = ctx.saved_tensors
     return None if incoming is None else _times(grad, incoming, ctx.dtype), *(None,) * 8
 
 

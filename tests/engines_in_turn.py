@@ -1,0 +1,22 @@
+"""What ``backend="auto"`` computes, by plain torch and by the C library."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ssync_loss.ssync.engines import FAST
+
+
+def by_torch() -> AbstractContextManager[Any]:
+    """Leave no fast engine."""
+    return mock.patch.dict(FAST, clear=True)
+
+
+def by_c() -> AbstractContextManager[Any]:
+    """Take the C library, as ``"auto"`` does on a CPU."""
+    return mock.patch.dict(FAST, {"cpu": "cpu"})
+
+
+ENGINES_IN_TURN = pytest.mark.parametrize("engine", [by_torch, by_c])
