@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ssync_loss.kernels import _launch, distill, step
+from ssync_loss.ssync.engines.triton import _launch, distill, step
 
 NUM_SLOTS = (8, 16, 32, 64)
 REPORT = re.compile(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssync_loss import PseudoLabels, SSyncLoss, kernels
-from ssync_loss.ssync.types import Terms
+from ssync_loss import PseudoLabels, SSyncLoss
+from ssync_loss.ssync.engines import triton as kernels
+from ssync_loss.ssync.engines.triton import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 # kernels run in the interpreter where there is no GPU, see conftest.py; the torch path runs on the CPU

@@ -22,9 +22,10 @@ from kernel_runs import (
     whole_valid,
 )
 from sample_maps import leaf, sample_maps
-from ssync_loss import PseudoLabels, kernels
+from ssync_loss import PseudoLabels
+from ssync_loss.ssync.engines import triton as kernels
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
-from ssync_loss.kernels import _launch, _tiling
+from ssync_loss.ssync.engines.triton import _launch, _tiling
 from ssync_loss.testing import (
     DistillationCase,
     SSyncCase,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cross_compile import NUM_SLOTS
-from ssync_loss.kernels import gpu
+from ssync_loss.ssync.engines.triton import gpu
 
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kernel_runs import SETTINGS, assert_same_run, through_kernels, through_torch
 from sample_maps import leaf
-from ssync_loss import SSyncLoss, kernels
-from ssync_loss.ssync.types import Terms
+from ssync_loss import SSyncLoss
+from ssync_loss.ssync.engines import triton as kernels
+from ssync_loss.ssync.engines.triton import Terms
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
 
 pytestmark = [

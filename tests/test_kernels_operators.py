@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, through_torch
 from sample_maps import leaf, sample_maps
-from ssync_loss import SSyncLoss, kernels
-from ssync_loss.ssync.types import Terms
-from ssync_loss.kernels import _facts, _launch, _ops
+from ssync_loss import SSyncLoss
+from ssync_loss.ssync.engines import triton as kernels
+from ssync_loss.ssync.engines.triton import Terms
+from ssync_loss.ssync.engines.triton import _facts, _launch, _ops
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
 
 __all__ = ["quick_interpreter"]
@@ -516,15 +517,15 @@ class TestFacts:
             "from importlib.machinery import PathFinder\n"
             "find = PathFinder.find_spec\n"
             "PathFinder.find_spec = lambda name, *rest: None if name.startswith('triton') else find(name, *rest)\n"
-            "import ssync_loss.kernels._ops, torch\n"
-            "print(ssync_loss.kernels.missing(torch.ones(1, 1, 1, 1, 1)))\n"
+            "import ssync_loss.ssync.engines.triton._ops, torch\n"
+            "print(ssync_loss.ssync.engines.triton.missing(torch.ones(1, 1, 1, 1, 1)))\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "the package triton, which is not installed"
 
     def test_triton_is_not_imported_before_it_is_needed(self) -> None:
-        code = "import sys, ssync_loss.kernels, ssync_loss.functional; print(ssync_loss.kernels.missing.__name__)\n"
-        code += "print([name for name in sys.modules if name.startswith(('triton', 'ssync_loss.kernels.gpu'))])"
+        code = "import sys, ssync_loss.ssync.engines.triton, ssync_loss.functional; print(ssync_loss.ssync.engines.triton.missing.__name__)\n"
+        code += "print([name for name in sys.modules if name.startswith(('triton', 'ssync_loss.ssync.engines.triton.gpu'))])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before = subprocess.run(
             [

@@ -136,6 +136,6 @@ def distill_gradient_kernel(
         _, num_present = present_slots(slot_mask, mask_strides, clip, tl.arange(0, SLOTS), S)
         upstream = upstream / num_present
     write_slopes(
-        logits, strides, slot_mask, mask_strides, targets, upstream, grad_logits, grad_logits_strides, tile,
+        logits, strides, slot_mask, mask_strides, targets, upstream, 0.0, grad_logits, grad_logits_strides, tile,
         softness, shape, S, SLOTS, TILE, COLUMNS, LAYOUT, GRAD_LOGITS_LAYOUT, CROSS_ENTROPY, SMOOTHED,
     )  # fmt: skip

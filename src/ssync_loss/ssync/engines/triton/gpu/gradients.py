@@ -49,15 +49,14 @@ def gradient_kernel(
     if program < num_dec_programs:
         upstream = _upstream(scales, grad_total, boundary_weight, grad_boundary)
         write_slopes(
-            dec, dec_strides, slot_mask, mask_strides, targets, upstream, grad_dec, grad_dec_strides, program,
-            softness, shape, S, SLOTS, TILE, COLUMNS, DEC_LAYOUT, GRAD_DEC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
+            dec, dec_strides, slot_mask, mask_strides, targets, upstream, _nan_or_zero(upstream), grad_dec,
+            grad_dec_strides, program, softness, shape, S, SLOTS, TILE, COLUMNS, DEC_LAYOUT, GRAD_DEC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
         )  # fmt: skip
     else:
         upstream = _upstream(scales + 1, grad_total, interior_weight, grad_interior)
         write_slopes(
-            enc, enc_strides, slot_mask, mask_strides, targets + plane_size, upstream, grad_enc, grad_enc_strides,
-            program - num_dec_programs,
-            softness, shape, S, SLOTS, TILE, COLUMNS, ENC_LAYOUT, GRAD_ENC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
+            enc, enc_strides, slot_mask, mask_strides, targets + plane_size, upstream, _nan_or_zero(upstream),
+            grad_enc, grad_enc_strides, program - num_dec_programs, softness, shape, S, SLOTS, TILE, COLUMNS, ENC_LAYOUT, GRAD_ENC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
         )  # fmt: skip
 
 
@@ -72,6 +71,12 @@ def _upstream(scale, grad_total, weight, grad_term):
 
 
 @triton.jit
+def _nan_or_zero(upstream):
+    """Return NaN for NaN, as it comes where a map holds NaN or +inf: then no cell of a gradient means anything."""
+    return tl.where(upstream != upstream, upstream, 0.0)
+
+
+@triton.jit
 def write_slopes(
     maps,
     strides,
@@ -79,6 +84,7 @@ def write_slopes(
     mask_strides,
     targets,
     upstream,
+    elsewhere,
     grads,
     grad_strides,
     tile,
@@ -93,13 +99,13 @@ def write_slopes(
     CROSS_ENTROPY: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """Write the gradient of one tile, exactly 0 on patches that are not taught, whatever they hold."""
+    """Write the gradient of one tile; patches that are not taught get the number ``elsewhere``, whatever they hold."""
     row, clip, frame, patches, inside = locate(tile, shape, TILE, COLUMNS)
     slots = tl.arange(0, SLOTS)
     target = tl.load(targets + row.to(tl.int64) * shape[1] + patches, mask=inside, other=-1).to(tl.int32)
     present, num_present = present_slots(slot_mask, mask_strides, clip, slots, S)
     x = read_tile(maps, strides, slot_mask, present, clip, frame, slots, patches, inside, shape, S, SLOTS, LAYOUT)
     slopes = patch_slopes(x, target, slots, present, num_present, upstream, softness, CROSS_ENTROPY, SMOOTHED)
-    slopes = tl.where((target >= 0)[None, :], slopes, 0.0)
+    slopes = tl.where((target >= 0)[None, :], slopes, elsewhere)
     cells = map_cells(grads, grad_strides, clip, frame, slots, patches, shape, GRAD_LAYOUT)
     tl.store(cells, slopes.to(grads.dtype.element_ty), mask=tile_mask(slots, inside, S, SLOTS))
