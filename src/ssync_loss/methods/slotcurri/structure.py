@@ -99,16 +99,8 @@ def structure_aware_loss(
     >>> round(structure_aware_loss(pred, target).item(), 4)
     0.4998
     """
-    _check_settings(
-        window=window,
-        sigma=sigma,
-        k1=k1,
-        k2=k2,
-        eps=eps,
-        normalize=normalize,
-        chunk_size=chunk_size,
-        filters=filters,
-    )
+    _check_settings(window=window, sigma=sigma, k1=k1, k2=k2, eps=eps)
+    _check_settings(normalize=normalize, chunk_size=chunk_size, filters=filters)
     size = check_floats("pred", pred, "B T D H W", filled="T D H W")
     check_floats("target", target, "B T D H W", size, pred=pred)
     like = Similarity(window, sigma, k1**2, k2**2)

@@ -138,18 +138,13 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
     >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
     [7.0, 9.0]
     """
+    weight, bias = weight.double(), bias.double()
     frames = []
-    for clip in keys.double():
-        for t, frame in enumerate(clip):
+    for clip in keys.double().flatten(3):
+        for t, now in enumerate(clip):
             # the frame before the first is the last
-            before, now = clip[t - 1].flatten(1), frame.flatten(1)
-            fused = [
-                now[:, u]
-                + weight.double() @ torch.stack([before[:, m] @ now[:, u] for m in range(before.shape[1])])
-                + bias.double()
-                for u in range(now.shape[1])
-            ]
-            frames.append(torch.stack(fused, 1).view(frame.shape))
+            correlation = clip[t - 1].mT @ now
+            frames.append(now + weight @ correlation + bias.unsqueeze(1))
     return widened(torch.stack(frames).view(keys.shape), keys)
 
 
@@ -162,15 +157,6 @@ def reference_slot_attention(
 
     Shape:
         slots: (K, D), features: (N, D), gate: (N,). Returns the slots and the logits (K, N) of the last step.
-
-    >>> weights = {f"to_{x}.weight": torch.eye(2) for x in "qkv"} | {f"to_{x}.bias": torch.zeros(2) for x in "qkv"}
-    >>> for name in ("features", "slots", "mlp"):
-    ...     weights |= {f"norm_{name}.weight": torch.ones(2), f"norm_{name}.bias": torch.zeros(2)}
-    >>> weights |= {"mlp.0.weight": torch.zeros(1, 2), "mlp.0.bias": torch.zeros(1)}
-    >>> weights |= {"mlp.2.weight": torch.zeros(2, 1), "mlp.2.bias": torch.zeros(2)}
-    >>> slots, _ = reference_slot_attention(torch.zeros(1, 2), torch.tensor([[3.0, -3.0]]), weights, iters=1)
-    >>> slots.round(decimals=3).tolist()  # one slot, one patch: the slot and the patch at variance 1
-    [[1.0, -1.0]]
     """
     known = {name: one.double() for name, one in weights.items()}
 
