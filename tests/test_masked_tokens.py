@@ -291,7 +291,8 @@ def test_a_module_remembers_its_settings() -> None:
     module = MaskedTokenLoss(centered())
     assert torch.equal(module(*case), masked_token_loss(*case, centered()))
     assert list(module.state_dict()) == ["ce_patch.center"]
-    assert repr(module).startswith("MaskedTokenLoss(\n  update_center=False\n  (ce_patch): CenteredCrossEntropy(5, ")
+    module = MaskedTokenLoss(centered(), update_center=True)
+    assert repr(module).startswith("MaskedTokenLoss(\n  update_center=True\n  (ce_patch): CenteredCrossEntropy(5)")
     moving = MaskedTokenLoss(centered(), update_center=True)
     expected = masked_token_loss(*case, centered(), update_center=True)
     for twin in (pickle.loads(pickle.dumps(moving)), copy.deepcopy(moving), moving):

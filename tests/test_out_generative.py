@@ -312,7 +312,8 @@ def test_a_module_remembers_its_settings() -> None:
     module = OutGenerativeLoss(centered())
     assert torch.equal(module(*views), out_generative_loss(*views, centered()))
     assert list(module.state_dict()) == ["ce.center"]
-    assert repr(module).startswith("OutGenerativeLoss(\n  balance='flat', update_center=False\n  (ce): Centered")
+    module = OutGenerativeLoss(centered(), balance="per_term", update_center=True)
+    assert repr(module).startswith("OutGenerativeLoss(\n  balance='per_term', update_center=True\n  (ce): Centered")
     moving = OutGenerativeLoss(centered(), balance="per_term", update_center=True)
     expected = out_generative_loss(*views, centered(), balance="per_term", update_center=True)
     for twin in (pickle.loads(pickle.dumps(moving)), copy.deepcopy(moving), moving):

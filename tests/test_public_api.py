@@ -280,7 +280,8 @@ def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
 # a file may import what stands in a line above its own
 LAYERS: list[set[str]] = [
     {"_checks", "_autocast", "_autograd", "_blocks", "_moved", "_types"},
-    {"_attached", "_inputs", "_maps", "_module", "_rows", "_settings", "_vectors", "kernels", "reference"},
+    {"_settings"},
+    {"_attached", "_inputs", "_maps", "_module", "_rows", "_vectors", "kernels", "reference"},
     {"_backends", "methods"},
     {"_criteria"},
     {"distillation", "merging", "regions"},

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from golden_neighbors import Golden, deviation, golden_names
 from ssync_loss.methods.slotcurri.reference import reference_structure_aware_loss
@@ -567,6 +568,19 @@ def test_where_kornia_is_not_exact_it_is_refused_and_left_alone(
     actual, expected = (step(*data, filters=one, **knobs) for one in ("auto", "torch"))
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+def test_kornia_is_not_asked_in_a_checkpoint() -> None:
+    data = sample()
+    expected = step(*data, filters="torch")
+    loss = checkpoint(structure_aware_loss, *data, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(loss, data[0])
+    assert_same((loss.detach(), gradient), expected, 0.0)
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.raises(ValueError, match="filters='kornia' needs no hooks for saved tensors"),
+    ):
+        structure_aware_loss(*data, filters="kornia")
 
 
 def test_kornia_is_not_asked_on_other_devices() -> None:

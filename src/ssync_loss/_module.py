@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_loss._checks import check_tensor
+from ssync_loss._settings import check_by
 
 if TYPE_CHECKING:
     from typing import ParamSpec, Protocol
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
     class _HasForward(Protocol[P]):
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
-
-
-def accept(**settings: Any) -> None:
-    """Take settings as they are: for modules that check their own."""
 
 
 class LossModule(nn.Module):
@@ -38,7 +35,7 @@ class LossModule(nn.Module):
     {'temperature': 0.5, 'kind': 'adjacent', 'negatives': 'batch'}
     """
 
-    check_settings: Callable[..., None] = staticmethod(accept)
+    check_settings: Callable[..., None] = staticmethod(check_by())
 
     _defaults: ClassVar[dict[str, Any]] = {}
 

@@ -39,7 +39,7 @@ OPTIONAL_COUNT = optional(COUNT)
 
 
 def check_by(**rules: Rule) -> Callable[..., None]:
-    """Return a check of settings by name.
+    """Return a check of settings by name; what has no rule may be anything.
 
     >>> check = check_by(temperature=POSITIVE, chunk_size=OPTIONAL_COUNT)
     >>> check(temperature=0.0, chunk_size=None)
@@ -49,6 +49,7 @@ def check_by(**rules: Rule) -> Callable[..., None]:
 
     def check(**settings: Any) -> None:
         for name, value in settings.items():
-            rules[name](name, value)
+            if name in rules:
+                rules[name](name, value)
 
     return check

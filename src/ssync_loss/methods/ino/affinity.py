@@ -1,5 +1,7 @@
 """Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -89,11 +91,7 @@ def affinity_consistency_loss(
         # every pair of frames by itself, (B (T-1), n, .)
         (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
-
-        def seen_by_the_teacher(some: slice, part: slice) -> tuple[Tensor, Tensor]:
-            found = shut((source[some][:, part] / tau_t) @ goal[some].mT, closed[some]).softmax(2)
-            return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
-
+        seen_by_the_teacher = partial(_targets, source / tau_t, goal, counted, closed)
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
         total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
         number = counted.sum().clamp_min(1)
@@ -105,6 +103,14 @@ def affinity_consistency_loss(
         slope[:, 1:] += by_there.view_as(slope[:, 1:])
         slope = through_lengths(slope, units, inverse / number)
     return known_gradient(tokens, total / number, slope)
+
+
+def _targets(
+    source: Tensor, goal: Tensor, counted: Tensor, closed: Tensor, some: slice, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Return where a teacher finds some tokens, of those that count, and which tokens nobody looks at."""
+    found = shut(source[some][:, part] @ goal[some].mT, closed[some]).softmax(2)
+    return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,17 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import (
-    check_bool,
-    check_floating,
-    check_int,
-    check_number,
-    check_same_device,
-    check_tensor,
-)
+from ssync_loss._checks import check_bool, check_floating, check_int, check_same_device, check_tensor
+from ssync_loss._inputs import widest
+from ssync_loss._module import LossModule
+from ssync_loss._settings import POSITIVE, SHARE, check_by
 from ssync_loss.methods.ino._centers import cross_entropies, trajectory
 
 
-class CenteredCrossEntropy(nn.Module):
+class CenteredCrossEntropy(LossModule):
     """Cross-entropy of a student with its teacher's sharpened distribution, whose mean is kept from collapsing.
 
     ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
@@ -62,6 +58,7 @@ class CenteredCrossEntropy(nn.Module):
     tensor([0.0000, 0.1000])
     """
 
+    check_settings = staticmethod(check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE))
     center: Tensor
 
     def __init__(
@@ -74,16 +71,8 @@ class CenteredCrossEntropy(nn.Module):
         all_reduce: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tau_s=tau_s, tau_t=tau_t, m_c=m_c, all_reduce=all_reduce, group=group)
         check_int("Kp", Kp, 1)
-        check_number("tau_s", tau_s, 0.0, open_low=True)
-        check_number("tau_t", tau_t, 0.0, open_low=True)
-        check_number("m_c", m_c, 0.0, 1.0)
-        self.tau_s = tau_s
-        self.tau_t = tau_t
-        self.m_c = m_c
-        self.all_reduce = all_reduce
-        self.group = group
         self.register_buffer("center", torch.zeros(Kp))
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
@@ -95,7 +84,7 @@ class CenteredCrossEntropy(nn.Module):
         if s.shape != t.shape:
             raise ValueError(f"`s` must have the shape of `t`, {tuple(t.shape)}; got {tuple(s.shape)}.")
         with no_autocast(s):
-            dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+            dtype = widest(s, t)
             rows = cross_entropies(s.to(dtype), t.to(dtype), self.center.to(dtype), self.tau_s, self.tau_t)
             # no mean: of no rows that is NaN
             return rows.sum() / max(rows.numel(), 1)
@@ -149,10 +138,8 @@ class CenteredCrossEntropy(nn.Module):
         return centers[:-1]
 
     def extra_repr(self) -> str:
-        """Show the settings."""
-        return (
-            f"{len(self.center)}, tau_s={self.tau_s}, tau_t={self.tau_t}, m_c={self.m_c}, all_reduce={self.all_reduce}"
-        )
+        """Show the number of prototypes, and the settings that differ from the defaults."""
+        return ", ".join([str(len(self.center)), *filter(None, [super().extra_repr()])])
 
     def _check(self, name: str, rows: Tensor) -> None:
         """Check logits (..., Kp)."""

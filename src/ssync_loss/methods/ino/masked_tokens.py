@@ -1,10 +1,12 @@
 """Masked tokens: at masked positions a student predicts the prototypes that its teacher sees there."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_same_device
+from ssync_loss._inputs import widest
+from ssync_loss._module import LossModule
 from ssync_loss.methods.ino._centers import cross_entropies
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens
 from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
@@ -60,7 +62,7 @@ def masked_token_loss(
     check_same_device("t_pat", t_pat, s_pat=s_pat)
     check_same_device("s_pat", s_pat, center=ce_patch.center)
     with no_autocast(s_pat):
-        dtype = torch.promote_types(torch.promote_types(s_pat.dtype, t_pat.dtype), torch.float32)
+        dtype = widest(s_pat, t_pat)
         masked = mask.flatten(2)
         # what is not masked may hold anything
         s, t = (torch.where(masked.unsqueeze(3), as_list(one).to(dtype), 0.0) for one in (s_pat, t_pat.detach()))
@@ -74,12 +76,10 @@ def masked_token_loss(
         return frames.sum() / (counts > 0).sum().clamp_min(1)
 
 
-class MaskedTokenLoss(nn.Module):
+class MaskedTokenLoss(LossModule):
     """Module of :func:`masked_token_loss`: a student predicts what it does not see.
 
     ``forward(s_pat, t_pat, mask)``. The criterion, and so its center, is a part of the module.
-
-    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
 
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
     >>> mask = torch.tensor([True, False]).view(1, 1, 2)
@@ -89,15 +89,10 @@ class MaskedTokenLoss(nn.Module):
     """
 
     def __init__(self, ce_patch: CenteredCrossEntropy, *, update_center: bool = False) -> None:
-        super().__init__()
+        super().__init__(update_center=update_center)
         check_criterion("ce_patch", ce_patch)
         self.ce_patch = ce_patch
-        self.update_center = update_center
 
     def forward(self, s_pat: Tensor, t_pat: Tensor, mask: Tensor) -> Tensor:
         """Return the term; see :func:`masked_token_loss`."""
-        return masked_token_loss(s_pat, t_pat, mask, self.ce_patch, update_center=self.update_center)
-
-    def extra_repr(self) -> str:
-        """Show the setting."""
-        return f"update_center={self.update_center}"
+        return masked_token_loss(s_pat, t_pat, mask, self.ce_patch, **self.settings)

@@ -4,11 +4,13 @@ from typing import Literal, TypeAlias
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_choice, check_floating, check_not_empty, check_same_device, check_shape
+from ssync_loss._inputs import check_floats, widest
+from ssync_loss._module import LossModule
+from ssync_loss._settings import check_by, one_of
 from ssync_loss._vectors import products
 from ssync_loss.methods.ino._centers import targets
 from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
@@ -16,6 +18,8 @@ from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterio
 Balance: TypeAlias = Literal["flat", "per_term"]
 
 BALANCES = ("flat", "per_term")
+
+_check_settings = check_by(balance=one_of(*BALANCES))
 
 
 def out_generative_loss(
@@ -70,21 +74,16 @@ def out_generative_loss(
     0.5822
     """
     check_criterion("ce", ce)
-    check_choice("balance", balance, BALANCES)
-    size = check_shape("s_glob", s_glob, "B T g Kp", Kp=ce.center.shape[0])
-    check_not_empty("s_glob", size, "T g")
-    check_shape("s_loc", s_loc, "B T l Kp", **{axis: size[axis] for axis in ("B", "T", "Kp")})
-    check_shape("t_glob", t_glob, "B T g Kp", **size)
-    for name, one in (("s_glob", s_glob), ("s_loc", s_loc), ("t_glob", t_glob)):
-        check_floating(name, one)
-        check_same_device(name, one, center=ce.center)
+    _check_settings(balance=balance)
+    size = check_floats("s_glob", s_glob, "B T g Kp", {"Kp": len(ce.center)}, filled="T g", center=ce.center)
+    check_floats("s_loc", s_loc, "B T l Kp", size, center=ce.center)
+    check_floats("t_glob", t_glob, "B T g Kp", size, center=ce.center)
     if size["T"] > 1 and size["T"] % 2:
         raise ValueError(f"`s_glob` must have an even T, for the pairs of frames (i, i + T / 2); got T={size['T']}.")
     if size["T"] == 1:
         return attached_zero(s_glob, s_loc, t_glob.detach())
     with no_autocast(s_glob):
-        dtype = torch.promote_types(torch.promote_types(s_glob.dtype, s_loc.dtype), t_glob.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = widest(s_glob, s_loc, t_glob)
         t = _pairs(t_glob.detach()).to(dtype)
         center = ce.center
         if update_center and ce.training:
@@ -110,12 +109,10 @@ def _pairs(views: Tensor) -> Tensor:
     return rearrange(views, "b (two p) v k -> b p (two v) k", two=2)
 
 
-class OutGenerativeLoss(nn.Module):
+class OutGenerativeLoss(LossModule):
     """Module of :func:`out_generative_loss`: crops predict the teacher's class token of whole frames.
 
     ``forward(s_glob, s_loc, t_glob)``. The criterion, and so its center, is a part of the module.
-
-    Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), out-generative learning, L_out_g2g and L_out_l2g of Fig. 2.
 
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
     >>> criterion = OutGenerativeLoss(CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0))
@@ -123,20 +120,13 @@ class OutGenerativeLoss(nn.Module):
     0.5822
     """
 
+    check_settings = staticmethod(_check_settings)
+
     def __init__(self, ce: CenteredCrossEntropy, *, balance: Balance = "flat", update_center: bool = False) -> None:
-        super().__init__()
+        super().__init__(balance=balance, update_center=update_center)
         check_criterion("ce", ce)
-        check_choice("balance", balance, BALANCES)
         self.ce = ce
-        self.balance: Balance = balance
-        self.update_center = update_center
 
     def forward(self, s_glob: Tensor, s_loc: Tensor, t_glob: Tensor) -> Tensor:
         """Return the term; see :func:`out_generative_loss`."""
-        return out_generative_loss(
-            s_glob, s_loc, t_glob, self.ce, balance=self.balance, update_center=self.update_center
-        )
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"balance={self.balance!r}, update_center={self.update_center}"
+        return out_generative_loss(s_glob, s_loc, t_glob, self.ce, **self.settings)

@@ -1,24 +1,28 @@
 """Label propagation: the masks of the first frame, carried through a video by features alone."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import (
-    check_floating,
-    check_int,
-    check_integer,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import check_int, check_not_empty
+from ssync_loss._inputs import check_floats, check_labels, widest
+from ssync_loss._rows import slices
+from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
 
 # affinities, or pixels of masks, that are held at once: 64 MB in float32
 BLOCK_ELEMENTS = 1 << 24
+
+_check_settings = check_by(
+    num_context=partial(check_int, low=0),
+    radius=partial(check_int, low=0),
+    top_k=COUNT,
+    temperature=POSITIVE,
+    chunk_size=OPTIONAL_COUNT,
+)
 
 
 def propagate_labels(
@@ -78,11 +82,8 @@ def propagate_labels(
     >>> propagate_labels(features, labels, top_k=1).tolist()
     [[[[7, 7, 4]], [[4, 7, 7]]]]
     """
-    sizes = _check_features(features)
-    check_shape("labels", labels, "B h w", B=sizes["B"])
-    check_not_empty("labels", dict(zip("Bhw", labels.shape, strict=True)), "h w")
-    check_integer("labels", labels)
-    check_same_device("labels", labels, features=features)
+    sizes = check_floats("features", features, "B T D H W", filled="T D H W")
+    check_not_empty("labels", check_labels("labels", labels, "B h w", sizes, features=features), "h w")
     if bool((labels < 0).any()):
         raise ValueError(
             f"`labels` must be at least 0; got {int(labels.min())}. Give what is not annotated the background's label."
@@ -111,8 +112,7 @@ def propagate_labels(
     )
     absent = ~known.any(3).any(2)
     block = max(1, BLOCK_ELEMENTS // (sizes["B"] * len(names) * size[0] * size[1]))
-    for start in range(0, sizes["T"], block):
-        frames = slice(start, start + block)
+    for frames in slices(sizes["T"], block):
         result[:, frames] = names.long()[_read_out(masks[:, frames], absent, size, normalize=normalize)]
     result[:, 0] = _nearest(labels, size)
     return result
@@ -168,19 +168,11 @@ def propagate_masks(
     >>> propagate_masks(features, masks, top_k=2, temperature=1.0)[0, 1, 0]
     tensor([[0.7311, 0.2689]])
     """
-    size = _check_features(features)
-    given = check_shape("masks", masks, "B K H W", **{axis: size[axis] for axis in "BHW"})
-    check_not_empty("masks", given, "K")
-    check_floating("masks", masks)
-    check_same_device("masks", masks, features=features)
+    size = check_floats("features", features, "B T D H W", filled="T D H W")
+    given = check_floats("masks", masks, "B K H W", size, filled="K", features=features)
     _check_finite("masks", masks)
-    check_int("num_context", num_context, 0)
-    check_int("radius", radius, 0)
-    check_int("top_k", top_k, 1)
-    check_number("temperature", temperature, 0.0, open_low=True)
-    if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1)
-    dtype = torch.promote_types(torch.promote_types(features.dtype, masks.dtype), torch.float32)
+    _check_settings(num_context=num_context, radius=radius, top_k=top_k, temperature=temperature, chunk_size=chunk_size)
+    dtype = widest(features, masks)
     clips, frames, channels, height, width = features.shape
     num_places = height * width
     # the first frame stays, the others take the place of the oldest
@@ -198,14 +190,14 @@ def propagate_masks(
                 filled = min(now, num_slots)
                 found = [
                     _looked_up(
-                        units[:, first : first + chunk_size],
-                        _outside(first, chunk_size, height, width, radius, features.device),
+                        units[:, here],
+                        _outside(here, height, width, radius, features.device),
                         context[:, :filled],
                         carried[:, :filled],
                         top_k,
                         temperature,
                     )
-                    for first in range(0, num_places, chunk_size)
+                    for here in slices(num_places, chunk_size)
                 ]
                 result[:, now] = torch.cat(found, 1).mT.unflatten(2, (height, width))
             slot = now if now < num_slots else 1 + (now - 1) % max(num_slots - 1, 1)
@@ -229,13 +221,12 @@ def _looked_up(
     return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
 
 
-def _outside(first: int, count: int, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
-    """Tell which of all places (N) lie outside the windows of ``count`` places from ``first`` on; None if none does."""
+def _outside(here: slice, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
+    """Tell which of all places (N) lie outside the windows of some of them; None if none does."""
     if radius >= max(height, width) - 1:
         return None
     places = torch.arange(height * width, device=device)
     rows, columns = places // width, places % width
-    here = slice(first, first + count)
     return ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
 
 
@@ -270,10 +261,3 @@ def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
         for old, new in zip(labels.shape[1:], size, strict=True)
     )
     return labels[:, rows[:, None], columns]
-
-
-def _check_features(features: Tensor) -> dict[str, int]:
-    size = check_shape("features", features, "B T D H W")
-    check_not_empty("features", size, "T D H W")
-    check_floating("features", features)
-    return size

@@ -1,9 +1,6 @@
 """In-and-out generative learning written out slowly: one token, one view, one patch at a time.
 
-This module says what the losses with a center, affinity consistency and label propagation compute; the library says
-it fast. Nothing is shared with it, and arguments are taken to be right. Computed in float64 whatever comes in, so that
-it can referee faster forms; losses are differentiable by autograd, and float32 or wider. Meant for tests and for
-reading, not for training.
+What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
 
 Source: Pan, Li, Yang, Zhou, Zhou, Yang, Zhou & Yang, In-N-Out Generative Learning for Dense Unsupervised Video
 Segmentation, ACM MM 2022 (arXiv:2203.15312).
@@ -11,6 +8,8 @@ Segmentation, ACM MM 2022 (arXiv:2203.15312).
 
 import torch
 from torch import Tensor
+
+from ssync_loss.methods._slow import mean, unit, widened
 
 
 def reference_affinity_consistency_loss(
@@ -20,10 +19,6 @@ def reference_affinity_consistency_loss(
 
     Shape:
         s, t: (B, T, N, D), mask: (B, T, N). Returns a scalar.
-
-    >>> frames = torch.eye(2).expand(1, 2, 2, 2)
-    >>> round(reference_affinity_consistency_loss(frames, frames, tau_s=1.0, tau_t=1.0).item(), 4)
-    0.5822
     """
     num_clips, num_frames, num_tokens, _ = s.shape
     values = []
@@ -32,10 +27,10 @@ def reference_affinity_consistency_loss(
         for i in range(num_frames - 1):
             for u in kept[i]:
                 if kept[i + 1]:
-                    ours = [_unit(s[b, i, u]) @ _unit(s[b, i + 1, v]) / tau_s for v in kept[i + 1]]
-                    theirs = [_unit(t[b, i, u]) @ _unit(t[b, i + 1, v]) / tau_t for v in kept[i + 1]]
+                    ours = [unit(s[b, i, u]) @ unit(s[b, i + 1, v]) / tau_s for v in kept[i + 1]]
+                    theirs = [unit(t[b, i, u]) @ unit(t[b, i + 1, v]) / tau_t for v in kept[i + 1]]
                     values.append(_cross_entropy(torch.stack(ours), torch.stack(theirs)))
-    return _result(_mean(values, s), s, t)
+    return widened(mean(values, s), s, t)
 
 
 def reference_centered_cross_entropy(
@@ -54,7 +49,7 @@ def reference_centered_cross_entropy(
         _cross_entropy(ours.double() / tau_s, (theirs.double() - center.double()) / tau_t)
         for ours, theirs in zip(s, t, strict=True)
     ]
-    return _result(_mean(values, s), s, t)
+    return widened(mean(values, s), s, t)
 
 
 def reference_moved_center(center: Tensor, t: Tensor, *, m_c: float = 0.9) -> Tensor:
@@ -86,11 +81,6 @@ def reference_masked_token_loss(
 
     Shape:
         s_pat, t_pat: (B, T, N, Kp), mask: (B, T, N), center: (Kp,). Returns the loss and the last center.
-
-    >>> logits, mask = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)
-    >>> loss, _ = reference_masked_token_loss(logits, logits, mask, torch.zeros(2), tau_s=1.0, tau_t=1.0)
-    >>> round(loss.item(), 4)
-    0.5822
     """
     values = []
     for i in range(s_pat.shape[1]):
@@ -99,7 +89,7 @@ def reference_masked_token_loss(
             values.append(reference_centered_cross_entropy(ours, theirs, center, tau_s=tau_s, tau_t=tau_t))
         if update_center:
             center = reference_moved_center(center, theirs, m_c=m_c)
-    return _result(_mean(values, s_pat), s_pat, t_pat), center
+    return widened(mean(values, s_pat), s_pat, t_pat), center
 
 
 def reference_out_generative_loss(
@@ -118,11 +108,6 @@ def reference_out_generative_loss(
 
     Shape:
         s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), center: (Kp,). Returns the loss and the last center.
-
-    >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
-    >>> loss, _ = reference_out_generative_loss(views, none, views, torch.zeros(2), tau_s=1.0, tau_t=1.0)
-    >>> round(loss.item(), 4)
-    0.5822
     """
     num_clips, num_frames, num_global, _ = s_glob.shape
     half = num_frames // 2
@@ -141,10 +126,10 @@ def reference_out_generative_loss(
         if update_center:
             center = reference_moved_center(center, t_glob[:, pair].flatten(0, 2), m_c=m_c)
     if balance == "flat" or not to_local:
-        loss = _mean(to_global + to_local, s_glob)
+        loss = mean(to_global + to_local, s_glob)
     else:
-        loss = (_mean(to_global, s_glob) + _mean(to_local, s_loc)) / 2
-    return _result(loss, s_glob, s_loc, t_glob), center
+        loss = (mean(to_global, s_glob) + mean(to_local, s_loc)) / 2
+    return widened(loss, s_glob, s_loc, t_glob), center
 
 
 def reference_propagate_masks(
@@ -156,17 +141,7 @@ def reference_propagate_masks(
     top_k: int = 5,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Give every patch the masks of the places before it that it is most like.
-
-    Shape:
-        features: (B, T, D, H, W), masks: (B, K, H, W). Returns (B, T, K, H, W), float64.
-
-    >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
-    >>> masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    >>> result = reference_propagate_masks(features, masks, top_k=2, temperature=1.0)
-    >>> [round(one, 4) for one in result[0, 1, 0, 0].tolist()]
-    [0.7311, 0.2689]
-    """
+    """Give every patch the masks of the places before it that it is most like."""
     num_clips, num_frames, _, height, width = features.shape
     places = [(row, column) for row in range(height) for column in range(width)]
     result = masks.double().unsqueeze(1).repeat(1, num_frames, 1, 1, 1)
@@ -174,9 +149,9 @@ def reference_propagate_masks(
         for now in range(1, num_frames):
             context = [0, *range(max(1, now - num_context), now)]
             for row, column in places:
-                query = _unit(features[b, now, :, row, column])
+                query = unit(features[b, now, :, row, column])
                 near = {
-                    (i, y, x): torch.exp(query @ _unit(features[b, i, :, y, x]) / temperature)
+                    (i, y, x): torch.exp(query @ unit(features[b, i, :, y, x]) / temperature)
                     for i in context
                     for y, x in places
                     if abs(y - row) <= radius and abs(x - column) <= radius
@@ -193,22 +168,3 @@ def reference_propagate_masks(
 def _cross_entropy(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return the cross-entropy of scores (K,) with the distribution of others, which are fixed."""
     return -(theirs.detach().softmax(0) * ours.log_softmax(0)).sum()
-
-
-def _unit(vector: Tensor) -> Tensor:
-    """Scale a vector to length 1; one without a length stays zero, without gradient."""
-    vector = vector.double()
-    length = vector.square().sum().sqrt()
-    return vector * 0 if length <= 1e-12 else vector / length
-
-
-def _mean(values: list[Tensor], like: Tensor) -> Tensor:
-    """Return the mean, and an attached 0 of nothing."""
-    return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
-
-
-def _result(value: Tensor, *given: Tensor) -> Tensor:
-    dtype = torch.float32
-    for one in given:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return value.to(dtype)

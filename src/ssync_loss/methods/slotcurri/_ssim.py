@@ -43,6 +43,29 @@ class Similarity(NamedTuple):
         """Return the axes that a window fits into."""
         return [axis for axis in AXES if volumes.shape[axis] >= self.window]
 
+    def num_cubes(self, volumes: Tensor) -> int:
+        """Return the cubes of one channel of a clip."""
+        inside = self.axes(volumes)
+        frames, height, width = (volumes.shape[axis] - (self.window - 1 if axis in inside else 0) for axis in AXES)
+        return frames * height * width
+
+    def blurred(self, volumes: Tensor, axes: list[int]) -> Tensor:
+        """Average windows along some axes, each of which becomes shorter."""
+        for axis in axes:
+            size = volumes.shape[axis] - self.window + 1
+            total = torch.zeros_like(volumes.narrow(axis, 0, size))
+            for first, weight in enumerate(self.weights()):
+                total.add_(volumes.narrow(axis, first, size), alpha=weight)
+            volumes = total
+        return volumes
+
+    def passed_back(self, cubes: Tensor, axes: list[int]) -> Tensor:
+        """Give back to every cell what its windows got of it: the transpose of blurring, by a Gaussian of two sides."""
+        for axis in axes:
+            pad = [0, 0] * (cubes.ndim - 1 - axis) + [self.window - 1] * 2
+            cubes = self.blurred(F.pad(cubes, pad), [axis])
+        return cubes
+
 
 def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Return the sum over cubes of 1 - SSIM and, if asked for, its gradient with respect to ``x``.
@@ -50,30 +73,26 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
     With d = x - y it is ``p + q - p q`` with ``p = mean(d)^2 / (mean(x)^2 + mean(y)^2 + c1)`` and
     ``q = var(d) / (var(x) + var(y) + c2)``: the same index, and nothing is lost where little differs.
     """
-    axes, weights = like.axes(x), like.weights()
+    axes = like.axes(x)
     # variances are differences of squares: around the mean of a channel these are small, and so is what they lose
     center = y.mean(AXES, keepdim=True)
     x, y = x - center, y - center
-    mean_x, mean_y = _blurred(x, axes, weights), _blurred(y, axes, weights)
-    spread = _blurred((x * x).addcmul_(y, y), axes, weights)
-    spread.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1).add_(like.c2)
-    level, level_y = mean_x + center, mean_y + center
-    size = level_y.square_().addcmul_(level, level).add_(like.c1)
     apart = x - y
-    mean_apart = mean_x - mean_y
-    p = mean_apart.square().div_(size)
-    q = _blurred(apart.square(), axes, weights).addcmul_(mean_apart, mean_apart, value=-1).div_(spread)
-    total = torch.addcmul(p + q, p, q, value=-1).sum()
+    mean_x, mean_y = like.blurred(x, axes), like.blurred(y, axes)
+    mean_apart, level = mean_x - mean_y, mean_x + center
+    size = level**2 + (mean_y + center) ** 2 + like.c1
+    spread = like.blurred(x**2 + y**2, axes) - mean_x**2 - mean_y**2 + like.c2
+    p = mean_apart**2 / size
+    q = (like.blurred(apart**2, axes) - mean_apart**2) / spread
+    total = (p + q - p * q).sum()
     if not with_slope:
         return total, None
     # half the slopes by the mean of d^2, of x^2 and of x
-    by_apart = (1 - p).div_(spread)
-    by_square = (by_apart * q).neg_()
-    by_mean = (1 - q).div_(size).mul_(torch.addcmul(mean_apart, p, level, value=-1))
-    by_mean.addcmul_(by_apart, mean_apart, value=-1).addcmul_(by_square, mean_x, value=-1)
-    slope = _passed_back(by_mean, axes, weights)
-    slope.addcmul_(x, _passed_back(by_square, axes, weights))
-    return total, slope.addcmul_(apart, _passed_back(by_apart, axes, weights)).mul_(2)
+    by_apart = (1 - p) / spread
+    by_square = -by_apart * q
+    by_mean = (1 - q) * (mean_apart - p * level) / size - by_apart * mean_apart - by_square * mean_x
+    by_cell, by_apart, by_square = (like.passed_back(one, axes) for one in (by_mean, by_apart, by_square))
+    return total, 2 * (by_cell + x * by_square + apart * by_apart)
 
 
 def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -102,30 +121,9 @@ def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
         return "a CPU tensor"
     if torch.compiler.is_compiling():
         return "an eager step"
-    return None
-
-
-def _blurred(volumes: Tensor, axes: list[int], weights: list[float]) -> Tensor:
-    """Average windows along some axes, each of which becomes shorter."""
-    for axis in axes:
-        volumes = _along(volumes, axis, weights)
-    return volumes
-
-
-def _passed_back(cubes: Tensor, axes: list[int], weights: list[float]) -> Tensor:
-    """Give back to every cell what its windows got of it: the transpose of blurring."""
-    pad = len(weights) - 1
-    for axis in axes:
-        cubes = _along(F.pad(cubes, [0, 0] * (cubes.ndim - 1 - axis) + [pad, pad]), axis, weights)
-    return cubes
-
-
-def _along(volumes: Tensor, axis: int, weights: list[float]) -> Tensor:
-    last = len(weights) - 1
-    size = volumes.shape[axis] - last
-    total = volumes.narrow(axis, last // 2, size) * weights[last // 2]
-    for i in range(last // 2):
-        # a Gaussian has two sides
-        pair = volumes.narrow(axis, i, size) + volumes.narrow(axis, last - i, size)
-        total.add_(pair, alpha=weights[i])
-    return total
+    try:
+        # torch.func differentiates kornia's index, and enters this
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):
+            return None
+    except RuntimeError:
+        return "no hooks for saved tensors, such as those of a checkpoint"

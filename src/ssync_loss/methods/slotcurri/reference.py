@@ -1,9 +1,6 @@
-"""SlotCurri written out slowly: one cube, one patch, one slot, one child at a time.
+"""SlotCurri written out slowly: one cube, one patch, one slot, one child at a time; shares are exact fractions.
 
-This module says what the structure of features, the error of a slot, its share of new slots and the place of a child
-are; the library says it fast. Nothing is shared with it, and arguments are taken to be right. What has a gradient is
-differentiable by autograd. Computed in float64, and shares in fractions, so that they can referee faster forms.
-Meant for tests and for reading, not for training.
+What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
 
 Source: Moon, Seong & Heo, Reconstruction-Guided Slot Curriculum: Addressing Object Over-Fragmentation in Video
 Object-Centric Learning, CVPR 2026 (arXiv:2603.22758).
@@ -15,6 +12,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
+
+from ssync_loss.methods._slow import widened
 
 
 def reference_structure_aware_loss(
@@ -28,16 +27,7 @@ def reference_structure_aware_loss(
     eps: float = 1e-6,
     normalize: str = "joint",
 ) -> Tensor:
-    """Compare every cube of every channel: its mean, its variance, and the covariance of both.
-
-    Shape:
-        pred, target: (B, T, D, H, W). Returns a scalar.
-
-    >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
-    >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
-    >>> round(reference_structure_aware_loss(pred, target).item(), 4)
-    0.4998
-    """
+    """Compare every cube of every channel: its mean, its variance, and the covariance of both."""
     values = []
     for clip, clip_target in zip(pred.double(), target.detach().double(), strict=True):
         everything = torch.cat([clip.detach(), clip_target])
@@ -51,7 +41,7 @@ def reference_structure_aware_loss(
                     for first, size in zip(place, x.shape, strict=True)
                 )
                 values.append(1 - _similarity(x[cube], y[cube], window, sigma, k1**2, k2**2))
-    return _result(torch.stack(values).mean() if values else pred.double().sum(), pred, target)
+    return widened(torch.stack(values).mean() if values else pred.double().sum(), pred, target)
 
 
 def _first_cells(size: int, window: int) -> range:
@@ -75,16 +65,7 @@ def _similarity(x: Tensor, y: Tensor, window: int, sigma: float, c1: float, c2: 
 
 
 def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
-    """Give every slot its part of the squared error of every patch.
-
-    Shape:
-        recon, target: (B, T, D, H, W), masks: (B, T, S, H, W). Returns (S,).
-
-    >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([2.0, 1.0]).view(1, 1, 1, 1, 2)
-    >>> masks = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).view(1, 1, 2, 1, 2)
-    >>> reference_slot_error(recon, target, masks).tolist()
-    [2.25, 0.25]
-    """
+    """Give every slot its part of the squared error of every patch."""
     num_clips, num_frames, num_channels, height, width = recon.shape
     errors = torch.zeros(masks.shape[2], dtype=torch.float64)
     places = list(product(range(num_clips), range(num_frames), range(height), range(width)))
@@ -92,7 +73,7 @@ def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor
         difference = recon.detach()[b, t, :, h, w].double() - target.detach()[b, t, :, h, w].double()
         for s in range(len(errors)):
             errors[s] += masks.detach()[b, t, s, h, w].double() * (difference @ difference) / num_channels
-    return _result(errors / max(len(places), 1), recon, target, masks)
+    return widened(errors / max(len(places), 1), recon, target, masks)
 
 
 def reference_allot_children(errors: list[float], n_new: int) -> list[int]:
@@ -157,10 +138,3 @@ def reference_place_children(
 def _cosine(one: Tensor, other: Tensor) -> float:
     lengths = float(one.norm() * other.norm())
     return float(one @ other) / lengths if lengths > 0 else 0.0
-
-
-def _result(value: Tensor, *given: Tensor) -> Tensor:
-    dtype = torch.float32
-    for one in given:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return value.to(dtype)

@@ -1,20 +1,16 @@
 """Structure of features: what is reconstructed must vary in space and time as its target does."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import (
-    check_choice,
-    check_floating,
-    check_int,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import check_int
+from ssync_loss._inputs import check_floats, widest
+from ssync_loss._module import LossModule
+from ssync_loss._rows import slices
+from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by, one_of
 from ssync_loss._vectors import known_gradient
 from ssync_loss.methods.slotcurri._ssim import Similarity, kornia_dissimilarity, own_dissimilarity, why_not_kornia
 
@@ -23,6 +19,24 @@ Filters: TypeAlias = Literal["auto", "kornia", "torch"]
 
 NORMALIZE = ("joint", "channel")
 FILTERS = ("auto", "kornia", "torch")
+
+
+def _check_odd(name: str, value: int) -> None:
+    check_int(name, value, 1)
+    if value % 2 == 0:
+        raise ValueError(f"`{name}` must be odd; got {value}.")
+
+
+_check_settings = check_by(
+    window=_check_odd,
+    sigma=POSITIVE,
+    k1=POSITIVE,
+    k2=POSITIVE,
+    eps=POSITIVE,
+    normalize=one_of(*NORMALIZE),
+    chunk_size=OPTIONAL_COUNT,
+    filters=one_of(*FILTERS),
+)
 
 
 def structure_aware_loss(
@@ -67,9 +81,10 @@ def structure_aware_loss(
         eps: what keeps a clip without contrast finite, above 0.
         normalize: ``"joint"`` or ``"channel"``.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
-        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, where that is exact: published constants, T, H and W
-            of at least ``window``, on a CPU, not compiled. ``"torch"`` takes the library's own separable filters,
-            several times faster. ``"auto"`` takes kornia's where they are exact. The value is the same to rounding.
+        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, where that is exact and can be differentiated: published
+            constants, T, H and W of at least ``window``, on a CPU, not compiled, without hooks for saved tensors, such
+            as those of a checkpoint. ``"torch"`` takes the library's own separable filters, several times faster.
+            ``"auto"`` takes kornia's where it can. The value is the same to rounding.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
     are those of its public code.
@@ -84,54 +99,47 @@ def structure_aware_loss(
     >>> round(structure_aware_loss(pred, target).item(), 4)
     0.4998
     """
-    _check_settings(window, sigma, k1, k2, eps, normalize, chunk_size, filters)
-    size = check_shape("pred", pred, "B T D H W")
-    check_not_empty("pred", size, "T D H W")
-    check_floating("pred", pred)
-    check_shape("target", target, "B T D H W", **size)
-    check_floating("target", target)
-    check_same_device("target", target, pred=pred)
+    _check_settings(window=window, sigma=sigma, k1=k1, k2=k2, eps=eps)
+    _check_settings(normalize=normalize, chunk_size=chunk_size, filters=filters)
+    size = check_floats("pred", pred, "B T D H W", filled="T D H W")
+    check_floats("target", target, "B T D H W", size, pred=pred)
     like = Similarity(window, sigma, k1**2, k2**2)
     missing = why_not_kornia(pred, like)
     if filters == "kornia" and missing is not None:
         raise ValueError(f"filters='kornia' needs {missing}; got {tuple(pred.shape)} on {pred.device}, {like}.")
     dissimilarity = own_dissimilarity if filters == "torch" or missing is not None else kornia_dissimilarity
-    dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+    dtype = widest(pred, target)
     with_slope = torch.is_grad_enabled() and pred.requires_grad
-    # whole slices where nothing is cut, so that a compiler need not fix a size
-    chunks = [slice(None)]
-    if chunk_size is not None and chunk_size < size["D"]:
-        chunks = [slice(first, first + chunk_size) for first in range(0, size["D"], chunk_size)]
     # not times a mean: without clips that is NaN
-    share = 1 / max(size["B"] * size["D"] * _num_cubes(size, window), 1)
+    share = 1 / max(size["B"] * size["D"] * like.num_cubes(pred), 1)
     with torch.no_grad(), no_autocast(pred):
         total = torch.zeros((), dtype=dtype, device=pred.device)
         slope = torch.empty(pred.shape, dtype=dtype, device=pred.device) if with_slope else None
         span = _span(pred, target, (1, 2, 3, 4)) if normalize == "joint" else None
-        for some in chunks:
+        for some in slices(size["D"], chunk_size):
             parts = pred[:, :, some], target[:, :, some]
             low, high = (one.to(dtype) for one in span or _span(*parts, (1, 3, 4)))
             scale = 1 / (high - low + eps)
-            x, y = ((one.to(dtype) - low).mul_(scale) for one in parts)
+            x, y = ((one.to(dtype) - low) * scale for one in parts)
             value, gradient = dissimilarity(x, y, like, with_slope=with_slope)
             total += value * share
             if slope is not None and gradient is not None:
-                slope[:, :, some] = gradient.mul_(scale * share)
+                slope[:, :, some] = gradient * scale * share
     return total if slope is None else known_gradient(pred, total, slope)
 
 
-class StructureAwareLoss(nn.Module):
+class StructureAwareLoss(LossModule):
     """Module of :func:`structure_aware_loss`: features are compared in cubes of space and time.
 
     ``forward(pred, target)``.
-
-    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
     >>> round(StructureAwareLoss()(pred, target).item(), 4)
     0.4998
     """
+
+    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -145,54 +153,20 @@ class StructureAwareLoss(nn.Module):
         chunk_size: int | None = 64,
         filters: Filters = "auto",
     ) -> None:
-        super().__init__()
-        _check_settings(window, sigma, k1, k2, eps, normalize, chunk_size, filters)
-        self.settings: dict[str, Any] = {
-            "window": window,
-            "sigma": sigma,
-            "k1": k1,
-            "k2": k2,
-            "eps": eps,
-            "normalize": normalize,
-            "chunk_size": chunk_size,
-            "filters": filters,
-        }
+        super().__init__(
+            window=window,
+            sigma=sigma,
+            k1=k1,
+            k2=k2,
+            eps=eps,
+            normalize=normalize,
+            chunk_size=chunk_size,
+            filters=filters,
+        )
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the term; see :func:`structure_aware_loss`."""
         return structure_aware_loss(pred, target, **self.settings)
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-
-def _check_settings(
-    window: object,
-    sigma: object,
-    k1: object,
-    k2: object,
-    eps: object,
-    normalize: object,
-    chunk_size: object,
-    filters: object,
-) -> None:
-    check_int("window", window, 1)
-    if isinstance(window, int) and window % 2 == 0:
-        raise ValueError(f"`window` must be odd; got {window}.")
-    for name, value in (("sigma", sigma), ("k1", k1), ("k2", k2), ("eps", eps)):
-        check_number(name, value, 0.0, open_low=True)
-    check_choice("normalize", normalize, NORMALIZE)
-    if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1)
-    check_choice("filters", filters, FILTERS)
-
-
-def _num_cubes(size: dict[str, int], window: int) -> int:
-    """Return the cubes of one channel of a clip."""
-    lengths = [size[axis] for axis in "THW"]
-    frames, height, width = (one - window + 1 if one >= window else one for one in lengths)
-    return frames * height * width
 
 
 def _span(pred: Tensor, target: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

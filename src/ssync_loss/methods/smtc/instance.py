@@ -27,6 +27,7 @@ _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_
 
 
 def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
+    """Check settings; the range of the margin is that of the metric."""
     check_choice("metric", metric, METRICS)
     low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
     check_number("margin", margin, low, high)
@@ -156,7 +157,8 @@ def instance_consistency_loss(
             rearrange(one, "b t s p d -> b s (t p) d").to(dtype) for one in (embeddings, teacher_embeddings.detach())
         )
         cosines = _by_frames(products(ours, theirs), size["P"])
-        matched = _matched(cosines.detach())
+        # as bools: who is assigned to whom
+        matched = best_assignment(cosines.detach()).unsqueeze(5) == torch.arange(size["P"], device=cosines.device)
         if metric == "cosine":
             pull, push = -cosines, (cosines - margin).relu()
         else:
@@ -182,12 +184,6 @@ def instance_consistency_loss(
 def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
     """(B, S, T P, T P) -> (B, S, T, T, P, P)."""
     return rearrange(pairs, "b s (t p) (j q) -> b s t j p q", p=num_instances, q=num_instances)
-
-
-def _matched(cosines: Tensor) -> Tensor:
-    """Return, as bools of the same shape, who is assigned to whom."""
-    assigned = best_assignment(cosines)
-    return assigned.unsqueeze(-1) == torch.arange(cosines.shape[-1], device=cosines.device)
 
 
 class InstanceConsistencyLoss(LossModule):

@@ -1,6 +1,6 @@
 """Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from einops import reduce
@@ -121,36 +121,30 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
     # every pair once: what is cheap from one frame to the other is cheap on the way back
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
     wanted = torch.zeros_like(maps)
+    carry = _by_products if 1 / eps <= LARGEST_SCORE else _by_plan
     for some in slices(len(first), chunk_size):
-        t, j = first[some], second[some]
-        here, there = (_Frames(units[:, one], weights[:, one], maps[:, one]) for one in (t, j))
-        of_here, of_there = _exchanged(here, there, eps, iters)
-        wanted.index_add_(1, t, of_here).index_add_(1, j, of_there)
+        pair = first[some], second[some]
+        # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
+        scores = (units[:, pair[0]] / eps) @ units[:, pair[1]].mT
+        if carry is _by_products:
+            scores.exp_()
+        for here, there in (pair, pair[::-1]):
+            wanted.index_add_(1, here, carry(maps[:, there], scores, weights[:, here], weights[:, there], iters))
+            scores = scores.mT
+        # before the next ones are there
+        del scores
     return torch.where(known, wanted, 0.0)
 
 
-class _Frames(NamedTuple):
-    """Some frames of every clip: unit vectors (B, p, N, D), weights (B, p, N), maps (B, p, S, N)."""
-
-    units: Tensor
-    weights: Tensor
-    maps: Tensor
+def _by_plan(maps: Tensor, scores: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
+    """Carry maps (B, p, S, M) over a plan from scores (B, p, N, M): (B, p, S, N)."""
+    return maps @ transport_plan(scores, mu, nu, iters).mT
 
 
-def _exchanged(here: _Frames, there: _Frames, eps: float, iters: int) -> tuple[Tensor, Tensor]:
-    """Carry the maps of some frames to others, and back: what is wanted here, and what is wanted there."""
-    # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
-    scores = (here.units / eps) @ there.units.mT
-    if 1 / eps > LARGEST_SCORE:
-        back = there.maps @ transport_plan(scores, here.weights, there.weights, iters).mT
-        return back, here.maps @ transport_plan(scores.mT, there.weights, here.weights, iters).mT
-    kernel = scores.exp_()
-    return _carried(kernel, here, there, iters), _carried(kernel.mT, there, here, iters)
-
-
-def _carried(kernel: Tensor, here: _Frames, there: _Frames, iters: int) -> Tensor:
-    a, b = scalings(kernel, here.weights, there.weights, iters)
-    return ((there.maps * b) @ kernel.mT) * a.mT
+def _by_products(maps: Tensor, kernel: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
+    """Do the same with the exponentials of the scores, and without a plan."""
+    a, b = scalings(kernel, mu, nu, iters)
+    return ((maps * b) @ kernel.mT) * a.mT
 
 
 def _pooled(frames: Tensor, pool: int) -> Tensor:

@@ -63,9 +63,8 @@ def dense_decoder_alignment_loss(
     >>> round(loss.item(), 4)
     0.5633
     """
-    _check_settings(
-        group_frames=group_frames, temperature=temperature, base_temperature=base_temperature, chunk_size=chunk_size
-    )
+    _check_settings(group_frames=group_frames, chunk_size=chunk_size)
+    _check_settings(temperature=temperature, base_temperature=base_temperature)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T D H W", size, features=features)
     check_labels("enc_labels", enc_labels, "B T H W", size, features=features)
@@ -137,13 +136,8 @@ def dense_encoder_alignment_loss(
     >>> round(loss.item(), 4)  # (0.1566 + 0.1566 + 0.3466) / 3
     0.2199
     """
-    _check_settings(
-        group_frames=group_frames,
-        top_k=top_k,
-        temperature=temperature,
-        base_temperature=base_temperature,
-        chunk_size=chunk_size,
-    )
+    _check_settings(group_frames=group_frames, top_k=top_k, chunk_size=chunk_size)
+    _check_settings(temperature=temperature, base_temperature=base_temperature)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T C H W", size, features=features)
     check_labels("dec_labels", dec_labels, "B T H W", size, features=features)

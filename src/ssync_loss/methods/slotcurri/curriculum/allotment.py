@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_floating, check_int, check_not_empty, check_shape
+from ssync_loss._checks import check_int
+from ssync_loss._inputs import check_floats
 
 
 @torch.no_grad()
@@ -32,9 +33,7 @@ def allot_children(errors: Tensor, n_new: int) -> Tensor:
     >>> allot_children(torch.tensor([5.0, 3.0, 0.0, 2.0]), 4).tolist()  # shares 2, 1.2, 0, 0.8
     [2, 1, 0, 1]
     """
-    size = check_shape("errors", errors, "K")
-    check_not_empty("errors", size, "K")
-    check_floating("errors", errors)
+    size = check_floats("errors", errors, "K", filled="K")
     check_int("n_new", n_new, 0)
     index = torch.arange(size["K"], device=errors.device)
     errors = errors.double()

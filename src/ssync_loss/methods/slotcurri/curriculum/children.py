@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import (
-    check_choice,
-    check_floating,
-    check_integer,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._inputs import check_floats, check_labels
+from ssync_loss._settings import NOT_NEGATIVE, check_by, one_of
 
 Neighbors: TypeAlias = Literal["active", "all"]
 
@@ -23,6 +16,8 @@ NEIGHBORS = ("active", "all")
 
 # added to the mean length of slots
 EPSILON = 1e-8
+
+check_placement = check_by(beta=NOT_NEGATIVE, neighbors=one_of(*NEIGHBORS), min_radius=NOT_NEGATIVE)
 
 
 @torch.no_grad()
@@ -75,7 +70,8 @@ def spawn_children(
     >>> round((child - slots[1]).norm().item(), 4)
     1.1429
     """
-    check_children(slots_active, counts, beta, neighbors, min_radius, unborn)
+    check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
+    _check_slots(slots_active, counts, unborn, needed=neighbors == "all")
     num_new, width = int(counts.sum()), slots_active.shape[1]
     like = at_least_float32(slots_active)
     # a generator draws on its own device
@@ -83,13 +79,7 @@ def spawn_children(
     directions = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
     directions = F.normalize(directions, dim=1)
     return place_children(
-        slots_active,
-        counts,
-        directions,
-        beta=beta,
-        neighbors=neighbors,
-        min_radius=min_radius,
-        unborn=unborn,
+        slots_active, counts, directions, beta=beta, neighbors=neighbors, min_radius=min_radius, unborn=unborn
     )
 
 
@@ -111,24 +101,22 @@ def place_children(
     >>> place_children(slots, counts, up, beta=0.7, neighbors="active", min_radius=0.0, unborn=None).tolist()
     [[3.0, 3.0]]
     """
-    num_parents = len(slots_active)
+    num_parents, first = len(slots_active), 0
     rows = at_least_float32(slots_active)
     if neighbors == "all" and unborn is not None:
         rows = torch.cat([rows, at_least_float32(unborn)])
+    children = torch.empty_like(directions, dtype=rows.dtype)
     with no_autocast(rows):
         nearest = _most_similar(rows)
-        parents = torch.arange(num_parents, device=rows.device).repeat_interleave(counts.long())
-        if neighbors == "active":
-            radius = _radii(rows, nearest, beta, min_radius)[parents]
-            return (rows[parents] + radius.unsqueeze(1) * directions).to(slots_active.dtype)
-        # one parent after the other: its children are among the placeholders that the next one sees
-        first = 0
         for parent, count in enumerate(counts.tolist()):
             radius = _radii(rows, nearest, beta, min_radius)[parent]
             some = slice(first, first + count)
-            rows[num_parents:][some] = rows[parent] + radius * directions[some]
+            children[some] = rows[parent] + radius * directions[some]
+            if neighbors == "all":
+                # these are among the placeholders that the next parent sees
+                rows[num_parents:][some] = children[some]
             first += count
-        return rows[num_parents:][:first].to(slots_active.dtype)
+    return children.to(slots_active.dtype)
 
 
 def _most_similar(rows: Tensor) -> Tensor:
@@ -145,32 +133,15 @@ def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Ten
     return torch.maximum(beta * distance * length / mean, min_radius * mean)
 
 
-def check_placement(beta: object, neighbors: object, min_radius: object) -> None:
-    """Check the settings of :func:`spawn_children`."""
-    check_number("beta", beta, 0.0)
-    check_choice("neighbors", neighbors, NEIGHBORS)
-    check_number("min_radius", min_radius, 0.0)
-
-
-def check_children(
-    slots_active: Tensor, counts: Tensor, beta: object, neighbors: object, min_radius: object, unborn: Tensor | None
-) -> None:
-    """Check all that :func:`spawn_children` is given."""
-    check_placement(beta, neighbors, min_radius)
-    size = check_shape("slots_active", slots_active, "K D")
-    check_not_empty("slots_active", size, "K D")
-    check_floating("slots_active", slots_active)
-    check_shape("counts", counts, "K", K=size["K"])
-    check_integer("counts", counts)
-    check_same_device("counts", counts, slots_active=slots_active)
+def _check_slots(slots_active: Tensor, counts: Tensor, unborn: Tensor | None, *, needed: bool) -> None:
+    size = check_floats("slots_active", slots_active, "K D", filled="K D")
+    check_labels("counts", counts, "K", size, slots_active=slots_active)
     if counts.min() < 0:
         raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
     if unborn is None:
-        if neighbors == "all":
+        if needed:
             raise ValueError("`unborn` must be given with neighbors='all'; got None.")
         return
-    check_shape("unborn", unborn, "U D", D=size["D"])
-    check_floating("unborn", unborn)
-    check_same_device("unborn", unborn, slots_active=slots_active)
+    check_floats("unborn", unborn, "U D", {"D": size["D"]}, slots_active=slots_active)
     if counts.sum() > len(unborn):
         raise ValueError(f"`unborn` must have a row per child, {int(counts.sum())}; got {len(unborn)}.")

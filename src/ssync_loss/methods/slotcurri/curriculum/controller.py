@@ -93,7 +93,7 @@ class SlotCurriculum(nn.Module):
                 f"`milestones` must have {len(budgets) - 1} entries, one fewer than budgets={list(budgets)}; "
                 f"got {list(milestones)}."
             )
-        check_placement(beta, neighbors, min_radius)
+        check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
         check_int("window", window, 1)
         self.budgets = tuple(budgets)
         self.milestones = tuple(milestones)

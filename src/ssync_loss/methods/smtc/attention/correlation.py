@@ -2,12 +2,12 @@
 
 from math import isqrt
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_floating, check_int, check_not_empty, check_shape
+from ssync_loss._checks import check_int
+from ssync_loss._inputs import check_floats, widest
 
 
 class CorrelationFusion(nn.Module):
@@ -35,6 +35,7 @@ class CorrelationFusion(nn.Module):
         TypeError: on a wrong dtype.
         ValueError: on wrong shapes, or a number of cells that is no square.
 
+    >>> import torch
     >>> fusion = CorrelationFusion(1, (1, 1))
     >>> _ = nn.init.constant_(fusion.project.weight, 2.0), nn.init.zeros_(fusion.project.bias)
     >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # both correlate with the other by 3
@@ -51,10 +52,8 @@ class CorrelationFusion(nn.Module):
 
     def forward(self, keys: Tensor) -> Tensor:
         """Return the fused features."""
-        size = check_shape("keys", keys, "B T C H W", C=self.dim)
-        check_not_empty("keys", size, "T H W")
-        check_floating("keys", keys)
-        dtype = torch.promote_types(torch.promote_types(keys.dtype, self.project.weight.dtype), torch.float32)
+        check_floats("keys", keys, "B T C H W", {"C": self.dim}, filled="T H W")
+        dtype = widest(keys, self.project.weight)
         with no_autocast(keys):
             weight, bias, now = (one.to(dtype) for one in (self.project.weight, self.project.bias, keys))
             before = now.roll(1, 1)

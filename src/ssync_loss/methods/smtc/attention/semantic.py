@@ -8,15 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import (
-    check_choice,
-    check_floating,
-    check_int,
-    check_not_empty,
-    check_number,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._inputs import check_floats
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
 
@@ -113,10 +106,9 @@ class SemanticAwareSlotAttention(nn.Module):
     ) -> None:
         super().__init__()
         hidden = max(dim, 128) if hidden is None else hidden
-        for name, value in (("dim", dim), ("num_slots", num_slots), ("num_instances", num_instances)):
+        counts = {"dim": dim, "num_slots": num_slots, "num_instances": num_instances, "iters": iters, "hidden": hidden}
+        for name, value in counts.items():
             check_int(name, value, 1)
-        check_int("iters", iters, 1)
-        check_int("hidden", hidden, 1)
         check_choice("gate", gate, GATES)
         check_number("gate_thr", gate_thr, float("-inf") if gate == "logit" else 0.0)
         self.dim, self.num_slots, self.num_instances, self.iters = dim, num_slots, num_instances, iters
@@ -140,17 +132,12 @@ class SemanticAwareSlotAttention(nn.Module):
         """
         iters = self.iters if iters is None else iters
         check_int("iters", iters, 1)
-        size = check_shape("features", features, "B T D H W", D=self.dim)
-        check_not_empty("features", size, "T H W")
-        check_floating("features", features)
-        check_same_device("features", features, mu=self.mu)
+        size = check_floats("features", features, "B T D H W", {"D": self.dim}, filled="T H W", mu=self.mu)
         wanted = {"B": size["B"], "T": size["T"], "S": self.num_slots, "P": self.num_instances, "D": self.dim}
         mu, log_sigma = at_least_float32(self.mu), at_least_float32(self.log_sigma)
         if noise is None:
             noise = torch.randn(*wanted.values(), dtype=mu.dtype, device=mu.device)
-        check_shape("noise", noise, "B T S P D", **wanted)
-        check_floating("noise", noise)
-        check_same_device("noise", noise, features=features)
+        check_floats("noise", noise, "B T S P D", wanted, features=features)
         # autocast would keep the weights it cast for the steps without gradient, and there would be none
         with no_autocast(features):
             frames = self.norm_features(rearrange(features, "b t d h w -> (b t) (h w) d").to(self.mu.dtype))

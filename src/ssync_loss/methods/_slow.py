@@ -1,0 +1,31 @@
+"""What the slow definitions of the methods share.
+
+The module ``reference`` of a method says what its losses and parts compute, and the others say it fast. Nothing but
+this is shared, so that a mistake has to be made twice to go unnoticed. A slow definition takes what the function of
+that name takes, and takes it to be right; shapes are said where they differ. It computes in float64 whatever comes in,
+so that it can referee faster forms, and returns float32 or wider. Where the fast form has a gradient, autograd
+differentiates it. All of them are meant for tests and for reading, not for training.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Scale a vector to length 1, in float64; one without a length stays zero, without gradient."""
+    vector = vector.double()
+    length = vector.square().sum().sqrt()
+    return vector * 0 if length <= 1e-12 else vector / length
+
+
+def mean(values: list[Tensor], like: Tensor) -> Tensor:
+    """Return the mean, and an attached 0 of nothing."""
+    return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
+
+
+def widened(value: Tensor, *given: Tensor) -> Tensor:
+    """Return a value in float32, or float64 if something given is."""
+    dtype = torch.float32
+    for one in given:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return value.to(dtype)
