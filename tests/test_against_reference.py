@@ -63,27 +63,23 @@ def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: flo
     assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
 
 
-@ENGINES_IN_TURN
 @given(labels=label_videos(), data=st.data(), knobs=region_knobs())
-def test_regions_equal_looped_neighbors(engine: Any, labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
+def test_regions_equal_looped_neighbors(labels: Tensor, data: st.DataObject, knobs: dict[str, Any]) -> None:
     valid = data.draw(st.none() | valid_masks(*labels.shape))
     boundary = {key: knobs[key] for key in ("min_different", "min_same")}
     interior = {"max_different": knobs["max_different"]}
-    with engine():
-        difference = neighbor_difference(labels, valid=valid)
-        regions = boundary_region(labels, **boundary, valid=valid), interior_region(labels, **interior, valid=valid)
+    difference = neighbor_difference(labels, valid=valid)
+    regions = boundary_region(labels, **boundary, valid=valid), interior_region(labels, **interior, valid=valid)
     assert torch.equal(difference, reference_neighbor_difference(labels, valid=valid))
     assert torch.equal(regions[0], reference_boundary_region(labels, **boundary, valid=valid))
     assert torch.equal(regions[1], reference_interior_region(labels, **interior, valid=valid))
 
 
-@ENGINES_IN_TURN
 @given(case=ssync_cases(maps=MAPS))
-def test_overlap_equals_sets(engine: Any, case: SSyncCase) -> None:
+def test_overlap_equals_sets(case: SSyncCase) -> None:
     masks = {"valid": case.valid, "slot_mask": case.slot_mask}
     expected = reference_slot_overlap(case.enc_logits, **masks)
-    with engine():
-        actual = slot_overlap(case.enc_logits, **masks)
+    actual = slot_overlap(case.enc_logits, **masks)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 

@@ -102,13 +102,12 @@ def test_every_public_name_is_there_once_and_in_order(name: str) -> None:
 
 # one idea each
 PURE = (
-    "distillation",
-    "merging",
     "methods.ino.propagation",
     "methods.ino.tube_mask",
     "methods.smtc.sinkhorn",
-    "pseudo_labels",
-    "regions",
+    "ssync.functions",
+    "ssync.merging",
+    "ssync.regions",
 )
 METHODS = ("ino", "slotcurri", "slotcurri.curriculum", "smtc", "smtc.attention", "srl")
 
@@ -116,7 +115,8 @@ METHODS = ("ino", "slotcurri", "slotcurri.curriculum", "smtc", "smtc.attention",
 def test_every_module_is_public_private_or_behind_a_public_one() -> None:
     packages = {name for name in PUBLIC if (SOURCE / name.partition(".")[2].replace(".", "/")).is_dir()}
     # what these define is taken from `functional`, is for reading, or is asked for by `backend`
-    packages |= {"ssync_loss.kernels", "ssync_loss.kernels.gpu", "ssync_loss.reference", "ssync_loss.methods"}
+    packages |= {"ssync_loss.reference", "ssync_loss.methods", "ssync_loss.ssync", "ssync_loss.ssync.engines"}
+    packages |= {f"ssync_loss.ssync.engines.{one}" for one in ("cpu", "triton", "triton.gpu")}
     packages |= {f"ssync_loss.methods.{one}" for one in METHODS}
     behind = {f"ssync_loss.{one}" for one in PURE} | packages
     for name in all_modules():
@@ -235,7 +235,7 @@ def test_no_module_pulls_an_optional_package(tmp_path: Path) -> None:
     modules = [
         name
         for name in all_modules()
-        if name != "ssync_loss.testing.strategies" and not name.startswith("ssync_loss.kernels.")
+        if name != "ssync_loss.testing.strategies" and not name.startswith("ssync_loss.ssync.engines.triton.gpu.")
     ]
     code = """
 import importlib, sys
@@ -279,14 +279,10 @@ def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
 
 # a file may import what stands in a line above its own
 LAYERS: list[set[str]] = [
-    {"_checks", "_autocast", "_autograd", "_blocks", "_moved", "_types"},
-    {"_settings"},
-    {"_attached", "_inputs", "_maps", "_module", "_rows", "_vectors", "kernels", "reference"},
-    {"_backends", "methods"},
-    {"_criteria"},
-    {"distillation", "merging", "regions"},
-    {"pseudo_labels"},
-    {"attention", "curriculum", "ema", "losses"},
+    {"_autocast", "_autograd", "_checks", "_compilers", "_moved"},
+    {"_attached", "_inputs", "_module", "_rows", "_settings", "_vectors"},
+    {"ssync", "methods"},
+    {"attention", "curriculum", "ema", "losses", "reference"},
     {"distributed", "functional", "ssync_loss"},
     {"adapters", "diagnostics", "metrics", "testing", "visualize"},
 ]
@@ -345,7 +341,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     # the folders' READMEs are documentation that travels with the code
     files = [*SOURCE.rglob("*.py"), *SOURCE.rglob("README.md")]
     expected = {f"ssync_loss/{one.relative_to(SOURCE).as_posix()}" for one in files}
-    assert names == expected | {"ssync_loss/py.typed"}
+    assert names == expected | {"ssync_loss/py.typed", "ssync_loss/ssync/engines/cpu/engine.c"}
     assert len(licenses) == 1
 
 

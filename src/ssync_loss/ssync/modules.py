@@ -1,6 +1,7 @@
 """The three modules of SSync: each remembers settings, and calls the functions."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,35 @@ class _SSyncModule(LossModule):
         check_backend(backend)
 
 
-class BoundaryRefinementLoss(_SSyncModule):
+class _OneTermLoss(_SSyncModule):
+    """One of the two terms: a function, and which of the maps it teaches."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+    _student: ClassVar[str]
+    _term: ClassVar[str]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._warn = DetachedWarning()
+
+    def forward(
+        self,
+        enc_logits: Tensor,
+        dec_logits: Tensor,
+        *,
+        labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+        slot_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the term; arguments as those of the function."""
+        student = enc_logits if self._student == "enc_logits" else dec_logits
+        self._warn(self, **{self._student: (student, self._term)})
+        return type(self)._function(
+            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
+        )
+
+
+class BoundaryRefinementLoss(_OneTermLoss):
     """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
 
     ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
@@ -57,6 +86,9 @@ class BoundaryRefinementLoss(_SSyncModule):
     >>> BoundaryRefinementLoss()(enc, torch.zeros(1, 1, 2, 1, 2, requires_grad=True)).item()
     0.25
     """
+
+    _function = staticmethod(boundary_refinement_loss)
+    _student, _term = "dec_logits", "boundary"
 
     def __init__(
         self,
@@ -82,25 +114,10 @@ class BoundaryRefinementLoss(_SSyncModule):
             grid=grid,
             backend=backend,
         )
-        self._warn = DetachedWarning()
-
-    def forward(
-        self,
-        enc_logits: Tensor,
-        dec_logits: Tensor,
-        *,
-        labels: PseudoLabels | None = None,
-        valid: Tensor | None = None,
-        slot_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the boundary term; see :func:`boundary_refinement_loss`."""
-        self._warn(self, dec_logits=(dec_logits, "boundary"))
-        return boundary_refinement_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
 
 
-class InteriorDenoisingLoss(_SSyncModule):
+
+class InteriorDenoisingLoss(_OneTermLoss):
     """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
 
     ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
@@ -112,6 +129,9 @@ class InteriorDenoisingLoss(_SSyncModule):
     >>> InteriorDenoisingLoss()(torch.zeros(1, 1, 2, 1, 2, requires_grad=True), dec).item()
     0.25
     """
+
+    _function = staticmethod(interior_denoising_loss)
+    _student, _term = "enc_logits", "interior"
 
     def __init__(
         self,
@@ -135,22 +155,7 @@ class InteriorDenoisingLoss(_SSyncModule):
             grid=grid,
             backend=backend,
         )
-        self._warn = DetachedWarning()
 
-    def forward(
-        self,
-        enc_logits: Tensor,
-        dec_logits: Tensor,
-        *,
-        labels: PseudoLabels | None = None,
-        valid: Tensor | None = None,
-        slot_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the interior term; see :func:`interior_denoising_loss`."""
-        self._warn(self, enc_logits=(enc_logits, "interior"))
-        return interior_denoising_loss(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
 
 
 class SSyncLoss(_SSyncModule):
@@ -338,10 +343,11 @@ class SSyncLoss(_SSyncModule):
     def _settings_at(self, step: int | None, like: Tensor) -> Settings:
         """Return the settings of a step, the ramp in the weights."""
         weights = self.boundary_weight, self.interior_weight
-        if step is not None and step - self.start_step < self.ramp_steps:
+        if step is not None and self.ramp_steps > 0:
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
             dtype = torch.promote_types(like.dtype, torch.float32)
-            ramp = torch.full((), step - self.start_step, device=like.device, dtype=dtype) / self.ramp_steps
+            progress = torch.full((), step - self.start_step, device=like.device, dtype=dtype)
+            ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
         return Settings(
             self.merge_threshold,

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from ssync_loss._checks import check_choice
+from ssync_loss._compilers import constant
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
 from ssync_loss.ssync.engines.reference import ReferenceEngine
@@ -66,7 +67,7 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     return ENGINES["torch"]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def is_trusted(name: str, device: str) -> bool:
     """Tell whether an engine agrees with torch on a device: values, labels and gradients of a small case.
 

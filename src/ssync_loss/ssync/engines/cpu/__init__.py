@@ -2,9 +2,9 @@
 
 import warnings
 
-import torch
 from torch import Tensor
 
+from ssync_loss._compilers import constant
 from ssync_loss.ssync.engines.contract import weigh
 from ssync_loss.ssync.engines.cpu import operators
 from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
@@ -59,7 +59,7 @@ class CpuEngine:
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def missing_library() -> str | None:
     """Say why there is no library, or return None: asked once a process. What is broken is warned about once."""
     if not _reasons:
