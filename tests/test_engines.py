@@ -123,7 +123,9 @@ class TestEveryEngine:
         losses = [wanted[f"loss_{way}_f64"] for way in ("enc2dec", "dec2enc")]
         for got, right in zip(step.values, (sum(losses), *losses), strict=False):
             assert_close_loss(got, right.float())
-        for got, key, region in zip(step.grads, ("grad_enc_f64", "grad_dec_f64"), ("interior", "boundary"), strict=True):
+        for got, key, region in zip(
+            step.grads, ("grad_enc_f64", "grad_dec_f64"), ("interior", "boundary"), strict=True
+        ):
             scale = gradient_scale(getattr(step.labels, region), got.shape[2], temperature=case.temperature)
             assert_close_gradient(got, wanted[key], scale=scale)
 
@@ -380,7 +382,11 @@ class TestChoice:
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._facts.INSTALLED", False)
         on_cuda(monkeypatch)
         assert resolve("auto", maps) is ENGINES["torch"]
-        for ask in (lambda: resolve("triton", maps), lambda: check_backend("triton"), lambda: SSyncLoss(backend="triton")):
+        for ask in (
+            lambda: resolve("triton", maps),
+            lambda: check_backend("triton"),
+            lambda: SSyncLoss(backend="triton"),
+        ):
             with pytest.raises(ValueError, match="`backend`='triton' needs the package triton, which is not installed"):
                 ask()
 
@@ -435,7 +441,9 @@ class TestTrust:
         assert engines._answers == {("cpu", "cpu"): True, ("torch", "cpu"): True, ("reference", "cpu"): True}
 
     @pytest.mark.parametrize("part", ["loss", "terms", "pseudo_labels"])
-    def test_an_engine_that_is_wrong_or_fails_is_reported_once(self, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def test_an_engine_that_is_wrong_or_fails_is_reported_once(
+        self, monkeypatch: pytest.MonkeyPatch, part: str
+    ) -> None:
         enc, dec = sample_maps()
         wanted = SSyncLoss(backend="torch")(enc, dec)
         right = getattr(ENGINES["cpu"], part)

@@ -1096,7 +1096,11 @@ class TestRefusedSettings:
             (INF, ValueError, "within [0.0, 1.0]; got inf."),
             (True, TypeError, "a number; got bool."),
             ("0.6", TypeError, "a number; got str."),
-            (torch.tensor([0.6]), ValueError, "a number or a floating-point tensor without axes; got a tensor of torch.float32"),
+            (
+                torch.tensor([0.6]),
+                ValueError,
+                "a number or a floating-point tensor without axes; got a tensor of torch.float32",
+            ),
         ],
     )
     def test_merge_threshold(self, call: Any, value: Any, error: type[Exception], message: str) -> None:

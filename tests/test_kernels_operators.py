@@ -67,10 +67,10 @@ def distill(logits: Tensor, reduction: Any = "mean") -> Tensor:
 
 
 OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]]] = {
-    "label": (_ops.label, lambda enc, dec: (enc, dec, None, None, 0.6, 1, 1, 0, True, True)),
+    "label": (_ops.label, lambda enc, dec: (enc, dec, None, None, 0.6, None, 1, 1, 0, True, True)),
     "label, masked, without targets": (
         _ops.label,
-        lambda enc, dec: (enc, dec, *list(masks().values())[:2], None, 1, 1, 0, False, True),
+        lambda enc, dec: (enc, dec, *list(masks().values())[:2], None, None, 1, 1, 0, False, True),
     ),
     "loss": (
         _ops.loss,
@@ -524,8 +524,8 @@ class TestFacts:
         assert done.stdout.strip() == "the package triton, which is not installed"
 
     def test_triton_is_not_imported_before_it_is_needed(self) -> None:
-        code = "import sys, ssync_loss.ssync.engines.triton, ssync_loss.functional; print(ssync_loss.ssync.engines.triton.missing.__name__)\n"
-        code += "print([name for name in sys.modules if name.startswith(('triton', 'ssync_loss.ssync.engines.triton.gpu'))])"
+        code = "import sys, ssync_loss.functional\nfrom ssync_loss.ssync.engines import triton; print(triton.missing.__name__)\n"
+        code += "names = 'triton', 'ssync_loss.ssync.engines.triton.gpu'\nprint([one for one in sys.modules if one.startswith(names)])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before = subprocess.run(
             [

@@ -95,7 +95,11 @@ def test_maps_are_positional_and_the_rest_is_by_name(method: Any) -> None:
         ({"boundary_weight": -1.0}, ValueError, r"`boundary_weight` must be finite and at least 0.0; got -1.0"),
         ({"interior_weight": -1}, ValueError, r"`interior_weight` must be finite and at least 0.0; got -1"),
         ({"interior_weight": INF}, ValueError, r"`interior_weight` must be finite and at least 0.0; got inf"),
-        ({"boundary_weight": torch.ones(1)}, ValueError, r"`boundary_weight` must be a number or a .*tensor without axes"),
+        (
+            {"boundary_weight": torch.ones(1)},
+            ValueError,
+            r"`boundary_weight` must be a number or a .*tensor without axes",
+        ),
         ({"criterion": "l1"}, ValueError, r"`criterion` must be one of 'mse', 'cross_entropy'; got 'l1'"),
         ({"label_smoothing": 0.1}, ValueError, r"`label_smoothing` must be 0 with criterion='mse'; got 0.1"),
         ({"criterion": "cross_entropy", "label_smoothing": 1.1}, ValueError, r"`label_smoothing` .* got 1.1"),

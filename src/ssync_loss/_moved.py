@@ -25,7 +25,6 @@ MOVED = {
     # pickles of earlier versions ask for it
     "losses._modules": "_module",
     "kernels": "ssync.engines.triton",
-    "kernels.gpu": "ssync.engines.triton.gpu",
     "losses.affinity": "methods.ino.affinity",
     "losses.boundary": "ssync.functions ssync.modules",
     "losses.centered": "methods.ino.centered",
@@ -58,7 +57,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds the old paths, which no other finder knows."""
+    """Finds the old paths, and nothing else."""
 
     def find_spec(
         self,
@@ -87,4 +86,5 @@ _finder = _Moved()
 def install() -> None:
     """Let old paths be imported; a second call changes nothing."""
     if _finder not in sys.meta_path:
-        sys.meta_path.append(_finder)
+        # first: a folder that an update left behind would be a package of its own
+        sys.meta_path.insert(0, _finder)

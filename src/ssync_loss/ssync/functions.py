@@ -217,9 +217,7 @@ def boundary_refinement_loss(
     >>> boundary_refinement_loss(enc, dec).item()
     0.25
     """
-    settings = Settings(
-        merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature
-    )
+    settings = Settings(merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature)
     settings.check()
     check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
@@ -278,9 +276,7 @@ def interior_denoising_loss(
     >>> interior_denoising_loss(enc, dec).item()
     0.25
     """
-    settings = Settings(
-        merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature
-    )
+    settings = Settings(merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature)
     settings.check()
     check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
@@ -314,9 +310,7 @@ def _labels(
     return given._replace(**{region_name: region})
 
 
-def _term(
-    student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend
-) -> Tensor:
+def _term(student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend) -> Tensor:
     """Return the mean distillation of one of the maps."""
     with no_autocast(student):
         return one_term(resolve(backend, maps.enc, maps.dec), student, target, region, maps, settings)

@@ -116,7 +116,6 @@ class BoundaryRefinementLoss(_OneTermLoss):
         )
 
 
-
 class InteriorDenoisingLoss(_OneTermLoss):
     """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
 
@@ -155,7 +154,6 @@ class InteriorDenoisingLoss(_OneTermLoss):
             grid=grid,
             backend=backend,
         )
-
 
 
 class SSyncLoss(_SSyncModule):

@@ -48,9 +48,7 @@ def compose(engine: Engine, maps: Maps, settings: Settings) -> SSyncTerms:
     return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
 
 
-def one_term(
-    engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings
-) -> Tensor:
+def one_term(engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings) -> Tensor:
     """Teach one of the maps; the loss and all of its gradient are NaN where a map holds NaN or +inf."""
     spoil = maps.spoil()
     return engine.distill(student.to(maps.dtype) * spoil, target, region, maps.slot_mask, settings) * spoil

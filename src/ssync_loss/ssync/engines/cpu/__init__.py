@@ -70,7 +70,10 @@ def missing_library() -> str | None:
             _reasons.append(str(error))
         except BrokenError as error:
             _reasons.append(f"a C compiler that works: {error}")
-            warnings.warn(f"ssync_loss could not compile its CPU engine, and takes plain torch: {error} (Said once.)", stacklevel=2)
+            warnings.warn(
+                f"ssync_loss could not compile its CPU engine, and takes plain torch: {error} (Said once.)",
+                stacklevel=2,
+            )
     return _reasons[0]
 
 

@@ -37,7 +37,9 @@ class TritonEngine:
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""
-        return pseudo_labels(maps.enc, maps.dec, valid=maps.valid, slot_mask=maps.slot_mask, **_label_settings(settings))
+        return pseudo_labels(
+            maps.enc, maps.dec, valid=maps.valid, slot_mask=maps.slot_mask, **_label_settings(settings)
+        )
 
     def distill(
         self,

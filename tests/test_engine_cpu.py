@@ -1,0 +1,368 @@
+"""The C library: how it comes to be, threads, forks, numbers at the edge, and its memory under the sanitizers."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sample_maps import leaf, sample_maps
+from ssync_loss import SSyncLoss
+from ssync_loss.functional import selective_distillation_loss
+from ssync_loss.ssync.engines import ENGINES, cpu
+from ssync_loss.ssync.engines.cpu import library, operators
+from ssync_loss.ssync.engines.self_check import complaint_about
+from ssync_loss.testing import assert_close_loss
+
+TESTS = Path(__file__).parent
+UNOPTIMIZED = ("-O0", "-fPIC", "-shared", "-pthread")
+SOURCE = Path(library.__file__).with_name("engine.c")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder; what was loaded before is forgotten, and comes back."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
+    monkeypatch.setattr(cpu, "_reasons", [])
+    # compiled in a fifth of the time
+    monkeypatch.setattr(library, "FLAGS", UNOPTIMIZED)
+    library.load.cache_clear()
+    yield folder
+    library.load.cache_clear()
+
+
+def fake_compiler(folder: Path, script: str) -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / "cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+class TestLibrary:
+    def test_it_is_built_once_into_a_folder_of_its_own(self, cache: Path) -> None:
+        assert isinstance(library.load(), ctypes.CDLL)
+        (built,) = cache.iterdir()
+        assert cache.stat().st_mode & 0o777 == 0o700
+        assert built.name.startswith("engine-")
+        first = built.stat().st_mtime_ns
+        library.load.cache_clear()
+        library.load()
+        assert [one.stat().st_mtime_ns for one in cache.iterdir()] == [first]
+
+    def test_the_cache_follows_xdg_and_the_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(library.CACHE_VARIABLE, raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert library._cache_folder() == tmp_path / "xdg" / "ssync-loss"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert library._cache_folder() == tmp_path / ".cache" / "ssync-loss"
+
+    @pytest.mark.parametrize("part", ["source", "flags", "compiler", "processor"])
+    def test_another_source_flag_compiler_or_processor_is_another_file(
+        self, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compiler = library._compiler()
+        before = library._key(compiler)
+        if part == "source":
+            changed = tmp_path / "engine.c"
+            changed.write_bytes(SOURCE.read_bytes() + b"\n")
+            monkeypatch.setattr(library, "SOURCE", changed)
+        elif part == "flags":
+            monkeypatch.setattr(library, "FLAGS", ("-O2",))
+        elif part == "compiler":
+            compiler = fake_compiler(tmp_path, "exit 0")
+        else:
+            monkeypatch.setattr(library, "_processor", lambda: "another")
+        assert library._key(compiler) != before
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "a byte", "a link", "writable by others"])
+    def test_what_is_not_as_it_was_written_is_never_loaded(
+        self, damage: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        library.load()
+        (built,) = cache.iterdir()
+        content = built.read_bytes()
+        if damage == "a link":
+            shutil.move(built, cache.parent / "elsewhere")
+            built.symlink_to(cache.parent / "elsewhere")
+        elif damage == "writable by others":
+            built.chmod(0o777)
+        else:
+            # the loaded file stays as it is
+            built.unlink()
+            built.write_bytes({"truncated": content[:3000], "empty": b""}.get(damage, b"\0" + content[1:]))
+            built.chmod(0o700)
+        loaded: list[bytes] = []
+        monkeypatch.setattr(library, "CDLL", lambda path: loaded.append(Path(path).read_bytes()))
+        library.load.cache_clear()
+        library.load()
+        assert loaded == [content]
+        assert not built.is_symlink()
+        assert not built.stat().st_mode & 0o022
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            ("link", "is a link"),
+            ("file", "File exists"),
+            ("open", "can be written by others"),
+            ("owner", "another user"),
+        ],
+    )
+    def test_a_folder_that_others_could_have_filled_is_refused(
+        self, wrong: str, words: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if wrong == "link":
+            (tmp_path / "elsewhere").mkdir(mode=0o700)
+            cache.symlink_to(tmp_path / "elsewhere")
+        elif wrong == "file":
+            cache.write_text("")
+        else:
+            cache.mkdir(mode=0o700)
+            if wrong == "open":
+                cache.chmod(0o777)
+            else:
+                monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(library.UnavailableError, match=words):
+            library.load()
+        # nobody is told, and torch is taken; who asks for it learns why
+        maps = sample_maps()
+        assert_close_loss(SSyncLoss()(*maps), SSyncLoss(backend="torch")(*maps))
+        with pytest.raises(ValueError, match=rf"`backend`='cpu' needs a cache folder.*{words}"):
+            SSyncLoss(backend="cpu")
+
+    def test_without_a_compiler_torch_is_taken_without_a_word(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(cache.parent))
+        monkeypatch.delenv("CC", raising=False)
+        maps = sample_maps()
+        assert_close_loss(SSyncLoss()(*maps), SSyncLoss(backend="torch")(*maps))
+        with pytest.raises(ValueError, match="`backend`='cpu' needs a C compiler; none of cc, gcc, clang"):
+            SSyncLoss(backend="cpu")
+
+    def test_on_another_platform_torch_is_taken_without_a_word(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "platform", "win32")
+        assert cpu.missing_library() == "a POSIX system"
+
+    def test_where_libraries_cannot_be_loaded_torch_is_taken_without_a_word(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: str) -> None:
+            raise OSError(f"{path}: failed to map segment from shared object")
+
+        monkeypatch.setattr(library, "CDLL", refuse)
+        assert "a cache folder that libraries can be loaded from" in str(cpu.missing_library())
+
+    def test_a_folder_that_cannot_be_written_is_no_fault(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(**_: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(library.tempfile, "mkstemp", refuse)
+        assert "a cache folder that can be written" in str(cpu.missing_library())
+
+    @pytest.mark.parametrize(
+        ("script", "words"),
+        [("echo no such flag; exit 3", "failed with 3: no such flag"), ("sleep 60", "took more than")],
+    )
+    def test_a_compiler_that_fails_or_hangs_is_reported_once(
+        self, script: str, words: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CC", fake_compiler(tmp_path / "bin", script))
+        monkeypatch.setattr(library, "SECONDS", 0.5)
+        maps = sample_maps()
+        started = time.monotonic()
+        with pytest.warns(UserWarning, match=f"could not compile its CPU engine.*{words}"):
+            loss = SSyncLoss()(*maps)
+        assert time.monotonic() - started < 20
+        assert_close_loss(loss, SSyncLoss(backend="torch")(*maps))
+        SSyncLoss()(*maps)
+        with pytest.raises(ValueError, match="`backend`='cpu' needs a C compiler that works"):
+            SSyncLoss(backend="cpu")
+        assert not list(cache.iterdir())
+
+    def test_many_processes_may_start_at_once(self, cache: Path) -> None:
+        code = "from ssync_loss.ssync.engines.cpu import library; "
+        code += f"library.FLAGS = {UNOPTIMIZED!r}; library.load()"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(10)]
+        assert [one.wait(timeout=120) for one in processes] == [0] * 10
+        assert len(list(cache.iterdir())) == 1
+
+    def test_the_flags_assume_nothing_of_nan(self) -> None:
+        assert not {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"} & set(library.FLAGS)
+
+
+def step(*maps: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    loss = SSyncLoss(backend="cpu", **settings)(*maps)
+    return (loss.detach(), *torch.autograd.grad(2.0 * loss, maps))
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("shape", [(5, 3, 7, 9, 11), (1, 1, 2, 40, 33), (2, 1, 64, 5, 5)])
+    @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_any_number_of_them_gives_the_same_bits(
+        self, threads: Any, shape: tuple[int, ...], criterion: str, dtype: torch.dtype
+    ) -> None:
+        maps = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2)]
+        results = []
+        for number in (1, 2, 3, 8):
+            threads(number)
+            results.append(step(*maps, criterion=criterion, merge_threshold=0.3, max_different=5))
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+    def test_a_forked_child_may_call_whatever_its_parent_did(self, threads: Any) -> None:
+        threads(2)
+        maps = [torch.randn(8, 4, 11, 24, 24).requires_grad_() for _ in range(2)]
+        wanted = step(*maps)
+        # torch's own threads are there, too; the child must not call an operator of torch that wakes them
+        torch.randn(1 << 20).exp().sum()
+        context = get_context("fork")
+        queue = context.SimpleQueue()
+
+        def child() -> None:
+            queue.put([float(one.sum()) if one.dim() == 0 else one.flatten()[:50].tolist() for one in step(*maps)])
+
+        process = context.Process(target=child)
+        process.start()
+        process.join(60)
+        alive = process.is_alive()
+        process.kill()
+        assert not alive
+        assert queue.get() == [float(one) if one.dim() == 0 else one.flatten()[:50].tolist() for one in wanted]
+
+
+class TestNumbers:
+    """What only the library does by hand."""
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_every_half_is_read_and_written_as_torch_does(self, dtype: torch.dtype) -> None:
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        every = every[every.isfinite()]
+        # a single slot: the softmax is 1 and the gradient 0, so they are looked at through the scaling alone
+        grad = torch.cat([every.float(), torch.randn(5000) * torch.logspace(-12, 6, 5000)]).view(1, 1, 1, 1, -1)
+        for factor in (1.0, 3.7, 1e-3):
+            got = operators._scale(grad, torch.tensor(factor), dtype)
+            assert torch.equal(got, (grad * torch.tensor(factor)).to(dtype))
+        for special in (torch.nan, torch.inf, -torch.inf):
+            got = operators._scale(torch.full((1, 1, 1, 1, 1), special), torch.tensor(1.0), dtype)
+            assert torch.equal(got.float().isnan(), torch.tensor(special).isnan().expand(got.shape))
+            assert got.isnan().all() or got.item() == special
+        # and through the loss that they make
+        logits = torch.stack([every[: len(every) // 2 * 2], torch.zeros(len(every) // 2 * 2, dtype=dtype)]).view(
+            1, 1, 2, 2, -1
+        )
+        target, region = torch.zeros(logits[:, :, 0].shape).long(), torch.ones(logits[:, :, 0].shape).bool()
+        half, single = (
+            selective_distillation_loss(one, target, region, criterion="cross_entropy", reduction="none", backend="cpu")
+            for one in (logits, logits.float())
+        )
+        assert torch.equal(half, single)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_exponential_is_exact_to_rounding(self, dtype: torch.dtype) -> None:
+        # one slot against another: P = 1 / (1 + exp(-x)), down to the smallest
+        below = torch.linspace(0, 80 if dtype == torch.float32 else 700, 200_001, dtype=dtype)
+        logits = torch.stack([torch.zeros_like(below), -below]).view(1, 1, 2, 1, -1)
+        target, region = torch.zeros(1, 1, 1, len(below)).long(), torch.ones(1, 1, 1, len(below)).bool()
+        got = selective_distillation_loss(
+            logits, target, region, criterion="cross_entropy", reduction="none", backend="cpu"
+        ).flatten()
+        wanted = torch.log1p((-below.double()).exp()).to(dtype)
+        normal = wanted > 1e-37 if dtype == torch.float32 else wanted > 1e-300
+        eps = torch.finfo(dtype).eps
+        # the logarithm of 2^x multiplies an error of the argument by x
+        error = ((got - wanted).abs() / wanted)[normal] / (1 + below[normal])
+        assert error.max() < 2 * eps
+
+    def test_operators_are_what_they_say(self) -> None:
+        enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())
+        knobs = torch.tensor([0.6, 1.0, 0.5], dtype=torch.float64)
+        target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
+        # of uninitialized counts and labels there is nothing to compare twice: all are written
+        cases: list[tuple[Any, tuple[Any, ...]]] = [
+            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True)),
+            (
+                operators._step_operator,
+                (
+                    leaf(enc.half()),
+                    leaf(dec.double()),
+                    region,
+                    torch.ones(1, 4).bool(),
+                    torch.tensor(True),
+                    knobs,
+                    1,
+                    1,
+                    0,
+                    True,
+                    0.1,
+                    0.5,
+                    True,
+                    True,
+                ),
+            ),
+            (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, 1, 1, 0)),
+            (operators._distill_operator, (dec, target, region, None, True, 0.1, 1.0, "none", True)),
+            (operators._scale_operator, (enc.detach(), torch.tensor(2.0), torch.float16)),
+        ]
+        for operator, inputs in cases:
+            torch.library.opcheck(operator._opoverload, inputs)
+
+
+def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    """A program of its own draws cases: addresses, leaks, undefined behavior, and the same bits for any threads."""
+    compiler = library._compiler()
+    program = tmp_path / "cases"
+    flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    built = subprocess.run(
+        [compiler, *flags, f"-I{SOURCE.parent}", str(TESTS / "engine_cases.c"), "-o", str(program), "-lm"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program), "400"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "400 cases\n"
+
+
+def test_a_mistake_in_the_library_is_seen(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken on purpose, step by step, it no longer agrees with torch."""
+    source = SOURCE.read_text()
+    breaks = {
+        "value > largest[i]": "value < largest[i]",
+        "row[word * 64 + i] > level": "row[word * 64 + i] < level",
+        "area[s] > area[largest[root]]": "area[s] < area[largest[root]]",
+        "DIFFERS(before[i])": "0",
+        "r * r + q": "r * r - q",
+        "p + excess[i]": "p - excess[i]",
+    }
+    for right, wrong in breaks.items():
+        assert right in source
+        broken = tmp_path / "engine.c"
+        broken.write_text(source.replace(right, wrong))
+        monkeypatch.setattr(library, "SOURCE", broken)
+        library.load.cache_clear()
+        assert complaint_about(ENGINES["cpu"], ENGINES["torch"], "cpu") is not None, wrong
