@@ -59,7 +59,7 @@ def _small_maps(masked: bool, device: str) -> Maps:
     shape = (2, 2, 3, 5, 7)
     axes = [torch.arange(size, dtype=torch.float32, device=device) for size in shape]
     clip, frame, slot, row, column = torch.meshgrid(*axes, indexing="ij")
-    center = torch.where(slot == 1, 1.2, 5.1 - slot) + 0.3 * frame
+    center = torch.where(slot == 1, 0.7, 3.3 - 0.2 * slot) + 0.3 * frame
     near = -0.3 * (row - center) ** 2 - 0.2 * (column - 1.5 * center) ** 2
     enc = near + 0.4 * torch.cos(3 * row + 5 * column + slot) + 0.1 * torch.sin(7 * clip + 2 * slot + row)
     dec = 0.5 * enc + 0.2 * torch.sin(row * column + 2 * slot + clip)
