@@ -119,8 +119,6 @@ def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
     if volumes.device.type != "cpu":
         # by default cuDNN convolves float32 with 10 bits, and differences of squares keep none of them
         return "a CPU tensor"
-    if torch.compiler.is_compiling():
-        return "an eager step"
     try:
         # torch.func differentiates kornia's index, and enters this
         with torch.autograd.graph.disable_saved_tensors_hooks(""):

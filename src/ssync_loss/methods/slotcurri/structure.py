@@ -82,9 +82,9 @@ def structure_aware_loss(
         normalize: ``"joint"`` or ``"channel"``.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
         filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, where that is exact and can be differentiated: published
-            constants, T, H and W of at least ``window``, on a CPU, not compiled, without hooks for saved tensors, such
-            as those of a checkpoint. ``"torch"`` takes the library's own separable filters, several times faster.
-            ``"auto"`` takes kornia's where it can. The value is the same to rounding.
+            constants, T, H and W of at least ``window``, on a CPU, without hooks for saved tensors, such as those of a
+            checkpoint. ``"torch"`` takes the library's own separable filters, several times faster. ``"auto"`` takes
+            kornia's where it can. The value is the same to rounding.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
     are those of its public code.
