@@ -6,17 +6,20 @@ better than the decoder's. Fit is measured on the features both maps are made fr
 """
 
 from collections.abc import Sequence
-from math import isfinite, sqrt
-from typing import NamedTuple
+from math import isfinite, nan, sqrt
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_same_device
+from ssync_loss._checks import check_same_device, check_type
 from ssync_loss._maps import Grid, KindArgument, only_present, prepare_maps
 from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.pseudo_labels import hard_labels
+
+
+Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 
 
 class Premise(NamedTuple):
@@ -34,7 +37,7 @@ class Premise(NamedTuple):
         agreement: (B,), share of patches with one label in both maps.
         margin: (B,), ``enc_explained - dec_explained``.
         measured: (B,) bool, clips with a valid patch; the others are left out of every mean.
-        holds: scalar bool, ``margin[measured].mean() > 0``.
+        holds: scalar bool, ``margin[measured].mean() > 0``; :meth:`verdict` asks how sure that is.
     """
 
     enc_explained: Tensor
@@ -49,6 +52,20 @@ class Premise(NamedTuple):
     margin: Tensor
     measured: Tensor
     holds: Tensor
+
+    def verdict(self) -> Verdict:
+        """Tell whether the mean margin of the measured clips is more than two standard errors away from zero.
+
+        "holds" above, "fails" below, "cannot tell" within, and where there is no standard error: of fewer than two
+        clips, or with a margin that is not finite. Of noise "holds" is said once in 40 times, of few clips more often.
+        It reads the tensors, like :func:`report`.
+
+        >>> clip, yes = torch.zeros(1), torch.tensor([True])
+        >>> parts = [Premise(*[clip] * 9, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, 0.5)]
+        >>> pool(parts).verdict(), pool([parts[0], parts[2]]).verdict()  # 0.25 ± 0.25, and 0.5 ± 0
+        ('cannot tell', 'holds')
+        """
+        return _over_clips(self.margin, self.measured).verdict()
 
 
 def premise(
@@ -143,15 +160,17 @@ def pool(parts: Sequence[Premise]) -> Premise:
         Premise of all clips, in the order given.
 
     Raises:
-        ValueError: if there is none.
+        TypeError, ValueError: if there is none, or one is no Premise.
 
     >>> nine, yes = [torch.zeros(1)] * 9, torch.tensor([True])
     >>> parts = [Premise(*nine, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, -0.125)]
     >>> pool(parts).holds.item()  # 0.125 in sum, though two of three are negative
     True
     """
-    if not parts:
+    if len(parts) == 0:
         raise ValueError("`parts` must hold at least one Premise; got none.")
+    for part in parts:
+        check_type("parts", part, Premise)
     margin = torch.cat([part.margin for part in parts])
     measured = torch.cat([part.measured for part in parts])
     # every field but the last has a value per clip
@@ -168,15 +187,19 @@ def report(premise: Premise) -> str:
         premise: what :func:`premise` or :func:`pool` returned.
 
     Returns:
-        A few lines to print.
+        A few lines to print; the first says what :meth:`Premise.verdict` does.
+
+    Raises:
+        TypeError: if it is no Premise.
 
     >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
-    >>> margin, measured = torch.tensor([0.25, 0.75]), torch.tensor([True, True])
+    >>> margin, measured = torch.tensor([0.375, 0.625]), torch.tensor([True, True])
     >>> print(report(Premise(**clips, margin=margin, measured=measured, holds=torch.tensor(True))))
     ... # doctest: +ELLIPSIS
-    SSync's premise holds on these 2 clips: margin +0.500 ± 0.250 (mean ± standard error).
+    SSync's premise holds on these 2 clips: margin +0.500 ± 0.125 (mean ± standard error).
     ...
     """
+    check_type("premise", premise, Premise)
     margin = _over_clips(premise.margin, premise.measured)
     lines = [_headline(margin), ""]
     lines.append(f"{'':<32}{'encoder':>16}{'decoder':>16}")
@@ -210,13 +233,19 @@ class _Mean(NamedTuple):
         value = f"{self.value:{sign}.3f}"
         return value if self.num_clips < 2 else f"{value} ± {self.error:.3f}"
 
+    def verdict(self) -> Verdict:
+        # a comparison with NaN is false
+        if not abs(self.value) > 2 * self.error:
+            return "cannot tell"
+        return "holds" if self.value > 0 else "fails"
+
 
 def _over_clips(values: Tensor, measured: Tensor) -> _Mean:
     kept = values.detach()[measured].double().cpu()
     num_clips = len(kept)
     if num_clips == 0:
-        return _Mean(float("nan"), float("nan"), 0)
-    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else float("nan")
+        return _Mean(nan, nan, 0)
+    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else nan
     return _Mean(kept.mean().item(), error, num_clips)
 
 
@@ -225,36 +254,36 @@ def _headline(margin: _Mean) -> str:
         return "SSync's premise cannot be judged: no clip has a valid patch."
     if not isfinite(margin.value):
         return "SSync's premise cannot be judged: maps or features of some clips hold NaN or infinities."
-    verb = "holds" if margin.value > 0 else "does not hold"
     if margin.num_clips == 1:
-        return f"SSync's premise {verb} on this one clip: margin {margin.text('+')} (no standard error)."
-    return (
-        f"SSync's premise {verb} on these {margin.num_clips} clips: margin {margin.text('+')} (mean ± standard error)."
-    )
+        return f"SSync's premise: cannot tell from one clip, margin {margin.text('+')} (no standard error)."
+    clips = f"these {margin.num_clips} clips"
+    said = {"holds": f" holds on {clips}:", "fails": f" does not hold on {clips}:"}
+    words = said.get(margin.verdict(), f": cannot tell from {clips},")
+    return f"SSync's premise{words} margin {margin.text('+')} (mean ± standard error)."
+
+
+_READINGS = {
+    "holds": [
+        "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
+        "something to teach, and the loss can be expected to help.",
+    ],
+    "fails": [
+        "The encoder's partition explains no more of the features than the decoder's: copied into the",
+        "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
+    ],
+    "cannot tell": [
+        "Both partitions explain about as much of the features: the margin is within two standard errors of",
+        "zero, so its sign is open. Take more clips.",
+    ],
+}
 
 
 def _reading(margin: _Mean) -> list[str]:
     if margin.num_clips == 0 or not isfinite(margin.value):
         return []
-    if margin.num_clips > 1 and abs(margin.value) < 2 * margin.error:
-        lines = [
-            "Both partitions explain about as much of the features: the margin is within two standard errors of",
-            "zero, so its sign is open. Take more clips.",
-        ]
-    elif margin.value > 0:
-        lines = [
-            "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
-            "something to teach, and the loss can be expected to help.",
-        ]
-    else:
-        lines = [
-            "The encoder's partition explains no more of the features than the decoder's: copied into the",
-            "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
-        ]
-    if margin.num_clips == 1:
-        lines.append("One clip says next to nothing: ask a whole evaluation set.")
+    one_clip = ["One clip says next to nothing: ask a whole evaluation set."]
     return [
-        *lines,
+        *(one_clip if margin.num_clips == 1 else _READINGS[margin.verdict()]),
         "How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,",
         "and on a single kind of clips its sign can mislead. Take a whole, varied evaluation set.",
     ]
