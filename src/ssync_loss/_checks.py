@@ -205,7 +205,7 @@ def _read(tensor: Tensor) -> Tensor | None:
     They have to lie in memory of the CPU that is the tensor's own, as that of a parameter or of most subclasses. Fake
     tensors and those inside vmap, grad or functionalize have none, and what a tracer records is not read.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
         return None
     try:
