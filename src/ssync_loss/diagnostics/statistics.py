@@ -30,11 +30,9 @@ class Summary(NamedTuple):
         interior_share: (B,), where the decoder teaches the encoder.
         untaught_share: (B,), where neither teaches the other.
         agreement: (B,), where both maps carry the same merged label.
-        enc_slots: (B,) int64, different merged labels in the encoder's map.
-        dec_slots: (B,) int64, different merged labels in the decoder's map.
+        enc_slots, dec_slots: (B,) int64, different merged labels in each map.
         merges: (B,) int64, slots renamed to another one by merging.
-        enc_flips: (B,), encoder labels that change from one frame to the next.
-        dec_flips: (B,), decoder labels that change from one frame to the next.
+        enc_flips, dec_flips: (B,), labels that change from one frame to the next.
     """
 
     boundary_share: Tensor

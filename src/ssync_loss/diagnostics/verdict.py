@@ -18,7 +18,6 @@ from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.pseudo_labels import hard_labels
 
-
 Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 
 
@@ -26,14 +25,10 @@ class Premise(NamedTuple):
     """What :func:`premise` measures, one value per clip unless said otherwise.
 
     Attributes:
-        enc_explained: (B,), share of the feature variance explained by the encoder's hard partition.
-        dec_explained: (B,), the same of the decoder.
-        enc_confidence: (B,), mean of the encoder's largest slot probability.
-        dec_confidence: (B,), the same of the decoder.
-        enc_edge_alignment: (B,), AUC of the feature distance across the encoder's label edges.
-        dec_edge_alignment: (B,), the same of the decoder.
-        enc_flicker: (B,), share of encoder labels that change from one frame to the next.
-        dec_flicker: (B,), the same of the decoder.
+        enc_explained, dec_explained: (B,), share of the feature variance explained by the hard partition of a map.
+        enc_confidence, dec_confidence: (B,), mean of its largest slot probability.
+        enc_edge_alignment, dec_edge_alignment: (B,), AUC of the feature distance across its label edges.
+        enc_flicker, dec_flicker: (B,), share of its labels that change from one frame to the next.
         agreement: (B,), share of patches with one label in both maps.
         margin: (B,), ``enc_explained - dec_explained``.
         measured: (B,) bool, clips with a valid patch; the others are left out of every mean.
@@ -91,23 +86,21 @@ def premise(
 
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's
-        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool.
+        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the
+        host.
 
     Args:
         enc_logits: slot attention's map.
         dec_logits: the decoder's map.
         features: what the model encodes, for example backbone features; any floating point.
-        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        kind: what the maps hold, as in ``pseudo_labels``, like all that follow.
         grid: (H, W) of flat maps, or one for each map.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
-        slot_mask: (B, S) bool, the slots present; all when None. A clip without any has no valid patch.
-
-    Returns:
-        Premise: tensors only, nothing is read on the host.
+        valid: the patches that count.
+        slot_mask: the slots present. A clip without any has no valid patch.
 
     Raises:
-        ValueError: if shapes or devices differ, or features are on another grid than the encoder map.
-        TypeError: if maps or features are not floating point, or a mask is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit, or features are on another grid than the
+            encoder map.
 
     >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4)
@@ -124,40 +117,25 @@ def premise(
         counted = maps.counted
         patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if counted is None else counted
         enc, dec = hard_labels(maps)
-        enc_confidence, dec_confidence = (
-            _confidence(logits, patches, maps.slot_mask) for logits in (maps.enc, maps.dec)
-        )
-        enc_explained, dec_explained = (explained_of(features, labels, S, patches) for labels in (enc, dec))
-        margin = enc_explained - dec_explained
+        fit: dict[str, Tensor] = {}
+        for side, logits, labels in (("enc", maps.enc, enc), ("dec", maps.dec, dec)):
+            fit[f"{side}_explained"] = explained_of(features, labels, S, patches)
+            fit[f"{side}_confidence"] = _confidence(logits, patches, maps.slot_mask)
+            fit[f"{side}_edge_alignment"] = edge_alignment(features, labels, valid=patches)
+            fit[f"{side}_flicker"] = label_flips(labels, valid=patches).double()
         # a map that holds NaN has an argmax all the same, and would be judged by it
-        margin = torch.where((enc_confidence + dec_confidence).isfinite(), margin, torch.nan)
+        sound = (fit["enc_confidence"] + fit["dec_confidence"]).isfinite()
+        margin = torch.where(sound, fit["enc_explained"] - fit["dec_explained"], torch.nan)
         measured = patches.flatten(1).any(1)
-        return Premise(
-            enc_explained=enc_explained,
-            dec_explained=dec_explained,
-            enc_confidence=enc_confidence,
-            dec_confidence=dec_confidence,
-            enc_edge_alignment=edge_alignment(features, enc, valid=patches),
-            dec_edge_alignment=edge_alignment(features, dec, valid=patches),
-            enc_flicker=label_flips(enc, valid=patches).double(),
-            dec_flicker=label_flips(dec, valid=patches).double(),
-            agreement=agreement(enc, dec, valid=patches).double(),
-            margin=margin,
-            measured=measured,
-            holds=_holds(margin, measured),
-        )
+        same = agreement(enc, dec, valid=patches).double()
+        return Premise(**fit, agreement=same, margin=margin, measured=measured, holds=_holds(margin, measured))
 
 
 def pool(parts: Sequence[Premise]) -> Premise:
     """Put the clips of several batches together and judge them as one set.
 
-    The verdict is of all clips, each counted once; it is not a vote of the batches.
-
-    Args:
-        parts: one Premise per batch, on one device.
-
-    Returns:
-        Premise of all clips, in the order given.
+    The verdict is of all clips, each counted once; it is not a vote of the batches. Parts, one per batch, lie on one
+    device; their clips keep the order given.
 
     Raises:
         TypeError, ValueError: if there is none, or one is no Premise.
@@ -181,13 +159,8 @@ def pool(parts: Sequence[Premise]) -> Premise:
 def report(premise: Premise) -> str:
     """Put a verdict in words, with mean ± standard error over clips and with its limits.
 
-    This one reads the tensors: call it where a wait for the device does no harm.
-
-    Args:
-        premise: what :func:`premise` or :func:`pool` returned.
-
-    Returns:
-        A few lines to print; the first says what :meth:`Premise.verdict` does.
+    It takes what :func:`premise` or :func:`pool` returned, and gives a few lines to print; the first says what
+    :meth:`Premise.verdict` does. This one reads the tensors: call it where a wait for the device does no harm.
 
     Raises:
         TypeError: if it is no Premise.

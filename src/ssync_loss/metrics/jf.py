@@ -198,61 +198,45 @@ def _track_scores(
     # videos show different objects, and each is matched by itself
     for i in range(batch):
         shown = to_score[i].flatten(1).any(1)
-        value = _score_objects(
-            pred[i][shown],
-            target[i][shown],
-            annotated[i][shown],
-            _distinct(target[i][is_object[i]]),
-            measure=measure,
-            matching=matching,
-            radius=radius,
-        )
-        total[i], weight[i] = value.sum(), len(value)
+        objects = _distinct(target[i][is_object[i]])
+        if not bool(shown.any()) or len(objects) == 0:
+            continue
+        labels = pred[i][shown], target[i][shown], annotated[i][shown]
+        slots = objects if matching == "ids" else _distinct(labels[0][labels[2]])
+        needs_contours = measure != "J" or matching == "hungarian"
+        j, f = _tables(*labels, objects, slots, radius if needs_contours else None)
+        both = (j + f) / 2
+        value = {"J": j, "F": f, "J&F": both}[measure]
+        if matching == "hungarian":
+            value = value[assignment('`matching="hungarian"`')(both.cpu().numpy(), maximize=True)]
+        else:
+            value = value.diagonal()
+        total[i], weight[i] = value.sum(), len(objects)
     return Scores(total, weight, "objects")
 
 
-def _score_objects(
-    pred: Tensor,
-    target: Tensor,
-    annotated: Tensor,
-    objects: Tensor,
-    *,
-    measure: Measure,
-    matching: Matching,
-    radius: int,
+def _tables(
+    pred: Tensor, target: Tensor, annotated: Tensor, objects: Tensor, slots: Tensor, radius: int | None
 ) -> Tensor:
-    """Score each object of one video, labels (F, H, W), by its mean over frames; none where there is no frame."""
-    num_frames, num_objects = len(pred), len(objects)
-    if num_frames * num_objects == 0:
-        return objects.new_zeros(0, dtype=torch.float64)
-    slots = objects if matching == "ids" else _distinct(pred[annotated])
-    # slots without a name stay empty: one for each object that is left over
-    num_slots = max(len(slots), num_objects)
-    needs_contours = measure != "J" or matching == "hungarian"
+    """Return J and F of every object with every slot of a video (F, H, W), as means over frames; F is 0 without radius.
 
-    # J and F of every object with every slot
-    mean = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
+    Slots without a name stay empty: one for each object that is left over.
+    """
+    num_frames, num_objects, num_slots = len(pred), len(objects), max(len(slots), len(objects))
+    total = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
     block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
     for start in range(0, num_frames, block):
         part = slice(start, start + block)
         of_object = _number(target[part], objects, annotated[part])
         of_slot = _number(pred[part], slots, annotated[part])
-        mean[0] += _overlaps(of_object, of_slot, num_objects, num_slots).sum(0)
-        if needs_contours:
+        total[0] += _overlaps(of_object, of_slot, num_objects, num_slots).sum(0)
+        if radius is not None:
             object_contour, slot_contour = (
                 contours(labels.unsqueeze(1) == torch.arange(count, device=labels.device).view(-1, 1, 1))
                 for labels, count in ((of_object, num_objects), (of_slot, num_slots))
             )
-            mean[1] += _f_measure(object_contour, slot_contour, radius).sum(0)
-    mean /= num_frames
-
-    both = mean.mean(0)
-    own = torch.arange(num_objects, device=pred.device)
-    if matching == "hungarian":
-        assign = assignment('`matching="hungarian"`')
-        own = torch.from_numpy(assign(both.cpu().numpy(), maximize=True)[1]).to(pred.device)
-    value = {"J": mean[0], "F": mean[1], "J&F": both}[measure]
-    return value.gather(1, own.unsqueeze(1)).squeeze(1)
+            total[1] += _f_measure(object_contour, slot_contour, radius).sum(0)
+    return total / num_frames
 
 
 def _distinct(ids: Tensor) -> Tensor:

@@ -24,18 +24,11 @@ def decidable_clips(
     A comparison of two rounded numbers means nothing when they are equal but for rounding. Two correct
     implementations owe each other the same labels where every valid logit of a present slot keeps ``|logit
     - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
-    and 1 are exact anyhow. Without a threshold every clip is decidable.
+    and 1 are exact anyhow. Without a threshold every clip is decidable. ``dyadic`` logits are all multiples of one not
+    too small power of two, as those of :func:`map_pairs` are: means compare exactly, and only overlaps need a margin.
 
     Shape:
         enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
-
-    Args:
-        enc_logits: the map whose activations overlap.
-        merge_threshold: the threshold of merging.
-        valid: valid patches.
-        slot_mask: present slots.
-        dyadic: whether all logits are multiples of one not too small power of two, as those of
-            :func:`map_pairs` are: their means then compare exactly, and only the overlaps need a margin.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]

@@ -62,10 +62,10 @@ def panel(
         dec_logits: the decoder's map.
         labels: from ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; computed when None.
         merge_threshold: for labels computed here.
-        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        kind: what the maps hold, as in ``pseudo_labels``, like the next three.
         grid: (H, W) of flat maps, or one for each map.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count.
-        slot_mask: (B, S) bool, the slots present.
+        valid: the patches that count.
+        slot_mask: the slots present.
         alpha: weight of the colors, within [0, 1].
         scale: enlarges frames by a whole number; small frames are hard to see in a browser.
         gap: white pixels between frames.
