@@ -5,7 +5,7 @@ interiors. It can only help where the encoder has something to teach: where its 
 better than the decoder's. Fit is measured on the features both maps are made from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from math import isfinite, nan, sqrt
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -131,7 +131,7 @@ def premise(
         return Premise(**fit, agreement=same, margin=margin, measured=measured, holds=_holds(margin, measured))
 
 
-def pool(parts: Sequence[Premise]) -> Premise:
+def pool(parts: Iterable[Premise]) -> Premise:
     """Put the clips of several batches together and judge them as one set.
 
     The verdict is of all clips, each counted once; it is not a vote of the batches. Parts, one per batch, lie on one
@@ -145,7 +145,8 @@ def pool(parts: Sequence[Premise]) -> Premise:
     >>> pool(parts).holds.item()  # 0.125 in sum, though two of three are negative
     True
     """
-    if len(parts) == 0:
+    parts = tuple(parts)
+    if not parts:
         raise ValueError("`parts` must hold at least one Premise; got none.")
     for part in parts:
         check_type("parts", part, Premise)
