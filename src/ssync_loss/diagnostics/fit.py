@@ -1,5 +1,7 @@
 """How well a partition into slots fits the features it was made from."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -66,9 +68,10 @@ def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = N
     """
     labels, patches = _check_labeled_features(features, labels, valid)
     with torch.no_grad():
-        distance = _pairs(*_squared_steps(features))
-        edge = _pairs(labels[..., 1:] != labels[..., :-1], labels[..., 1:, :] != labels[..., :-1, :])
-        counted = _pairs(patches[..., 1:] & patches[..., :-1], patches[..., 1:, :] & patches[..., :-1, :])
+        edge, counted = _pairs(labels, torch.ne), _pairs(patches, torch.logical_and)
+        distance = torch.zeros_like(edge, dtype=torch.float64)
+        for block in _channel_blocks(features):
+            distance = distance + _pairs(block.double(), _squared_distance)
         return _auc(distance, edge, counted)
 
 
@@ -115,20 +118,14 @@ def _channel_blocks(features: Tensor) -> tuple[Tensor, ...]:
     return features.chunk(-(-features.shape[2] // _CHANNELS), dim=2)
 
 
-def _squared_steps(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared feature distance of every patch to its right and to its lower neighbor."""
-    B, T, _, H, W = features.shape
-    right = features.new_zeros((B, T, H, W - 1), dtype=torch.float64)
-    below = features.new_zeros((B, T, H - 1, W), dtype=torch.float64)
-    for block in _channel_blocks(features):
-        values = block.double()
-        right = right + values.diff(dim=4).square().sum(2)
-        below = below + values.diff(dim=3).square().sum(2)
-    return right, below
-
-
-def _pairs(right: Tensor, below: Tensor) -> Tensor:
+def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compare every cell (B, T, ..., H, W) with its right and its lower neighbor: (B, pairs)."""
+    right, below = compare(cells[..., 1:], cells[..., :-1]), compare(cells[..., 1:, :], cells[..., :-1, :])
     return torch.cat([right.flatten(1), below.flatten(1)], dim=1)
+
+
+def _squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).square().sum(2)
 
 
 def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
     Args:
         pred: slot labels; any integers, they are only names.
         target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object. Some code bases count the
-            background as an object: None does that too.
+        background: the id of the background, or None if every id is an object, as some code bases count it.
         per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
             mean over the frames that show an object.
 

@@ -30,7 +30,7 @@ def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Sc
     >>> object_recall(pred, target, background=0).tolist()
     [0.5]
     """
-    table = _frame_table(pred, target, background)
+    table = contingency(*check_unit(pred, target, background), "image")
     hits = table.per_object(2 * table.shared > table.union())
     return _over_objects(hits > 0, table.is_object(background), table, pred)
 
@@ -61,7 +61,7 @@ def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over:
     [2.0]
     """
     check_choice("over", over, ("all", "found"))
-    table = _frame_table(pred, target, background)
+    table = contingency(*check_unit(pred, target, background), "image")
     pieces = table.per_object(2 * table.shared > table.slot_area[table.pair_slot])
     counted = table.is_object(background)
     if over == "found":
@@ -111,10 +111,6 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     per_video = num_slots if per == "video" else frames * num_slots
     unused = (area == 0).to(torch.float64).view(batch, per_video).sum(1)
     return Scores(unused, torch.full_like(unused, per_video), "slots")
-
-
-def _frame_table(pred: Tensor, target: Tensor, background: int | None) -> Contingency:
-    return contingency(*check_unit(pred, target, background), "image")
 
 
 def _over_objects(value: Tensor, counted: Tensor, table: Contingency, pred: Tensor) -> Scores:

@@ -76,13 +76,10 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
     line closes. An empty region draws nothing.
 
     Shape:
-        video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool. Returns (B, T, 3, h, w), uint8.
+        video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool, for example
+        ``PseudoLabels.boundary``. Returns (B, T, 3, h, w), uint8.
 
-    Args:
-        video: what is drawn over.
-        region: for example ``PseudoLabels.boundary``.
-        color: red, green and blue within 0..255.
-        width: of the line, in pixels of the video.
+    ``color`` is red, green and blue within 0..255, ``width`` that of the line in pixels of the video.
 
     Raises:
         TypeError, ValueError: if a dtype, shape, device, color or width does not fit.
