@@ -71,20 +71,27 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     """
     check_type("labels", labels, PseudoLabels)
     size = check_shape("labels.enc_labels", labels.enc_labels, "B T H W")
+    for name in ("dec_labels", "boundary", "interior"):
+        check_shape(f"labels.{name}", getattr(labels, name), "B T H W", **size)
     size = check_shape("labels.representative", labels.representative, "B S", **size)
+    check_bool("labels.boundary", labels.boundary)
+    check_bool("labels.interior", labels.interior)
+    enc, dec, representative = (
+        as_index(f"labels.{name}", getattr(labels, name)) for name in ("enc_labels", "dec_labels", "representative")
+    )
     if slot_mask is not None:
-        check_slot_mask(slot_mask, size, representative=labels.representative)
-        valid = valid_patches(valid, labels.enc_labels) & slot_mask.any(1)[:, None, None, None]
+        check_slot_mask(slot_mask, size, representative=representative)
+        valid = valid_patches(valid, enc) & slot_mask.any(1)[:, None, None, None]
     return Summary(
         boundary_share=region_share(labels.boundary, valid=valid),
         interior_share=region_share(labels.interior, valid=valid),
         untaught_share=region_share(~(labels.boundary | labels.interior), valid=valid),
-        agreement=agreement(labels.enc_labels, labels.dec_labels, valid=valid),
-        enc_slots=slots_in_use(labels.enc_labels, valid=valid),
-        dec_slots=slots_in_use(labels.dec_labels, valid=valid),
-        merges=merges(labels.representative),
-        enc_flips=label_flips(labels.enc_labels, valid=valid),
-        dec_flips=label_flips(labels.dec_labels, valid=valid),
+        agreement=agreement(enc, dec, valid=valid),
+        enc_slots=slots_in_use(enc, valid=valid),
+        dec_slots=slots_in_use(dec, valid=valid),
+        merges=merges(representative),
+        enc_flips=label_flips(enc, valid=valid),
+        dec_flips=label_flips(dec, valid=valid),
     )
 
 
