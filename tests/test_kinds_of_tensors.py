@@ -14,7 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssync_loss import CenteredCrossEntropy, PrototypeHead, PseudoLabels, SSyncLoss, _checks, diagnostics, metrics
+from ssync_loss import (
+    BoundaryRefinementLoss,
+    CenteredCrossEntropy,
+    InteriorDenoisingLoss,
+    PrototypeHead,
+    PseudoLabels,
+    SSyncLoss,
+    _checks,
+    diagnostics,
+    metrics,
+)
 from ssync_loss import functional as fn
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention
 from ssync_loss.distributed import global_mean
@@ -71,6 +81,9 @@ WEIGHTS = {"mu": numbers(2, 4) + 0.1, "nu": numbers(2, 5) + 0.1}
 CALLS = {
     "SSyncLoss": Call(SSyncLoss().eval(), MAPS | MASKS),
     "SSyncLoss, reference": Call(SSyncLoss(backend="reference").eval(), MAPS | MASKS),
+    "SSyncLoss, before its start": Call(SSyncLoss(start_step=1).eval(), MAPS | MASKS, {"step": 0}),
+    "BoundaryRefinementLoss": Call(BoundaryRefinementLoss().eval(), MAPS | MASKS),
+    "InteriorDenoisingLoss": Call(InteriorDenoisingLoss().eval(), MAPS | MASKS),
     "global_mean": Call(global_mean, MAPS | MASKS, {"criterion": SSyncLoss().eval()}),
     "pseudo_labels": Call(fn.pseudo_labels, MAPS | MASKS),
     "pseudo_labels, probs": Call(fn.pseudo_labels, MAPS | MASKS, {"kind": "probs"}),
@@ -194,6 +207,45 @@ def test_sparse_nested_quantized_and_mkldnn_tensors_are_refused_by_name(name: st
         message = f"`{argument}` must be a dense tensor; got a {kind.partition(',')[0]} one."
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             CALLS[name](**{argument: tensor})
+
+
+# --- wrong types, shapes and devices ---
+
+TYPES = {
+    torch.float32: ("be floating point", torch.int64, torch.bool, torch.complex64),
+    torch.int64: ("hold integers", torch.bool, torch.complex64, torch.float8_e4m3fn),
+    torch.bool: ("be boolean", torch.uint8, torch.float32),
+}
+# of any number of axes
+OPEN = ("CenteredCrossEntropy", "update_center", "PrototypeHead")
+
+
+@cases(CALLS)
+def test_a_wrong_type_is_refused_by_name(name: str, argument: str) -> None:
+    call, right = CALLS[name], CALLS[name].tensors[argument]
+    for wrong in ([0], "map", 7):
+        with pytest.raises(TypeError, match=f"^`{argument}` must be a tensor; got {type(wrong).__name__}"):
+            call(**{argument: wrong})
+    wanted, *dtypes = TYPES[right.dtype]
+    for dtype in dtypes if argument != "area" else [torch.bool, torch.complex64]:
+        with pytest.raises(TypeError, match=rf"^`{argument}` must {wanted}.*; got {dtype}\.$"):
+            call(**{argument: right.to(dtype)})
+
+
+@cases({name: call for name, call in CALLS.items() if name not in OPEN})
+def test_a_wrong_number_of_axes_is_refused_by_name(name: str, argument: str) -> None:
+    call, right = CALLS[name], CALLS[name].tensors[argument]
+    for wrong in (right[None, None], right.flatten()[0]):
+        shape = re.escape(str(tuple(wrong.shape)))
+        with pytest.raises(ValueError, match=rf"^`{argument}` must have shape \(.*\); got {shape}\.$"):
+            call(**{argument: wrong})
+
+
+@cases({name: call for name, call in CALLS.items() if len(call.tensors) > 1})
+def test_a_tensor_on_another_device_is_refused_by_name(name: str, argument: str) -> None:
+    message = r"^`[\w.]+` must be on the device of `[\w.]+` \((cpu|meta)\); got (cpu|meta)\.$"
+    with pytest.raises(ValueError, match=message):
+        CALLS[name](**{argument: CALLS[name].tensors[argument].to("meta")})
 
 
 # --- integers ---

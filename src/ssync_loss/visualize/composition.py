@@ -92,6 +92,7 @@ def panel(
         check_type("labels", labels, PseudoLabels)
         for name in ("enc_labels", "dec_labels", "boundary", "interior"):
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
+            check_same_device(f"labels.{name}", getattr(labels, name), video=video)
         frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
         enc, dec = hard_labels(maps)
         counted = maps.counted
