@@ -142,17 +142,6 @@ class TestShapes:
         assert torch.equal(boundary_region(labels, valid=valid), boundary_region(labels, valid=spelled))
         assert torch.equal(interior_region(labels, valid=valid), interior_region(labels, valid=spelled))
 
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-    def test_integers_of_any_width_are_labels(self, dtype: torch.dtype) -> None:
-        labels = torch.randint(3, (2, 2, H, W))
-        narrow, logits = labels.to(dtype), torch.randn(2, 2, 3, H, W)
-        region = boundary_region(labels)
-        assert torch.equal(neighbor_difference(narrow), neighbor_difference(labels))
-        for criterion, smoothing in SOFT:
-            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-            wanted = selective_distillation_loss(logits, labels, region, **knobs)
-            assert torch.equal(selective_distillation_loss(logits, narrow, region, **knobs), wanted)
-
 
 class TestOtherGrids:
     SIZES = pytest.mark.parametrize("size", [(2 * H, 2 * W), (H // 2, W // 2), (4 * H, 4 * W), (3, 5), (7, 4), (1, 1)])

@@ -32,6 +32,7 @@ from ssync_loss.metrics._scores import SCORES
 from ssync_loss.visualize import filmstrip, outline, overlay, panel, roles
 
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+NARROW = [torch.int8, torch.int16, torch.int32]
 
 
 class Call(NamedTuple):
@@ -251,9 +252,9 @@ def test_a_tensor_on_another_device_is_refused_by_name(name: str, argument: str)
 # --- integers ---
 
 
-@pytest.mark.parametrize("dtype", UNSIGNED)
+@pytest.mark.parametrize("dtype", UNSIGNED + NARROW)
 @cases(CALLS, is_integer)
-def test_unsigned_integers_are_integers(name: str, argument: str, dtype: torch.dtype) -> None:
+def test_integers_of_any_width_are_equal(name: str, argument: str, dtype: torch.dtype) -> None:
     call = CALLS[name]
     torch.manual_seed(0)
     wanted = call()

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from statistics import fmean
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from ssync_loss import metrics
 from ssync_loss.metrics import (
     MetricAverage,
     ari,
+    contour_accuracy,
     fg_ari,
     fragmentation,
     has_objects,
@@ -34,11 +36,13 @@ from ssync_loss.metrics import (
     image_fg_ari,
     image_mbo,
     image_miou,
+    j_and_f,
     masks_to_labels,
     mean_best_overlap,
     mean_iou,
     object_recall,
     objects_to_labels,
+    region_similarity,
     unused_slots,
     video_ari,
     video_fg_ari,
@@ -56,6 +60,11 @@ PRED_IDS = [0, 1, 2, 299, -7, 2**62]
 with_background = [fg_ari, mean_best_overlap, mean_iou]
 per_frame = [object_recall, fragmentation]
 scored_on_ground_truth = [*with_background, *per_frame]
+tracked = [
+    partial(measure, matching=matching)
+    for measure in (region_similarity, contour_accuracy, j_and_f)
+    for matching in ("ids", "hungarian")
+]
 
 
 @st.composite
@@ -188,43 +197,27 @@ def frames(*rows: list[int]) -> Tensor:
 
 
 class TestAgainstTheReference:
+    @pytest.mark.parametrize(
+        ("metric", "reference"),
+        [
+            (fg_ari, reference_ari),
+            (partial(ari), partial(reference_ari, background=None)),
+            (mean_best_overlap, reference_mbo),
+            # the best of all permutations
+            (mean_iou, reference_miou),
+            (object_recall, reference_recall),
+            (partial(fragmentation, over="all"), partial(reference_fragmentation, over="all")),
+            (partial(fragmentation, over="found"), partial(reference_fragmentation, over="found")),
+        ],
+    )
     @given(clips(), backgrounds, units)
     @settings(max_examples=120, deadline=None)
-    def test_fg_ari(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        expected = reference_ari(*clip, background=background, per=per)
-        assert_scores(fg_ari(*clip, background=background, per=per), expected)
-
-    @given(clips(), units)
-    @settings(max_examples=100, deadline=None)
-    def test_ari(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
-        assert_scores(ari(*clip, per=per), reference_ari(*clip, background=None, per=per))
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=120, deadline=None)
-    def test_mean_best_overlap(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        expected = reference_mbo(*clip, background=background, per=per)
-        assert_scores(mean_best_overlap(*clip, background=background, per=per), expected)
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=120, deadline=None)
-    def test_mean_iou_equals_the_best_of_all_permutations(
-        self, clip: tuple[Tensor, Tensor], background: int | None, per: Per
+    def test_metrics(
+        self, metric: Any, reference: Any, clip: tuple[Tensor, Tensor], background: int | None, per: Per
     ) -> None:
-        expected = reference_miou(*clip, background=background, per=per)
-        assert_scores(mean_iou(*clip, background=background, per=per), expected)
-
-    @given(clips(), backgrounds)
-    @settings(max_examples=120, deadline=None)
-    def test_object_recall(self, clip: tuple[Tensor, Tensor], background: int | None) -> None:
-        expected = reference_recall(*clip, background=background)
-        assert_scores(object_recall(*clip, background=background), expected)
-
-    @pytest.mark.parametrize("over", ["all", "found"])
-    @given(clips(), backgrounds)
-    @settings(max_examples=100, deadline=None)
-    def test_fragmentation(self, over: Any, clip: tuple[Tensor, Tensor], background: int | None) -> None:
-        expected = reference_fragmentation(*clip, background=background, over=over)
-        assert_scores(fragmentation(*clip, background=background, over=over), expected)
+        options = {"background": background, "per": per}
+        taken = {key: options[key] for key in options if key in inspect.signature(metric).parameters}
+        assert_scores(metric(*clip, **taken), reference(*clip, **taken))
 
     @given(
         hnp.arrays(np.int64, hnp.array_shapes(min_dims=4, max_dims=4, max_side=3), elements=st.integers(0, 3)),
@@ -468,7 +461,7 @@ class TestProperties:
             atol=1e-12,
         )
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @given(clips(), backgrounds, st.integers(-3, 3))
     @settings(max_examples=40, deadline=None)
     def test_predictions_at_pixels_without_annotation_do_not_matter(
@@ -482,7 +475,7 @@ class TestProperties:
         other = torch.where(target < 0, anything, pred)
         assert torch.equal(metric(pred, target, background=background), metric(other, target, background=background))
 
-    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall])
+    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=40, deadline=None)
     def test_the_truth_itself_scores_1(
@@ -493,7 +486,7 @@ class TestProperties:
         value = metric(target, target, background=background)
         assert torch.equal(value[scored], torch.ones_like(value[scored]))
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=20, deadline=None)
     def test_videos_are_scored_apart(
@@ -578,8 +571,8 @@ class TestNothingToScore:
         assert image_mbo(pred, target, background=0).tolist() == [0.5]
         assert image_miou(pred, target, background=0).tolist() == [0.25]
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3)])
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
+    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
     def test_empty_batches_and_clips_pass(self, metric: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
         empty = torch.zeros(shape, dtype=torch.int64)
         scores = metric(empty, empty, background=None)
@@ -593,12 +586,6 @@ class TestNothingToScore:
 
 
 class TestLabels:
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_integers_of_any_width_are_equal(self, metric: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        target, pred = frames([0, 1, 1, 2, 2], [0, 0, 1, 2, 2]), frames([5, 5, 6, 6, 7], [5, 5, 6, 7, 7])
-        assert torch.equal(metric(pred.to(dtype), target.to(dtype), background=0), metric(pred, target, background=0))
-
     def test_the_largest_unsigned_ids_are_objects(self) -> None:
         target = torch.tensor([[[[2**64 - 1, 2**64 - 1, 7]]]], dtype=torch.uint64)
         assert ari(frames([5, 6, 6]), target).item() == pytest.approx(sklearn_ari(frames([1, 1, 7]), frames([5, 6, 6])))
@@ -711,9 +698,8 @@ class TestMasksToLabels:
         ],
     )
     def test_errors(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
-        refuses(
-            error, message, masks_to_labels, **{"masks": torch.full((1, 1, 2, 2, 2), -0.5), "size": (4, 4)} | changes
-        )
+        masks = torch.full((1, 1, 2, 2, 2), -0.5)
+        refuses(error, message, masks_to_labels, **{"masks": masks, "size": (4, 4)} | changes)
 
 
 class TestObjectsToLabels:
@@ -868,21 +854,12 @@ class TestMetricAverage:
     def test_other_metrics_and_options_are_refused(self, metric: Any, options: dict[str, Any], message: str) -> None:
         refuses(TypeError, message, MetricAverage, metric, **options)
 
-    @pytest.mark.parametrize(
-        ("one", "other", "message"),
-        [
-            ((fg_ari, 0), (fg_ari, 1), "`other` must average fg_ari(background=0); got fg_ari(background=1)."),
-            (
-                (fg_ari, 0),
-                (image_fg_ari, 0),
-                "`other` must average fg_ari(background=0); got image_fg_ari(background=0).",
-            ),
-        ],
-    )
-    def test_other_averages_are_not_merged(self, one: Any, other: Any, message: str) -> None:
-        first, second = (MetricAverage(metric, background=background) for metric, background in (one, other))
-        refuses(ValueError, message, first.merge, second)
-        refuses(TypeError, "`other` must be MetricAverage; got str.", first.merge, "fg_ari")
+    def test_other_averages_are_not_merged(self) -> None:
+        average = MetricAverage(fg_ari, background=0)
+        for other, got in ((fg_ari, "fg_ari(background=1)"), (image_fg_ari, "image_fg_ari(background=1)")):
+            message = f"`other` must average fg_ari(background=0); got {got}."
+            refuses(ValueError, message, average.merge, MetricAverage(other, background=1))
+        refuses(TypeError, "`other` must be MetricAverage; got str.", average.merge, "fg_ari")
 
 
 LABELS = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
