@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ def integers(high: int, *size: int) -> Tensor:
 def taking_labels(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the fields of pseudo-labels under their names in messages, which the function takes as one argument."""
 
+    @wraps(function)
     def call(**given: Any) -> Any:
         fields = {name.partition(".")[2]: given.pop(name) for name in FIELDS if name in given}
         return function(**given, labels=PSEUDO._replace(**fields))
@@ -77,6 +79,8 @@ REGIONS = {name: FIELDS[name] for name in ("labels.boundary", "labels.interior")
 RENAMED = {name: FIELDS[name] for name in ("labels.representative",)}
 FEATURES, VIDEO, FRAME = numbers(2, 2, 5, 4, 4), numbers(2, 2, 3, 8, 8), integers(3, 2, 4, 4)
 ENTROPY = CenteredCrossEntropy(6)
+INSTANCES, FOUND = numbers(2, 2, 3, 4, 5), torch.ones(2, 2, 3, 4, dtype=torch.bool)
+TOKENS = numbers(2, 2, 6, 4, 4)
 WEIGHTS = {"mu": numbers(2, 4) + 0.1, "nu": numbers(2, 5) + 0.1}
 
 CALLS = {
@@ -111,6 +115,27 @@ CALLS = {
     ),
     "dense_encoder_alignment_loss": Call(
         fn.dense_encoder_alignment_loss, {"features": FEATURES, "anchors": FEATURES, "dec_labels": LABELS}
+    ),
+    "instance_consistency_loss": Call(
+        fn.instance_consistency_loss,
+        {"embeddings": INSTANCES, "teacher_embeddings": INSTANCES, "valid": FOUND, "teacher_valid": FOUND},
+    ),
+    "valid_instances": Call(
+        fn.valid_instances, {"logits": MAPS["enc_logits"], "slots": numbers(2, 2, 3, 5), "instances": INSTANCES}
+    ),
+    "masked_token_loss": Call(
+        fn.masked_token_loss,
+        {"s_pat": TOKENS, "t_pat": TOKENS, "mask": MASKS["valid"]},
+        {"ce_patch": ENTROPY},
+    ),
+    "out_generative_loss": Call(
+        fn.out_generative_loss,
+        {"s_glob": numbers(2, 2, 2, 6), "s_loc": numbers(2, 2, 1, 6), "t_glob": numbers(2, 2, 2, 6)},
+        {"ce": ENTROPY},
+    ),
+    "semantic_consistency_loss": Call(
+        fn.semantic_consistency_loss,
+        {"logits": MAPS["enc_logits"], "teacher_logits": MAPS["dec_logits"], "feats": FEATURES},
     ),
     "mask_diversity_loss": Call(fn.mask_diversity_loss, {"logits": MAPS["enc_logits"]}),
     "structure_aware_loss": Call(fn.structure_aware_loss, {"pred": VIDEO, "target": VIDEO.flip(0)}),
@@ -247,6 +272,45 @@ def test_a_tensor_on_another_device_is_refused_by_name(name: str, argument: str)
     message = r"^`[\w.]+` must be on the device of `[\w.]+` \((cpu|meta)\); got (cpu|meta)\.$"
     with pytest.raises(ValueError, match=message):
         CALLS[name](**{argument: CALLS[name].tensors[argument].to("meta")})
+
+
+# --- wrong settings ---
+
+# what a setting of each type may not be, and the words for it
+SETTINGS: dict[type, list[tuple[object, type[Exception], str]]] = {
+    float: [("1", TypeError, "must be a number; got str."), (True, TypeError, "must be a number; got bool.")],
+    int: [(1.5, TypeError, "must be an integer; got float."), (True, TypeError, "must be an integer; got bool.")],
+    str: [("nonsense", ValueError, "must be one of "), (None, ValueError, "must be (one of|'logits', 'probs' or) ")],
+    bool: [("no", TypeError, "must be True or False; got str.")],
+}
+
+
+MADE = {
+    "SSyncLoss": Call(SSyncLoss, {}),
+    "BoundaryRefinementLoss": Call(BoundaryRefinementLoss, {}),
+    "InteriorDenoisingLoss": Call(InteriorDenoisingLoss, {}),
+    "CenteredCrossEntropy": Call(CenteredCrossEntropy, {}, {"Kp": 6}),
+    "PrototypeHead": Call(PrototypeHead, {}, {"C": 5}),
+    "SemanticAwareSlotAttention": Call(SemanticAwareSlotAttention, {}, {"dim": 5}),
+}
+CONFIGURED = {name: call for name, call in CALLS.items() if not isinstance(call.function, nn.Module)} | MADE
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        (name, setting)
+        for name, call in CONFIGURED.items()
+        for setting, one in inspect.signature(call.function).parameters.items()
+        if type(one.default) in SETTINGS
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(name: str, setting: str) -> None:
+    call = CONFIGURED[name]
+    default = inspect.signature(call.function).parameters[setting].default
+    for wrong, error, message in SETTINGS[type(default)]:
+        with pytest.raises(error, match=f"^`{setting}` {message}"):
+            call._replace(settings={**call.settings, setting: wrong})()
 
 
 # --- integers ---

@@ -81,6 +81,8 @@ def panel(
     check_number("alpha", alpha, 0.0, 1.0)
     check_int("scale", scale, 1)
     check_int("gap", gap, 0)
+    if merge_threshold is not None:
+        check_number("merge_threshold", merge_threshold, 0.0, 1.0)
     given: dict[str, Any] = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, **given)
