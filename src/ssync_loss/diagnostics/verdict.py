@@ -223,17 +223,17 @@ def _over_clips(values: Tensor, measured: Tensor) -> _Mean:
     return _Mean(kept.mean().item(), error, num_clips)
 
 
+_HEADLINES = {"holds": " holds on {}:", "fails": " does not hold on {}:", "cannot tell": ": cannot tell from {},"}
+
+
 def _headline(margin: _Mean) -> str:
-    if margin.num_clips == 0:
-        return "SSync's premise cannot be judged: no clip has a valid patch."
     if not isfinite(margin.value):
-        return "SSync's premise cannot be judged: maps or features of some clips hold NaN or infinities."
-    if margin.num_clips == 1:
-        return f"SSync's premise: cannot tell from one clip, margin {margin.text('+')} (no standard error)."
-    clips = f"these {margin.num_clips} clips"
-    said = {"holds": f" holds on {clips}:", "fails": f" does not hold on {clips}:"}
-    words = said.get(margin.verdict(), f": cannot tell from {clips},")
-    return f"SSync's premise{words} margin {margin.text('+')} (mean ± standard error)."
+        broken = "maps or features of some clips hold NaN or infinities"
+        return f"SSync's premise cannot be judged: {broken if margin.num_clips else 'no clip has a valid patch'}."
+    alone = margin.num_clips == 1
+    words = _HEADLINES[margin.verdict()].format("one clip" if alone else f"these {margin.num_clips} clips")
+    error = "no standard error" if alone else "mean ± standard error"
+    return f"SSync's premise{words} margin {margin.text('+')} ({error})."
 
 
 _READINGS = {
@@ -253,7 +253,7 @@ _READINGS = {
 
 
 def _reading(margin: _Mean) -> list[str]:
-    if margin.num_clips == 0 or not isfinite(margin.value):
+    if not isfinite(margin.value):
         return []
     one_clip = ["One clip says next to nothing: ask a whole evaluation set."]
     return [
