@@ -1,7 +1,9 @@
 """Statistics by hand and against loops, the verdict on maps whose answer is known, and its words."""
 
 import math
+from collections import Counter
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from refusals import refuses
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.diagnostics import (
     Premise,
@@ -25,7 +28,6 @@ from ssync_loss.diagnostics import (
     merges,
     pool,
     premise,
-    region_share,
     report,
     slots_in_use,
     summary,
@@ -118,29 +120,10 @@ def slow_share(event: Tensor, valid: Tensor) -> list[float]:
 # --- statistics ---
 
 
-def test_region_share_counts_valid_patches_only() -> None:
-    region = torch.tensor([[[[True, True, False, False]]]])
-    assert region_share(region).tolist() == [0.5]
-    assert region_share(region, valid=torch.tensor([[[[True, False, False, False]]]])).tolist() == [1.0]
-    assert region_share(region, valid=torch.tensor([[False]])).tolist() == [0.0]
-
-
-def test_agreement_is_the_share_of_equal_labels() -> None:
-    first, second = torch.tensor([[[[0, 1, 2, 3]]]]), torch.tensor([[[[0, 1, 2, 0]]]])
-    assert agreement(first, second).tolist() == [0.75]
-    assert agreement(first.to(torch.uint8), second).tolist() == [0.75]
-    assert agreement(first, second, valid=torch.tensor([[[[False, False, True, True]]]])).tolist() == [0.5]
-
-
 def test_a_slot_with_a_single_patch_is_in_use() -> None:
     labels = torch.tensor([[[[7, 7, 7, 2]]], [[[1, 1, 1, 1]]]])
     assert slots_in_use(labels).tolist() == [2, 1]
-    assert slots_in_use(labels.to(torch.uint8)).tolist() == [2, 1]
     assert slots_in_use(labels, valid=labels == 7).tolist() == [1, 0]
-
-
-def test_three_slots_merged_into_one_are_two_merges() -> None:
-    assert merges(torch.tensor([[0, 0, 0, 3], [0, 1, 2, 3], [3, 3, 3, 3]])).tolist() == [2, 0, 3]
 
 
 def test_flips_need_both_frames_valid() -> None:
@@ -196,12 +179,6 @@ def test_summary_ignores_the_names_of_slots(first: Tensor, second: Tensor, order
 
 
 # --- how well a partition fits ---
-
-
-def test_explained_variance_by_hand() -> None:
-    # 1 and 3 around 2, 7 and 9 around 8: within 1 + 1 + 1 + 1, total 16 + 4 + 4 + 16
-    explained = explained_variance(row(1.0, 3.0, 7.0, 9.0)[:, :, None], row(0, 0, 1, 1).long(), num_slots=2)
-    assert explained.tolist() == [0.9]
 
 
 def test_slot_means_are_over_the_whole_clip() -> None:
@@ -409,27 +386,18 @@ def blobs(seed: int, *, clips: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_premise_holds_where_the_encoder_is_the_sharper_map() -> None:
     features, sharp, blurred = blobs(0)
-    verdict = premise(sharp, blurred, features)
-    assert verdict.holds
-    assert (verdict.margin > 0.1).all()
-    assert (verdict.enc_edge_alignment > 0.9).all()
-    assert (verdict.enc_confidence > verdict.dec_confidence).all()
-
-
-def test_premise_does_not_hold_the_other_way_round() -> None:
-    features, sharp, blurred = blobs(0)
-    there, back = premise(sharp, blurred, features), premise(blurred, sharp, features)
-    assert not back.holds
+    there, back, equal = (premise(*maps, features) for maps in ((sharp, blurred), (blurred, sharp), (sharp, sharp)))
+    assert (there.margin > 0.1).all()
+    assert (there.enc_edge_alignment > 0.9).all()
+    assert (there.enc_confidence > there.dec_confidence).all()
     assert torch.equal(back.margin, -there.margin)
     assert torch.equal(back.agreement, there.agreement)
-
-
-def test_premise_does_not_hold_of_equal_maps() -> None:
-    features, sharp, _ = blobs(0)
-    verdict = premise(sharp, sharp, features)
-    assert verdict.margin.tolist() == [0.0] * 4
-    assert verdict.agreement.tolist() == [1.0] * 4
-    assert not verdict.holds
+    assert equal.margin.tolist() == [0.0] * 4
+    assert equal.agreement.tolist() == [1.0] * 4
+    assert [bool(one.holds) for one in (there, back, equal)] == [True, False, False]
+    assert [one.verdict() for one in (there, back, equal)] == ["holds", "fails", "cannot tell"]
+    assert "premise holds on these 4 clips" in report(there)
+    assert "premise does not hold on these 4 clips" in report(back)
 
 
 def test_premise_reads_labels_before_merging() -> None:
@@ -492,21 +460,13 @@ def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:
         assert got.dec_explained.tolist() == pytest.approx(wanted.dec_explained.tolist(), abs=0.05)
 
 
-@pytest.mark.parametrize("side", ["enc", "dec"])
+@pytest.mark.parametrize("broken", [0, 1, 2], ids=["features", "encoder", "decoder"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_maps_never_hold(side: str, bad: float) -> None:
-    features, sharp, blurred = blobs(0)
-    (sharp if side == "enc" else blurred)[1, 0, 0, 0, 0] = bad
+def test_broken_maps_and_features_never_hold(broken: int, bad: float) -> None:
+    features, sharp, blurred = given = blobs(0)
+    given[broken][1, 0, 0, 4, 4] = bad
     verdict = premise(sharp, blurred, features)
     assert verdict.margin.isnan().tolist() == [False, True, False, False]
-    assert not verdict.holds
-
-
-def test_broken_features_never_hold() -> None:
-    features, sharp, blurred = blobs(0)
-    features[2, 1, 0, 4, 4] = math.nan
-    verdict = premise(sharp, blurred, features)
-    assert verdict.margin.isnan().tolist() == [False, False, True, False]
     assert not verdict.holds
 
 
@@ -610,12 +570,54 @@ def test_report_announces_harm() -> None:
     assert "its sign is open" not in text
 
 
-def test_report_expects_nothing_while_the_sign_is_open() -> None:
-    for margins in ((0.30, -0.25, 0.01), (-0.30, 0.25, -0.01)):
-        text = report(verdict_of(*margins))
-        assert "its sign is open" in text
-        assert "expected to" not in text
-    assert "its sign is open" not in report(verdict_of(0.30, 0.31, 0.29))
+def headline(verdict: Premise) -> str:
+    return report(verdict).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("margins", "wanted"),
+    [
+        ((0.30, 0.31, 0.29), "holds"),
+        ((-0.30, -0.31, -0.29), "fails"),
+        ((0.30, -0.25, 0.01), "cannot tell"),
+        ((-0.30, 0.25, -0.01), "cannot tell"),
+        # a little less than 0.2 ± 0.1, and a little more
+        ((0.099, 0.3), "cannot tell"),
+        ((0.101, 0.3), "holds"),
+        ((-0.099, -0.3), "cannot tell"),
+        ((-0.101, -0.3), "fails"),
+        # no variance
+        ((0.25, 0.25), "holds"),
+        ((-0.25, -0.25, -0.25), "fails"),
+        ((0.0, 0.0), "cannot tell"),
+        # no standard error
+        ((0.25,), "cannot tell"),
+        ((-0.25,), "cannot tell"),
+        ((), "cannot tell"),
+        ((0.5, math.nan, 0.5), "cannot tell"),
+        ((0.5, math.inf), "cannot tell"),
+    ],
+)
+def test_the_verdict_is_open_within_two_standard_errors(margins: tuple[float, ...], wanted: str) -> None:
+    verdict = verdict_of(*margins)
+    assert verdict.verdict() == wanted
+    words = {"holds": " holds ", "fails": " does not hold ", "cannot tell": "cannot"}
+    text = report(verdict)
+    assert [word for word, sign in words.items() if sign in text.splitlines()[0]] == [wanted]
+    assert ("expected to" in text) == (wanted != "cannot tell")
+    # holds is the sign of the mean, however sure it is
+    assert bool(verdict.holds) == (len(margins) > 0 and sum(margins) > 0)
+
+
+@pytest.mark.parametrize("clips", [2, 4, 8, 16])
+def test_noise_seldom_gets_a_verdict(clips: int) -> None:
+    generator = torch.Generator().manual_seed(clips)
+    maps = [torch.randn(100, clips, 2, 4, 8, 8, generator=generator) for _ in range(2)]
+    features = torch.randn(100, clips, 2, 6, 8, 8, generator=generator)
+    verdicts = Counter(premise(*draw).verdict() for draw in zip(*maps, features, strict=True))
+    # of two clips the quotient of mean and error is that of Student with one degree of freedom
+    share = {2: 0.295, 4: 0.139, 8: 0.086, 16: 0.064}[clips]
+    assert abs(verdicts["holds"] + verdicts["fails"] - 100 * share) < 3 * math.sqrt(100 * share)
 
 
 def test_report_counts_only_clips_with_a_valid_patch() -> None:
@@ -626,81 +628,56 @@ def test_report_counts_only_clips_with_a_valid_patch() -> None:
 
 def test_report_of_one_clip_has_no_standard_error() -> None:
     text = report(verdict_of(0.25))
-    assert text.startswith("SSync's premise holds on this one clip: margin +0.250 (no standard error).")
+    assert text.startswith("SSync's premise: cannot tell from one clip, margin +0.250 (no standard error).")
     assert "±" not in text
     assert "One clip says next to nothing" in text
 
 
 def test_report_of_nothing_and_of_broken_maps_judges_nothing() -> None:
-    for text in (report(verdict_of(0.5, measured=[False])), report(verdict_of(0.5, math.nan))):
-        assert text.startswith("SSync's premise cannot be judged")
-        assert "expected to" not in text
-    assert "no clip has a valid patch" in report(verdict_of(0.5, measured=[False]))
-    assert "NaN or infinities" in report(verdict_of(0.5, math.nan))
-
-
-def test_report_of_real_measurements_agrees_with_the_verdict() -> None:
-    features, sharp, blurred = blobs(0)
-    assert "premise holds on these 4 clips" in report(premise(sharp, blurred, features))
-    assert "premise does not hold on these 4 clips" in report(premise(blurred, sharp, features))
+    assert headline(verdict_of(0.5, measured=[False])) == "SSync's premise cannot be judged: no clip has a valid patch."
+    assert "NaN or infinities" in headline(verdict_of(0.5, math.nan))
 
 
 # --- errors ---
 
-
-def test_errors_name_the_argument_the_wanted_and_the_given() -> None:
-    maps, labels = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 5, 6, dtype=torch.int64)
-    features = torch.zeros(2, 3, 7, 5, 6)
-    with pytest.raises(
-        ValueError, match=r"`features` must have shape \(B=2, T=3, D, H=5, W=6\); got \(2, 3, 7, 6, 5\)"
-    ):
-        premise(maps, maps, features.mT)
-    with pytest.raises(ValueError, match=r"`features` must have shape .*; got \(2, 3, 30, 7\)"):
-        premise(maps, maps, torch.zeros(2, 3, 30, 7))
-    with pytest.raises(ValueError, match=r"`features` must have D >= 1; got D=0"):
-        premise(maps, maps, features[:, :, :0])
-    with pytest.raises(TypeError, match=r"`features` must be floating point; got torch.int64"):
-        premise(maps, maps, features.long())
-    with pytest.raises(ValueError, match=r"`features` must be on the device of `enc_logits` \(cpu\); got meta"):
-        premise(maps, maps, features.to("meta"))
-    with pytest.raises(ValueError, match=r"`dec_logits` must have shape"):
-        premise(maps, maps[:, :2], features)
-    with pytest.raises(ValueError, match=r"`labels` must have shape \(B, T, H, W\); got \(3, 5, 6\)"):
-        edge_alignment(features, labels[0])
-    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
-        explained_variance(features, labels.float(), num_slots=2)
-    with pytest.raises(ValueError, match=r"`labels` must lie within \[0, 1\]; got values from 0 to 2"):
-        explained_variance(features, labels.clone().index_fill_(0, torch.tensor([0]), 2), num_slots=2)
-    with pytest.raises(ValueError, match=r"`num_slots` must be at least 1; got 0"):
-        explained_variance(features, labels, num_slots=0)
-    with pytest.raises(ValueError, match=r"`valid` must have shape \(B=2, T=3\); got \(2, 4\)"):
-        edge_alignment(features, labels, valid=torch.ones(2, 4, dtype=torch.bool))
+MAPS, FEATURES = torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 7, 5, 6)
+LABELS = torch.zeros(2, 3, 5, 6, dtype=torch.int64)
+NO_FRAME = {"features": FEATURES[:, :0], "labels": LABELS[:, :0]}
+PSEUDO = PseudoLabels(LABELS, LABELS, LABELS == 0, LABELS == 0, torch.zeros(2, 4, dtype=torch.int64))
 
 
-def test_errors_of_statistics_name_the_argument_the_wanted_and_the_given() -> None:
-    labels = torch.zeros(2, 3, 5, 6, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"`region` must be boolean; got torch.int64"):
-        region_share(labels)
-    with pytest.raises(ValueError, match=r"`region` must have shape \(B, T, H, W\); got \(2, 3\)"):
-        region_share(torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"`dec_labels` must have shape \(B=2, T=3, H=5, W=6\); got \(2, 1, 5, 6\)"):
-        agreement(labels, labels[:, :1])
-    with pytest.raises(TypeError, match=r"`enc_labels` must hold integers; got torch.bool"):
-        agreement(labels.bool(), labels)
-    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
-        slots_in_use(labels.float())
-    with pytest.raises(ValueError, match=r"`labels` must have T >= 1; got T=0"):
-        slots_in_use(labels[:, :0])
-    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
-        label_flips(labels.float())
-    with pytest.raises(TypeError, match=r"`valid` must be boolean; got torch.int64"):
-        label_flips(labels, valid=labels)
-    with pytest.raises(ValueError, match=r"`representative` must have shape \(B, S\); got \(2, 3, 5, 6\)"):
-        merges(labels)
-    with pytest.raises(TypeError, match=r"`representative` must hold integers; got torch.float32"):
-        merges(torch.zeros(2, 3))
-    pseudo = PseudoLabels(labels, labels, labels == 0, labels == 0, torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"`slot_mask` must have shape \(B=2, S=4\); got \(2, 5\)"):
-        summary(pseudo, slot_mask=torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"`slot_mask` must be boolean; got torch.int64"):
-        summary(pseudo, slot_mask=torch.ones(2, 4, dtype=torch.int64))
+@pytest.mark.parametrize(
+    ("call", "given", "message"),
+    [
+        (premise, {"features": FEATURES.mT}, "`features` must have shape (B=2, T=3, D, H=5, W=6); got (2, 3, 7, 6, 5)"),
+        (premise, {"features": FEATURES[:, :, :0]}, "`features` must have D >= 1; got D=0."),
+        (premise, {"dec_logits": MAPS[:, :2]}, "`dec_logits` must have shape"),
+        (explained_variance, {"labels": LABELS + 2}, "`labels` must lie within [0, 1]; got values from 2 to 2."),
+        (explained_variance, {"num_slots": 0}, "`num_slots` must be at least 1; got 0."),
+        (edge_alignment, {"valid": torch.ones(2, 4) > 0}, "`valid` must have shape (B=2, T=3); got (2, 4)."),
+        (edge_alignment, NO_FRAME, "`labels` must have T >= 1; got T=0."),
+        (agreement, {"dec_labels": LABELS[:, :1]}, "`dec_labels` must have shape (B=2, T=3, H=5, W=6); got"),
+        (slots_in_use, {"labels": LABELS[:, :0]}, "`labels` must have T >= 1; got T=0."),
+        (slots_in_use, {"labels": LABELS - 1}, "`labels` must be at least 0; got -1."),
+        (summary, {"slot_mask": torch.ones(2, 5) > 0}, "`slot_mask` must have shape (B=2, S=4); got (2, 5)."),
+        (pool, {"parts": []}, "`parts` must hold at least one Premise; got none."),
+    ],
+)
+def test_values_are_refused_by_name(call: Any, given: dict[str, Any], message: str) -> None:
+    usual: dict[Any, dict[str, Any]] = {
+        premise: {"enc_logits": MAPS, "dec_logits": MAPS, "features": FEATURES},
+        explained_variance: {"features": FEATURES, "labels": LABELS, "num_slots": 2},
+        edge_alignment: {"features": FEATURES, "labels": LABELS},
+        agreement: {"enc_labels": LABELS},
+        summary: {"labels": PSEUDO},
+    }
+    refuses(ValueError, message, call, **usual.get(call, {}) | given)
+
+
+@pytest.mark.parametrize("wrong", [tuple(PSEUDO), "labels", None, LABELS])
+def test_other_things_are_refused_by_name(wrong: Any) -> None:
+    kind = type(wrong).__name__
+    refuses(TypeError, f"`labels` must be PseudoLabels; got {kind}.", summary, wrong)
+    refuses(TypeError, f"`premise` must be Premise; got {kind}.", report, wrong)
+    refuses(TypeError, f"`parts` must be Premise; got {kind}.", pool, [verdict_of(0.5), wrong])
+    refuses(TypeError, "`parts` must be Premise; got Tensor.", pool, verdict_of(0.5))

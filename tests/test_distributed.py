@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import two_processes
+from refusals import refuses
 from sample_maps import sample_maps
-from ssync_loss import SSyncLoss
+from ssync_loss import BoundaryRefinementLoss, SSyncLoss
 from ssync_loss.distributed import global_mean
 from two_processes import CASES, WORLD_SIZE, Host, scene, whole_batch
 
@@ -128,6 +129,27 @@ def test_without_a_process_group_it_is_the_loss_itself(settings: dict[str, Any],
         assert torch.equal(one, other)
 
 
+class Renamed(SSyncLoss):
+    """A subclass is a criterion, too."""
+
+
+@pytest.mark.parametrize("make", [Renamed, lambda: torch.compile(SSyncLoss(), backend="eager")])
+def test_subclasses_and_compiled_losses_are_taken(make: Any) -> None:
+    maps = sample_maps(requires_grad=False)
+    assert torch.equal(global_mean(make().eval(), *maps), SSyncLoss().eval()(*maps))
+
+
+@pytest.mark.parametrize("wrong", [None, "loss", SSyncLoss, BoundaryRefinementLoss(), torch.nn.MSELoss()])
+def test_other_criteria_are_refused(wrong: Any) -> None:
+    refuses(
+        TypeError, f"`criterion` must be SSyncLoss; got {type(wrong).__name__}.", global_mean, wrong, *sample_maps()
+    )
+
+
+def test_a_group_needs_a_process_group() -> None:
+    message = "`group` must be None where no process group is initialized; got 'g'."
+    refuses(TypeError, message, global_mean, SSyncLoss(), *sample_maps(), group="g")
+
+
 def test_a_schedule_without_a_step_is_an_error() -> None:
-    with pytest.raises(ValueError, match="`step` must be given with a schedule"):
-        global_mean(SSyncLoss(start_step=3), *sample_maps())
+    refuses(ValueError, "`step` must be given with a schedule", global_mean, SSyncLoss(start_step=3), *sample_maps())

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from statistics import fmean
 from typing import Any, cast
 
@@ -22,10 +23,12 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn import functional as F
 
+from refusals import refuses
 from ssync_loss import metrics
 from ssync_loss.metrics import (
     MetricAverage,
     ari,
+    contour_accuracy,
     fg_ari,
     fragmentation,
     has_objects,
@@ -33,11 +36,13 @@ from ssync_loss.metrics import (
     image_fg_ari,
     image_mbo,
     image_miou,
+    j_and_f,
     masks_to_labels,
     mean_best_overlap,
     mean_iou,
     object_recall,
     objects_to_labels,
+    region_similarity,
     unused_slots,
     video_ari,
     video_fg_ari,
@@ -55,6 +60,11 @@ PRED_IDS = [0, 1, 2, 299, -7, 2**62]
 with_background = [fg_ari, mean_best_overlap, mean_iou]
 per_frame = [object_recall, fragmentation]
 scored_on_ground_truth = [*with_background, *per_frame]
+tracked = [
+    partial(measure, matching=matching)
+    for measure in (region_similarity, contour_accuracy, j_and_f)
+    for matching in ("ids", "hungarian")
+]
 
 
 @st.composite
@@ -187,43 +197,27 @@ def frames(*rows: list[int]) -> Tensor:
 
 
 class TestAgainstTheReference:
+    @pytest.mark.parametrize(
+        ("metric", "reference"),
+        [
+            (fg_ari, reference_ari),
+            (partial(ari), partial(reference_ari, background=None)),
+            (mean_best_overlap, reference_mbo),
+            # the best of all permutations
+            (mean_iou, reference_miou),
+            (object_recall, reference_recall),
+            (partial(fragmentation, over="all"), partial(reference_fragmentation, over="all")),
+            (partial(fragmentation, over="found"), partial(reference_fragmentation, over="found")),
+        ],
+    )
     @given(clips(), backgrounds, units)
     @settings(max_examples=120, deadline=None)
-    def test_fg_ari(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        expected = reference_ari(*clip, background=background, per=per)
-        assert_scores(fg_ari(*clip, background=background, per=per), expected)
-
-    @given(clips(), units)
-    @settings(max_examples=100, deadline=None)
-    def test_ari(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
-        assert_scores(ari(*clip, per=per), reference_ari(*clip, background=None, per=per))
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=120, deadline=None)
-    def test_mean_best_overlap(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        expected = reference_mbo(*clip, background=background, per=per)
-        assert_scores(mean_best_overlap(*clip, background=background, per=per), expected)
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=120, deadline=None)
-    def test_mean_iou_equals_the_best_of_all_permutations(
-        self, clip: tuple[Tensor, Tensor], background: int | None, per: Per
+    def test_metrics(
+        self, metric: Any, reference: Any, clip: tuple[Tensor, Tensor], background: int | None, per: Per
     ) -> None:
-        expected = reference_miou(*clip, background=background, per=per)
-        assert_scores(mean_iou(*clip, background=background, per=per), expected)
-
-    @given(clips(), backgrounds)
-    @settings(max_examples=120, deadline=None)
-    def test_object_recall(self, clip: tuple[Tensor, Tensor], background: int | None) -> None:
-        expected = reference_recall(*clip, background=background)
-        assert_scores(object_recall(*clip, background=background), expected)
-
-    @pytest.mark.parametrize("over", ["all", "found"])
-    @given(clips(), backgrounds)
-    @settings(max_examples=100, deadline=None)
-    def test_fragmentation(self, over: Any, clip: tuple[Tensor, Tensor], background: int | None) -> None:
-        expected = reference_fragmentation(*clip, background=background, over=over)
-        assert_scores(fragmentation(*clip, background=background, over=over), expected)
+        options = {"background": background, "per": per}
+        taken = {key: options[key] for key in options if key in inspect.signature(metric).parameters}
+        assert_scores(metric(*clip, **taken), reference(*clip, **taken))
 
     @given(
         hnp.arrays(np.int64, hnp.array_shapes(min_dims=4, max_dims=4, max_side=3), elements=st.integers(0, 3)),
@@ -467,7 +461,7 @@ class TestProperties:
             atol=1e-12,
         )
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @given(clips(), backgrounds, st.integers(-3, 3))
     @settings(max_examples=40, deadline=None)
     def test_predictions_at_pixels_without_annotation_do_not_matter(
@@ -481,7 +475,7 @@ class TestProperties:
         other = torch.where(target < 0, anything, pred)
         assert torch.equal(metric(pred, target, background=background), metric(other, target, background=background))
 
-    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall])
+    @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=40, deadline=None)
     def test_the_truth_itself_scores_1(
@@ -492,7 +486,7 @@ class TestProperties:
         value = metric(target, target, background=background)
         assert torch.equal(value[scored], torch.ones_like(value[scored]))
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=20, deadline=None)
     def test_videos_are_scored_apart(
@@ -577,8 +571,8 @@ class TestNothingToScore:
         assert image_mbo(pred, target, background=0).tolist() == [0.5]
         assert image_miou(pred, target, background=0).tolist() == [0.25]
 
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3)])
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
+    @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
     def test_empty_batches_and_clips_pass(self, metric: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
         empty = torch.zeros(shape, dtype=torch.int64)
         scores = metric(empty, empty, background=None)
@@ -592,12 +586,6 @@ class TestNothingToScore:
 
 
 class TestLabels:
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_integers_of_any_width_are_equal(self, metric: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        target, pred = frames([0, 1, 1, 2, 2], [0, 0, 1, 2, 2]), frames([5, 5, 6, 6, 7], [5, 5, 6, 7, 7])
-        assert torch.equal(metric(pred.to(dtype), target.to(dtype), background=0), metric(pred, target, background=0))
-
     def test_the_largest_unsigned_ids_are_objects(self) -> None:
         target = torch.tensor([[[[2**64 - 1, 2**64 - 1, 7]]]], dtype=torch.uint64)
         assert ari(frames([5, 6, 6]), target).item() == pytest.approx(sklearn_ari(frames([1, 1, 7]), frames([5, 6, 6])))
@@ -698,30 +686,20 @@ class TestMasksToLabels:
             masks_to_labels(masks, (2, 2), kind=kind)
 
     @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
+        ("changes", "error", "message"),
         [
-            (
-                {"masks": torch.zeros(1, 2, 3, 4)},
-                ValueError,
-                r"`masks` must have shape \(B, T, S, h, w\); got",
-            ),
-            ({"masks": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "`masks` must have S >= 1; got S=0"),
-            (
-                {"masks": torch.zeros(1, 1, 2, 2, 2, dtype=torch.int64)},
-                TypeError,
-                "`masks` must be floating point; got torch.int64",
-            ),
-            ({"kind": "alpha"}, ValueError, "`kind` must be one of 'logits', 'probs'; got 'alpha'"),
-            ({"size": (4,)}, ValueError, r"`size` must be a pair \(height, width\); got \(4,\)"),
-            ({"size": (4, 0)}, ValueError, "`size` must be at least 1; got 0"),
-            ({"size": (4, 2.0)}, TypeError, "`size` must be an integer; got float"),
+            ({"masks": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "`masks` must have S >= 1; got S=0."),
+            ({"kind": "alpha"}, ValueError, "`kind` must be one of 'logits', 'probs'; got 'alpha'."),
+            ({"kind": "probs"}, ValueError, "`masks` must be at least 0 with kind='probs'; got -0.5."),
+            ({"size": (4,)}, ValueError, "`size` must be a pair (height, width); got (4,)."),
+            ({"size": 4}, ValueError, "`size` must be a pair (height, width); got 4."),
+            ({"size": (4, 0)}, ValueError, "`size` must be at least 1; got 0."),
+            ({"size": (4, 2.0)}, TypeError, "`size` must be an integer; got float."),
         ],
     )
-    def test_errors(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-        masks, size, kind = torch.zeros(1, 1, 2, 2, 2), (4, 4), "logits"
-        given = {"masks": masks, "size": size, "kind": kind, **arguments}
-        with pytest.raises(error, match=message):
-            masks_to_labels(given["masks"], given["size"], kind=given["kind"])
+    def test_errors(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        masks = torch.full((1, 1, 2, 2, 2), -0.5)
+        refuses(error, message, masks_to_labels, **{"masks": masks, "size": (4, 4)} | changes)
 
 
 class TestObjectsToLabels:
@@ -752,11 +730,10 @@ class TestObjectsToLabels:
     def test_no_objects(self) -> None:
         assert objects_to_labels(torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)).tolist() == [[[[0, 0]]]]
 
-    def test_errors(self) -> None:
-        with pytest.raises(ValueError, match=r"`masks` must have shape \(B, T, K, H, W\); got \(1, 2\)"):
-            objects_to_labels(torch.zeros(1, 2, dtype=torch.bool))
-        with pytest.raises(TypeError, match=r"`masks` must be boolean; got torch.float32"):
-            objects_to_labels(torch.zeros(1, 1, 1, 1, 1))
+    def test_a_switch_is_true_or_false(self) -> None:
+        masks = torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)
+        message = "`ignore_overlaps` must be True or False; got str."
+        refuses(TypeError, message, objects_to_labels, masks, ignore_overlaps="no")
 
 
 class TestMetricAverage:
@@ -865,72 +842,58 @@ class TestMetricAverage:
             average.compute()
         assert repr(average) == "video_fg_ari(background=0), nothing to average yet"
 
-    def test_errors(self) -> None:
-        with pytest.raises(TypeError, match=r"`metric` must be one of the functions ari, video_ari, .*; got <built-in"):
-            MetricAverage(torch.add)
-        with pytest.raises(TypeError, match=r"`options` must fit video_fg_ari: missing a required .*'background'"):
-            MetricAverage(video_fg_ari)
-        with pytest.raises(TypeError, match=r"`options` must fit video_ari: .*'background'; got {'background': 0}"):
-            MetricAverage(video_ari, background=0)
-        with pytest.raises(
-            ValueError, match=r"`other` must average fg_ari\(background=0\); got fg_ari\(background=1\)"
-        ):
-            MetricAverage(fg_ari, background=0).merge(MetricAverage(fg_ari, background=1))
-        with pytest.raises(ValueError, match=r"`other` must average video_ari\(\); got image_ari\(\)"):
-            MetricAverage(video_ari).merge(MetricAverage(image_ari))
+    @pytest.mark.parametrize(
+        ("metric", "options", "message"),
+        [
+            (torch.add, {}, "`metric` must be one of the functions ari, video_ari, image_ari, fg_ari, "),
+            ([ari], {}, "`metric` must be one of the functions ari, video_ari, image_ari, fg_ari, "),
+            (video_fg_ari, {}, "`options` must fit video_fg_ari: missing a required "),
+            (video_ari, {"background": 0}, "`options` must fit video_ari: got an unexpected keyword argument "),
+        ],
+    )
+    def test_other_metrics_and_options_are_refused(self, metric: Any, options: dict[str, Any], message: str) -> None:
+        refuses(TypeError, message, MetricAverage, metric, **options)
+
+    def test_other_averages_are_not_merged(self) -> None:
+        average = MetricAverage(fg_ari, background=0)
+        for other, got in ((fg_ari, "fg_ari(background=1)"), (image_fg_ari, "image_fg_ari(background=1)")):
+            message = f"`other` must average fg_ari(background=0); got {got}."
+            refuses(ValueError, message, average.merge, MetricAverage(other, background=1))
+        refuses(TypeError, "`other` must be MetricAverage; got str.", average.merge, "fg_ari")
+
+
+LABELS = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
 
 
 class TestErrors:
     @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_labels(self, metric: Callable[..., Tensor]) -> None:
-        good = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
-        with pytest.raises(ValueError, match=r"`pred` must have shape \(B, T, H, W\); got \(1, 2, 3\)"):
-            metric(good[..., 0], good, background=0)
-        with pytest.raises(ValueError, match=r"`target` must have shape \(B=1, T=2, H=3, W=3\); got \(1, 1, 3, 3\)"):
-            metric(good, good[:, :1], background=0)
-        with pytest.raises(TypeError, match=r"`pred` must hold integers; got torch.float32"):
-            metric(good.float(), good, background=0)
-        with pytest.raises(TypeError, match=r"`target` must hold integers; got torch.bool"):
-            metric(good, good.bool(), background=0)
-        with pytest.raises(TypeError, match="`pred` must be a tensor; got list"):
-            metric([0], good, background=0)
-        with pytest.raises(ValueError, match=r"`pred` must be on the device of `target` \(meta\); got cpu"):
-            metric(good, good.to("meta"), background=0)
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"pred": LABELS[..., 0]}, ValueError, "`pred` must have shape (B, T, H, W); got (1, 2, 3)."),
+            ({"target": LABELS[:, :1]}, ValueError, "`target` must have shape (B=1, T=2, H=3, W=3); got (1, 1, 3, 3)."),
+            ({"background": -1}, ValueError, "`background` must be at least 0; got -1."),
+            ({"background": True}, TypeError, "`background` must be an integer; got bool."),
+        ],
+    )
+    def test_labels(self, metric: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        refuses(error, message, metric, **{"pred": LABELS, "target": LABELS, "background": 0} | changes)
 
-    @pytest.mark.parametrize("metric", [*scored_on_ground_truth])
-    def test_background(self, metric: Callable[..., Tensor]) -> None:
-        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-        with pytest.raises(ValueError, match="`background` must be at least 0; got -1"):
-            metric(labels, labels, background=-1)
-        with pytest.raises(TypeError, match="`background` must be an integer; got bool"):
-            metric(labels, labels, background=True)
+    def test_choices(self) -> None:
+        for metric in with_background:
+            wanted = "`per` must be one of 'video', 'image'; got 'frame'."
+            refuses(ValueError, wanted, metric, LABELS, LABELS, background=0, per="frame")
+        wanted = "`over` must be one of 'all', 'found'; got 'some'."
+        refuses(ValueError, wanted, fragmentation, LABELS, LABELS, background=0, over="some")
 
-    @pytest.mark.parametrize("metric", with_background)
-    def test_per(self, metric: Callable[..., Tensor]) -> None:
-        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-        with pytest.raises(ValueError, match="`per` must be one of 'video', 'image'; got 'frame'"):
-            metric(labels, labels, background=0, per="frame")
-
-    def test_over(self) -> None:
-        labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-        with pytest.raises(ValueError, match="`over` must be one of 'all', 'found'; got 'some'"):
-            fragmentation(labels, labels, background=0, over=cast("Any", "some"))
-
-    def test_unused_slots(self) -> None:
-        labels = torch.tensor([[[[0, 3]]]])
-        with pytest.raises(ValueError, match=r"`pred` must lie within \[0, 2\]; got values from 0 to 3"):
-            unused_slots(labels, num_slots=3)
-        with pytest.raises(ValueError, match=r"`pred` must lie within \[0, 3\]; got values from -1 to 2"):
-            unused_slots(labels - 1, num_slots=4)
-        with pytest.raises(ValueError, match="`num_slots` must be at least 1; got 0"):
-            unused_slots(labels, num_slots=0)
-        with pytest.raises(ValueError, match="`per` must be one of 'video', 'image'; got 'clip'"):
-            unused_slots(labels, num_slots=4, per=cast("Any", "clip"))
-        with pytest.raises(TypeError, match=r"`pred` must hold integers; got torch.float32"):
-            unused_slots(labels.float(), num_slots=4)
-
-    def test_has_objects(self) -> None:
-        with pytest.raises(ValueError, match=r"`target` must have shape \(B, T, H, W\); got \(2,\)"):
-            has_objects(torch.zeros(2, dtype=torch.int64), background=0)
-        with pytest.raises(ValueError, match="`background` must be at least 0; got -1"):
-            has_objects(torch.zeros(1, 1, 1, 1, dtype=torch.int64), background=-1)
+    @pytest.mark.parametrize(
+        ("pred", "options", "message"),
+        [
+            ([0, 3], {"num_slots": 3}, "`pred` must lie within [0, 2]; got values from 0 to 3."),
+            ([-1, 2], {"num_slots": 4}, "`pred` must lie within [0, 3]; got values from -1 to 2."),
+            ([0, 3], {"num_slots": 0}, "`num_slots` must be at least 1; got 0."),
+            ([0, 3], {"num_slots": 4, "per": "clip"}, "`per` must be one of 'video', 'image'; got 'clip'."),
+        ],
+    )
+    def test_unused_slots(self, pred: list[int], options: dict[str, Any], message: str) -> None:
+        refuses(ValueError, message, unused_slots, frames(pred), **options)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from golden_cases import NAMES, load_golden
-from ssync_loss.reference.ssync import (
+from ssync_loss.ssync.reference import (
     UnionFind,
     reference_boundary_region,
     reference_hard_labels,

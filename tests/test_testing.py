@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssync_loss import testing
-from ssync_loss.reference.ssync import (
+from ssync_loss.ssync.reference import (
     reference_merge_slots,
     reference_pseudo_labels,
     reference_selective_distillation_loss,

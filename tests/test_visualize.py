@@ -3,6 +3,7 @@
 import io
 import math
 from itertools import pairwise
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.image
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from refusals import refuses
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.pseudo_labels import pseudo_labels
 from ssync_loss.testing import SSyncCase, poison, ssync_cases
@@ -318,54 +320,54 @@ def test_nothing_is_read_on_the_host() -> None:
 
 # --- errors ---
 
+VIDEO, MAPS = torch.zeros(2, 3, 3, 8, 8), torch.zeros(2, 3, 4, 4, 4)
+LABELS = torch.zeros(2, 3, 4, 4, dtype=torch.int64)
+PSEUDO = PseudoLabels(LABELS, LABELS, LABELS == 0, LABELS == 0, torch.zeros(2, 4, dtype=torch.int64))
 
-def test_errors_name_the_argument_the_wanted_and_the_given() -> None:
-    video, maps = torch.zeros(2, 3, 3, 8, 8), torch.zeros(2, 3, 4, 4, 4)
-    labels = torch.zeros(2, 3, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"`num_slots` must be within \[1, 256\]; got 257"):
-        palette(257)
-    with pytest.raises(TypeError, match=r"`num_slots` must be an integer; got float"):
-        palette(3.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`video` must have shape \(B, T, C=3, h, w\); got \(2, 3, 8, 8, 3\)"):
-        overlay(video.movedim(2, -1), labels)
-    with pytest.raises(ValueError, match=r"`video` must have h >= 1; got h=0"):
-        filmstrip(video[:, :, :, :0])
-    with pytest.raises(TypeError, match=r"`video` must be floating point within \[0, 1\] or uint8; got torch.int64"):
-        filmstrip(video.long())
-    with pytest.raises(ValueError, match=r"`gap` must be at least 0; got -1"):
-        filmstrip(video, gap=-1)
-    with pytest.raises(ValueError, match=r"`labels` must have shape \(B=2, T=3, H, W\); got \(2, 2, 4, 4\)"):
-        overlay(video, labels[:, :2])
-    with pytest.raises(ValueError, match=r"`labels` must have H >= 1; got H=0"):
-        overlay(video, labels[:, :, :0])
-    with pytest.raises(TypeError, match=r"`labels` must hold integers; got torch.float32"):
-        overlay(video, labels.float())
-    with pytest.raises(ValueError, match=r"`labels` must be on the device of `video` \(cpu\); got meta"):
-        overlay(video, labels.to("meta"))
-    with pytest.raises(ValueError, match=r"`alpha` must be within \[0.0, 1.0\]; got 1.5"):
-        overlay(video, labels, alpha=1.5)
-    with pytest.raises(ValueError, match=r"`valid` must have shape \(B=2, T=3\); got \(2, 4\)"):
-        overlay(video, labels, valid=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"`region` must be boolean; got torch.int64"):
-        outline(video, labels)
-    with pytest.raises(ValueError, match=r"`color` must have three parts: red, green and blue; got \(1, 2\)"):
-        outline(video, labels == 0, (1, 2))
-    with pytest.raises(ValueError, match=r"`color` must be within \[0, 255\]; got 256"):
-        outline(video, labels == 0, (1, 2, 256))
-    with pytest.raises(ValueError, match=r"`width` must be at least 1; got 0"):
-        outline(video, labels == 0, width=0)
-    pseudo = PseudoLabels(labels, labels, labels == 0, labels == 0, torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"`labels.interior` must have shape \(B=2, T=3, H=4, W=4\); got \(2, 3\)"):
-        roles(pseudo._replace(interior=torch.ones(2, 3, dtype=torch.bool)))
-    with pytest.raises(TypeError, match=r"`labels.boundary` must be boolean; got torch.int64"):
-        roles(pseudo._replace(boundary=labels))
-    with pytest.raises(ValueError, match=r"`video` must have shape \(B=2, T=3, C=3, h, w\); got \(2, 2, 3, 8, 8\)"):
-        panel(video[:, :2], maps, maps)
-    with pytest.raises(ValueError, match=r"`video` must be on the device of `enc_logits` \(cpu\); got meta"):
-        panel(video.to("meta"), maps, maps)
-    with pytest.raises(ValueError, match=r"`labels.dec_labels` must have shape \(B=2, T=3, H=4, W=4\)"):
-        panel(video, maps, maps, labels=pseudo._replace(dec_labels=labels[:, :2]))
-    with pytest.raises(ValueError, match=r"`scale` must be at least 1; got 0"):
-        panel(video, maps, maps, scale=0)
-    with pytest.raises(ValueError, match=r"`merge_threshold` must be within"):
-        panel(video, maps, maps, merge_threshold=2.0)
+
+@pytest.mark.parametrize(
+    ("call", "given", "error", "message"),
+    [
+        (palette, {"num_slots": 257}, ValueError, "`num_slots` must be within [1, 256]; got 257."),
+        (palette, {"num_slots": 3.0}, TypeError, "`num_slots` must be an integer; got float."),
+        (overlay, {"video": VIDEO.movedim(2, -1)}, ValueError, "`video` must have shape (B, T, C=3, h, w); got"),
+        (overlay, {"labels": LABELS[:, :2]}, ValueError, "`labels` must have shape (B=2, T=3, H, W); got"),
+        (overlay, {"labels": LABELS[:, :, :0]}, ValueError, "`labels` must have H >= 1; got H=0."),
+        (overlay, {"labels": LABELS - 1}, ValueError, "`labels` must be at least 0; got -1."),
+        (overlay, {"alpha": 1.5}, ValueError, "`alpha` must be within [0.0, 1.0]; got 1.5."),
+        (overlay, {"valid": LABELS[:, :2, 0, 0] == 0}, ValueError, "`valid` must have shape (B=2, T=3); got (2, 2)."),
+        (filmstrip, {"video": VIDEO[:, :, :, :0]}, ValueError, "`video` must have h >= 1; got h=0."),
+        (filmstrip, {"gap": -1}, ValueError, "`gap` must be at least 0; got -1."),
+        (outline, {"color": (1, 2)}, ValueError, "`color` must have three parts: red, green and blue; got (1, 2)."),
+        (outline, {"color": (1, 2, 256)}, ValueError, "`color` must be within [0, 255]; got 256."),
+        (outline, {"color": None}, TypeError, "`color` must be three integers: red, green and blue; got NoneType."),
+        (outline, {"color": 7}, TypeError, "`color` must be three integers: red, green and blue; got int."),
+        (outline, {"color": "red"}, TypeError, "`color` must be an integer; got str."),
+        (outline, {"width": 0}, ValueError, "`width` must be at least 1; got 0."),
+        (panel, {"video": VIDEO[:, :2]}, ValueError, "`video` must have shape (B=2, T=3, C=3, h, w); got"),
+        (panel, {"scale": 0}, ValueError, "`scale` must be at least 1; got 0."),
+        (panel, {"merge_threshold": 2.0}, ValueError, "`merge_threshold` must be within"),
+    ],
+)
+def test_errors_name_the_argument(call: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    usual: dict[Any, dict[str, Any]] = {
+        overlay: {"video": VIDEO, "labels": LABELS},
+        outline: {"video": VIDEO, "region": LABELS == 0},
+        filmstrip: {"video": VIDEO},
+        panel: {"video": VIDEO, "enc_logits": MAPS, "dec_logits": MAPS},
+    }
+    refuses(error, message, call, **usual.get(call, {}) | given)
+
+
+@pytest.mark.parametrize("wrong", [tuple(PSEUDO), "labels", LABELS])
+def test_labels_that_are_no_pseudo_labels_are_refused(wrong: Any) -> None:
+    message = f"`labels` must be PseudoLabels; got {type(wrong).__name__}."
+    refuses(TypeError, message, roles, wrong)
+    refuses(TypeError, message, panel, VIDEO, MAPS, MAPS, labels=wrong)
+
+
+def test_fields_of_labels_are_named() -> None:
+    small = PSEUDO._replace(interior=torch.ones(2, 3, dtype=torch.bool), dec_labels=LABELS[:, :2])
+    refuses(ValueError, "`labels.interior` must have shape (B=2, T=3, H=4, W=4); got (2, 3).", roles, small)
+    message = "`labels.dec_labels` must have shape (B=2, T=3, H=4, W=4); got (2, 2, 4, 4)."
+    refuses(ValueError, message, panel, VIDEO, MAPS, MAPS, labels=small)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str, int]:
@@ -38,9 +39,18 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str,
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Require a tensor."""
+    """Require a tensor whose numbers lie in memory one by one: neither sparse nor nested, quantized or of oneDNN."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(tensor).__name__}.")
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+        raise TypeError(f"`{name}` must be a dense tensor; got a {kind} one.")
+
+
+def check_type(name: str, value: object, wanted: type) -> None:
+    """Require an object of a class of this library."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
 
 def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
@@ -61,10 +71,27 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"`{name}` must have 16, 32 or 64 bits; got {tensor.dtype}.")
 
 
+INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u"))
+
+
 def check_integer(name: str, tensor: Tensor) -> None:
-    """Require an integer tensor (bool does not count)."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    """Require an integer tensor of 8 to 64 bits (bool does not count)."""
+    if tensor.dtype not in INTEGERS:
         raise TypeError(f"`{name}` must hold integers; got {tensor.dtype}.")
+
+
+def as_index(name: str, tensor: Tensor) -> Tensor:
+    """Require an integer tensor and return it as int64: for others torch lacks operators, of unsigned ones most.
+
+    What int64 cannot hold is an error where :func:`check_label_range` can look, and negative elsewhere.
+    """
+    check_integer(name, tensor)
+    index = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64:
+        values = read_numbers(index)
+        if values is not None and bool((values < 0).any()):
+            raise ValueError(f"`{name}` must lie below 2**63; got {int(values.min()) % 2**64}.")
+    return index
 
 
 def check_bool(name: str, tensor: Tensor) -> None:
@@ -102,31 +129,44 @@ def check_number(name: str, value: object, low: float, high: float | None = None
         raise ValueError(f"`{name}` must be {wanted}; got {value}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of a few names."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
 
 
 def check_positive(name: str, tensor: Tensor) -> None:
-    """Require numbers above 0, where that can be seen as in :func:`check_label_range`."""
-    if not is_readable(tensor) or tensor.numel() == 0:
-        return
-    lowest = float(tensor.min())
-    if lowest <= 0:
+    """Require numbers above 0, where that can be seen as in :func:`check_label_range`; NaN passes."""
+    values = read_numbers(tensor)
+    if values is not None and (lowest := values.min().item()) <= 0:
         raise ValueError(f"`{name}` must be above 0 everywhere; got {lowest}.")
+
+
+def check_nonnegative(name: str, tensor: Tensor) -> None:
+    """Require numbers of at least 0, where that can be seen as in :func:`check_label_range`; NaN passes."""
+    # torch finds no least one of some unsigned types
+    values = read_numbers(tensor) if tensor.dtype.is_signed else None
+    if values is not None and (lowest := values.min().item()) < 0:
+        raise ValueError(f"`{name}` must be at least 0; got {lowest}.")
 
 
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     """Require slot labels within [0, num_slots), where that can be seen without waiting for a device.
 
-    Only plain CPU tensors outside compilation are read. On an accelerator the check would stall the step;
-    there an index out of range trips the device's own assertion.
+    Only numbers in the memory of the CPU are read, see :func:`read_numbers`. On an accelerator the check would stall the
+    step; there an index out of range trips the device's own assertion.
     """
-    if not is_readable(labels) or labels.numel() == 0:
+    values = read_numbers(labels)
+    if values is None:
         return
-    low, high = int(labels.min()), int(labels.max())
+    low, high = (int(bound) for bound in as_index(name, values).aminmax())
     if low < 0 or high >= num_slots:
         raise ValueError(f"`{name}` must lie within [0, {num_slots - 1}]; got values from {low} to {high}.")
 
@@ -136,7 +176,7 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
     A clip without any present slot has nothing to teach and is left out.
     """
-    if not is_readable(labels):
+    if any(read_numbers(one) is None for one in (labels, region, slot_mask)):
         return
     present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)
     absent = region & ~present & slot_mask.any(1)[:, None, None, None]
@@ -151,13 +191,27 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
 def check_equal_counts(name: str, mask: Tensor) -> None:
     """Require a mask (B, T, N) of as many positions in every frame, where :func:`check_label_range` can look, too."""
-    if not is_readable(mask) or mask.numel() == 0:
+    kept = read_numbers(mask)
+    if kept is None:
         return
-    low, high = (int(one) for one in mask.sum(2).aminmax())
+    low, high = (int(one) for one in kept.sum(2).aminmax())
     if low != high:
         raise ValueError(f"`{name}` must keep the same number of positions in every frame; got {low} to {high}.")
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Tell whether a tensor can be looked into without waiting for a device or breaking a graph."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+def read_numbers(tensor: Tensor) -> Tensor | None:
+    """Return the numbers of a tensor where a look waits for no device and breaks no trace; None elsewhere, and of none.
+
+    They have to lie in memory of the CPU that is the tensor's own, as that of a parameter or of most subclasses. Fake
+    tensors and those inside vmap, grad or functionalize have none, and what a tracer records is not read.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        own = storage.device.type == "cpu" and storage.data_ptr() != 0
+    except (NotImplementedError, RuntimeError):
+        # a wrapper's numbers are those of another tensor
+        return None
+    return tensor.detach().as_subclass(Tensor) if own and tensor.numel() > 0 else None

@@ -1,19 +1,21 @@
 """How well a partition into slots fits the features it was made from."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import (
+    as_index,
     check_floating,
     check_int,
-    check_integer,
     check_label_range,
     check_not_empty,
     check_same_device,
     check_shape,
 )
-from ssync_loss.ssync.maps import check_valid
+from ssync_loss.diagnostics.statistics import valid_patches
 
 # features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
 _CHANNELS = 64
@@ -26,24 +28,18 @@ def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, vali
     mean of their own slot over the whole clip.
 
     Shape:
-        features: (B, T, D, H, W). labels: (B, T, H, W). Returns (B,), float64, within [0, 1]; 0 where
+        features: (B, T, D, H, W), floating point; a large common mean does no harm. labels: (B, T, H, W) integers
+        within [0, num_slots). valid: (B, T) or (B, T, H, W) bool. Returns (B,), float64, within [0, 1]; 0 where
         features are constant or no patch is valid, NaN where features of a valid patch are not finite.
 
-    Args:
-        features: floating point; a large common mean does no harm.
-        labels: the slot of every patch, integers within [0, num_slots).
-        num_slots: number of slots.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
-
     Raises:
-        ValueError: if shapes or devices differ, or labels are out of range.
-        TypeError: if a dtype is wrong.
+        TypeError, ValueError: if a dtype, shape or device does not fit, or labels are seen to be out of range.
 
     >>> features = torch.tensor([0.0, 2.0, 6.0, 8.0]).view(1, 1, 1, 1, 4)
     >>> explained_variance(features, torch.tensor([[[[0, 0, 1, 1]]]]), num_slots=2).tolist()  # 1 - 4/40
     [0.9]
     """
-    patches = _check_labeled_features(features, labels, valid)
+    labels, patches = _check_labeled_features(features, labels, valid)
     check_int("num_slots", num_slots, 1)
     check_label_range("labels", labels, num_slots)
     with torch.no_grad():
@@ -59,27 +55,23 @@ def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = N
     all the rest, 0.5 for chance.
 
     Shape:
-        features: (B, T, D, H, W). labels: (B, T, H, W). Returns (B,), float64; 0.5 where there is no pair of
-        one or of the other sort, NaN where features of a valid pair are not finite.
-
-    Args:
-        features: floating point.
-        labels: the slot of every patch, integers.
-        valid: (B, T) or (B, T, H, W) bool; a pair counts when both patches do. All when None.
+        features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool;
+        a pair counts when both patches do. Returns (B,), float64; 0.5 where there is no pair of one or of the other
+        sort, NaN where features of a valid pair are not finite.
 
     Raises:
-        ValueError: if shapes or devices differ.
-        TypeError: if a dtype is wrong.
+        TypeError, ValueError: if a dtype, shape or device does not fit.
 
     >>> features = torch.tensor([0.0, 1.0, 3.0, 6.0]).view(1, 1, 1, 1, 4)  # steps of 1, 2 and 3
     >>> edge_alignment(features, torch.tensor([[[[0, 0, 1, 1]]]])).tolist()  # 2 > 1, but 2 < 3
     [0.5]
     """
-    patches = _check_labeled_features(features, labels, valid)
+    labels, patches = _check_labeled_features(features, labels, valid)
     with torch.no_grad():
-        distance = _pairs(*_squared_steps(features))
-        edge = _pairs(labels[..., 1:] != labels[..., :-1], labels[..., 1:, :] != labels[..., :-1, :])
-        counted = _pairs(patches[..., 1:] & patches[..., :-1], patches[..., 1:, :] & patches[..., :-1, :])
+        edge, counted = _pairs(labels, torch.ne), _pairs(patches, torch.logical_and)
+        distance = torch.zeros_like(edge, dtype=torch.float64)
+        for block in _channel_blocks(features):
+            distance = distance + _pairs(block.double(), _squared_distance)
         return _auc(distance, edge, counted)
 
 
@@ -90,14 +82,14 @@ def check_features(features: Tensor, **sizes: int) -> None:
     check_floating("features", features)
 
 
-def _check_labeled_features(features: Tensor, labels: Tensor, valid: Tensor | None) -> Tensor:
-    """Check both, and return ``valid`` as (B, T, H, W)."""
+def _check_labeled_features(features: Tensor, labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check both, and return labels as int64 and ``valid`` as (B, T, H, W)."""
     size = check_shape("labels", labels, "B T H W")
-    check_integer("labels", labels)
+    index = as_index("labels", labels)
     check_not_empty("labels", size, "T H W")
     check_features(features, **size)
     check_same_device("features", features, labels=labels)
-    return torch.ones_like(labels, dtype=torch.bool) if valid is None else check_valid(valid, size, labels=labels)
+    return index, valid_patches(valid, labels)
 
 
 def explained_of(features: Tensor, labels: Tensor, num_slots: int, patches: Tensor) -> Tensor:
@@ -126,20 +118,14 @@ def _channel_blocks(features: Tensor) -> tuple[Tensor, ...]:
     return features.chunk(-(-features.shape[2] // _CHANNELS), dim=2)
 
 
-def _squared_steps(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared feature distance of every patch to its right and to its lower neighbor."""
-    B, T, _, H, W = features.shape
-    right = features.new_zeros((B, T, H, W - 1), dtype=torch.float64)
-    below = features.new_zeros((B, T, H - 1, W), dtype=torch.float64)
-    for block in _channel_blocks(features):
-        values = block.double()
-        right = right + values.diff(dim=4).square().sum(2)
-        below = below + values.diff(dim=3).square().sum(2)
-    return right, below
-
-
-def _pairs(right: Tensor, below: Tensor) -> Tensor:
+def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compare every cell (B, T, ..., H, W) with its right and its lower neighbor: (B, pairs)."""
+    right, below = compare(cells[..., 1:], cells[..., :-1]), compare(cells[..., 1:, :], cells[..., :-1, :])
     return torch.cat([right.flatten(1), below.flatten(1)], dim=1)
+
+
+def _squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).square().sum(2)
 
 
 def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssync_loss._checks import check_bool, check_integer, check_not_empty, check_same_device, check_shape
+from ssync_loss._checks import (
+    as_index,
+    check_bool,
+    check_nonnegative,
+    check_not_empty,
+    check_same_device,
+    check_shape,
+    check_type,
+)
 from ssync_loss.ssync.maps import check_slot_mask, check_valid
 from ssync_loss.ssync.types import PseudoLabels
 
@@ -22,11 +30,9 @@ class Summary(NamedTuple):
         interior_share: (B,), where the decoder teaches the encoder.
         untaught_share: (B,), where neither teaches the other.
         agreement: (B,), where both maps carry the same merged label.
-        enc_slots: (B,) int64, different merged labels in the encoder's map.
-        dec_slots: (B,) int64, different merged labels in the decoder's map.
+        enc_slots, dec_slots: (B,) int64, different merged labels in each map.
         merges: (B,) int64, slots renamed to another one by merging.
-        enc_flips: (B,), encoder labels that change from one frame to the next.
-        dec_flips: (B,), decoder labels that change from one frame to the next.
+        enc_flips, dec_flips: (B,), labels that change from one frame to the next.
     """
 
     boundary_share: Tensor
@@ -46,17 +52,16 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     Everything is read from the labels *after* merging. A logger takes the means over the batch as
     ``{f"ssync/{name}": value.float().mean() for name, value in summary(labels)._asdict().items()}``.
 
+    Shape:
+        valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
+
     Args:
         labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned.
-        valid: (B, T) or (B, T, H, W) bool, as given there.
-        slot_mask: (B, S) bool, as given there; a clip without any slot has no valid patch.
-
-    Returns:
-        Summary of (B,) tensors; a share of nothing is 0.
+        valid: as given there.
+        slot_mask: as given there; a clip without any slot has no valid patch.
 
     Raises:
-        ValueError: if shapes or devices differ.
-        TypeError: if a mask is not boolean or labels are not integers.
+        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
     >>> row = torch.tensor([[[[0, 0, 1, 1]]]])
     >>> everywhere = torch.ones(1, 1, 1, 4, dtype=torch.bool)
@@ -64,21 +69,29 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     >>> {name: value.item() for name, value in summary(labels)._asdict().items()}["merges"]
     1
     """
+    check_type("labels", labels, PseudoLabels)
     size = check_shape("labels.enc_labels", labels.enc_labels, "B T H W")
+    for name in ("dec_labels", "boundary", "interior"):
+        check_shape(f"labels.{name}", getattr(labels, name), "B T H W", **size)
     size = check_shape("labels.representative", labels.representative, "B S", **size)
+    check_bool("labels.boundary", labels.boundary)
+    check_bool("labels.interior", labels.interior)
+    enc, dec, representative = (
+        as_index(f"labels.{name}", getattr(labels, name)) for name in ("enc_labels", "dec_labels", "representative")
+    )
     if slot_mask is not None:
-        check_slot_mask(slot_mask, size, representative=labels.representative)
-        valid = _valid_patches(valid, labels.enc_labels) & slot_mask.any(1)[:, None, None, None]
+        check_slot_mask(slot_mask, size, representative=representative)
+        valid = valid_patches(valid, enc) & slot_mask.any(1)[:, None, None, None]
     return Summary(
         boundary_share=region_share(labels.boundary, valid=valid),
         interior_share=region_share(labels.interior, valid=valid),
         untaught_share=region_share(~(labels.boundary | labels.interior), valid=valid),
-        agreement=agreement(labels.enc_labels, labels.dec_labels, valid=valid),
-        enc_slots=slots_in_use(labels.enc_labels, valid=valid),
-        dec_slots=slots_in_use(labels.dec_labels, valid=valid),
-        merges=merges(labels.representative),
-        enc_flips=label_flips(labels.enc_labels, valid=valid),
-        dec_flips=label_flips(labels.dec_labels, valid=valid),
+        agreement=agreement(enc, dec, valid=valid),
+        enc_slots=slots_in_use(enc, valid=valid),
+        dec_slots=slots_in_use(dec, valid=valid),
+        merges=merges(representative),
+        enc_flips=label_flips(enc, valid=valid),
+        dec_flips=label_flips(dec, valid=valid),
     )
 
 
@@ -86,49 +99,38 @@ def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's valid patches that lie in a region: ``(region & valid).sum() / valid.sum()``.
 
     Shape:
-        region: (B, T, H, W), bool. Returns (B,), float32; 0 for a clip without a valid patch.
-
-    Args:
-        region: where something holds, for example ``PseudoLabels.boundary``.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        region: (B, T, H, W), bool, for example ``PseudoLabels.boundary``. valid: (B, T) or (B, T, H, W) bool. Returns
+        (B,), float32; 0 for a clip without a valid patch.
 
     Raises:
-        ValueError: if a shape or device differs.
-        TypeError: if a tensor is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit.
 
     >>> region_share(torch.tensor([[[[True, False, False, False]]]])).tolist()
     [0.25]
     """
     check_shape("region", region, "B T H W")
     check_bool("region", region)
-    return _share(region, _valid_patches(valid, region))
+    return _share(region, valid_patches(valid, region))
 
 
 def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's valid patches on which both maps carry one label: ``mean(enc == dec)``.
 
     Shape:
-        enc_labels, dec_labels: (B, T, H, W), integer. Returns (B,), float32; 0 for a clip without a valid
-        patch.
-
-    Args:
-        enc_labels: labels of the encoder map.
-        dec_labels: labels of the decoder map.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        enc_labels, dec_labels: (B, T, H, W), integer. valid: (B, T) or (B, T, H, W) bool. Returns (B,), float32; 0
+        for a clip without a valid patch.
 
     Raises:
-        ValueError: if a shape or device differs.
-        TypeError: if labels are not integers or ``valid`` is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit.
 
     >>> agreement(torch.tensor([[[[0, 0, 1, 1]]]]), torch.tensor([[[[0, 0, 0, 1]]]])).tolist()
     [0.75]
     """
     size = check_shape("enc_labels", enc_labels, "B T H W")
-    check_integer("enc_labels", enc_labels)
     check_shape("dec_labels", dec_labels, "B T H W", **size)
-    check_integer("dec_labels", dec_labels)
+    same = as_index("enc_labels", enc_labels), as_index("dec_labels", dec_labels)
     check_same_device("dec_labels", dec_labels, enc_labels=enc_labels)
-    return _share(enc_labels == dec_labels, _valid_patches(valid, enc_labels))
+    return _share(torch.eq(*same), valid_patches(valid, enc_labels))
 
 
 def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -138,24 +140,20 @@ def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     merging to count objects.
 
     Shape:
-        labels: (B, T, H, W), integer >= 0. Returns (B,), int64; 0 for a clip without a valid patch.
-
-    Args:
-        labels: slot of every patch.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        labels: (B, T, H, W), integer >= 0. valid: (B, T) or (B, T, H, W) bool. Returns (B,), int64; 0 for a clip
+        without a valid patch.
 
     Raises:
-        ValueError: if a shape or device differs.
-        TypeError: if labels are not integers or ``valid`` is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit, or labels are seen to be negative.
 
     >>> slots_in_use(torch.tensor([[[[4, 0, 4, 2]]]])).tolist()
     [3]
     """
-    size = check_shape("labels", labels, "B T H W")
-    check_integer("labels", labels)
-    check_not_empty("labels", size, "T H W")
+    check_not_empty("labels", check_shape("labels", labels, "B T H W"), "T H W")
+    index = as_index("labels", labels)
+    check_nonnegative("labels", index)
     # sorted, equal labels stand together and every new value starts a run; -1 keeps the invalid apart
-    values = labels.long().masked_fill(~_valid_patches(valid, labels), -1).flatten(1).sort(dim=1).values
+    values = index.masked_fill(~valid_patches(valid, labels), -1).flatten(1).sort(dim=1).values
     starts = F.pad(values.diff(dim=1) != 0, (1, 0), value=True)
     return (starts & (values >= 0)).sum(1)
 
@@ -166,21 +164,18 @@ def merges(representative: Tensor) -> Tensor:
     Three slots merged into one object are two merges.
 
     Shape:
-        representative: (B, S), integer, from ``merge_slots`` or ``PseudoLabels``. Returns (B,), int64.
-
-    Args:
-        representative: the slot that stands for each slot.
+        representative: (B, S), integer, the slot that stands for each slot, from ``merge_slots`` or ``PseudoLabels``.
+        Returns (B,), int64.
 
     Raises:
-        ValueError: if the rank differs.
-        TypeError: if it does not hold integers.
+        TypeError, ValueError: if the dtype or rank does not fit.
 
     >>> merges(torch.tensor([[0, 0, 2, 0]])).tolist()
     [2]
     """
     size = check_shape("representative", representative, "B S")
-    check_integer("representative", representative)
-    return (representative != torch.arange(size["S"], device=representative.device)).sum(1)
+    slots = torch.arange(size["S"], device=representative.device)
+    return (as_index("representative", representative) != slots).sum(1)
 
 
 def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -190,23 +185,18 @@ def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     labels too, so compare maps of the same clips.
 
     Shape:
-        labels: (B, T, H, W), integer. Returns (B,), float32; 0 without a pair, as for T = 1.
-
-    Args:
-        labels: slot of every patch.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+        labels: (B, T, H, W), integer. valid: (B, T) or (B, T, H, W) bool. Returns (B,), float32; 0 without a pair, as
+        for T = 1.
 
     Raises:
-        ValueError: if a shape or device differs.
-        TypeError: if labels are not integers or ``valid`` is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit.
 
     >>> label_flips(torch.tensor([[[[0, 0, 1, 1]], [[0, 1, 1, 1]]]])).tolist()
     [0.25]
     """
     check_shape("labels", labels, "B T H W")
-    check_integer("labels", labels)
-    counted = _valid_patches(valid, labels)
-    return _share(labels[:, 1:] != labels[:, :-1], counted[:, 1:] & counted[:, :-1])
+    index, counted = as_index("labels", labels), valid_patches(valid, labels)
+    return _share(index[:, 1:] != index[:, :-1], counted[:, 1:] & counted[:, :-1])
 
 
 def _share(event: Tensor, counted: Tensor) -> Tensor:
@@ -214,7 +204,7 @@ def _share(event: Tensor, counted: Tensor) -> Tensor:
     return hits.float() / counted.flatten(1).sum(1).clamp_min(1)
 
 
-def _valid_patches(valid: Tensor | None, labels: Tensor) -> Tensor:
+def valid_patches(valid: Tensor | None, labels: Tensor) -> Tensor:
     """Bring ``valid`` to the (B, T, H, W) of the labels; everything where it is None."""
     if valid is None:
         return torch.ones_like(labels, dtype=torch.bool)

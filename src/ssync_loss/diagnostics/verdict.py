@@ -5,36 +5,34 @@ interiors. It can only help where the encoder has something to teach: where its 
 better than the decoder's. Fit is measured on the features both maps are made from.
 """
 
-from collections.abc import Sequence
-from math import isfinite, sqrt
-from typing import NamedTuple
+from collections.abc import Iterable
+from math import isfinite, nan, sqrt
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_same_device
+from ssync_loss._checks import check_same_device, check_type
 from ssync_loss.ssync.maps import Grid, KindArgument, only_present, prepare_maps
 from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.ssync.labels import hard_labels
+
+Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 
 
 class Premise(NamedTuple):
     """What :func:`premise` measures, one value per clip unless said otherwise.
 
     Attributes:
-        enc_explained: (B,), share of the feature variance explained by the encoder's hard partition.
-        dec_explained: (B,), the same of the decoder.
-        enc_confidence: (B,), mean of the encoder's largest slot probability.
-        dec_confidence: (B,), the same of the decoder.
-        enc_edge_alignment: (B,), AUC of the feature distance across the encoder's label edges.
-        dec_edge_alignment: (B,), the same of the decoder.
-        enc_flicker: (B,), share of encoder labels that change from one frame to the next.
-        dec_flicker: (B,), the same of the decoder.
+        enc_explained, dec_explained: (B,), share of the feature variance explained by the hard partition of a map.
+        enc_confidence, dec_confidence: (B,), mean of its largest slot probability.
+        enc_edge_alignment, dec_edge_alignment: (B,), AUC of the feature distance across its label edges.
+        enc_flicker, dec_flicker: (B,), share of its labels that change from one frame to the next.
         agreement: (B,), share of patches with one label in both maps.
         margin: (B,), ``enc_explained - dec_explained``.
         measured: (B,) bool, clips with a valid patch; the others are left out of every mean.
-        holds: scalar bool, ``margin[measured].mean() > 0``.
+        holds: scalar bool, ``margin[measured].mean() > 0``; :meth:`verdict` asks how sure that is.
     """
 
     enc_explained: Tensor
@@ -49,6 +47,20 @@ class Premise(NamedTuple):
     margin: Tensor
     measured: Tensor
     holds: Tensor
+
+    def verdict(self) -> Verdict:
+        """Tell whether the mean margin of the measured clips is more than two standard errors away from zero.
+
+        "holds" above, "fails" below, "cannot tell" within, and where there is no standard error: of fewer than two
+        clips, or with a margin that is not finite. Of noise "holds" is said once in 40 times, of few clips more often.
+        It reads the tensors, like :func:`report`.
+
+        >>> clip, yes = torch.zeros(1), torch.tensor([True])
+        >>> parts = [Premise(*[clip] * 9, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, 0.5)]
+        >>> pool(parts).verdict(), pool([parts[0], parts[2]]).verdict()  # 0.25 ± 0.25, and 0.5 ± 0
+        ('cannot tell', 'holds')
+        """
+        return _over_clips(self.margin, self.measured).verdict()
 
 
 def premise(
@@ -74,23 +86,21 @@ def premise(
 
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's
-        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool.
+        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the
+        host.
 
     Args:
         enc_logits: slot attention's map.
         dec_logits: the decoder's map.
         features: what the model encodes, for example backbone features; any floating point.
-        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        kind: what the maps hold, as in ``pseudo_labels``, like all that follow.
         grid: (H, W) of flat maps, or one for each map.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
-        slot_mask: (B, S) bool, the slots present; all when None. A clip without any has no valid patch.
-
-    Returns:
-        Premise: tensors only, nothing is read on the host.
+        valid: the patches that count.
+        slot_mask: the slots present. A clip without any has no valid patch.
 
     Raises:
-        ValueError: if shapes or devices differ, or features are on another grid than the encoder map.
-        TypeError: if maps or features are not floating point, or a mask is not boolean.
+        TypeError, ValueError: if a dtype, shape or device does not fit, or features are on another grid than the
+            encoder map.
 
     >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4)
@@ -107,51 +117,39 @@ def premise(
         counted = maps.counted
         patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if counted is None else counted
         enc, dec = hard_labels(maps)
-        enc_confidence, dec_confidence = (
-            _confidence(logits, patches, maps.slot_mask) for logits in (maps.enc, maps.dec)
-        )
-        enc_explained, dec_explained = (explained_of(features, labels, S, patches) for labels in (enc, dec))
-        margin = enc_explained - dec_explained
+        fit: dict[str, Tensor] = {}
+        for side, logits, labels in (("enc", maps.enc, enc), ("dec", maps.dec, dec)):
+            fit[f"{side}_explained"] = explained_of(features, labels, S, patches)
+            fit[f"{side}_confidence"] = _confidence(logits, patches, maps.slot_mask)
+            fit[f"{side}_edge_alignment"] = edge_alignment(features, labels, valid=patches)
+            fit[f"{side}_flicker"] = label_flips(labels, valid=patches).double()
         # a map that holds NaN has an argmax all the same, and would be judged by it
-        margin = torch.where((enc_confidence + dec_confidence).isfinite(), margin, torch.nan)
+        sound = (fit["enc_confidence"] + fit["dec_confidence"]).isfinite()
+        margin = torch.where(sound, fit["enc_explained"] - fit["dec_explained"], torch.nan)
         measured = patches.flatten(1).any(1)
-        return Premise(
-            enc_explained=enc_explained,
-            dec_explained=dec_explained,
-            enc_confidence=enc_confidence,
-            dec_confidence=dec_confidence,
-            enc_edge_alignment=edge_alignment(features, enc, valid=patches),
-            dec_edge_alignment=edge_alignment(features, dec, valid=patches),
-            enc_flicker=label_flips(enc, valid=patches).double(),
-            dec_flicker=label_flips(dec, valid=patches).double(),
-            agreement=agreement(enc, dec, valid=patches).double(),
-            margin=margin,
-            measured=measured,
-            holds=_holds(margin, measured),
-        )
+        same = agreement(enc, dec, valid=patches).double()
+        return Premise(**fit, agreement=same, margin=margin, measured=measured, holds=_holds(margin, measured))
 
 
-def pool(parts: Sequence[Premise]) -> Premise:
+def pool(parts: Iterable[Premise]) -> Premise:
     """Put the clips of several batches together and judge them as one set.
 
-    The verdict is of all clips, each counted once; it is not a vote of the batches.
-
-    Args:
-        parts: one Premise per batch, on one device.
-
-    Returns:
-        Premise of all clips, in the order given.
+    The verdict is of all clips, each counted once; it is not a vote of the batches. Parts, one per batch, lie on one
+    device; their clips keep the order given.
 
     Raises:
-        ValueError: if there is none.
+        TypeError, ValueError: if there is none, or one is no Premise.
 
     >>> nine, yes = [torch.zeros(1)] * 9, torch.tensor([True])
     >>> parts = [Premise(*nine, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, -0.125)]
     >>> pool(parts).holds.item()  # 0.125 in sum, though two of three are negative
     True
     """
+    parts = tuple(parts)
     if not parts:
         raise ValueError("`parts` must hold at least one Premise; got none.")
+    for part in parts:
+        check_type("parts", part, Premise)
     margin = torch.cat([part.margin for part in parts])
     measured = torch.cat([part.measured for part in parts])
     # every field but the last has a value per clip
@@ -162,21 +160,20 @@ def pool(parts: Sequence[Premise]) -> Premise:
 def report(premise: Premise) -> str:
     """Put a verdict in words, with mean ± standard error over clips and with its limits.
 
-    This one reads the tensors: call it where a wait for the device does no harm.
+    It takes what :func:`premise` or :func:`pool` returned, and gives a few lines to print; the first says what
+    :meth:`Premise.verdict` does. This one reads the tensors: call it where a wait for the device does no harm.
 
-    Args:
-        premise: what :func:`premise` or :func:`pool` returned.
-
-    Returns:
-        A few lines to print.
+    Raises:
+        TypeError: if it is no Premise.
 
     >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
-    >>> margin, measured = torch.tensor([0.25, 0.75]), torch.tensor([True, True])
+    >>> margin, measured = torch.tensor([0.375, 0.625]), torch.tensor([True, True])
     >>> print(report(Premise(**clips, margin=margin, measured=measured, holds=torch.tensor(True))))
     ... # doctest: +ELLIPSIS
-    SSync's premise holds on these 2 clips: margin +0.500 ± 0.250 (mean ± standard error).
+    SSync's premise holds on these 2 clips: margin +0.500 ± 0.125 (mean ± standard error).
     ...
     """
+    check_type("premise", premise, Premise)
     margin = _over_clips(premise.margin, premise.measured)
     lines = [_headline(margin), ""]
     lines.append(f"{'':<32}{'encoder':>16}{'decoder':>16}")
@@ -210,51 +207,57 @@ class _Mean(NamedTuple):
         value = f"{self.value:{sign}.3f}"
         return value if self.num_clips < 2 else f"{value} ± {self.error:.3f}"
 
+    def verdict(self) -> Verdict:
+        # a comparison with NaN is false
+        if not abs(self.value) > 2 * self.error:
+            return "cannot tell"
+        return "holds" if self.value > 0 else "fails"
+
 
 def _over_clips(values: Tensor, measured: Tensor) -> _Mean:
     kept = values.detach()[measured].double().cpu()
     num_clips = len(kept)
     if num_clips == 0:
-        return _Mean(float("nan"), float("nan"), 0)
-    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else float("nan")
+        return _Mean(nan, nan, 0)
+    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else nan
     return _Mean(kept.mean().item(), error, num_clips)
 
 
+_HEADLINES = {"holds": " holds on {}:", "fails": " does not hold on {}:", "cannot tell": ": cannot tell from {},"}
+
+
 def _headline(margin: _Mean) -> str:
-    if margin.num_clips == 0:
-        return "SSync's premise cannot be judged: no clip has a valid patch."
     if not isfinite(margin.value):
-        return "SSync's premise cannot be judged: maps or features of some clips hold NaN or infinities."
-    verb = "holds" if margin.value > 0 else "does not hold"
-    if margin.num_clips == 1:
-        return f"SSync's premise {verb} on this one clip: margin {margin.text('+')} (no standard error)."
-    return (
-        f"SSync's premise {verb} on these {margin.num_clips} clips: margin {margin.text('+')} (mean ± standard error)."
-    )
+        broken = "maps or features of some clips hold NaN or infinities"
+        return f"SSync's premise cannot be judged: {broken if margin.num_clips else 'no clip has a valid patch'}."
+    alone = margin.num_clips == 1
+    words = _HEADLINES[margin.verdict()].format("one clip" if alone else f"these {margin.num_clips} clips")
+    error = "no standard error" if alone else "mean ± standard error"
+    return f"SSync's premise{words} margin {margin.text('+')} ({error})."
+
+
+_READINGS = {
+    "holds": [
+        "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
+        "something to teach, and the loss can be expected to help.",
+    ],
+    "fails": [
+        "The encoder's partition explains no more of the features than the decoder's: copied into the",
+        "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
+    ],
+    "cannot tell": [
+        "Both partitions explain about as much of the features: the margin is within two standard errors of",
+        "zero, so its sign is open. Take more clips.",
+    ],
+}
 
 
 def _reading(margin: _Mean) -> list[str]:
-    if margin.num_clips == 0 or not isfinite(margin.value):
+    if not isfinite(margin.value):
         return []
-    if margin.num_clips > 1 and abs(margin.value) < 2 * margin.error:
-        lines = [
-            "Both partitions explain about as much of the features: the margin is within two standard errors of",
-            "zero, so its sign is open. Take more clips.",
-        ]
-    elif margin.value > 0:
-        lines = [
-            "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
-            "something to teach, and the loss can be expected to help.",
-        ]
-    else:
-        lines = [
-            "The encoder's partition explains no more of the features than the decoder's: copied into the",
-            "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
-        ]
-    if margin.num_clips == 1:
-        lines.append("One clip says next to nothing: ask a whole evaluation set.")
+    one_clip = ["One clip says next to nothing: ask a whole evaluation set."]
     return [
-        *lines,
+        *(one_clip if margin.num_clips == 1 else _READINGS[margin.verdict()]),
         "How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,",
         "and on a single kind of clips its sign can mislead. Take a whole, varied evaluation set.",
     ]

@@ -88,35 +88,37 @@ def unit_index(labels: Tensor, per: Per) -> Tensor:
     return unit.expand(labels.shape)
 
 
-def check_labels(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Check a prediction and its ground truth; return both as int64, and where pixels are annotated."""
+def check_unit(
+    pred: Tensor, target: Tensor, background: object, per: object = "video"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check what is scored, and by what unit; return both labels as int64, and where pixels are annotated."""
     sizes = check_shape("pred", pred, "B T H W")
     check_integer("pred", pred)
     check_shape("target", target, "B T H W", **sizes)
     check_same_device("pred", pred, target=target)
-    ids, annotated = check_target(target)
+    check_choice("per", per, ("video", "image"))
+    ids, annotated = check_target(target, background)
+    check_data("pred", pred)
     return pred.to(torch.int64), ids, annotated
 
 
-def check_target(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Check a ground truth; return it as int64, and where its pixels are annotated."""
+def check_target(target: Tensor, background: object) -> tuple[Tensor, Tensor]:
+    """Check a ground truth and the id of its background; return it as int64, and where its pixels are annotated."""
     check_shape("target", target, "B T H W")
     check_integer("target", target)
+    if background is not None:
+        check_int("background", background, 0)
     ids = target.to(torch.int64)
     # the largest unsigned ids wrap around in int64: still names of their own, and never "not annotated"
     annotated = ids >= 0 if target.dtype.is_signed else torch.ones_like(ids, dtype=torch.bool)
     return ids, annotated
 
 
-def check_background(background: object) -> None:
-    """Require an id, or None where the ground truth has no background id."""
-    if background is not None:
-        check_int("background", background, 0)
-
-
-def check_per(per: str) -> None:
-    """Require a unit to score by."""
-    check_choice("per", per, ("video", "image"))
+def check_data(name: str, tensor: Tensor) -> None:
+    """Require a tensor that holds numbers, on whatever device: metrics read them."""
+    # a fake tensor's device is what it stands for, and its storage's is not
+    if tensor.is_meta or (type(tensor) is not Tensor and tensor.untyped_storage().device.type == "meta"):
+        raise ValueError(f"`{name}` must hold numbers, which are read here; got a meta or fake tensor.")
 
 
 def _encode(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,16 @@
-"""What a metric adds up before it divides."""
+"""What a metric adds up before it divides, and how a metric is made of that."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 
 from ssync_loss.metrics._contingency import Per
+
+P = ParamSpec("P")
 
 
 class Scores(NamedTuple):
@@ -20,9 +25,26 @@ class Scores(NamedTuple):
     weight: Tensor
     counted: str
 
-    def mean(self, *, empty: float) -> Tensor:
-        """Divide, with ``empty`` where nothing was counted."""
-        return torch.where(self.weight > 0, self.total / self.weight.clamp_min(1.0), empty)
+
+# what every metric of the package adds up
+SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {}
+
+
+def averaged(*, empty: float) -> Callable[[Callable[P, Scores]], Callable[P, Tensor]]:
+    """Make a metric of what it adds up: one value per video, ``empty`` where nothing was counted."""
+
+    def decorate(scores: Callable[P, Scores]) -> Callable[P, Tensor]:
+        @wraps(scores)
+        def metric(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            total, weight, _ = scores(*args, **kwargs)
+            return torch.where(weight > 0, total / weight.clamp_min(1.0), empty)
+
+        shown: Any = metric
+        shown.__signature__ = signature(scores).replace(return_annotation=Tensor)
+        SCORES[metric] = scores
+        return metric
+
+    return decorate
 
 
 def scores_of_units(value: Tensor, scored: Tensor, *, batch: int, per: Per) -> Scores:
@@ -32,3 +54,13 @@ def scores_of_units(value: Tensor, scored: Tensor, *, batch: int, per: Per) -> S
     shape = (batch, len(value) // max(batch, 1))
     total, weight = (x.to(torch.float64).view(shape).sum(1) for x in (kept, scored))
     return Scores(total, weight, "videos" if per == "video" else "frames")
+
+
+def assignment(needed_by: str) -> Callable[..., Any]:
+    """Return scipy's linear assignment, an optional extra that most metrics do without."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError(f'{needed_by} needs scipy: pip install "ssync-loss[metrics]".') from error
+    solve: Callable[..., Any] = linear_sum_assignment
+    return solve

@@ -2,35 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssync_loss.metrics import ari, jf, overlap, slots
-from ssync_loss.metrics._scores import Scores
-
-_SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {
-    ari.ari: ari.ari_scores,
-    ari.video_ari: partial(ari.ari_scores, per="video"),
-    ari.image_ari: partial(ari.ari_scores, per="image"),
-    ari.fg_ari: ari.fg_ari_scores,
-    ari.video_fg_ari: partial(ari.fg_ari_scores, per="video"),
-    ari.image_fg_ari: partial(ari.fg_ari_scores, per="image"),
-    overlap.mean_best_overlap: overlap.best_overlap_scores,
-    overlap.video_mbo: partial(overlap.best_overlap_scores, per="video"),
-    overlap.image_mbo: partial(overlap.best_overlap_scores, per="image"),
-    overlap.mean_iou: overlap.iou_scores,
-    overlap.video_miou: partial(overlap.iou_scores, per="video"),
-    overlap.image_miou: partial(overlap.iou_scores, per="image"),
-    jf.j_and_f: partial(jf.track_scores, measure="J&F"),
-    jf.region_similarity: partial(jf.track_scores, measure="J"),
-    jf.contour_accuracy: partial(jf.track_scores, measure="F"),
-    slots.object_recall: slots.recall_scores,
-    slots.fragmentation: slots.fragmentation_scores,
-    slots.unused_slots: slots.unused_scores,
-}
+from ssync_loss._checks import check_type
+from ssync_loss.metrics._scores import SCORES
 
 
 class MetricAverage:
@@ -65,8 +43,8 @@ class MetricAverage:
     """The sum and the count so far: (2,), float64."""
 
     def __init__(self, metric: Callable[..., Tensor], **options: Any) -> None:
-        if metric not in _SCORES:
-            listed = ", ".join(known.__name__ for known in _SCORES)
+        if not callable(metric) or metric not in SCORES:
+            listed = ", ".join(known.__name__ for known in SCORES)
             raise TypeError(f"`metric` must be one of the functions {listed}; got {metric!r}.")
         signature = inspect.signature(metric)
         tensors = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -90,15 +68,16 @@ class MetricAverage:
             TypeError: as the metric does, or if there are too few or too many tensors.
             ValueError: as the metric does.
         """
-        total, weight, self._counted = _SCORES[self.metric](*labels, **self.options)
+        total, weight, self._counted = SCORES[self.metric](*labels, **self.options)
         self.state = self.state + torch.stack([total.sum(), weight.sum()]).to(self.state.device)
 
     def merge(self, other: "MetricAverage") -> None:
         """Add all batches that another average of the same metric has seen.
 
         Raises:
-            ValueError: if the other one averages something else.
+            TypeError, ValueError: if the other one is no average, or averages something else.
         """
+        check_type("other", other, MetricAverage)
         if other.metric is not self.metric or other.options != self.options:
             raise ValueError(f"`other` must average {self._definition()}; got {other._definition()}.")
         self.state = self.state + other.state.to(self.state.device)

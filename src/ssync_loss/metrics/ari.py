@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor
 
-from ssync_loss.metrics._contingency import (
-    Contingency,
-    Per,
-    check_background,
-    check_labels,
-    check_per,
-    contingency,
-)
-from ssync_loss.metrics._scores import Scores, scores_of_units
+from ssync_loss.metrics._contingency import Contingency, Per, check_unit, contingency
+from ssync_loss.metrics._scores import Scores, averaged, scores_of_units
 
 
-def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Tensor:
+@averaged(empty=1.0)
+def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
     """Adjusted Rand index over all annotated pixels; a background id counts as one more object.
 
     With ``N`` the pixels shared by each object and slot, ``A`` and ``B`` the areas of objects and slots,
@@ -28,16 +22,14 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Tensor:
     their parts, about 0 for unrelated ones, and may be negative.
 
     Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
+        pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an annotated
+        pixel.
 
     Args:
         pred: slot labels; any integers, they are only names.
         target: object ids; a negative id is a pixel without annotation, which is left out.
         per: "video" pools the pixels of all frames, so that an identity switch costs; "image" scores each
             frame by itself and returns the mean over the frames with an annotated pixel.
-
-    Returns:
-        One value per video; 1.0 for a video without an annotated pixel.
 
     Raises:
         TypeError: if labels are not integers.
@@ -50,10 +42,33 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Tensor:
     >>> ari(pred, target)  # (2 - 2/3) / (3 - 2/3) = 4/7
     tensor([0.5714], dtype=torch.float64)
     """
-    return ari_scores(pred, target, per=per).mean(empty=1.0)
+    return _ari_scores(pred, target, None, per)
 
 
-def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+@averaged(empty=1.0)
+def video_ari(pred: Tensor, target: Tensor) -> Scores:
+    """Score a video as one set of pixels, background included: ``ari(..., per="video")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> video_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # (0 - 4/3) / (4 - 4/3)
+    tensor([-0.5000], dtype=torch.float64)
+    """
+    return _ari_scores(pred, target, None, "video")
+
+
+@averaged(empty=1.0)
+def image_ari(pred: Tensor, target: Tensor) -> Scores:
+    """Score each frame, background included, and take the mean: ``ari(..., per="image")``.
+
+    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
+    >>> image_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # each frame is right
+    tensor([1.], dtype=torch.float64)
+    """
+    return _ari_scores(pred, target, None, "image")
+
+
+@averaged(empty=1.0)
+def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
     """Adjusted Rand index over the pixels of objects: :func:`ari` without the pixels of the background.
 
     The pixels whose ground truth is the background leave truth and prediction, so how the slots divide the
@@ -67,21 +82,13 @@ def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "
     background (MOVi, DAVIS: 0).
 
     Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
+        pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an object,
+        as the denominator is 0.
 
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, which is left out.
-        background: the id of the background, or None if no id stands for it.
-        per: "video" pools the pixels of all frames, so that an identity switch costs; "image" scores each
-            frame by itself and returns the mean over the frames that show an object.
-
-    Returns:
-        One value per video; 1.0 for a video without an object, as the denominator is 0.
+    Labels and ``per`` are those of :func:`ari`; with ``per="image"`` the mean is over the frames that show an object.
 
     Raises:
-        TypeError: if labels or ``background`` are not integers.
-        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
+        TypeError, ValueError: as :func:`ari`, and if ``background`` is neither None nor an integer of at least 0.
 
     Source: T. Kipf et al., Conditional object-centric learning from video (SAVi), 2022.
 
@@ -90,59 +97,33 @@ def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "
     >>> fg_ari(pred, target, background=0)  # the four pixels of the example of `ari`
     tensor([0.5714], dtype=torch.float64)
     """
-    return fg_ari_scores(pred, target, background=background, per=per).mean(empty=1.0)
+    return _ari_scores(pred, target, background, per)
 
 
-def video_ari(pred: Tensor, target: Tensor) -> Tensor:
-    """Score a video as one set of pixels, background included: ``ari(..., per="video")``.
-
-    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
-    >>> video_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # (0 - 4/3) / (4 - 4/3)
-    tensor([-0.5000], dtype=torch.float64)
-    """
-    return ari(pred, target, per="video")
-
-
-def image_ari(pred: Tensor, target: Tensor) -> Tensor:
-    """Score each frame, background included, and take the mean: ``ari(..., per="image")``.
-
-    >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
-    >>> image_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # each frame is right
-    tensor([1.], dtype=torch.float64)
-    """
-    return ari(pred, target, per="image")
-
-
-def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=1.0)
+def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Score a video as one set of object pixels: ``fg_ari(..., per="video")``, the usual FG-ARI of videos.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> video_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
     tensor([-0.5000], dtype=torch.float64)
     """
-    return fg_ari(pred, target, background=background, per="video")
+    return _ari_scores(pred, target, background, "video")
 
 
-def image_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=1.0)
+def image_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Score the object pixels of each frame and take the mean: ``fg_ari(..., per="image")``.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> image_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
     tensor([1.], dtype=torch.float64)
     """
-    return fg_ari(pred, target, background=background, per="image")
+    return _ari_scores(pred, target, background, "image")
 
 
-def ari_scores(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
-    """Return what :func:`ari` averages."""
-    return fg_ari_scores(pred, target, background=None, per=per)
-
-
-def fg_ari_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
-    """Return what :func:`fg_ari` averages."""
-    pred, target, keep = check_labels(pred, target)
-    check_background(background)
-    check_per(per)
+def _ari_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Scores:
+    pred, target, keep = check_unit(pred, target, background, per)
     if background is not None:
         keep = keep & (target != background)
     table = contingency(pred, target, keep, per)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_choice, check_int, check_number
-from ssync_loss.metrics._contingency import check_background, check_labels
+from ssync_loss.metrics._contingency import check_unit
 from ssync_loss.metrics._contours import contours, share_near, within
-from ssync_loss.metrics._scores import Scores
+from ssync_loss.metrics._scores import Scores, assignment, averaged
 
 Matching = Literal["ids", "hungarian"]
 Measure = Literal["J", "F", "J&F"]
@@ -18,6 +18,7 @@ Measure = Literal["J", "F", "J&F"]
 _BLOCK = 2**22
 
 
+@averaged(empty=0.0)
 def j_and_f(
     pred: Tensor,
     target: Tensor,
@@ -27,7 +28,7 @@ def j_and_f(
     skip_first: int = 0,
     skip_last: int = 0,
     tolerance: float = 0.008,
-) -> Tensor:
+) -> Scores:
     """J&F, the number of video object segmentation: half region similarity J, half contour accuracy F.
 
     As code, with ``J`` and ``F`` (objects, slots) the means over frames of what :func:`region_similarity` and
@@ -55,7 +56,8 @@ def j_and_f(
     scored. A score of a data set is the mean over all of its objects, as published; :class:`MetricAverage` takes it.
 
     Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
+        pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, the mean over its objects; 0.0
+        for a video without an object, or without an annotated frame to score.
 
     Args:
         pred: object ids, or slot labels: any integers, which are only names if they are matched.
@@ -64,11 +66,8 @@ def j_and_f(
         matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own.
         skip_first: how many frames to leave out at the beginning.
         skip_last: how many frames to leave out at the end.
-        tolerance: how far contours may lie apart, as a share of the frame's diagonal; rounded up to whole pixels.
-
-    Returns:
-        One value in [0, 1] per video, the mean over its objects; 0.0 for a video without an object, or without an
-        annotated frame to score.
+        tolerance: how far contours may lie apart, as a share of the frame's diagonal, rounded up to whole pixels: 8
+            for frames of 480 x 854. Idle in J, but for the matching of slots.
 
     Raises:
         ImportError: if slots are to be matched and scipy is missing.
@@ -93,18 +92,10 @@ def j_and_f(
     >>> j_and_f(slots, target, background=0, matching="hungarian")  # slot 6 is
     tensor([0.8333], dtype=torch.float64)
     """
-    return track_scores(
-        pred,
-        target,
-        measure="J&F",
-        background=background,
-        matching=matching,
-        skip_first=skip_first,
-        skip_last=skip_last,
-        tolerance=tolerance,
-    ).mean(empty=0.0)
+    return _track_scores("J&F", pred, target, background, matching, skip_first, skip_last, tolerance)
 
 
+@averaged(empty=0.0)
 def region_similarity(
     pred: Tensor,
     target: Tensor,
@@ -114,7 +105,7 @@ def region_similarity(
     skip_first: int = 0,
     skip_last: int = 0,
     tolerance: float = 0.008,
-) -> Tensor:
+) -> Scores:
     """Region similarity J: the IoU of each object with its slot, frame by frame.
 
     As code, for an object and a slot, masks of one frame::
@@ -122,26 +113,8 @@ def region_similarity(
         J = (object & slot).sum() / (object | slot).sum()        # 1.0 where both are empty
 
     The value of an object is the mean over frames, that of a video the mean over objects. :func:`video_miou` divides
-    pixels of all frames together, and :func:`image_miou` matches in each frame anew. Objects, frames and the matching
-    are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`.
-
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
-
-    Args:
-        pred: object ids or slot labels, as in :func:`j_and_f`, like all that follow.
-        target: object ids; negative without annotation.
-        background: the id of the background, or None if every id is an object.
-        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own, the best by J&F.
-        skip_first: how many frames to leave out at the beginning.
-        skip_last: how many frames to leave out at the end.
-        tolerance: of the contours, which have their say in the matching: idle with "ids".
-
-    Returns:
-        One value in [0, 1] per video; 0.0 for one with nothing to score.
-
-    Raises:
-        ImportError, TypeError, ValueError: as :func:`j_and_f`.
+    pixels of all frames together, and :func:`image_miou` matches in each frame anew. Arguments, errors and what is
+    returned are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`; slots are matched by it.
 
     Source: Perazzi et al., CVPR 2016, region similarity; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -150,18 +123,10 @@ def region_similarity(
     >>> region_similarity(pred, target, background=0)  # (1 + 1/3) / 2
     tensor([0.6667], dtype=torch.float64)
     """
-    return track_scores(
-        pred,
-        target,
-        measure="J",
-        background=background,
-        matching=matching,
-        skip_first=skip_first,
-        skip_last=skip_last,
-        tolerance=tolerance,
-    ).mean(empty=0.0)
+    return _track_scores("J", pred, target, background, matching, skip_first, skip_last, tolerance)
 
 
+@averaged(empty=0.0)
 def contour_accuracy(
     pred: Tensor,
     target: Tensor,
@@ -171,7 +136,7 @@ def contour_accuracy(
     skip_first: int = 0,
     skip_last: int = 0,
     tolerance: float = 0.008,
-) -> Tensor:
+) -> Scores:
     """Contour accuracy F: the F-measure of each object's contour and its slot's, frame by frame.
 
     As code, for an object and a slot, masks of one frame, with ``near`` the pixels at a distance of at most
@@ -186,30 +151,11 @@ def contour_accuracy(
     A contour follows the border between two pixels and is marked above and to the left of it; the border of the frame
     is no contour. The last row compares to the right alone, the last column down alone, and their corner is never
     marked. So a mask that fills the frame has no contour, and a frame of one pixel counts 1. The value of an object
-    is the mean over frames, that of a video the mean over objects. Objects, frames and the matching are those of
+    is the mean over frames, that of a video the mean over objects. Arguments, errors and what is returned are those of
     :func:`j_and_f`, which is the mean of :func:`region_similarity` and F.
 
     The paper defines F by matching the pixels of two contours one to one, and takes this as its stand-in for speed,
     as the public code does. The masks of one frame are held at once, and of more frames while these are small.
-
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
-
-    Args:
-        pred: object ids or slot labels, as in :func:`j_and_f`, like all that follow.
-        target: object ids; negative without annotation.
-        background: the id of the background, or None if every id is an object.
-        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own, the best by J&F.
-        skip_first: how many frames to leave out at the beginning.
-        skip_last: how many frames to leave out at the end.
-        tolerance: how far contours may lie apart, as a share of the frame's diagonal; rounded up to whole pixels:
-            8 for frames of 480 x 854.
-
-    Returns:
-        One value in [0, 1] per video; 0.0 for one with nothing to score.
-
-    Raises:
-        ImportError, TypeError, ValueError: as :func:`j_and_f`.
 
     Source: Perazzi et al., CVPR 2016, contour accuracy; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -220,32 +166,20 @@ def contour_accuracy(
     >>> contour_accuracy(pred, target, background=0, tolerance=0).tolist()  # next to is not on
     [0.5]
     """
-    return track_scores(
-        pred,
-        target,
-        measure="F",
-        background=background,
-        matching=matching,
-        skip_first=skip_first,
-        skip_last=skip_last,
-        tolerance=tolerance,
-    ).mean(empty=0.0)
+    return _track_scores("F", pred, target, background, matching, skip_first, skip_last, tolerance)
 
 
-def track_scores(
+def _track_scores(
+    measure: Measure,
     pred: Tensor,
     target: Tensor,
-    *,
-    measure: Measure,
     background: int | None,
-    matching: Matching = "ids",
-    skip_first: int = 0,
-    skip_last: int = 0,
-    tolerance: float = 0.008,
+    matching: Matching,
+    skip_first: int,
+    skip_last: int,
+    tolerance: float,
 ) -> Scores:
-    """Return what the three functions above average."""
-    pred, target, annotated = check_labels(pred, target)
-    check_background(background)
+    pred, target, annotated = check_unit(pred, target, background)
     check_choice("matching", matching, ("ids", "hungarian"))
     check_int("skip_first", skip_first, 0)
     check_int("skip_last", skip_last, 0)
@@ -264,58 +198,45 @@ def track_scores(
     # videos show different objects, and each is matched by itself
     for i in range(batch):
         shown = to_score[i].flatten(1).any(1)
-        value = _score_objects(
-            pred[i][shown],
-            target[i][shown],
-            annotated[i][shown],
-            _distinct(target[i][is_object[i]]),
-            measure=measure,
-            matching=matching,
-            radius=radius,
-        )
-        total[i], weight[i] = value.sum(), len(value)
+        objects = _distinct(target[i][is_object[i]])
+        if not bool(shown.any()) or len(objects) == 0:
+            continue
+        labels = pred[i][shown], target[i][shown], annotated[i][shown]
+        slots = objects if matching == "ids" else _distinct(labels[0][labels[2]])
+        needs_contours = measure != "J" or matching == "hungarian"
+        j, f = _tables(*labels, objects, slots, radius if needs_contours else None)
+        both = (j + f) / 2
+        value = {"J": j, "F": f, "J&F": both}[measure]
+        if matching == "hungarian":
+            value = value[assignment('`matching="hungarian"`')(both.cpu().numpy(), maximize=True)]
+        else:
+            value = value.diagonal()
+        total[i], weight[i] = value.sum(), len(objects)
     return Scores(total, weight, "objects")
 
 
-def _score_objects(
-    pred: Tensor,
-    target: Tensor,
-    annotated: Tensor,
-    objects: Tensor,
-    *,
-    measure: Measure,
-    matching: Matching,
-    radius: int,
+def _tables(
+    pred: Tensor, target: Tensor, annotated: Tensor, objects: Tensor, slots: Tensor, radius: int | None
 ) -> Tensor:
-    """Score each object of one video, labels (F, H, W), by its mean over frames; none where there is no frame."""
-    num_frames, num_objects = len(pred), len(objects)
-    if num_frames * num_objects == 0:
-        return objects.new_zeros(0, dtype=torch.float64)
-    slots = objects if matching == "ids" else _distinct(pred[annotated])
-    # slots without a name stay empty: one for each object that is left over
-    num_slots = max(len(slots), num_objects)
-    needs_contours = measure != "J" or matching == "hungarian"
+    """Return J and F of every object with every slot of a video (F, H, W), as means over frames; F is 0 without radius.
 
-    # J and F of every object with every slot
-    mean = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
+    Slots without a name stay empty: one for each object that is left over.
+    """
+    num_frames, num_objects, num_slots = len(pred), len(objects), max(len(slots), len(objects))
+    total = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
     block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
     for start in range(0, num_frames, block):
         part = slice(start, start + block)
         of_object = _number(target[part], objects, annotated[part])
         of_slot = _number(pred[part], slots, annotated[part])
-        mean[0] += _overlaps(of_object, of_slot, num_objects, num_slots).sum(0)
-        if needs_contours:
+        total[0] += _overlaps(of_object, of_slot, num_objects, num_slots).sum(0)
+        if radius is not None:
             object_contour, slot_contour = (
                 contours(labels.unsqueeze(1) == torch.arange(count, device=labels.device).view(-1, 1, 1))
                 for labels, count in ((of_object, num_objects), (of_slot, num_slots))
             )
-            mean[1] += _f_measure(object_contour, slot_contour, radius).sum(0)
-    mean /= num_frames
-
-    both = mean.mean(0)
-    own = torch.arange(num_objects, device=pred.device) if matching == "ids" else _assign(both)
-    value = {"J": mean[0], "F": mean[1], "J&F": both}[measure]
-    return value.gather(1, own.unsqueeze(1)).squeeze(1)
+            total[1] += _f_measure(object_contour, slot_contour, radius).sum(0)
+    return total / num_frames
 
 
 def _distinct(ids: Tensor) -> Tensor:
@@ -353,13 +274,3 @@ def _f_measure(object_contour: Tensor, slot_contour: Tensor, radius: int) -> Ten
     summed = precision + recall
     f = 2 * precision * recall / torch.where(summed > 0, summed, 1.0)
     return torch.where(both_empty, 1.0, f)
-
-
-def _assign(value: Tensor) -> Tensor:
-    """Give each object (row) a slot (column) of its own such that the sum of values is largest."""
-    try:
-        # here and not above: scipy is an optional extra, and equal ids do without it
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('`matching="hungarian"` needs scipy: pip install "ssync-loss[metrics]".') from error
-    return torch.from_numpy(linear_sum_assignment(value.cpu().numpy(), maximize=True)[1]).to(value.device)

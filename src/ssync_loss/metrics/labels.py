@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from ssync_loss._checks import (
     check_bool,
     check_choice,
+    check_flag,
     check_floating,
     check_int,
     check_not_empty,
     check_shape,
 )
-from ssync_loss.metrics._contingency import check_background, check_target
+from ssync_loss.metrics._contingency import check_data, check_target
 
 # resized masks held at once: 64 MB in float32
 _BLOCK = 2**24
@@ -33,7 +34,7 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     goes to the lowest slot. Frames are resized in blocks, so memory stays bounded on long clips.
 
     Shape:
-        masks: (B, T, S, h, w). Returns (B, T, *size), int64, in [0, S).
+        masks: (B, T, S, h, w). Returns the labels (B, T, *size), int64, in [0, S).
 
     Args:
         masks: decoder masks, or attention of the slots. -inf logits mark absent slots; a patch where no
@@ -41,13 +42,11 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
         size: height and width of the ground truth.
         kind: "logits", or "probs" if the masks are probabilities.
 
-    Returns:
-        The labels.
-
     Raises:
         TypeError: if masks are not floating point or ``size`` holds no integers.
-        ValueError: if the rank differs, an axis is empty, ``size`` is no pair of positive numbers, ``kind``
-            is unknown, or masks hold NaN or +inf: a label made of them would pass for a prediction.
+        ValueError: if the rank differs, an axis is empty, ``size`` is no pair of positive numbers, ``kind`` is
+            unknown, or masks hold NaN, +inf or, as probabilities, negative numbers: a label made of them would pass
+            for a prediction.
 
     >>> masks = torch.tensor([0.9, 0.2, 0.1, 0.8]).view(1, 1, 2, 1, 2)  # slot 0 fades to the right
     >>> masks_to_labels(masks, (1, 4), kind="probs").tolist()  # .9 .725 .375 .2 against .1 .275 .625 .8
@@ -56,6 +55,7 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     sizes = check_shape("masks", masks, "B T S h w")
     check_not_empty("masks", sizes, "S h w")
     check_floating("masks", masks)
+    check_data("masks", masks)
     check_choice("kind", kind, ("logits", "probs"))
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"`size` must be a pair (height, width); got {size!r}.")
@@ -85,18 +85,15 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
     ``objects_to_labels(masks[:, :, 1:])``.
 
     Shape:
-        masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K].
+        masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K]: 1 + k for the k-th mask.
 
     Args:
         masks: where each object is; an object may be absent from frames.
         ignore_overlaps: drop the pixels that several objects claim from truth and prediction, instead of
             refusing them.
 
-    Returns:
-        The object ids: 1 + k for the k-th mask.
-
     Raises:
-        TypeError: if masks are not bool.
+        TypeError: if masks or ``ignore_overlaps`` are not bool.
         ValueError: if the rank differs, or objects overlap and ``ignore_overlaps`` is False.
 
     >>> masks = torch.tensor([[True, True, False, False], [False, True, True, False]]).view(1, 1, 2, 1, 4)
@@ -105,6 +102,8 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
     """
     sizes = check_shape("masks", masks, "B T K H W")
     check_bool("masks", masks)
+    check_flag("ignore_overlaps", ignore_overlaps)
+    check_data("masks", masks)
     claims = masks.sum(2)
     overlapping = claims > 1
     if not ignore_overlaps and bool(overlapping.any()):
@@ -124,14 +123,9 @@ def has_objects(target: Tensor, *, background: int | None) -> Tensor:
         has_objects = ((target >= 0) & (target != background)).flatten(1).any(1)
 
     Shape:
-        target: (B, T, H, W). Returns (B,), bool.
+        target: (B, T, H, W), object ids; a negative id is a pixel without annotation. Returns (B,), bool.
 
-    Args:
-        target: object ids; a negative id is a pixel without annotation.
-        background: the id of the background, or None if every id is an object.
-
-    Returns:
-        One truth value per video.
+    ``background`` is the id of the background, or None if every id is an object.
 
     Raises:
         TypeError: if ids or ``background`` are not integers.
@@ -141,8 +135,7 @@ def has_objects(target: Tensor, *, background: int | None) -> Tensor:
     >>> has_objects(target, background=0).tolist()
     [False, True]
     """
-    ids, shown = check_target(target)
-    check_background(background)
+    ids, shown = check_target(target, background)
     if background is not None:
         shown = shown & (ids != background)
     return shown.flatten(1).any(1)
@@ -156,6 +149,8 @@ def _probabilities(masks: Tensor, kind: Literal["logits", "probs"]) -> Tensor:
         # where no slot is present all are as likely, which leaves the choice to the patches around
         deserted = (masks == -torch.inf).all(1, keepdim=True)
         probs = torch.where(deserted, 0.0, masks).softmax(1)
+    elif bool((masks < 0).any()):
+        raise ValueError(f"`masks` must be at least 0 with kind='probs'; got {masks.min().item()}.")
     if not bool(probs.isfinite().all()):
         raise ValueError("`masks` must hold neither NaN nor +inf; got some.")
     return probs

@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor
 
-from ssync_loss.metrics._contingency import (
-    Contingency,
-    Per,
-    check_background,
-    check_labels,
-    check_per,
-    contingency,
-)
-from ssync_loss.metrics._scores import Scores, scores_of_units
+from ssync_loss.metrics._contingency import Contingency, Per, check_unit, contingency
+from ssync_loss.metrics._scores import Scores, assignment, averaged, scores_of_units
 
 
-def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+@averaged(empty=0.0)
+def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
     """Mean over objects of the IoU with the slot that fits best (mBO); a slot may serve several objects.
 
     As code, with ``iou`` (objects, slots)::
@@ -28,18 +22,15 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
     instances (mBO_i) or classes (mBO_c) is up to ``target``.
 
     Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
+        pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
+        object.
 
     Args:
         pred: slot labels; any integers, they are only names.
         target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object. Some code bases count the
-            background as an object: None does that too.
+        background: the id of the background, or None if every id is an object, as some code bases count it.
         per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
             mean over the frames that show an object.
-
-    Returns:
-        One value in [0, 1] per video; 0.0 for a video without an object.
 
     Raises:
         TypeError: if labels or ``background`` are not integers.
@@ -52,10 +43,11 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
     >>> mean_best_overlap(pred, target, background=0)  # slot 7 twice: (1/3 + 1/2) / 2 = 5/12
     tensor([0.4167], dtype=torch.float64)
     """
-    return best_overlap_scores(pred, target, background=background, per=per).mean(empty=0.0)
+    return _best_overlap_scores(pred, target, background, per)
 
 
-def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Tensor:
+@averaged(empty=0.0)
+def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
     """Mean over objects of the IoU with a slot of its own (mIoU), matched to make the sum largest.
 
     As code, with ``iou`` (objects, slots)::
@@ -63,26 +55,11 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
         objects, slots = scipy.optimize.linear_sum_assignment(iou, maximize=True)
         miou = iou[objects, slots].sum() / len(iou)      # an object left without a slot counts 0
 
-    Never above :func:`mean_best_overlap`, which lets slots be used again. Background and pixels without
-    annotation as there. Needs scipy: ``pip install "ssync-loss[metrics]"``.
-
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
-
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object.
-        per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
-            mean over the frames that show an object.
-
-    Returns:
-        One value in [0, 1] per video; 0.0 for a video without an object.
+    Never above :func:`mean_best_overlap`, which lets slots be used again. Arguments, what is returned and raised are as
+    there. Needs scipy: ``pip install "ssync-loss[metrics]"``.
 
     Raises:
         ImportError: if scipy is missing.
-        TypeError: if labels or ``background`` are not integers.
-        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
 
     Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
 
@@ -94,52 +71,55 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
     >>> mean_iou(pred, target, background=0)  # slot 7 to 1, nothing for 2: (2/3 + 0) / 2
     tensor([0.3333], dtype=torch.float64)
     """
-    return iou_scores(pred, target, background=background, per=per).mean(empty=0.0)
+    return _iou_scores(pred, target, background, per)
 
 
-def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=0.0)
+def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Overlap of space-time tubes: ``mean_best_overlap(..., per="video")``.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
     tensor([0.3333], dtype=torch.float64)
     """
-    return mean_best_overlap(pred, target, background=background, per="video")
+    return _best_overlap_scores(pred, target, background, "video")
 
 
-def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=0.0)
+def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Overlap in each frame, then the mean: ``mean_best_overlap(..., per="image")``.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
     tensor([1.], dtype=torch.float64)
     """
-    return mean_best_overlap(pred, target, background=background, per="image")
+    return _best_overlap_scores(pred, target, background, "image")
 
 
-def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=0.0)
+def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Matched overlap of space-time tubes: ``mean_iou(..., per="video")``.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_miou(torch.tensor([[[[5, 5]], [[5, 5]]]]), frames, background=None)
     tensor([0.2500], dtype=torch.float64)
     """
-    return mean_iou(pred, target, background=background, per="video")
+    return _iou_scores(pred, target, background, "video")
 
 
-def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=0.0)
+def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Matched overlap in each frame, then the mean: ``mean_iou(..., per="image")``.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_miou(torch.tensor([[[[5, 5]], [[5, 6]]]]), frames, background=None)
     tensor([0.6250], dtype=torch.float64)
     """
-    return mean_iou(pred, target, background=background, per="image")
+    return _iou_scores(pred, target, background, "image")
 
 
-def best_overlap_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
-    """Return what :func:`mean_best_overlap` averages."""
-    table = _checked_table(pred, target, background, per)
+def _best_overlap_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Scores:
+    table = contingency(*check_unit(pred, target, background, per), per)
     best = torch.zeros_like(table.object_area)
     best = best.scatter_reduce(0, table.pair_object, table.shared / table.union(), "amax")
     best = torch.where(table.is_object(background), best, 0.0)
@@ -147,18 +127,10 @@ def best_overlap_scores(pred: Tensor, target: Tensor, *, background: int | None,
     return _mean_over_objects(summed, table, background, batch=len(pred), per=per)
 
 
-def iou_scores(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
-    """Return what :func:`mean_iou` averages."""
-    table = _checked_table(pred, target, background, per)
+def _iou_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Scores:
+    table = contingency(*check_unit(pred, target, background, per), per)
     iou = torch.where(table.is_object(background)[table.pair_object], table.shared / table.union(), 0.0)
     return _mean_over_objects(_matched_sum(iou, table), table, background, batch=len(pred), per=per)
-
-
-def _checked_table(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Contingency:
-    pred, target, annotated = check_labels(pred, target)
-    check_background(background)
-    check_per(per)
-    return contingency(pred, target, annotated, per)
 
 
 def _mean_over_objects(summed: Tensor, table: Contingency, background: int | None, *, batch: int, per: Per) -> Scores:
@@ -168,26 +140,17 @@ def _mean_over_objects(summed: Tensor, table: Contingency, background: int | Non
 
 def _matched_sum(iou: Tensor, table: Contingency) -> Tensor:
     """Sum the IoU of the best one-to-one matching in each unit."""
-    try:
-        # here and not above: scipy is an optional extra, and mBO does without it
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('mIoU needs scipy: pip install "ssync-loss[metrics]".') from error
-
+    assign = assignment("mIoU")
     # objects, slots and pairs are sorted by unit: each unit is a slice of all three
     pair_unit = table.object_unit[table.pair_object]
-    ends = [
-        torch.bincount(unit, minlength=table.num_units).cumsum(0).tolist()
-        for unit in (table.object_unit, table.slot_unit, pair_unit)
-    ]
-    value, row, column = (x.cpu() for x in (iou, table.pair_object, table.pair_slot))
+    objects, slots, pairs = (
+        torch.bincount(unit, minlength=table.num_units) for unit in (table.object_unit, table.slot_unit, pair_unit)
+    )
+    row = table.pair_object - (objects.cumsum(0) - objects)[pair_unit]
+    column = table.pair_slot - (slots.cumsum(0) - slots)[pair_unit]
     sums = []
-    objects, slots, pairs = 0, 0, 0
-    for next_objects, next_slots, next_pairs in zip(*ends, strict=True):
-        matrix = torch.zeros(next_objects - objects, next_slots - slots, dtype=torch.float64)
-        here = slice(pairs, next_pairs)
-        matrix[row[here] - objects, column[here] - slots] = value[here]
-        overlaps = matrix.numpy()
-        sums.append(float(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum()))
-        objects, slots, pairs = next_objects, next_slots, next_pairs
+    of_pairs = (one.cpu().split(pairs.tolist()) for one in (iou, row, column))
+    for values, rows, columns, *size in zip(*of_pairs, objects.tolist(), slots.tolist(), strict=True):
+        overlaps = torch.zeros(size, dtype=torch.float64).index_put_((rows, columns), values).numpy()
+        sums.append(float(overlaps[assign(overlaps, maximize=True)].sum()))
     return torch.tensor(sums, dtype=torch.float64, device=iou.device)

@@ -5,45 +5,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_choice, check_int, check_integer, check_label_range, check_shape
-from ssync_loss.metrics._contingency import (
-    Contingency,
-    Per,
-    check_background,
-    check_labels,
-    check_per,
-    contingency,
-    unit_index,
-)
-from ssync_loss.metrics._scores import Scores
+from ssync_loss._checks import as_index, check_choice, check_int, check_label_range, check_shape
+from ssync_loss.metrics._contingency import Contingency, Per, check_data, check_unit, contingency, unit_index
+from ssync_loss.metrics._scores import Scores, averaged
 
 Over = Literal["all", "found"]
 
 
-def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Tensor:
+@averaged(empty=0.0)
+def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Share of objects, frame by frame, that some slot overlaps with an IoU above one half.
 
     As code, for the objects of all frames of a video together, ``iou`` (objects, slots of that frame)::
 
         recall = (iou > 0.5).any(1).mean()
 
-    An object counts once in every frame that shows it. Background and pixels without annotation as in
+    An object counts once in every frame that shows it. Arguments, what is returned and raised are as for
     :func:`mean_best_overlap`.
-
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
-
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object.
-
-    Returns:
-        One value in [0, 1] per video; 0.0 for a video without an object.
-
-    Raises:
-        TypeError: if labels or ``background`` are not integers.
-        ValueError: if shapes differ or ``background`` is negative.
 
     Source: W. Moon and J.-P. Heo, Selective synergistic learning, 2026.
 
@@ -52,10 +30,13 @@ def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Te
     >>> object_recall(pred, target, background=0).tolist()
     [0.5]
     """
-    return recall_scores(pred, target, background=background).mean(empty=0.0)
+    table = contingency(*check_unit(pred, target, background), "image")
+    hits = table.per_object(2 * table.shared > table.union())
+    return _over_objects(hits > 0, table.is_object(background), table, pred)
 
 
-def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over: Over = "all") -> Tensor:
+@averaged(empty=0.0)
+def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over: Over = "all") -> Scores:
     """Number of slots, frame by frame, that lie mostly inside an object: the mean over objects.
 
     A slot belongs to an object if more than half of the slot's own area lies inside. As code, for the
@@ -66,24 +47,9 @@ def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over:
         fragmentation = pieces[pieces > 0].mean()        # over="found"
 
     1.0 is one slot for each object. Objects that no slot belongs to pull the mean over all objects down,
-    which hides the splitting of others; over the found ones it is never below 1. Background and pixels
-    without annotation as in :func:`mean_best_overlap`.
-
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64.
-
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object.
-        over: "all" objects, or the "found" ones: those that at least one slot belongs to.
-
-    Returns:
-        One value per video; 0.0 for a video without an object to count.
-
-    Raises:
-        TypeError: if labels or ``background`` are not integers.
-        ValueError: if shapes differ, ``background`` is negative or ``over`` is unknown.
+    which hides the splitting of others; ``over="found"`` counts those that at least one slot belongs to, and is never
+    below 1. Other arguments, what is raised and the 0.0 of a video without an object to count are as for
+    :func:`mean_best_overlap`.
 
     Source: W. Moon and J.-P. Heo, Selective synergistic learning, 2026.
 
@@ -94,10 +60,17 @@ def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over:
     >>> fragmentation(pred, target, background=0, over="found").tolist()
     [2.0]
     """
-    return fragmentation_scores(pred, target, background=background, over=over).mean(empty=0.0)
+    check_choice("over", over, ("all", "found"))
+    table = contingency(*check_unit(pred, target, background), "image")
+    pieces = table.per_object(2 * table.shared > table.slot_area[table.pair_slot])
+    counted = table.is_object(background)
+    if over == "found":
+        counted = counted & (pieces > 0)
+    return _over_objects(pieces, counted, table, pred)
 
 
-def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Tensor:
+@averaged(empty=0.0)
+def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     """Share of the slots that own no patch.
 
     As code, with ``area`` (S,) the patches of each slot in a video or frame::
@@ -107,16 +80,13 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Tensor:
     Needs no ground truth: a slot that sits on the background is in use.
 
     Shape:
-        pred: (B, T, H, W). Returns (B,), float64.
+        pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
 
     Args:
-        pred: slot labels within [0, num_slots).
+        pred: slot labels.
         num_slots: how many slots the model has.
         per: "video" calls a slot unused if no frame of the video uses it; "image" asks in each frame and
             returns the mean over frames.
-
-    Returns:
-        One value in [0, 1] per video.
 
     Raises:
         TypeError: if labels or ``num_slots`` are not integers.
@@ -127,34 +97,11 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Tensor:
     >>> unused_slots(pred, num_slots=4).tolist(), unused_slots(pred, num_slots=4, per="image").tolist()
     ([0.5], [0.625])
     """
-    return unused_scores(pred, num_slots=num_slots, per=per).mean(empty=0.0)
-
-
-def recall_scores(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Return what :func:`object_recall` averages."""
-    table = _frame_table(pred, target, background)
-    hits = table.per_object(2 * table.shared > table.union())
-    return _over_objects(hits > 0, table.is_object(background), table, pred)
-
-
-def fragmentation_scores(pred: Tensor, target: Tensor, *, background: int | None, over: Over = "all") -> Scores:
-    """Return what :func:`fragmentation` averages."""
-    check_choice("over", over, ("all", "found"))
-    table = _frame_table(pred, target, background)
-    pieces = table.per_object(2 * table.shared > table.slot_area[table.pair_slot])
-    counted = table.is_object(background)
-    if over == "found":
-        counted = counted & (pieces > 0)
-    return _over_objects(pieces, counted, table, pred)
-
-
-def unused_scores(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
-    """Return what :func:`unused_slots` averages."""
     batch, frames, _, _ = check_shape("pred", pred, "B T H W").values()
-    check_integer("pred", pred)
     check_int("num_slots", num_slots, 1)
-    check_per(per)
-    labels = pred.to(torch.int64)
+    check_choice("per", per, ("video", "image"))
+    labels = as_index("pred", pred)
+    check_data("pred", pred)
     if labels.numel() > 0:
         # two numbers instead of the labels, so that the check also reads those on an accelerator
         check_label_range("pred", torch.stack(labels.aminmax()).cpu(), num_slots)
@@ -164,12 +111,6 @@ def unused_scores(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores
     per_video = num_slots if per == "video" else frames * num_slots
     unused = (area == 0).to(torch.float64).view(batch, per_video).sum(1)
     return Scores(unused, torch.full_like(unused, per_video), "slots")
-
-
-def _frame_table(pred: Tensor, target: Tensor, background: int | None) -> Contingency:
-    pred, target, annotated = check_labels(pred, target)
-    check_background(background)
-    return contingency(pred, target, annotated, "image")
 
 
 def _over_objects(value: Tensor, counted: Tensor, table: Contingency, pred: Tensor) -> Scores:

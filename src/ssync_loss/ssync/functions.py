@@ -4,10 +4,10 @@ from torch import Tensor, no_grad
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import (
+    as_index,
     check_bool,
     check_choice,
     check_floating,
-    check_integer,
     check_label_range,
     check_labels_present,
     check_not_empty,
@@ -145,7 +145,7 @@ def selective_distillation_loss(
     check_floating("logits", logits)
     patches = {axis: size[axis] for axis in "BTHW"}
     check_shape("target", target, "B T H W", **patches)
-    check_integer("target", target)
+    target = as_index("target", target)
     check_same_device("target", target, logits=logits)
     check_shape("region", region, "B T H W", **patches)
     check_bool("region", region)
@@ -296,7 +296,7 @@ def _labels(
     size = dict(zip("BTSHW", maps.enc.shape, strict=True))
     num_slots = size.pop("S")
     check_shape(f"labels.{target_name}", target, "B T H W", **size)
-    check_integer(f"labels.{target_name}", target)
+    target = as_index(f"labels.{target_name}", target)
     check_same_device(f"labels.{target_name}", target, enc_logits=maps.enc)
     check_label_range(f"labels.{target_name}", target, num_slots)
     check_shape(f"labels.{region_name}", region, "B T H W", **size)
@@ -307,7 +307,7 @@ def _labels(
         region = region & counted
     if maps.slot_mask is not None:
         check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
-    return given._replace(**{region_name: region})
+    return given._replace(**{target_name: target, region_name: region})
 
 
 def _term(student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend) -> Tensor:

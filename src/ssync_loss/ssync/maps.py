@@ -18,6 +18,7 @@ from ssync_loss._checks import (
     check_bool,
     check_choice,
     check_floating,
+    check_nonnegative,
     check_not_empty,
     check_same_device,
     check_shape,
@@ -233,6 +234,9 @@ def prepare_maps(
             invalid when no valid patch of the encoder overlaps it.
         slot_mask: (B, S) bool. A clip without a present slot is invalid throughout.
 
+    Raises:
+        TypeError, ValueError: as :func:`bind_maps`, and for a negative probability where one can be seen without
+            waiting for a device; elsewhere it becomes NaN.
     """
     enc_kind, dec_kind = check_kind(kind)
     enc, dec, valid, slot_mask = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
@@ -243,13 +247,13 @@ def prepare_maps(
     counted, clean = maps.counted, None
     with no_autocast(enc):
         usable = _usable(counted, slot_mask)
-        enc = _as_logits(enc, enc_kind, usable)
+        enc = _as_logits("enc_logits", enc, enc_kind, usable)
         if dec.shape == enc.shape:
-            dec = _as_logits(dec, dec_kind, usable)
+            dec = _as_logits("dec_logits", dec, dec_kind, usable)
         else:
             dec_valid = None if counted is None else _overlapping(counted, dec.shape[3:])
             usable = _usable(dec_valid, slot_mask)
-            dec = at_least_float32(_as_logits(dec, dec_kind, usable))
+            dec = at_least_float32(_as_logits("dec_logits", dec, dec_kind, usable))
             clean = is_clean(peak_of(dec.detach(), slot_mask), dec_valid)
             dec = _resize(dec, enc.shape[3:], dec_valid, usable)
     return Maps(enc, dec, valid, slot_mask, clean)
@@ -263,12 +267,14 @@ def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
     return cells if slot_mask is None else cells & slot_mask[:, None, :, None, None]
 
 
-def _as_logits(maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
+def _as_logits(name: str, maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
     if kind == "logits":
         return maps
     maps = at_least_float32(maps)
     if usable is not None:
         maps = torch.where(usable, maps, 0.0)
+    check_nonnegative(name, maps)
+    maps = torch.where(maps < 0, float("nan"), maps)
     maps = maps / maps.sum(2, keepdim=True).clamp_min(TINY)
     return maps.clamp_min(TINY).log()
 

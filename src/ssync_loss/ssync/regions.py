@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_int, check_integer, check_not_empty, check_shape
+from ssync_loss._checks import as_index, check_int, check_not_empty, check_shape
 from ssync_loss.ssync.maps import check_valid
 
 NUM_NEIGHBORS = 10
@@ -32,7 +32,7 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
     >>> neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
     """
-    return _count_differing(labels, _check(labels, valid))
+    return _count_differing(*_check(labels, valid))
 
 
 def boundary_region(
@@ -56,7 +56,7 @@ def boundary_region(
     """
     check_int("min_different", min_different, 0, NUM_NEIGHBORS)
     check_int("min_same", min_same, 0, NUM_NEIGHBORS)
-    return select_boundary(labels, _check(labels, valid), min_different, min_same)
+    return select_boundary(*_check(labels, valid), min_different, min_same)
 
 
 def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
     [[[[True, False, False]]]]
     """
     check_int("max_different", max_different, 0, NUM_NEIGHBORS)
-    return select_interior(labels, _check(labels, valid), max_different)
+    return select_interior(*_check(labels, valid), max_different)
 
 
 def select_boundary(labels: Tensor, valid: Tensor | None, min_different: int, min_same: int) -> Tensor:
@@ -92,12 +92,12 @@ def select_interior(labels: Tensor, valid: Tensor | None, max_different: int) ->
     return selected if valid is None else selected & valid
 
 
-def _check(labels: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Check labels and ``valid``, and return the latter as (B, T, H, W)."""
+def _check(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Check labels and ``valid``, and return both as (B, T, H, W)."""
     size = check_shape("labels", labels, "B T H W")
     check_not_empty("labels", size, "T H W")
-    check_integer("labels", labels)
-    return None if valid is None else check_valid(valid, size, labels=labels)
+    labels = as_index("labels", labels)
+    return labels, None if valid is None else check_valid(valid, size, labels=labels)
 
 
 def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:

@@ -6,7 +6,6 @@ of two: their sums are exact, hence no comparison with a mean hangs on rounding.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-Choice = TypeVar("Choice")
 
 # few values, so that overlaps equal each other and a threshold all the time
 OVERLAPS = (0.0, 0.25, 0.5, 0.6, 0.75, 1.0)
@@ -24,13 +22,20 @@ UNIT = 1 / 8
 
 
 def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, Ints]:
-    """Return a symmetric overlap (S, S) and areas (S,)."""
+    """Return a symmetric overlap (S, S) of a random graph, groups that are cliques or a loose tree, and areas (S,)."""
     rng = np.random.default_rng(seed)
     overlap = np.zeros((slots, slots))
     area = np.zeros(slots, dtype=np.int64)
     if seed:
-        # a loose tree with long paths, a random graph, or groups that are cliques
-        _pick(rng, (_path_links, _tree_links, _random_links, _clique_links))(rng, overlap)
+        style = rng.integers(4)
+        if style == 0:
+            linked = rng.random(overlap.shape) < rng.choice([0.1, 0.3, 1.0])
+            overlap[linked] = rng.choice(OVERLAPS, size=linked.sum())
+        elif style == 1:
+            group = rng.integers(0, 3, size=slots)
+            overlap[:] = np.where(group[:, None] == group, rng.choice(OVERLAPS[3:]), rng.choice(OVERLAPS[:3]))
+        else:
+            _link_as_tree(rng, overlap)
         overlap = np.maximum(overlap, overlap.T)
         np.fill_diagonal(overlap, rng.choice([0.0, 0.5, 1.0], size=slots, p=[0.1, 0.1, 0.8]))
         # three values among many slots: the largest area of a group is often shared
@@ -40,67 +45,43 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
     return overlap, area
 
 
-def _path_links(rng: np.random.Generator, overlap: Floats) -> None:
-    order = rng.permutation(len(overlap))
-    values = rng.choice(OVERLAPS, size=len(order) - 1, p=[0.02, 0.02, 0.06, 0.1, 0.2, 0.6])
-    overlap[order[:-1], order[1:]] = values
-
-
-def _tree_links(rng: np.random.Generator, overlap: Floats) -> None:
-    order = rng.permutation(len(overlap))
+def _link_as_tree(rng: np.random.Generator, overlap: Floats) -> None:
+    """Link every slot with one before it, or, strongly, with the last one before it: one long path."""
+    order, is_path = rng.permutation(len(overlap)), rng.random() < 0.5
     for child in range(1, len(order)):
-        overlap[order[child], order[rng.integers(child)]] = rng.choice(OVERLAPS)
-
-
-def _random_links(rng: np.random.Generator, overlap: Floats) -> None:
-    density = rng.choice([0.1, 0.3, 1.0])
-    values = rng.choice(OVERLAPS, size=overlap.shape)
-    overlap[:] = np.where(rng.random(overlap.shape) < density, values, 0.0)
-
-
-def _clique_links(rng: np.random.Generator, overlap: Floats) -> None:
-    group = rng.integers(0, 3, size=len(overlap))
-    overlap[:] = np.where(group[:, None] == group, rng.choice(OVERLAPS[3:]), rng.choice(OVERLAPS[:3]))
+        parent = child - 1 if is_path else rng.integers(child)
+        overlap[order[child], order[parent]] = 1.0 if is_path and rng.random() < 0.5 else rng.choice(OVERLAPS)
 
 
 def label_clip(seed: int, shape: Sequence[int], slots: int) -> Ints:
-    """Return labels (T, H, W) within [0, slots)."""
+    """Return labels (T, H, W) within [0, slots): of one frame each, noise, checkers, dots or moving boxes."""
     rng = np.random.default_rng(seed)
-    if not seed:
-        return np.zeros(shape, dtype=np.int64)
-    make = _pick(rng, (_moving_boxes, _moving_boxes, _dots, _checkers, _noise_labels, _frame_labels))
-    return make(rng, shape) % slots
+    labels = np.zeros(shape, dtype=np.int64)
+    style = rng.integers(6) if seed else None
+    if style == 0:
+        labels += rng.integers(0, 8, size=(shape[0], 1, 1))
+    elif style == 1:
+        labels += rng.integers(0, rng.integers(1, 8, endpoint=True), size=shape)
+    elif style == 2:
+        labels += (np.indices(shape) * rng.integers(0, 2, size=(3, 1, 1, 1))).sum(axis=0) % 2
+    elif style == 3:
+        labels += rng.integers(8)
+        for _ in range(rng.integers(0, 3)):
+            labels[tuple(rng.integers(shape))] = rng.integers(8)
+    elif style is not None:
+        labels += rng.integers(8)
+        for _ in range(rng.integers(1, 4)):
+            _add_moving_box(rng, labels)
+    return labels % slots
 
 
-def _moving_boxes(rng: np.random.Generator, shape: Sequence[int]) -> Ints:
-    frames, height, width = shape
-    labels = np.full(shape, rng.integers(8))
-    for _ in range(rng.integers(1, 4)):
-        top, left = rng.integers(height), rng.integers(width)
-        bottom, right = rng.integers(top, height) + 1, rng.integers(left, width) + 1
-        name, drift = rng.integers(8), rng.integers(-1, 2)
-        for t in range(frames):
-            labels[t, top:bottom, max(left + drift * t, 0) : max(right + drift * t, 0)] = name
-    return labels
-
-
-def _dots(rng: np.random.Generator, shape: Sequence[int]) -> Ints:
-    labels = np.full(shape, rng.integers(8))
-    for _ in range(rng.integers(0, 3)):
-        labels[tuple(rng.integers(shape))] = rng.integers(8)
-    return labels
-
-
-def _checkers(rng: np.random.Generator, shape: Sequence[int]) -> Ints:
-    return np.asarray((np.indices(shape) * rng.integers(0, 2, size=(3, 1, 1, 1))).sum(axis=0) % 2)
-
-
-def _noise_labels(rng: np.random.Generator, shape: Sequence[int]) -> Ints:
-    return rng.integers(0, rng.integers(1, 8, endpoint=True), size=shape)
-
-
-def _frame_labels(rng: np.random.Generator, shape: Sequence[int]) -> Ints:
-    return np.broadcast_to(rng.integers(0, 8, size=(shape[0], 1, 1)), shape)
+def _add_moving_box(rng: np.random.Generator, labels: Ints) -> None:
+    frames, height, width = labels.shape
+    top, left = rng.integers(height), rng.integers(width)
+    bottom, right = rng.integers(top, height) + 1, rng.integers(left, width) + 1
+    name, drift = rng.integers(8), rng.integers(-1, 2)
+    for t in range(frames):
+        labels[t, top:bottom, max(left + drift * t, 0) : max(right + drift * t, 0)] = name
 
 
 def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, minus_inf: bool) -> tuple[Floats, Floats]:
@@ -132,28 +113,17 @@ def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, mi
 
 
 def _logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    style = _pick(rng, (_object_logits, _object_logits, _coarse_logits, _fine_logits, _constant_logits))
-    return style(rng, shape, slots)
-
-
-def _object_logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    owner = label_clip(int(rng.integers(1, 2**32)), shape, slots)
-    won = owner[:, None] == np.arange(slots)[:, None, None]
-    return np.asarray(np.where(won, 24, -24) + rng.integers(-6, 7, size=won.shape))
-
-
-def _coarse_logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    return 4 * rng.integers(-1, 2, size=(shape[0], slots, *shape[1:]))
-
-
-def _fine_logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    return rng.integers(-64, 65, size=(shape[0], slots, *shape[1:]))
-
-
-def _constant_logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    logits = np.zeros((shape[0], slots, *shape[1:]), dtype=np.int64)
-    # every slot constant over the clip: nothing exceeds a mean, nothing is active
-    return logits + rng.integers(-3, 4, size=(slots, 1, 1))
+    """Draw objects, few values, many values, or slots that are constant over the clip, of which none is active."""
+    full = (shape[0], slots, *shape[1:])
+    style = rng.integers(5)
+    if style == 0:
+        return 4 * rng.integers(-1, 2, size=full)
+    if style == 1:
+        return rng.integers(-64, 65, size=full)
+    if style == 2:
+        return np.zeros(full, dtype=np.int64) + rng.integers(-3, 4, size=(slots, 1, 1))
+    won = label_clip(int(rng.integers(1, 2**32)), shape, slots)[:, None] == np.arange(slots)[:, None, None]
+    return np.asarray(np.where(won, 24, -24) + rng.integers(-6, 7, size=full))
 
 
 def _make_redundant(rng: np.random.Generator, logits: Ints) -> None:
@@ -189,54 +159,20 @@ def _punch(rng: np.random.Generator, logits: Floats, *, whole_patches: bool) -> 
         logits[:] = np.where(lost, before, logits)
 
 
-def region_clip(seed: int, shape: Sequence[int]) -> Bools:
-    """Return a set of patches (T, H, W): none for the seed 0, often empty, full, or a single patch."""
+def mask_clip(seed: int, shape: Sequence[int], *, plain: bool, empty: bool = True) -> Bools:
+    """Return a set of cells: ``plain`` for the seed 0, else none, all, one, a box, some of the first axis, or some."""
     rng = np.random.default_rng(seed)
-    region = np.zeros(shape, dtype=np.bool_)
-    style = rng.integers(4) if seed else 0
-    if style == 1:
-        region[tuple(rng.integers(shape))] = True
-    elif style > 1:
-        region = rng.random(shape) < rng.choice([0.2, 0.5, 1.0])
-    return region
-
-
-def valid_clip(seed: int, shape: Sequence[int], *, empty: bool) -> Bools:
-    """Return valid patches, (T, H, W) or (T,): all for the seed 0, else a box, frames, patches or none."""
-    rng = np.random.default_rng(seed)
-    valid = np.ones(shape, dtype=np.bool_)
-    style = rng.integers(5) if seed else 0
-    if style == 1:
-        lows = [rng.integers(size) for size in shape]
-        highs = [rng.integers(low, size) + 1 for low, size in zip(lows, shape, strict=True)]
-        valid[:] = False
-        valid[tuple(slice(low, high) for low, high in zip(lows, highs, strict=True))] = True
-    elif style == 2:
-        valid[rng.random(shape[0]) < 0.5] = False
+    style = rng.integers(6) if seed else int(plain)
+    mask = np.full(shape, style == 1)
+    one = tuple(rng.integers(shape))
+    if style == 2:
+        mask[one] = True
     elif style == 3:
-        valid = rng.random(shape) < rng.choice([0.3, 0.8])
+        mask[tuple(slice(low, rng.integers(low, size) + 1) for low, size in zip(one, shape, strict=True))] = True
     elif style == 4:
-        valid[:] = False
-    if not empty and not valid.any():
-        valid[tuple(rng.integers(shape))] = True
-    return valid
-
-
-def present_slots(seed: int, slots: int, *, empty: bool) -> Bools:
-    """Return present slots (S,): all for the seed 0, else some, one or none."""
-    rng = np.random.default_rng(seed)
-    present = np.ones(slots, dtype=np.bool_)
-    style = rng.integers(6) if seed else 0
-    if style == 1:
-        present[:] = False
-    elif style == 2:
-        present = np.arange(slots) == rng.integers(slots)
-    elif style > 2:
-        present = rng.random(slots) < 0.6
-    if not empty and not present.any():
-        present[rng.integers(slots)] = True
-    return present
-
-
-def _pick(rng: np.random.Generator, choices: Sequence[Choice]) -> Choice:
-    return choices[int(rng.integers(len(choices)))]
+        mask[rng.random(shape[0]) < 0.5] = True
+    elif style == 5:
+        mask = rng.random(shape) < rng.choice([0.2, 0.5, 0.8])
+    if not empty and not mask.any():
+        mask[one] = True
+    return mask

@@ -13,10 +13,7 @@ GRADIENT_TOL = 3e-6
 def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: Tensor | None = None) -> None:
     """Require labels, regions and representatives to be identical, dtypes included.
 
-    Args:
-        actual: what is tested.
-        expected: what is right.
-        clips: (B,), bool: the clips to look at, all if nothing is said (see :func:`decidable_clips`).
+    With ``clips``, (B,) bool, only those clips are looked at (see :func:`decidable_clips`).
 
     Raises:
         AssertionError: names the first field that differs, and where.
@@ -47,10 +44,7 @@ def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: T
 
 
 def assert_close_loss(actual: Tensor, expected: Tensor, *, rtol: float = LOSS_RTOL, atol: float = LOSS_ATOL) -> None:
-    """Require losses to agree: ``|actual - expected| <= atol + rtol * |expected|``, NaN only where expected.
-
-    Shape:
-        actual, expected: any, the same.
+    """Require losses of one shape to agree: ``|actual - expected| <= atol + rtol * |expected|``, NaN where expected.
 
     Raises:
         AssertionError: when a value, the shape or the dtype differs.
@@ -93,16 +87,10 @@ def gradient_scale(
 def assert_close_gradient(
     actual: Tensor | None, expected: Tensor | None, *, scale: float, tol: float = GRADIENT_TOL
 ) -> None:
-    """Require gradients to agree: ``|actual - expected| <= tol * scale`` everywhere, and NaN nowhere.
+    """Require gradients of one shape to agree: ``|actual - expected| <= tol * scale`` everywhere, and NaN nowhere.
 
-    Shape:
-        actual, expected: any, the same.
-
-    Args:
-        actual: what is tested, a ``.grad``: None fails.
-        expected: what is right, likewise.
-        scale: see :func:`gradient_scale`. Infinite when nothing is selected: both must be exactly 0.
-        tol: the fraction of the scale.
+    A gradient that is None fails. ``scale`` is that of :func:`gradient_scale`: infinite when nothing is selected, where
+    both must be exactly 0.
 
     Raises:
         AssertionError: when a value or the shape differs, or a gradient is missing.

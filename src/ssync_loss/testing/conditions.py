@@ -24,18 +24,11 @@ def decidable_clips(
     A comparison of two rounded numbers means nothing when they are equal but for rounding. Two correct
     implementations owe each other the same labels where every valid logit of a present slot keeps ``|logit
     - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
-    and 1 are exact anyhow. Without a threshold every clip is decidable.
+    and 1 are exact anyhow. Without a threshold every clip is decidable. ``dyadic`` logits are all multiples of one not
+    too small power of two, as those of :func:`map_pairs` are: means compare exactly, and only overlaps need a margin.
 
     Shape:
         enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
-
-    Args:
-        enc_logits: the map whose activations overlap.
-        merge_threshold: the threshold of merging.
-        valid: valid patches.
-        slot_mask: present slots.
-        dyadic: whether all logits are multiples of one not too small power of two, as those of
-            :func:`map_pairs` are: their means then compare exactly, and only the overlaps need a margin.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]
@@ -50,15 +43,12 @@ def decidable_clips(
     clear = (exact | ((overlap - merge_threshold).abs() > OVERLAP_MARGIN)).all(dim=2).all(dim=1)
     if dyadic:
         return clear
-    for clip, cells, present in zip(range(clips), _cells(logits, valid), _present(logits, slot_mask), strict=True):
-        # (present slots, valid patches)
-        values = logits[clip].movedim(1, 0)[present][:, cells]
-        if values.numel():
-            mean = values.mean(dim=1, keepdim=True)
-            near = (values - mean).abs() <= MEAN_MARGIN * mean.abs().clamp_min(1)
-            # whether a logit exceeds a mean of -inf hangs on no rounding
-            clear[clip] &= not (near & mean.isfinite()).any()
-    return clear
+    seen = _seen(logits, valid, slot_mask)
+    count = seen.sum((1, 3, 4), keepdim=True)
+    mean = torch.where(seen, logits, 0.0).sum((1, 3, 4), keepdim=True) / count.clamp_min(1)
+    # whether a logit exceeds a mean of -inf hangs on no rounding
+    near = seen & mean.isfinite() & ((logits - mean).abs() <= MEAN_MARGIN * mean.abs().clamp_min(1))
+    return clear & ~near.flatten(1).any(1)
 
 
 def untied_clips(
@@ -82,25 +72,20 @@ def untied_clips(
     >>> untied_clips(logits, logits, merge_threshold=None).tolist()
     [False, True]
     """
-    clips = len(enc_logits)
-    labels = reference_hard_labels(enc_logits, valid=valid, slot_mask=slot_mask)
     merged = reference_pseudo_labels(
         enc_logits, dec_logits, merge_threshold=merge_threshold, valid=valid, slot_mask=slot_mask
     )
-    untied = torch.ones(clips, dtype=torch.bool)
-    cells, present = _cells(enc_logits, valid), _present(enc_logits, slot_mask)
-    for clip in range(clips):
-        for logits in (enc_logits, dec_logits):
-            # (valid patches, present slots)
-            rows = logits[clip].movedim(1, -1)[cells[clip]][:, present[clip]]
-            if rows.numel():
-                winners = (rows == rows.amax(dim=1, keepdim=True)).sum(dim=1)
-                untied[clip] &= bool((winners == 1).all())
-        names = merged.representative[clip].tolist()
-        areas = torch.bincount(labels[clip][cells[clip]], minlength=len(names)).tolist()
-        rivals = [s for s, name in enumerate(names) if s != name and areas[s] == areas[name]]
-        untied[clip] &= not rivals
-    return untied
+    seen = _seen(enc_logits, valid, slot_mask)
+    untied = torch.ones(len(enc_logits), dtype=torch.bool)
+    for logits in (enc_logits, dec_logits):
+        strongest = logits.masked_fill(~seen, -math.inf).amax(2, keepdim=True)
+        winners = (seen & (logits == strongest)).sum(2)
+        untied &= ((winners == 1) | ~seen.any(2)).flatten(1).all(1)
+    labels = reference_hard_labels(enc_logits, valid=valid, slot_mask=slot_mask)
+    slots = torch.arange(enc_logits.shape[2])
+    area = (seen & (labels.unsqueeze(2) == slots.view(-1, 1, 1))).sum((1, 3, 4))
+    rivals = (merged.representative != slots) & (area == area.gather(1, merged.representative))
+    return untied & ~rivals.any(1)
 
 
 def poison(
@@ -114,18 +99,12 @@ def poison(
     >>> poison(torch.zeros(1, 2, 1, 1, 1), valid=torch.tensor([[True, False]])).flatten().tolist()
     [0.0, nan]
     """
-    seen = _cells(logits, valid)[:, :, None] & _present(logits, slot_mask)[:, None, :, None, None]
-    return torch.where(seen, logits, value)
+    return torch.where(_seen(logits, valid, slot_mask), logits, value)
 
 
-def _cells(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the valid patches as (B, T, H, W)."""
-    cells = torch.ones_like(logits[:, :, 0], dtype=torch.bool)
-    if valid is None:
-        return cells
-    return cells & (valid if valid.ndim == 4 else valid[:, :, None, None])
-
-
-def _present(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Return the present slots as (B, S)."""
-    return torch.ones_like(logits[:, 0, :, 0, 0], dtype=torch.bool) if slot_mask is None else slot_mask
+def _seen(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
+    """Mark the valid patches of the present slots: (B, T, S, H, W)."""
+    seen = torch.ones_like(logits, dtype=torch.bool)
+    if valid is not None:
+        seen &= (valid if valid.ndim == 4 else valid[:, :, None, None])[:, :, None]
+    return seen if slot_mask is None else seen & slot_mask[:, None, :, None, None]

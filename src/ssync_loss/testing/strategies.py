@@ -5,6 +5,10 @@ One example is a batch of many small clips, made quickly from one seed each: ``m
 square are common. When a test fails, hypothesis shrinks the sizes, and every clip that does not matter to
 its plainest form (all zero, all valid, nothing selected); pass ``batch=1`` to see the clip alone.
 
+Everywhere ``batch`` is the number of clips in an example, ``max_slots``, ``max_frames``, ``max_height`` and
+``max_width`` are the largest sizes, and ``maps`` is where maps come from, ``map_pairs()`` if nothing is said. With
+``empty=False`` no clip is without a valid patch or a present slot. ``draw`` is handed over by hypothesis.
+
 >>> from hypothesis import given, settings
 >>> from ssync_loss.testing import map_pairs, reference_slot_overlap
 >>> @settings(max_examples=10, deadline=None, derandomize=True, database=None)
@@ -72,10 +76,9 @@ class DistillationCase(NamedTuple):
 def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
     """Draw a merge threshold, or None for no merging.
 
-    Args:
-        tied: whether to draw the values that the overlaps of :func:`slot_graphs` take, so that an overlap
-            equals the threshold all the time. Without, only 0, 1 and values off every small fraction, for
-            tests from end to end, where rounding must not decide (to be sure: :func:`decidable_clips`).
+    Tied ones are values that the overlaps of :func:`slot_graphs` take, so that an overlap equals the threshold all the
+    time. The others are 0, 1 and values off every small fraction, for tests from end to end, where rounding must not
+    decide (to be sure: :func:`decidable_clips`).
     """
     return st.sampled_from((None, *(_clips.OVERLAPS if tied else (0.0, 1.0, *GENERIC_THRESHOLDS))))
 
@@ -102,20 +105,7 @@ def slot_graphs(
     Overlaps and areas take few values: overlaps equal to each other or to the threshold, and groups in which
     several slots share the largest area, come up all the time.
 
-    Args:
-        draw: handed over by hypothesis.
-        batch: clips in an example.
-        max_slots: most slots, the same for all clips of an example.
-        distinct_areas: whether no two slots of a clip have the same area.
-        dtype: of the overlap.
-
-    Example:
-        ::
-
-            @given(slot_graphs(), thresholds())
-            def test_merging_equals_union_find(graph, threshold):
-                merged = merge_slots(*graph, threshold=threshold)
-                assert torch.equal(merged, reference_merge_slots(*graph, threshold=threshold))
+    With ``distinct_areas`` no two slots of a clip have the same area; ``dtype`` is that of the overlap.
     """
     slots = draw(_up_to(max_slots))
     clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]
@@ -133,24 +123,7 @@ def label_videos(
     max_height: int = 5,
     max_width: int = 6,
 ) -> Tensor:
-    """Draw labels (B, T, H, W), int64: moving boxes, single dots, checkers, noise, constants.
-
-    Args:
-        draw: handed over by hypothesis.
-        batch: clips in an example.
-        num_slots: labels lie in [0, num_slots).
-        max_frames: most frames.
-        max_height: most rows.
-        max_width: most columns.
-
-    Example:
-        ::
-
-            @given(label_videos(), st.permutations(range(4)))
-            def test_the_count_ignores_names(labels, names):
-                renamed = torch.tensor(names)[labels]
-                assert torch.equal(neighbor_difference(renamed), neighbor_difference(labels))
-    """
+    """Draw labels (B, T, H, W), int64, within [0, num_slots): moving boxes, single dots, checkers, noise, constants."""
     shape = draw(_shapes(max_frames, max_height, max_width))
     return _stack(_clips.label_clip(seed, shape, num_slots) for seed in draw(_seeds(batch)))
 
@@ -173,24 +146,8 @@ def map_pairs(
     All logits are dyadic, so that a mean over a clip compares alike in every precision and order of
     summation. The decoder map equals the encoder's, is shifted against it or has nothing to do with it.
 
-    Args:
-        draw: handed over by hypothesis.
-        batch: clips in an example.
-        max_slots: most slots, the same for all clips of an example.
-        max_frames: most frames.
-        max_height: most rows.
-        max_width: most columns.
-        ties: whether slots may have the same logit on a patch. Without, every argmax is unique.
-        minus_inf: whether some logits, some slots throughout and (with ``ties``) some whole patches are -inf.
-        dtype: of both maps.
-
-    Example:
-        ::
-
-            @given(map_pairs(), thresholds(tied=False))
-            def test_fast_labels_equal_slow_ones(maps, threshold):
-                actual = pseudo_labels(*maps, merge_threshold=threshold)
-                assert_same_labels(actual, reference_pseudo_labels(*maps, merge_threshold=threshold))
+    Without ``ties`` no two slots have the same logit on a patch: every argmax is unique. With ``minus_inf`` some
+    logits, some slots throughout and (with ``ties``) some whole patches are -inf.
     """
     slots = draw(_up_to(max_slots))
     shape = draw(_shapes(max_frames, max_height, max_width))
@@ -202,46 +159,20 @@ def map_pairs(
 
 @st.composite
 def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
-    """Draw valid patches of the given size: all, a box, some frames, some patches, none.
-
-    Args:
-        draw: handed over by hypothesis.
-        *size: B, T, H, W, or B, T.
-        empty: whether a clip may have no valid patch.
-
-    Example:
-        ::
-
-            @given(label_videos(), st.data())
-            def test_invalid_patches_are_never_selected(labels, data):
-                valid = data.draw(valid_masks(*labels.shape))
-                assert not (interior_region(labels, valid=valid) & ~valid).any()
-    """
+    """Draw valid patches of the given size, B, T, H, W or B, T: all, a box, some frames, some patches, none."""
     batch, *shape = size
-    return _stack(_clips.valid_clip(seed, shape, empty=empty) for seed in draw(_seeds(batch)))
+    return _stack(_clips.mask_clip(seed, shape, plain=True, empty=empty) for seed in draw(_seeds(batch)))
 
 
 @st.composite
 def slot_masks(draw: st.DrawFn, batch: int, slots: int, *, empty: bool = True) -> Tensor:
-    """Draw present slots (B, S): all, some, one, none.
-
-    Args:
-        draw: handed over by hypothesis.
-        batch: clips.
-        slots: slots of a clip, present or not.
-        empty: whether a clip may have no present slot.
-    """
-    return _stack(_clips.present_slots(seed, slots, empty=empty) for seed in draw(_seeds(batch)))
+    """Draw present slots (B, S): all, some, one, none."""
+    return draw(valid_masks(batch, slots, empty=empty))
 
 
 @st.composite
 def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None) -> SSyncCase:
     """Draw everything that pseudo-labels read: two maps, and now and then valid patches and present slots.
-
-    Args:
-        draw: handed over by hypothesis.
-        empty: whether a clip may have no valid patch or no present slot.
-        maps: where the maps come from, ``map_pairs()`` if nothing is said.
 
     Example:
         ::
@@ -264,26 +195,12 @@ def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[
 def distillation_cases(
     draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None
 ) -> DistillationCase:
-    """Draw a map, labels, a region that is often empty or full, and now and then present slots.
-
-    Args:
-        draw: handed over by hypothesis.
-        empty: whether a clip may have no present slot.
-        maps: where the map comes from (the decoder's is taken), ``map_pairs()`` if nothing is said.
-
-    Example:
-        ::
-
-            @given(distillation_cases(maps=map_pairs(minus_inf=True)))
-            def test_fast_loss_equals_slow_one(case):
-                actual = selective_distillation_loss(**case._asdict())
-                assert_close_loss(actual, reference_selective_distillation_loss(**case._asdict()))
-    """
+    """Draw a map, the decoder's of ``maps``, labels, a region, often empty or full, and now and then present slots."""
     logits = draw(map_pairs() if maps is None else maps).dec_logits
     batch, frames, slots, height, width = logits.shape
     slot_mask = draw(st.none() | slot_masks(batch, slots, empty=empty))
     shape = (frames, height, width)
-    region = _stack(_clips.region_clip(seed, shape) for seed in draw(_seeds(batch)))
+    region = _stack(_clips.mask_clip(seed, shape, plain=False) for seed in draw(_seeds(batch)))
     # labels index the present slots of their clip, and wrap around where there are fewer
     labels = _stack(_clips.label_clip(seed, shape, slots) for seed in draw(_seeds(batch)))
     present = torch.ones(batch, slots, dtype=torch.bool) if slot_mask is None else slot_mask

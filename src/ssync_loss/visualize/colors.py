@@ -52,15 +52,10 @@ def palette(num_slots: int) -> Tensor:
 
     ``palette(n)[:k] == palette(k)``: a slot keeps its color from one model to the next.
 
-    Args:
-        num_slots: how many colors, up to 256.
-
-    Returns:
-        (num_slots, 3) uint8, red, green, blue.
+    Returns (num_slots, 3) uint8, red, green, blue.
 
     Raises:
-        TypeError: if the number is no integer.
-        ValueError: if it is below 1 or above 256.
+        TypeError, ValueError: if the number is no integer within [1, 256].
 
     >>> palette(2).tolist()
     [[62, 136, 246], [242, 142, 43]]

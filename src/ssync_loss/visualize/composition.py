@@ -1,9 +1,11 @@
 """One picture for a whole step of the loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_int, check_number, check_same_device, check_shape
+from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.ssync.functions import pseudo_labels
@@ -61,17 +63,16 @@ def panel(
         dec_logits: the decoder's map.
         labels: from ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; computed when None.
         merge_threshold: for labels computed here.
-        kind: ``"logits"``, ``"probs"``, or a pair for encoder and decoder.
+        kind: what the maps hold, as in ``pseudo_labels``, like the next three.
         grid: (H, W) of flat maps, or one for each map.
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
-        slot_mask: (B, S) bool, the slots present; all when None.
+        valid: the patches that count.
+        slot_mask: the slots present.
         alpha: weight of the colors, within [0, 1].
         scale: enlarges frames by a whole number; small frames are hard to see in a browser.
         gap: white pixels between frames.
 
     Raises:
-        ValueError: if shapes or devices differ, or a number is out of range.
-        TypeError: if a dtype is wrong.
+        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
 
     >>> maps = torch.zeros(2, 4, 3, 6, 6)
     >>> panel(torch.zeros(2, 4, 3, 24, 24), maps, maps, gap=0).shape  # five rows of four frames
@@ -81,33 +82,31 @@ def panel(
     check_number("alpha", alpha, 0.0, 1.0)
     check_int("scale", scale, 1)
     check_int("gap", gap, 0)
+    if merge_threshold is not None:
+        check_number("merge_threshold", merge_threshold, 0.0, 1.0)
+    given: dict[str, Any] = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
     with torch.no_grad():
-        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, **given)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
         if labels is None:
-            labels = pseudo_labels(
-                enc_logits,
-                dec_logits,
-                merge_threshold=merge_threshold,
-                kind=kind,
-                grid=grid,
-                valid=valid,
-                slot_mask=slot_mask,
-            )
+            labels = pseudo_labels(enc_logits, dec_logits, merge_threshold=merge_threshold, **given)
+        check_type("labels", labels, PseudoLabels)
         for name in ("enc_labels", "dec_labels", "boundary", "interior"):
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
+            check_same_device(f"labels.{name}", getattr(labels, name), video=video)
         frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
         enc, dec = hard_labels(maps)
         counted = maps.counted
         gray = as_gray(frames)
+        differs = as_index("labels.enc_labels", labels.enc_labels) != as_index("labels.dec_labels", labels.dec_labels)
         merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=counted)
         rows = [
             frames,
             overlay(gray, enc, alpha=alpha, valid=counted),
             overlay(gray, dec, alpha=alpha, valid=counted),
-            outline(merged, labels.enc_labels != labels.dec_labels, width=scale),
+            outline(merged, differs, width=scale),
             blended(gray, with_invalid(role_colors(labels), counted), alpha),
         ]
         strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)

@@ -11,13 +11,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import (
+    as_index,
     check_bool,
     check_int,
-    check_integer,
+    check_nonnegative,
     check_not_empty,
     check_number,
     check_same_device,
     check_shape,
+    check_type,
 )
 from ssync_loss.ssync.maps import check_valid
 from ssync_loss.ssync.types import PseudoLabels
@@ -41,17 +43,14 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
     Labels are enlarged to the frames by nearest neighbor. Invalid patches go dark.
 
     Shape:
-        video: (B, T, 3, h, w). labels: (B, T, H, W). Returns (B, T, 3, h, w), uint8.
+        video: (B, T, 3, h, w), floating point within [0, 1] (clamped into it, NaN to 0), or uint8. labels: (B, T, H, W)
+        integers >= 0; from 256 on the colors start over. valid: (B, T) or (B, T, H, W) bool, all when None. Returns
+        (B, T, 3, h, w), uint8.
 
-    Args:
-        video: floating point within [0, 1] (clamped into it), or uint8.
-        labels: integers >= 0; from 256 on the colors start over.
-        alpha: weight of the colors, within [0, 1].
-        valid: (B, T) or (B, T, H, W) bool, the patches that count; all when None.
+    ``alpha`` is the weight of the colors, within [0, 1].
 
     Raises:
-        ValueError: if shapes or devices differ, or ``alpha`` is out of range.
-        TypeError: if a dtype is wrong.
+        TypeError, ValueError: if a dtype, shape, device or ``alpha`` does not fit, or labels are seen to be negative.
 
     >>> black = torch.zeros(1, 1, 3, 1, 2)
     >>> overlay(black, torch.tensor([[[[0, 1]]]]), alpha=0.5)[0, 0, :, 0].T.tolist()  # half the palette
@@ -60,12 +59,13 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
     size = check_video(video)
     grid = check_shape("labels", labels, "B T H W", B=size["B"], T=size["T"])
     check_not_empty("labels", grid, "H W")
-    check_integer("labels", labels)
+    index = as_index("labels", labels)
     check_same_device("labels", labels, video=video)
+    check_nonnegative("labels", index)
     check_number("alpha", alpha, 0.0, 1.0)
     valid = None if valid is None else check_valid(valid, grid, video=video)
     with torch.no_grad():
-        colors = palette(NUM_COLORS).to(video.device)[labels.long() % NUM_COLORS]
+        colors = palette(NUM_COLORS).to(video.device)[index % NUM_COLORS]
         return blended(video, with_invalid(colors, valid), alpha)
 
 
@@ -76,17 +76,13 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
     line closes. An empty region draws nothing.
 
     Shape:
-        video: (B, T, 3, h, w). region: (B, T, H, W), bool. Returns (B, T, 3, h, w), uint8.
+        video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool, for example
+        ``PseudoLabels.boundary``. Returns (B, T, 3, h, w), uint8.
 
-    Args:
-        video: floating point within [0, 1] (clamped into it), or uint8.
-        region: for example ``PseudoLabels.boundary``.
-        color: red, green and blue within 0..255.
-        width: of the line, in pixels of the video.
+    ``color`` is red, green and blue within 0..255, ``width`` that of the line in pixels of the video.
 
     Raises:
-        ValueError: if shapes or devices differ, or a color or width is out of range.
-        TypeError: if a dtype is wrong.
+        TypeError, ValueError: if a dtype, shape, device, color or width does not fit.
 
     >>> black = torch.zeros(1, 1, 3, 4, 4)
     >>> everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -99,7 +95,12 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
     check_bool("region", region)
     check_same_device("region", region, video=video)
     check_int("width", width, 1)
-    _check_color("color", color)
+    if not isinstance(color, Sequence):
+        raise TypeError(f"`color` must be three integers: red, green and blue; got {type(color).__name__}.")
+    if len(color) != 3:
+        raise ValueError(f"`color` must have three parts: red, green and blue; got {color!r}.")
+    for part in color:
+        check_int("color", part, 0, 255)
     with torch.no_grad():
         inside = enlarged(region, size["h"], size["w"])
         # the distance to the outside is that to the nearest pixel of its complement, frame's edge included
@@ -116,25 +117,19 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     overlap, ``NOBODY_TAUGHT`` in neither, ``INVALID`` where no patch is.
 
     Shape:
-        Returns (B, T, 3, H, W), uint8, a pixel per patch.
-
-    Args:
-        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned.
-        valid: (B, T) or (B, T, H, W) bool, as given there; all when None.
+        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned. valid: (B, T) or (B, T, H, W) bool, as given
+        there. Returns (B, T, 3, H, W), uint8, a pixel per patch.
 
     Raises:
-        ValueError: if shapes or devices differ.
-        TypeError: if a region is not boolean.
+        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
     >>> row = torch.zeros(1, 1, 1, 2, dtype=torch.int64)
     >>> labels = PseudoLabels(row, row, row == 1, row == 0, torch.zeros(1, 1, dtype=torch.int64))
     >>> roles(labels)[0, 0, :, 0, 0].tolist() == list(ENCODER_TAUGHT)
     True
     """
+    check_type("labels", labels, PseudoLabels)
     grid = check_shape("labels.boundary", labels.boundary, "B T H W")
-    check_bool("labels.boundary", labels.boundary)
-    check_shape("labels.interior", labels.interior, "B T H W", **grid)
-    check_bool("labels.interior", labels.interior)
     valid = None if valid is None else check_valid(valid, grid, labels=labels.boundary)
     with torch.no_grad():
         return rearrange(with_invalid(role_colors(labels), valid), "b t h w c -> b t c h w")
@@ -144,15 +139,11 @@ def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
     """Lay the frames of every clip side by side.
 
     Shape:
-        video: (B, T, 3, h, w). Returns (B, 3, h, T * w + (T - 1) * gap), uint8.
-
-    Args:
-        video: floating point within [0, 1] (clamped into it), or uint8.
-        gap: white pixels between two frames.
+        video: (B, T, 3, h, w), as in :func:`overlay`. Returns (B, 3, h, T * w + (T - 1) * gap), uint8, with ``gap``
+        white pixels between two frames.
 
     Raises:
-        ValueError: if the shape does not fit or ``gap`` is negative.
-        TypeError: if the video is neither floating point nor uint8.
+        TypeError, ValueError: if the video's dtype or shape does not fit, or ``gap`` is no integer of at least 0.
 
     >>> filmstrip(torch.zeros(2, 4, 3, 8, 8), gap=1).shape
     torch.Size([2, 3, 8, 35])
@@ -173,13 +164,6 @@ def check_video(video: Tensor) -> dict[str, int]:
     if not video.is_floating_point() and video.dtype != torch.uint8:
         raise TypeError(f"`video` must be floating point within [0, 1] or uint8; got {video.dtype}.")
     return size
-
-
-def _check_color(name: str, color: Sequence[int]) -> None:
-    if len(color) != 3:
-        raise ValueError(f"`{name}` must have three parts: red, green and blue; got {color!r}.")
-    for part in color:
-        check_int(name, part, 0, 255)
 
 
 def _levels(video: Tensor) -> Tensor:
@@ -223,11 +207,12 @@ def with_invalid(colors: Tensor, valid: Tensor | None) -> Tensor:
 
 def role_colors(labels: PseudoLabels) -> Tensor:
     """Look up who is taught on every patch: (B, T, H, W, 3)."""
-    of_role = torch.tensor(
-        [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT],
-        dtype=torch.uint8,
-        device=labels.boundary.device,
-    )
+    check_bool("labels.boundary", labels.boundary)
+    check_shape("labels.interior", labels.interior, "B T H W", **dict(zip("BTHW", labels.boundary.shape, strict=True)))
+    check_bool("labels.interior", labels.interior)
+    check_same_device("labels.interior", labels.interior, **{"labels.boundary": labels.boundary})
+    colors = [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT]
+    of_role = torch.tensor(colors, dtype=torch.uint8, device=labels.boundary.device)
     return of_role[labels.interior.long() + 2 * labels.boundary.long()]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import TypeAlias
 
 from ssync_loss._autograd import differentiable, once_differentiable
-from ssync_loss._checks import is_readable
+from ssync_loss._checks import read_numbers
 from ssync_loss.ssync.engines.cpu.calls import REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
@@ -188,9 +188,10 @@ _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive
 
 def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a gradient that the forward wrote, never in place; by a 1 it is handed on as it is, if only once."""
-    is_one = incoming.dim() == 0 and is_readable(incoming) and float(incoming) == 1
-    if is_one and grad.dtype == dtype and not _may_come_again():
-        return grad
+    if grad.dtype == dtype and incoming.dim() == 0 and not _may_come_again():
+        number = read_numbers(incoming)
+        if number is not None and number == 1:
+            return grad
     result: Tensor = _scale_operator(grad, incoming, dtype)
     return result
 
