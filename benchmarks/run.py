@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from examples.arguments import Bounded, above, add_threads, at_most, explained
-from examples.files import must_be_writable
+from examples.files import must_be_ours, must_be_writable
 from tqdm import tqdm
 
 from benchmarks import environment
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     with explained():
         must_be_writable(asked.out, "--out")
+        must_be_ours(asked.out, "--out", Results.load)
         options = Options(
             suites=SUITES if asked.suite == "all" else (asked.suite,),
             device=asked.device,

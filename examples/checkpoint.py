@@ -146,7 +146,7 @@ class TrainingState:
         groups = [_known(*pair) for pair in zip(groups, optimizer["param_groups"], strict=True)]
         rates = _known(content["scheduler"], scheduler)
         fits = [
-            type(step) is int and 0 <= step <= self.settings.steps,
+            type(step) is int and 0 <= step <= self.settings.steps and step == content["scheduler"]["last_epoch"],
             _fits(times, [0.0] * len(times)),
             _fits(history, [dict.fromkeys(history[0], 0.0)] * len(history) if history else []),
             _fits(groups, optimizer["param_groups"]),
