@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from examples.files import written_whole
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -73,8 +74,8 @@ def save_figure(results: Results, path: Path) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(shown), frameon=False)
     where = results.environment["gpu"] or results.environment["cpu"]
     figure.suptitle(f"A step of SSync and of dense alignment on {where}; slopes fitted as in the tables")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _write_slopes(axis: Axes, results: Results, sweep: str, contenders: list[Contender], measure: str) -> None:

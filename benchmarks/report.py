@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.arguments import explained
+from examples.files import must_be_writable, write_text
+
 from benchmarks.results import Results
 from benchmarks.suites.linear_vs_quadratic import SUITE
 from benchmarks.tables import section
@@ -22,18 +25,30 @@ def load_all(folder: Path) -> dict[str, Results]:
     """Read every file of results, by name.
 
     Raises:
-        ValueError: if one is not to be read.
+        ValueError: if one is not to be read, or there is none.
     """
-    return {path.stem: Results.load(path) for path in sorted(folder.glob("*.json"))}
+    # not what a file system hides beside a file
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise ValueError(f"--results must be a folder with a JSON file of results; found none in {folder}.")
+    return {path.stem: Results.load(path) for path in paths}
 
 
 def body(found: dict[str, Results], figures: str = "results") -> str:
-    """Write what stands between the markers."""
+    """Write what stands between the markers.
+
+    Raises:
+        ValueError: if a file has rows that it could not have from a run.
+    """
     parts = []
     for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
         if not any(one.environment["device"] == device for one in found.values()):
             parts.append(f"**There is no {kind} result yet.** Nothing on this page was measured on one.")
-    parts += [section(one, name, f"{figures}/{name}.png") for name, one in found.items()]
+    for name, one in found.items():
+        try:
+            parts.append(section(one, name, f"{figures}/{name}.png"))
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{one.path or name}: `rows` must be those of a run; they lead to {error!r}.") from error
     return "\n\n".join(parts)
 
 
@@ -58,16 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # drawing is not needed for the tables
     from benchmarks.figure import save_figure
 
-    try:
+    with explained():
         found = load_all(options.results)
-        text = between_markers(options.readme.read_text(), body(found), str(options.readme))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    for name, results in found.items():
-        if results.select(suite=SUITE):
-            save_figure(results, options.results / f"{name}.png")
-    options.readme.write_text(text)
-    print(f"{options.readme}: {', '.join(found) or 'no results'}")
+        text = between_markers(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme))
+        must_be_writable(options.readme, "--readme")
+    with explained(OSError):
+        for name, results in found.items():
+            if results.select(suite=SUITE):
+                save_figure(results, options.results / f"{name}.png")
+        write_text(options.readme, text)
+    print(f"{options.readme}: {', '.join(found)}")
     return 0
 
 

@@ -1,13 +1,13 @@
 """A file of results: its schema, its check, and a run that goes on where it was cut short."""
 
 import json
-import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeAlias
+
+from examples.files import Fields, check_fields, read_json, write_text
 
 SCHEMA = "ssync-loss benchmarks 1"
 
@@ -23,7 +23,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "counts": ("launches", "host_reads"),
     "share": ("with", "without", "alone", "share", "difference"),
 }
-ENVIRONMENT: dict[str, type | tuple[type, ...]] = {
+ENVIRONMENT: Fields = {
     "device": str,
     "cpu": str,
     "cores": int,
@@ -39,7 +39,7 @@ ENVIRONMENT: dict[str, type | tuple[type, ...]] = {
     "sources": str,
     "date": str,
 }
-SETTINGS: dict[str, type | tuple[type, ...]] = {
+SETTINGS: Fields = {
     "quick": bool,
     "threads": int,
     "time_cap": (int, float),
@@ -161,10 +161,7 @@ class Results:
         Raises:
             ValueError: if it is none of ours, or of another version; it names the file and what was found.
         """
-        try:
-            content = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON file of results: {error}.") from error
+        content = read_json(path)
         check_schema(content, str(path))
         results = cls(content["environment"], content["settings"], path=path)
         for one in content["rows"]:
@@ -203,10 +200,7 @@ class Results:
         self.rows.update({row.id: row for row in rows})
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(self.text())
-        os.replace(partial, self.path)
+        write_text(self.path, self.text())
 
     def text(self) -> str:
         """Lay the file out, a line for every row."""
@@ -230,7 +224,7 @@ def check_schema(content: Any, name: str) -> None:
         found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{name} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
     for part, fields in (("environment", ENVIRONMENT), ("settings", SETTINGS)):
-        _check_fields(content.get(part), fields, f"{name}: `{part}`")
+        check_fields(content.get(part), fields, f"{name}: `{part}`")
     rows = content.get("rows")
     if not isinstance(rows, list):
         raise ValueError(f"{name}: `rows` must be a list; found {type(rows).__name__}.")
@@ -245,10 +239,8 @@ def check_schema(content: Any, name: str) -> None:
 
 
 def _check_row(row: Any, where: str) -> None:
-    fields: dict[str, type | tuple[type, ...]] = dict.fromkeys(
-        ("suite", "case", "contender", "measure", "dtype", "status", "note"), str
-    )
-    _check_fields(row, fields | {"shape": dict, "values": dict}, where)
+    texts = ("suite", "case", "contender", "measure", "dtype", "status", "note")
+    check_fields(row, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
     for key, allowed in (("suite", SUITES), ("measure", tuple(MEASURES)), ("status", STATUSES)):
         if row[key] not in allowed:
             raise ValueError(f"{where}: `{key}` must be one of {', '.join(allowed)}; found {row[key]!r}.")
@@ -268,23 +260,11 @@ def _check_row(row: Any, where: str) -> None:
 
 def _check_value(value: Any, where: str) -> None:
     if isinstance(value, dict):
-        _check_fields(value, dict.fromkeys(("median", "q1", "q3"), (int, float)) | {"samples": int}, where)
+        check_fields(value, dict.fromkeys(("median", "q1", "q3"), (int, float)) | {"samples": int}, where)
         if not value["q1"] <= value["median"] <= value["q3"]:
             raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e100:
         raise ValueError(f"{where} must be a finite number or a spread; found {value!r}.")
-
-
-def _check_fields(content: Any, fields: Mapping[str, type | tuple[type, ...]], where: str) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be an object; found {type(content).__name__}.")
-    if content.keys() != fields.keys():
-        missing, extra = sorted(fields.keys() - content.keys()), sorted(content.keys() - fields.keys())
-        raise ValueError(f"{where} must have other fields; missing are {missing}, unknown are {extra}.")
-    for key, kind in fields.items():
-        is_bool_by_mistake = isinstance(content[key], bool) and kind is not bool
-        if is_bool_by_mistake or not isinstance(content[key], kind):
-            raise ValueError(f"{where}: `{key}` has the wrong type; found {content[key]!r}.")
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from examples.arguments import Bounded, above, add_threads, at_most, explained
+from examples.files import must_be_ours, must_be_writable
 from tqdm import tqdm
 
 from benchmarks import environment
@@ -41,14 +43,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer and smaller sizes in less than two minutes: a rehearsal")
     add("--out", type=Path, help="file of results; benchmarks/results/<device>.json, runs/ for a rehearsal")
     add("--restart", action="store_true", help="measure anew what --out holds")
-    add("--time-cap", type=float, metavar="SECONDS", help="no step that should take longer; 10, quick 0.5")
-    add("--memory-cap", type=float, metavar="GB", help="no step that should take more; 12, on a GPU what it has free")
-    add("--threads", type=int, default=1, help="of torch, 1 if nothing is said; the kernels always take one")
+    for name, unit, help_ in (
+        ("--time-cap", "SECONDS", "no step that should take longer; 10, quick 0.5"),
+        ("--memory-cap", "GB", "no step that should take more; 12, on a GPU what it has free"),
+    ):
+        add(name, type=float, metavar=unit, action=Bounded, rules=[above(0), at_most(1_000_000)], help=help_)
+    add_threads(parser, above(0), help="of torch, 1 if nothing is said; the kernels always take one")
     options = parser.parse_args(arguments)
-    for name in ("time_cap", "memory_cap", "threads"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0; got {value}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda needs a GPU that torch can see; torch {torch.__version__} sees none")
     if options.out is None:
@@ -114,7 +115,9 @@ def memory_cap(device: str, wanted: float | None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 130 when Ctrl-C cut it short."""
     asked = parse(arguments)
-    try:
+    with explained():
+        must_be_writable(asked.out, "--out")
+        must_be_ours(asked.out, "--out", Results.load)
         options = Options(
             suites=SUITES if asked.suite == "all" else (asked.suite,),
             device=asked.device,
@@ -126,8 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         described = environment.describe(asked.device)
         results = Results.resume(asked.out, described, options.settings(), restart=asked.restart)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     tasks = plan(options)
     rows = [row for task in tasks for row in task.rows]
     done = sum(row in results.rows for row in rows)
@@ -136,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if done < len(rows):
                 session.start()
-            session.run(tasks)
+            with explained(OSError):
+                session.run(tasks)
         except KeyboardInterrupt:
             bar.write(f"stopped; the same command goes on with the rows that {asked.out} does not have")
             return 130

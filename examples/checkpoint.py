@@ -1,14 +1,17 @@
 """The state of a training run, and its way to disk and back without losing a bit."""
 
-import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from examples.dense_alignment import DenseAlignment, DenseSettings
+from examples.files import written_whole
 from examples.slot_model import SlotModel
 from torch import Tensor, nn
+
+PARTS = ("settings", "model", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class TrainingState:
         """List what is trained: the model, and the projections of dense alignment."""
         return _parameters(self.model, self.alignment)
 
-    def save(self, path: Path) -> None:
-        """Write the state; a crash half-way leaves the previous file whole."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """Collect what a checkpoint holds."""
+        return {
             "settings": asdict(self.settings),
             "seed": self.seed,
             "model": self.model.state_dict(),
@@ -96,38 +99,108 @@ class TrainingState:
             "times": self.times,
             "history": self.history,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
+
+    def save(self, path: Path) -> None:
+        """Write the state; a crash half-way leaves the previous file whole."""
+        with written_whole(path) as partial:
+            torch.save(self.content(), partial)
 
     @classmethod
     def load(cls, path: Path, settings: Settings, seed: int) -> "TrainingState":
-        """Read a state written by `save`.
+        """Read a state written by `save`. Nothing in a file is executed, whoever wrote it.
 
         Raises:
-            ValueError: if it was made with another seed or other settings.
+            ValueError: if it was made with another seed or other settings, or is no such file.
         """
-        content: dict[str, Any] = torch.load(path, weights_only=True)
+        content = _read(path)
         wanted = {**asdict(settings), "seed": seed}
         found = {**content["settings"], "seed": content["seed"]}
-        for name in wanted.keys() | found.keys():
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"{path} was trained with `{name}` = {found.get(name)!r}; got {wanted.get(name)!r}. "
-                    "Use the same settings, another --out, or start afresh without --resume."
-                )
-        state = cls.fresh(settings, seed, dense=content["alignment"] is not None)
-        state.model.load_state_dict(content["model"])
-        if state.alignment is not None:
-            state.alignment.load_state_dict(content["alignment"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        state.scheduler.load_state_dict(content["scheduler"])
-        torch.set_rng_state(content["rng"])
-        state.step = content["step"]
-        state.times = content["times"]
-        state.history = content["history"]
+        differing = [
+            f"with `{name}` = {found.get(name)!r}; got {wanted.get(name)!r}"
+            for name in {**wanted, **found}
+            if wanted.get(name) != found.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} was trained {', '.join(differing)}. "
+                "Use the same settings, another --out, or start afresh without --resume."
+            )
+        state = cls.fresh(settings, seed, dense=content.get("alignment") is not None)
+        try:
+            state._take(content)
+        except Exception as error:
+            raise ValueError(_refusal(path)) from error
         return state
+
+    def _take(self, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint; any error says that it cannot be one of this run."""
+        # a step along no slope moves no weight, and lets the optimizer make all that it keeps
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
+        step, times, history = (content[name] for name in ("step", "times", "history"))
+        moments, groups = (content["optimizer"][name] for name in ("state", "param_groups"))
+        # other versions of torch have more settings or fewer
+        groups = [_known(*pair) for pair in zip(groups, optimizer["param_groups"], strict=True)]
+        rates = _known(content["scheduler"], scheduler)
+        fits = [
+            type(step) is int and 0 <= step <= self.settings.steps and step == content["scheduler"]["last_epoch"],
+            _fits(times, [0.0] * len(times)),
+            _fits(history, [dict.fromkeys(history[0], 0.0)] * len(history) if history else []),
+            _fits(groups, optimizer["param_groups"]),
+            _fits(rates, scheduler),
+            *(_fits(one, optimizer["state"][index]) for index, one in moments.items()),
+        ]
+        if not all(fits):
+            raise ValueError("parts that this run does not have")
+        self.model.load_state_dict(content["model"])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(content["alignment"])
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.scheduler.load_state_dict(rates)
+        torch.set_rng_state(content["rng"])
+        self.step, self.times, self.history = step, times, history
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            # of what is refused anyway
+            warnings.simplefilter("ignore")
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(content[part], dict) for part in PARTS):
+            raise TypeError("no parts")
+        if not all(
+            isinstance(one, str | int | float | None) for one in (content["seed"], *content["settings"].values())
+        ):
+            raise TypeError("no settings")
+    except Exception as error:
+        raise ValueError(_refusal(path)) from error
+    return content
+
+
+def _known(found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Take what both have from what was found, but for what it is about."""
+    return {name: ours[name] if name == "params" else found.get(name, ours[name]) for name in ours}
+
+
+def _refusal(path: Path) -> str:
+    return f"{path} is no checkpoint of this example, or a damaged one. Delete it, or take another --out."
+
+
+def _fits(found: Any, like: Any) -> bool:
+    """Say whether two things differ in no more than their numbers."""
+    if isinstance(like, Tensor):
+        return isinstance(found, Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+    if type(found) is not type(like):
+        return False
+    if isinstance(like, dict):
+        return found.keys() == like.keys() and all(_fits(found[key], like[key]) for key in like)
+    if isinstance(like, list | tuple):
+        return len(found) == len(like) and all(map(_fits, found, like))
+    return True
 
 
 def make_optimizer(

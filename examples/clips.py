@@ -1,7 +1,7 @@
 """Your own clips: video files and folders of frames, cut to the length and size the example trains on."""
 
+import os
 import re
-import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg"}
+# of brightness: black is 16 of 255 and white 235
+LIMITED = 1
 
 
 class Clips(NamedTuple):
@@ -23,10 +25,44 @@ class Clips(NamedTuple):
     Shape:
         video: (B, T, 3, H, W), float32 in [0, 1].
         sources: B names, the file or folder that each clip was cut from.
+        skipped: what was left out, and why.
     """
 
     video: Tensor
     sources: list[str]
+    skipped: "Skipped"
+
+
+class Skipped:
+    """Files that are left out, by folder and reason."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.files = root, dict[tuple[Path, str], list[Path]]()
+
+    def add(self, path: Path, reason: str) -> None:
+        """Leave a file out."""
+        self.files.setdefault((path.parent, reason), []).append(path)
+
+    def __len__(self) -> int:
+        """Count them."""
+        return sum(map(len, self.files.values()))
+
+    def lines(self) -> list[str]:
+        """Say what is left out: of a folder and for a reason, the first file by name and the others by number."""
+        lines = []
+        for (_, reason), (first, *others) in self.files.items():
+            who = f"{shown(first.relative_to(self.root))} {f'and {len(others)} more are' if others else 'is'} skipped"
+            lines.append(f"{who}: {reason}")
+        return lines
+
+
+def shown(path: Path) -> str:
+    r"""Write a path in one line, whatever is in its name.
+
+    >>> shown(Path("a") / "b\n.png")
+    'a/b\\n.png'
+    """
+    return repr(path.as_posix())[1:-1]
 
 
 def load_clips(
@@ -35,8 +71,9 @@ def load_clips(
     """Read every video below a directory and cut it into clips of consecutive frames.
 
     A video is a file (mp4, m4v, mov, mkv, webm, avi; needs PyAV) or a folder that holds frames (png, jpg), in
-    the order of the numbers in their names. Each frame is cropped to its central square and resized to
-    size x size. What is left at the end of a video, shorter than a clip, is dropped.
+    the order of the numbers in their names. Each frame is turned upright, cropped to its central square and resized to
+    size x size; gray becomes color, 16 bits keep their brightness, and transparency is ignored. What is left at the
+    end of a video, shorter than a clip, is dropped. Files that cannot be read and hidden ones are left out.
 
     Args:
         directory: where to look, at any depth.
@@ -46,79 +83,175 @@ def load_clips(
         stride: take every stride-th frame.
 
     Raises:
-        ValueError: if there is no such directory, no video in it, or none long enough for a clip.
+        ValueError: if there is no such directory, no video in it, or none that can be read and is long enough for a
+            clip.
         ImportError: if a video file is found and PyAV is missing.
     """
     root = Path(directory)
     if not root.is_dir():
         raise ValueError(f"`clips` must be a directory; got {str(root)!r}.")
-    videos = [path for path in _find_videos(root) if fnmatch(path.name, match)]
+    skipped = Skipped(root)
+    videos = _find_videos(root, match, stride, skipped)
     if not videos:
         raise ValueError(
             f"`clips` must hold videos ({', '.join(sorted(VIDEO_SUFFIXES))}) or folders of frames "
-            f"({', '.join(sorted(FRAME_SUFFIXES))}) named like {match!r}; found none in {str(root)!r}."
+            f"({', '.join(sorted(FRAME_SUFFIXES))}) named like {match!r}; found none in {_nothing_but(skipped)}."
         )
     chunks, sources = [], []
-    for path in videos:
-        frames = _read_video(path, size, stride) if path.is_file() else _read_folder(path, size, stride)
+    for video, files in videos.items():
+        frames: list[Tensor] = []
+        num_skipped = len(skipped)
+        for file in files:
+            try:
+                frames += [_fit(picture, size) for picture in _pictures(file, stride)]
+            except ImportError:
+                raise
+            except Exception as error:
+                # a decoder that is fed with whatever bytes there are raises whatever it likes
+                skipped.add(file, _reason(error))
         count = len(frames) // num_frames
-        if count == 0:
-            warnings.warn(f"{path} is skipped: {len(frames)} frames, a clip takes {num_frames}.", stacklevel=2)
-            continue
-        chunks.append(rearrange(frames[: count * num_frames], "(b t) c h w -> b t c h w", t=num_frames))
-        sources += [str(path.relative_to(root))] * count
+        if count:
+            whole = torch.stack(frames[: count * num_frames])
+            chunks.append(rearrange(whole, "(b t) c h w -> b t c h w", t=num_frames))
+            sources += [str(video.relative_to(root))] * count
+        elif frames or len(skipped) == num_skipped:
+            strided = f" at stride {stride}" if stride > 1 else ""
+            skipped.add(video, f"{len(frames)} frames{strided}, a clip takes {num_frames}")
     if not chunks:
-        raise ValueError(f"`clips` must hold a video of at least {num_frames} frames; found none in {str(root)!r}.")
-    return Clips(torch.cat(chunks), sources)
+        raise ValueError(
+            f"`clips` must hold a video of at least {num_frames} frames; found none in {_nothing_but(skipped)}."
+        )
+    return Clips(torch.cat(chunks), sources, skipped)
 
 
-def _find_videos(root: Path) -> list[Path]:
-    """List video files and folders of frames, the root itself included."""
-    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
-    with_frames = [folder for folder in folders if any(_frames_in(folder))]
-    files = [path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES]
-    return sorted([*files, *with_frames], key=_by_number)
+def _nothing_but(skipped: Skipped) -> str:
+    """Name the directory, and what is to be said of the files in it."""
+    lines = skipped.lines()
+    where = repr(str(skipped.root))
+    return f"{where}, where {len(skipped)} of the files cannot be used: {lines[0]}" if lines else where
 
 
-def _frames_in(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in FRAME_SUFFIXES)
+def _find_videos(root: Path, match: str, stride: int, skipped: Skipped) -> dict[Path, list[Path]]:
+    """Find videos by the number in their names, and the files that each consists of.
+
+    Links are followed, and every folder is looked into once.
+    """
+    videos: dict[Path, list[Path]] = {}
+    seen = set()
+
+    def closed(error: OSError) -> None:
+        skipped.add(Path(error.filename), _reason(error))
+
+    for name, folders, names in os.walk(root, onerror=closed, followlinks=True):
+        folder = Path(name)
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        frames = []
+        for path in map(folder.joinpath, names):
+            suffix = path.suffix.lower()
+            is_frame = suffix in FRAME_SUFFIXES and fnmatch(folder.name, match)
+            if not is_frame and not (suffix in VIDEO_SUFFIXES and fnmatch(path.name, match)):
+                continue
+            if path.name.startswith("."):
+                skipped.add(path, "hidden")
+            elif not path.is_file():
+                skipped.add(path, "no file")
+            elif is_frame:
+                frames.append(path)
+            else:
+                videos[path] = [path]
+        if frames:
+            videos[folder] = sorted(frames, key=_by_number)[::stride]
+        elif not folders and folder.suffix.lower() in FRAME_SUFFIXES | VIDEO_SUFFIXES:
+            skipped.add(folder, "a folder without frames")
+    return dict(sorted(videos.items(), key=lambda item: _by_number(item[0])))
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """Sort key by which frame_2 comes before frame_10."""
     parts = re.split(r"(\d+)", str(path))
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _read_folder(folder: Path, size: int, stride: int) -> Tensor:
-    from PIL import Image
+def _reason(error: Exception) -> str:
+    """Say in a few words what is wrong with a file, without its name."""
+    # what it says itself begins with the whole path
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "no image"
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(said.split())
 
-    frames = []
-    for path in sorted(_frames_in(folder), key=_by_number)[::stride]:
-        with Image.open(path) as image:
-            frames.append(_fit(np.asarray(image.convert("RGB")), size))
-    return torch.stack(frames)
+
+def _pictures(path: Path, stride: int) -> Iterator[np.ndarray]:
+    """Decode a file, one picture or a video: (H, W) or (H, W, 3), of bytes, 16 bits or float32 in [0, 1]."""
+    if path.stat().st_size == 0:
+        raise ValueError("empty")
+    if path.suffix.lower() in FRAME_SUFFIXES:
+        yield _read_image(path)
+    else:
+        yield from _read_video(path, stride)
 
 
-def _read_video(path: Path, size: int, stride: int) -> Tensor:
+def _read_image(path: Path) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith(("I", "F")):
+        # convert would cut off at 255 what goes up to 65,535
+        return _gray(np.asarray(image))
+    if image.mode in {"P", "PA"}:
+        # a palette with transparency becomes RGB by way of RGBA only
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _gray(values: np.ndarray) -> np.ndarray:
+    """Find out what is white in a picture of one channel of more than 8 bits.
+
+    In whole numbers it is 65,535, the largest of 16 bits. In floats it is 1, or 255 where there are larger ones.
+    """
+    largest = 65535 if values.dtype.kind in "iu" else 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= largest):
+        raise ValueError(f"values from {values.min()} to {values.max()}, of which none is known to be white")
+    return (values / largest).astype(np.float32)
+
+
+def _read_video(path: Path, stride: int) -> Iterator[np.ndarray]:
     try:
         import av
     except ImportError as error:
         raise ImportError(f"reading {path} needs PyAV: pip install 'ssync-loss[examples]'.") from error
 
-    frames = []
-    with av.open(str(path)) as container:
+    # an absolute path cannot be taken for an address, and what is in a file cannot lead to one
+    with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
+        if not container.streams.video:
+            raise ValueError("no video in it")
+        # resized one by one: a long video in full size would not fit the memory
         for number, frame in enumerate(container.decode(video=0)):
-            # resized at once: a long video in full size would not fit the memory
+            if frame.is_corrupt:
+                raise ValueError(f"frame {number} is damaged")
             if number % stride == 0:
-                frames.append(_fit(frame.to_ndarray(format="rgb24"), size))
-    return torch.stack(frames) if frames else torch.empty(0, 3, size, size)
+                deep = any(component.bits > 8 for component in frame.format.components)
+                # older versions of PyAV do not look at the range themselves
+                picture = frame.to_ndarray(format="rgb48le" if deep else "rgb24", src_color_range=frame.color_range)
+                if frame.format.name.startswith(("gray", "ya")) and frame.color_range == LIMITED:
+                    # and FFmpeg does not where there is no color
+                    values = picture / (65535 if deep else 255)
+                    picture = ((values * 255 - 16) / 219).clip(0, 1)
+                yield np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
 
 
 def _fit(picture: np.ndarray, size: int) -> Tensor:
-    """Crop (H, W, 3) bytes to the central square and resize it to (3, size, size) in [0, 1]."""
+    """Crop a picture to the central square and resize it to (3, size, size) in [0, 1]."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = torch.tensor(picture[top : top + side, left : left + side]).movedim(-1, 0).float() / 255
-    return F.interpolate(square[None], size=(size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    square = picture[top : top + side, left : left + side]
+    white = np.iinfo(square.dtype).max if square.dtype.kind == "u" else 1
+    colors = torch.from_numpy(square.astype(np.float32)) / white
+    channels = colors.movedim(-1, 0) if colors.ndim == 3 else colors.expand(3, -1, -1)
+    return F.interpolate(channels[None], size=(size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from examples.clips import load_clips
+from examples.clips import load_clips, shown
 from examples.evaluation import EvaluationSet
 from examples.features import FrozenFeatures
 from examples.moving_objects import SPEED, moving_objects
@@ -51,9 +51,12 @@ def held_out(
 
 def read_data(directory: Path, *, match: str, stride: int, num_test: int) -> Data:
     """Read the user's clips; without ground truth they are trained on and looked at."""
-    video, sources = load_clips(directory, match=match, stride=stride)
+    video, sources, skipped = load_clips(directory, match=match, stride=stride)
     features = FrozenFeatures().fit(video)(video)
     spread = torch.linspace(0, len(video) - 1, min(num_test, len(video))).round().long()
     looked_at = EvaluationSet(video[spread], features[spread], None)
-    print(f"{len(video)} clips of {video.shape[1]} frames from {len(set(sources))} videos in {directory}")
-    return Data(f"{directory}, {match}, stride {stride}", features, looked_at, looked_at)
+    where = shown(directory)
+    print(*skipped.lines(), sep="\n", end="\n" if skipped else "")
+    left_out = f"; {len(skipped)} skipped" if skipped else ""
+    print(f"{len(video)} clips of {video.shape[1]} frames from {len(set(sources))} videos in {where}{left_out}")
+    return Data(f"{where}, {match}, stride {stride}", features, looked_at, looked_at)

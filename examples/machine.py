@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.files import check_fields
 
 
 def this_machine() -> dict[str, Any]:
@@ -22,6 +23,21 @@ def this_machine() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_origin(settings: Any, machine: Any, where: str) -> None:
+    """Check what tables say of the settings and the machine.
+
+    Raises:
+        ValueError: if something is missing; it names the place, the wanted and the found.
+    """
+    number = (int, float)
+    counts = dict.fromkeys(("num_clips", "slots", "steps", "start_step"), number)
+    check_fields(
+        settings, counts | {"data": str, "threshold": (*number, type(None))}, f"{where}: `settings`", more=True
+    )
+    words = dict.fromkeys(("cpu", "torch", "commit", "date"), str)
+    check_fields(machine, words | {"threads": int}, f"{where}: `machine`", more=True)
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,8 @@ import torch
 from examples.checkpoint import Settings, TrainingState
 from examples.dense_alignment import DenseSettings
 from examples.evaluation import EvaluationSet, maps_of
-from examples.machine import this_machine
+from examples.files import Fields, check_fields, read_json, write_text, written_whole
+from examples.machine import check_origin, this_machine
 from examples.markdown import markdown, mean_sd, number
 from examples.slot_model import SlotModel
 from matplotlib.figure import Figure
@@ -47,6 +48,11 @@ COLUMNS_WITHOUT_TRUTH = (
 TIME_COLUMN = ("ms per step", "step_ms", 1)
 HISTORY_WINDOW = 50
 FIGURE_CLIPS, SCALE = 3, 2
+# what a file of results must hold
+NUMBER = (int, float)
+DENSE = dict.fromkeys(("weight", "start_step", "group_frames", "top_k", "redundancy_weight", "redundancy_end"), NUMBER)
+PREMISE: Fields = {"holds": bool, **dict.fromkeys(("margin", "margin_standard_error", "num_clips"), NUMBER)}
+RUN: Fields = {"step": int, "seconds": NUMBER, "scores": dict, "history": list, "step_ms": (*NUMBER, type(None))}
 
 
 @dataclass
@@ -118,25 +124,51 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read what `save` wrote."""
-        content = json.loads(path.read_text())
-        seeds = [
-            SeedReport(s["seed"], s["premise"], {name: Run(**run) for name, run in s["runs"].items()})
-            for s in content["seeds"]
-        ]
-        return cls(content["settings"], content["machine"], content["complete"], seeds)
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if it is another file; it names the file and what was found.
+        """
+        content = read_json(path)
+        parts = {"settings": dict, "machine": dict, "complete": bool, "seeds": list}
+        check_fields(content, parts, f"{path}, a file of results,")
+        check_origin(content["settings"], content["machine"], f"{path}")
+        if "dense" in content["settings"]:
+            check_fields(content["settings"]["dense"], DENSE, f"{path}: `settings.dense`", more=True)
+        seeds = []
+        for place, seed in enumerate(content["seeds"]):
+            where = f"{path}: `seeds[{place}]`"
+            check_fields(seed, {"seed": int, "premise": (dict, type(None)), "runs": dict}, where)
+            if seed["premise"] is not None:
+                check_fields(seed["premise"], PREMISE, f"{where}: `premise`", more=True)
+            check_fields(seed["runs"], dict.fromkeys(RUN_NAMES, dict), f"{where}: `runs`", optional=RUN_NAMES)
+            for name, run in seed["runs"].items():
+                check_fields(run, RUN, f"{where}: `runs.{name}`", optional=["step_ms"])
+            seeds.append(SeedReport(**seed | {"runs": {name: Run(**run) for name, run in seed["runs"].items()}}))
+        report = cls(content["settings"], content["machine"], content["complete"], seeds)
+        scores = {key: NUMBER for _, key, _ in report.columns()}
+        for seed, name, run in report.all_runs():
+            check_fields(run.scores, scores, f"{path}: `scores` of {name}, seed {seed}", more=True)
+        return report
+
+    def all_runs(self) -> list[tuple[int, str, Run]]:
+        """List all runs with their seeds and names."""
+        return [(seed.seed, name, run) for seed in self.seeds for name, run in seed.runs.items()]
+
+    def columns(self) -> tuple[tuple[str, str, int], ...]:
+        """Choose the columns of scores: those that need ground truth where there was some."""
+        runs = self.all_runs()
+        return COLUMNS if runs and "dec_fg_ari" in runs[0][2].scores else COLUMNS_WITHOUT_TRUTH
 
 
 def table(report: Report) -> str:
     """Lay out the scores as a Markdown table: the runs, what is gained on own losses, and that seed by seed."""
-    scores = [run.scores for seed in report.seeds for run in seed.runs.values()]
-    with_truth = bool(scores) and "dec_fg_ari" in scores[0]
-    columns = COLUMNS if with_truth else COLUMNS_WITHOUT_TRUTH
+    columns = report.columns()
+    with_truth = columns is COLUMNS
     names = [name for name in RUN_NAMES if any(name in seed.runs for seed in report.seeds)]
     if "dense" in names:
         columns = (*columns, TIME_COLUMN)
@@ -233,7 +265,7 @@ def _time_lines(report: Report) -> list[str]:
     timed = [
         (seed.seed, [seed.runs[name].value("step_ms") for name in ("baseline", "ssync", "dense")])
         for seed in report.seeds
-        if "dense" in seed.runs
+        if {"baseline", "ssync", "dense"} <= seed.runs.keys()
     ]
     return [line(seed, *times) for seed, times in timed if not any(map(isnan, times))]
 
@@ -276,5 +308,5 @@ def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel
         if role != "invalid"
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), title="who is taught", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")

@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
 
+from examples.arguments import Bounded, add_training_options, at_least, explained, within
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.data import Data, make_data, read_data
 from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.evaluation import ask_premise, evaluate, premise_summary
+from examples.files import must_be_ours, must_be_writable
 from examples.report import Report, Run, SeedReport, save_figure, table
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 
@@ -40,6 +42,8 @@ from ssync_loss import SSyncLoss
 from ssync_loss.diagnostics import report as premise_report
 
 SAVE_EVERY = 100
+STAGES = ("shared", "baseline", "ssync", "dense")
+CHECKPOINT_BYTES = 2_000_000
 
 
 class Losses(NamedTuple):
@@ -141,15 +145,6 @@ def stop_on_ctrl_c() -> Iterator[Event]:
         signal.signal(signal.SIGINT, usual)
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """End the program with one line where the user's files or options are at fault, not with a traceback."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
 def train_one_seed(
     seed: int, settings: Settings, data: Data, checkpoints: Path, *, compare: str | None, resume: bool, stop: Event
 ) -> SeedReport:
@@ -163,8 +158,7 @@ def train_one_seed(
     def run(stage: str, start: Path | None, criterion: SSyncLoss | None, until: int) -> TrainingState:
         checkpoint = checkpoint_path(checkpoints, seed, stage)
         if resume and checkpoint.exists():
-            with explained():
-                state = TrainingState.load(checkpoint, settings, seed)
+            state = TrainingState.load(checkpoint, settings, seed)
         elif start is not None:
             state = TrainingState.load(start, settings, seed)
         else:
@@ -215,25 +209,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0], help="training seeds, one pair of runs each")
-    add("--slots", type=int, default=9, help="number of slots")
-    add("--steps", type=int, default=1500, help="optimizer steps of a run, the shared 30 %% included")
-    add("--threshold", type=float, default=0.6, help="merge threshold of the loss")
+    add_training_options(parser, steps=1500, slots=9)
+    add(
+        "--threshold", type=float, default=0.6, action=Bounded, rules=[within(0, 1)], help="merge threshold of the loss"
+    )
     add("--compare", choices=["dense"], help="a third run, with dense alignment (SRL): several times as long")
     add("--clips", type=Path, help="your own videos or folders of frames instead of the moving objects")
     add("--match", default="*", help="with --clips: pattern for the names of videos and folders")
-    add("--stride", type=int, default=1, help="with --clips: take every n-th frame")
+    every = "with --clips: take every n-th frame"
+    add("--stride", type=int, default=1, action=Bounded, rules=[at_least(1)], help=every)
     add("--out", type=Path, help="where everything is written; runs/moving_objects or runs/clips if not given")
     add("--resume", action="store_true", help="go on with what --out holds")
-    add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
-    add("--threads", type=int, default=1, help="CPU threads; operators this small gain nothing from a second one")
-    add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished run")
     options = parser.parse_args(arguments)
-    for name, low in (("slots", 1), ("steps", 10), ("stride", 1), ("threads", 1)):
-        if getattr(options, name) < low:
-            parser.error(f"--{name} must be at least {low}; got {getattr(options, name)}")
-    if not 0 <= options.threshold <= 1:
-        parser.error(f"--threshold must be within [0, 1]; got {options.threshold}")
     if options.out is None:
         options.out = Path("runs/moving_objects" if options.clips is None else "runs/clips")
     return options
@@ -243,12 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 130 when Ctrl-C cut it short."""
     options = parse(arguments)
     if options.table is not None:
-        print(table(Report.load(options.table)))
+        with explained():
+            print(table(Report.load(options.table)))
         return 0
+    stages = STAGES[: None if options.compare else -1]
+    with explained():
+        look_into(options.out, resume=options.resume, num_checkpoints=len(stages) * len(options.seeds))
     torch.set_num_threads(options.threads)
-    checkpoints, results = options.out / "checkpoints", options.out / "results.json"
-    if not options.resume:
-        start_over(checkpoints, results)
 
     num_train, num_held_out, num_test, steps = 1500, 100, 200, options.steps
     if options.quick:
@@ -266,8 +254,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold=options.threshold,
     )
 
+    checkpoints, results = options.out / "checkpoints", options.out / "results.json"
+    if options.resume:
+        # the last one is read when all others are trained
+        for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in options.seeds for s in stages):
+            if path.exists():
+                with explained():
+                    TrainingState.load(path, settings, seed)
+    else:
+        start_over(checkpoints, results)
+
     report = Report.here(settings, DenseSettings(steps) if options.compare == "dense" else None)
-    with stop_on_ctrl_c() as stop:
+    with stop_on_ctrl_c() as stop, explained(OSError):
         for seed in options.seeds:
             report.seeds.append(
                 train_one_seed(
@@ -285,7 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage: TrainingState.load(checkpoint_path(checkpoints, first.seed, stage), settings, first.seed).model
         for stage in first.runs
     }
-    save_figure(report, data.test, models, figure)
+    with explained(OSError):
+        save_figure(report, data.test, models, figure)
     print(f"pictures {figure}\nnumbers  {results}")
     if stop.is_set():
         compare = "" if options.compare is None else f" --compare {options.compare}"
@@ -294,22 +293,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def start_over(checkpoints: Path, results: Path) -> None:
-    """Make room for a fresh run, unless that would throw away one that was cut short.
+def look_into(out: Path, *, resume: bool, num_checkpoints: int) -> None:
+    """See whether everything can be written, and whether something is there that would be lost.
 
     Raises:
-        SystemExit: if there is an unfinished run.
+        ValueError: if a file cannot be written, or one of the same name is not ours.
+        SystemExit: if there is an unfinished run, and it is not to go on.
     """
-    earlier = list(checkpoints.glob("*.pt"))
-    if not earlier:
-        return
-    if not (results.exists() and Report.load(results).complete):
+    results, checkpoints = out / "results.json", out / "checkpoints"
+    for path in (results, out / "comparison.png", checkpoint_path(checkpoints, 0, STAGES[0])):
+        must_be_writable(path, "--out", num_bytes=(num_checkpoints + 1) * CHECKPOINT_BYTES)
+    earlier = must_be_ours(results, "--out", Report.load)
+    if not (resume or (earlier and earlier.complete)) and any(checkpoints.glob("*.pt")):
         raise SystemExit(
-            f"{checkpoints.parent} holds an unfinished run: go on with --resume, take another --out, "
-            "or delete that folder."
+            f"{out} holds an unfinished run: go on with --resume, take another --out, or delete that folder."
         )
-    results.unlink()
-    for checkpoint in earlier:
+
+
+def start_over(checkpoints: Path, results: Path) -> None:
+    """Make room for a fresh run."""
+    results.unlink(missing_ok=True)
+    for checkpoint in checkpoints.glob("seed*_*.pt"):
         checkpoint.unlink()
 
 

@@ -16,6 +16,7 @@ run with longer stages, too, which end after 15 % and 30 %, where SSync starts.
 
 import sys
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import torch
@@ -82,10 +83,9 @@ def pieces(model: SlotModel, data: EvaluationSet) -> Scores:
     background = MetricAverage(fragmentation, background=0)
     # the background is the object, and all objects are the background
     background.update(labels, (data.ids == 0).long())
-    return {
-        "fragmentation_found": objects.compute().item(),
-        "fragmentation_background": background.compute().item(),
-    }
+    # with few slots, or after few steps, there may be no object that has one
+    found = objects.compute().item() if objects.state[1] > 0 else nan
+    return {"fragmentation_found": found, "fragmentation_background": background.compute().item()}
 
 
 def build(options: Options) -> tuple[Study, Tensor]:

@@ -15,8 +15,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from examples.arguments import add_training_options, explained
 from examples.checkpoint import Settings, batch_of_step, make_optimizer
-from examples.machine import this_machine
+from examples.files import check_fields, must_be_ours, must_be_writable, read_json, write_text
+from examples.machine import check_origin, this_machine
 from examples.markdown import markdown, mean_sd, number
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
@@ -179,15 +181,36 @@ class StudyReport:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "StudyReport":
-        """Read what `save` wrote."""
-        content = json.loads(path.read_text())
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if it is another file; it names the file and what was found.
+        """
+        content = read_json(path)
+        parts = dict.fromkeys(("settings", "machine", "seeds", "compared_with"), dict) | {"title": str, "columns": list}
+        check_fields(content, parts, f"{path}, a file of results,", optional=["compared_with"])
+        check_origin(content["settings"], content["machine"], f"{path}")
+        for column in content["columns"]:
+            if not (isinstance(column, list) and list(map(type, column)) == [str, str, int] and 0 <= column[2] < 10):
+                raise ValueError(f"{path}: `columns` must be titles, keys and digits; found {column!r}.")
         content["columns"] = [Column(*column) for column in content["columns"]]
+        first = next(iter(content["seeds"].values()), None)
+        names = dict.fromkeys(first if isinstance(first, dict) else (), dict)
+        if not names or not all(map(str.isdecimal, content["seeds"])):
+            raise ValueError(f"{path}: `seeds` must be numbers, and hold runs; found {list(content['seeds'])}.")
+        for seed, runs in content["seeds"].items():
+            check_fields(runs, names, f"{path}: `seeds.{seed}`")
+            for name, scores in runs.items():
+                keys = {column.key: (int, float) for column in content["columns"]}
+                check_fields(scores, keys, f"{path}: `{name}` of seed {seed}", more=True)
         content["seeds"] = {int(seed): runs for seed, runs in content["seeds"].items()}
+        others = content.setdefault("compared_with", {})
+        check_fields(others, dict.fromkeys(others, str), f"{path}: `compared_with`")
+        check_fields(names, dict.fromkeys(others.values(), type), f"{path}: the runs of a seed", more=True)
         return cls(**content)
 
 
@@ -251,28 +274,29 @@ def main(
         slots: of the model, likewise.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0], help="training seeds")
-    add("--steps", type=int, default=steps, help="optimizer steps of a run")
-    add("--slots", type=int, default=slots, help="number of slots")
-    add("--out", type=Path, default=Path("runs") / f"{name}.json", help="where the results go")
-    add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
-    add("--threads", type=int, default=1, help="CPU threads; operators this small gain nothing from a second one")
-    add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of a finished study")
+    add_training_options(parser, steps=steps, slots=slots)
+    parser.add_argument("--out", type=Path, default=Path("runs") / f"{name}.json", help="where the results go")
     options = parser.parse_args(arguments)
-    for option, low in (("steps", 10), ("slots", 1), ("threads", 1)):
-        if getattr(options, option) < low:
-            parser.error(f"--{option} must be at least {low}; got {getattr(options, option)}")
     if options.table is not None:
-        print(table(StudyReport.load(options.table)))
+        with explained():
+            print(table(StudyReport.load(options.table)))
         return 0
+    with explained():
+        must_be_writable(options.out, "--out")
+        must_be_ours(options.out, "--out", StudyReport.load)
     torch.set_num_threads(options.threads)
     steps = min(options.steps, 40) if options.quick else options.steps
     study, features = build(Options(steps, options.slots, options.quick))
     settings = asdict(study.settings) | {"start_step": study.settings.start_step}
     report = StudyReport(study.title, list(study.columns), settings, this_machine(), {}, dict(study.compared_with))
-    for seed in options.seeds:
-        report.seeds[seed] = run_seed(study, features, seed)
-        report.save(options.out)
+    try:
+        for seed in options.seeds:
+            report.seeds[seed] = run_seed(study, features, seed)
+            with explained():
+                report.save(options.out)
+    except KeyboardInterrupt:
+        finished = ", ".join(map(str, report.seeds))
+        print(f"\nstopped; {options.out} has seed {finished}" if finished else "\nstopped; nothing was written")
+        return 130
     print(f"\n{table(report)}\n\nnumbers  {options.out}")
     return 0
