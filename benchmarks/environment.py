@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def describe(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--", *(f":(glob){one}/**/*.py" for one in CODE))),
         "sources": sources_digest(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusals import refuses
-from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.diagnostics import (
     Premise,
     Summary,
@@ -32,7 +31,8 @@ from ssync_loss.diagnostics import (
     slots_in_use,
     summary,
 )
-from ssync_loss.pseudo_labels import pseudo_labels
+from ssync_loss.functional import pseudo_labels
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.testing import (
     MapPair,
     SSyncCase,

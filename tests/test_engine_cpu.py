@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -171,7 +172,7 @@ class TestLibrary:
         def refuse(**_: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(library.tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(tempfile, "mkstemp", refuse)
         assert "a cache folder that can be written" in str(cpu.missing_library())
 
     @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,11 @@ def assert_same_step(actual: Step, wanted: Step, case: SSyncCase, **knobs: Any) 
             assert_close_gradient(got, right, scale=scale)
 
 
+def plain_case() -> SSyncCase:
+    enc, dec = sample_maps(requires_grad=False)
+    return SSyncCase(enc, dec, None, None)
+
+
 FAST = [pytest.param(name, id=name) for name in ("torch", "cpu", "triton")]
 
 
@@ -121,7 +127,7 @@ class TestEveryEngine:
         ):
             assert torch.equal(getattr(step.labels, field), wanted[key])
         losses = [wanted[f"loss_{way}_f64"] for way in ("enc2dec", "dec2enc")]
-        for got, right in zip(step.values, (sum(losses), *losses), strict=False):
+        for got, right in zip(step.values, (losses[0] + losses[1], *losses), strict=False):
             assert_close_loss(got, right.float())
         for got, key, region in zip(
             step.grads, ("grad_enc_f64", "grad_dec_f64"), ("interior", "boundary"), strict=True
@@ -163,7 +169,8 @@ class TestEveryEngine:
     @pytest.mark.parametrize("masked", [False, True])
     def test_every_setting(self, backend: str, knobs: dict[str, Any], masked: bool) -> None:
         enc, dec = (one.detach() for one in sample_maps())
-        kinds = (knobs.get("kind", "logits"),) * 2 if isinstance(knobs.get("kind", ""), str) else knobs["kind"]
+        kind = knobs.get("kind", "logits")
+        kinds = (kind, kind) if isinstance(kind, str) else kind
         enc, dec = (one.softmax(2) if kind == "probs" else one for one, kind in zip((enc, dec), kinds, strict=True))
         valid = torch.rand(2, 2, 5, 12) > 0.2 if masked else None
         slot_mask = torch.tensor([[True] * 4, [True, True, False, True]]) if masked else None
@@ -201,7 +208,7 @@ class TestEveryEngine:
     def test_any_strides(self, backend: str) -> None:
         enc, dec = (one.detach() for one in sample_maps(2, 3, 4, 5, 12))
         wanted = Step(backend, SSyncCase(enc, dec, None, None))
-        ways = {
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
             "slots last": lambda one: one.movedim(2, -1).contiguous().movedim(-1, 2),
             "columns first": lambda one: one.mT.contiguous().mT,
             "time inside": lambda one: one.transpose(1, 2).contiguous().transpose(1, 2),
@@ -210,28 +217,29 @@ class TestEveryEngine:
             "one channel of several": lambda one: torch.stack([one, one, one], 3)[:, :, :, 1],
         }
         for change in ways.values():
-            for maps in ((change(enc), dec), (enc, change(dec)), (change(enc), change(dec))):
-                step = Step(backend, SSyncCase(*maps, None, None))
+            for one, other in ((change(enc), dec), (enc, change(dec)), (change(enc), change(dec))):
+                step = Step(backend, SSyncCase(one, other, None, None))
                 assert_same_labels(step.labels, wanted.labels)
                 assert torch.equal(step.loss, wanted.loss)
-                assert all(torch.equal(one, other) for one, other in zip(step.grads, wanted.grads, strict=True))
+                assert all(torch.equal(*pair) for pair in zip(step.grads, wanted.grads, strict=True))
 
     def test_expanded_maps_and_masks(self, backend: str) -> None:
         enc, dec = (one.detach()[:, :1].expand(2, 3, 4, 5, 12) for one in sample_maps())
         valid = torch.tensor([[True], [False]]).expand(2, 3)
         slot_mask = torch.tensor([True, True, True, False]).expand(2, 4)
         case = SSyncCase(enc, dec, valid, slot_mask)
-        whole = SSyncCase._make(one.contiguous() for one in case)
+        whole = SSyncCase(enc.contiguous(), dec.contiguous(), valid.contiguous(), slot_mask.contiguous())
         assert_same_step(Step(backend, case), Step(backend, whole), case)
 
     def test_two_runs_are_equal_to_the_bit(self, backend: str) -> None:
-        case = SSyncCase(*(one.detach() for one in sample_maps()), None, None)
+        case = plain_case()
         one, other = Step(backend, case), Step(backend, case)
         assert torch.equal(one.loss, other.loss)
         assert all(torch.equal(*pair) for pair in zip(one.grads, other.grads, strict=True))
 
     def test_no_clips(self, backend: str) -> None:
-        step = Step(backend, SSyncCase(*(one.detach()[:0] for one in sample_maps()), None, None))
+        enc, dec = (one.detach()[:0] for one in sample_maps())
+        step = Step(backend, SSyncCase(enc, dec, None, None))
         assert step.loss == 0
         assert step.labels.enc_labels.shape == (0, 2, 5, 12)
         assert all(one.shape == (0, 2, 4, 5, 12) for one in step.grads)
@@ -263,7 +271,7 @@ class TestEveryEngine:
         assert all(one.isnan().all() for one in step.grads)
 
     def test_settings_may_be_tensors(self, backend: str) -> None:
-        case = SSyncCase(*(one.detach() for one in sample_maps()), None, None)
+        case = plain_case()
         device = DEVICES[backend]
         numbers = {"merge_threshold": 0.3, "boundary_weight": 0.5, "interior_weight": 2.0}
         tensors = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
@@ -329,7 +337,7 @@ class TestSecondDerivatives:
     def test_of_plain_torch_are_right(self) -> None:
         enc, dec = (leaf(one.detach().double()) for one in sample_maps(1, 1, 3, 3, 4))
         for criterion in ("mse", "cross_entropy"):
-            loss = SSyncLoss(criterion=criterion, backend="torch")  # type: ignore[arg-type]
+            loss = SSyncLoss(criterion=criterion, backend="torch")
             assert torch.autograd.gradgradcheck(loss, (enc, dec), atol=1e-6)
 
     def test_of_the_library_are_refused(self) -> None:
@@ -407,7 +415,7 @@ class TestChoice:
         many = torch.randn(1, 1, 65, 2, 2)
         for name in ("cpu", "triton"):
             with pytest.raises(ValueError, match=f"`backend`='{name}' needs .*"):
-                SSyncLoss(backend=name).eval()(many, many)  # type: ignore[arg-type]
+                SSyncLoss(backend=name).eval()(many, many)
         assert_close_loss(SSyncLoss().eval()(many, many), SSyncLoss(backend="reference").eval()(many, many))
 
     @pytest.mark.parametrize("call", [check_backend, resolve])

@@ -1161,7 +1161,7 @@ class TestRefusedPieces:
             ({"temperature": 0}, "`temperature` must be finite and above 0.0; got 0."),
             ({"label_smoothing": -0.5}, "`label_smoothing` must be within [0.0, 1.0]; got -0.5."),
             ({"label_smoothing": 0.5}, "`label_smoothing` must be 0 with criterion='mse'; got 0.5."),
-            ({"backend": "fast"}, "`backend` must be one of 'auto', 'torch', 'cpu', 'triton', 'reference'; got 'fast'."),
+            ({"backend": "fast"}, "`backend` must be one of 'auto', 'torch', 'cpu', 'triton', 'reference'; got 'fast'"),
         ],
     )
     @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -23,8 +23,8 @@ from kernel_runs import (
 )
 from sample_maps import leaf, sample_maps
 from ssync_loss import PseudoLabels
-from ssync_loss.ssync.engines import triton as kernels
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
+from ssync_loss.ssync.engines import triton as kernels
 from ssync_loss.ssync.engines.triton import _launch, _tiling
 from ssync_loss.testing import (
     DistillationCase,

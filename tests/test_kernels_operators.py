@@ -18,8 +18,7 @@ from kernel_runs import DEVICE, SETTINGS, quick_interpreter, through_kernels, th
 from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.ssync.engines import triton as kernels
-from ssync_loss.ssync.engines.triton import Terms
-from ssync_loss.ssync.engines.triton import _facts, _launch, _ops
+from ssync_loss.ssync.engines.triton import Terms, _facts, _launch, _ops
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
 
 __all__ = ["quick_interpreter"]
@@ -524,8 +523,9 @@ class TestFacts:
         assert done.stdout.strip() == "the package triton, which is not installed"
 
     def test_triton_is_not_imported_before_it_is_needed(self) -> None:
-        code = "import sys, ssync_loss.functional\nfrom ssync_loss.ssync.engines import triton; print(triton.missing.__name__)\n"
-        code += "names = 'triton', 'ssync_loss.ssync.engines.triton.gpu'\nprint([one for one in sys.modules if one.startswith(names)])"
+        code = "import sys, ssync_loss.functional\nfrom ssync_loss.ssync.engines import triton\n"
+        code += "print(triton.missing.__name__)\nnames = 'triton', 'ssync_loss.ssync.engines.triton.gpu'\n"
+        code += "print([one for one in sys.modules if one.startswith(names)])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before = subprocess.run(
             [

@@ -3,7 +3,6 @@
 import gc
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -166,9 +165,8 @@ def test_of_the_library_nothing_waits_for_the_backward_but_the_gradients(
 
 @pytest.mark.parametrize("taught", ["enc", "dec", "neither"])
 def test_of_the_library_a_gradient_that_nobody_wants_is_not_made(taught: str) -> None:
-    enc, dec = (
-        one.detach().requires_grad_(name == taught) for name, one in zip(("enc", "dec"), random_maps(4, 4, *MOVI_C))
-    )
+    enc, dec = random_maps(4, 4, *MOVI_C)
+    enc, dec = enc.detach().requires_grad_(taught == "enc"), dec.detach().requires_grad_(taught == "dec")
     criterion = SSyncLoss(backend="cpu").eval()
     with Meter([enc, dec]) as meter:
         criterion(enc, dec)

@@ -5,7 +5,7 @@ import inspect
 import linecache
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sample_maps import leaf, sample_maps
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabels, SSyncLoss, SSyncTerms
 from ssync_loss.distributed import global_mean
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss, pseudo_labels
-
 from ssync_loss.ssync import functions
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 

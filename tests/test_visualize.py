@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusals import refuses
+from ssync_loss.functional import pseudo_labels
 from ssync_loss.ssync.types import PseudoLabels
-from ssync_loss.pseudo_labels import pseudo_labels
 from ssync_loss.testing import SSyncCase, poison, ssync_cases
 from ssync_loss.visualize import (
     BOTH_TAUGHT,

@@ -23,7 +23,6 @@ from benchmarks.memory import peak_memory
 from benchmarks.results import RowId, values_to_json
 from benchmarks.session import Options, Session, Task
 from benchmarks.timing import Work, clock_of, interleave
-from ssync_loss._types import PseudoLabels
 from ssync_loss.functional import (
     boundary_region,
     interior_region,
@@ -32,6 +31,7 @@ from ssync_loss.functional import (
     selective_distillation_loss,
     slot_overlap,
 )
+from ssync_loss.ssync.types import PseudoLabels
 
 SUITE = "kernels"
 MODULE = "benchmarks.suites.kernels"

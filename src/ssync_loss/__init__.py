@@ -5,7 +5,6 @@
 """
 
 from ssync_loss import _moved
-from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.losses import (
     AffinityConsistencyLoss,
     BoundaryRefinementLoss,
@@ -25,6 +24,7 @@ from ssync_loss.losses import (
     StructureAwareLoss,
     TemporalSlotContrastLoss,
 )
+from ssync_loss.ssync.types import PseudoLabels
 
 __version__ = "0.1.0"
 

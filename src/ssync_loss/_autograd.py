@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
-from typing_extensions import TypeAlias
+from torch._library.custom_ops import CustomOpDef
 
 Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
 

@@ -160,8 +160,8 @@ def check_nonnegative(name: str, tensor: Tensor) -> None:
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     """Require slot labels within [0, num_slots), where that can be seen without waiting for a device.
 
-    Only numbers in the memory of the CPU are read, see :func:`read_numbers`. On an accelerator the check would stall the
-    step; there an index out of range trips the device's own assertion.
+    Only numbers in the memory of the CPU are read, see :func:`read_numbers`. On an accelerator the check would stall
+    the step; there an index out of range trips the device's own assertion.
     """
     values = read_numbers(labels)
     if values is None:

@@ -4,11 +4,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LEFTOVERS = "is an earlier forward left in the tap? pop() or reset() after each, or give the tap its `host`"
 
@@ -21,7 +24,7 @@ class Held(NamedTuple):
     version: int | None
 
     @classmethod
-    def now(cls, place: str, output: object) -> Self:
+    def now(cls, place: str, output: object) -> "Self":
         """Hold what a module has just given."""
         if not isinstance(output, Tensor):
             raise TypeError(f"{place} must give a tensor; got {type(output).__name__}.")
@@ -68,7 +71,7 @@ class Tap(ABC):
         self._handles = []
         self.reset()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(
@@ -76,7 +79,7 @@ class Tap(ABC):
     ) -> None:
         self.remove()
 
-    def __reduce__(self) -> tuple[Callable[[type[Self]], Self], tuple[type[Self]]]:
+    def __reduce__(self) -> "tuple[Callable[[type[Self]], Self], tuple[type[Self]]]":
         return _unattached, (type(self),)
 
     def _on_host(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:

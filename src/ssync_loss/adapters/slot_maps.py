@@ -1,6 +1,6 @@
 """The two maps of a model, in the form a criterion takes."""
 
-from typing import NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from einops import rearrange
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch import Tensor
 from ssync_loss._checks import check_int, check_tensor
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Source: TypeAlias = Tensor | LogitTap | OutputTap
 
@@ -24,7 +27,7 @@ class SlotMaps(NamedTuple):
     dec_logits: Tensor
 
     @classmethod
-    def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> Self:
+    def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> "Self":
         """Empty the taps, and put clips and frames on axes of their own.
 
         The encoder's B, T and S say how the decoder is read: (B, T, S, ...) stays as it is, (B*T, S, ...) is

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_same_device, check_type
-from ssync_loss.ssync.maps import Grid, KindArgument, only_present, prepare_maps
 from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.ssync.labels import hard_labels
+from ssync_loss.ssync.maps import Grid, KindArgument, only_present, prepare_maps
 
 Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 

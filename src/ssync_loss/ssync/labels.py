@@ -12,7 +12,7 @@ from ssync_loss.ssync.types import PseudoLabels
 
 @torch.no_grad()
 def find_labels(maps: Maps, settings: Settings) -> PseudoLabels:
-    """Compute what both maps teach each other, and where; :func:`ssync_loss.functional.pseudo_labels` says what that is."""
+    """Compute :func:`ssync_loss.functional.pseudo_labels` of maps that are checked."""
     valid = maps.counted
     enc_labels, dec_labels = hard_labels(maps)
     representative = _representative(maps.enc.to(maps.dtype), enc_labels, valid, maps.slot_mask, settings)

@@ -5,13 +5,12 @@ Everything behind this file sees logits (B, T, S, H, W).
 
 from collections.abc import Sequence
 from math import isqrt
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from typing_extensions import TypeAlias
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import (

@@ -1,11 +1,10 @@
 """The settings of SSync, as one value that all stages and engines take."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeAlias
 
 from ssync_loss._checks import check_choice, check_int, check_number
 

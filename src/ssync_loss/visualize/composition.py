@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
-from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
-from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.ssync.functions import pseudo_labels
 from ssync_loss.ssync.labels import hard_labels
+from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
+from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.pictures import (
     as_bytes,
     as_gray,

@@ -5,19 +5,18 @@
 """
 
 import warnings
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeAlias
 
 from ssync_loss._checks import check_choice
 from ssync_loss._compilers import constant
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
+from ssync_loss.ssync.engines.plain_torch import TorchEngine
 from ssync_loss.ssync.engines.reference import ReferenceEngine
 from ssync_loss.ssync.engines.self_check import complaint_about
-from ssync_loss.ssync.engines.plain_torch import TorchEngine
 from ssync_loss.ssync.engines.triton import TritonEngine
 
 Backend: TypeAlias = Literal["auto", "torch", "cpu", "triton", "reference"]

@@ -4,11 +4,10 @@ The forward writes the gradients of both maps, weights included. Nothing else wa
 them by the gradient that came in, unless that is 1.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeAlias
 
 from ssync_loss._autograd import differentiable, once_differentiable
 from ssync_loss._checks import read_numbers

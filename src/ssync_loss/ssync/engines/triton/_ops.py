@@ -1,10 +1,9 @@
 """The kernels as operators of torch: opaque to compilers, with shapes for fake tensors and with gradients."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeAlias
 
 from ssync_loss._autograd import differentiable, once_differentiable
 from ssync_loss.ssync.engines.triton._launch import (

@@ -50,13 +50,15 @@ def gradient_kernel(
         upstream = _upstream(scales, grad_total, boundary_weight, grad_boundary)
         write_slopes(
             dec, dec_strides, slot_mask, mask_strides, targets, upstream, _nan_or_zero(upstream), grad_dec,
-            grad_dec_strides, program, softness, shape, S, SLOTS, TILE, COLUMNS, DEC_LAYOUT, GRAD_DEC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
+            grad_dec_strides, program,
+            softness, shape, S, SLOTS, TILE, COLUMNS, DEC_LAYOUT, GRAD_DEC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
         )  # fmt: skip
     else:
         upstream = _upstream(scales + 1, grad_total, interior_weight, grad_interior)
         write_slopes(
             enc, enc_strides, slot_mask, mask_strides, targets + plane_size, upstream, _nan_or_zero(upstream),
-            grad_enc, grad_enc_strides, program - num_dec_programs, softness, shape, S, SLOTS, TILE, COLUMNS, ENC_LAYOUT, GRAD_ENC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
+            grad_enc, grad_enc_strides, program - num_dec_programs,
+            softness, shape, S, SLOTS, TILE, COLUMNS, ENC_LAYOUT, GRAD_ENC_LAYOUT, CROSS_ENTROPY, SMOOTHED,
         )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def _upstream(scale, grad_total, weight, grad_term):
 @triton.jit
 def _nan_or_zero(upstream):
     """Return NaN for NaN, as it comes where a map holds NaN or +inf: then no cell of a gradient means anything."""
-    return tl.where(upstream != upstream, upstream, 0.0)
+    return tl.where(upstream == upstream, 0.0, upstream)  # noqa: PLR0124 (only NaN is not itself)
 
 
 @triton.jit
