@@ -39,7 +39,8 @@ class LossModule(nn.Module):
 
     _defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
         # a host's subclass may have a constructor of its own, and keeps the settings of its parent
         if cls.__module__.partition(".")[0] == "ssync_loss":
             cls._defaults = cls.__init__.__kwdefaults__ or {}

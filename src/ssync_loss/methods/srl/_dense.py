@@ -17,22 +17,21 @@ Rule = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
 
 def decoder_targets(anchors: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
     """Draw a patch to its own anchor, and as much to those of its label."""
-    weights = _half_each(_same(labels, rows), anchors.dtype)
+    weights = _half_each(_same(labels, rows).to(anchors.dtype))
     weights.diagonal(rows.start or 0, 1, 2).add_(0.5)
     return weights, None
 
 
 def encoder_targets(anchors: Tensor, labels: Tensor, rows: slice, *, num_neighbors: int) -> tuple[Tensor, Tensor]:
     """Draw a patch to those whose anchors are nearest, and as much to those of its label; it is not among them."""
-    same = _same(labels, rows)
-    itself = torch.zeros_like(same)
-    itself.diagonal(rows.start or 0, 1, 2).fill_(True)
-    cosines = anchors[:, rows] @ anchors.mT
+    places = torch.arange(labels.shape[1], device=labels.device)
+    itself = places[rows].unsqueeze(1) == places
+    # in place: two maps are held at most
+    near = anchors[:, rows] @ anchors.mT
     # ties with the last neighbor are neighbors too
-    farthest = cosines.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
-    near = cosines >= farthest
-    del cosines
-    weights = _half_each(near & ~itself, anchors.dtype).add_(_half_each(same & ~itself, anchors.dtype))
+    farthest = near.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
+    weights = _half_each(near.ge_(farthest).masked_fill_(itself, 0.0))
+    weights += _half_each(_same(labels, rows).to(anchors.dtype).masked_fill_(itself, 0.0))
     # what is NaN among the anchors must not pass for a patch without neighbors
     return weights.add_(farthest * 0), itself
 
@@ -87,6 +86,6 @@ def _same(labels: Tensor, rows: slice) -> Tensor:
     return labels[:, rows].unsqueeze(2) == labels.unsqueeze(1)
 
 
-def _half_each(chosen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide 1/2 among what is chosen in a row, (w, r, M); where nothing is, it is 0."""
-    return chosen * (0.5 / chosen.sum(2, keepdim=True).clamp_min(1).to(dtype))
+def _half_each(chosen: Tensor) -> Tensor:
+    """Divide 1/2 among what is chosen in a row, as ones of (w, r, M), in place; where nothing is, it is 0."""
+    return chosen.div_(2 * chosen.sum(2, keepdim=True).clamp_min(1))
