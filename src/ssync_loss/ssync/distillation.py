@@ -1,6 +1,8 @@
 """Distillation, plainly: one map is compared with hard labels on the patches of a region."""
 
+from collections.abc import Callable
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +44,40 @@ def distill(
     return value.sum() if reduction == "sum" else value
 
 
-def squared_error(scores: Tensor, target: Tensor) -> Tensor:
+class _SquaredError(torch.autograd.Function):
     """Return ``sum_s (P_s - 1[s = y])^2`` as ``r^2 + Q``, with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``.
 
-    Nothing is taken from 1, so that nothing cancels in a patch that is sure of its target.
+    Nothing is taken from 1, so that nothing cancels in a patch that is sure of its target. The gradient, half of it, is
+    ``-P_y (r^2 + Q)`` at y and ``P_s (P_s + P_y r - Q)`` elsewhere; it can be differentiated again.
     """
-    wrong = scores.softmax(2).scatter(2, target.unsqueeze(2), 0.0)
-    return wrong.sum(2).square() + wrong.square().sum(2)
+
+    @staticmethod
+    def forward(scores: Tensor, target: Tensor) -> Tensor:
+        _, _, total, squares = _wrong_probabilities(scores, target)
+        return (total.square() + squares).squeeze(2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        scores, target = ctx.saved_tensors
+        own, wrong, total, squares = _wrong_probabilities(scores, target)
+        slope = wrong * (wrong + own * total - squares)
+        slope = slope.scatter(2, target.unsqueeze(2), -own * (total.square() + squares))
+        return 2 * grad.unsqueeze(2) * slope, None
+
+
+def _wrong_probabilities(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the target's probability, those of all other slots, and their sum and sum of squares."""
+    probs, target = scores.softmax(2), target.unsqueeze(2)
+    wrong = probs.scatter(2, target, 0.0)
+    return probs.gather(2, target), wrong, wrong.sum(2, keepdim=True), wrong.square().sum(2, keepdim=True)
+
+
+# typed: autograd's own `apply` is not
+squared_error: Callable[[Tensor, Tensor], Tensor] = _SquaredError.apply
 
 
 def cross_entropy(
