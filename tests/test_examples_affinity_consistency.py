@@ -24,25 +24,6 @@ def features() -> Tensor:
 
 
 class TestAffinity:
-    def test_student_and_teacher_see_the_same_patches(
-        self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        method, output = example.Affinity(model, SETTINGS), model(features)
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def compare(student: Tensor, teacher: Tensor) -> Tensor:
-            seen.append((student, teacher))
-            return student.sum()
-
-        monkeypatch.setattr(method, "compare", compare)
-        # the place is a part of a token: without it a crop's tokens are those of the frame
-        monkeypatch.setattr(model.encoder, "forward", lambda frames: frames.flatten(3).mT)
-        monkeypatch.setattr(method.teacher.model, "forward", lambda frames: frames.flatten(3).mT)
-        method.loss(output, features, 0)
-        ((student, teacher),) = seen
-        assert student.shape == (2, 4, 24, method.side, method.side)
-        assert torch.equal(student, teacher)
-
     def test_it_is_the_loss_of_the_library_and_teaches_the_encoder_only(
         self, model: SlotModel, features: Tensor
     ) -> None:

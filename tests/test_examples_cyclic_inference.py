@@ -122,11 +122,3 @@ class TestScores:
         assert torch.equal(clean, expected.features)
         assert torch.equal(clean[:, 1:], noisy[:, 1:])
         assert (clean - noisy)[:, 0].abs().flatten(1).amax(1).min() > 0.5
-
-    def test_both_versions_of_the_clips_are_scored(self) -> None:
-        featurize = FrozenFeatures().fit(moving_objects(4, seed=0).video)
-        torch.manual_seed(0)
-        scores = example.Clips(featurize, 3, seed=5).score(SlotModel(3), example.forward)
-        assert {column.key for column in example.COLUMNS} <= scores.keys()
-        # forward, what comes later depends on the first frame: both are other clips to the model
-        assert scores["fg_ari_1"] != scores["noisy_fg_ari_1"]

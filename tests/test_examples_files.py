@@ -81,13 +81,10 @@ OPTIONS = {
         "--threshold 1.5": "--threshold must be within [0, 1]; got 1.5",
         "--threshold nan": "--threshold must be within [0, 1]; got nan",
         "--stride 0": "--stride must be at least 1; got 0",
-        "--compare sparse": "argument --compare: invalid choice: 'sparse' (choose from ",
     },
     "neighbor": OF_EXAMPLES,
     "benchmark": {
         "--suite speed": "argument --suite: invalid choice: 'speed' (choose from",
-        "--device tpu": "argument --device: invalid choice: 'tpu' (choose from",
-        "--backend abacus": "argument --backend: invalid choice: 'abacus' (choose from",
         "--time-cap 0": "--time-cap must be above 0; got 0.0",
         "--time-cap nan": "--time-cap must be above 0; got nan",
         "--memory-cap inf": "--memory-cap must be at most 1000000; got inf",

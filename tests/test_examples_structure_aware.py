@@ -44,18 +44,6 @@ class TestStructureAware:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
 
-    def test_a_step_along_its_slope_meets_the_structure_better(self, model: SlotModel, features: Tensor) -> None:
-        method = self.method(model, 1.0)
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        losses = []
-        for step in range(10):
-            loss = method.loss(model(features), features, step)
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert losses[-1] < losses[0] - 1e-3
-
     def test_pull_is_a_ratio_of_gradients(self, model: SlotModel, features: Tensor) -> None:
         def norm(loss: Tensor) -> float:
             model.zero_grad()
