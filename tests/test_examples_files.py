@@ -364,15 +364,8 @@ class TestCheckpoints:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         state, path = TrainingState.fresh(SETTINGS, 0), tmp_path / "seed0_ssync.pt"
-        train_moving_objects.train(
-            state,
-            torch.randn(8, 2, 24, 4, 4),
-            criterion=None,
-            until=1,
-            checkpoint=path,
-            stop=Event(),
-            title="test",
-        )
+        given: dict[str, Any] = {"criterion": None, "until": 1, "checkpoint": path, "stop": Event(), "title": ""}
+        train_moving_objects.train(state, torch.randn(8, 2, 24, 4, 4), **given)
         return path
 
     @pytest.mark.parametrize("kind", [*NO_CHECKPOINT, *CHANGES])

@@ -1,5 +1,7 @@
 """The example of the curriculum: slots that are born, pieces that are counted."""
 
+from math import isnan
+
 import pytest
 import torch
 from examples.checkpoint import Settings
@@ -47,3 +49,6 @@ def test_pieces_are_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example, "maps_of", lambda *_: (logits, logits))
     data = EvaluationSet(torch.zeros(1, 1, 3, 3, 4), torch.zeros(1, 1, 24, 3, 4), ids)
     assert example.pieces(SlotModel(4), data) == {"fragmentation_found": 2.0, "fragmentation_background": 2.0}
+    # a slot that has everything has the background more than any object
+    monkeypatch.setattr(example, "maps_of", lambda *_: (torch.ones(1, 1, 1, 3, 4),) * 2)
+    assert isnan(example.pieces(SlotModel(1), data)["fragmentation_found"])
