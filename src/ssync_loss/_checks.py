@@ -150,10 +150,13 @@ def check_positive(name: str, tensor: Tensor) -> None:
 
 
 def check_nonnegative(name: str, tensor: Tensor) -> None:
-    """Require numbers of at least 0, where that can be seen as in :func:`check_label_range`; NaN passes."""
+    """Require numbers of at least 0, where that can be seen as in :func:`check_label_range`.
+
+    NaN and infinities pass: what is computed from them is not finite either.
+    """
     # torch finds no least one of some unsigned types
     values = read_numbers(tensor) if tensor.dtype.is_signed else None
-    if values is not None and (lowest := values.min().item()) < 0:
+    if values is not None and float("-inf") < (lowest := values.min().item()) < 0:
         raise ValueError(f"`{name}` must be at least 0; got {lowest}.")
 
 
