@@ -7,7 +7,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -112,7 +112,8 @@ class LossContract:
     # another value of every setting: those that change the loss of the case, and those that do not
     settings: ClassVar[dict[str, Any]] = {}
     inert: ClassVar[dict[str, Any]] = {}
-    second_derivative: ClassVar[Literal["right", "refused"]] = "refused"
+    # whether second derivatives are right; else they are refused
+    twice_differentiable: ClassVar[bool] = False
     # names in the state dict
     state: ClassVar[list[str]] = []
     # why a compiled graph fits batches of one size alone
@@ -171,7 +172,10 @@ class LossContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "wrong" in metafunc.fixturenames:
-            metafunc.parametrize(("wrong", "error", "message"), self.refused)
+            # once: not again for every class that inherits from this one
+            own = type(self).__dict__.get("refused", [])
+            nothing = pytest.param({}, Exception, "", marks=pytest.mark.skip("another case of the loss has them"))
+            metafunc.parametrize(("wrong", "error", "message"), own or [nothing])
 
     # --- the graph ---
 
@@ -207,12 +211,12 @@ class LossContract:
 
     def test_second_derivative(self) -> None:
         case = self.fresh().to(torch.float64)
-        if self.second_derivative == "right":
+        if self.twice_differentiable:
             assert torch.autograd.gradgradcheck(*self.closed(case))
             return
         case = case.owned()
         for one in torch.autograd.grad(value(case), list(case.inputs.values()), create_graph=True):
-            with pytest.raises(RuntimeError, match="no second derivative"):
+            with pytest.raises(RuntimeError, match="no second derivative|not implemented"):
                 one.sum().backward(retain_graph=True)
 
     def test_backward_twice(self) -> None:
@@ -369,7 +373,7 @@ class LossContract:
             dirty = one.clone()
             dirty[tuple(counts.nonzero()[0])] = dirt
             loss = value(case.replaced(**{name: dirty}).owned())
-            assert loss.isfinite() == (name in self.hides_dirt), name
+            assert not loss.isfinite() or name in self.hides_dirt, name
 
     # --- the module ---
 

@@ -112,7 +112,7 @@ def test_a_slot_that_may_have_no_patch_is_finite() -> None:
 class TestContract(LossContract):
     loss = MaskDiversityLoss
     function = staticmethod(mask_diversity_loss)
-    second_derivative = "right"
+    twice_differentiable = True
     not_applicable: ClassVar = {"poison": "every patch of every slot counts"}
     refused: ClassVar = [
         ({"logits": None}, TypeError, r"`logits` must be a tensor; got NoneType"),
