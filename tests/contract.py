@@ -120,6 +120,8 @@ class LossContract:
     one_size: ClassVar[str] = ""
     # of what is computed in another order, in float32
     tolerance: ClassVar[float] = 1e-6
+    # arguments whose type the loss does not take, with the reason
+    narrow: ClassVar[dict[str, str]] = {}
     # arguments in which NaN and infinity need not show, with the reason
     hides_dirt: ClassVar[dict[str, str]] = {}
     # wrong arguments or settings, and the message they meet
@@ -216,7 +218,7 @@ class LossContract:
             return
         case = case.owned()
         for one in torch.autograd.grad(value(case), list(case.inputs.values()), create_graph=True):
-            with pytest.raises(RuntimeError, match="no second derivative|not implemented"):
+            with pytest.raises(RuntimeError, match=r"no second derivative|not implemented"):
                 one.sum().backward(retain_graph=True)
 
     def test_backward_twice(self) -> None:
@@ -283,10 +285,10 @@ class LossContract:
         expected = step(case.to(torch.float64)).loss
         for name, given in case.floats().items():
             actual = step(case.replaced(**{name: given.double()}))
-            assert actual.loss.dtype == torch.float64
+            assert actual.loss.dtype == (torch.float32 if name in self.narrow else torch.float64)
             for argument, one in actual.gradients.items():
                 assert one.dtype == (torch.float64 if argument == name else torch.float32)
-            torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(actual.loss.double(), expected, rtol=1e-5, atol=0)
 
     @HALVES
     def test_autocast(self, half: torch.dtype) -> None:
@@ -411,7 +413,7 @@ class LossContract:
             setattr(changed, name, other)
             loss = step(case._replace(module=made)).loss
             assert torch.equal(step(case._replace(module=changed)).loss, loss), name
-            assert torch.equal(loss, expected) == (name in self.inert), name
+            assert torch.isclose(loss, expected, rtol=10 * self.tolerance) == (name in self.inert), name
 
     def test_settings_by_name(self) -> None:
         module: Any = self.fresh().module

@@ -14,7 +14,7 @@ from golden_neighbors import Golden, golden_names
 from ssync_loss import SemanticConsistencyLoss
 from ssync_loss.functional import semantic_consistency_loss
 from ssync_loss.reference.smtc import reference_semantic_consistency_loss
-from steps import step_of
+from steps import assert_same, step_of
 from test_memory import Meter
 
 
@@ -37,12 +37,6 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, chann
 
 def step(case: Scene, loss_of: Any = semantic_consistency_loss, **given: Any) -> tuple[Tensor, Tensor]:
     return step_of(loss_of, *case, **given)
-
-
-def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        scale = max(other.abs().max().item(), 1.0) if other.numel() else 1.0
-        torch.testing.assert_close(one, other, rtol=tol, atol=tol * scale)
 
 
 DRAWN = {
