@@ -130,17 +130,11 @@ class TestShapes:
         # the grid of the encoder says nothing about a decoder map that has its own
         assert_same_terms(loss_of(enc.flatten(3), dec, grid=(H, W)), wanted)
 
-    def test_frames_may_be_given_for_all_their_patches(self) -> None:
-        enc, dec = maps()
-        valid = torch.tensor([[True, False], [True, True]])
-        assert_same_terms(
-            loss_of(enc, dec, valid=valid), loss_of(enc, dec, valid=valid[:, :, None, None].expand(2, 2, H, W))
-        )
-        labels = torch.randint(3, (2, 2, H, W))
+    def test_regions_take_frames_for_all_their_patches(self) -> None:
+        labels, valid = torch.randint(3, (2, 2, H, W)), torch.tensor([[True, False], [True, True]])
         spelled = valid[:, :, None, None].expand(2, 2, H, W)
-        assert torch.equal(neighbor_difference(labels, valid=valid), neighbor_difference(labels, valid=spelled))
-        assert torch.equal(boundary_region(labels, valid=valid), boundary_region(labels, valid=spelled))
-        assert torch.equal(interior_region(labels, valid=valid), interior_region(labels, valid=spelled))
+        for region in (neighbor_difference, boundary_region, interior_region):
+            assert torch.equal(region(labels, valid=valid), region(labels, valid=spelled))
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
     def test_integers_of_any_width_are_labels(self, dtype: torch.dtype) -> None:
@@ -277,13 +271,6 @@ class TestProbabilities:
         assert not grads(terms, probs)[0].any()
         assert not terms.labels.dec_labels.any()
 
-    @HALVES
-    def test_halves_are_renormalized_in_float32(self, half: torch.dtype) -> None:
-        enc, dec = (shares(one).to(half) for one in maps())
-        actual = loss_of(enc, dec, kind="probs")
-        assert_same_terms(actual, loss_of(enc.float(), dec.float(), kind="probs"))
-        assert actual.total.dtype == torch.float32
-
     def test_they_are_resized_as_logarithms(self) -> None:
         enc, dec = maps(3, 5)
         wanted = loss_of(enc, resized(shares(dec).log(), H, W))
@@ -329,19 +316,10 @@ class TestDirt:
             for one in given:
                 one.requires_grad_()
             terms = loss_of(*given, **knobs)
-            assert terms.total.isnan()
-            assert terms.boundary.isnan()
-            assert terms.interior.isnan()
-            assert SSyncLoss(**knobs, interior_weight=0.0)(*given).isnan()
-            assert boundary_refinement_loss(*given, **knobs).isnan()
-            assert interior_denoising_loss(*given, **knobs).isnan()
-            # but for the labels: some slot, before and after the start
+            assert all(one.isnan() for one in terms[:3])
+            # but for the labels: some slot
             assert terms.labels.enc_labels.max() < 3
             assert terms.labels.enc_labels.min() >= 0
-            off = SSyncLoss(**knobs, start_step=2)
-            assert off(*given, step=1) == 0
-            assert off.terms(*given, step=1).total == 0
-            assert off(*given, step=2).isnan()
 
     @pytest.mark.parametrize("value", [NAN, INF])
     def test_a_cell_that_resizing_never_reads_counts_too(self, value: float) -> None:
@@ -476,23 +454,6 @@ class TestDirt:
 
 class TestPrecision:
     @HALVES
-    @CRITERIA
-    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_halves_are_computed_in_float32(
-        self, half: torch.dtype, criterion: Any, smoothing: float, size: tuple[int, int], masked: bool
-    ) -> None:
-        narrow = [one.detach().to(half).requires_grad_() for one in maps(*size)]
-        wide = [one.detach().float().requires_grad_() for one in narrow]
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing} | (masks() if masked else {})
-        actual, wanted = loss_of(*narrow, **knobs), loss_of(*wide, **knobs)
-        assert_same_terms(actual, wanted)
-        assert actual.total.dtype == torch.float32
-        for got, grad in zip(grads(actual, *narrow), grads(wanted, *wide), strict=True):
-            assert got.dtype == half
-            assert torch.equal(got, grad.to(half))
-
-    @HALVES
     def test_the_pieces_are_computed_in_float32_too(self, half: torch.dtype) -> None:
         enc = torch.randn(2, 2, 3, H, W).to(half)
         assert torch.equal(slot_overlap(enc), slot_overlap(enc.float()))
@@ -509,43 +470,6 @@ class TestPrecision:
         assert not slot_overlap(logits).any()
         logits[0, 0, :, 0, 0] = 0.0
         assert slot_overlap(logits).tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
-
-    @CRITERIA
-    def test_maps_of_different_types(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = maps()
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        mixed = loss_of(enc, dec.double(), **knobs)
-        assert mixed.total.dtype == torch.float64
-        assert_same_labels(mixed.labels, loss_of(enc, dec, **knobs).labels)
-        assert_close_loss(mixed.total.float(), loss_of(enc, dec, **knobs).total)
-
-    @CRITERIA
-    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
-    @pytest.mark.parametrize("kind", ["logits", "probs"])
-    def test_float64_stays_float64(self, criterion: Any, smoothing: float, size: tuple[int, int], kind: Any) -> None:
-        enc, dec = maps(*size, dtype=torch.float64)
-        given = [shares(one) if kind == "probs" else one for one in (enc, dec)]
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        for hide in ({}, masks()):
-            terms = loss_of(*given, kind=kind, **knobs | hide)
-            for value in (*terms[:3], *grads(terms, enc, dec)):
-                assert value.dtype == torch.float64
-            # the textbook form of the boundary term, patch by patch
-            logits = resized(torch.log_softmax(dec, 2) if kind == "probs" else dec, H, W)
-            if hide and size != (H, W):
-                continue
-            present = hide["slot_mask"] if hide else torch.ones(2, 3).bool()
-            wanted, divisor = 0.0, 0
-            for b, t, h, w in terms.labels.boundary.nonzero().tolist():
-                slots = present[b].nonzero().flatten().tolist()
-                probs = torch.softmax(logits[b, t, slots, h, w], 0)
-                truth = F.one_hot(torch.tensor(slots.index(terms.labels.enc_labels[b, t, h, w])), len(slots)).double()
-                if criterion == "mse":
-                    wanted, divisor = wanted + (probs - truth).square().sum().item(), divisor + len(slots)
-                else:
-                    aims = (1 - smoothing) * truth + smoothing / len(slots)
-                    wanted, divisor = wanted - (aims * probs.log()).sum().item(), divisor + 1
-            assert terms.boundary.item() == pytest.approx(wanted / divisor, rel=1e-13)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_counts_are_exact_beyond_what_halves_hold(self, dtype: torch.dtype) -> None:
@@ -582,27 +506,6 @@ class TestPrecision:
             assert below.tolist() == [[0, 0]]
             assert above.tolist() == [[0, 1]]
 
-    @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize("size", [(H, W), (2 * H, 2 * W)])
-    @CRITERIA
-    def test_autocast_changes_nothing(
-        self, amp: torch.dtype, dtype: torch.dtype, size: tuple[int, int], criterion: Any, smoothing: float
-    ) -> None:
-        enc, dec = (one.detach().to(dtype).requires_grad_() for one in maps(*size))
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, **masks()}
-        wanted = loss_of(enc, dec, **knobs)
-        wanted_grads = grads(wanted, enc, dec)
-        with torch.autocast("cpu", dtype=amp):
-            actual = loss_of(enc, dec, **knobs)
-            # within autocast too, and once more from a graph that was kept
-            first = torch.autograd.grad(actual.total, (enc, dec), retain_graph=True)
-            second = torch.autograd.grad(actual.total, (enc, dec))
-        assert_same_terms(actual, wanted)
-        for got in (first, second):
-            for one, grad in zip(got, wanted_grads, strict=True):
-                assert torch.equal(one, grad)
-
     def test_autocast_changes_no_piece(self) -> None:
         enc, dec = maps(slots=5)
         probs = [shares(one) for one in (enc, dec)]
@@ -624,45 +527,6 @@ class TestPrecision:
 
 
 class TestStrides:
-    @CRITERIA
-    def test_alpha_as_the_last_channel_of_a_decoder(self, criterion: Any, smoothing: float) -> None:
-        enc, _ = maps()
-        out = torch.randn(2, 2, 3, H, W, 5, requires_grad=True)
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        dec = out[..., -1]
-        assert not dec.is_contiguous()
-        actual = loss_of(enc, dec, **knobs)
-        assert_same_terms(actual, loss_of(enc, dec.contiguous(), **knobs))
-        (grad,) = grads(actual, out)
-        (wanted,) = grads(loss_of(enc, dec.contiguous(), **knobs), out)
-        assert torch.equal(grad, wanted)
-        assert not grad[..., :-1].any()
-
-    @CRITERIA
-    @pytest.mark.parametrize("flat", [False, True])
-    def test_slots_last_as_an_attention_leaves_them(self, criterion: Any, smoothing: float, flat: bool) -> None:
-        enc, dec = (torch.randn(2, 2, H * W, 3, requires_grad=True) for _ in range(2))
-        given = [one.mT if flat else one.unflatten(2, (H, W)).movedim(-1, 2) for one in (enc, dec)]
-        assert not any(one.is_contiguous() for one in given)
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "grid": (H, W)}
-        for hide in ({}, masks()):
-            actual = loss_of(*given, **knobs | hide)
-            wanted = loss_of(*(one.contiguous() for one in given), **knobs | hide)
-            assert_close_terms(actual, wanted)
-            for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
-                torch.testing.assert_close(got, grad)
-
-    @CRITERIA
-    def test_expanded_maps(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = torch.randn(1, 1, 3, H, W).requires_grad_(), torch.randn(2, 1, 3, H, 1).requires_grad_()
-        given = (enc.expand(2, 3, 3, H, W), dec.expand(2, 3, 3, H, W))
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "min_different": 0}
-        actual = loss_of(*given, **knobs)
-        wanted = loss_of(*(one.contiguous() for one in given), **knobs)
-        assert_close_terms(actual, wanted)
-        for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
-            torch.testing.assert_close(got, grad)
-
     def test_strided_masks_and_labels(self) -> None:
         enc, dec = maps()
         valid = (torch.rand(2, W, H, 2) < 0.8).movedim((1, 2, 3), (3, 2, 1))
@@ -732,107 +596,16 @@ class TestStrides:
             torch.testing.assert_close(got, sum(terms, torch.zeros_like(got)))
 
 
-class TestGradcheck:
-    @CRITERIA
-    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-    @pytest.mark.parametrize("masked", [False, True])
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    def test_of_a_map(self, criterion: Any, smoothing: float, temperature: float, masked: bool, reduction: Any) -> None:
-        logits = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-        target, region = torch.tensor([0, 2]).repeat(2, 1, 2, 1), torch.rand(2, 1, 2, 2) < 0.7
-        slot_mask = torch.tensor([[True, True, True], [True, False, True]]) if masked else None
-
-        def loss(leaf: Tensor) -> Tensor:
-            return selective_distillation_loss(
-                leaf,
-                target,
-                region,
-                criterion=criterion,
-                label_smoothing=smoothing,
-                temperature=temperature,
-                slot_mask=slot_mask,
-                reduction=reduction,
-            )
-
-        assert torch.autograd.gradcheck(loss, (logits,))
-
-    @CRITERIA
-    @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @pytest.mark.parametrize("size", [(3, 3), (2, 4), (6, 6)])
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_of_the_whole(
-        self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int], masked: bool
-    ) -> None:
-        enc, dec = (torch.randn(2, 1, 3, *one, dtype=torch.float64) for one in ((3, 3), size))
-        if kind == "probs":
-            # unnormalized, so that the way through the normalization is seen
-            enc, dec = enc.exp(), dec.exp()
-        hide: Settings = {}
-        if masked:
-            hide["valid"] = torch.rand(2, 1, 3, 3) < 0.8
-            hide["slot_mask"] = torch.tensor([[True, True, True], [True, False, True]])
-        module = SSyncLoss(
-            criterion=criterion,
-            label_smoothing=smoothing,
-            temperature=0.7,
-            kind=kind,
-            max_different=5,
-            boundary_weight=0.5,
-            interior_weight=2.0,
-            ramp_steps=4,
-        )
-
-        def loss(*given: Tensor) -> Tensor:
-            return module(*given, step=3, **hide)
-
-        assert torch.autograd.gradcheck(loss, (enc.requires_grad_(), dec.requires_grad_()))
-
-    @CRITERIA
-    def test_a_gradient_has_no_gradient(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = maps()
-        total = loss_of(enc, dec, criterion=criterion, label_smoothing=smoothing).total
-        # whether or not what comes from above has one
-        for loss in (total, torch.tensor(2.0, requires_grad=True) * total):
-            (grad,) = torch.autograd.grad(loss, dec, create_graph=True)
-            with pytest.raises(RuntimeError, match="no second derivative"):
-                torch.autograd.backward(grad.square().sum() + dec.sum())
-
-
 class TestEmptyBatch:
-    """No clips: nothing to select, so the loss is 0 and attached, like any empty selection."""
+    """No clips: nothing to select, so all that is counted is 0, like any empty selection."""
 
-    @CRITERIA
     @pytest.mark.parametrize("backend", ["torch", "reference"])
     @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @pytest.mark.parametrize("size", [(H, W), (2, 3), (8, 12)])
-    @pytest.mark.parametrize("threshold", [0.6, None])
-    def test_the_loss_is_an_attached_zero(
-        self,
-        criterion: Any,
-        smoothing: float,
-        backend: Any,
-        kind: Any,
-        size: tuple[int, int],
-        threshold: float | None,
-    ) -> None:
-        enc, dec = maps(*size, clips=0)
-        knobs: Settings = {
-            "criterion": criterion,
-            "label_smoothing": smoothing,
-            "backend": backend,
-            "kind": kind,
-            "merge_threshold": threshold,
-        }
-        empty_masks: Settings = {"valid": torch.ones(0, 2).bool(), "slot_mask": torch.ones(0, 3).bool()}
-        for hide in ({}, empty_masks, {"valid": torch.ones(0, 2, H, W).bool()}):
-            terms = loss_of(enc, dec, **knobs, **hide)
+    def test_terms_and_labels_are_empty(self, backend: Any, kind: Any) -> None:
+        for size in ((H, W), (8, 12)):
+            terms = loss_of(*maps(*size, clips=0), backend=backend, kind=kind)
             assert [value.item() for value in terms[:5]] == [0.0] * 5
             assert [tuple(part.shape) for part in terms.labels] == [(0, 2, H, W)] * 4 + [(0, 3)]
-            for grad, leaf in zip(grads(terms, enc, dec), (enc, dec), strict=True):
-                assert grad.shape == leaf.shape
-            assert boundary_refinement_loss(enc, dec, **knobs, **hide) == 0
-            assert interior_denoising_loss(enc, dec, **knobs, **hide) == 0
-        assert SSyncLoss(**knobs, start_step=1)(enc, dec, step=0) == 0
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
     def test_the_pieces_are_empty(self, backend: Any) -> None:
@@ -903,8 +676,15 @@ TWO_MAPS = [
 ]
 
 
-def refuses(error: type[Exception], message: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
+# what is of a wrong kind; everything else is a wrong value
+WRONG_KIND = re.compile(
+    "must (be (a tensor|a number|an integer|a Python int|floating point|boolean|PseudoLabels)|hold integers)"
+)
+
+
+def refuses(message: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
     """The message begins with these words; it names the argument, the wanted and the given."""
+    error = TypeError if WRONG_KIND.search(message) else ValueError
     with pytest.raises(error, match="^" + re.escape(message)):
         call(*given, **named)
 
@@ -914,77 +694,40 @@ class TestRefusedMaps:
     """The same words everywhere two maps go in, before the start already."""
 
     @pytest.mark.parametrize(
-        ("enc", "dec", "error", "message"),
+        ("enc", "dec", "message"),
         [
-            ([[0.0]], LOGITS, TypeError, "`enc_logits` must be a tensor; got list."),
-            (LOGITS, None, TypeError, "`dec_logits` must be a tensor; got NoneType."),
-            (LOGITS.long(), LOGITS, TypeError, "`enc_logits` must be floating point; got torch.int64."),
-            (LOGITS, LOGITS.int(), TypeError, "`dec_logits` must be floating point; got torch.int32."),
-            (LOGITS.bool(), LOGITS, TypeError, "`enc_logits` must be floating point; got torch.bool."),
-            (
-                LOGITS.to(torch.complex64),
-                LOGITS,
-                TypeError,
-                "`enc_logits` must be floating point; got torch.complex64.",
-            ),
-            (
-                LOGITS[0, 0],
-                LOGITS,
-                ValueError,
-                "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (4, 5, 6).",
-            ),
+            ([[0.0]], LOGITS, "`enc_logits` must be a tensor; got list."),
+            (LOGITS, None, "`dec_logits` must be a tensor; got NoneType."),
+            (LOGITS.long(), LOGITS, "`enc_logits` must be floating point; got torch.int64."),
+            (LOGITS, LOGITS.int(), "`dec_logits` must be floating point; got torch.int32."),
+            (LOGITS.bool(), LOGITS, "`enc_logits` must be floating point; got torch.bool."),
+            (LOGITS.to(torch.complex64), LOGITS, "`enc_logits` must be floating point; got torch.complex64."),
+            (LOGITS[0, 0], LOGITS, "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (4, 5, 6)."),
             (
                 LOGITS,
                 LOGITS[None],
-                ValueError,
                 "`dec_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (1, 2, 3, 4, 5, 6).",
             ),
-            (
-                LOGITS,
-                LOGITS[:1],
-                ValueError,
-                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (1, 3, 4, 5, 6).",
-            ),
-            (
-                LOGITS,
-                LOGITS[:, :2],
-                ValueError,
-                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 2, 4, 5, 6).",
-            ),
-            (
-                LOGITS,
-                LOGITS[:, :, :3],
-                ValueError,
-                "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 3, 3, 5, 6).",
-            ),
-            (LOGITS[:, :, :0], LOGITS[:, :, :0], ValueError, "`enc_logits` must have S >= 1; got S=0."),
-            (LOGITS[:, :0], LOGITS[:, :0], ValueError, "`enc_logits` must have T >= 1; got T=0."),
-            (LOGITS[:, :, :, :0], LOGITS, ValueError, "`enc_logits` must have H >= 1; got H=0."),
-            (LOGITS[..., :0], LOGITS, ValueError, "`enc_logits` must have W >= 1; got W=0."),
-            (LOGITS, LOGITS[:, :, :, :0], ValueError, "`dec_logits` must have H_d >= 1; got H_d=0."),
-            (LOGITS, LOGITS[..., :0], ValueError, "`dec_logits` must have W_d >= 1; got W_d=0."),
-            (
-                FLAT,
-                FLAT,
-                ValueError,
-                "`enc_logits` has N=30 patches, which is no square: pass grid=(H, W); got (2, 3, 4, 30).",
-            ),
+            (LOGITS, LOGITS[:1], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (1, 3, 4, 5, 6)."),
+            (LOGITS, LOGITS[:, :2], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 2, 4, 5, 6)."),
+            (LOGITS, LOGITS[:, :, :3], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 3, 3, 5, 6)."),
+            (LOGITS[:, :, :0], LOGITS[:, :, :0], "`enc_logits` must have S >= 1; got S=0."),
+            (LOGITS[:, :0], LOGITS[:, :0], "`enc_logits` must have T >= 1; got T=0."),
+            (LOGITS[:, :, :, :0], LOGITS, "`enc_logits` must have H >= 1; got H=0."),
+            (LOGITS[..., :0], LOGITS, "`enc_logits` must have W >= 1; got W=0."),
+            (LOGITS, LOGITS[:, :, :, :0], "`dec_logits` must have H_d >= 1; got H_d=0."),
+            (LOGITS, LOGITS[..., :0], "`dec_logits` must have W_d >= 1; got W_d=0."),
+            (FLAT, FLAT, "`enc_logits` has N=30 patches, which is no square: pass grid=(H, W); got (2, 3, 4, 30)."),
             (
                 LOGITS,
                 FLAT[..., :24],
-                ValueError,
                 "`dec_logits` has N=24 patches, which is no square: pass grid=(H, W); got (2, 3, 4, 24).",
             ),
-            (
-                LOGITS,
-                LOGITS.to("meta"),
-                ValueError,
-                "`dec_logits` must be on the device of `enc_logits` (cpu); got meta.",
-            ),
+            (LOGITS, LOGITS.to("meta"), "`dec_logits` must be on the device of `enc_logits` (cpu); got meta."),
         ],
     )
-    def test_maps(self, call: Any, enc: Any, dec: Any, error: type[Exception], message: str) -> None:
-        refuses(error, message, call, enc, dec)
+    def test_maps(self, call: Any, enc: Any, dec: Any, message: str) -> None:
+        refuses(message, call, enc, dec)
 
     @pytest.mark.parametrize(
         ("enc", "dec", "grid", "message"),
@@ -1032,7 +775,7 @@ class TestRefusedMaps:
         ],
     )
     def test_grids(self, call: Any, enc: Tensor, dec: Tensor, grid: Any, message: str) -> None:
-        refuses(ValueError, message, call, enc, dec, grid=grid)
+        refuses(message, call, enc, dec, grid=grid)
 
     @pytest.mark.parametrize(
         ("kind", "message"),
@@ -1046,39 +789,29 @@ class TestRefusedMaps:
         ],
     )
     def test_kinds(self, call: Any, kind: Any, message: str) -> None:
-        refuses(ValueError, message, call, LOGITS, LOGITS, kind=kind)
+        refuses(message, call, LOGITS, LOGITS, kind=kind)
 
     @pytest.mark.parametrize(
-        ("name", "mask", "error", "message"),
+        ("name", "mask", "message"),
         [
-            ("valid", [[True]], TypeError, "`valid` must be a tensor; got list."),
-            ("valid", REGION.float(), TypeError, "`valid` must be boolean; got torch.float32."),
-            ("valid", REGION[:, :, 0, 0].int(), TypeError, "`valid` must be boolean; got torch.int32."),
-            ("valid", REGION[:1], ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
-            ("valid", REGION.mT, ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
-            ("valid", REGION[0], ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (3, 5, 6)."),
-            ("valid", SLOTS, ValueError, "`valid` must have shape (B=2, T=3); got (2, 4)."),
-            (
-                "valid",
-                REGION.to("meta"),
-                ValueError,
-                "`valid` must be on the device of `enc_logits` (cpu); got meta.",
-            ),
-            ("slot_mask", [True], TypeError, "`slot_mask` must be a tensor; got list."),
-            ("slot_mask", SLOTS.long(), TypeError, "`slot_mask` must be boolean; got torch.int64."),
-            ("slot_mask", SLOTS[0], ValueError, "`slot_mask` must have shape (B=2, S=4); got (4,)."),
-            ("slot_mask", SLOTS[:, :3], ValueError, "`slot_mask` must have shape (B=2, S=4); got (2, 3)."),
-            (
-                "slot_mask",
-                SLOTS.to("meta"),
-                ValueError,
-                "`slot_mask` must be on the device of `enc_logits` (cpu); got meta.",
-            ),
+            ("valid", [[True]], "`valid` must be a tensor; got list."),
+            ("valid", REGION.float(), "`valid` must be boolean; got torch.float32."),
+            ("valid", REGION[:, :, 0, 0].int(), "`valid` must be boolean; got torch.int32."),
+            ("valid", REGION[:1], "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            ("valid", REGION.mT, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
+            ("valid", REGION[0], "`valid` must have shape (B=2, T=3, H=5, W=6); got (3, 5, 6)."),
+            ("valid", SLOTS, "`valid` must have shape (B=2, T=3); got (2, 4)."),
+            ("valid", REGION.to("meta"), "`valid` must be on the device of `enc_logits` (cpu); got meta."),
+            ("slot_mask", [True], "`slot_mask` must be a tensor; got list."),
+            ("slot_mask", SLOTS.long(), "`slot_mask` must be boolean; got torch.int64."),
+            ("slot_mask", SLOTS[0], "`slot_mask` must have shape (B=2, S=4); got (4,)."),
+            ("slot_mask", SLOTS[:, :3], "`slot_mask` must have shape (B=2, S=4); got (2, 3)."),
+            ("slot_mask", SLOTS.to("meta"), "`slot_mask` must be on the device of `enc_logits` (cpu); got meta."),
         ],
     )
-    def test_masks(self, call: Any, name: str, mask: Any, error: type[Exception], message: str) -> None:
+    def test_masks(self, call: Any, name: str, mask: Any, message: str) -> None:
         hide: Settings = {name: mask}
-        refuses(error, message, call, LOGITS, LOGITS, **hide)
+        refuses(message, call, LOGITS, LOGITS, **hide)
 
 
 def without(names: str, *calls: Any) -> list[Any]:
@@ -1088,19 +821,19 @@ def without(names: str, *calls: Any) -> list[Any]:
 class TestRefusedSettings:
     @pytest.mark.parametrize("call", TWO_MAPS, ids=lambda call: call.__name__)
     @pytest.mark.parametrize(
-        ("value", "error", "message"),
+        ("value", "message"),
         [
-            (-0.1, ValueError, "within [0.0, 1.0]; got -0.1."),
-            (1.5, ValueError, "within [0.0, 1.0]; got 1.5."),
-            (NAN, ValueError, "within [0.0, 1.0]; got nan."),
-            (INF, ValueError, "within [0.0, 1.0]; got inf."),
-            (True, TypeError, "a number; got bool."),
-            ("0.6", TypeError, "a number; got str."),
-            (torch.tensor(0.6), TypeError, "a number; got Tensor."),
+            (-0.1, "within [0.0, 1.0]; got -0.1."),
+            (1.5, "within [0.0, 1.0]; got 1.5."),
+            (NAN, "within [0.0, 1.0]; got nan."),
+            (INF, "within [0.0, 1.0]; got inf."),
+            (True, "a number; got bool."),
+            ("0.6", "a number; got str."),
+            (torch.tensor(0.6), "a number; got Tensor."),
         ],
     )
-    def test_merge_threshold(self, call: Any, value: Any, error: type[Exception], message: str) -> None:
-        refuses(error, f"`merge_threshold` must be {message}", call, LOGITS, LOGITS, merge_threshold=value)
+    def test_merge_threshold(self, call: Any, value: Any, message: str) -> None:
+        refuses(f"`merge_threshold` must be {message}", call, LOGITS, LOGITS, merge_threshold=value)
 
     @pytest.mark.parametrize(
         ("call", "name"),
@@ -1111,97 +844,92 @@ class TestRefusedSettings:
         ],
     )
     @pytest.mark.parametrize(
-        ("value", "error", "message"),
+        ("value", "message"),
         [
-            (-1, ValueError, "within [0, 10]; got -1."),
-            (11, ValueError, "within [0, 10]; got 11."),
-            (1.0, TypeError, "an integer; got float."),
-            (True, TypeError, "an integer; got bool."),
-            (None, TypeError, "an integer; got NoneType."),
+            (-1, "within [0, 10]; got -1."),
+            (11, "within [0, 10]; got 11."),
+            (1.0, "an integer; got float."),
+            (True, "an integer; got bool."),
+            (None, "an integer; got NoneType."),
         ],
     )
-    def test_neighbor_counts(self, call: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+    def test_neighbor_counts(self, call: Any, name: str, value: Any, message: str) -> None:
         knobs: Settings = {name: value}
-        refuses(error, f"`{name}` must be {message}", call, LOGITS, LOGITS, **knobs)
+        refuses(f"`{name}` must be {message}", call, LOGITS, LOGITS, **knobs)
 
     @pytest.mark.parametrize(
         "call", [one for one in TWO_MAPS if one is not pseudo_labels], ids=lambda call: call.__name__
     )
     @pytest.mark.parametrize(
-        ("knobs", "error", "message"),
+        ("knobs", "message"),
         [
-            ({"criterion": "l2"}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got 'l2'."),
-            ({"criterion": None}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got None."),
-            ({"temperature": 0.0}, ValueError, "`temperature` must be finite and above 0.0; got 0.0."),
-            ({"temperature": -1}, ValueError, "`temperature` must be finite and above 0.0; got -1."),
-            ({"temperature": NAN}, ValueError, "`temperature` must be finite and above 0.0; got nan."),
-            ({"temperature": INF}, ValueError, "`temperature` must be finite and above 0.0; got inf."),
-            ({"temperature": True}, TypeError, "`temperature` must be a number; got bool."),
-            ({"label_smoothing": 1.1}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got 1.1."),
-            ({"label_smoothing": NAN}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got nan."),
-            ({"label_smoothing": None}, TypeError, "`label_smoothing` must be a number; got NoneType."),
+            ({"criterion": "l2"}, "`criterion` must be one of 'mse', 'cross_entropy'; got 'l2'."),
+            ({"criterion": None}, "`criterion` must be one of 'mse', 'cross_entropy'; got None."),
+            ({"temperature": 0.0}, "`temperature` must be finite and above 0.0; got 0.0."),
+            ({"temperature": -1}, "`temperature` must be finite and above 0.0; got -1."),
+            ({"temperature": NAN}, "`temperature` must be finite and above 0.0; got nan."),
+            ({"temperature": INF}, "`temperature` must be finite and above 0.0; got inf."),
+            ({"temperature": True}, "`temperature` must be a number; got bool."),
+            ({"label_smoothing": 1.1}, "`label_smoothing` must be within [0.0, 1.0]; got 1.1."),
+            ({"label_smoothing": NAN}, "`label_smoothing` must be within [0.0, 1.0]; got nan."),
+            ({"label_smoothing": None}, "`label_smoothing` must be a number; got NoneType."),
             (
                 {"label_smoothing": 0.1},
-                ValueError,
                 "`label_smoothing` must be 0 with criterion='mse'; got 0.1. "
                 "Smoothing is defined for criterion='cross_entropy'.",
             ),
-            (
-                {"backend": "cuda"},
-                ValueError,
-                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'.",
-            ),
+            ({"backend": "cuda"}, "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'."),
         ],
     )
-    def test_losses(self, call: Any, knobs: Settings, error: type[Exception], message: str) -> None:
-        refuses(error, message, call, LOGITS, LOGITS, **knobs)
+    def test_losses(self, call: Any, knobs: Settings, message: str) -> None:
+        refuses(message, call, LOGITS, LOGITS, **knobs)
 
     def test_the_backend_of_labels(self) -> None:
         wanted = "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'cuda'."
         backend: Any = "cuda"
-        refuses(ValueError, wanted, pseudo_labels, LOGITS, LOGITS, backend=backend)
+        refuses(wanted, pseudo_labels, LOGITS, LOGITS, backend=backend)
 
     @pytest.mark.parametrize("name", ["boundary_weight", "interior_weight"])
     @pytest.mark.parametrize(
-        ("value", "error", "message"),
+        ("value", "message"),
         [
-            (-1.0, ValueError, "finite and at least 0.0; got -1.0."),
-            (NAN, ValueError, "finite and at least 0.0; got nan."),
-            (INF, ValueError, "finite and at least 0.0; got inf."),
-            (True, TypeError, "a number; got bool."),
-            ("1", TypeError, "a number; got str."),
+            (-1.0, "finite and at least 0.0; got -1.0."),
+            (NAN, "finite and at least 0.0; got nan."),
+            (INF, "finite and at least 0.0; got inf."),
+            (True, "a number; got bool."),
+            ("1", "a number; got str."),
         ],
     )
-    def test_weights(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+    def test_weights(self, name: str, value: Any, message: str) -> None:
         knobs: Settings = {name: value}
-        refuses(error, f"`{name}` must be {message}", SSyncLoss, **knobs)
+        refuses(f"`{name}` must be {message}", SSyncLoss, **knobs)
 
     @pytest.mark.parametrize("name", ["start_step", "ramp_steps"])
     @pytest.mark.parametrize(
-        ("value", "error", "message"),
+        ("value", "message"),
         [
-            (-1, ValueError, "at least 0; got -1."),
-            (1.0, TypeError, "an integer; got float."),
-            (False, TypeError, "an integer; got bool."),
+            (-1, "at least 0; got -1."),
+            (1.0, "an integer; got float."),
+            (False, "an integer; got bool."),
         ],
     )
-    def test_schedules(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+    def test_schedules(self, name: str, value: Any, message: str) -> None:
         knobs: Settings = {name: value}
-        refuses(error, f"`{name}` must be {message}", SSyncLoss, **knobs)
+        refuses(f"`{name}` must be {message}", SSyncLoss, **knobs)
 
     def test_settings_are_refused_where_they_are_given(self) -> None:
         # not at the first step
         for make in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss):
-            refuses(ValueError, "`merge_threshold` must be within [0.0, 1.0]; got 2.", make, merge_threshold=2)
-            refuses(ValueError, "`kind` must be one of", make, kind="p")
-            refuses(ValueError, "`grid` must be", make, grid=3)
-            refuses(ValueError, "`criterion` must be one of", make, criterion="x")
-            refuses(ValueError, "`backend` must be one of", make, backend="x")
+            refuses("`merge_threshold` must be within [0.0, 1.0]; got 2.", make, merge_threshold=2)
+            refuses("`kind` must be one of", make, kind="p")
+            refuses("`grid` must be", make, grid=3)
+            refuses("`criterion` must be one of", make, criterion="x")
+            refuses("`backend` must be one of", make, backend="x")
 
     def test_presets(self) -> None:
         wanted = "`name` must be one of 'movi_c', 'movi_e', 'ytvis', 'coco'; got 'imagenet'."
-        refuses(ValueError, wanted, SSyncLoss.from_preset, "imagenet")
-        refuses(ValueError, "`merge_threshold` must be within", SSyncLoss.from_preset, "coco", merge_threshold=7)
+        refuses(wanted, SSyncLoss.from_preset, "imagenet")
+        refuses("`merge_threshold` must be within", SSyncLoss.from_preset, "coco", merge_threshold=7)
 
     @pytest.mark.parametrize("settings", [{"start_step": 3}, {"ramp_steps": 5}, {"start_step": 3, "ramp_steps": 5}])
     def test_a_schedule_without_a_step(self, settings: Settings) -> None:
@@ -1209,8 +937,8 @@ class TestRefusedSettings:
         start, ramp = settings.get("start_step", 0), settings.get("ramp_steps", 0)
         message = f"`step` must be given with a schedule (start_step={start}, ramp_steps={ramp}); got None."
         for call in (criterion, criterion.terms):
-            refuses(ValueError, message, call, LOGITS, LOGITS)
-        refuses(ValueError, message, global_mean, criterion, LOGITS, LOGITS)
+            refuses(message, call, LOGITS, LOGITS)
+        refuses(message, global_mean, criterion, LOGITS, LOGITS)
 
     @pytest.mark.parametrize("step", [1.0, True, torch.tensor(1), "1"])
     @pytest.mark.parametrize("settings", [{}, {"start_step": 3}])
@@ -1218,8 +946,8 @@ class TestRefusedSettings:
         criterion = SSyncLoss(**settings).eval()
         message = f"`step` must be a Python int; got {type(step).__name__}."
         for call in (criterion, criterion.terms):
-            refuses(TypeError, message, call, LOGITS, LOGITS, step=step)
-        refuses(TypeError, message, global_mean, criterion, LOGITS, LOGITS, step=step)
+            refuses(message, call, LOGITS, LOGITS, step=step)
+        refuses(message, global_mean, criterion, LOGITS, LOGITS, step=step)
 
 
 @pytest.mark.parametrize(
@@ -1237,29 +965,29 @@ class TestRefusedLabels:
 
     def test_labels(self, call: Any, label_name: str, region_name: str) -> None:
         name = f"`labels.{label_name}`"
-        cases: list[tuple[Any, type[Exception], str]] = [
-            (LABELS.float(), TypeError, "must hold integers; got torch.float32."),
-            (LABELS.bool(), TypeError, "must hold integers; got torch.bool."),
-            (LABELS[:1], ValueError, "must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
-            (LABELS + 4, ValueError, "must lie within [0, 3]; got values from 4 to 4."),
-            (LABELS - 1, ValueError, "must lie within [0, 3]; got values from -1 to -1."),
-            (LABELS.to("meta"), ValueError, "must be on the device of `enc_logits` (cpu); got meta."),
-            (None, TypeError, "must be a tensor; got NoneType."),
+        cases: list[tuple[Any, str]] = [
+            (LABELS.float(), "must hold integers; got torch.float32."),
+            (LABELS.bool(), "must hold integers; got torch.bool."),
+            (LABELS[:1], "must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            (LABELS + 4, "must lie within [0, 3]; got values from 4 to 4."),
+            (LABELS - 1, "must lie within [0, 3]; got values from -1 to -1."),
+            (LABELS.to("meta"), "must be on the device of `enc_logits` (cpu); got meta."),
+            (None, "must be a tensor; got NoneType."),
         ]
-        for wrong, error, message in cases:
+        for wrong, message in cases:
             labels = PSEUDO._replace(**{label_name: wrong})
-            refuses(error, f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
+            refuses(f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
 
     def test_regions(self, call: Any, label_name: str, region_name: str) -> None:
         name = f"`labels.{region_name}`"
-        cases: list[tuple[Any, type[Exception], str]] = [
-            (REGION.float(), TypeError, "must be boolean; got torch.float32."),
-            (REGION[..., :2], ValueError, "must have shape (B=2, T=3, H=5, W=6); got (2, 3, 5, 2)."),
-            (REGION.to("meta"), ValueError, "must be on the device of `enc_logits` (cpu); got meta."),
+        cases: list[tuple[Any, str]] = [
+            (REGION.float(), "must be boolean; got torch.float32."),
+            (REGION[..., :2], "must have shape (B=2, T=3, H=5, W=6); got (2, 3, 5, 2)."),
+            (REGION.to("meta"), "must be on the device of `enc_logits` (cpu); got meta."),
         ]
-        for wrong, error, message in cases:
+        for wrong, message in cases:
             labels = PSEUDO._replace(**{region_name: wrong})
-            refuses(error, f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
+            refuses(f"{name} {message}", call, LOGITS, LOGITS, labels=labels)
 
     def test_the_other_half_is_not_read(self, call: Any, label_name: str, region_name: str) -> None:
         others: Settings = dict.fromkeys(set(PseudoLabels._fields) - {label_name, region_name})
@@ -1269,165 +997,127 @@ class TestRefusedLabels:
     def test_other_things(self, call: Any, label_name: str, region_name: str) -> None:
         for wrong in (LABELS, (LABELS, REGION), {"enc_labels": LABELS}):
             message = f"`labels` must be PseudoLabels; got {type(wrong).__name__}."
-            refuses(TypeError, message, call, LOGITS, LOGITS, labels=wrong)
+            refuses(message, call, LOGITS, LOGITS, labels=wrong)
 
 
 class TestRefusedPieces:
     @pytest.mark.parametrize(
-        ("overlap", "area", "threshold", "error", "message"),
+        ("overlap", "area", "threshold", "message"),
         [
-            (0.5, AREA, 0.5, TypeError, "`overlap` must be a tensor; got float."),
-            (OVERLAP[0], AREA, 0.5, ValueError, "`overlap` must have shape (B, S, S); got (4, 4)."),
-            (OVERLAP[:, :3], AREA, 0.5, ValueError, "`overlap` must have shape (B, S, S); got (2, 3, 4)."),
-            (OVERLAP[:, :0, :0], AREA[:, :0], 0.5, ValueError, "`overlap` must have S >= 1; got S=0."),
-            (OVERLAP.long(), AREA, 0.5, TypeError, "`overlap` must be floating point; got torch.int64."),
-            (OVERLAP.bool(), AREA, 0.5, TypeError, "`overlap` must be floating point; got torch.bool."),
-            (OVERLAP, AREA[:1], 0.5, ValueError, "`area` must have shape (B=2, S=4); got (1, 4)."),
-            (OVERLAP, AREA[0], 0.5, ValueError, "`area` must have shape (B=2, S=4); got (4,)."),
-            (OVERLAP, None, 0.5, TypeError, "`area` must be a tensor; got NoneType."),
-            (
-                OVERLAP,
-                AREA.bool(),
-                0.5,
-                TypeError,
-                "`area` must hold integers or floating-point numbers; got torch.bool.",
-            ),
+            (0.5, AREA, 0.5, "`overlap` must be a tensor; got float."),
+            (OVERLAP[0], AREA, 0.5, "`overlap` must have shape (B, S, S); got (4, 4)."),
+            (OVERLAP[:, :3], AREA, 0.5, "`overlap` must have shape (B, S, S); got (2, 3, 4)."),
+            (OVERLAP[:, :0, :0], AREA[:, :0], 0.5, "`overlap` must have S >= 1; got S=0."),
+            (OVERLAP.long(), AREA, 0.5, "`overlap` must be floating point; got torch.int64."),
+            (OVERLAP.bool(), AREA, 0.5, "`overlap` must be floating point; got torch.bool."),
+            (OVERLAP, AREA[:1], 0.5, "`area` must have shape (B=2, S=4); got (1, 4)."),
+            (OVERLAP, AREA[0], 0.5, "`area` must have shape (B=2, S=4); got (4,)."),
+            (OVERLAP, None, 0.5, "`area` must be a tensor; got NoneType."),
+            (OVERLAP, AREA.bool(), 0.5, "`area` must hold integers or floating-point numbers; got torch.bool."),
             (
                 OVERLAP,
                 AREA.to(torch.complex64),
                 0.5,
-                TypeError,
                 "`area` must hold integers or floating-point numbers; got torch.complex64.",
             ),
-            (OVERLAP, AREA.to("meta"), 0.5, ValueError, "`area` must be on the device of `overlap` (cpu); got meta."),
-            (OVERLAP, AREA, 1.01, ValueError, "`threshold` must be within [0.0, 1.0]; got 1.01."),
-            (OVERLAP, AREA, -1, ValueError, "`threshold` must be within [0.0, 1.0]; got -1."),
-            (OVERLAP, AREA, NAN, ValueError, "`threshold` must be within [0.0, 1.0]; got nan."),
-            (OVERLAP, AREA, False, TypeError, "`threshold` must be a number; got bool."),
+            (OVERLAP, AREA.to("meta"), 0.5, "`area` must be on the device of `overlap` (cpu); got meta."),
+            (OVERLAP, AREA, 1.01, "`threshold` must be within [0.0, 1.0]; got 1.01."),
+            (OVERLAP, AREA, -1, "`threshold` must be within [0.0, 1.0]; got -1."),
+            (OVERLAP, AREA, NAN, "`threshold` must be within [0.0, 1.0]; got nan."),
+            (OVERLAP, AREA, False, "`threshold` must be a number; got bool."),
         ],
     )
-    def test_merge_slots(self, overlap: Any, area: Any, threshold: Any, error: type[Exception], message: str) -> None:
-        refuses(error, message, merge_slots, overlap, area, threshold=threshold)
+    def test_merge_slots(self, overlap: Any, area: Any, threshold: Any, message: str) -> None:
+        refuses(message, merge_slots, overlap, area, threshold=threshold)
 
     @pytest.mark.parametrize(
-        ("logits", "hide", "error", "message"),
+        ("logits", "hide", "message"),
         [
-            ("map", {}, TypeError, "`logits` must be a tensor; got str."),
-            (FLAT, {}, ValueError, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
-            (LOGITS[:, :, :0], {}, ValueError, "`logits` must have S >= 1; got S=0."),
-            (LOGITS[:, :0], {}, ValueError, "`logits` must have T >= 1; got T=0."),
-            (LOGITS.int(), {}, TypeError, "`logits` must be floating point; got torch.int32."),
-            (
-                LOGITS,
-                {"valid": REGION[:1]},
-                ValueError,
-                "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6).",
-            ),
-            (LOGITS, {"valid": LABELS}, TypeError, "`valid` must be boolean; got torch.int64."),
-            (
-                LOGITS,
-                {"valid": REGION.to("meta")},
-                ValueError,
-                "`valid` must be on the device of `logits` (cpu); got meta.",
-            ),
-            (LOGITS, {"slot_mask": SLOTS.T}, ValueError, "`slot_mask` must have shape (B=2, S=4); got (4, 2)."),
-            (LOGITS, {"slot_mask": SLOTS.float()}, TypeError, "`slot_mask` must be boolean; got torch.float32."),
-            (
-                LOGITS,
-                {"slot_mask": SLOTS.to("meta")},
-                ValueError,
-                "`slot_mask` must be on the device of `logits` (cpu); got meta.",
-            ),
+            ("map", {}, "`logits` must be a tensor; got str."),
+            (FLAT, {}, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
+            (LOGITS[:, :, :0], {}, "`logits` must have S >= 1; got S=0."),
+            (LOGITS[:, :0], {}, "`logits` must have T >= 1; got T=0."),
+            (LOGITS.int(), {}, "`logits` must be floating point; got torch.int32."),
+            (LOGITS, {"valid": REGION[:1]}, "`valid` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            (LOGITS, {"valid": LABELS}, "`valid` must be boolean; got torch.int64."),
+            (LOGITS, {"valid": REGION.to("meta")}, "`valid` must be on the device of `logits` (cpu); got meta."),
+            (LOGITS, {"slot_mask": SLOTS.T}, "`slot_mask` must have shape (B=2, S=4); got (4, 2)."),
+            (LOGITS, {"slot_mask": SLOTS.float()}, "`slot_mask` must be boolean; got torch.float32."),
+            (LOGITS, {"slot_mask": SLOTS.to("meta")}, "`slot_mask` must be on the device of `logits` (cpu); got meta."),
         ],
     )
-    def test_slot_overlap(self, logits: Any, hide: Settings, error: type[Exception], message: str) -> None:
-        refuses(error, message, slot_overlap, logits, **hide)
+    def test_slot_overlap(self, logits: Any, hide: Settings, message: str) -> None:
+        refuses(message, slot_overlap, logits, **hide)
 
     @pytest.mark.parametrize("call", [neighbor_difference, boundary_region, interior_region])
     @pytest.mark.parametrize(
-        ("labels", "valid", "error", "message"),
+        ("labels", "valid", "message"),
         [
-            ([0], None, TypeError, "`labels` must be a tensor; got list."),
-            (LABELS[0], None, ValueError, "`labels` must have shape (B, T, H, W); got (3, 5, 6)."),
-            (LABELS[:, :0], None, ValueError, "`labels` must have T >= 1; got T=0."),
-            (LABELS[:, :, :0], None, ValueError, "`labels` must have H >= 1; got H=0."),
-            (LABELS[..., :0], None, ValueError, "`labels` must have W >= 1; got W=0."),
-            (LABELS.float(), None, TypeError, "`labels` must hold integers; got torch.float32."),
-            (LABELS.bool(), None, TypeError, "`labels` must hold integers; got torch.bool."),
-            (LABELS.to(torch.complex64), None, TypeError, "`labels` must hold integers; got torch.complex64."),
-            (LABELS, [True], TypeError, "`valid` must be a tensor; got list."),
-            (LABELS, LABELS, TypeError, "`valid` must be boolean; got torch.int64."),
-            (LABELS, REGION.mT, ValueError, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
-            (LABELS, SLOTS, ValueError, "`valid` must have shape (B=2, T=3); got (2, 4)."),
-            (LABELS, REGION.to("meta"), ValueError, "`valid` must be on the device of `labels` (cpu); got meta."),
+            ([0], None, "`labels` must be a tensor; got list."),
+            (LABELS[0], None, "`labels` must have shape (B, T, H, W); got (3, 5, 6)."),
+            (LABELS[:, :0], None, "`labels` must have T >= 1; got T=0."),
+            (LABELS[:, :, :0], None, "`labels` must have H >= 1; got H=0."),
+            (LABELS[..., :0], None, "`labels` must have W >= 1; got W=0."),
+            (LABELS.float(), None, "`labels` must hold integers; got torch.float32."),
+            (LABELS.bool(), None, "`labels` must hold integers; got torch.bool."),
+            (LABELS.to(torch.complex64), None, "`labels` must hold integers; got torch.complex64."),
+            (LABELS, [True], "`valid` must be a tensor; got list."),
+            (LABELS, LABELS, "`valid` must be boolean; got torch.int64."),
+            (LABELS, REGION.mT, "`valid` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
+            (LABELS, SLOTS, "`valid` must have shape (B=2, T=3); got (2, 4)."),
+            (LABELS, REGION.to("meta"), "`valid` must be on the device of `labels` (cpu); got meta."),
         ],
     )
-    def test_regions(self, call: Any, labels: Any, valid: Any, error: type[Exception], message: str) -> None:
-        refuses(error, message, call, labels, valid=valid)
+    def test_regions(self, call: Any, labels: Any, valid: Any, message: str) -> None:
+        refuses(message, call, labels, valid=valid)
 
     @pytest.mark.parametrize(
         ("call", "name"),
         [*without("min_different min_same", boundary_region), *without("max_different", interior_region)],
     )
     @pytest.mark.parametrize(
-        ("value", "error", "message"),
+        ("value", "message"),
         [
-            (-1, ValueError, "within [0, 10]; got -1."),
-            (11, ValueError, "within [0, 10]; got 11."),
-            (1.0, TypeError, "an integer; got float."),
-            (True, TypeError, "an integer; got bool."),
+            (-1, "within [0, 10]; got -1."),
+            (11, "within [0, 10]; got 11."),
+            (1.0, "an integer; got float."),
+            (True, "an integer; got bool."),
         ],
     )
-    def test_neighbor_counts(self, call: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+    def test_neighbor_counts(self, call: Any, name: str, value: Any, message: str) -> None:
         knobs: Settings = {name: value}
-        refuses(error, f"`{name}` must be {message}", call, LABELS, **knobs)
+        refuses(f"`{name}` must be {message}", call, LABELS, **knobs)
 
     @pytest.mark.parametrize(
-        ("changes", "error", "message"),
+        ("changes", "message"),
         [
-            ({"logits": 3}, TypeError, "`logits` must be a tensor; got int."),
-            ({"logits": FLAT}, ValueError, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
-            ({"logits": LOGITS[:, :, :0]}, ValueError, "`logits` must have S >= 1; got S=0."),
-            ({"logits": LOGITS.long()}, TypeError, "`logits` must be floating point; got torch.int64."),
-            ({"target": None}, TypeError, "`target` must be a tensor; got NoneType."),
-            (
-                {"target": LABELS[:1]},
-                ValueError,
-                "`target` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6).",
-            ),
-            ({"target": LABELS.float()}, TypeError, "`target` must hold integers; got torch.float32."),
-            ({"target": LABELS + 4}, ValueError, "`target` must lie within [0, 3]; got values from 4 to 4."),
-            ({"target": LABELS - 2}, ValueError, "`target` must lie within [0, 3]; got values from -2 to -2."),
-            ({"target": LABELS.to("meta")}, ValueError, "`target` must be on the device of `logits` (cpu); got meta."),
-            ({"region": REGION.long()}, TypeError, "`region` must be boolean; got torch.int64."),
-            (
-                {"region": REGION[:, :2]},
-                ValueError,
-                "`region` must have shape (B=2, T=3, H=5, W=6); got (2, 2, 5, 6).",
-            ),
-            ({"region": REGION.to("meta")}, ValueError, "`region` must be on the device of `logits` (cpu); got meta."),
-            ({"slot_mask": SLOTS[:1]}, ValueError, "`slot_mask` must have shape (B=2, S=4); got (1, 4)."),
-            ({"slot_mask": SLOTS.int()}, TypeError, "`slot_mask` must be boolean; got torch.int32."),
-            ({"criterion": "kl"}, ValueError, "`criterion` must be one of 'mse', 'cross_entropy'; got 'kl'."),
-            (
-                {"reduction": "batchmean"},
-                ValueError,
-                "`reduction` must be one of 'none', 'sum', 'mean'; got 'batchmean'.",
-            ),
-            ({"temperature": 0}, ValueError, "`temperature` must be finite and above 0.0; got 0."),
-            ({"label_smoothing": -0.5}, ValueError, "`label_smoothing` must be within [0.0, 1.0]; got -0.5."),
-            ({"label_smoothing": 0.5}, ValueError, "`label_smoothing` must be 0 with criterion='mse'; got 0.5."),
-            (
-                {"backend": "fast"},
-                ValueError,
-                "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'fast'.",
-            ),
+            ({"logits": 3}, "`logits` must be a tensor; got int."),
+            ({"logits": FLAT}, "`logits` must have shape (B, T, S, H, W); got (2, 3, 4, 30)."),
+            ({"logits": LOGITS[:, :, :0]}, "`logits` must have S >= 1; got S=0."),
+            ({"logits": LOGITS.long()}, "`logits` must be floating point; got torch.int64."),
+            ({"target": None}, "`target` must be a tensor; got NoneType."),
+            ({"target": LABELS[:1]}, "`target` must have shape (B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
+            ({"target": LABELS.float()}, "`target` must hold integers; got torch.float32."),
+            ({"target": LABELS + 4}, "`target` must lie within [0, 3]; got values from 4 to 4."),
+            ({"target": LABELS - 2}, "`target` must lie within [0, 3]; got values from -2 to -2."),
+            ({"target": LABELS.to("meta")}, "`target` must be on the device of `logits` (cpu); got meta."),
+            ({"region": REGION.long()}, "`region` must be boolean; got torch.int64."),
+            ({"region": REGION[:, :2]}, "`region` must have shape (B=2, T=3, H=5, W=6); got (2, 2, 5, 6)."),
+            ({"region": REGION.to("meta")}, "`region` must be on the device of `logits` (cpu); got meta."),
+            ({"slot_mask": SLOTS[:1]}, "`slot_mask` must have shape (B=2, S=4); got (1, 4)."),
+            ({"slot_mask": SLOTS.int()}, "`slot_mask` must be boolean; got torch.int32."),
+            ({"criterion": "kl"}, "`criterion` must be one of 'mse', 'cross_entropy'; got 'kl'."),
+            ({"reduction": "batchmean"}, "`reduction` must be one of 'none', 'sum', 'mean'; got 'batchmean'."),
+            ({"temperature": 0}, "`temperature` must be finite and above 0.0; got 0."),
+            ({"label_smoothing": -0.5}, "`label_smoothing` must be within [0.0, 1.0]; got -0.5."),
+            ({"label_smoothing": 0.5}, "`label_smoothing` must be 0 with criterion='mse'; got 0.5."),
+            ({"backend": "fast"}, "`backend` must be one of 'auto', 'torch', 'triton', 'reference'; got 'fast'."),
         ],
     )
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_distillation(self, backend: str, changes: Settings, error: type[Exception], message: str) -> None:
+    def test_distillation(self, backend: str, changes: Settings, message: str) -> None:
         arguments: Settings = {"logits": LOGITS, "target": LABELS, "region": REGION, "backend": backend} | changes
-        refuses(error, message, selective_distillation_loss, **arguments)
+        refuses(message, selective_distillation_loss, **arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
