@@ -1,6 +1,5 @@
 """The parts of the slot curriculum: schedule, errors, allotment, children, what an optimizer remembers."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -181,14 +180,7 @@ def test_errors_take_less_memory_than_a_difference() -> None:
         assert slot_error(*(torch.zeros(one.shape) for one in (recon, target, masks))).shape == (9,)
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_errors_and_their_allotment_compile_to_one_graph() -> None:
     def allotted(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
         return allot_children(slot_error(recon, target, masks), 5)

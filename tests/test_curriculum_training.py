@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -324,14 +323,7 @@ def test_copies_go_their_own_way() -> None:
     )
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_taking_slots_compiles_to_one_graph_per_stage() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [1]), placeholders()
     counter = CompileCounterWithBackend("eager")

@@ -1,6 +1,5 @@
 """Optimal transport: published plans, the slow definition, marginals, extremes, bad input."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -155,14 +154,7 @@ def test_the_widest_type_is_computed_in() -> None:
     assert sinkhorn(cost, mu.double(), nu.half()).dtype == torch.float64
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_it_compiles_to_one_graph() -> None:
     data = sample()
     counter = CompileCounterWithBackend("aot_eager")

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -315,14 +314,7 @@ def test_dirt_stays_in_its_frame() -> None:
     assert_same(SemanticSlots(*(one[1] for one in found)), SemanticSlots(*(one[1] for one in clean)), 0.0)
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("gate", ["soft", "logit"])
 def test_a_step_compiles_to_one_graph(gate: Any) -> None:
     module, (features, noise) = attention(gate=gate), sample()
@@ -489,7 +481,7 @@ def test_fusion_is_computed_in_floats_and_keeps_the_type(dtype: torch.dtype) -> 
     assert module.to(dtype)(frames).dtype == dtype
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
 def test_fusion_compiles_to_one_graph(grid: tuple[int, int]) -> None:
     module, frames = fusion(grid), keys().requires_grad_()
