@@ -7,7 +7,7 @@ import pytest
 import torch
 from examples.checkpoint import Settings
 from examples.neighbors import affinity_consistency as example
-from examples.neighbors.study import StudyReport, main
+from examples.neighbors.study import StudyReport
 from examples.slot_model import SlotModel, cosine_basis
 from torch import Tensor
 
@@ -90,19 +90,6 @@ class TestCarry:
         ids[0, 0, 0, 0] = ids[0, 1:, 3, 3] = 1
         scores = example.carry(torch.ones(1, example.NUM_FRAMES, 2, 4, 4), ids)
         assert scores["j"] == 0
-
-
-def test_a_rehearsal_has_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    threads = torch.get_num_threads()
-    try:
-        assert main("x", "x", example.build, ["--quick", "--steps", "10", "--out", str(out)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    (head,) = (line for line in printed.splitlines() if line.startswith("|  "))
-    assert [cell.strip() for cell in head.split("|")[2:-1]] == [column.title for column in example.COLUMNS]
-    assert list(StudyReport.load(out).seeds[0]) == ROWS
 
 
 def test_the_frozen_features_of_a_seed_do_not_depend_on_the_run() -> None:

@@ -8,7 +8,7 @@ from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import cyclic_inference as example
-from examples.neighbors.study import Scores, StudyReport, main, table
+from examples.neighbors.study import Scores, StudyReport, table
 from examples.slot_model import SlotModel, SlotOutput
 from torch import Tensor
 
@@ -143,33 +143,6 @@ class TestScores:
         assert {column.key for column in example.COLUMNS} <= scores.keys()
         # forward, what comes later depends on the first frame: both are other clips to the model
         assert scores["fg_ari_1"] != scores["noisy_fg_ari_1"]
-
-
-def test_a_rehearsal_reads_every_run_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cyclic.json"
-    arguments = ["--quick", "--steps", "10", "--slots", "4", "--seeds", "0", "--out", str(out)]
-    threads = torch.get_num_threads()
-    try:
-        assert main("cyclic_inference", "", example.build, arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [
-        *ROWS,
-        "own losses, cyclic: difference",
-        "own losses, longer first look: difference",
-        "+ SSync: difference",
-        "+ SSync, cyclic: difference to + SSync",
-        "+ SSync, longer first look: difference to + SSync",
-    ]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    written = StudyReport.load(out)
-    assert written.settings["slots"] == 4
-    runs = written.seeds[0]
-    for name in ("own losses", "+ SSync"):
-        assert runs[name]["fg_ari_7"] == runs[f"{name}, cyclic"]["fg_ari_7"]
-        assert runs[name]["fg_ari_0"] != runs[f"{name}, cyclic"]["fg_ari_0"]
 
 
 def results() -> list[tuple[Scores, Scores, Scores]]:

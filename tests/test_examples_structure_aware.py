@@ -11,7 +11,7 @@ from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import structure_aware as example
-from examples.neighbors.study import Method, StudyReport, main
+from examples.neighbors.study import Method, StudyReport
 from examples.slot_model import SlotModel, reconstruction_loss
 from torch import Tensor
 
@@ -149,19 +149,6 @@ class TestEdges:
         error = (model(data.features).reconstruction - data.features).square().mean(2)
         assert scores["error_at_edges"] == pytest.approx(error[mixed].mean().item(), rel=1e-4)
         assert scores["error_inside"] == pytest.approx(error[~mixed].mean().item(), rel=1e-4)
-
-
-def test_a_rehearsal_has_every_run_and_the_published_weight_without_ssync(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "structure.json"
-    arguments = ["--quick", "--steps", "10", "--seeds", "0", "--out", str(out)]
-    assert main("structure_aware", "", example.build, arguments) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *(f"{name}: difference" for name in ROWS[1:])]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    assert list(StudyReport.load(out).seeds[0]) == ROWS
 
 
 class TestResults:

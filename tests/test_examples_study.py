@@ -3,6 +3,9 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -121,17 +124,21 @@ class TestTable:
         assert StudyReport.load(tmp_path / "folder" / "report.json") == before
 
 
+@pytest.fixture
+def kept_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("kept_threads")
 class TestCommand:
     def run(self, *arguments: str) -> int:
         return main("slot_curriculum", "what", slot_curriculum.build, arguments)
 
     def test_it_writes_what_it_prints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "out.json"
-        threads = torch.get_num_threads()
-        try:
-            assert self.run("--quick", "--steps", "10", "--slots", "6", "--seeds", "3", "--out", str(out)) == 0
-        finally:
-            torch.set_num_threads(threads)
+        assert self.run("--quick", "--steps", "10", "--slots", "6", "--seeds", "3", "--out", str(out)) == 0
         printed = capsys.readouterr().out
         assert self.run("--table", str(out)) == 0
         assert capsys.readouterr().out.strip() in printed
@@ -158,6 +165,29 @@ class TestCommand:
 
 FOLDER = Path(slot_curriculum.__file__).parent
 README = (FOLDER / "README.md").read_text()
+
+
+def rows(text: str) -> list[str]:
+    """Return the first cells of a table."""
+    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.usefixtures("kept_threads")
+@pytest.mark.parametrize(
+    "name", ["affinity_consistency", "cyclic_inference", "structure_aware", "temporal_correspondence"]
+)
+def test_a_rehearsal_has_the_runs_and_the_table_of_the_results(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example, out = import_module(f"examples.neighbors.{name}"), tmp_path / "out.json"
+    assert main(name, "", example.build, ["--quick", "--steps", "10", "--seeds", "0", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    rehearsal, committed = StudyReport.load(out), StudyReport.load(FOLDER / "results" / f"{name}.json")
+    assert list(rehearsal.seeds[0]) == list(committed.seeds[0])
+    assert rows(printed) == rows(table(replace(committed, seeds={0: committed.seeds[0]})))
+    (head,) = (line for line in printed.splitlines() if line.startswith("|  "))
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [column.title for column in example.COLUMNS]
+    assert rehearsal.settings["contrast_weight"] == committed.settings["contrast_weight"]
 
 
 def test_tables_in_the_readme_are_those_that_the_scripts_print() -> None:

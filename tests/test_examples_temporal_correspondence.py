@@ -12,7 +12,7 @@ from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import temporal_correspondence as example
-from examples.neighbors.study import StudyReport, Training, main
+from examples.neighbors.study import StudyReport, Training
 from examples.slot_model import SlotModel, slot_contrast_loss
 from torch import Tensor
 
@@ -179,26 +179,6 @@ def test_fast_objects_are_slow_ones_seen_less_often() -> None:
     # rounding moves an edge here and there
     assert (slow.ids[:, ::3] == fast.ids).double().mean() > 0.9999
     assert (slow.ids[:, :4] == fast.ids).double().mean() < 0.95
-
-
-def test_a_rehearsal_has_every_run_and_the_contrast_without_ssync(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "correspondence.json"
-    threads = torch.get_num_threads()
-    try:
-        arguments = ["--quick", "--steps", "10", "--out", str(out)]
-        assert main("temporal_correspondence", "", example.build, arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    differences = [*(f"{name}: difference" for name in ROWS[1:-1]), "+ SMTC + SSync: difference to + SMTC"]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *differences]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    report = StudyReport.load(out)
-    assert list(report.seeds[0]) == ROWS
-    assert report.settings["contrast_weight"] == 0
 
 
 class TestResults:
