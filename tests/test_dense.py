@@ -129,41 +129,6 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
     assert_same(actual, step(REFERENCE[loss_of], data, **knobs), 1e-11)
 
 
-@BOTH
-@settings(max_examples=30)
-@given(case=cases(), names=st.permutations((-3, 8, 2**40, 7, 5, -7, 10**6)))
-def test_names_of_labels_mean_nothing(loss_of: Loss, case: tuple[Scene, dict[str, Any]], names: list[int]) -> None:
-    data, knobs = case
-    _, order = data.labels.unique(return_inverse=True)
-    renamed = data._replace(labels=torch.tensor(names)[order])
-    for actual, expected in zip(step(loss_of, renamed, **knobs), step(loss_of, data, **knobs), strict=True):
-        assert torch.equal(actual, expected)
-
-
-@BOTH
-def test_windows_are_apart(loss_of: Loss) -> None:
-    data = sample(2, 6, 5, 2, 3, dtype=torch.float64)
-    loss, gradient = step(loss_of, data, group_frames=2)
-    parts = [
-        step(loss_of, Scene(*(one.detach()[b : b + 1, t : t + 2] for one in data)), group_frames=None)
-        for b in range(2)
-        for t in (0, 2, 4)
-    ]
-    assert_same((loss,), (torch.stack([part[0] for part in parts]).mean(),), 1e-12)
-    gradients = torch.stack([part[1] for part in parts]) / 6
-    assert_same((gradient,), (gradients.view(2, 3, 2, 5, 2, 3).flatten(1, 2),), 1e-12)
-
-
-@BOTH
-def test_lengths_mean_nothing_and_get_no_gradient(loss_of: Loss) -> None:
-    data = sample(dtype=torch.float64)
-    stretched = data._replace(features=data.features.detach() * 7, anchors=data.anchors / 3)
-    loss, gradient = step(loss_of, data)
-    assert_same(step(loss_of, stretched), (loss, gradient / 7), 1e-12)
-    assert (gradient * data.features).sum(2).abs().max() < 1e-12 * gradient.abs().max() * data.features.abs().max() * 5
-    assert gradient.abs().amin() > 0
-
-
 def test_decoder_features_like_their_own_anchors_alone_cost_nothing() -> None:
     features = torch.eye(6).view(1, 2, 3, 6).movedim(3, 2).unsqueeze(3)
     labels = torch.arange(6).view(1, 2, 1, 3)
@@ -219,15 +184,6 @@ def test_a_window_of_one_patch_is_an_attached_zero(loss_of: Loss, temperature: f
     if loss_of is ENCODER:
         assert loss == 0
         assert not gradient.any()
-
-
-@BOTH
-@pytest.mark.parametrize("group_frames", [1, None])
-def test_an_image_is_a_window(loss_of: Loss, group_frames: int | None) -> None:
-    data = sample(2, 1, 5, 2, 3)
-    actual = step(loss_of, data, group_frames=group_frames)
-    assert actual[0] > 0
-    assert_same(actual, step(REFERENCE[loss_of], data, group_frames=group_frames), 1e-5)
 
 
 @BOTH

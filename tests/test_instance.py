@@ -128,29 +128,6 @@ def test_what_the_teacher_does_not_count_only_repels() -> None:
     assert step(Scene(twins, twins, everyone, everyone))[0] == -0.5
 
 
-def test_the_average_is_over_those_who_count() -> None:
-    case = sample(dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64)
-    for index in case.valid.nonzero():
-        one = torch.zeros_like(case.valid)
-        one[tuple(index)] = True
-        total += step(case._replace(valid=one))[0]
-    torch.testing.assert_close(step(case)[0], total / case.valid.sum(), rtol=1e-8, atol=0)
-
-
-def test_only_those_who_count_get_a_gradient() -> None:
-    case = sample()
-    _, gradient = step(case._replace(teacher_valid=torch.ones_like(case.valid)))
-    assert torch.equal(gradient.abs().sum(4) > 0, case.valid)
-
-
-def test_the_published_pairs_include_a_frame_with_itself() -> None:
-    case = sample(1, 2, 1, 3, 5, dtype=torch.float64, share=1.0)
-    crossed, everywhere = (step(case, same_frame=one)[0] for one in (False, True))
-    itself = torch.stack([step(Scene(*(one[:, t : t + 1] for one in case)))[0] for t in range(2)]).mean()
-    torch.testing.assert_close(everywhere, (crossed + itself) / 2, rtol=1e-8, atol=1e-10)
-
-
 def test_a_distance_of_one_is_a_cosine_of_a_half() -> None:
     half = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]]).view(1, 1, 1, 2, 2)
     everyone = torch.ones(1, 1, 1, 2, dtype=torch.bool)

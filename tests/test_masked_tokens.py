@@ -81,21 +81,6 @@ def test_loss_gradient_and_center_are_those_of_the_slow_definition(
     torch.testing.assert_close(criterion.center.double(), center.double(), rtol=1e-7, atol=1e-9)
 
 
-def test_with_as_many_masked_positions_everywhere_it_is_the_mean_over_all() -> None:
-    s, t, _ = sample(dtype=torch.float64)
-    tube = torch.tensor([True, False, True, True, False, True])
-    criterion = centered()
-    loss, _ = step(s, t, tube.expand(2, 3, 6), criterion)
-    torch.testing.assert_close(loss, criterion(s[:, :, tube], t[:, :, tube]).detach(), rtol=1e-12, atol=0)
-
-
-def test_frames_count_alike_however_many_positions_they_mask() -> None:
-    s, t, mask = sample(1, 2, 6, 5, dtype=torch.float64)
-    mask[:, 0], mask[:, 1, 1:], mask[:, 1, 0] = True, False, True
-    parts = [step(s[:, i : i + 1], t[:, i : i + 1], mask[:, i : i + 1], centered())[0] for i in range(2)]
-    torch.testing.assert_close(step(s, t, mask, centered())[0], torch.stack(parts).mean(), rtol=1e-12, atol=0)
-
-
 def test_a_grid_is_a_list_of_its_patches() -> None:
     s, t, mask = sample()
     grids = [one.detach().mT.unflatten(3, (2, 3)) for one in (s, t)]
@@ -145,12 +130,6 @@ def test_in_evaluation_it_stays_even_when_asked() -> None:
     assert torch.equal(criterion.center, before)
     module.train()(s, t, mask)
     assert not torch.equal(criterion.center, before)
-
-
-def test_a_single_frame_is_a_frame() -> None:
-    s, t, mask = sample(2, 1, 6, 5)
-    criterion = centered()
-    torch.testing.assert_close(step(s, t, mask, criterion)[0], criterion(s[mask], t[mask]).detach())
 
 
 def test_clips_and_frames_are_not_walked_through() -> None:

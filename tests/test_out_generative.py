@@ -106,34 +106,6 @@ def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() 
     assert (all_global - nothing_global).item() == pytest.approx(10 / 2, rel=1e-4)
 
 
-@BALANCES
-def test_frames_half_a_clip_apart_are_pairs(balance: Any) -> None:
-    views = sample(2, 6, 2, 3, 5, dtype=torch.float64)
-    parts = [step((one[:, [i, i + 3]] for one in views), centered(), balance=balance)[0] for i in range(3)]
-    whole = step(views, centered(), balance=balance)[0]
-    torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-12, atol=0)
-    shuffled = step((one[:, [1, 0, 2, 3, 4, 5]] for one in views), centered(), balance=balance)[0]
-    assert not torch.isclose(whole, shuffled, rtol=1e-6)
-
-
-def test_balances_agree_where_one_term_is_all_there_is() -> None:
-    views = sample(2, 4, 2, 0, 5)
-    assert torch.equal(step(views, centered())[0], step(views, centered(), balance="per_term")[0])
-
-
-@BALANCES
-def test_the_order_of_local_crops_and_of_the_frames_of_a_pair_means_nothing(balance: Any) -> None:
-    views = sample(2, 4, 2, 3, 5, dtype=torch.float64)
-    loss, of_global, of_local = step(views, centered(), balance=balance)
-    s_glob, s_loc, t_glob = views
-    moved = step((s_glob, s_loc.flip(2), t_glob), centered(), balance=balance)
-    torch.testing.assert_close(moved, (loss, of_global, of_local.flip(2)), rtol=1e-12, atol=1e-14)
-    swapped = step((one.roll(2, dims=1) for one in views), centered(), balance=balance)
-    torch.testing.assert_close(
-        swapped, (loss, of_global.roll(2, dims=1), of_local.roll(2, dims=1)), rtol=1e-12, atol=1e-14
-    )
-
-
 # --- the center ---
 
 

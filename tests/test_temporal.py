@@ -70,28 +70,6 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
 
 
 @KINDS
-def test_a_clip_alone_has_no_others_to_be_told_apart_from(kind: str) -> None:
-    slots = sample(1, 3, 4, 5, dtype=torch.float64)
-    assert_same(step(slots, kind=kind, negatives="batch"), step(slots, kind=kind, negatives="video"), 1e-12)
-
-
-@KINDS
-def test_other_clips_are_negatives_of_the_batch_alone(kind: str) -> None:
-    slots = sample(dtype=torch.float64)
-    with_others, without = (temporal_slot_contrast_loss(slots, kind=kind, negatives=one) for one in ("batch", "video"))  # type: ignore[arg-type]
-    assert with_others > without
-    alone = torch.stack([temporal_slot_contrast_loss(one[None], kind=kind) for one in slots]).mean()  # type: ignore[arg-type]
-    torch.testing.assert_close(without, alone, rtol=1e-12, atol=0)
-
-
-def test_time_has_no_direction_for_the_supervised_kind_alone() -> None:
-    slots = sample(dtype=torch.float64)
-    for kind, same in (("supervised", True), ("adjacent", False)):
-        forwards, backwards = (step(one, kind=kind)[0] for one in (slots, slots.flip(1)))
-        assert torch.isclose(forwards, backwards, rtol=1e-9) == same
-
-
-@KINDS
 def test_slots_that_change_places_cost_more(kind: str) -> None:
     slots = sample().detach()
     swapped = slots.clone()
