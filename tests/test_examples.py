@@ -202,11 +202,7 @@ class TestTraining:
 
         def weights(criterion: SSyncLoss | None, until: int) -> list[Tensor]:
             state = TrainingState.fresh(settings, 0)
-            stop = Event()
-            place = tmp_path / "state.pt"
-            train_moving_objects.train(
-                state, features, criterion=criterion, until=until, checkpoint=place, stop=stop, title="test"
-            )
+            _train(state, features, tmp_path, until=until, criterion=criterion)
             return list(state.model.state_dict().values())
 
         line = SSyncLoss(start_step=settings.start_step)
@@ -341,9 +337,7 @@ class TestDenseAlignment:
         fresh = TrainingState.fresh(settings, 0, dense=True)
         state = TrainingState.fresh(settings, 0, dense=True)
         features = torch.randn(8, 4, 24, 3, 3)
-        train_moving_objects.train(
-            state, features, criterion=None, until=3, checkpoint=tmp_path / "state.pt", stop=Event(), title="test"
-        )
+        _train(state, features, tmp_path, until=3)
         loaded = TrainingState.load(tmp_path / "state.pt", settings, 0)
         assert fresh.alignment is not None
         assert state.alignment is not None
@@ -359,15 +353,7 @@ class TestDenseAlignment:
             torch.nn.utils, "clip_grad_norm_", lambda parameters, _: clipped.append({id(p) for p in parameters})
         )
         state = TrainingState.fresh(Settings("noise", 8, slots=3, steps=10), 0, dense=True)
-        train_moving_objects.train(
-            state,
-            torch.randn(8, 4, 24, 3, 3),
-            criterion=None,
-            until=1,
-            checkpoint=tmp_path / "state.pt",
-            stop=Event(),
-            title="test",
-        )
+        _train(state, torch.randn(8, 4, 24, 3, 3), tmp_path, until=1)
         assert clipped == [{id(p) for p in state.parameters()}]
         assert len(state.parameters()) == len([*state.model.parameters()]) + 2
 
@@ -390,15 +376,7 @@ def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path
     data = make_data(num_train=1500, num_premise=48, num_test=1)
     settings = Settings(data=data.description, num_clips=1500, slots=9, steps=1500, threshold=0.6)
     state = TrainingState.fresh(settings, seed=0)
-    train_moving_objects.train(
-        state,
-        data.features,
-        criterion=None,
-        until=settings.start_step,
-        checkpoint=tmp_path / "state.pt",
-        stop=Event(),
-        title="premise",
-    )
+    _train(state, data.features, tmp_path, until=settings.start_step)
     verdict = ask_premise(state.model, data.premise)
     assert verdict.holds
     # and not by a hair: over three seeds the example finds +0.06 to +0.09
@@ -456,18 +434,9 @@ class TestTheCommand:
 
     def test_the_table_gives_paired_differences(self) -> None:
         def seed(number: int, before: float, after: float) -> report.SeedReport:
-            keys = [key for _, key, _ in report.COLUMNS]
-            runs = {
-                name: report.Run(10, 1.0, dict.fromkeys(keys, value), [])
-                for name, value in (("baseline", before), ("ssync", after))
-            }
-            return report.SeedReport(number, None, runs)
+            return _seed(number, baseline=(before, None), ssync=(after, None))
 
-        settings = {"data": "x", "num_clips": 1, "slots": 2, "steps": 10, "threshold": 0.6, "start_step": 3}
-        machine = {"cpu": "c", "threads": 1, "torch": "2", "commit": "abc", "date": "today"}
-        lines = report.table(
-            report.Report(settings, machine, True, [seed(0, 0.4, 0.5), seed(1, 0.6, 0.9)])
-        ).splitlines()
+        lines = _table(seed(0, 0.4, 0.5), seed(1, 0.6, 0.9))
         cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("| ")}
         assert cells["own losses"] == "0.500 ± 0.141"
         assert cells["+ SSync"] == "0.700 ± 0.283"
@@ -652,20 +621,11 @@ class TestCompareDense:
         assert _same(whole, resumed)
 
     def test_the_table_says_how_much_longer_a_step_takes(self) -> None:
-        scores = dict.fromkeys([key for _, key, _ in report.COLUMNS], 0.5)
-
         def seed(number: int, *times: float | None) -> report.SeedReport:
-            names = ("baseline", "ssync", "dense")
-            runs = {name: report.Run(10, 1.0, scores, [], ms) for name, ms in zip(names, times, strict=True)}
-            return report.SeedReport(number, None, runs)
+            runs = dict(zip(("baseline", "ssync", "dense"), times, strict=True))
+            return _seed(number, **{name: (0.5, ms) for name, ms in runs.items()})
 
-        settings = {"data": "x", "num_clips": 1, "slots": 2, "steps": 10, "threshold": 0.6, "start_step": 3}
-        machine = {"cpu": "c", "threads": 1, "torch": "2", "commit": "abc", "date": "today"}
-
-        def lines(*seeds: report.SeedReport) -> list[str]:
-            return report.table(report.Report(settings, machine, True, list(seeds))).splitlines()
-
-        whole = lines(seed(0, 40.0, 42.0, 160.0))
+        whole = _table(seed(0, 40.0, 42.0, 160.0))
         cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in whole if line.startswith("| ")}
         assert cells[""] == "ms per step"
         assert cells["+ dense alignment (SRL)"] == "160.0"
@@ -675,7 +635,7 @@ class TestCompareDense:
             "as long as with own losses."
         )
         # a run that was cut short before it could be timed
-        cut = lines(seed(0, 40.0, 42.0, 160.0), seed(1, 40.0, 42.0, None))
+        cut = _table(seed(0, 40.0, 42.0, 160.0), seed(1, 40.0, 42.0, None))
         assert sum(line.startswith("Median step") for line in cut) == 1
         assert next(line for line in cut if line.startswith("| + dense")).split("|")[-2].strip() == "-"
 
@@ -769,6 +729,28 @@ class TestOwnClips:
         assert "No ground truth" in printed
         assert "FG-ARI" not in printed
         assert (out / "comparison.png").exists()
+
+
+def _seed(number: int, **runs: tuple[float, float | None]) -> report.SeedReport:
+    """Report of a seed: of each run, what every score is, and how long a step takes."""
+    keys = [key for _, key, _ in report.COLUMNS]
+    made = {name: report.Run(10, 1.0, dict.fromkeys(keys, value), [], ms) for name, (value, ms) in runs.items()}
+    return report.SeedReport(number, None, made)
+
+
+def _table(*seeds: report.SeedReport) -> list[str]:
+    settings = {"data": "x", "num_clips": 1, "slots": 2, "steps": 10, "threshold": 0.6, "start_step": 3}
+    machine = {"cpu": "c", "threads": 1, "torch": "2", "commit": "abc", "date": "today"}
+    return report.table(report.Report(settings, machine, True, list(seeds))).splitlines()
+
+
+def _train(
+    state: TrainingState, features: Tensor, folder: Path, *, until: int, criterion: SSyncLoss | None = None
+) -> None:
+    place, stop = folder / "state.pt", Event()
+    train_moving_objects.train(
+        state, features, criterion=criterion, until=until, checkpoint=place, stop=stop, title="test"
+    )
 
 
 def _runs(mask: Tensor) -> Tensor:
