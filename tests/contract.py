@@ -447,6 +447,28 @@ class LossContract:
             parts = dict(case.owned().module.named_children())
             assert torch.equal(value(case), function(**case.inputs, **case.others, **parts, **knobs))
 
+    def test_wrong_tensors(self) -> None:
+        """Tensors of a wrong kind, shape or device are refused by name."""
+        case = self.fresh()
+        case.module.eval()
+        given = case.inputs | case.others
+        optional = inspect.signature(case.module.forward).parameters
+        for name, one in case.tensors().items():
+            wanted = "be boolean" if one.dtype == torch.bool else "hold integers"
+            wanted, other = ("be floating point", one.long()) if one.is_floating_point() else (wanted, one.float())
+            wrong: list[tuple[Any, type[Exception], str]] = [
+                (other, TypeError, f"`{name}` must {wanted}; got {other.dtype}"),
+                ([0.0], TypeError, f"`{name}` must be a tensor; got list"),
+                (one[0, 0], ValueError, r"`\w+` must have"),
+            ]
+            if len(case.tensors()) > 1:
+                wrong.append((one.to("meta"), ValueError, r"`\w+` must be on the device of"))
+            if optional[name].default is inspect.Parameter.empty:
+                wrong.append((None, TypeError, f"`{name}` must be a tensor; got NoneType"))
+            for instead, error, message in wrong:
+                with pytest.raises(error, match=message):
+                    case.module(**given | {name: instead})
+
     def test_refused(self, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
         case = self.fresh()
         given = case.inputs | case.others

@@ -42,6 +42,7 @@ class TestToy(LossContract):
     function = staticmethod(toy)
     twice_differentiable = True
     settings: ClassVar = {"weight": 3.0}
+    not_applicable: ClassVar = {"wrong_tensors": "the toy looks at nothing"}
     refused: ClassVar = [({"weight": 0.0}, ValueError, r"`weight` must be above 0; got 0.0")]
 
     def case(self) -> Case:
@@ -178,6 +179,7 @@ BROKEN: list[tuple[str, type[Toy], tuple[Any, ...]]] = [
     ("settings_by_name", Frozen, ()),
     ("repr", Silent, ()),
     ("function", formula(toy), ()),
+    ("wrong_tensors", Toy, ()),
     ("refused", Careless, TestToy.refused[0]),
 ]
 

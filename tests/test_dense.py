@@ -322,20 +322,13 @@ def refusals(labels: str) -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"base_temperature": -1.0}, ValueError, r"`base_temperature` must be finite and above 0.0; got -1.0"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": "256"}, TypeError, r"`chunk_size` must be an integer; got str"),
-        ({"features": None}, TypeError, r"`features` must be a tensor; got NoneType"),
         ({"features": torch.zeros(2, 4, 5, 6)}, ValueError, r"`features` must have shape \(B, T, D, H, W\); got"),
-        ({"features": torch.zeros(2, 4, 5, 2, 3).long()}, TypeError, r"`features` must be floating point; got"),
         ({"features": torch.zeros(2, 4, 0, 2, 3)}, ValueError, r"`features` must have D >= 1; got D=0"),
         ({"features": torch.zeros(2, 4, 5, 0, 3)}, ValueError, r"`features` must have H >= 1; got H=0"),
         ({"features": torch.zeros(2, 0, 5, 2, 3)}, ValueError, r"`features` must have T >= 1; got T=0"),
-        ({"anchors": [1.0]}, TypeError, r"`anchors` must be a tensor; got list"),
         ({"anchors": torch.zeros(2, 4, 5, 2, 4)}, ValueError, r"`anchors` must have shape .*W=3\); got"),
-        ({"anchors": torch.zeros(2, 4, 5, 2, 3).int()}, TypeError, r"`anchors` must be floating point; got"),
-        ({"anchors": torch.zeros(2, 4, 5, 2, 3, device="meta")}, ValueError, r"`anchors` must be on the device of"),
         ({labels: torch.zeros(2, 4, 2, 2).long()}, ValueError, rf"`{labels}` must have shape \(B=2, T=4, H=2, W=3\)"),
-        ({labels: torch.zeros(2, 4, 2, 3)}, TypeError, rf"`{labels}` must hold integers; got torch.float32"),
         ({labels: torch.zeros(2, 4, 2, 3).bool()}, TypeError, rf"`{labels}` must hold integers; got torch.bool"),
-        ({labels: torch.zeros(2, 4, 2, 3, device="meta").long()}, ValueError, rf"`{labels}` must be on the device of"),
     ]
 
 

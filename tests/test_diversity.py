@@ -87,19 +87,20 @@ def test_a_slot_that_may_have_no_patch_is_finite() -> None:
     assert gradient.isfinite().all()
 
 
+# --- what every loss must do ---
+
+
 class TestContract(LossContract):
     loss = MaskDiversityLoss
     function = staticmethod(mask_diversity_loss)
     twice_differentiable = True
     not_applicable: ClassVar = {"poison": "every patch of every slot counts"}
     refused: ClassVar = [
-        ({"logits": None}, TypeError, r"`logits` must be a tensor; got NoneType"),
         (
             {"logits": torch.zeros(2, 3, 4, 6)},
             ValueError,
             r"`logits` must have shape \(B, T, S, H, W\); got \(2, 3, 4, 6\)",
         ),
-        ({"logits": torch.zeros(2, 3, 4, 2, 3).long()}, TypeError, r"`logits` must be floating point; got torch.int64"),
         ({"logits": torch.zeros(2, 0, 4, 2, 3)}, ValueError, r"`logits` must have T >= 1; got T=0"),
         ({"logits": torch.zeros(2, 3, 0, 2, 3)}, ValueError, r"`logits` must have S >= 1; got S=0"),
         ({"logits": torch.zeros(2, 3, 4, 2, 0)}, ValueError, r"`logits` must have W >= 1; got W=0"),

@@ -227,9 +227,7 @@ class TestContract(LossContract):
         ({"pool": 0}, ValueError, r"`pool` must be at least 1; got 0"),
         ({"pool": 2.0}, TypeError, r"`pool` must be an integer; got float"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
-        ({"logits": None}, TypeError, r"`logits` must be a tensor; got NoneType"),
         ({"logits": torch.zeros(2, 3, 4, 6)}, ValueError, r"`logits` must have shape \(B, T, S, H, W\); got"),
-        ({"logits": torch.zeros(2, 3, 3, 2, 4).int()}, TypeError, r"`logits` must be floating point; got torch.int32"),
         ({"logits": torch.zeros(2, 0, 3, 2, 4)}, ValueError, r"`logits` must have T >= 1; got T=0"),
         ({"logits": torch.zeros(2, 3, 0, 2, 4)}, ValueError, r"`logits` must have S >= 1; got S=0"),
         ({"logits": torch.zeros(2, 3, 3, 0, 4)}, ValueError, r"`logits` must have H >= 1; got H=0"),
@@ -238,12 +236,8 @@ class TestContract(LossContract):
             ValueError,
             r"`teacher_logits` must have shape \(B=2, T=3, S=3",
         ),
-        ({"teacher_logits": torch.zeros(2, 3, 3, 2, 4).bool()}, TypeError, r"`teacher_logits` must be floating point"),
-        ({"teacher_logits": torch.zeros(2, 3, 3, 2, 4).to("meta")}, ValueError, r"`teacher_logits` must be on the"),
         ({"feats": torch.zeros(2, 3, 5, 4, 2)}, ValueError, r"`feats` must have shape \(B=2, T=3, D, H=2, W=4\); got"),
         ({"feats": torch.zeros(2, 3, 0, 2, 4)}, ValueError, r"`feats` must have D >= 1; got D=0"),
-        ({"feats": torch.zeros(2, 3, 5, 2, 4).long()}, TypeError, r"`feats` must be floating point; got torch.int64"),
-        ({"feats": torch.zeros(2, 3, 5, 2, 4).to("meta")}, ValueError, r"`feats` must be on the device of `logits`"),
     ]
 
     def case(self, *shape: int) -> Case:
