@@ -139,8 +139,11 @@ class Machine:
         return {name: values_to_json(values) for name, values in times.items()}
 
 
-def measured(chosen: Options, machine: Machine, results: Results, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """Run the suites on such a machine."""
+def measured(
+    chosen: Options, machine: Machine, monkeypatch: pytest.MonkeyPatch, results: Results | None = None
+) -> Results:
+    """Run the suites on such a machine, from the start or where results end."""
+    results = fresh(chosen) if results is None else results
     monkeypatch.setattr(Worker, "call", lambda _, function, **arguments: machine.call(function, **arguments))
     session = Session(chosen, results)
     session.run(run.plan(chosen))

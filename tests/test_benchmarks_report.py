@@ -30,9 +30,8 @@ SSYNC = ssync_contender("torch")
 @pytest.fixture(scope="module")
 def made() -> Results:
     """What a machine gives on which SSync is exactly linear and dense alignment exactly quadratic."""
-    chosen = options()
     with pytest.MonkeyPatch.context() as patch:
-        return measured(chosen, Machine(), fresh(chosen), patch)
+        return measured(options(), Machine(), patch)
 
 
 @pytest.mark.parametrize("module", [results_module, slopes, markdown, add_ons], ids=lambda module: module.__name__)
@@ -91,7 +90,7 @@ class TestStops:
 
     def test_what_would_take_too_much_is_not_run_and_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = options(suites=("linear_vs_quadratic",), time_cap=1e9, memory_cap=5_000_000_000)
-        results = measured(chosen, Machine(), fresh(chosen), monkeypatch)
+        results = measured(chosen, Machine(), monkeypatch)
         for measure in ("memory", "time"):
             rows = {
                 num_patches(row.id.sizes): row for row in results.select(case="H*W", contender="dense", measure=measure)
@@ -109,8 +108,7 @@ class TestStops:
                     return Outcome("memory", "ran out", None)
                 return super().call(function, **arguments)
 
-        chosen = options(quick=True, suites=("linear_vs_quadratic",))
-        results = measured(chosen, Small(), fresh(chosen), monkeypatch)
+        results = measured(options(quick=True, suites=("linear_vs_quadratic",)), Small(), monkeypatch)
         rows = results.select(suite="linear_vs_quadratic", contender="dense")
         assert {row.status for row in rows} == {"memory"}
         assert {row.note for row in rows} == {
@@ -154,8 +152,7 @@ class TestBars:
         assert verdicts == {"not measured"}
 
     def test_a_slope_over_few_sizes_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=("linear_vs_quadratic",))
-        found = bars(measured(chosen, Machine(), fresh(chosen), monkeypatch))
+        found = bars(measured(options(quick=True, suites=("linear_vs_quadratic",)), Machine(), monkeypatch))
         assert {bar.verdict for bar in found if "slope" in bar.claim} == {"not measured"}
         assert "met" in {bar.verdict for bar in found}
 
@@ -216,8 +213,7 @@ class TestWeakSpots:
                 slow = 3.0 if contender == "SSync torch compiled" else 1.0
                 return slow * (overhead + super().seconds(contender, shape))
 
-        chosen = options(suites=("linear_vs_quadratic",))
-        lines = weak_spots(measured(chosen, Fast(), fresh(chosen), monkeypatch))
+        lines = weak_spots(measured(options(suites=("linear_vs_quadratic",)), Fast(), monkeypatch))
         assert any(
             line.startswith("dense in windows of 2 takes less time than SSync torch at 256 (H·W, 0.23x)")
             for line in lines
@@ -226,7 +222,7 @@ class TestWeakSpots:
 
     def test_noise_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = options(suites=("linear_vs_quadratic",), quick=True)
-        lines = weak_spots(measured(chosen, Machine(noise=0.4), fresh(chosen), monkeypatch))
+        lines = weak_spots(measured(chosen, Machine(noise=0.4), monkeypatch))
         assert re.search(r"(\d+) of \1 timed rows have an interquartile range above 25% .*\(40%\)", lines[-1])
 
     def test_page_faults_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +233,12 @@ class TestWeakSpots:
                     name: one | {"step": vars(spread(one["step"]["median"] ** 1.3))} for name, one in answer.items()
                 }
 
-        chosen = options(suites=("linear_vs_quadratic",))
-        lines = weak_spots(measured(chosen, Faulting(), fresh(chosen), monkeypatch))
+        lines = weak_spots(measured(options(suites=("linear_vs_quadratic",)), Faulting(), monkeypatch))
         assert "With malloc as it comes, the slope of SSync torch in H·W is 1.30: page faults." in lines
         assert "Missed: SSync torch: slope of time in T, 1.30 (≤ 1.15)." in lines
 
     def test_what_is_wrong_is_named_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True)
-        lines = weak_spots(measured(chosen, Machine(wrong="dense"), fresh(chosen), monkeypatch))
+        lines = weak_spots(measured(options(quick=True), Machine(wrong="dense"), monkeypatch))
         assert lines.count("dense is wrong: the loss is another.") == 1
 
 
@@ -275,7 +269,7 @@ class TestReport:
 
     @pytest.mark.parametrize("chosen", [options(quick=True), options(suites=("kernels",))])
     def test_parts_that_are_missing_are_left_out(self, chosen: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-        results = measured(chosen, Machine(), fresh(chosen), monkeypatch)
+        results = measured(chosen, Machine(), monkeypatch)
         assert ("### Operations" in section(results, "x", "x.png")) == ("kernels" in chosen.suites)
         assert ("### Linear against" in section(results, "x", "x.png")) == ("linear_vs_quadratic" in chosen.suites)
 

@@ -162,17 +162,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     chosen = options(quick=True)
     uninterrupted = Machine()
-    whole = measured(chosen, uninterrupted, fresh(chosen), monkeypatch)
+    whole = measured(chosen, uninterrupted, monkeypatch)
 
     path = tmp_path / "results.json"
     stopped = Machine()
     stopped.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
-        measured(chosen, stopped, Results.resume(path, ENVIRONMENT, chosen.settings()), monkeypatch)
+        measured(chosen, stopped, monkeypatch, Results.resume(path, ENVIRONMENT, chosen.settings()))
     kept = Results.load(path).rows if path.exists() else {}
     assert len(kept) >= (stop_at - 1) // 2
     again = Machine()
-    results = measured(chosen, again, Results.resume(path, ENVIRONMENT, chosen.settings()), monkeypatch)
+    results = measured(chosen, again, monkeypatch, Results.resume(path, ENVIRONMENT, chosen.settings()))
     assert results.rows == whole.rows
     assert Results.load(path).rows == whole.rows
     # nothing is measured twice
