@@ -83,8 +83,8 @@ class TestProbabilitiesOnTwoGrids(TestSSync):
     knobs: ClassVar = {"max_different": 4, "kind": "probs"}
     not_applicable: ClassVar = {
         "poison": "every patch of every slot counts",
-        "settings": "label smoothing needs the other criterion",
         "default_compiler": "TestSSync has gone through it",
+        **dict.fromkeys(("settings", "settings_by_name", "repr"), "label smoothing needs the other criterion"),
     }
 
     def maps(self) -> dict[str, Tensor]:
