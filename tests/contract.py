@@ -7,6 +7,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -236,8 +237,7 @@ class LossContract:
 
     def test_checkpoint(self) -> None:
         case = self.fresh().owned()
-        call = lambda **given: checkpoint(case.module, use_reentrant=False, **given)  # noqa: E731 (a name for it)
-        assert_same(run(case, call), step(self.fresh()))
+        assert_same(run(case, partial(checkpoint, case.module, use_reentrant=False)), step(self.fresh()))
 
     def test_save_on_cpu(self) -> None:
         expected = step(self.fresh())
@@ -308,7 +308,7 @@ class LossContract:
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self) -> None:
-        """Batches of any size are one graph, or every size is."""
+        """Batches of any size are one graph, or those of one size are."""
         counter = CompileCounterWithBackend("aot_eager")
         module = self.fresh().owned().module
         compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -363,6 +363,7 @@ class LossContract:
     def test_poison(self, rubbish: float) -> None:
         case = self.fresh()
         masks, expected = self.unselected(case), step(case)
+        assert masks
         assert all(one.any() and not one.all() for one in masks.values())
         filled = {name: case.floats()[name].masked_fill(mask, rubbish) for name, mask in masks.items()}
         assert_same(step(case.replaced(**filled)), expected)
@@ -441,8 +442,8 @@ class LossContract:
         function = type(self).function
         if function is None:
             pytest.skip("there is no function beside the module")
-        for name, other in {**self.settings, **self.inert}.items():
-            knobs = self.knobs | {name: other}
+        for changed in [{}, *({name: other} for name, other in (self.settings | self.inert).items())]:
+            knobs = self.knobs | changed
             case = self.fresh()._replace(module=self.make(**knobs)).owned()
             parts = dict(case.owned().module.named_children())
             assert torch.equal(value(case), function(**case.inputs, **case.others, **parts, **knobs))
