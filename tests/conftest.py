@@ -5,10 +5,14 @@
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# its checks say what they compared
+pytest.register_assert_rewrite("contract")
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -24,6 +28,21 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that has seen nothing, and remembers nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for the default compiler's code that holds nothing from before this run."""
+    folder = tmp_path_factory.getbasetemp() / "kernels"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 torch.set_num_threads(1)

@@ -3,9 +3,6 @@
 Each rank writes FOLDER/RANK.pt: slots, errors, moments and what was sent, step by step.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import WORLD_SIZE, meet
 from ssync_loss.curriculum import SlotCurriculum
 
-WORLD_SIZE = 2
 NUM_CLIPS = 6
 NUM_STEPS = 6
 # unequal batches
@@ -81,21 +78,11 @@ def train(share: slice, *, distributed: bool) -> dict[str, Any]:
     return results
 
 
-def main(rank: int, folder: Path) -> None:
-    """Meet the other process over a file, and write what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
+def of_rank(rank: int) -> dict[str, Any]:
     # jitter that differs unless somebody cares
     torch.manual_seed(rank)
-    torch.save(train(SHARES[rank], distributed=True), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return train(SHARES[rank], distributed=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    meet(of_rank)

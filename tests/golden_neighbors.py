@@ -39,8 +39,11 @@ class Golden:
         assert deviation(gradient, self.tensor(f"grad_{name}_f64")) <= GRADIENT_TOL[source.dtype]
 
 
-def golden_names(prefix: str) -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob(f"{prefix}*.npz"))
+def golden_names(prefix: str, number: int) -> list[str]:
+    """Return the names of the files that begin so; a test of none of them would pass."""
+    names = sorted(path.stem for path in FOLDER.glob(f"{prefix}*.npz"))
+    assert len(names) == number, f"{prefix}*.npz: {names}"
+    return names
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:

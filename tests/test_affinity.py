@@ -1,25 +1,20 @@
 """Affinity consistency: published numbers, the slow definition, masks, chunks, gradients, memory, bad input."""
 
-import copy
 import math
-import pickle
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from contract import Case, LossContract
 from golden_neighbors import Golden, golden_names
-from ssync_loss.methods.ino.affinity import AffinityConsistencyLoss, affinity_consistency_loss
+from ssync_loss import AffinityConsistencyLoss
+from ssync_loss.functional import affinity_consistency_loss
 from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
 from test_memory import Meter
-
-NAN, INF = float("nan"), float("inf")
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,7 +53,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: f
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 5, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", golden_names("ino_affinity_"))
+@pytest.mark.parametrize("name", golden_names("ino_affinity_", 2))
 def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None) -> None:
     golden = Golden(name)
     student = golden.tensor("student", dtype).requires_grad_()
@@ -74,10 +69,6 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
     golden.assert_same_step(loss, student, "student")
     (unused,) = torch.autograd.grad(loss, teacher, allow_unused=True)
     assert unused is None
-
-
-def test_all_golden_files_are_here() -> None:
-    assert golden_names("ino_affinity_") == ["ino_affinity_all_tokens", "ino_affinity_tube_mask"]
 
 
 @settings(max_examples=50)
@@ -120,34 +111,6 @@ def test_no_student_is_below_the_entropy_of_its_teacher(seed: int, tau_s: float)
     same = affinity_consistency_loss(t, t, tau_s=0.04)
     torch.testing.assert_close(same, entropy, rtol=1e-12, atol=0)
     assert affinity_consistency_loss(t, t) > 1.01 * entropy
-
-
-@settings(max_examples=20)
-@given(seed=st.integers(0, 2**31), who=st.sampled_from(("s", "t")))
-def test_lengths_and_a_common_rotation_of_one_of_both_mean_nothing(seed: int, who: str) -> None:
-    pair: dict[str, Any] = dict(zip("st", sample(dtype=torch.float64, seed=seed), strict=True))
-    loss = affinity_consistency_loss(**pair)
-    generator = torch.Generator().manual_seed(seed)
-    one: Tensor = pair[who].detach()
-    rotation, _ = torch.linalg.qr(torch.randn(one.shape[3], one.shape[3], generator=generator, dtype=torch.float64))
-    lengths = torch.rand(*one.shape[:3], 1, generator=generator, dtype=torch.float64) + 0.1
-    moved = affinity_consistency_loss(**{**pair, who: one @ rotation * lengths})
-    torch.testing.assert_close(moved, loss, rtol=1e-10, atol=0)
-
-
-@settings(max_examples=20)
-@given(seed=st.integers(0, 2**31))
-def test_the_order_of_the_tokens_of_a_frame_means_nothing(seed: int) -> None:
-    s, t = sample(dtype=torch.float64, seed=seed)
-    mask = random_mask(2, 3, 6, 4, seed)
-    loss, gradient = step(s, t, mask=mask)
-    order = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(seed)).argsort(2)
-
-    def shuffled(tokens: Tensor) -> Tensor:
-        return tokens.detach().take_along_dim(order.unsqueeze(3), 2)
-
-    moved = step(shuffled(s), shuffled(t), mask=mask.take_along_dim(order, 2))
-    assert_same(moved, (loss, shuffled(gradient)), 1e-11)
 
 
 def test_the_order_of_one_frame_in_the_student_alone_means_something() -> None:
@@ -194,44 +157,7 @@ def test_kept_positions_may_be_given_as_lists() -> None:
     assert_same((loss, gradient[:, :, tube]), listed, 1e-12)
 
 
-def test_dropped_positions_may_hold_anything() -> None:
-    s, t = sample()
-    mask = random_mask(2, 3, 6, 4)
-    expected = step(s, t, mask=mask)
-    s = s.detach().clone()
-    s[~mask] = NAN
-    t[~mask] = INF
-    assert_same(step(s, t, mask=mask), expected, 0.0)
-
-
 # --- empty, single, undefined ---
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 6, 4), (2, 1, 6, 4), (2, 3, 0, 4)])
-@pytest.mark.parametrize("chunk_size", [None, 5])
-def test_nothing_to_compare_is_an_attached_zero(shape: tuple[int, ...], chunk_size: int | None) -> None:
-    loss, gradient = step(*sample(*shape), chunk_size=chunk_size)
-    assert loss == 0
-    assert torch.equal(gradient, torch.zeros(shape))
-
-
-def test_an_attached_zero_is_as_wide_as_the_wider_of_both() -> None:
-    for dtype, other, expected in (
-        (torch.float16, torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.float64, torch.float32, torch.float64),
-    ):
-        for shape in ((2, 1, 6, 4), (2, 3, 6, 4)):
-            s, t = sample(*shape)
-            loss, gradient = step(s.to(dtype), t.to(other))
-            assert (loss.dtype, gradient.dtype) == (expected, dtype)
-            assert (loss == 0) == (shape[1] == 1)
-
-
-def test_a_mask_that_keeps_nothing_is_an_attached_zero() -> None:
-    loss, gradient = step(*sample(), mask=torch.zeros(2, 3, 6, dtype=torch.bool))
-    assert loss == 0
-    assert torch.equal(gradient, torch.zeros(2, 3, 6, 4))
 
 
 def test_vectors_without_a_direction_get_no_gradient() -> None:
@@ -243,14 +169,6 @@ def test_vectors_without_a_direction_get_no_gradient() -> None:
     assert gradient.isfinite().all()
     assert not gradient[0, 1, 2].any()
     assert gradient[0, 1, 3].any()
-
-
-@pytest.mark.parametrize("dirt", [NAN, INF])
-@pytest.mark.parametrize("dirty", [0, 1])
-def test_dirt_is_never_finite(dirty: int, dirt: float) -> None:
-    pair = [one.detach().clone() for one in sample()]
-    pair[dirty][0, 1, 2, 0] = dirt
-    assert step(pair[0], pair[1])[0].isnan()
 
 
 @pytest.mark.parametrize("tau", [1e-4, 50.0])
@@ -265,110 +183,7 @@ def test_extreme_temperatures_are_finite_and_right(tau: float) -> None:
         torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=2e-5 * scale)
 
 
-# --- gradients ---
-
-
-@pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(chunk_size: int | None, masked: bool) -> None:
-    s, t = sample(2, 3, 3, 2, dtype=torch.float64)
-    mask = random_mask(2, 3, 3, 2) if masked else None
-    assert torch.autograd.gradcheck(
-        lambda one: affinity_consistency_loss(one, t, mask=mask, tau_s=0.5, chunk_size=chunk_size), (s,)
-    )
-
-
-def test_only_the_student_gets_a_gradient() -> None:
-    s, t = sample()
-    affinity_consistency_loss(s, t.requires_grad_()).backward()
-    assert t.grad is None
-    assert s.grad is not None
-    assert s.grad.any()
-    assert not affinity_consistency_loss(s.detach(), t).requires_grad
-
-
-def test_without_a_gradient_the_value_is_the_same() -> None:
-    s, t = sample()
-    loss = affinity_consistency_loss(s, t)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            assert torch.equal(affinity_consistency_loss(s, t), loss)
-
-
-def test_the_gradient_follows_what_comes_after_the_loss() -> None:
-    s, t = sample(dtype=torch.float64)
-    loss = affinity_consistency_loss(s, t)
-    (once,) = torch.autograd.grad(loss, s, retain_graph=True)
-    (again,) = torch.autograd.grad(-3 * loss.square(), s)
-    torch.testing.assert_close(again, -6 * loss.detach() * once, rtol=1e-12, atol=0)
-
-
-def test_a_second_derivative_is_refused() -> None:
-    s, t = sample()
-    (gradient,) = torch.autograd.grad(affinity_consistency_loss(s, t), s, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.sum().backward()
-
-
-# --- types, layouts, graphs ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_widened_and_their_gradient_is_of_their_type(dtype: torch.dtype) -> None:
-    s, t = sample(dtype=dtype)
-    loss, gradient = step(s, t)
-    assert loss.dtype == torch.float32
-    assert gradient.dtype == dtype
-    wide = step(s.float(), t.float())
-    assert torch.equal(loss, wide[0])
-    assert torch.equal(gradient, wide[1].to(dtype))
-
-
-def test_the_wider_of_two_types_is_computed_in() -> None:
-    s, t = sample()
-    loss, gradient = step(s, t.double())
-    assert (loss.dtype, gradient.dtype) == (torch.float64, torch.float32)
-    assert_same((loss, gradient.double()), step(s.double(), t.double()), 1e-6)
-
-
-def test_autocast_changes_nothing() -> None:
-    pair = sample()
-    expected = step(*pair)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = step(*pair)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_strides_mean_nothing() -> None:
-    s, t = sample()
-    views = [one.detach().transpose(0, 2).contiguous().transpose(0, 2) for one in (s, t)]
-    assert not any(one.is_contiguous() for one in views)
-    assert_same(step(views[0], views[1]), step(s, t), 1e-6)
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("chunk_size", [None, 5])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_step_compiles_to_one_graph(chunk_size: int | None, masked: bool) -> None:
-    s, t = sample()
-    mask = random_mask(2, 3, 6, 4) if masked else None
-    counter = CompileCounterWithBackend("aot_eager")
-    criterion = AffinityConsistencyLoss(chunk_size=chunk_size)
-    loss = torch.compile(criterion, fullgraph=True, backend=counter)(s, t, mask=mask)
-    (gradient,) = torch.autograd.grad(loss, s)
-    assert counter.frame_count == 1
-    assert_same((loss.detach(), gradient), step(s, t, mask=mask), 1e-6)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_counts_that_cannot_be_looked_at_are_taken_patch_by_patch() -> None:
     # as on an accelerator: frames of 6, 4 and 0 kept positions
     mask = torch.ones(1, 3, 6, dtype=torch.bool)
@@ -377,45 +192,6 @@ def test_counts_that_cannot_be_looked_at_are_taken_patch_by_patch() -> None:
     compiled = torch.compile(affinity_consistency_loss, backend="eager", fullgraph=True)
     expected = reference_affinity_consistency_loss(s, t, mask=mask)
     torch.testing.assert_close(compiled(s, t, mask=mask), expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_batches_of_any_size_share_a_graph() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(affinity_consistency_loss, fullgraph=True, backend=counter)
-    for clips in (3, 5):
-        s, t = sample(clips, 3, 6, 4)
-        for one in (s, t):
-            # an error where the code fixes the size
-            torch._dynamo.mark_dynamic(one, 0)
-        loss = compiled(s, t)
-        (gradient,) = torch.autograd.grad(loss, s)
-        assert_same((loss.detach(), gradient), step(s, t), 1e-6)
-    assert counter.frame_count == 1
-
-
-# deprecations and hints of the compiler's own modules: nothing a loss can change
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_the_default_compiler_gives_the_values_of_eager(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    # whole tiles of vectors, and parts of tiles
-    s, t = sample(2, 3, 36, 16)
-    loss = torch.compile(affinity_consistency_loss, fullgraph=True)(s, t)
-    (gradient,) = torch.autograd.grad(loss, s)
-    expected = step(s, t)
-    assert_same((loss.detach(),), expected[:1], 1e-6)
-    torch.testing.assert_close(gradient, expected[1], rtol=0, atol=1e-5 * expected[1].abs().max().item())
-
-
-@pytest.mark.parametrize("chunk_size", [None, 5])
-def test_fake_tensors_carry_a_step(chunk_size: int | None) -> None:
-    with FakeTensorMode():
-        s = torch.randn(2, 3, 6, 4, requires_grad=True)
-        mask = torch.ones(2, 3, 6, dtype=torch.bool)
-        affinity_consistency_loss(s, torch.randn(2, 3, 6, 5), mask=mask, chunk_size=chunk_size).backward()
-        assert s.grad is not None
-        assert s.grad.shape == s.shape
 
 
 # --- memory and work ---
@@ -450,64 +226,60 @@ def test_nothing_quadratic_waits_for_the_backward() -> None:
     assert loss.requires_grad
 
 
-# --- the module, bad input ---
+# --- what every loss must do ---
+
+BITS = torch.ones(2, 3, 6, dtype=torch.bool)
 
 
-def test_a_module_remembers_its_settings() -> None:
-    pair = sample()
-    mask = random_mask(2, 3, 6, 4)
-    assert torch.equal(AffinityConsistencyLoss()(*pair), affinity_consistency_loss(*pair, tau_s=0.1, tau_t=0.04))
-    criterion = AffinityConsistencyLoss(tau_s=0.2, tau_t=0.1, chunk_size=5)
-    assert repr(criterion) == "AffinityConsistencyLoss(tau_s=0.2, tau_t=0.1, chunk_size=5)"
-    assert not criterion.state_dict()
-    expected = affinity_consistency_loss(*pair, mask=mask, tau_s=0.2, tau_t=0.1, chunk_size=5)
-    for twin in (criterion, pickle.loads(pickle.dumps(criterion)), copy.deepcopy(criterion)):
-        assert torch.equal(twin(*pair, mask=mask), expected)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
+class TestContract(LossContract):
+    loss = AffinityConsistencyLoss
+    function = staticmethod(affinity_consistency_loss)
+    settings: ClassVar = {"tau_s": 0.2, "tau_t": 0.1}
+    inert: ClassVar = {"chunk_size": 5}
+    refused: ClassVar = [
         ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
         ({"tau_t": -1.0}, ValueError, r"`tau_t` must be finite and above 0.0; got -1.0"),
         ({"tau_t": "0.1"}, TypeError, r"`tau_t` must be a number; got str"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": 2.0}, TypeError, r"`chunk_size` must be an integer; got float"),
-    ],
-)
-def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        affinity_consistency_loss(*sample(), **wrong)
-    with pytest.raises(error, match=message):
-        AffinityConsistencyLoss(**wrong)
+        ({"s": torch.zeros(2, 3, 6)}, ValueError, r"`s` must have shape \(B, T, D, H, W\); got \(2, 3, 6\)"),
+        ({"s": torch.zeros(2, 0, 6, 4)}, ValueError, r"`s` must have T >= 1; got T=0"),
+        ({"s": torch.zeros(2, 3, 6, 0)}, ValueError, r"`s` must have D >= 1; got D=0"),
+        ({"s": torch.zeros(2, 3, 4, 0, 2)}, ValueError, r"`s` must have H >= 1; got H=0"),
+        ({"t": torch.zeros(2, 3, 5, 4)}, ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 5, 4\)"),
+        ({"t": torch.zeros(2, 3, 4, 2, 3)}, ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 4, 2"),
+        ({"mask": BITS[:, :, :5]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(2, 3, 5\)"),
+        ({"mask": BITS[0]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(3, 6\)"),
+        (
+            {"mask": BITS.tril(2)},
+            ValueError,
+            r"`mask` must keep the same number of positions in every frame; got 3 to 5",
+        ),
+    ]
+
+    def case(self) -> Case:
+        s, t = sample()
+        return Case(self.make(), {"s": s}, {"t": t, "mask": random_mask(2, 3, 6, 4)})
+
+    def large_case(self) -> Case:
+        s, t = sample(2, 3, 36, 16)
+        return Case(self.make(), {"s": s}, {"t": t, "mask": random_mask(2, 3, 36, 27)})
+
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        return {
+            "one frame": case.mapped(lambda one: one[:, :1]),
+            "no tokens": case.mapped(lambda one: one[:, :, :0]),
+            "nothing kept": case.replaced(mask=case.others["mask"] & False),
+            **super().empty_cases(case),
+        }
+
+    def unselected(self, case: Case) -> dict[str, Tensor]:
+        dropped = ~case.others["mask"].unsqueeze(3)
+        return {"s": dropped, "t": dropped}
 
 
-BITS = torch.ones(2, 3, 6, dtype=torch.bool)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("s", None, TypeError, r"`s` must be a tensor; got NoneType"),
-        ("s", torch.zeros(2, 3, 6), ValueError, r"`s` must have shape \(B, T, D, H, W\); got \(2, 3, 6\)"),
-        ("s", torch.zeros(2, 3, 6, 4).int(), TypeError, r"`s` must be floating point; got"),
-        ("s", torch.zeros(2, 0, 6, 4), ValueError, r"`s` must have T >= 1; got T=0"),
-        ("s", torch.zeros(2, 3, 6, 0), ValueError, r"`s` must have D >= 1; got D=0"),
-        ("s", torch.zeros(2, 3, 4, 0, 2), ValueError, r"`s` must have H >= 1; got H=0"),
-        ("t", [1.0], TypeError, r"`t` must be a tensor; got list"),
-        ("t", torch.zeros(2, 3, 5, 4), ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 5, 4\)"),
-        ("t", torch.zeros(2, 3, 4, 2, 3), ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 4, 2"),
-        ("t", torch.zeros(2, 3, 6, 4).long(), TypeError, r"`t` must be floating point; got torch.int64"),
-        ("t", torch.zeros(2, 3, 6, 4, device="meta"), ValueError, r"`t` must be on the device of `s`"),
-        ("mask", BITS[:, :, :5], ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(2, 3, 5\)"),
-        ("mask", BITS[0], ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(3, 6\)"),
-        ("mask", BITS.float(), TypeError, r"`mask` must be boolean; got torch.float32"),
-        ("mask", BITS.to("meta"), ValueError, r"`mask` must be on the device of `s`"),
-        ("mask", BITS.tril(2), ValueError, r"`mask` must keep the same number of positions in every frame; got 3 to 5"),
-    ],
-)
-def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
-    s, t = sample()
-    mask = None
-    with pytest.raises(error, match=message):
-        affinity_consistency_loss(**{"s": s, "t": t, "mask": mask, name: value})
+class TestInChunks(TestContract):
+    knobs: ClassVar = {"chunk_size": 5}
+    inert: ClassVar = {"chunk_size": None}
+    one_size = "the loop over chunks is unrolled"
+    not_applicable: ClassVar = {"default_compiler": "it takes a minute for the unrolled loop over chunks"}

@@ -1,13 +1,6 @@
 """Centered cross-entropy: published numbers and centers, what moves the center and what does not, two processes."""
 
-import copy
-import os
-import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,13 +11,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import two_centers
+from contract import INF, NAN, Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy
+from ranks import run_ranks
+from ssync_loss import CenteredCrossEntropy
 from ssync_loss.methods.ino.reference import reference_centered_cross_entropy, reference_moved_center
-from two_centers import NUM_PROTOTYPES, SHARES, WORLD_SIZE, scene
-
-TESTS = Path(__file__).parent
-NAN, INF = float("nan"), float("inf")
+from steps import step_of
+from two_centers import NUM_PROTOTYPES, SHARES, scene
 
 
 def sample(
@@ -44,17 +37,14 @@ def centered(center: Tensor | None = None, Kp: int = 5, **given: Any) -> Centere
 
 
 def step(criterion: CenteredCrossEntropy, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    source = s.detach().requires_grad_()
-    loss = criterion(source, t)
-    (gradient,) = torch.autograd.grad(loss, source)
-    return loss.detach(), gradient
+    return step_of(criterion, s, t)
 
 
 # --- values ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", golden_names("ino_centered_ce_"))
+@pytest.mark.parametrize("name", golden_names("ino_centered_ce_", 2))
 def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     golden = Golden(name)
     students, teachers = golden.tensor("student_logits", dtype), golden.tensor("teacher_logits", dtype)
@@ -68,10 +58,6 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
         assert deviation(loss, golden.tensor(f"loss_{number}_f64")) <= LOSS_TOL[dtype]
         assert deviation(gradient, golden.tensor(f"grad_student_logits_{number}_f64")) <= GRADIENT_TOL[dtype]
         assert deviation(criterion.center, golden.tensor(f"center_{number}_f64")) <= LOSS_TOL[dtype]
-
-
-def test_all_golden_files_are_here() -> None:
-    assert golden_names("ino_centered_ce_") == ["ino_centered_ce_cosines", "ino_centered_ce_small"]
 
 
 @settings(max_examples=60)
@@ -94,21 +80,6 @@ def test_value_gradient_and_move_are_those_of_the_slow_definition(
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, s)[0], rtol=1e-10, atol=1e-12)
     criterion.update_center(t)
     torch.testing.assert_close(criterion.center, reference_moved_center(center, t, m_c=m_c), rtol=1e-12, atol=1e-14)
-
-
-@settings(max_examples=30)
-@given(seed=st.integers(0, 2**31), constant=st.floats(-5, 5))
-def test_bound_gradient_and_what_means_nothing(seed: int, constant: float) -> None:
-    s, t = sample(dtype=torch.float64, seed=seed)
-    center = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    criterion = centered(center)
-    loss, gradient = step(criterion, s, t)
-    q = ((t - center) / 0.04).softmax(1)
-    # no student is below the entropy of its teacher
-    assert loss >= torch.special.entr(q).sum(1).mean()
-    torch.testing.assert_close(gradient, ((s / 0.1).softmax(1) - q).detach() / 0.1 / 6, rtol=1e-9, atol=1e-12)
-    for moved in (step(criterion, s + constant, t), step(criterion, s, t + constant)):
-        torch.testing.assert_close(moved, (loss, gradient), rtol=1e-8, atol=1e-10)
 
 
 def test_a_teacher_that_stays_is_approached_geometrically() -> None:
@@ -206,79 +177,32 @@ def test_in_float16_a_mean_of_many_rows_is_exact_and_finite() -> None:
 # --- empty, undefined, gradients, types ---
 
 
-def test_no_rows_are_an_attached_zero() -> None:
-    loss, gradient = step(centered(), *sample(0))
-    assert loss == 0
-    assert gradient.shape == (0, 5)
-
-
-@pytest.mark.parametrize("dirt", [NAN, INF])
-@pytest.mark.parametrize("dirty", [0, 1])
-def test_dirt_is_never_finite(dirty: int, dirt: float) -> None:
-    pair = [one.detach().clone() for one in sample()]
-    pair[dirty][2, 1] = dirt
-    assert not step(centered(), pair[0], pair[1])[0].isfinite()
-
-
 def test_tiny_temperatures_are_finite() -> None:
     loss, gradient = step(centered(tau_s=1e-5, tau_t=1e-5), *sample())
     assert loss.isfinite()
     assert gradient.isfinite().all()
 
 
-def test_gradcheck() -> None:
-    s, t = sample(3, 4, dtype=torch.float64)
-    criterion = centered(torch.randn(4, dtype=torch.float64), 4, tau_s=0.5)
-    assert torch.autograd.gradcheck(lambda one: criterion(one, t), (s,))
-    assert torch.autograd.gradgradcheck(lambda one: criterion(one, t), (s,))
-
-
-def test_only_the_student_gets_a_gradient() -> None:
-    s, t = sample()
+def test_a_center_gets_no_gradient() -> None:
     criterion = centered()
     criterion.center.requires_grad_()
-    criterion(s, t.requires_grad_()).backward()
-    assert t.grad is None
+    criterion(*sample()).backward()
     assert criterion.center.grad is None
-    assert s.grad is not None
-    assert s.grad.any()
-    assert not criterion(s.detach(), t).requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_widened_and_their_gradient_is_of_their_type(dtype: torch.dtype) -> None:
-    s, t = sample(dtype=dtype)
-    loss, gradient = step(centered(), s, t)
-    wide, wide_gradient = step(centered(), s.float(), t.float())
-    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    assert torch.equal(loss, wide)
-    assert torch.equal(gradient, wide_gradient.to(dtype))
-
-
-def test_autocast_changes_nothing() -> None:
-    s, t = sample()
+def test_autocast_moves_the_center_as_far() -> None:
+    _, t = sample()
     expected, criterion = centered(), centered()
-    loss, gradient = step(expected, s, t)
     expected.update_center(t)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = step(criterion, s, t)
         criterion.update_center(t)
-    assert torch.equal(actual[0], loss)
-    assert torch.equal(actual[1], gradient)
     assert torch.equal(criterion.center, expected.center)
 
 
 # --- graphs ---
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_and_its_move_compile_to_one_graph() -> None:
     s, t = sample()
     criterion, expected = centered(), centered()
@@ -298,13 +222,10 @@ def test_a_step_and_its_move_compile_to_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_fake_tensors_carry_a_step() -> None:
+def test_fake_tensors_move_a_center() -> None:
     with FakeTensorMode():
         criterion = CenteredCrossEntropy(5)
-        s, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
-        criterion(s, t).backward()
-        criterion.update_center(t, mask=torch.ones(6, dtype=torch.bool))
-        assert s.grad is not None
+        criterion.update_center(torch.randn(6, 5), mask=torch.ones(6, dtype=torch.bool))
         assert criterion.center.shape == (5,)
 
 
@@ -314,27 +235,7 @@ def test_fake_tensors_carry_a_step() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # gloo looks up the machine's name unless it is told an interface
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, two_centers.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output.decode()
-    finally:
-        # where one has failed the other waits for it
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_ranks(two_centers.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 KINDS = ("explicit", "masked", "frames", "pairs")
@@ -383,60 +284,7 @@ def test_without_a_process_group_a_rank_is_all_there_is() -> None:
     assert torch.equal(asked.center, unasked.center)
 
 
-# --- the module, bad input ---
-
-
-def test_a_module_remembers_its_settings() -> None:
-    s, t = sample()
-    criterion = centered(torch.arange(5.0) / 5, tau_s=0.2, tau_t=0.1, m_c=0.5, all_reduce=True)
-    assert repr(criterion) == "CenteredCrossEntropy(5, tau_s=0.2, tau_t=0.1, m_c=0.5, all_reduce=True)"
-    twins = (pickle.loads(pickle.dumps(criterion)), copy.deepcopy(criterion))
-    loss = criterion(s, t)
-    criterion.update_center(t)
-    for twin in twins:
-        assert torch.equal(twin(s, t), loss)
-        twin.update_center(t)
-        assert torch.equal(twin.center, criterion.center)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        ({"Kp": 0}, ValueError, r"`Kp` must be at least 1; got 0"),
-        ({"Kp": 2.0}, TypeError, r"`Kp` must be an integer; got float"),
-        ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
-        ({"tau_t": INF}, ValueError, r"`tau_t` must be finite and above 0.0; got inf"),
-        ({"m_c": 1.5}, ValueError, r"`m_c` must be within \[0.0, 1.0\]; got 1.5"),
-        ({"m_c": "0.9"}, TypeError, r"`m_c` must be a number; got str"),
-    ],
-)
-def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        CenteredCrossEntropy(**{"Kp": 5, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("s", None, TypeError, r"`s` must be a tensor; got NoneType"),
-        ("s", torch.zeros(6, 4), ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(6, 4\)"),
-        ("s", torch.zeros(5), ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(5,\)"),
-        ("s", torch.zeros(6, 5).int(), TypeError, r"`s` must be floating point; got"),
-        ("s", torch.zeros(6, 5, device="meta"), ValueError, r"`s` must be on the device of `t`"),
-        ("t", [1.0], TypeError, r"`t` must be a tensor; got list"),
-        ("t", torch.zeros(6, 4), ValueError, r"`t` must have shape \(..., Kp=5\); got \(6, 4\)"),
-        ("t", torch.zeros(()), ValueError, r"`t` must have shape \(..., Kp=5\); got \(\)"),
-        ("t", torch.zeros(6, 5).long(), TypeError, r"`t` must be floating point; got torch.int64"),
-        ("t", torch.zeros(6, 5, device="meta"), ValueError, r"`t` must be on the device of `center`"),
-    ],
-)
-def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
-    s, t = sample()
-    with pytest.raises(error, match=message):
-        centered()(**{"s": s, "t": t, name: value})
-    if name == "t":
-        with pytest.raises(error, match=message):
-            centered().update_center(value)
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -451,3 +299,48 @@ def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], 
 def test_a_wrong_mask_is_named(mask: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         centered().update_center(sample()[1], mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        ([1.0], TypeError, r"`t` must be a tensor; got list"),
+        (torch.zeros(6, 4), ValueError, r"`t` must have shape \(..., Kp=5\); got \(6, 4\)"),
+        (torch.zeros(6, 5).long(), TypeError, r"`t` must be floating point; got torch.int64"),
+        (torch.zeros(6, 5, device="meta"), ValueError, r"`t` must be on the device of `center`"),
+    ],
+)
+def test_wrong_rows_move_nothing(t: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        centered().update_center(t)
+
+
+# --- what every loss must do ---
+
+
+class TestContract(LossContract):
+    loss = CenteredCrossEntropy
+    twice_differentiable = True
+    settings: ClassVar = {"tau_s": 0.2, "tau_t": 0.1}
+    inert: ClassVar = {"m_c": 0.5, "all_reduce": True, "group": "a group"}
+    unshown: ClassVar = {"group": "a process group has no words for itself"}
+    state: ClassVar = ["center"]
+    not_applicable: ClassVar = {"poison": "every row counts"}
+    refused: ClassVar = [
+        ({"Kp": 0}, ValueError, r"`Kp` must be at least 1; got 0"),
+        ({"Kp": 2.0}, TypeError, r"`Kp` must be an integer; got float"),
+        ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
+        ({"tau_t": INF}, ValueError, r"`tau_t` must be finite and above 0.0; got inf"),
+        ({"m_c": 1.5}, ValueError, r"`m_c` must be within \[0.0, 1.0\]; got 1.5"),
+        ({"m_c": "0.9"}, TypeError, r"`m_c` must be a number; got str"),
+        ({"s": torch.zeros(6, 4)}, ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(6, 4\)"),
+        ({"s": torch.zeros(5)}, ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(5,\)"),
+        ({"t": torch.zeros(())}, ValueError, r"`t` must have shape \(..., Kp=5\); got \(\)"),
+    ]
+
+    def make(self, **settings: Any) -> CenteredCrossEntropy:
+        return centered(torch.arange(5.0) / 5, **settings)
+
+    def case(self) -> Case:
+        s, t = sample()
+        return Case(self.make(), {"s": s}, {"t": t})

@@ -1,11 +1,7 @@
 """The slot curriculum in training: its events, checkpoints, optimizers, two processes, bad input."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import curriculum_ranks
-from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS, SHARES, WORLD_SIZE
+from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS, SHARES
+from ranks import run_ranks
 from ssync_loss.curriculum import SlotCurriculum, allot_children, milestones, slot_error, slot_schedule
-
-TESTS = Path(__file__).parent
 
 
 def scene(num_slots: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,14 +323,7 @@ def test_copies_go_their_own_way() -> None:
     )
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_taking_slots_compiles_to_one_graph_per_stage() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [1]), placeholders()
     counter = CompileCounterWithBackend("eager")
@@ -359,29 +347,7 @@ def test_a_curriculum_of_halves_goes_through_its_stages() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # gloo looks up the machine's name unless it is told an interface
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, curriculum_ranks.__file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output.decode()
-    finally:
-        # where one has failed the other waits for it
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_ranks(curriculum_ranks.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -124,16 +124,15 @@ def test_a_module_may_be_the_step() -> None:
     torch.testing.assert_close(outputs[:, 0], state + 2 * inputs[:, :3].sum(1)[:, None] + inputs[:, 3:])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiler_unrolls_it_into_one_graph() -> None:
     state, inputs = clip()
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     step = Recurrence()
     actual = torch.compile(lambda *given_: cyclic_scan(step, *given_), fullgraph=True, backend=counter)(state, inputs)
     for name, one in cyclic_scan(Recurrence(), state, inputs).items():
         torch.testing.assert_close(actual[name], one)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import two_processes
+from ranks import WORLD_SIZE
 from refusals import refuses
 from sample_maps import sample_maps
 from ssync_loss import BoundaryRefinementLoss, SSyncLoss
 from ssync_loss.distributed import global_mean
-from two_processes import CASES, WORLD_SIZE, Host, scene, whole_batch
+from two_processes import CASES, Host, scene, whole_batch
 
 TESTS = Path(__file__).parent
 

@@ -1,24 +1,19 @@
 """Mask diversity: published numbers, the slow definition, its two ends, gradients, bad input."""
 
-import copy
 import math
-import pickle
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from contract import INF, Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.methods.smtc.diversity import EPSILON, MaskDiversityLoss, mask_diversity_loss
+from ssync_loss import MaskDiversityLoss
+from ssync_loss.functional import mask_diversity_loss
 from ssync_loss.methods.smtc.reference import reference_mask_diversity_loss
-
-NAN, INF = float("nan"), float("inf")
 
 # masks of about 1e-13 + 1e-8: the gradient of their directions is one of differences that float32 cannot see
 COLLAPSED_TOL = {torch.float32: 2e-3, torch.float64: 1e-9}
@@ -46,18 +41,13 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", golden_names("mask_diversity_"))
+@pytest.mark.parametrize("name", golden_names("mask_diversity_", 2))
 def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     golden = Golden(name)
     loss, gradient = step(golden.tensor("Z", dtype))
     tol = COLLAPSED_TOL if name.endswith("collapsed") else GRADIENT_TOL
     assert deviation(loss, golden.tensor("loss_f64")) <= LOSS_TOL[dtype]
     assert deviation(gradient, golden.tensor("grad_Z_f64")) <= tol[dtype]
-    assert golden.number("eps") == EPSILON
-
-
-def test_all_golden_files_are_here() -> None:
-    assert len(golden_names("mask_diversity_")) == 2
 
 
 DRAWN = {
@@ -71,18 +61,6 @@ DRAWN = {
 def test_value_and_gradient_are_those_of_the_slow_definition(shape: tuple[int, ...], seed: int) -> None:
     logits = sample(*shape, dtype=torch.float64, seed=seed)
     assert_same(step(logits), step(logits, reference_mask_diversity_loss), 1e-12)
-
-
-@settings(max_examples=30)
-@given(**DRAWN)
-def test_the_loss_lies_between_its_ends_and_no_order_means_anything(shape: tuple[int, ...], seed: int) -> None:
-    logits = sample(*shape, dtype=torch.float64, seed=seed)
-    loss, gradient = step(logits)
-    assert 0 <= loss <= 1 + 1e-12
-    generator = torch.Generator().manual_seed(seed)
-    for axis, size in enumerate(shape):
-        order = torch.randperm(size, generator=generator)
-        assert_same(step(logits.index_select(axis, order)), (loss, gradient.index_select(axis, order)), 1e-12)
 
 
 def test_uniform_masks_cost_one() -> None:
@@ -101,31 +79,6 @@ def test_disjoint_masks_cost_nothing() -> None:
     assert mask_diversity_loss(logits) < 1e-7
 
 
-def test_frames_are_apart() -> None:
-    logits = sample(dtype=torch.float64)
-    alone = [mask_diversity_loss(logits[b : b + 1, t : t + 1]) for b in range(2) for t in range(3)]
-    assert_same((mask_diversity_loss(logits),), (torch.stack(alone).mean(),), 1e-12)
-
-
-# --- empty, single, undefined ---
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 2, 3), (2, 3, 1, 2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_nothing_to_be_apart_from_is_an_attached_zero(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    loss, gradient = step(sample(*shape, dtype=dtype))
-    assert loss == 0
-    assert loss.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.equal(gradient, torch.zeros(shape, dtype=dtype))
-
-
-@pytest.mark.parametrize("dirt", [NAN, INF])
-def test_dirt_is_never_finite(dirt: float) -> None:
-    logits = sample()
-    logits[0, 0, 0, 0, 0] = dirt
-    assert step(logits)[0].isnan()
-
-
 def test_a_slot_that_may_have_no_patch_is_finite() -> None:
     logits = sample()
     logits[:, :, 1:3] = -INF
@@ -134,90 +87,28 @@ def test_a_slot_that_may_have_no_patch_is_finite() -> None:
     assert gradient.isfinite().all()
 
 
-# --- gradients, types, graphs ---
+# --- what every loss must do ---
 
 
-def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(mask_diversity_loss, (sample(1, 2, 3, 2, 2, dtype=torch.float64).requires_grad_(),))
+class TestContract(LossContract):
+    loss = MaskDiversityLoss
+    function = staticmethod(mask_diversity_loss)
+    twice_differentiable = True
+    not_applicable: ClassVar = {"poison": "every patch of every slot counts"}
+    refused: ClassVar = [
+        (
+            {"logits": torch.zeros(2, 3, 4, 6)},
+            ValueError,
+            r"`logits` must have shape \(B, T, S, H, W\); got \(2, 3, 4, 6\)",
+        ),
+        ({"logits": torch.zeros(2, 0, 4, 2, 3)}, ValueError, r"`logits` must have T >= 1; got T=0"),
+        ({"logits": torch.zeros(2, 3, 0, 2, 3)}, ValueError, r"`logits` must have S >= 1; got S=0"),
+        ({"logits": torch.zeros(2, 3, 4, 2, 0)}, ValueError, r"`logits` must have W >= 1; got W=0"),
+    ]
 
+    def case(self) -> Case:
+        return Case(self.make(), {"logits": sample(2, 2, 3, 2, 2)}, {})
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_widened_and_their_gradient_is_of_their_type(dtype: torch.dtype) -> None:
-    logits = sample(dtype=dtype)
-    loss, gradient = step(logits)
-    assert loss.dtype == torch.float32
-    assert gradient.dtype == dtype
-    wide, wide_gradient = step(logits.float())
-    assert torch.equal(loss, wide)
-    assert torch.equal(gradient, wide_gradient.to(dtype))
-
-
-def test_autocast_changes_nothing() -> None:
-    logits = sample()
-    expected = step(logits)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = step(logits)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
-
-
-def test_strides_mean_nothing() -> None:
-    logits = sample()
-    view = logits.permute(4, 2, 0, 3, 1).contiguous().permute(2, 4, 1, 3, 0)
-    assert not view.is_contiguous()
-    assert_same(step(view), step(logits), 1e-6)
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_step_compiles_to_one_graph_for_batches_of_any_size() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(MaskDiversityLoss(), fullgraph=True, backend=counter)
-    for clips in (3, 5):
-        source = sample(clips, 2, 4, 2, 3).requires_grad_()
-        torch._dynamo.mark_dynamic(source, 0)
-        loss = compiled(source)
-        (gradient,) = torch.autograd.grad(loss, source)
-        assert_same((loss.detach(), gradient), step(source), 1e-6)
-    assert counter.frame_count == 1
-
-
-def test_fake_tensors_carry_a_step() -> None:
-    with FakeTensorMode():
-        logits = torch.randn(2, 3, 4, 2, 3, requires_grad=True)
-        mask_diversity_loss(logits).backward()
-        assert logits.grad is not None
-        assert logits.grad.shape == logits.shape
-
-
-# --- the module, bad input ---
-
-
-def test_the_module_is_the_function() -> None:
-    criterion = MaskDiversityLoss()
-    assert repr(criterion) == "MaskDiversityLoss()"
-    assert not criterion.state_dict()
-    for twin in (criterion, pickle.loads(pickle.dumps(criterion)), copy.deepcopy(criterion)):
-        assert torch.equal(twin(sample()), mask_diversity_loss(sample()))
-
-
-@pytest.mark.parametrize(
-    ("logits", "error", "message"),
-    [
-        (None, TypeError, r"`logits` must be a tensor; got NoneType"),
-        (torch.zeros(2, 3, 4, 6), ValueError, r"`logits` must have shape \(B, T, S, H, W\); got \(2, 3, 4, 6\)"),
-        (torch.zeros(2, 3, 4, 2, 3).long(), TypeError, r"`logits` must be floating point; got torch.int64"),
-        (torch.zeros(2, 0, 4, 2, 3), ValueError, r"`logits` must have T >= 1; got T=0"),
-        (torch.zeros(2, 3, 0, 2, 3), ValueError, r"`logits` must have S >= 1; got S=0"),
-        (torch.zeros(2, 3, 4, 2, 0), ValueError, r"`logits` must have W >= 1; got W=0"),
-    ],
-)
-def test_wrong_logits_are_named(logits: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        mask_diversity_loss(logits)
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        single = case.replaced(logits=case.inputs["logits"][:, :, :1])
+        return {"one slot": single, **super().empty_cases(case)}

@@ -291,11 +291,11 @@ def test_compiled_and_replicated_students_are_looked_into() -> None:
         assert all(torch.equal(one, tensors(student)[name]) for name, one in tensors(teacher.model).items())
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_copy_compiles_to_one_graph_and_is_updated_outside() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.5)
     x = torch.randn(8, 3)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(teacher, fullgraph=True, backend=counter)
     for _ in range(3):
@@ -303,7 +303,6 @@ def test_the_copy_compiles_to_one_graph_and_is_updated_outside() -> None:
         learn(student)
         teacher.update(student)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 def test_a_student_in_a_half_is_averaged_in_floats() -> None:

@@ -1,25 +1,21 @@
 """Out-generative learning: published numbers, the slow definition, pairs, balance, the center, bad input."""
 
-import copy
-import pickle
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy
-from ssync_loss.methods.ino.out_generative import OutGenerativeLoss, out_generative_loss
+from contract import Case, LossContract
+from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation
+from ssync_loss import CenteredCrossEntropy, OutGenerativeLoss
+from ssync_loss.functional import out_generative_loss
 from ssync_loss.methods.ino.reference import reference_out_generative_loss
 from test_memory import Meter
 
-NAN, INF = float("nan"), float("inf")
 BALANCES = pytest.mark.parametrize("balance", ["flat", "per_term"])
 
 Views = tuple[Tensor, Tensor, Tensor]
@@ -68,10 +64,6 @@ def test_published_numbers(dtype: torch.dtype) -> None:
     assert deviation(criterion.center, golden.tensor("center_after_f64")) <= LOSS_TOL[dtype]
 
 
-def test_all_golden_files_are_here() -> None:
-    assert golden_names("ino_out_generative") == ["ino_out_generative_T4_l3"]
-
-
 @settings(max_examples=50)
 @given(
     shape=st.tuples(*(st.sampled_from(sizes) for sizes in ((0, 1, 2), (1, 2, 4), (1, 2), (0, 1, 2), (1, 3)))),
@@ -114,34 +106,6 @@ def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() 
     assert (all_global - nothing_global).item() == pytest.approx(10 / 2, rel=1e-4)
 
 
-@BALANCES
-def test_frames_half_a_clip_apart_are_pairs(balance: Any) -> None:
-    views = sample(2, 6, 2, 3, 5, dtype=torch.float64)
-    parts = [step((one[:, [i, i + 3]] for one in views), centered(), balance=balance)[0] for i in range(3)]
-    whole = step(views, centered(), balance=balance)[0]
-    torch.testing.assert_close(whole, torch.stack(parts).mean(), rtol=1e-12, atol=0)
-    shuffled = step((one[:, [1, 0, 2, 3, 4, 5]] for one in views), centered(), balance=balance)[0]
-    assert not torch.isclose(whole, shuffled, rtol=1e-6)
-
-
-def test_balances_agree_where_one_term_is_all_there_is() -> None:
-    views = sample(2, 4, 2, 0, 5)
-    assert torch.equal(step(views, centered())[0], step(views, centered(), balance="per_term")[0])
-
-
-@BALANCES
-def test_the_order_of_local_crops_and_of_the_frames_of_a_pair_means_nothing(balance: Any) -> None:
-    views = sample(2, 4, 2, 3, 5, dtype=torch.float64)
-    loss, of_global, of_local = step(views, centered(), balance=balance)
-    s_glob, s_loc, t_glob = views
-    moved = step((s_glob, s_loc.flip(2), t_glob), centered(), balance=balance)
-    torch.testing.assert_close(moved, (loss, of_global, of_local.flip(2)), rtol=1e-12, atol=1e-14)
-    swapped = step((one.roll(2, dims=1) for one in views), centered(), balance=balance)
-    torch.testing.assert_close(
-        swapped, (loss, of_global.roll(2, dims=1), of_local.roll(2, dims=1)), rtol=1e-12, atol=1e-14
-    )
-
-
 # --- the center ---
 
 
@@ -173,116 +137,7 @@ def test_in_evaluation_it_stays_even_when_asked() -> None:
     assert torch.equal(criterion.center, before)
 
 
-# --- empty, undefined, gradients, types ---
-
-
-@BALANCES
-@pytest.mark.parametrize("shape", [(0, 4, 1, 3, 5), (2, 1, 1, 3, 5), (0, 2, 1, 0, 5), (2, 1, 2, 0, 5)])
-def test_nothing_to_predict_is_an_attached_zero(balance: Any, shape: tuple[int, ...]) -> None:
-    views = sample(*shape)
-    criterion, before = centered(), centered().center
-    loss, of_global, of_local = step(views, criterion, balance=balance, update_center=True)
-    assert loss == 0
-    assert torch.equal(of_global, torch.zeros_like(views[0]))
-    assert torch.equal(of_local, torch.zeros_like(views[1]))
-    assert torch.equal(criterion.center, before)
-
-
-def test_an_attached_zero_is_as_wide_as_the_widest() -> None:
-    for frames in (1, 2):
-        views = sample(2, frames, 1, 3, 5)
-        loss, of_global, of_local = step((*views[:2], views[2].double()), centered())
-        assert (loss.dtype, of_global.dtype, of_local.dtype) == (torch.float64, torch.float32, torch.float32)
-        assert (loss == 0) == (frames == 1)
-
-
-@pytest.mark.parametrize("dirt", [NAN, INF])
-@pytest.mark.parametrize("dirty", [0, 1, 2])
-def test_dirt_is_never_finite(dirty: int, dirt: float) -> None:
-    views = [one.detach().clone() for one in sample()]
-    views[dirty][0, 1, 0, 0] = dirt
-    assert not step(views, centered())[0].isfinite()
-
-
-@BALANCES
-def test_gradcheck(balance: Any) -> None:
-    s_glob, s_loc, t_glob = sample(1, 2, 2, 2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda one, other: out_generative_loss(one, other, t_glob, centered(3, tau_s=0.5), balance=balance),
-        (s_glob, s_loc),
-    )
-
-
-@pytest.mark.parametrize("update_center", [False, True])
-def test_only_the_student_gets_gradients(update_center: bool) -> None:
-    s_glob, s_loc, t_glob = sample()
-    criterion = centered()
-    out_generative_loss(s_glob, s_loc, t_glob.requires_grad_(), criterion, update_center=update_center).backward()
-    assert t_glob.grad is None
-    assert not criterion.center.requires_grad
-    for one in (s_glob, s_loc):
-        assert one.grad is not None
-        assert one.grad.all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_widened_and_their_gradient_is_of_their_type(dtype: torch.dtype) -> None:
-    views = sample(dtype=dtype)
-    criterion, expected = centered(), centered()
-    loss, *gradients = step(views, criterion, update_center=True)
-    wide, *wide_gradients = step((one.float() for one in views), expected, update_center=True)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, wide)
-    for one, other in zip(gradients, wide_gradients, strict=True):
-        assert one.dtype == dtype
-        assert torch.equal(one, other.to(dtype))
-    assert torch.equal(criterion.center, expected.center)
-
-
-def test_autocast_changes_nothing() -> None:
-    views = sample()
-    criterion, expected = centered(), centered()
-    wanted = step(views, expected, update_center=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = step(views, criterion, update_center=True)
-    assert all(map(torch.equal, actual, wanted))
-    assert torch.equal(criterion.center, expected.center)
-
-
-# --- graphs, work ---
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("update_center", [False, True])
-def test_a_step_compiles_to_one_graph(update_center: bool) -> None:
-    s_glob, s_loc, t_glob = sample()
-    criterion, expected = centered(), centered()
-    counter = CompileCounterWithBackend("aot_eager")
-    module = OutGenerativeLoss(criterion, update_center=update_center)
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
-    for _ in range(2):
-        loss = compiled(s_glob, s_loc, t_glob)
-        wanted = step((s_glob, s_loc, t_glob), expected, update_center=update_center)
-        torch.testing.assert_close((loss.detach(), *torch.autograd.grad(loss, (s_glob, s_loc))), wanted)
-        torch.testing.assert_close(criterion.center, expected.center)
-    assert counter.frame_count == 1
-
-
-def test_fake_tensors_carry_a_step() -> None:
-    with FakeTensorMode():
-        s_glob, s_loc = torch.randn(2, 4, 1, 5, requires_grad=True), torch.randn(2, 4, 3, 5, requires_grad=True)
-        out_generative_loss(
-            s_glob, s_loc, torch.randn(2, 4, 1, 5), CenteredCrossEntropy(5), update_center=True
-        ).backward()
-        assert s_glob.grad is not None
-        assert s_loc.grad is not None
+# --- work ---
 
 
 def test_clips_and_views_are_not_walked_through() -> None:
@@ -304,58 +159,7 @@ def test_views_meet_without_a_copy_of_their_prototypes_for_each() -> None:
     assert meter.peak < 4 * 4 * rows * 1000
 
 
-# --- the module, bad input ---
-
-
-def test_a_module_remembers_its_settings() -> None:
-    views = sample()
-    module = OutGenerativeLoss(centered())
-    assert torch.equal(module(*views), out_generative_loss(*views, centered()))
-    assert list(module.state_dict()) == ["ce.center"]
-    module = OutGenerativeLoss(centered(), balance="per_term", update_center=True)
-    assert repr(module).startswith("OutGenerativeLoss(\n  balance='per_term', update_center=True\n  (ce): Centered")
-    moving = OutGenerativeLoss(centered(), balance="per_term", update_center=True)
-    expected = out_generative_loss(*views, centered(), balance="per_term", update_center=True)
-    for twin in (pickle.loads(pickle.dumps(moving)), copy.deepcopy(moving), moving):
-        assert torch.equal(twin(*views), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("ce", torch.nn.CrossEntropyLoss(), TypeError, r"`ce` must be a CenteredCrossEntropy; got CrossEntropyLoss"),
-        ("balance", "equal", ValueError, r"`balance` must be one of 'flat', 'per_term'; got 'equal'"),
-    ],
-)
-def test_a_wrong_setting_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
-    given = {"ce": centered(), name: value}
-    with pytest.raises(error, match=message):
-        out_generative_loss(*sample(), **given)
-    with pytest.raises(error, match=message):
-        OutGenerativeLoss(**given)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("s_glob", None, TypeError, r"`s_glob` must be a tensor; got NoneType"),
-        ("s_glob", torch.zeros(2, 4, 5), ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got \(2, 4, 5\)"),
-        ("s_glob", torch.zeros(2, 4, 1, 6), ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got"),
-        ("s_glob", torch.zeros(2, 4, 0, 5), ValueError, r"`s_glob` must have g >= 1; got g=0"),
-        ("s_glob", torch.zeros(2, 0, 1, 5), ValueError, r"`s_glob` must have T >= 1; got T=0"),
-        ("s_glob", torch.zeros(2, 4, 1, 5).int(), TypeError, r"`s_glob` must be floating point; got"),
-        ("s_loc", torch.zeros(2, 3, 3, 5), ValueError, r"`s_loc` must have shape \(B=2, T=4, l, Kp=5\); got"),
-        ("s_loc", torch.zeros(2, 4, 3, 5).long(), TypeError, r"`s_loc` must be floating point; got torch.int64"),
-        ("s_loc", torch.zeros(2, 4, 3, 5, device="meta"), ValueError, r"`s_loc` must be on the device of `center`"),
-        ("t_glob", [1.0], TypeError, r"`t_glob` must be a tensor; got list"),
-        ("t_glob", torch.zeros(2, 4, 2, 5), ValueError, r"`t_glob` must have shape \(B=2, T=4, g=1, Kp=5\); got"),
-        ("t_glob", torch.zeros(2, 4, 1, 5).bool(), TypeError, r"`t_glob` must be floating point; got torch.bool"),
-    ],
-)
-def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
-    s_glob, s_loc, t_glob = sample()
-    with pytest.raises(error, match=message):
-        out_generative_loss(**{"s_glob": s_glob, "s_loc": s_loc, "t_glob": t_glob, "ce": centered(), name: value})
+# --- bad input ---
 
 
 @pytest.mark.parametrize("num_frames", [3, 5])
@@ -363,3 +167,51 @@ def test_an_odd_number_of_frames_is_named(num_frames: int) -> None:
     message = rf"`s_glob` must have an even T, for the pairs of frames \(i, i \+ T / 2\); got T={num_frames}"
     with pytest.raises(ValueError, match=message):
         out_generative_loss(*sample(2, num_frames, 1, 3, 5), centered())
+
+
+# --- what every loss must do ---
+
+
+class TestContract(LossContract):
+    loss = OutGenerativeLoss
+    function = staticmethod(out_generative_loss)
+    twice_differentiable = True
+    settings: ClassVar = {"balance": "per_term", "update_center": True}
+    state: ClassVar = ["ce.center"]
+    not_applicable: ClassVar = {"poison": "every view counts"}
+    refused: ClassVar = [
+        ({"ce": torch.nn.CrossEntropyLoss()}, TypeError, r"`ce` must be a CenteredCrossEntropy; got CrossEntropyLoss"),
+        ({"balance": "equal"}, ValueError, r"`balance` must be one of 'flat', 'per_term'; got 'equal'"),
+        ({"s_glob": torch.zeros(2, 4, 5)}, ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got \(2, 4, 5\)"),
+        ({"s_glob": torch.zeros(2, 4, 1, 6)}, ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got"),
+        ({"s_glob": torch.zeros(2, 4, 0, 5)}, ValueError, r"`s_glob` must have g >= 1; got g=0"),
+        ({"s_glob": torch.zeros(2, 0, 1, 5)}, ValueError, r"`s_glob` must have T >= 1; got T=0"),
+        ({"s_loc": torch.zeros(2, 3, 3, 5)}, ValueError, r"`s_loc` must have shape \(B=2, T=4, l, Kp=5\); got"),
+        ({"t_glob": torch.zeros(2, 4, 2, 5)}, ValueError, r"`t_glob` must have shape \(B=2, T=4, g=1, Kp=5\); got"),
+    ]
+
+    def make(self, **settings: Any) -> OutGenerativeLoss:
+        return OutGenerativeLoss(**{"ce": centered(), **self.knobs, **settings})
+
+    def case(self) -> Case:
+        s_glob, s_loc, t_glob = sample()
+        return Case(self.make(), {"s_glob": s_glob, "s_loc": s_loc}, {"t_glob": t_glob})
+
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        no_crops = case.replaced(s_loc=case.inputs["s_loc"][:, :, :0])
+        return {
+            "one frame": case.mapped(lambda one: one[:, :1]),
+            "one frame, no crops": no_crops.mapped(lambda one: one[:, :1]),
+            "no clips, no crops": no_crops.clips(),
+            **super().empty_cases(case),
+        }
+
+
+class TestMovingCenter(TestContract):
+    """The published order: the center moves with every pair of frames."""
+
+    knobs: ClassVar = {"balance": "per_term", "update_center": True}
+    settings: ClassVar = {"balance": "flat", "update_center": False}
+    not_applicable: ClassVar = TestContract.not_applicable | {
+        "checkpoint": "what is computed again has moved the center"
+    }

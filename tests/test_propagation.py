@@ -79,21 +79,6 @@ def test_masks_are_those_of_the_slow_definition(
     torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=30)
-@given(
-    seed=st.integers(0, 2**31),
-    chunk_size=st.integers(1, 40),
-    radius=st.sampled_from((1, 40)),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-)
-def test_a_chunk_size_changes_nothing(seed: int, chunk_size: int, radius: int, dtype: torch.dtype) -> None:
-    features, masks = sample(2, 4, 6, 5, 7, seed=seed, dtype=dtype)
-    whole = propagate_masks(features, masks, radius=radius, chunk_size=35)
-    chunked = propagate_masks(features, masks, radius=radius, chunk_size=chunk_size)
-    tol = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(chunked, whole, rtol=tol, atol=tol)
-
-
 def test_labels_do_not_depend_on_a_chunk_size() -> None:
     features, labels = a_scene(6)
     whole = propagate_labels(features, labels[:, 0], chunk_size=96)
@@ -114,23 +99,6 @@ def test_the_first_frame_is_as_given() -> None:
     features, masks = sample()
     assert torch.equal(propagate_masks(features, masks)[:, 0], masks)
     assert torch.equal(propagate_masks(features[:, :1], masks), masks.unsqueeze(1))
-
-
-def test_lengths_and_a_common_rotation_of_features_mean_nothing() -> None:
-    features, masks = sample()
-    expected = propagate_masks(features, masks, top_k=3)
-    rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    moved = torch.einsum("ij,btjhw->btihw", rotation, features) * (torch.rand(2, 5, 1, 3, 4).double() + 0.1)
-    torch.testing.assert_close(propagate_masks(moved, masks, top_k=3), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_masks_are_carried_each_by_itself() -> None:
-    features, masks = sample()
-    carried = propagate_masks(features, masks)
-    for k in range(3):
-        torch.testing.assert_close(propagate_masks(features, masks[:, k : k + 1]), carried[:, :, k : k + 1])
-    for b in range(2):
-        torch.testing.assert_close(propagate_masks(features[b : b + 1], masks[b : b + 1]), carried[b : b + 1])
 
 
 # --- the context and the window ---

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -151,14 +150,7 @@ def test_under_autocast_layers_are_narrow_and_cosines_are_not() -> None:
     assert all(one.grad is not None and one.grad.any() for one in head.parameters())
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_it_compiles_to_one_graph() -> None:
     head = small()
     counter = CompileCounterWithBackend("aot_eager")

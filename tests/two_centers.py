@@ -3,20 +3,16 @@
 Each rank writes FOLDER/RANK.pt: the centers it ends with, the losses on the way, and how many numbers were sent.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy
-from ssync_loss.methods.ino.masked_tokens import masked_token_loss
-from ssync_loss.methods.ino.out_generative import out_generative_loss
+from ranks import WORLD_SIZE, meet
+from ssync_loss import CenteredCrossEntropy
+from ssync_loss.functional import masked_token_loss, out_generative_loss
 
-WORLD_SIZE = 2
 NUM_PROTOTYPES = 5
 
 # clips of each rank
@@ -60,16 +56,8 @@ def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = 
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    """Meet the other process over a file, and write what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
+def of_rank(rank: int) -> dict[str, Any]:
+    """Return the moves of one rank, with the other and by itself."""
     sent: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -89,9 +77,8 @@ def main(rank: int, folder: Path) -> None:
         sent.clear()
         results[f"{name}, alone"] = moved(**mine, all_reduce=False), list(sent)
     dist.all_reduce = all_reduce
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    meet(of_rank)

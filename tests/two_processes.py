@@ -3,9 +3,6 @@
 Each rank writes FOLDER/RANK.pt: per case the gradients of the model, the values of the loss and what was sent.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import WORLD_SIZE, meet
 from sample_maps import sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.distributed import global_mean
 
-WORLD_SIZE = 2
 NUM_CLIPS = 4
 
 MASKED = torch.ones(NUM_CLIPS, 2, 5, 12, dtype=torch.bool)
@@ -129,24 +126,13 @@ def uneven(rank: int) -> dict[str, Any]:
     return {"value": loss.detach(), "gradients": gradients(model, loss)}
 
 
-def main(rank: int, folder: Path) -> None:
-    """Meet the other process over a file, and write what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
-    results = {
+def of_rank(rank: int) -> dict[str, Any]:
+    return {
         "global": one_rank(rank, use_global_mean=True),
         "local": one_rank(rank, use_global_mean=False),
         "uneven": uneven(rank),
     }
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    meet(of_rank)

@@ -57,7 +57,7 @@ class _SquaredError(torch.autograd.Function):
         return (total.square() + squares).squeeze(2)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 (autograd has it)
         ctx.save_for_backward(*inputs)
 
     @staticmethod

@@ -1,0 +1,56 @@
+"""Two processes that meet over gloo: how a test starts them, and how they meet."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD_SIZE = 2
+TESTS = Path(__file__).parent
+
+
+def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
+    """Run ``python SCRIPT RANK FOLDER`` for every rank; return what each wrote to FOLDER/RANK.pt."""
+    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # gloo looks up the machine's name unless it is told an interface
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output.decode()
+    finally:
+        # where one has failed the other waits for it
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+def meet(work: Callable[[int], dict[str, Any]]) -> None:
+    """Meet the other process, work, and write what was found."""
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=60),
+    )
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()

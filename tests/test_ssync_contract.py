@@ -1,0 +1,94 @@
+"""What every loss must do, of the three modules of SSync; an engine inherits these classes with its name."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from contract import Case, LossContract
+from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
+from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss
+
+# settings of labels and criteria, other than those of the case
+LABELS: dict[str, Any] = {"merge_threshold": 0.2}
+BOUNDARY: dict[str, Any] = {"min_different": 4, "min_same": 4}
+INTERIOR: dict[str, Any] = {"max_different": 6}
+CRITERIA: dict[str, Any] = {"criterion": "mse", "label_smoothing": 0.1, "temperature": 0.5, "kind": "probs"}
+SCHEDULE: dict[str, Any] = {"boundary_weight": 2.0, "interior_weight": 0.5, "start_step": 5, "ramp_steps": 9}
+
+
+class SSyncContract(LossContract):
+    """Random maps, of which some patches and slots do not count."""
+
+    backend: ClassVar[str] = "torch"
+    knobs: ClassVar = {"criterion": "cross_entropy"}
+    inert: ClassVar = {"grid": (3, 4), "backend": "auto"}
+    # arguments that get gradients, and others than maps and masks
+    taught: ClassVar[tuple[str, ...]]
+    more: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.knobs = cls.knobs | {"backend": cls.backend}
+
+    def maps(self) -> dict[str, Tensor]:
+        return {name: torch.randn(2, 2, 3, 3, 4) for name in ("enc_logits", "dec_logits")}
+
+    def masks(self) -> dict[str, Tensor]:
+        valid = torch.rand(2, 2, 3, 4) < 0.8
+        return {"valid": valid, "slot_mask": torch.tensor([[True, True, True], [True, False, True]])}
+
+    def case(self) -> Case:
+        maps = self.maps()
+        inputs = {name: maps.pop(name) for name in self.taught}
+        return Case(self.make(), inputs, maps | self.masks() | self.more)
+
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        cases = {f"no {name}": case.replaced(**{name: mask & False}) for name, mask in self.masks().items()}
+        return {**cases, **super().empty_cases(case)}
+
+    def unselected(self, case: Case) -> dict[str, Tensor]:
+        hidden = ~(case.others["valid"].unsqueeze(2) & case.others["slot_mask"][:, None, :, None, None])
+        return {"enc_logits": hidden, "dec_logits": hidden}
+
+
+class TestSSync(SSyncContract):
+    loss = SSyncLoss
+    knobs: ClassVar = SSyncContract.knobs | {"max_different": 4}
+    settings: ClassVar = LABELS | BOUNDARY | INTERIOR | CRITERIA | SCHEDULE
+    taught = ("enc_logits", "dec_logits")
+    more: ClassVar = {"step": 3}
+
+
+class TestBoundary(SSyncContract):
+    loss = BoundaryRefinementLoss
+    function = staticmethod(boundary_refinement_loss)
+    settings: ClassVar = LABELS | BOUNDARY | CRITERIA
+    taught = ("dec_logits",)
+    narrow: ClassVar = {"enc_logits": "nothing but its labels is taken"}
+
+
+class TestInterior(SSyncContract):
+    loss = InteriorDenoisingLoss
+    function = staticmethod(interior_denoising_loss)
+    knobs: ClassVar = SSyncContract.knobs | {"max_different": 4}
+    settings: ClassVar = LABELS | INTERIOR | CRITERIA
+    taught = ("enc_logits",)
+    narrow: ClassVar = {"dec_logits": "nothing but its labels is taken"}
+
+
+class TestProbabilitiesOnTwoGrids(TestSSync):
+    """The other criterion, the other kind, a decoder on a grid of its own, and no masks."""
+
+    knobs: ClassVar = {"max_different": 4, "kind": "probs"}
+    not_applicable: ClassVar = {
+        "poison": "every patch of every slot counts",
+        "default_compiler": "TestSSync has gone through it",
+        **dict.fromkeys(("settings", "settings_by_name", "repr"), "label smoothing needs the other criterion"),
+    }
+
+    def maps(self) -> dict[str, Tensor]:
+        return {"enc_logits": torch.rand(2, 2, 3, 3, 4) + 0.1, "dec_logits": torch.rand(2, 2, 3, 5, 3) + 0.1}
+
+    def masks(self) -> dict[str, Tensor]:
+        return {}
