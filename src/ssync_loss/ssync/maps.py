@@ -4,6 +4,7 @@ Everything behind this file sees logits (B, T, S, H, W).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -33,7 +34,8 @@ Grid: TypeAlias = Size | tuple[Size, Size] | None
 KINDS = ("logits", "probs")
 
 
-class Maps(NamedTuple):
+@dataclass(frozen=True)
+class Maps:
     """Both maps on the encoder's grid, and which of their cells count.
 
     Attributes:
