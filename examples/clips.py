@@ -150,7 +150,7 @@ def _find_videos(root: Path, match: str, stride: int, skipped: Skipped) -> dict[
         seen.add(os.path.realpath(folder))
         folders[:] = [one for one in folders if not one.startswith(".")]
         frames = []
-        for path in map(folder.joinpath, names):
+        for path in sorted(map(folder.joinpath, names), key=_by_number):
             suffix = path.suffix.lower()
             is_frame = suffix in FRAME_SUFFIXES and fnmatch(folder.name, match)
             if not is_frame and not (suffix in VIDEO_SUFFIXES and fnmatch(path.name, match)):
@@ -164,7 +164,7 @@ def _find_videos(root: Path, match: str, stride: int, skipped: Skipped) -> dict[
             else:
                 videos[path] = [path]
         if frames:
-            videos[folder] = sorted(frames, key=_by_number)[::stride]
+            videos[folder] = frames[::stride]
         elif not folders and folder.suffix.lower() in FRAME_SUFFIXES | VIDEO_SUFFIXES:
             skipped.add(folder, "a folder without frames")
     return dict(sorted(videos.items(), key=lambda item: _by_number(item[0])))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 # what is written to see whether it can be
@@ -134,12 +135,12 @@ def check_fields(
     missing = sorted(fields.keys() - content.keys() - set(optional))
     unknown = [] if more else sorted(content.keys() - fields.keys())
     if missing or unknown:
-        raise ValueError(f"{where} must have other fields; missing are {missing}, unknown are {unknown}.")
+        raise ValueError(f"{where} must have other fields; missing are {short(missing)}, unknown are {short(unknown)}.")
     for key in fields.keys() & content.keys():
         value = content[key]
         by_mistake = isinstance(value, bool) and fields[key] is not bool
         if by_mistake or not isinstance(value, fields[key]):
-            raise ValueError(f"{where}: `{key}` has the wrong type; found {value!r}.")
+            raise ValueError(f"{where}: `{key}` has the wrong type; found {short(value)}.")
         # NaN is a number that was not measured
         if isinstance(value, int | float) and abs(value) > 1e100:
             raise ValueError(f"{where}: `{key}` must be at most 1e100; found more.")

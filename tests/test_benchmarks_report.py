@@ -323,6 +323,7 @@ class TestCommand:
         one = Machine()
         monkeypatch.setattr(Worker, "call", lambda _, function, **arguments: one.call(function, **arguments))
         monkeypatch.setattr(Worker, "start", lambda _: None)
+        monkeypatch.setattr("examples.arguments.num_cpus", lambda: 2)
         return one
 
     def test_a_backend_that_was_asked_for_and_cannot_be_had(self, machine: Machine, tmp_path: Path) -> None:

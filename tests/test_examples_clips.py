@@ -116,6 +116,15 @@ class TestClips:
         with pytest.raises(ValueError, match=r"must hold a video of at least 4 frames; .*2 frames at stride 2, a clip"):
             load_clips(tmp_path, stride=2)
 
+    def test_what_is_hidden_is_said_in_one_line(self, tmp_path: Path) -> None:
+        write_frames(tmp_path / "a", gray_frames(4))
+        write_frames(tmp_path / "a", b"Mac OS X", name="._{}.png")
+        write_frames(tmp_path / ".b", gray_frames(4))
+        clips = load_clips(tmp_path)
+        assert clips.sources == ["a"]
+        assert len(clips.skipped) == 4
+        assert clips.skipped.lines() == ["a/._0.png and 3 more are skipped: hidden"]
+
 
 class TestPictures:
     """What they hold is black on the left, and `GRAY` or white on the right; read by 8 bits, 16 would all be white."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -196,12 +197,12 @@ class StudyReport:
         check_origin(content["settings"], content["machine"], f"{path}")
         for column in content["columns"]:
             if not (isinstance(column, list) and list(map(type, column)) == [str, str, int] and 0 <= column[2] < 10):
-                raise ValueError(f"{path}: `columns` must be titles, keys and digits; found {column!r}.")
+                raise ValueError(f"{path}: `columns` must be titles, keys and digits; found {short(column)}.")
         content["columns"] = [Column(*column) for column in content["columns"]]
         first = next(iter(content["seeds"].values()), None)
         names = dict.fromkeys(first if isinstance(first, dict) else (), dict)
         if not names or not all(map(str.isdecimal, content["seeds"])):
-            raise ValueError(f"{path}: `seeds` must be numbers, and hold runs; found {list(content['seeds'])}.")
+            raise ValueError(f"{path}: `seeds` must be numbers, and hold runs; found {short(content['seeds'])}.")
         for seed, runs in content["seeds"].items():
             check_fields(runs, names, f"{path}: `seeds.{seed}`")
             for name, scores in runs.items():
