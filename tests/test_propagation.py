@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_loss import propagation
+from ssync_loss.functional import propagate_labels, propagate_masks
 from ssync_loss.metrics import image_miou
-from ssync_loss.propagation import propagate_labels, propagate_masks
 from ssync_loss.reference.ino import reference_propagate_masks
 from test_memory import Meter
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
-from ssync_loss.losses.instance import valid_instances
+from ssync_loss.functional import valid_instances
 from ssync_loss.reference.smtc import reference_correlation_fusion, reference_slot_attention
 from steps import saved_elements
 

@@ -258,7 +258,7 @@ def test_kornia_is_imported_on_first_use() -> None:
     code = """
 import sys
 import torch
-from ssync_loss.losses.structure import structure_aware_loss
+from ssync_loss.functional import structure_aware_loss
 clips = torch.rand(1, 3, 2, 3, 3)
 before = "kornia" in sys.modules
 structure_aware_loss(clips, clips, filters="torch")
