@@ -460,10 +460,11 @@ class LossContract:
             wrong: list[tuple[Any, type[Exception], str]] = [
                 (other, TypeError, f"`{name}` must {wanted}; got {other.dtype}"),
                 ([0.0], TypeError, f"`{name}` must be a tensor; got list"),
-                (one[0, 0], ValueError, r"`\w+` must have"),
+                (one[0, 0], ValueError, f"`{name}` must have|must have the shape of `{name}`"),
             ]
             if len(case.tensors()) > 1:
-                wrong.append((one.to("meta"), ValueError, r"`\w+` must be on the device of"))
+                device = f"`{name}` must be on the device of|must be on the device of `{name}`"
+                wrong.append((one.to("meta"), ValueError, device))
             if optional[name].default is inspect.Parameter.empty:
                 wrong.append((None, TypeError, f"`{name}` must be a tensor; got NoneType"))
             for instead, error, message in wrong:

@@ -1,4 +1,4 @@
-"""A forward and a backward of a loss that teaches its first argument."""
+"""A forward and a backward of a loss that teaches its first argument, and what waits between them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,3 +18,16 @@ def step_of(loss_of: Callable[..., Tensor], source: Tensor, *others: Any, **give
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: float) -> None:
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tol, atol=tol)
+
+
+def saved_elements(call: Callable[..., Any], *given: Any, **named: Any) -> list[int]:
+    """Return how many elements a call keeps in memory for its backward, tensor by tensor."""
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(*given, **named)
+    return saved

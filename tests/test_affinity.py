@@ -231,11 +231,12 @@ def test_nothing_quadratic_waits_for_the_backward() -> None:
 BITS = torch.ones(2, 3, 6, dtype=torch.bool)
 
 
-class TestContract(LossContract):
+class TestWholeFrames(LossContract):
     loss = AffinityConsistencyLoss
     function = staticmethod(affinity_consistency_loss)
     settings: ClassVar = {"tau_s": 0.2, "tau_t": 0.1}
     inert: ClassVar = {"chunk_size": 5}
+    not_applicable: ClassVar = {"poison": "every position is kept"}
     refused: ClassVar = [
         ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
         ({"tau_t": -1.0}, ValueError, r"`tau_t` must be finite and above 0.0; got -1.0"),
@@ -248,6 +249,26 @@ class TestContract(LossContract):
         ({"s": torch.zeros(2, 3, 4, 0, 2)}, ValueError, r"`s` must have H >= 1; got H=0"),
         ({"t": torch.zeros(2, 3, 5, 4)}, ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 5, 4\)"),
         ({"t": torch.zeros(2, 3, 4, 2, 3)}, ValueError, r"`t` must have shape \(B=2, T=3, N=6, C\); got \(2, 3, 4, 2"),
+    ]
+
+    def case(self, *shape: int) -> Case:
+        s, t = sample(*shape)
+        return Case(self.make(), {"s": s}, {"t": t})
+
+    def large_case(self) -> Case:
+        return self.case(2, 3, 36, 16)
+
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        return {
+            "one frame": case.mapped(lambda one: one[:, :1]),
+            "no tokens": case.mapped(lambda one: one[:, :, :0]),
+            **super().empty_cases(case),
+        }
+
+
+class TestMasked(TestWholeFrames):
+    not_applicable: ClassVar = {}
+    refused: ClassVar = [
         ({"mask": BITS[:, :, :5]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(2, 3, 5\)"),
         ({"mask": BITS[0]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(3, 6\)"),
         (
@@ -257,28 +278,20 @@ class TestContract(LossContract):
         ),
     ]
 
-    def case(self) -> Case:
-        s, t = sample()
-        return Case(self.make(), {"s": s}, {"t": t, "mask": random_mask(2, 3, 6, 4)})
-
-    def large_case(self) -> Case:
-        s, t = sample(2, 3, 36, 16)
-        return Case(self.make(), {"s": s}, {"t": t, "mask": random_mask(2, 3, 36, 27)})
+    def case(self, *shape: int) -> Case:
+        case = super().case(*shape)
+        clips, frames, tokens, _ = case.inputs["s"].shape
+        return case._replace(others={**case.others, "mask": random_mask(clips, frames, tokens, 2 * tokens // 3)})
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
-        return {
-            "one frame": case.mapped(lambda one: one[:, :1]),
-            "no tokens": case.mapped(lambda one: one[:, :, :0]),
-            "nothing kept": case.replaced(mask=case.others["mask"] & False),
-            **super().empty_cases(case),
-        }
+        return {"nothing kept": case.replaced(mask=case.others["mask"] & False), **super().empty_cases(case)}
 
     def unselected(self, case: Case) -> dict[str, Tensor]:
         dropped = ~case.others["mask"].unsqueeze(3)
         return {"s": dropped, "t": dropped}
 
 
-class TestInChunks(TestContract):
+class TestInChunks(TestMasked):
     knobs: ClassVar = {"chunk_size": 5}
     inert: ClassVar = {"chunk_size": None}
     one_size = "the loop over chunks is unrolled"

@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssync_loss.methods.ino.affinity import affinity_consistency_loss
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy
-from ssync_loss.methods.ino.masked_tokens import masked_token_loss
-from ssync_loss.methods.ino.tube_mask import clip_mask
+from ssync_loss import CenteredCrossEntropy
+from ssync_loss.functional import affinity_consistency_loss, clip_mask, masked_token_loss
 
 
 def draw(seed: int, num_patches: int = 50, **given: Any) -> Tensor:

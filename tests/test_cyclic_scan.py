@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ssync_loss.methods.slotcurri.inference import cyclic_scan
+from ssync_loss.functional import cyclic_scan
 
 
 class Recurrence:

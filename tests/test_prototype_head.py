@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy
-from ssync_loss.methods.ino.prototypes import PrototypeHead
+from ssync_loss import CenteredCrossEntropy, PrototypeHead
 
 
 def small(**given: Any) -> PrototypeHead:

@@ -14,7 +14,7 @@ from golden_neighbors import Golden, golden_names
 from ssync_loss import SemanticConsistencyLoss
 from ssync_loss.functional import semantic_consistency_loss
 from ssync_loss.methods.smtc.reference import reference_semantic_consistency_loss
-from steps import assert_same, step_of
+from steps import assert_same, saved_elements, step_of
 from test_memory import Meter
 
 
@@ -193,15 +193,8 @@ def test_pooling_shrinks_what_is_held() -> None:
 
 def test_nothing_quadratic_waits_for_the_backward() -> None:
     case = sample(1, 3, 2, 8, 8)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        semantic_consistency_loss(case.logits.requires_grad_(), case.teacher, case.feats)
-    assert 0 < max(saved) <= case.logits.numel()
+    case.logits.requires_grad_()
+    assert 0 < max(saved_elements(semantic_consistency_loss, *case)) <= case.logits.numel()
 
 
 # --- what every loss must do ---

@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
-from ssync_loss.methods.smtc.instance import valid_instances
+from ssync_loss.functional import valid_instances
 from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
+from steps import saved_elements
 
 NAN = float("nan")
 DIM, SEMANTICS, INSTANCES = 6, 3, 2
@@ -172,18 +173,7 @@ def test_a_single_step_is_differentiated_whole() -> None:
 
 def test_earlier_steps_leave_nothing_for_the_backward() -> None:
     module, (features, noise) = attention(), sample()
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    saved = []
-    for iters in (1, 2, 7):
-        sizes.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(features, noise, iters=iters)
-        saved.append(sum(sizes))
+    saved = [sum(saved_elements(module, features, noise, iters=iters)) for iters in (1, 2, 7)]
     assert saved[0] > 0
     assert saved[0] == saved[1] == saved[2]
 
@@ -379,16 +369,8 @@ def test_fusion_is_its_quadratic_definition(shape: tuple[int, ...], seed: int) -
 
 
 def test_no_correlation_of_all_patches_is_formed() -> None:
-    module, side = fusion((32, 32), dtype=torch.float32), 32
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(keys(1, 2, side, side, dtype=torch.float32).requires_grad_())
-    assert 0 < max(sizes) <= 2 * 4 * side**2
+    module, frames = fusion((32, 32), dtype=torch.float32), keys(1, 2, 32, 32, dtype=torch.float32)
+    assert 0 < max(saved_elements(module, frames.requires_grad_())) <= 2 * 4 * 32**2
 
 
 def test_a_fusion_of_nothing_is_the_identity() -> None:
