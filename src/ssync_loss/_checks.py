@@ -118,7 +118,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
 
 def check_number(name: str, value: object, low: float, high: float | None = None, *, open_low: bool = False) -> None:
     """Require a finite Python number within [low, high], or above low when ``open_low``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
     inside = (value > low if open_low else value >= low) and value < float("inf")
     if not inside or (high is not None and value > high):

@@ -56,7 +56,7 @@ def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
         settings.min_same,
         settings.max_different,
     )
-    return PseudoLabels._make(labels)
+    return PseudoLabels(*labels)
 
 
 def distill(
