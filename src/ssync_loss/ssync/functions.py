@@ -221,8 +221,8 @@ def boundary_refinement_loss(
     settings.check()
     check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    labels = _labels(labels, "enc_labels", "boundary", maps, settings, backend)
-    return _term(maps.dec, labels.enc_labels, labels.boundary, maps, settings, backend)
+    target, region = _targets(labels, "enc_labels", "boundary", maps, settings, backend)
+    return _term(maps.dec, target, region, maps, settings, backend)
 
 
 def interior_denoising_loss(
@@ -280,16 +280,17 @@ def interior_denoising_loss(
     settings.check()
     check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    labels = _labels(labels, "dec_labels", "interior", maps, settings, backend)
-    return _term(maps.enc, labels.dec_labels, labels.interior, maps, settings, backend)
+    target, region = _targets(labels, "dec_labels", "interior", maps, settings, backend)
+    return _term(maps.enc, target, region, maps, settings, backend)
 
 
-def _labels(
+def _targets(
     given: PseudoLabels | None, target_name: str, region_name: str, maps: Maps, settings: Settings, backend: Backend
-) -> PseudoLabels:
-    """Return labels: computed, or those that were given, checked, and without what is not valid now."""
+) -> tuple[Tensor, Tensor]:
+    """Return targets and region of one term: computed, or those given, checked, and without what is not valid now."""
     if given is None:
-        return labels_of(maps, settings, backend)
+        labels = labels_of(maps, settings, backend)
+        return getattr(labels, target_name), getattr(labels, region_name)
     if not isinstance(given, PseudoLabels):
         raise TypeError(f"`labels` must be PseudoLabels; got {type(given).__name__}.")
     target, region = getattr(given, target_name), getattr(given, region_name)
@@ -307,7 +308,7 @@ def _labels(
         region = region & counted
     if maps.slot_mask is not None:
         check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
-    return given._replace(**{target_name: target, region_name: region})
+    return target, region
 
 
 def _term(student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend) -> Tensor:

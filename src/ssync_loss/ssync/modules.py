@@ -332,7 +332,8 @@ class SSyncLoss(_SSyncModule):
             return True
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
-        return bool(step >= self.start_step)
+        start_step: int = self.start_step
+        return step >= start_step
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
