@@ -57,7 +57,7 @@ def label(
 
     The threshold is a number, or a tensor, or neither: nothing is merged.
     """
-    targets, *labels = outputs = _new_labels(enc, with_targets, with_labels)
+    outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:
         return outputs
     from ssync_loss.ssync.engines.triton.gpu.targets import target_kernel
@@ -70,10 +70,12 @@ def label(
         if threshold is not None:
             table = find_representatives(tiling, enc, slot_mask, planes, parts, threshold)
         num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
+        _, enc_labels, dec_labels, boundary, interior, names = outputs
+        written = ((enc_labels, boundary), (dec_labels, interior), names) if with_labels else (None, None, None)
         _launch.launch(
             target_kernel,
             2 * tiling.num_clips * num_tiles,
-            *(planes, table, targets if with_targets else None, tuple(labels) if with_labels else None),
+            *(planes, table, outputs[0] if with_targets else None, *written),
             *((min_different, 10 - min_same, max_different), tiling.plane_size),
             *((tiling.num_frames, tiling.height, tiling.width), num_tiles),
             S=tiling.num_slots,

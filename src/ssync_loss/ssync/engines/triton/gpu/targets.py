@@ -13,7 +13,9 @@ def target_kernel(
     hard,
     table,
     targets,
-    labels,
+    enc_written,
+    dec_written,
+    representative,
     regions,
     plane_size,
     size,
@@ -25,26 +27,21 @@ def target_kernel(
     """Write int8 targets (2, B, T, H, W), what is wanted of the decoder and of the encoder, and labels if asked.
 
     A target is the slot a patch should belong to, -1 where nothing is taught and -2 where the patch does not
-    count. ``table`` is None without merging; either ``targets`` or ``labels``, the five of ``PseudoLabels``, may be.
-    ``regions`` are how many neighbors must differ in a boundary, and may in a boundary and in an interior. ``size``
-    is frames, height and width.
+    count. ``table`` is None without merging; either ``targets`` may be, or what makes ``PseudoLabels``: merged labels
+    and region of either map, and representatives. ``regions`` are how many neighbors must differ in a boundary, and
+    may in a boundary and in an interior. ``size`` is frames, height and width.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
     if program < half:
-        written = None
-        if labels is not None:
-            written = (labels[0], labels[2])
-            _name(table, labels[4], program, num_tiles, S, SLOTS)
-        _select(hard, table, targets, written, program, regions[0], regions[1], size, num_tiles, S, TILE)
+        _select(hard, table, targets, enc_written, program, regions[0], regions[1], size, num_tiles, S, TILE)
+        if representative is not None:
+            _name(table, representative, program, num_tiles, S, SLOTS)
     else:
-        written = None
-        if labels is not None:
-            written = (labels[1], labels[3])
         if targets is not None:
             targets += plane_size
         hard += plane_size
-        _select(hard, table, targets, written, program - half, 0, regions[2], size, num_tiles, S, TILE)
+        _select(hard, table, targets, dec_written, program - half, 0, regions[2], size, num_tiles, S, TILE)
 
 
 @triton.jit
