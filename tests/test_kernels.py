@@ -63,7 +63,9 @@ def on_device(case: SSyncCase) -> SSyncCase:
 
 
 def assert_kernels_equal_torch(case: SSyncCase, **how: Any) -> None:
-    assert_same_step(Run("triton", case, **how), Run("torch", case, **how), case, **how)
+    actual: Any = Run("triton", case, **how)
+    expected: Any = Run("torch", case, **how)
+    assert_same_step(actual, expected, case, **how)
 
 
 @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)

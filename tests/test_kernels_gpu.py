@@ -80,7 +80,9 @@ class TestValues:
         case = scene(3, 2, num_slots, 13, 21, dtype=dtype, masks=masks)
         how: dict[str, Any] = {"merge_threshold": THRESHOLD}
         on_host = SSyncCase._make(None if one is None else one.cpu() for one in case)
-        assert_same_step(Run("triton", case, **how), Run("torch", case, **how), on_host, **how)
+        actual: Any = Run("triton", case, **how)
+        expected: Any = Run("torch", case, **how)
+        assert_same_step(actual, expected, on_host, **how)
 
     @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
     @pytest.mark.parametrize("shape", [*PUBLISHED, *LARGE])
@@ -119,7 +121,7 @@ class TestValues:
         for one in labels:
             assert torch.equal(one[-1], one[0])
         # or gradients, divided by so many patches, would be below the smallest half
-        weights = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
+        weights: dict[str, Any] = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
         terms, grads = taken(SSyncCase(enc, dec, None, None), **weights)
         for one in grads:
             assert torch.equal(one[-1], one[0])

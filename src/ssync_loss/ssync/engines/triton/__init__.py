@@ -3,8 +3,6 @@
 How they work is told in the README beside this file. ``triton`` is imported when a kernel is launched first.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from ssync_loss.ssync.engines.contract import weigh
@@ -50,17 +48,14 @@ class TritonEngine:
 
     def loss(self, maps: Maps, settings: Settings) -> Tensor:
         """Compute the weighted sum of both terms: 6 launches, 4 without merging, and 1 for the backward."""
-        total, *_ = _step(maps, settings, with_labels=False)
-        return total
+        return _step(maps, settings, with_labels=False).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels, by as many launches."""
-        *terms, labels = _step(maps, settings, with_labels=True)
-        return SSyncTerms(*terms, PseudoLabels._make(labels))
+        return _step(maps, settings, with_labels=True)
 
 
-def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> tuple[Any, ...]:
-    """Return the first five of ``SSyncTerms``, and the five of ``PseudoLabels``, empty if not wanted."""
+def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> SSyncTerms:
     targets, *labels = _label(maps, settings, with_targets=True, with_labels=with_labels)
     weights = settings.boundary_weight, settings.interior_weight
     # a kernel takes numbers
@@ -70,7 +65,7 @@ def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> tuple[Any, ..
     )
     if any(isinstance(weight, Tensor) for weight in weights):
         total = weigh(boundary, interior, settings)
-    return total, boundary, interior, num_boundary, num_interior, labels
+    return SSyncTerms(total, boundary, interior, num_boundary, num_interior, PseudoLabels._make(labels))
 
 
 def _label(maps: Maps, settings: Settings, *, with_targets: bool, with_labels: bool) -> tuple[Tensor, ...]:

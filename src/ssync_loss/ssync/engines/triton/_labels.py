@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss.ssync.engines.triton import _launch
-from ssync_loss.ssync.engines.triton._tiling import (
-    NUM_WARPS,
-    Tiling,
-    ceil_divide,
-    masked,
-    power_of_two,
-    strided,
-)
+from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
 # programs that label a map, about; those that share a clip are at most so many, as what they found is added up
 # by every program of the overlap
@@ -35,8 +28,9 @@ TARGET_TILE = 256
 
 # targets, and the five of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# of a clip's parts: sums of every slot (B, parts, S), and numbers of patches (B, parts)
-Parts: TypeAlias = tuple[Tensor, Tensor]
+# labels of both maps before merging (2, B, T, H, W), and of every clip's parts, if slots are merged: sums of every slot
+# (B, parts, S), and numbers of patches (B, parts)
+HardLabels: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
 
 
 @torch.library.custom_op("ssync_loss::label", mutates_args=())
@@ -65,17 +59,17 @@ def label(
     threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
     tiling = Tiling.of(enc)
     with torch.cuda.device_of(enc):
-        planes, parts = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
+        found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
         table = None
         if threshold is not None:
-            table = find_representatives(tiling, enc, slot_mask, planes, parts, threshold)
+            table = find_representatives(tiling, enc, slot_mask, found, threshold)
         num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
         _, enc_labels, dec_labels, boundary, interior, names = outputs
         written = ((enc_labels, boundary), (dec_labels, interior), names) if with_labels else (None, None, None)
         _launch.launch(
             target_kernel,
             2 * tiling.num_clips * num_tiles,
-            *(planes, table, outputs[0] if with_targets else None, *written),
+            *(found[0], table, outputs[0] if with_targets else None, *written),
             *((min_different, 10 - min_same, max_different), tiling.plane_size),
             *((tiling.num_frames, tiling.height, tiling.width), num_tiles),
             S=tiling.num_slots,
@@ -107,8 +101,8 @@ def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
 
 def find_labels(
     tiling: Tiling, enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, *, merges: bool
-) -> tuple[Tensor, Parts | None]:
-    """Label both maps before merging, int8 (2, B, T, H, W), and add up what merging needs: 1 launch."""
+) -> HardLabels:
+    """Label both maps, and add up what merging needs: 1 launch."""
     from ssync_loss.ssync.engines.triton.gpu.labels import label_kernel
 
     num_parts = min(tiling.clip_tiles, MAX_PARTS, max(LABEL_PROGRAMS // tiling.num_clips, 1))
@@ -129,17 +123,13 @@ def find_labels(
 
 
 def find_representatives(
-    tiling: Tiling,
-    enc: Tensor,
-    slot_mask: Tensor | None,
-    planes: Tensor,
-    parts: Parts | None,
-    threshold: float | Tensor,
+    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float | Tensor
 ) -> Tensor:
     """Name every slot's representative, (B, S) int8: 2 launches."""
     from ssync_loss.ssync.engines.triton.gpu.merge import merge_kernel
     from ssync_loss.ssync.engines.triton.gpu.overlap import overlap_kernel
 
+    planes, parts = found
     assert parts is not None
     num_parts = parts[0].shape[1]
     # matrix products want 16 rows, and as many columns

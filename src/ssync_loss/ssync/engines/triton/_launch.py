@@ -3,6 +3,7 @@
 The kernels' own modules are imported when one of them is launched first, so that the operators need no triton.
 """
 
+from math import e, log2
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ MAX_REGISTERS = 168
 MAX_SHARES = 8192
 SHARES_AT_ONCE = 1024
 
-LOG2E = 1.4426950408889634
-
 
 def launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel on one axis of programs; the second and third hold no more than 65,535."""
@@ -30,7 +29,7 @@ def criterion_of(name: str, label_smoothing: float, temperature: float) -> tuple
     >>> criterion_of("cross_entropy", 0.1, 2.0)[1:], criterion_of("mse", 0.0, 2.0)[1:]
     ((0.5, 1, 0.1), (0.5, None, None))
     """
-    return LOG2E / temperature, 1 / temperature, 1 if name == "cross_entropy" else None, label_smoothing or None
+    return log2(e) / temperature, 1 / temperature, 1 if name == "cross_entropy" else None, label_smoothing or None
 
 
 def shares(maps: Tensor, num_maps: int, tiling: Tiling) -> tuple[Tensor, Tensor]:

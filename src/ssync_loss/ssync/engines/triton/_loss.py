@@ -97,11 +97,11 @@ def loss_backward(
     if enc.shape[0]:
         tiling = Tiling.of(enc)
         # a gradient that is not wanted has no programs, and what would be written is never touched
-        num_enc, num_dec = tiling.num_tiles * for_enc, tiling.num_tiles * for_dec
+        num_dec = tiling.num_tiles * for_dec
         with torch.cuda.device_of(enc):
             _launch.launch(
                 gradient_kernel,
-                num_dec + num_enc,
+                num_dec + tiling.num_tiles * for_enc,
                 *(strided(enc), strided(dec), masked(slot_mask), targets, scales),
                 *((grad_total, grad_boundary, grad_interior), strided(grad_enc if for_enc else enc)),
                 *(strided(grad_dec if for_dec else dec), (boundary_weight, interior_weight)),

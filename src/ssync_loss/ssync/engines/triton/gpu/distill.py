@@ -99,10 +99,7 @@ def distill_gradient_kernel(
 ):
     """Write ``grad_logits`` from the gradient of a scalar loss, with its scale, or of values (B, T, H, W)."""
     place = locate(tl.program_id(0), shape, TILE, COLUMNS)
-    if scale is None:
-        upstream = read_patches(grad, place, shape)
-    else:
-        upstream = tl.load(grad) * tl.load(scale)
+    upstream = read_patches(grad, place, shape) if scale is None else tl.load(grad) * tl.load(scale)
     if OVER_SLOTS:
         upstream = upstream / slots_of(slot_mask, place[0], S, SLOTS)[2]
     write_slopes(logits, slot_mask, targets, upstream, 0.0, grad_logits, place, criterion, shape, S, SLOTS)

@@ -80,9 +80,7 @@ def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.
     """Write the representatives of a clip as int64, once; without merging every slot is its own."""
     slots = tl.arange(0, SLOTS)
     at = (program // num_tiles).to(tl.int64) * S + slots
-    leader = slots
-    if table is not None:
-        leader = tl.load(table + at, mask=slots < S, other=0)
+    leader = slots if table is None else tl.load(table + at, mask=slots < S, other=0)
     tl.store(representative + at, leader.to(tl.int64), mask=(slots < S) & (program % num_tiles == 0))
 
 

@@ -62,11 +62,7 @@ def map_cells(strided, place, slots, shape):
 def _within(patches, row, column, far, width):
     if far is not None:
         patches = patches.to(tl.int64)
-    if row is None:
-        offsets = patches * column
-    else:
-        offsets = patches // width * row + patches % width * column
-    return offsets
+    return patches * column if row is None else patches // width * row + patches % width * column
 
 
 @triton.jit
