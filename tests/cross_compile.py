@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", type=int)
     parser.add_argument("--slots", type=int, nargs="+", default=NUM_SLOTS)
+    parser.add_argument("--variants", type=int, help="how many of each number of slots; all by default")
     parser.add_argument("--max-registers", type=int, default=_launch.MAX_REGISTERS)
     chosen = parser.parse_args()
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -118,7 +119,7 @@ def main() -> None:
     compiler = Compiler(chosen.capability, chosen.max_registers)
     _launch.launch = compiler
     for num_slots in chosen.slots:
-        for variant in variants(num_slots):
+        for variant in variants(num_slots)[: chosen.variants]:
             known = set(compiler.reports)
             launch_all(variant)
             for key in set(compiler.reports) - known:
