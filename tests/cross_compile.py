@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ssync_loss.ssync.engines.triton import _launch, distill, step
+from ssync_loss.ssync.engines.triton import TritonEngine, _launch
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Criterion, Reduction, Settings
 
 NUM_SLOTS = (8, 16, 32, 64)
 REPORT = re.compile(
@@ -33,7 +35,7 @@ class Variant(NamedTuple):
     grid: tuple[int, int]
     enc_dtype: torch.dtype
     dec_dtype: torch.dtype
-    criterion: str
+    criterion: Criterion
     masked: bool
     slots_last: bool
 
@@ -92,36 +94,23 @@ def launch_all(variant: Variant) -> None:
     if variant.slots_last:
         dec = dec.movedim(2, -1).contiguous().movedim(-1, 2)
     dec.requires_grad_()
-    settings: dict[str, Any] = {
-        "criterion": variant.criterion,
-        "label_smoothing": 0.1 if variant.criterion == "cross_entropy" else 0.0,
-        "temperature": 0.5,
-        "slot_mask": torch.empty(2, variant.num_slots, dtype=torch.bool) if variant.masked else None,
-    }
-    result = step(
-        enc,
-        dec,
-        valid=torch.empty(patches, dtype=torch.bool) if variant.masked else None,
-        clean=None,
-        merge_threshold=0.6,
-        min_different=1,
-        min_same=1,
-        max_different=0,
-        boundary_weight=1.0,
-        interior_weight=1.0,
-        with_labels=variant.masked,
-        **settings,
-    )
-    torch.autograd.backward(result.total)
+    smoothing = 0.1 if variant.criterion == "cross_entropy" else 0.0
+    settings = Settings(criterion=variant.criterion, label_smoothing=smoothing, temperature=0.5)
+    slot_mask = torch.empty(2, variant.num_slots, dtype=torch.bool) if variant.masked else None
+    valid = torch.empty(patches, dtype=torch.bool) if variant.masked else None
+    kernels, maps = TritonEngine(), Maps(enc, dec, valid, slot_mask, None)
+    result = kernels.terms(maps, settings).total if variant.masked else kernels.loss(maps, settings)
+    torch.autograd.backward(result)
     target, region = torch.empty(patches, dtype=torch.int64), torch.empty(patches, dtype=torch.bool)
-    loss = distill(dec, target, region, reduction="none" if variant.masked else "mean", **settings)
-    torch.autograd.backward(loss.sum())
+    reduction: Reduction = "none" if variant.masked else "mean"
+    torch.autograd.backward(kernels.distill(dec, target, region, slot_mask, settings, reduction).sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", type=int)
     parser.add_argument("--slots", type=int, nargs="+", default=NUM_SLOTS)
+    parser.add_argument("--variants", type=int, help="how many of each number of slots; all by default")
     parser.add_argument("--max-registers", type=int, default=_launch.MAX_REGISTERS)
     chosen = parser.parse_args()
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -130,7 +119,7 @@ def main() -> None:
     compiler = Compiler(chosen.capability, chosen.max_registers)
     _launch.launch = compiler
     for num_slots in chosen.slots:
-        for variant in variants(num_slots):
+        for variant in variants(num_slots)[: chosen.variants]:
             known = set(compiler.reports)
             launch_all(variant)
             for key in set(compiler.reports) - known:

@@ -1,32 +1,22 @@
-"""Steps through the kernels and through the torch path, put side by side."""
+"""Steps through the kernels, without what the modules do around them."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ssync_loss import PseudoLabels, SSyncLoss
-from ssync_loss.ssync.engines import triton as kernels
-from ssync_loss.ssync.engines.triton import Terms
-from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
+from ssync_loss import PseudoLabels
+from ssync_loss.ssync.engines import ENGINES
+from ssync_loss.ssync.engines.triton import TritonEngine
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.testing import DistillationCase, SSyncCase
 
 # kernels run in the interpreter where there is no GPU, see conftest.py; the torch path runs on the CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-SETTINGS: dict[str, Any] = {
-    "merge_threshold": 0.6,
-    "min_different": 1,
-    "min_same": 1,
-    "max_different": 0,
-    "criterion": "mse",
-    "label_smoothing": 0.0,
-    "temperature": 1.0,
-    "boundary_weight": 1.0,
-    "interior_weight": 1.0,
-}
-LABEL_SETTINGS = ("merge_threshold", "min_different", "min_same", "max_different")
+KERNELS = TritonEngine()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,82 +40,35 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-class Run(NamedTuple):
-    """What one step gives."""
+class Run:
+    """Terms and gradients of one step by an engine; on the CPU, wherever it ran."""
 
-    terms: Terms
-    grad_enc: Tensor
-    grad_dec: Tensor
-
-
-def on_device(case: SSyncCase) -> SSyncCase:
-    """Return a case where the kernels run; what is there already keeps its strides."""
-    return SSyncCase._make(None if part is None else part.to(DEVICE) for part in case)
-
-
-def whole_valid(case: SSyncCase) -> Tensor | None:
-    """Return the valid patches as the kernels want them, (B, T, H, W); those of frames as a view."""
-    if case.valid is None or case.valid.dim() == 4:
-        return case.valid
-    B, T, _, H, W = case.enc_logits.shape
-    return case.valid[:, :, None, None].expand(B, T, H, W)
+    def __init__(self, backend: str, case: SSyncCase, *, clean: Tensor | None = None, **settings: Any) -> None:
+        device = DEVICE if backend == "triton" else "cpu"
+        enc, dec, valid, slot_mask = (None if part is None else part.detach().to(device) for part in case)
+        assert enc is not None
+        assert dec is not None
+        maps = Maps(enc.requires_grad_(), dec.requires_grad_(), valid, slot_mask, clean)
+        terms = ENGINES[backend].terms(maps, Settings(**settings))
+        self.labels = PseudoLabels._make(one.cpu() for one in terms.labels)
+        self.values = [one.detach().cpu() for one in terms[:5]]
+        self.loss = self.values[0]
+        self.grads = [one.cpu() for one in torch.autograd.grad(terms.total, (enc, dec))]
 
 
-def through_kernels(case: SSyncCase, *, clean: Tensor | None = None, **settings: Any) -> Run:
-    """Take one step through the kernels, forward and backward."""
-    case = on_device(case)
-    enc, dec = (one.detach().requires_grad_() for one in case[:2])
-    terms = kernels.step(
-        enc,
-        dec,
-        valid=whole_valid(case),
-        slot_mask=case.slot_mask,
-        clean=clean,
-        with_labels=True,
-        **SETTINGS | settings,
-    )
-    grads = torch.autograd.grad(terms.total, (enc, dec))
-    assert terms.labels is not None
-    labels = PseudoLabels._make(one.cpu() for one in terms.labels)
-    return Run(Terms._make((*(one.cpu() for one in terms[:5]), labels)), *(one.cpu() for one in grads))
+def labels_of(case: SSyncCase, **settings: Any) -> PseudoLabels:
+    """Label a case through the kernels."""
+    enc, dec, valid, slot_mask = (None if part is None else part.to(DEVICE) for part in case)
+    assert enc is not None
+    assert dec is not None
+    labels = KERNELS.pseudo_labels(Maps(enc, dec, valid, slot_mask, None), Settings(**settings))
+    return PseudoLabels._make(one.cpu() for one in labels)
 
 
-def through_torch(case: SSyncCase, **settings: Any) -> Run:
-    """Take the same step through the torch path."""
-    case = SSyncCase._make(None if part is None else part.cpu() for part in case)
-    enc, dec = (one.detach().clone().requires_grad_() for one in case[:2])
-    criterion = SSyncLoss(**SETTINGS | settings, backend="torch")
-    terms = criterion.terms(enc, dec, valid=case.valid, slot_mask=case.slot_mask)
-    return Run(Terms(*terms), *torch.autograd.grad(terms.total, (enc, dec)))
-
-
-def assert_same_run(actual: Run, expected: Run, case: SSyncCase, **settings: Any) -> None:
-    """Require labels to be identical, losses and gradients to differ by rounding."""
-    settings = SETTINGS | settings
-    assert actual.terms.labels is not None
-    assert expected.terms.labels is not None
-    assert_same_labels(actual.terms.labels, expected.terms.labels)
-    for one, other in zip(actual.terms[:3], expected.terms[:3], strict=True):
-        assert_close_loss(one, other)
-    for one, other in zip(actual.terms[3:5], expected.terms[3:5], strict=True):
-        assert one.dtype == torch.int64
-        assert one == other
-    labels = expected.terms.labels
-    slot_mask = None if case.slot_mask is None else case.slot_mask.cpu()
-    for grad, other, region, weight in (
-        (actual.grad_enc, expected.grad_enc, labels.interior, settings["interior_weight"]),
-        (actual.grad_dec, expected.grad_dec, labels.boundary, settings["boundary_weight"]),
-    ):
-        assert grad.dtype == other.dtype
-        scale = weight * gradient_scale(
-            region,
-            case.enc_logits.shape[2],
-            criterion=settings["criterion"],
-            temperature=settings["temperature"],
-            slot_mask=slot_mask,
-        )
-        if grad.dtype == torch.float32:
-            assert_close_gradient(grad, other, scale=scale)
-        else:
-            # both round the same number but for its last bits
-            torch.testing.assert_close(grad, other, rtol=2 * torch.finfo(grad.dtype).eps, atol=1e-7)
+def distilled(case: DistillationCase, *, reduction: Any = "mean", **settings: Any) -> Tensor:
+    """Compare one map with labels through the kernels."""
+    logits, target, region, slot_mask = (None if part is None else part.to(DEVICE) for part in case)
+    assert logits is not None
+    assert target is not None
+    assert region is not None
+    return KERNELS.distill(logits, target, region, slot_mask, Settings(**settings), reduction).cpu()

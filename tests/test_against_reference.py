@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engines_in_turn import ENGINES_IN_TURN
-from ssync_loss import SSyncLoss
 from ssync_loss.functional import (
     boundary_region,
     interior_region,
@@ -38,7 +37,6 @@ from ssync_loss.testing import (
     reference_pseudo_labels,
     reference_selective_distillation_loss,
     reference_slot_overlap,
-    reference_ssync,
     region_knobs,
     slot_graphs,
     ssync_cases,
@@ -137,21 +135,3 @@ def test_losses_and_gradients_equal(
             case.region, fast.shape[2], criterion=criterion, temperature=temperature, slot_mask=case.slot_mask
         )
     assert_close_gradient(fast.grad, slow.grad, scale=scale * float(upstream.abs().max()))
-
-
-@ENGINES_IN_TURN
-@given(case=ssync_cases(maps=MAPS), threshold=thresholds(tied=False))
-def test_the_module_equals_the_definition(engine: Any, case: SSyncCase, threshold: float | None) -> None:
-    criterion = SSyncLoss(merge_threshold=threshold).eval()
-    masks = {"valid": case.valid, "slot_mask": case.slot_mask}
-    clips = decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks)
-    case = SSyncCase._make(None if part is None else part[clips] for part in case)
-    with engine():
-        terms = criterion.terms(**case._asdict())
-    expected = reference_ssync(**case._asdict(), merge_threshold=threshold)
-    assert_close_loss(terms.boundary, expected.boundary)
-    assert_close_loss(terms.interior, expected.interior)
-    assert terms.num_boundary == expected.labels.boundary.sum()
-    assert terms.num_interior == expected.labels.interior.sum()
-    slow = SSyncLoss(merge_threshold=threshold, backend="reference").eval()
-    assert_close_loss(terms.total, slow(**case._asdict()))

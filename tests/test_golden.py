@@ -97,30 +97,19 @@ def test_the_files_cover_what_they_should() -> None:
 
 
 class TestModule:
-    def test_labels_and_regions_are_equal(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
-        maps = maps_of(case, dtype, settings)
-        terms = SSyncLoss(**settings, temperature=case.temperature).terms(*maps)
+    def test_terms_and_gradients(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+        enc, dec = maps_of(case, dtype, settings)
+        criterion = SSyncLoss(**settings, temperature=case.temperature)
+        terms = criterion.terms(enc, dec)
         assert_golden_labels(terms.labels, case)
         assert terms.num_boundary == case.expected["is_boundary"].sum()
         assert terms.num_interior == case.expected["is_interior"].sum()
-
-    def test_losses_and_gradients_are_close(
-        self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]
-    ) -> None:
-        enc, dec = maps_of(case, dtype, settings)
-        terms = SSyncLoss(**settings, temperature=case.temperature).terms(enc, dec)
         assert_close_loss(terms.boundary, loss_of(case, "loss_enc2dec", dtype))
         assert_close_loss(terms.interior, loss_of(case, "loss_dec2enc", dtype))
         both = case.expected["loss_enc2dec_f64"] + case.expected["loss_dec2enc_f64"]
         assert_close_loss(terms.total, both.to(dtype))
-        torch.autograd.backward(terms.total)
-        assert_golden_gradients(enc, dec, case)
-
-    def test_forward_is_the_total(self, case: GoldenCase, dtype: torch.dtype, settings: dict[str, Any]) -> None:
-        enc, dec = maps_of(case, dtype, settings)
-        criterion = SSyncLoss(**settings, temperature=case.temperature)
         loss = criterion(enc, dec)
-        assert torch.equal(loss, criterion.terms(enc, dec).total)
+        assert torch.equal(loss, terms.total)
         torch.autograd.backward(loss)
         assert_golden_gradients(enc, dec, case)
 

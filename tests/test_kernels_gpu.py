@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_runs import SETTINGS, assert_same_run, through_kernels, through_torch
+from kernel_runs import KERNELS, Run
 from sample_maps import leaf
-from ssync_loss import SSyncLoss
-from ssync_loss.ssync.engines import triton as kernels
-from ssync_loss.ssync.engines.triton import Terms
+from ssync_loss import SSyncTerms
+from ssync_loss.ssync.engines import ENGINES
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Settings
 from ssync_loss.testing import SSyncCase, assert_close_gradient, assert_close_loss, assert_same_labels, gradient_scale
+from test_engines import assert_same_step
 
 pytestmark = [
     pytest.mark.cuda,
@@ -53,21 +55,15 @@ def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, 
     return SSyncCase(enc, dec, valid, slot_mask)
 
 
-def on_the_same_device(case: SSyncCase, **settings: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """Take one step through the torch path, on the GPU."""
-    enc, dec = (leaf(one) for one in case[:2])
-    terms = SSyncLoss(**SETTINGS | settings, backend="torch").terms(
-        enc, dec, valid=case.valid, slot_mask=case.slot_mask
-    )
-    return terms, torch.autograd.grad(terms.total, (enc, dec))
+def leaves(case: SSyncCase) -> Maps:
+    return Maps(leaf(case.enc_logits), leaf(case.dec_logits), case.valid, case.slot_mask, None)
 
 
-def taken(case: SSyncCase, **settings: Any) -> tuple[Terms, tuple[Tensor, ...]]:
-    """Take one step through the kernels, without leaving the GPU."""
-    enc, dec = (leaf(one) for one in case[:2])
-    masks: dict[str, Any] = {"valid": case.valid, "slot_mask": case.slot_mask, "clean": None}
-    terms = kernels.step(enc, dec, **masks, **SETTINGS | settings, with_labels=True)
-    return terms, torch.autograd.grad(terms.total, (enc, dec))
+def taken(case: SSyncCase, *, backend: str = "triton", **settings: Any) -> tuple[SSyncTerms, tuple[Tensor, ...]]:
+    """Take one step without leaving the GPU."""
+    maps = leaves(case)
+    terms = ENGINES[backend].terms(maps, Settings(**settings))
+    return terms, torch.autograd.grad(terms.total, (maps.enc, maps.dec))
 
 
 @pytest.fixture
@@ -83,15 +79,17 @@ class TestValues:
     def test_any_number_of_slots(self, num_slots: int, masks: bool, dtype: torch.dtype) -> None:
         case = scene(3, 2, num_slots, 13, 21, dtype=dtype, masks=masks)
         how: dict[str, Any] = {"merge_threshold": THRESHOLD}
-        assert_same_run(through_kernels(case, **how), through_torch(case, **how), case, **how)
+        on_host = SSyncCase._make(None if one is None else one.cpu() for one in case)
+        actual: Any = Run("triton", case, **how)
+        expected: Any = Run("torch", case, **how)
+        assert_same_step(actual, expected, on_host, **how)
 
     @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
     @pytest.mark.parametrize("shape", [*PUBLISHED, *LARGE])
     def test_large_maps_equal_the_torch_path(self, shape: tuple[int, ...], criterion: str, smoothing: float) -> None:
         case = scene(*shape, masks=True)
         how: dict[str, Any] = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": THRESHOLD}
-        (actual, grads), (expected, expected_grads) = taken(case, **how), on_the_same_device(case, **how)
-        assert actual.labels is not None
+        (actual, grads), (expected, expected_grads) = taken(case, **how), taken(case, backend="torch", **how)
         assert_same_labels(actual.labels, expected.labels)
         for one, other in zip(actual[:3], expected[:3], strict=True):
             assert_close_loss(one, other)
@@ -108,8 +106,6 @@ class TestValues:
         first, first_grads = taken(case)
         for _ in range(10):
             again, grads = taken(case)
-            assert first.labels is not None
-            assert again.labels is not None
             assert_same_labels(again.labels, first.labels)
             assert all(torch.equal(one, other) for one, other in zip(again[:5], first[:5], strict=True))
             assert all(torch.equal(one, other) for one, other in zip(grads, first_grads, strict=True))
@@ -121,13 +117,11 @@ class TestValues:
         shape = (65, 16, 8, 512, 512)
         case = scene(1, *shape[1:], dtype=torch.float16)
         enc, dec = (one.expand(shape).contiguous() for one in case[:2])
-        labels = kernels.pseudo_labels(
-            enc, dec, valid=None, slot_mask=None, merge_threshold=0.6, min_different=1, min_same=1, max_different=0
-        )
+        labels = KERNELS.pseudo_labels(Maps(enc, dec, None, None, None), Settings())
         for one in labels:
             assert torch.equal(one[-1], one[0])
         # or gradients, divided by so many patches, would be below the smallest half
-        weights = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
+        weights: dict[str, Any] = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
         terms, grads = taken(SSyncCase(enc, dec, None, None), **weights)
         for one in grads:
             assert torch.equal(one[-1], one[0])
@@ -143,7 +137,7 @@ class TestValues:
             return
         case = SSyncCase._make(None if one is None else one.to("cuda:1") for one in scene(1, 2, 3, 8, 8))
         terms, _ = taken(case, merge_threshold=THRESHOLD)
-        assert_close_loss(terms.total.cpu(), through_torch(case, merge_threshold=THRESHOLD).terms.total)
+        assert_close_loss(terms.total.cpu(), Run("torch", case, merge_threshold=THRESHOLD).loss)
 
 
 class TestWaiting:
@@ -158,14 +152,13 @@ class TestWaiting:
 
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     @pytest.mark.parametrize("masks", [False, True])
-    def test_a_step_is_captured_once_and_replayed_on_new_data(self, masks: bool, criterion: str) -> None:
+    def test_a_step_is_captured_once_and_replayed_on_new_data(self, masks: bool, criterion: Any) -> None:
         case = scene(8, 4, 11, 24, 24, dtype=torch.float16, masks=masks)
-        enc, dec = (leaf(one) for one in case[:2])
-        how = SETTINGS | {"criterion": criterion, "valid": case.valid, "slot_mask": case.slot_mask, "clean": None}
+        maps, settings = leaves(case), Settings(criterion=criterion)
 
         def step() -> tuple[Tensor, tuple[Tensor, ...]]:
-            terms = kernels.step(enc, dec, **how, with_labels=False)
-            return terms.total, torch.autograd.grad(terms.total, (enc, dec))
+            loss = KERNELS.loss(maps, settings)
+            return loss, torch.autograd.grad(loss, (maps.enc, maps.dec))
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -178,8 +171,8 @@ class TestWaiting:
         for seed in (1, 2):
             new = scene(8, 4, 11, 24, 24, dtype=torch.float16, seed=seed)
             with torch.no_grad():
-                enc.copy_(new.enc_logits)
-                dec.copy_(new.dec_logits)
+                maps.enc.copy_(new.enc_logits)
+                maps.dec.copy_(new.dec_logits)
             graph.replay()
             expected, expected_grads = step()
             assert torch.equal(total, expected)
@@ -188,11 +181,9 @@ class TestWaiting:
     def test_seven_kernels_run_and_nothing_is_filled(self) -> None:
         case = scene(4, 2, 5, 16, 16, dtype=torch.float16)
         taken(case)
-        enc, dec = (leaf(one) for one in case[:2])
-        how = SETTINGS | {"valid": None, "slot_mask": None, "clean": None}
+        maps = leaves(case)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            terms = kernels.step(enc, dec, **how, with_labels=False)
-            torch.autograd.grad(terms.total, (enc, dec))
+            torch.autograd.grad(KERNELS.loss(maps, Settings()), (maps.enc, maps.dec))
             torch.cuda.synchronize()
         launches = [one.name for one in profile.events() or [] if one.device_type.name == "CUDA"]
         # with the 1 that a backward begins with

@@ -9,20 +9,14 @@ Source: Moon & Heo, Selective Synergistic Learning, ECCV 2026 (arXiv 2606.15527)
 """
 
 import math
+from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import (
-    check_bool,
-    check_choice,
-    check_floating,
-    check_integer,
-    check_number,
-    check_shape,
-)
+from ssync_loss._checks import check_bool, check_choice, check_floating, check_integer, check_number, check_shape
 from ssync_loss.ssync.types import PseudoLabels
 
 # eight neighbors in the frame, and the same place one frame before and after
@@ -89,21 +83,17 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
     NaN gets some present slot.
 
     Shape:
-        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W),
-        int64.
+        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W), int64.
 
     >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
     1
     """
-    size = _map_size("logits", logits)
-    cells = _valid_cells(valid, size)
-    labels = torch.zeros(size["B"], size["T"], size["H"], size["W"], dtype=torch.int64)
-    for b, slots in enumerate(_present_slots(slot_mask, size)):
-        values = logits[b].tolist()
-        for t, h, w in cells[b].nonzero().tolist() if slots else []:
-            score = {s: values[t][s][h][w] for s in slots}
-            # max returns the first of equals
-            labels[b, t, h, w] = max(slots, key=score.__getitem__)
+    cells, present = _what_counts(_map_size("logits", logits), valid, slot_mask)
+    scores = logits.movedim(2, -1).tolist()
+    labels = torch.zeros(cells.shape, dtype=torch.int64)
+    for b, t, h, w in cells.nonzero().tolist():
+        # max returns the first of equals
+        labels[b, t, h, w] = max(present[b], key=scores[b][t][h][w].__getitem__)
     return labels.to(logits.device)
 
 
@@ -117,27 +107,26 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
     diagonal is the share of frames in which the slot is active at all.
 
     Shape:
-        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S),
-        float32 or wider.
+        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or wider.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> reference_slot_overlap(logits).tolist()
     [[[1.0, 0.5], [0.5, 1.0]]]
     """
     size = _map_size("logits", logits)
-    cells = _valid_cells(valid, size).to(logits.device)
-    logits = _wide(logits.detach())
+    cells, present = _what_counts(size, valid, slot_mask)
+    device, logits = logits.device, _wide(logits.detach()).cpu()
     overlap = torch.zeros(size["B"], size["S"], size["S"], dtype=logits.dtype)
-    for b, slots in enumerate(_present_slots(slot_mask, size)):
+    for b, slots in enumerate(present):
         frames = [t for t in range(size["T"]) if cells[b, t].any()]
-        if not frames or not slots:
+        if not frames:
             continue
         # active[s][t] is the set of places (h, w) where slot s is active in frame t
         active = {s: _active_places(logits[b, :, s], cells[b]) for s in slots}
         for i, j in product(slots, repeat=2):
             per_frame = [_iou(active[i][t], active[j][t]) for t in frames]
             overlap[b, i, j] = torch.tensor(per_frame, dtype=logits.dtype).sum() / len(frames)
-    return overlap.to(logits.device)
+    return overlap.to(device)
 
 
 def _active_places(slot_logits: Tensor, cells: Tensor) -> list[set[tuple[int, int]]]:
@@ -165,10 +154,7 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
     Shape:
         overlap: (B, S, S), area: (B, S). Returns (B, S), int64.
 
-    Args:
-        overlap: how much every two slots overlap; the diagonal is not read.
-        area: what decides who represents a group.
-        threshold: what an overlap must exceed to link two slots.
+    Args: as :func:`ssync_loss.functional.merge_slots`; the diagonal of the overlap is not read.
 
     >>> chain = torch.tensor([[[1.0, 0.8, 0.0], [0.8, 1.0, 0.7], [0.0, 0.7, 1.0]]])
     >>> reference_merge_slots(chain, torch.tensor([[4, 9, 9]]), threshold=0.6).tolist()
@@ -180,14 +166,13 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
     check_shape("overlap", overlap, "B S S", **size)
     check_floating("overlap", overlap)
     overlap = _wide(overlap)
-    if threshold is not None:
-        # 0.6 in float32 lies above 0.6 in float64, yet an overlap of 0.6 must not exceed that threshold
-        threshold = torch.tensor(threshold, dtype=overlap.dtype).item()
+    # 0.6 in float32 lies above 0.6 in float64, yet an overlap of 0.6 must not exceed that threshold
+    limit = torch.tensor(math.inf if threshold is None else threshold, dtype=overlap.dtype).item()
     representative = []
     for links, areas in zip(overlap.tolist(), area.tolist(), strict=True):
         sets = UnionFind(size["S"])
         for i, j in product(range(size["S"]), repeat=2):
-            if threshold is not None and i != j and links[i][j] > threshold:
+            if i != j and links[i][j] > limit:
                 sets.union(i, j)
         names = list(range(size["S"]))
         for group in sets.groups():
@@ -203,8 +188,7 @@ def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None
     """Count, for every patch, how many of its ten neighbors carry another label.
 
     The neighbors are the eight around it in its frame and itself one frame earlier and later; coordinates
-    outside the clip are clamped into it. An invalid neighbor counts as agreeing, an invalid patch has count
-    0.
+    outside the clip are clamped into it. An invalid neighbor counts as agreeing, an invalid patch has count 0.
 
     Shape:
         labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
@@ -212,20 +196,23 @@ def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None
     >>> reference_neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
     """
+    return _count_differing(labels, valid)[0].to(torch.uint8)
+
+
+def _count_differing(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the counts of all patches, and which of these are valid."""
     size = check_shape("labels", labels, "B T H W")
     check_integer("labels", labels)
-    cells = _valid_cells(valid, size).tolist()
-    label = labels.tolist()
-    last_t, last_h, last_w = size["T"] - 1, size["H"] - 1, size["W"] - 1
-    counts = []
-    for b, t, h, w in product(*(range(size[axis]) for axis in "BTHW")):
+    valid = _valid_cells(valid, size)
+    known, label = valid.tolist(), labels.tolist()
+    different = torch.zeros(labels.shape, dtype=torch.int64)
+    for b, t, h, w in valid.nonzero().tolist():
         count = 0
         for dt, dh, dw in NEIGHBORS:
-            tn, hn, wn = _clamp(t + dt, last_t), _clamp(h + dh, last_h), _clamp(w + dw, last_w)
-            if cells[b][t][h][w] and cells[b][tn][hn][wn] and label[b][tn][hn][wn] != label[b][t][h][w]:
-                count += 1
-        counts.append(count)
-    return torch.tensor(counts, dtype=torch.uint8, device=labels.device).view(labels.shape)
+            tn, hn, wn = (min(max(i, 0), size[axis] - 1) for axis, i in (("T", t + dt), ("H", h + dh), ("W", w + dw)))
+            count += known[b][tn][hn][wn] and label[b][tn][hn][wn] != label[b][t][h][w]
+        different[b, t, h, w] = count
+    return different.to(labels.device), valid.to(labels.device)
 
 
 def reference_boundary_region(
@@ -242,9 +229,8 @@ def reference_boundary_region(
     >>> reference_boundary_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[False, True, True]]]]
     """
-    different = reference_neighbor_difference(labels, valid=valid).long()
-    cells = _valid_cells(valid, check_shape("labels", labels, "B T H W")).to(labels.device)
-    return (different >= min_different) & (10 - different >= min_same) & cells
+    different, cells = _count_differing(labels, valid)
+    return (different >= min_different) & (different <= 10 - min_same) & cells
 
 
 def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | None = None) -> Tensor:
@@ -258,8 +244,7 @@ def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: 
     >>> reference_interior_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[True, False, False]]]]
     """
-    different = reference_neighbor_difference(labels, valid=valid).long()
-    cells = _valid_cells(valid, check_shape("labels", labels, "B T H W")).to(labels.device)
+    different, cells = _count_differing(labels, valid)
     return (different <= max_different) & cells
 
 
@@ -285,15 +270,7 @@ def reference_pseudo_labels(
         enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
         labels and regions (B, T, H, W) and the representatives (B, S).
 
-    Args:
-        enc_logits: the slot attention's map.
-        dec_logits: the decoder's map.
-        merge_threshold: the overlap above which two slots are one object, or None.
-        min_different: how many neighbors of a boundary patch must differ.
-        min_same: how many neighbors of a boundary patch must agree.
-        max_different: how many neighbors of an interior patch may differ.
-        valid: the patches that count.
-        slot_mask: the slots that are present.
+    Args: as :func:`ssync_loss.functional.pseudo_labels`.
 
     >>> logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 3.0]]).view(1, 1, 2, 1, 3)
     >>> labels = reference_pseudo_labels(logits, logits)
@@ -302,11 +279,7 @@ def reference_pseudo_labels(
     """
     size = _map_size("enc_logits", enc_logits)
     _map_size("dec_logits", dec_logits, **size)
-    cells = _valid_cells(valid, size)
-    for b, slots in enumerate(_present_slots(slot_mask, size)):
-        if not slots:
-            cells[b] = False
-
+    cells, _ = _what_counts(size, valid, slot_mask)
     enc_labels = reference_hard_labels(enc_logits, valid=cells, slot_mask=slot_mask)
     dec_labels = reference_hard_labels(dec_logits, valid=cells, slot_mask=slot_mask)
     overlap = reference_slot_overlap(enc_logits, valid=cells, slot_mask=slot_mask)
@@ -359,15 +332,7 @@ def reference_selective_distillation_loss(
         logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
         Returns a scalar, or (B, T, H, W) for "none".
 
-    Args:
-        logits: the map that is taught.
-        target: the slot each patch should belong to.
-        region: the patches that are taught.
-        criterion: "mse" or "cross_entropy".
-        label_smoothing: the share ε of the target that all present slots divide.
-        temperature: what logits are divided by.
-        slot_mask: the slots that are present.
-        reduction: "mean", "sum" or "none".
+    Args: as :func:`ssync_loss.functional.selective_distillation_loss`.
 
     Raises:
         ValueError: for an unknown name, for smoothing with "mse", or for a selected target that is not a
@@ -398,46 +363,34 @@ def reference_selective_distillation_loss(
         # (patches, present slots)
         rows = logits[b].movedim(1, -1)[chosen][:, slots].double()
         onehot = _one_hot(target[b][chosen], slots).to(rows)
+        never = rows == -math.inf
+        undecided = never.all(dim=1, keepdim=True)
+        scores = torch.where(undecided, 0.0, rows) / temperature
         if criterion == "mse":
-            squares = (_probabilities(rows, temperature) - onehot).square().sum(dim=1)
-            values = squares / max(len(slots), 1)
-            total, divisor = total + squares.sum(), divisor + squares.numel() * len(slots)
+            weight = max(len(slots), 1)
+            values = (torch.softmax(scores, dim=1) - onehot).square().sum(dim=1)
         else:
             smooth = (1 - label_smoothing) * onehot + label_smoothing / max(len(slots), 1)
-            values = -(smooth * _log_probabilities(rows, temperature)).sum(dim=1)
-            total, divisor = total + values.sum(), divisor + values.numel()
-        clips.append(zero.expand(chosen.shape).masked_scatter(chosen, values))
+            logs = torch.where(never & ~undecided, LOG_TINY, torch.log_softmax(scores, dim=1))
+            weight = 1
+            values = -(smooth * logs).sum(dim=1)
+        total, divisor = total + values.sum(), divisor + weight * values.numel()
+        clips.append(zero.expand(chosen.shape).masked_scatter(chosen, values / weight))
 
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if reduction == "none":
-        return (torch.stack(clips) if clips else zero.expand(region.shape)).to(dtype)
-    if reduction == "sum":
-        return (torch.stack(clips).sum() if clips else zero).to(dtype)
-    return (total / max(divisor, 1)).to(dtype)
-
-
-def _probabilities(rows: Tensor, temperature: float) -> Tensor:
-    """Softmax over the last axis; a row of -inf alone is uniform."""
-    undecided = (rows == -math.inf).all(dim=1, keepdim=True)
-    return torch.softmax(torch.where(undecided, 0.0, rows) / temperature, dim=1)
-
-
-def _log_probabilities(rows: Tensor, temperature: float) -> Tensor:
-    """Logarithm of the softmax; a row of -inf alone is uniform, another -inf gives log(tiny)."""
-    out = rows == -math.inf
-    undecided = out.all(dim=1, keepdim=True)
-    logs = torch.log_softmax(torch.where(undecided, 0.0, rows) / temperature, dim=1)
-    return torch.where(out & ~undecided, LOG_TINY, logs)
+    if reduction == "mean":
+        result = total / max(divisor, 1)
+    else:
+        result = torch.stack(clips) if clips else zero.expand(region.shape)
+        result = result.sum() if reduction == "sum" else result
+    return result.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _one_hot(target: Tensor, slots: list[int]) -> Tensor:
     """Return a row per target with a one in the column of that slot among the present ones."""
-    onehot = torch.zeros(len(target), len(slots))
-    for row, label in enumerate(target.tolist()):
+    for label in target.tolist():
         if label not in slots:
             raise ValueError(f"`target` must name a present slot, one of {slots}; got {label}.")
-        onehot[row, slots.index(label)] = 1.0
-    return onehot
+    return target.long()[:, None] == torch.tensor(slots, dtype=torch.int64, device=target.device)
 
 
 def reference_ssync(
@@ -464,18 +417,7 @@ def reference_ssync(
         enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
         two scalars and the labels.
 
-    Args:
-        enc_logits: the slot attention's map.
-        dec_logits: the decoder's map.
-        merge_threshold: see :func:`reference_pseudo_labels`.
-        min_different: likewise.
-        min_same: likewise.
-        max_different: likewise.
-        criterion: see :func:`reference_selective_distillation_loss`.
-        label_smoothing: likewise.
-        temperature: likewise.
-        valid: the patches that count.
-        slot_mask: the slots that are present.
+    Args: as :class:`ssync_loss.SSyncLoss`.
 
     >>> enc = torch.tensor([[9.0, 0.0], [0.0, 9.0]]).view(1, 1, 2, 1, 2)
     >>> terms = reference_ssync(enc, torch.zeros_like(enc))
@@ -492,28 +434,21 @@ def reference_ssync(
         valid=valid,
         slot_mask=slot_mask,
     )
-    knobs: dict[str, Any] = {
-        "criterion": criterion,
-        "label_smoothing": label_smoothing,
-        "temperature": temperature,
-        "slot_mask": slot_mask,
-    }
-    boundary = reference_selective_distillation_loss(dec_logits, labels.enc_labels, labels.boundary, **knobs)
-    interior = reference_selective_distillation_loss(enc_logits, labels.dec_labels, labels.interior, **knobs)
-    if not all(_is_legal(logits, valid, slot_mask) for logits in (enc_logits, dec_logits)):
-        boundary, interior = boundary * math.nan, interior * math.nan
-    return ReferenceSSync(boundary, interior, labels)
-
-
-def _is_legal(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> bool:
-    """Say whether no present slot holds NaN or +inf in a valid patch."""
-    size = _map_size("logits", logits)
-    cells = _valid_cells(valid, size)
-    for b, slots in enumerate(_present_slots(slot_mask, size)):
-        values = logits[b].movedim(1, -1)[cells[b]][:, slots]
+    distill = partial(
+        reference_selective_distillation_loss,
+        criterion=criterion,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        slot_mask=slot_mask,
+    )
+    boundary = distill(dec_logits, labels.enc_labels, labels.boundary)
+    interior = distill(enc_logits, labels.dec_labels, labels.interior)
+    cells, present = _what_counts(_map_size("enc_logits", enc_logits), valid, slot_mask)
+    for b, slots in enumerate(present):
+        values = torch.cat([one[b].movedim(1, -1)[cells[b]][:, slots] for one in (enc_logits, dec_logits)])
         if (values.isnan() | (values == math.inf)).any():
-            return False
-    return True
+            boundary, interior = boundary * math.nan, interior * math.nan
+    return ReferenceSSync(boundary, interior, labels)
 
 
 def _map_size(name: str, logits: Tensor, **sizes: int) -> dict[str, int]:
@@ -526,22 +461,24 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _clamp(index: int, last: int) -> int:
-    return min(max(index, 0), last)
-
-
 def _valid_cells(valid: Tensor | None, size: dict[str, int]) -> Tensor:
-    """Return a new mask (B, T, H, W) on the CPU: everything valid when nothing was said."""
+    """Return a mask (B, T, H, W) on the CPU: everything valid when nothing was said."""
     shape = tuple(size[axis] for axis in "BTHW")
     if valid is None:
         return torch.ones(shape, dtype=torch.bool)
     check_bool("valid", valid)
-    if valid.ndim == 2:
-        check_shape("valid", valid, "B T", **size)
-        valid = valid[:, :, None, None]
-    else:
-        check_shape("valid", valid, "B T H W", **size)
-    return valid.cpu().expand(shape).clone()
+    check_shape("valid", valid, "B T" if valid.ndim == 2 else "B T H W", **size)
+    valid = valid[:, :, None, None] if valid.ndim == 2 else valid
+    return valid.cpu().expand(shape)
+
+
+def _what_counts(
+    size: dict[str, int], valid: Tensor | None, slot_mask: Tensor | None
+) -> tuple[Tensor, list[list[int]]]:
+    """Return the valid patches, none in a clip without a present slot, and the present slots of every clip."""
+    present = _present_slots(slot_mask, size)
+    has_slots = torch.tensor([bool(slots) for slots in present], dtype=torch.bool)
+    return _valid_cells(valid, size) & has_slots[:, None, None, None], present
 
 
 def _present_slots(slot_mask: Tensor | None, size: dict[str, int]) -> list[list[int]]:

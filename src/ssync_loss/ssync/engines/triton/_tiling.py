@@ -75,30 +75,32 @@ class Tiling(NamedTuple):
     def constants(self) -> dict[str, int]:
         """What a kernel over tiles is compiled for."""
         columns = max(self.tile // (32 * self.num_warps), 1)
-        return {"S": self.num_slots, "SLOTS": self.slots, "TILE": self.tile, "COLUMNS": columns}
+        cells = {"S": self.num_slots, "SLOTS": self.slots, "TILE": self.tile, "COLUMNS": columns}
+        return cells | {"num_warps": self.num_warps}
 
 
-def strides_of(tensor: Tensor | None) -> tuple[tuple[int, ...] | None, int]:
-    """Return the strides of (B, T, .., H, W), and the layout of a frame, see the kernels' ``tiles``.
+def strided(tensor: Tensor | None) -> tuple[Tensor, tuple[int | None, ...]] | None:
+    """Return a tensor (B, T, .., H, W) with strides as the kernels take them, see their ``tiles``.
 
     >>> import torch
-    >>> strides_of(torch.empty(1, 1, 2, 4, 5)), strides_of(torch.empty(1, 1, 2, 4, 5)[..., ::2, :])
-    (((40, 40, 20, 5, 1), 0), ((40, 40, 20, 10, 1), 1))
+    >>> whole = torch.empty(1, 1, 2, 4, 5)
+    >>> strided(whole)[1], strided(whole[..., ::2, :])[1]
+    ((40, 40, 20, None, 1, None), (40, 40, 20, 10, 1, None))
     """
     if tensor is None:
-        return None, 0
+        return None
     *outer, row, column = tensor.stride()
     height, width = tensor.shape[-2:]
     if sum((size - 1) * stride for size, stride in zip(tensor.shape[2:], tensor.stride()[2:], strict=True)) >= 2**31:
-        return tensor.stride(), 2
+        return tensor, (*outer, row, column, 1)
     if width == 1:
         # one patch a row: a patch further is a row further
-        return (*outer, row, row), 0
-    return tensor.stride(), 0 if height == 1 or row == width * column else 1
+        return tensor, (*outer, None, row, None)
+    return tensor, (*outer, None if height == 1 or row == width * column else row, column, None)
 
 
-def mask_strides(slot_mask: Tensor | None) -> tuple[int, ...] | None:
-    return None if slot_mask is None else slot_mask.stride()
+def masked(slot_mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]] | None:
+    return None if slot_mask is None else (slot_mask, slot_mask.stride())
 
 
 def power_of_two(number: int) -> int:

@@ -4,67 +4,56 @@ import triton
 import triton.language as tl
 
 from ssync_loss.ssync.engines.triton.gpu.gradients import write_slopes
-from ssync_loss.ssync.engines.triton.gpu.losses import add_shares, averaging, write_share
+from ssync_loss.ssync.engines.triton.gpu.losses import add_shares, write_share
 from ssync_loss.ssync.engines.triton.gpu.softmax import patch_values
-from ssync_loss.ssync.engines.triton.gpu.tiles import locate, patch_cells, present_slots, read_tile
+from ssync_loss.ssync.engines.triton.gpu.tiles import in_plane, locate, read_patches, read_tile, slots_of
 
 
 @triton.jit
 def distill_kernel(
     logits,
-    strides,
     slot_mask,
-    mask_strides,
     target,
-    target_strides,
     region,
-    region_strides,
     targets,
     values,
     errors,
     tallies,
-    softness,
+    criterion,
     shape,
     num_tiles,
     S: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TARGET_LAYOUT: tl.constexpr,
-    REGION_LAYOUT: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
     OVER_SLOTS: tl.constexpr,
 ):
     """Write int8 ``targets`` (B, T, H, W), -1 where unselected, and what is asked for of the patches' values.
 
     Either ``values`` (B, T, H, W), 0 where unselected, or the shares ``errors`` (programs) and ``tallies``
-    (3, programs); the other is None. With OVER_SLOTS a patch's squared error is a mean over present slots.
+    (3, programs); ``values`` is None then. With OVER_SLOTS a patch's squared error is a mean over present slots.
     """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    slots = tl.arange(0, SLOTS)
     error = tl.zeros([TILE], tl.float32)
     selected = tl.zeros([TILE], tl.int32)
     weighted = tl.zeros([TILE], tl.int32)
     for tile in range(program, num_tiles, num_programs):
-        row, clip, frame, patches, inside = locate(tile, shape, TILE, COLUMNS)
-        at = row.to(tl.int64) * shape[1] + patches
-        present, num_present = present_slots(slot_mask, mask_strides, clip, slots, S)
-        cells = patch_cells(region, region_strides, clip, frame, patches, shape, REGION_LAYOUT)
-        taught = inside & (tl.load(cells, mask=inside, other=0) != 0)
+        place = locate(tile, shape, TILE, COLUMNS)
+        at = in_plane(place, shape)
+        inside = place[3]
+        slots = slots_of(slot_mask, place[0], S, SLOTS)
+        taught = inside & (read_patches(region, place, shape) != 0)
         if slot_mask is not None:
             # a clip without slots has nothing to teach
-            taught = taught & (tl.max(present.to(tl.int32), 0) > 0)
-        cells = patch_cells(target, target_strides, clip, frame, patches, shape, TARGET_LAYOUT)
-        label = tl.load(cells, mask=inside, other=0)
+            taught = taught & (tl.max(slots[1].to(tl.int32), 0) > 0)
+        label = read_patches(target, place, shape)
         names_slot = (label >= 0) & (label < S)
         label = tl.where(taught & names_slot, label.to(tl.int32), -1)
-        x = read_tile(logits, strides, slot_mask, present, clip, frame, slots, patches, inside, shape, S, SLOTS, LAYOUT)
-        value, _ = patch_values(x, label, slots, present, num_present, softness, CROSS_ENTROPY, SMOOTHED)
+        x = read_tile(logits, slot_mask, slots, place, shape, S, SLOTS)
+        value, _ = patch_values(x, label, slots, criterion)
         if OVER_SLOTS:
-            value = value / num_present
+            value = value / slots[2]
         # a label out of range cannot be found in time to complain
         value = tl.where(names_slot, value, float("nan"))
         value = tl.where(taught, value, 0.0)
@@ -72,29 +61,22 @@ def distill_kernel(
         if values is None:
             error += value
             selected += taught.to(tl.int32)
-            weighted += tl.where(taught, num_present, 0)
+            weighted += tl.where(taught, slots[2], 0)
         else:
             tl.store(values + at, value, mask=inside)
     if values is None:
-        write_share(errors, tallies, error, selected, weighted, tl.zeros([TILE], tl.int32), program, num_programs)
+        share = (errors, tallies, program, num_programs)
+        write_share(share, error, selected, weighted, tl.zeros([TILE], tl.int32))
 
 
 @triton.jit
 def finish_distill_kernel(
-    errors,
-    tallies,
-    loss,
-    scale,
-    num_programs,
-    PROGRAMS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
+    errors, tallies, loss, scale, criterion, num_programs, PROGRAMS: tl.constexpr, MEAN: tl.constexpr
 ):
     """Add up the shares: a sum or a mean, and what its gradient is scaled by."""
-    error, selected, weighted, _ = add_shares(errors, tallies, num_programs, PROGRAMS)
-    factor = tl.full([], 1.0, tl.float64)
-    if MEAN:
-        factor = averaging(selected, weighted, CROSS_ENTROPY)
+    error, _, factor, _ = add_shares(errors, tallies, num_programs, criterion, PROGRAMS)
+    if not MEAN:
+        factor = tl.full([], 1.0, tl.float64)
     tl.store(loss, (error * factor).to(tl.float32))
     tl.store(scale, factor.to(tl.float32))
 
@@ -102,40 +84,22 @@ def finish_distill_kernel(
 @triton.jit
 def distill_gradient_kernel(
     logits,
-    strides,
     slot_mask,
-    mask_strides,
     targets,
     scale,
     grad,
-    grad_strides,
     grad_logits,
-    grad_logits_strides,
-    softness,
+    criterion,
     shape,
     S: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    GRAD_LAYOUT: tl.constexpr,
-    GRAD_LOGITS_LAYOUT: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
     OVER_SLOTS: tl.constexpr,
 ):
     """Write ``grad_logits`` from the gradient of a scalar loss, with its scale, or of values (B, T, H, W)."""
-    tile = tl.program_id(0)
-    _, clip, frame, patches, inside = locate(tile, shape, TILE, COLUMNS)
-    if scale is None:
-        cells = patch_cells(grad, grad_strides, clip, frame, patches, shape, GRAD_LAYOUT)
-        upstream = tl.load(cells, mask=inside, other=0.0)
-    else:
-        upstream = tl.load(grad) * tl.load(scale)
+    place = locate(tl.program_id(0), shape, TILE, COLUMNS)
+    upstream = read_patches(grad, place, shape) if scale is None else tl.load(grad) * tl.load(scale)
     if OVER_SLOTS:
-        _, num_present = present_slots(slot_mask, mask_strides, clip, tl.arange(0, SLOTS), S)
-        upstream = upstream / num_present
-    write_slopes(
-        logits, strides, slot_mask, mask_strides, targets, upstream, 0.0, grad_logits, grad_logits_strides, tile,
-        softness, shape, S, SLOTS, TILE, COLUMNS, LAYOUT, GRAD_LOGITS_LAYOUT, CROSS_ENTROPY, SMOOTHED,
-    )  # fmt: skip
+        upstream = upstream / slots_of(slot_mask, place[0], S, SLOTS)[2]
+    write_slopes(logits, slot_mask, targets, upstream, 0.0, grad_logits, place, criterion, shape, S, SLOTS)

@@ -1,7 +1,7 @@
 """One tile in registers: what its patches pay for missing their labels, and the gradient of that.
 
-Tiles are (slots, patches) of float32 with absent slots at -inf; a label below 0 hits no slot. ``softness`` is
-(log2(e) / temperature, 1 / temperature, label smoothing).
+Tiles are (slots, patches) of float32 with absent slots at -inf; a label below 0 hits no slot. ``criterion`` is
+(log2(e) / temperature, 1 / temperature, None for the squared error, label smoothing or None).
 """
 
 import triton
@@ -12,7 +12,7 @@ FLOOR = tl.constexpr(87.33654475055310898657)
 
 
 @triton.jit
-def split(x, label, slots, exponent):
+def _split(x, hit, exponent):
     """Return exponentials of a tile, those that miss the label, and two sums: of the label's own and the others.
 
     ``2^((x - peak) * exponent)`` with ``exponent = log2(e) / temperature``: the peak is taken off first, so that
@@ -20,7 +20,6 @@ def split(x, label, slots, exponent):
     """
     level = _level(x)
     exps = tl.exp2((x - level[None, :]) * exponent)
-    hit = slots[:, None] == label[None, :]
     misses = tl.where(hit, 0.0, exps)
     return exps, misses, tl.sum(tl.where(hit, exps, 0.0), 0), tl.sum(misses, 0)
 
@@ -33,34 +32,26 @@ def _level(x):
 
 
 @triton.jit
-def patch_values(
-    x,
-    label,
-    slots,
-    present,
-    num_present,
-    softness,
-    CROSS_ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-):
+def patch_values(x, label, slots, criterion):
     """Return what each patch pays, for the squared error summed over slots, and whether its softmax is defined."""
-    _, misses, own, wrong = split(x, label, slots, softness[0])
+    number, present, num_present = slots
+    hit = number[:, None] == label[None, :]
+    _, misses, own, wrong = _split(x, hit, criterion[0])
     total = own + wrong
     num_present = num_present.to(tl.float32)
     # all slots at -inf are uniform probabilities 1/S: ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S, or log S
     uniform = total == 0.0
-    if CROSS_ENTROPY:
+    if criterion[2] is not None:
         log_total = _log_total(own, wrong)
         # the temperature is at work after the peak is taken off, here as there
         level = _level(x)
-        hit = slots[:, None] == label[None, :]
         own_x = tl.sum(tl.where(hit, x, 0.0), 0)
-        value = tl.where(own_x == float("-inf"), FLOOR, log_total - (own_x - level) * softness[1])
-        if SMOOTHED:
-            pays = log_total[None, :] - (x - level[None, :]) * softness[1]
+        value = tl.where(own_x == float("-inf"), FLOOR, log_total - (own_x - level) * criterion[1])
+        if criterion[3] is not None:
+            pays = log_total[None, :] - (x - level[None, :]) * criterion[1]
             pays = tl.where(x == float("-inf"), FLOOR, pays)
             spread = tl.sum(tl.where(present[:, None], pays, 0.0), 0)
-            value = (1.0 - softness[2]) * value + (softness[2] / num_present) * spread
+            value = (1.0 - criterion[3]) * value + (criterion[3] / num_present) * spread
         value = tl.where(uniform, tl.log(num_present), value)
     else:
         # r^2 + Q with r and Q over the slots that miss: nothing cancels
@@ -84,29 +75,20 @@ def _log_total(own, wrong):
 
 
 @triton.jit
-def patch_slopes(
-    x,
-    label,
-    slots,
-    present,
-    num_present,
-    upstream,
-    softness,
-    CROSS_ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-):
+def patch_slopes(x, label, slots, upstream, criterion):
     """Return the gradient of ``upstream`` (patches) times :func:`patch_values`, a tile."""
-    exps, misses, own, wrong = split(x, label, slots, softness[0])
+    number, present, num_present = slots
+    hit = number[:, None] == label[None, :]
+    exps, misses, own, wrong = _split(x, hit, criterion[0])
     total = own + wrong
-    upstream = tl.where(label >= 0, upstream * softness[1], 0.0)
+    upstream = tl.where(label >= 0, upstream * criterion[1], 0.0)
     num_present = num_present.to(tl.float32)
     # all slots at -inf: no gradient
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    hit = slots[:, None] == label[None, :]
-    if CROSS_ENTROPY:
+    if criterion[2] is not None:
         aim = tl.where(hit, 1.0, 0.0)
-        if SMOOTHED:
-            aim = (1.0 - softness[2]) * aim + tl.where(present[:, None], softness[2] / num_present, 0.0)
+        if criterion[3] is not None:
+            aim = (1.0 - criterion[3]) * aim + tl.where(present[:, None], criterion[3] / num_present, 0.0)
         # what a slot at -inf pays is constant
         aim = tl.where(x > float("-inf"), aim, 0.0)
         slope = (exps * (inverse * tl.sum(aim, 0))[None, :] - aim) * upstream[None, :]

@@ -10,21 +10,15 @@ INVALID = tl.constexpr(-2)
 
 @triton.jit
 def target_kernel(
-    labels,
+    hard,
     table,
     targets,
-    enc_labels,
-    dec_labels,
-    boundary,
-    interior,
+    enc_written,
+    dec_written,
     representative,
-    min_different,
-    max_boundary,
-    max_interior,
+    regions,
     plane_size,
-    num_frames,
-    height,
-    width,
+    size,
     num_tiles,
     S: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -33,58 +27,52 @@ def target_kernel(
     """Write int8 targets (2, B, T, H, W), what is wanted of the decoder and of the encoder, and labels if asked.
 
     A target is the slot a patch should belong to, -1 where nothing is taught and -2 where the patch does not
-    count. ``table`` is None without merging; either ``targets`` or the five that make ``PseudoLabels`` may be.
+    count. ``table`` is None without merging; either ``targets`` may be, or what makes ``PseudoLabels``: merged labels
+    and region of either map, and representatives. ``regions`` are how many neighbors must differ in a boundary, and
+    may in a boundary and in an interior. ``size`` is frames, height and width.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
     if program < half:
-        _select(
-            labels, table, targets, enc_labels, boundary, program, min_different, max_boundary,
-            num_frames, height, width, num_tiles, S, TILE,
-        )  # fmt: skip
+        _select(hard, table, targets, enc_written, program, regions[0], regions[1], size, num_tiles, S, TILE)
         if representative is not None:
             _name(table, representative, program, num_tiles, S, SLOTS)
     else:
         if targets is not None:
             targets += plane_size
-        _select(
-            labels + plane_size, table, targets, dec_labels, interior, program - half, 0, max_interior,
-            num_frames, height, width, num_tiles, S, TILE,
-        )  # fmt: skip
+        hard += plane_size
+        _select(hard, table, targets, dec_written, program - half, 0, regions[2], size, num_tiles, S, TILE)
 
 
 @triton.jit
 def _select(
-    labels,
+    hard,
     table,
     targets,
-    merged,
-    region,
+    written,
     program,
     min_different,
     max_different,
-    num_frames,
-    height,
-    width,
+    size,
     num_tiles,
     S: tl.constexpr,
     TILE: tl.constexpr,
 ):
     clip = (program // num_tiles).to(tl.int64)
     patches = program % num_tiles * TILE + tl.arange(0, TILE)
-    num_patches = num_frames * height * width
+    num_patches = size[0] * size[1] * size[2]
     inside = patches < num_patches
     at = clip * num_patches + patches
     if table is not None:
         table += clip * S
-    label, different = _count_differing(labels + clip * num_patches, table, patches, inside, num_frames, height, width)
+    label, different = _count_differing(hard + clip * num_patches, table, patches, inside, size)
     chosen = (label >= 0) & (different >= min_different) & (different <= max_different)
     if targets is not None:
         target = tl.where(chosen, label, tl.where(label >= 0, UNSELECTED, INVALID))
         tl.store(targets + at, target.to(tl.int8), mask=inside)
-    if merged is not None:
-        tl.store(merged + at, tl.maximum(label, 0).to(tl.int64), mask=inside)
-        tl.store(region + at, chosen, mask=inside)
+    if written is not None:
+        tl.store(written[0] + at, tl.maximum(label, 0).to(tl.int64), mask=inside)
+        tl.store(written[1] + at, chosen, mask=inside)
 
 
 @triton.jit
@@ -92,15 +80,14 @@ def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.
     """Write the representatives of a clip as int64, once; without merging every slot is its own."""
     slots = tl.arange(0, SLOTS)
     at = (program // num_tiles).to(tl.int64) * S + slots
-    leader = slots
-    if table is not None:
-        leader = tl.load(table + at, mask=slots < S, other=0)
+    leader = slots if table is None else tl.load(table + at, mask=slots < S, other=0)
     tl.store(representative + at, leader.to(tl.int64), mask=(slots < S) & (program % num_tiles == 0))
 
 
 @triton.jit
-def _count_differing(labels, table, patches, inside, num_frames, height, width):
+def _count_differing(labels, table, patches, inside, size):
     """Return the merged labels of patches of a clip, -1 where invalid, and how many of ten neighbors differ."""
+    num_frames, height, width = size
     column = patches % width
     row = patches // width % height
     frame = patches // (width * height)

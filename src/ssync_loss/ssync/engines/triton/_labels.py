@@ -1,0 +1,170 @@
+"""Labels, regions and targets of both maps as an operator of torch: opaque to compilers, with shapes for fake tensors.
+
+Grids and scratch memory of its launches come from shapes alone.
+"""
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ssync_loss.ssync.engines.triton import _launch
+from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
+
+# programs that label a map, about; those that share a clip are at most so many, as what they found is added up
+# by every program of the overlap
+LABEL_PROGRAMS = 8192
+MAX_PARTS = 256
+# patches a program of the overlap takes, about: so many, or so many for each part that it adds up; and at once
+OVERLAP_PATCHES = 512
+PATCHES_PER_PART = 4
+OVERLAP_TILE = 32
+# sums of parts that are added up at once
+PARTS_CELLS = 1024
+# cells of the frames that are merged at once
+MERGE_CELLS = 2048
+# patches of a program that handles labels alone
+TARGET_TILE = 256
+
+# targets, and the five of PseudoLabels
+Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# labels of both maps before merging (2, B, T, H, W), and of every clip's parts, if slots are merged: sums of every slot
+# (B, parts, S), and numbers of patches (B, parts)
+HardLabels: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
+
+
+@torch.library.custom_op("ssync_loss::label", mutates_args=())
+def label(
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
+    min_different: int,
+    min_same: int,
+    max_different: int,
+    with_targets: bool,
+    with_labels: bool,
+) -> Labels:
+    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``; empty what is not wanted.
+
+    The threshold is a number, or a tensor, or neither: nothing is merged.
+    """
+    outputs = _new_labels(enc, with_targets, with_labels)
+    if enc.shape[0] == 0:
+        return outputs
+    from ssync_loss.ssync.engines.triton.gpu.targets import target_kernel
+
+    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
+    tiling = Tiling.of(enc)
+    with torch.cuda.device_of(enc):
+        found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
+        table = None
+        if threshold is not None:
+            table = find_representatives(tiling, enc, slot_mask, found, threshold)
+        num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
+        _, enc_labels, dec_labels, boundary, interior, names = outputs
+        written = ((enc_labels, boundary), (dec_labels, interior), names) if with_labels else (None, None, None)
+        _launch.launch(
+            target_kernel,
+            2 * tiling.num_clips * num_tiles,
+            *(found[0], table, outputs[0] if with_targets else None, *written),
+            *((min_different, 10 - min_same, max_different), tiling.plane_size),
+            *((tiling.num_frames, tiling.height, tiling.width), num_tiles),
+            S=tiling.num_slots,
+            SLOTS=tiling.slots,
+            TILE=TARGET_TILE,
+            num_warps=NUM_WARPS,
+        )
+    return outputs
+
+
+@label.register_fake
+def _(enc: Tensor, *settings: Any) -> Labels:
+    *_, with_targets, with_labels = settings
+    return _new_labels(enc, with_targets, with_labels)
+
+
+def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
+    num_clips, num_frames, num_slots, height, width = maps.shape
+    patches = (num_clips, num_frames, height, width) if with_labels else (0,)
+    return (
+        maps.new_empty((2, num_clips, num_frames, height, width) if with_targets else 0, dtype=torch.int8),
+        maps.new_empty(patches, dtype=torch.int64),
+        maps.new_empty(patches, dtype=torch.int64),
+        maps.new_empty(patches, dtype=torch.bool),
+        maps.new_empty(patches, dtype=torch.bool),
+        maps.new_empty((num_clips, num_slots) if with_labels else 0, dtype=torch.int64),
+    )
+
+
+def find_labels(
+    tiling: Tiling, enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, *, merges: bool
+) -> HardLabels:
+    """Label both maps, and add up what merging needs: 1 launch."""
+    from ssync_loss.ssync.engines.triton.gpu.labels import label_kernel
+
+    num_parts = min(tiling.clip_tiles, MAX_PARTS, max(LABEL_PROGRAMS // tiling.num_clips, 1))
+    planes = enc.new_empty((2, *enc.shape[:2], *enc.shape[3:]), dtype=torch.int8)
+    shape = (tiling.num_clips, num_parts)
+    parts = None
+    if merges:
+        sums = enc.new_empty((*shape, tiling.num_slots), dtype=torch.float32)
+        parts = (sums, enc.new_empty(shape, dtype=torch.int32))
+    _launch.launch(
+        label_kernel,
+        2 * tiling.num_clips * num_parts,
+        *(strided(enc), strided(dec), strided(valid), masked(slot_mask), planes, parts),
+        *(tiling.shape, tiling.plane_size, num_parts),
+        **tiling.constants,
+    )
+    return planes, parts
+
+
+def find_representatives(
+    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float | Tensor
+) -> Tensor:
+    """Name every slot's representative, (B, S) int8: 2 launches."""
+    from ssync_loss.ssync.engines.triton.gpu.merge import merge_kernel
+    from ssync_loss.ssync.engines.triton.gpu.overlap import overlap_kernel
+
+    planes, parts = found
+    assert parts is not None
+    num_parts = parts[0].shape[1]
+    # matrix products want 16 rows, and as many columns
+    slots = max(tiling.slots, 16)
+    tile = min(OVERLAP_TILE, max(power_of_two(tiling.num_patches), 16))
+    # so that adding up the parts costs less than reading the map
+    patches = max(OVERLAP_PATCHES, PATCHES_PER_PART * num_parts)
+    num_chunks = ceil_divide(tiling.num_patches, patches)
+    chunk_tiles = ceil_divide(tiling.num_patches, num_chunks * tile)
+    group_frames = min(max(patches // tiling.num_patches, 1), tiling.num_frames)
+    num_groups = ceil_divide(tiling.num_frames, group_frames)
+    rows = (tiling.num_clips, tiling.num_frames, num_chunks)
+    counts = enc.new_empty((*rows, tiling.num_slots, tiling.num_slots), dtype=torch.int32)
+    areas = enc.new_empty((*rows, tiling.num_slots), dtype=torch.int32)
+    _launch.launch(
+        overlap_kernel,
+        tiling.num_clips * num_groups * num_chunks,
+        *(strided(enc), masked(slot_mask), planes, parts, counts, areas),
+        *(tiling.shape, num_parts, group_frames, num_groups, num_chunks, chunk_tiles),
+        S=tiling.num_slots,
+        SLOTS=slots,
+        TILE=tile,
+        PARTS=PARTS_CELLS // slots,
+        num_warps=slots // 16,
+    )
+    table = enc.new_empty((tiling.num_clips, tiling.num_slots), dtype=torch.int8)
+    _launch.launch(
+        merge_kernel,
+        tiling.num_clips,
+        *(counts, areas, table, threshold, tiling.num_frames, num_chunks),
+        S=tiling.num_slots,
+        SLOTS=slots,
+        FRAMES=max(MERGE_CELLS // slots**2, 1),
+        SQUARINGS=(tiling.num_slots - 1).bit_length(),
+        THRESHOLD_IN_MEMORY=isinstance(threshold, Tensor),
+        num_warps=NUM_WARPS if slots < 64 else 2 * NUM_WARPS,
+    )
+    return table
