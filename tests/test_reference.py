@@ -38,8 +38,14 @@ NAN = math.nan
 
 
 class TestGoldenFiles:
-    def test_all_nine_are_there(self) -> None:
-        assert len(NAMES) == 9
+    def test_they_cover_what_they_should(self) -> None:
+        cases = [load_golden(name).expected for name in NAMES]
+        assert len(cases) == 9
+        for region in ("is_boundary", "is_interior"):
+            assert any(not one[region].any() for one in cases)
+        merged = [not torch.equal(one["enc_labels"], one["enc_labels_merged"]) for one in cases]
+        assert any(merged)
+        assert not all(merged)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_labels_and_regions_are_equal(self, name: str) -> None:
