@@ -229,7 +229,7 @@ def test_fake_tensors_carry_every_function() -> None:
 
 
 @ENGINES_IN_TURN
-@pytest.mark.parametrize("name", ["default", "another grid, masked", "probabilities"])
+@pytest.mark.parametrize("name", ["both masks", "probabilities"])
 def test_no_size_depends_on_the_data(engine: Any, name: str) -> None:
     function, maps, rest = cases()[name]
 
