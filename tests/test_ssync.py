@@ -1,4 +1,4 @@
-"""The modules: settings, terms, schedule, warnings, gradients, copies."""
+"""The modules: settings, terms, schedule, warnings, gradients, labels handed over."""
 
 import inspect
 import linecache
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sample_maps import leaf, sample_maps
@@ -19,25 +18,6 @@ from ssync_loss.ssync import functions
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 
 NAN, INF = float("nan"), float("inf")
-
-
-class Touched(TorchDispatchMode):
-    """Records the operators that read or write a tensor with elements; making a view reads none."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operators: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
-            self.operators.append((str(func), max((one.numel() for one in tensors), default=0)))
-        return out
-
-    @property
-    def largest(self) -> int:
-        return max((size for _, size in self.operators), default=0)
 
 
 def gradients(loss: Tensor, *maps: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,20 +195,6 @@ def test_before_the_start_the_total_is_an_attached_zero_whatever_the_maps_hold(m
     for one in (enc, dec):
         assert one.grad is not None
         assert torch.equal(one.grad, torch.zeros_like(one))
-
-
-def test_before_the_start_no_element_of_a_map_is_touched() -> None:
-    enc, dec = sample_maps()
-    masks = {"valid": torch.ones(2, 2, dtype=torch.bool), "slot_mask": torch.ones(2, 4, dtype=torch.bool)}
-    for criterion in (SSyncLoss(start_step=1), SSyncLoss(start_step=1, kind="probs")):
-        with Touched() as touched:
-            criterion(enc, dec, step=0, **masks)
-        assert touched.operators
-        # sums over no elements and the addition of their results
-        assert touched.largest == 1, touched.operators
-        with Touched() as touched:
-            criterion(enc, dec, step=1, **masks)
-        assert touched.largest >= enc.numel()
 
 
 def test_before_the_start_maps_that_do_not_fit_are_found_already() -> None:
