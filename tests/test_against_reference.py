@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,10 +44,10 @@ from ssync_loss.testing import (
 )
 
 MAPS = map_pairs(minus_inf=True)
-DOUBLE_MAPS = map_pairs(minus_inf=True, dtype=torch.float64)
+ANY_MAPS = MAPS | map_pairs(minus_inf=True, dtype=torch.float64)
 
 
-@given(slot_graphs(), thresholds())
+@given(slot_graphs() | slot_graphs(dtype=torch.float64), thresholds())
 def test_merging_equals_union_find(graph: SlotGraph, threshold: float | None) -> None:
     expected = reference_merge_slots(*graph, threshold=threshold)
     assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
@@ -82,12 +81,8 @@ def test_overlap_equals_sets(case: SSyncCase) -> None:
 
 
 @ENGINES_IN_TURN
-@pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
-@given(data=st.data(), threshold=thresholds(tied=False), knobs=region_knobs())
-def test_labels_equal(
-    maps: st.SearchStrategy[Any], engine: Any, data: st.DataObject, threshold: float | None, knobs: dict[str, Any]
-) -> None:
-    case = data.draw(ssync_cases(maps=maps))
+@given(case=ssync_cases(maps=ANY_MAPS), threshold=thresholds(tied=False), knobs=region_knobs())
+def test_labels_equal(engine: Any, case: SSyncCase, threshold: float | None, knobs: dict[str, Any]) -> None:
     with engine():
         actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
     expected = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
@@ -96,29 +91,24 @@ def test_labels_equal(
     assert_same_labels(actual, expected, clips=clips)
 
 
-CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
-
-
 @ENGINES_IN_TURN
-@pytest.mark.parametrize("maps", [MAPS, DOUBLE_MAPS], ids=["float32", "float64"])
-@pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
 @given(
-    data=st.data(),
+    case=distillation_cases(maps=ANY_MAPS),
+    soft=st.sampled_from([("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]),
     temperature=st.sampled_from((1.0, 0.5, 2.0)),
     reduction=st.sampled_from(("mean", "sum", "none")),
 )
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_losses_and_gradients_equal(
-    maps: st.SearchStrategy[Any],
-    criterion: Any,
-    smoothing: float,
-    engine: Any,
-    data: st.DataObject,
-    temperature: float,
-    reduction: Any,
+    engine: Any, case: DistillationCase, soft: tuple[str, float], temperature: float, reduction: str
 ) -> None:
-    case: DistillationCase = data.draw(distillation_cases(maps=maps))
-    knobs = {"criterion": criterion, "label_smoothing": smoothing, "temperature": temperature, "reduction": reduction}
+    criterion, smoothing = soft
+    knobs: dict[str, Any] = {
+        "criterion": criterion,
+        "label_smoothing": smoothing,
+        "temperature": temperature,
+        "reduction": reduction,
+    }
     fast, slow = (case.logits.clone().requires_grad_() for _ in range(2))
     with engine():
         actual = selective_distillation_loss(**case._replace(logits=fast)._asdict(), **knobs)

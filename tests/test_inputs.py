@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from refusals import refuses
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabels, SSyncLoss, SSyncTerms
@@ -91,7 +91,9 @@ class TestShapes:
         wanted = loss_of(enc, dec)
         wanted_grads = grads(wanted, enc, dec)
         for grid in ((H, W), [H, W], ((H, W), (H, W)), torch.Size((H, W))):
-            for flat in ((enc.flatten(3), dec.flatten(3)), (enc, dec.flatten(3)), (enc.flatten(3), dec), (enc, dec)):
+            # as an attention leaves them, slots last
+            strided = enc.flatten(3).mT.contiguous().mT
+            for flat in ((enc.flatten(3), dec.flatten(3)), (enc, dec.flatten(3)), (strided, dec), (enc, dec)):
                 actual = loss_of(*flat, grid=grid)
                 assert_same_terms(actual, wanted)
                 for got, grad in zip(grads(actual, enc, dec), wanted_grads, strict=True):
@@ -147,14 +149,10 @@ class TestOtherGrids:
     SIZES = pytest.mark.parametrize("size", [(2 * H, 2 * W), (H // 2, W // 2), (4 * H, 4 * W), (3, 5), (7, 4), (1, 1)])
 
     @SIZES
-    @CRITERIA
-    def test_the_decoder_is_interpolated_bilinearly(
-        self, size: tuple[int, int], criterion: Any, smoothing: float
-    ) -> None:
+    def test_the_decoder_is_interpolated_bilinearly(self, size: tuple[int, int]) -> None:
         enc, dec = maps(*size)
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        actual = loss_of(enc, dec, **knobs)
-        wanted = loss_of(enc, resized(dec, H, W), **knobs)
+        actual = loss_of(enc, dec)
+        wanted = loss_of(enc, resized(dec, H, W))
         assert_same_terms(actual, wanted)
         for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
             assert grad.any()
@@ -217,7 +215,7 @@ def shares(logits: Tensor) -> Tensor:
 
 class TestProbabilities:
     @CRITERIA
-    @pytest.mark.parametrize("kind", ["probs", ("probs", "logits"), ("logits", "probs"), ["probs", "probs"]])
+    @pytest.mark.parametrize("kind", ["probs", ("probs", "logits"), ["logits", "probs"]])
     def test_losses_are_those_of_the_logits(self, kind: Any, criterion: Any, smoothing: float) -> None:
         enc, dec = maps()
         knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": None}
@@ -266,13 +264,6 @@ class TestProbabilities:
         assert not grads(terms, probs)[0].any()
         assert not terms.labels.dec_labels.any()
 
-    @HALVES
-    def test_halves_are_renormalized_in_float32(self, half: torch.dtype) -> None:
-        enc, dec = (shares(one).to(half) for one in maps())
-        actual = loss_of(enc, dec, kind="probs")
-        assert_same_terms(actual, loss_of(enc.float(), dec.float(), kind="probs"))
-        assert actual.total.dtype == torch.float32
-
     @pytest.mark.parametrize("call", [loss_of, pseudo_labels, boundary_refinement_loss, interior_denoising_loss])
     @pytest.mark.parametrize("dirty", [0, 1])
     @pytest.mark.parametrize("size", [(H, W), (2, 3)])
@@ -287,8 +278,12 @@ class TestProbabilities:
         valid[1, 1, H // 2 :, W // 2 :] = False
         for hide in ({"valid": valid}, {"slot_mask": torch.tensor([[True] * 3, [True, True, False]])}):
             call(*given, kind="probs", **hide)
-        # what cannot be looked at is NaN
-        assert torch.compile(SSyncLoss(kind="probs"), fullgraph=True, backend="aot_eager")(*given).isnan()
+
+    def test_negative_ones_that_cannot_be_looked_at_are_nan(self) -> None:
+        enc, dec = (shares(one).detach() for one in maps())
+        enc[1, 1, 2, -1, -1] = -0.5
+        criterion = SSyncLoss(kind="probs").eval()
+        assert torch.compile(criterion, fullgraph=True, backend="aot_eager")(enc, dec).isnan()
 
     def test_they_are_resized_as_logarithms(self) -> None:
         enc, dec = maps(3, 5)
@@ -322,12 +317,11 @@ class TestDirt:
     @pytest.mark.parametrize("dirty", [0, 1])
     @pytest.mark.parametrize("size", [(H, W), (2 * H, 2 * W), (3, 5)])
     @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @CRITERIA
     def test_dirt_anywhere_makes_the_total_nan(
-        self, value: float, dirty: int, size: tuple[int, int], kind: Any, criterion: Any, smoothing: float
+        self, value: float, dirty: int, size: tuple[int, int], kind: Any
     ) -> None:
         clean = [shares(one) if kind == "probs" else one for one in maps(*size)]
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "kind": kind}
+        knobs: Settings = {"kind": kind}
         assert loss_of(*clean, **knobs).total.isfinite()
         for _ in range(3):
             given = [one.detach().clone() for one in clean]
@@ -383,14 +377,7 @@ class TestDirt:
         assert terms.num_boundary == 0
         assert terms.total.isnan()
 
-    def test_the_gradient_is_nan_too(self) -> None:
-        enc, dec = maps()
-        dirty = dec.detach().clone()
-        dirty[0, 0, 0, 0, 0] = NAN
-        for grad in grads(loss_of(enc, dirty.requires_grad_(), merge_threshold=None), enc, dirty):
-            assert grad.isnan().any()
-
-    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("backend", ["torch", "cpu"])
     @pytest.mark.parametrize("value", [NAN, INF])
     @pytest.mark.parametrize("label", [0, 1])
     @CRITERIA
@@ -403,6 +390,31 @@ class TestDirt:
         patches = selective_distillation_loss(logits, target, region, **knobs, reduction="none")
         assert patches.isnan().flatten().tolist() == [True, False]
         assert selective_distillation_loss(logits, target, region, **knobs).isnan()
+
+    def test_a_slot_at_minus_infinity_throughout_is_inactive_and_counts(self) -> None:
+        enc, dec = maps()
+        lost = [one.detach().clone() for one in (enc, dec)]
+        for one in lost:
+            one[:, :, 1] = -INF
+        overlap = slot_overlap(lost[0])
+        assert not overlap[:, 1].any()
+        assert not overlap[:, :, 1].any()
+        counted = loss_of(*(one.requires_grad_() for one in lost), merge_threshold=0.0)
+        # it loses every patch and adds nothing to a sum, but a mean is over S slots with it and S - 1 without
+        present = torch.tensor([[True, False, True]] * 2)
+        masked = loss_of(enc, dec, merge_threshold=0.0, slot_mask=present)
+        assert_same_labels(counted.labels, masked.labels)
+        assert_close_loss(counted.boundary * 3, masked.boundary * 2)
+        assert_close_loss(counted.interior * 3, masked.interior * 2)
+        for grad in grads(counted, *lost):
+            assert grad.isfinite().all()
+            assert not grad[:, :, 1].any()
+
+    def test_a_dead_patch_belongs_to_the_first_present_slot(self) -> None:
+        logits = torch.full((1, 1, 3, 1, 2), -INF)
+        labels = pseudo_labels(logits, logits, slot_mask=torch.tensor([[False, True, True]]))
+        assert labels.enc_labels.tolist() == [[[[1, 1]]]]
+        assert labels.dec_labels.tolist() == [[[[1, 1]]]]
 
     def test_numbers_far_apart_are_exact(self) -> None:
         logits = torch.tensor([0.0, 200.0]).view(1, 1, 2, 1, 1)
@@ -417,77 +429,12 @@ class TestDirt:
 
 
 class TestPrecision:
-    @HALVES
-    @CRITERIA
-    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_halves_are_computed_in_float32(
-        self, half: torch.dtype, criterion: Any, smoothing: float, size: tuple[int, int], masked: bool
-    ) -> None:
-        narrow = [one.detach().to(half).requires_grad_() for one in maps(*size)]
-        wide = [one.detach().float().requires_grad_() for one in narrow]
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing} | (masks() if masked else {})
-        actual, wanted = loss_of(*narrow, **knobs), loss_of(*wide, **knobs)
-        assert_same_terms(actual, wanted)
-        assert actual.total.dtype == torch.float32
-        for got, grad in zip(grads(actual, *narrow), grads(wanted, *wide), strict=True):
-            assert got.dtype == half
-            assert torch.equal(got, grad.to(half))
-
-    @HALVES
-    def test_the_pieces_are_computed_in_float32_too(self, half: torch.dtype) -> None:
-        enc = torch.randn(2, 2, 3, H, W).to(half)
-        assert torch.equal(slot_overlap(enc), slot_overlap(enc.float()))
-        assert slot_overlap(enc).dtype == torch.float32
-        target, region = torch.zeros(2, 2, H, W).long(), torch.ones(2, 2, H, W).bool()
-        for criterion, smoothing in SOFT:
-            knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-            actual = selective_distillation_loss(enc, target, region, **knobs)
-            assert torch.equal(actual, selective_distillation_loss(enc.float(), target, region, **knobs))
-
     def test_float16_means_do_not_overflow(self) -> None:
         # 4096 times 60000 is infinite in float16; the mean of a constant is the constant, and nothing exceeds it
         logits = torch.full((1, 1, 2, 64, 64), 60000.0, dtype=torch.float16)
         assert not slot_overlap(logits).any()
         logits[0, 0, :, 0, 0] = 0.0
         assert slot_overlap(logits).tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
-
-    @CRITERIA
-    def test_maps_of_different_types(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = maps()
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        mixed = loss_of(enc, dec.double(), **knobs)
-        assert mixed.total.dtype == torch.float64
-        assert_same_labels(mixed.labels, loss_of(enc, dec, **knobs).labels)
-        assert_close_loss(mixed.total.float(), loss_of(enc, dec, **knobs).total)
-
-    @CRITERIA
-    @pytest.mark.parametrize("size", [(H, W), (3, 5)])
-    @pytest.mark.parametrize("kind", ["logits", "probs"])
-    def test_float64_stays_float64(self, criterion: Any, smoothing: float, size: tuple[int, int], kind: Any) -> None:
-        enc, dec = maps(*size, dtype=torch.float64)
-        given = [shares(one) if kind == "probs" else one for one in (enc, dec)]
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        for hide in ({}, masks()):
-            terms = loss_of(*given, kind=kind, **knobs | hide)
-            for value in (*terms[:3], *grads(terms, enc, dec)):
-                assert value.dtype == torch.float64
-            # the textbook form of the boundary term, patch by patch
-            logits = resized(torch.log_softmax(dec, 2) if kind == "probs" else dec, H, W)
-            if hide and size != (H, W):
-                continue
-            present = hide["slot_mask"] if hide else torch.ones(2, 3).bool()
-            wanted, divisor = 0.0, 0
-            for b, t, h, w in terms.labels.boundary.nonzero().tolist():
-                slots = present[b].nonzero().flatten().tolist()
-                probs = torch.softmax(logits[b, t, slots, h, w], 0)
-                truth = F.one_hot(torch.tensor(slots.index(terms.labels.enc_labels[b, t, h, w])), len(slots)).double()
-                if criterion == "mse":
-                    wanted, divisor = wanted + (probs - truth).square().sum().item(), divisor + len(slots)
-                else:
-                    aims = (1 - smoothing) * truth + smoothing / len(slots)
-                    wanted, divisor = wanted - (aims * probs.log()).sum().item(), divisor + 1
-            assert terms.boundary.item() == pytest.approx(wanted / divisor, rel=1e-13)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_counts_are_exact_beyond_what_halves_hold(self, dtype: torch.dtype) -> None:
@@ -508,42 +455,6 @@ class TestPrecision:
                     overlap = slot_overlap(active(first, second))
                 assert overlap.dtype == torch.promote_types(dtype, torch.float32)
                 assert overlap[0, 0, 1] == torch.tensor(share.numerator, dtype=overlap.dtype) / share.denominator
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_groups_do_not_hang_on_rounded_counts(self, dtype: torch.dtype) -> None:
-        # 2049 in common of 4095; with 2048 in common it would be a half
-        logits = torch.zeros(1, 1, 2, 4096, dtype=dtype)
-        logits[:, :, 0, :3072] = 1.0
-        logits[:, :, 1, 1023:4095] = 1.0
-        for enabled in (False, True):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                below, above = (
-                    pseudo_labels(logits, logits, merge_threshold=threshold).representative
-                    for threshold in (0.5003, 0.5005)
-                )
-            assert below.tolist() == [[0, 0]]
-            assert above.tolist() == [[0, 1]]
-
-    @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize("size", [(H, W), (2 * H, 2 * W)])
-    @CRITERIA
-    def test_autocast_changes_nothing(
-        self, amp: torch.dtype, dtype: torch.dtype, size: tuple[int, int], criterion: Any, smoothing: float
-    ) -> None:
-        enc, dec = (one.detach().to(dtype).requires_grad_() for one in maps(*size))
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, **masks()}
-        wanted = loss_of(enc, dec, **knobs)
-        wanted_grads = grads(wanted, enc, dec)
-        with torch.autocast("cpu", dtype=amp):
-            actual = loss_of(enc, dec, **knobs)
-            # within autocast too, and once more from a graph that was kept
-            first = torch.autograd.grad(actual.total, (enc, dec), retain_graph=True)
-            second = torch.autograd.grad(actual.total, (enc, dec))
-        assert_same_terms(actual, wanted)
-        for got in (first, second):
-            for one, grad in zip(got, wanted_grads, strict=True):
-                assert torch.equal(one, grad)
 
     def test_autocast_changes_no_piece(self) -> None:
         enc, dec = maps(slots=5)
@@ -566,45 +477,6 @@ class TestPrecision:
 
 
 class TestStrides:
-    @CRITERIA
-    def test_alpha_as_the_last_channel_of_a_decoder(self, criterion: Any, smoothing: float) -> None:
-        enc, _ = maps()
-        out = torch.randn(2, 2, 3, H, W, 5, requires_grad=True)
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing}
-        dec = out[..., -1]
-        assert not dec.is_contiguous()
-        actual = loss_of(enc, dec, **knobs)
-        assert_same_terms(actual, loss_of(enc, dec.contiguous(), **knobs))
-        (grad,) = grads(actual, out)
-        (wanted,) = grads(loss_of(enc, dec.contiguous(), **knobs), out)
-        assert torch.equal(grad, wanted)
-        assert not grad[..., :-1].any()
-
-    @CRITERIA
-    @pytest.mark.parametrize("flat", [False, True])
-    def test_slots_last_as_an_attention_leaves_them(self, criterion: Any, smoothing: float, flat: bool) -> None:
-        enc, dec = (torch.randn(2, 2, H * W, 3, requires_grad=True) for _ in range(2))
-        given = [one.mT if flat else one.unflatten(2, (H, W)).movedim(-1, 2) for one in (enc, dec)]
-        assert not any(one.is_contiguous() for one in given)
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "grid": (H, W)}
-        for hide in ({}, masks()):
-            actual = loss_of(*given, **knobs | hide)
-            wanted = loss_of(*(one.contiguous() for one in given), **knobs | hide)
-            assert_close_terms(actual, wanted)
-            for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
-                torch.testing.assert_close(got, grad)
-
-    @CRITERIA
-    def test_expanded_maps(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = torch.randn(1, 1, 3, H, W).requires_grad_(), torch.randn(2, 1, 3, H, 1).requires_grad_()
-        given = (enc.expand(2, 3, 3, H, W), dec.expand(2, 3, 3, H, W))
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "min_different": 0}
-        actual = loss_of(*given, **knobs)
-        wanted = loss_of(*(one.contiguous() for one in given), **knobs)
-        assert_close_terms(actual, wanted)
-        for got, grad in zip(grads(actual, enc, dec), grads(wanted, enc, dec), strict=True):
-            torch.testing.assert_close(got, grad)
-
     def test_strided_masks_and_labels(self) -> None:
         enc, dec = maps()
         valid = (torch.rand(2, W, H, 2) < 0.8).movedim((1, 2, 3), (3, 2, 1))
@@ -676,43 +548,17 @@ class TestStrides:
 
 class TestGradcheck:
     @CRITERIA
-    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-    @pytest.mark.parametrize("masked", [False, True])
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    def test_of_a_map(self, criterion: Any, smoothing: float, temperature: float, masked: bool, reduction: Any) -> None:
-        logits = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-        target, region = torch.tensor([0, 2]).repeat(2, 1, 2, 1), torch.rand(2, 1, 2, 2) < 0.7
-        slot_mask = torch.tensor([[True, True, True], [True, False, True]]) if masked else None
-
-        def loss(leaf: Tensor) -> Tensor:
-            return selective_distillation_loss(
-                leaf,
-                target,
-                region,
-                criterion=criterion,
-                label_smoothing=smoothing,
-                temperature=temperature,
-                slot_mask=slot_mask,
-                reduction=reduction,
-            )
-
-        assert torch.autograd.gradcheck(loss, (logits,))
-
-    @CRITERIA
     @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @pytest.mark.parametrize("size", [(3, 3), (2, 4), (6, 6)])
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_of_the_whole(
-        self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int], masked: bool
-    ) -> None:
+    @pytest.mark.parametrize("size", [(2, 4), (6, 6)])
+    def test_of_the_whole(self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int]) -> None:
         enc, dec = (torch.randn(2, 1, 3, *one, dtype=torch.float64) for one in ((3, 3), size))
         if kind == "probs":
             # unnormalized, so that the way through the normalization is seen
             enc, dec = enc.exp(), dec.exp()
-        hide: Settings = {}
-        if masked:
-            hide["valid"] = torch.rand(2, 1, 3, 3) < 0.8
-            hide["slot_mask"] = torch.tensor([[True, True, True], [True, False, True]])
+        hide = {
+            "valid": torch.rand(2, 1, 3, 3) < 0.8,
+            "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
+        }
         module = SSyncLoss(
             criterion=criterion,
             label_smoothing=smoothing,
@@ -729,54 +575,9 @@ class TestGradcheck:
 
         assert torch.autograd.gradcheck(loss, (enc.requires_grad_(), dec.requires_grad_()))
 
-    @CRITERIA
-    def test_a_gradient_has_no_gradient(self, criterion: Any, smoothing: float) -> None:
-        enc, dec = maps()
-        total = loss_of(enc, dec, criterion=criterion, label_smoothing=smoothing).total
-        # whether or not what comes from above has one
-        for loss in (total, torch.tensor(2.0, requires_grad=True) * total):
-            (grad,) = torch.autograd.grad(loss, dec, create_graph=True)
-            with pytest.raises(RuntimeError, match="no second derivative"):
-                torch.autograd.backward(grad.square().sum() + dec.sum())
-
 
 class TestEmptyBatch:
-    """No clips: nothing to select, so the loss is 0 and attached, like any empty selection."""
-
-    @CRITERIA
-    @pytest.mark.parametrize("backend", ["torch", "reference"])
-    @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @pytest.mark.parametrize("size", [(H, W), (2, 3), (8, 12)])
-    @pytest.mark.parametrize("threshold", [0.6, None])
-    def test_the_loss_is_an_attached_zero(
-        self,
-        criterion: Any,
-        smoothing: float,
-        backend: Any,
-        kind: Any,
-        size: tuple[int, int],
-        threshold: float | None,
-    ) -> None:
-        enc, dec = maps(*size, clips=0)
-        knobs: Settings = {
-            "criterion": criterion,
-            "label_smoothing": smoothing,
-            "backend": backend,
-            "kind": kind,
-            "merge_threshold": threshold,
-        }
-        empty_masks: Settings = {"valid": torch.ones(0, 2).bool(), "slot_mask": torch.ones(0, 3).bool()}
-        for hide in ({}, empty_masks, {"valid": torch.ones(0, 2, H, W).bool()}):
-            terms = loss_of(enc, dec, **knobs, **hide)
-            assert [value.item() for value in terms[:5]] == [0.0] * 5
-            assert [tuple(part.shape) for part in terms.labels] == [(0, 2, H, W)] * 4 + [(0, 3)]
-            for grad, leaf in zip(grads(terms, enc, dec), (enc, dec), strict=True):
-                assert grad.shape == leaf.shape
-            assert boundary_refinement_loss(enc, dec, **knobs, **hide) == 0
-            assert interior_denoising_loss(enc, dec, **knobs, **hide) == 0
-        assert SSyncLoss(**knobs, start_step=1)(enc, dec, step=0) == 0
-
-    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
     def test_the_pieces_are_empty(self, backend: Any) -> None:
         logits, labels = torch.zeros(0, 2, 3, H, W, requires_grad=True), torch.zeros(0, 2, H, W).long()
         region = labels.bool()
@@ -804,56 +605,33 @@ OVERLAP, AREA = torch.zeros(2, 4, 4), torch.zeros(2, 4)
 PSEUDO = PseudoLabels(LABELS, LABELS, REGION, REGION, torch.zeros(2, 4, dtype=torch.int64))
 
 
-def module(
-    enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, step: Any = None, **settings: Any
-) -> Tensor:
-    return SSyncLoss(**settings).eval()(enc, dec, step=step, valid=valid, slot_mask=slot_mask)
+def made(make: Any, use: Any = nn.Module.__call__, **settings: Any) -> Any:
+    """Return a function of maps, masks and settings that makes a module and uses it, before its start if it has one."""
+    early = {"step": 0} if settings else {}
+
+    def call(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **others: Any) -> Any:
+        return use(make(**settings, **others).eval(), enc, dec, valid=valid, slot_mask=slot_mask, **early)
+
+    return call
 
 
-def early(enc: Any, dec: Any, **arguments: Any) -> Tensor:
-    return module(enc, dec, start_step=1, step=0, **arguments)
+FUNCTIONS = {one.__name__: one for one in (pseudo_labels, boundary_refinement_loss, interior_denoising_loss)}
+MODULES = {one.__name__: made(one) for one in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss)}
+BEFORE_THE_START_AND_OVER_RANKS = {
+    "before the start": made(SSyncLoss, start_step=1),
+    "terms before the start": made(SSyncLoss, SSyncLoss.terms, start_step=1),
+    "over ranks": made(SSyncLoss, global_mean),
+}
+TWO_MAPS: dict[str, Any] = FUNCTIONS | MODULES | BEFORE_THE_START_AND_OVER_RANKS
 
 
-def terms_early(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> SSyncTerms:
-    return SSyncLoss(start_step=1, **settings).eval().terms(enc, dec, step=0, valid=valid, slot_mask=slot_mask)
-
-
-def ranks(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
-    return global_mean(SSyncLoss(**settings).eval(), enc, dec, valid=valid, slot_mask=slot_mask)
-
-
-def boundary_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
-    loss: Tensor = BoundaryRefinementLoss(**settings).eval()(enc, dec, valid=valid, slot_mask=slot_mask)
-    return loss
-
-
-def interior_module(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **settings: Any) -> Tensor:
-    loss: Tensor = InteriorDenoisingLoss(**settings).eval()(enc, dec, valid=valid, slot_mask=slot_mask)
-    return loss
-
-
-TWO_MAPS = [
-    module,
-    early,
-    terms_early,
-    ranks,
-    boundary_module,
-    interior_module,
-    pseudo_labels,
-    boundary_refinement_loss,
-    interior_denoising_loss,
-]
-
-
-@pytest.mark.parametrize("call", TWO_MAPS, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", TWO_MAPS.values(), ids=TWO_MAPS)
 class TestRefusedMaps:
     """The same words everywhere two maps go in, before the start already."""
 
     @pytest.mark.parametrize(
         ("enc", "dec", "message"),
         [
-            (LOGITS[0, 0], LOGITS, "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (4, 5, 6)."),
-            (LOGITS, LOGITS[0, 0], "`dec_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (4, 5, 6)."),
             (LOGITS, LOGITS[:1], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (1, 3, 4, 5, 6)."),
             (LOGITS, LOGITS[:, :2], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 2, 4, 5, 6)."),
             (LOGITS, LOGITS[:, :, :3], "`dec_logits` must have shape (B=2, T=3, S=4, H_d, W_d); got (2, 3, 3, 5, 6)."),
@@ -909,9 +687,7 @@ class TestRefusedMaps:
         [
             ("valid", REGION[:1], "(B=2, T=3, H=5, W=6); got (1, 3, 5, 6)."),
             ("valid", REGION.mT, "(B=2, T=3, H=5, W=6); got (2, 3, 6, 5)."),
-            ("valid", REGION[0], "(B=2, T=3, H=5, W=6); got (3, 5, 6)."),
             ("valid", SLOTS, "(B=2, T=3); got (2, 4)."),
-            ("slot_mask", SLOTS[0], "(B=2, S=4); got (4,)."),
             ("slot_mask", SLOTS[:, :3], "(B=2, S=4); got (2, 3)."),
         ],
     )
@@ -933,18 +709,15 @@ RANGES: dict[str, tuple[str, tuple[float, ...]]] = {
     "start_step": ("at least 0", (-1,)),
     "ramp_steps": ("at least 0", (-1,)),
 }
-SETTINGS = {SSyncLoss: module, BoundaryRefinementLoss: boundary_module, InteriorDenoisingLoss: interior_module} | {
-    one: one for one in (pseudo_labels, boundary_refinement_loss, interior_denoising_loss)
-}
 
 
 class TestRefusedSettings:
     @pytest.mark.parametrize(
         ("call", "name"),
         [
-            pytest.param(call, name, id=f"{call.__name__}-{name}")
-            for made, call in SETTINGS.items()
-            for name in RANGES.keys() & inspect.signature(made).parameters.keys()
+            pytest.param(TWO_MAPS[one.__name__], name, id=f"{one.__name__}-{name}")
+            for one in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, *FUNCTIONS.values())
+            for name in RANGES.keys() & inspect.signature(one).parameters.keys()
         ],
     )
     def test_ranges(self, call: Any, name: str) -> None:
@@ -953,13 +726,13 @@ class TestRefusedSettings:
             knobs: Settings = {name: value}
             refuses(ValueError, f"`{name}` must be {wanted}; got {value}.", call, LOGITS, LOGITS, **knobs)
 
-    @pytest.mark.parametrize("call", [early, terms_early, ranks])
+    @pytest.mark.parametrize("call", BEFORE_THE_START_AND_OVER_RANKS.values())
     def test_settings_are_refused_before_the_start_and_over_ranks(self, call: Any) -> None:
         refuses(
             ValueError, "`merge_threshold` must be within [0.0, 1.0]; got 2.", call, LOGITS, LOGITS, merge_threshold=2
         )
 
-    @pytest.mark.parametrize("call", [module, boundary_module, boundary_refinement_loss, interior_denoising_loss])
+    @pytest.mark.parametrize("call", [*MODULES.values(), boundary_refinement_loss, interior_denoising_loss])
     def test_smoothing_is_for_the_cross_entropy(self, call: Any) -> None:
         wanted = "`label_smoothing` must be 0 with criterion='mse'; got 0.1. Smoothing is defined for "
         refuses(ValueError, f"{wanted}criterion='cross_entropy'.", call, LOGITS, LOGITS, label_smoothing=0.1)
@@ -1062,7 +835,6 @@ class TestRefusedPieces:
     @pytest.mark.parametrize(
         ("labels", "valid", "message"),
         [
-            (LABELS[0], None, "`labels` must have shape (B, T, H, W); got (3, 5, 6)."),
             (LABELS[:, :0], None, "`labels` must have T >= 1; got T=0."),
             (LABELS[:, :, :0], None, "`labels` must have H >= 1; got H=0."),
             (LABELS[..., :0], None, "`labels` must have W >= 1; got W=0."),
@@ -1169,6 +941,8 @@ def test_a_link_in_one_direction_counts_whatever_the_other_holds() -> None:
         overlap = torch.tensor([[[1.0, 0.9], [other, 1.0]]])
         for one in (overlap, overlap.mT):
             assert merge_slots(one, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[1, 1]]
+    alone = torch.ones(1, 2, 2)
+    assert merge_slots(alone, torch.tensor([[1, 2]]), threshold=1).tolist() == [[0, 1]]
     nothing = torch.full((1, 2, 2), float("nan"))
     assert merge_slots(nothing, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[0, 1]]
 

@@ -1,7 +1,7 @@
 """What must hold for any maps: renaming, merging, flips, poison, cropping, shifts, empty selections, order."""
 
 import math
-from itertools import pairwise, product
+from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
 import pytest
@@ -15,11 +15,7 @@ from engines_in_turn import ENGINES_IN_TURN
 from ssync_loss import PseudoLabels, SSyncLoss, SSyncTerms
 from ssync_loss.functional import (
     boundary_refinement_loss,
-    boundary_region,
     interior_denoising_loss,
-    interior_region,
-    merge_slots,
-    neighbor_difference,
     pseudo_labels,
     selective_distillation_loss,
     slot_overlap,
@@ -27,7 +23,6 @@ from ssync_loss.functional import (
 from ssync_loss.testing import (
     DistillationCase,
     MapPair,
-    SlotGraph,
     SSyncCase,
     assert_close_gradient,
     assert_close_loss,
@@ -38,7 +33,6 @@ from ssync_loss.testing import (
     map_pairs,
     poison,
     region_knobs,
-    slot_graphs,
     slot_masks,
     ssync_cases,
     thresholds,
@@ -51,8 +45,8 @@ RUBBISH = (NAN, INF, -INF)
 SOFT = [("mse", 0.0), ("cross_entropy", 0.2)]
 Settings: TypeAlias = dict[str, Any]
 
-# batches of 16 clips: 800 cases a property
-few = settings(max_examples=50)
+# batches of 16 clips: 240 cases a property
+few = settings(max_examples=15)
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 MAPS = map_pairs(minus_inf=True)
 GENERIC = thresholds(tied=False)
@@ -162,42 +156,6 @@ class TestRenaming:
         back = Result(after.terms, *(torch.empty_like(g).index_copy(2, names, g) for g in after[1:]))
         assert_close(back, before, slot_mask=case.slot_mask)
 
-    @given(ssync_cases(maps=MAPS))
-    @few
-    def test_the_lowest_present_slot_of_equals_wins_a_patch(self, case: SSyncCase) -> None:
-        labels = pseudo_labels(**case._asdict(), merge_threshold=None)
-        slots = torch.arange(case.enc_logits.shape[2])[:, None, None]
-        for logits, actual in ((case.enc_logits, labels.enc_labels), (case.dec_logits, labels.dec_labels)):
-            # 99 beats nothing: neither absent slots nor those that are not the largest
-            present = torch.ones(logits.shape[0], len(slots)).bool() if case.slot_mask is None else case.slot_mask
-            present = present[:, None, :, None, None]
-            largest = logits.masked_fill(~present, -INF).amax(2, keepdim=True)
-            winner = torch.where(present & (logits == largest), slots, 99).amin(2)
-            assert torch.equal(actual, torch.where(cells_of(case), winner, 0))
-
-    def test_a_tie_for_the_largest_area_goes_to_the_lowest_slot(self) -> None:
-        # slots 1, 2 and 3 are active on the last three places, where 2 and 3 win one and a half each
-        rows = [[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 5.0, 5.0], [0.0, 0.0, 6.0, 5.5], [0.0, 0.0, 5.5, 6.0]]
-        maps = torch.tensor(rows).view(1, 1, 4, 1, 4)
-        for order, names in (([0, 1, 2, 3], [0, 2, 2, 2]), ([0, 3, 1, 2], [0, 1, 1, 1]), ([3, 2, 1, 0], [0, 0, 0, 3])):
-            renamed = maps[:, :, order]
-            labels = pseudo_labels(renamed, renamed)
-            assert labels.representative.tolist() == [names]
-            assert set(labels.enc_labels.unique().tolist()) == set(names)
-
-    def test_a_group_without_any_area_is_named_by_its_lowest_slot(self) -> None:
-        rows = [[9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 5.0], [0.0, 0.0, 0.0, 5.0]]
-        maps = torch.tensor(rows).view(1, 1, 3, 1, 4)
-        assert pseudo_labels(maps, maps).representative.tolist() == [[0, 1, 1]]
-
-    def test_more_slots_than_a_byte_can_name(self) -> None:
-        labels = torch.tensor([[[[0, 126, 127, 128, 129]]]])
-        maps = F.one_hot(labels, 130).movedim(-1, 2).float()
-        found = pseudo_labels(maps, maps)
-        assert torch.equal(found.enc_labels, labels)
-        assert torch.equal(found.dec_labels, labels)
-        assert found.representative.tolist() == [list(range(130))]
-
     @pytest.mark.parametrize(
         ("num_slots", "names"), [(128, (0, 127, 3)), (129, (0, 128, 3)), (256, (1, 255, 2)), (257, (0, 256, 44))]
     )
@@ -213,164 +171,13 @@ class TestRenaming:
         assert_close(run(enc, dec, merge_threshold=None), expected)
 
 
-class TestMerging:
-    @given(slot_graphs(), thresholds())
-    @few
-    def test_a_representative_represents_itself(self, graph: SlotGraph, threshold: float | None) -> None:
-        names = merge_slots(*graph, threshold=threshold)
-        assert torch.equal(names.gather(1, names), names)
-
-    @given(slot_graphs(), thresholds())
-    @few
-    def test_merging_what_is_merged_changes_nothing(self, graph: SlotGraph, threshold: float | None) -> None:
-        names = merge_slots(*graph, threshold=threshold)
-        together = (names[:, :, None] == names[:, None]).float()
-        assert torch.equal(merge_slots(together, graph.area, threshold=0.5), names)
-
-    @given(slot_graphs(), thresholds())
-    @few
-    def test_links_are_followed_to_their_end(self, graph: SlotGraph, threshold: float | None) -> None:
-        names = merge_slots(*graph, threshold=threshold)
-        together = names[:, :, None] == names[:, None]
-        linked = torch.zeros_like(together)
-        if threshold is not None:
-            linked = graph.overlap > threshold
-        # every link lies within a group, and no proper part of a group is cut off from the rest of it
-        assert not (linked & ~together).any()
-        for links, group in zip(linked | linked.mT, names, strict=True):
-            for name in group.unique().tolist():
-                members = (group == name).nonzero().flatten().tolist()
-                reached, frontier = {members[0]}, [members[0]]
-                while frontier:
-                    near = set(links[frontier.pop()].nonzero().flatten().tolist()) - reached
-                    reached |= near
-                    frontier += near
-                assert reached == set(members)
-
-    @given(slot_graphs(), st.lists(thresholds().filter(lambda drawn: drawn is not None), min_size=2, max_size=4))
-    @few
-    def test_a_higher_threshold_never_merges_more(self, graph: SlotGraph, levels: list[float]) -> None:
-        for low, high in pairwise(sorted(levels)):
-            few_groups, many_groups = (merge_slots(*graph, threshold=level) for level in (low, high))
-            apart_below = few_groups[:, :, None] != few_groups[:, None]
-            apart_above = many_groups[:, :, None] != many_groups[:, None]
-            assert not (apart_below & ~apart_above).any()
-
-    @given(slot_graphs(), thresholds())
-    @few
-    def test_the_representative_has_the_largest_area(self, graph: SlotGraph, threshold: float | None) -> None:
-        names = merge_slots(*graph, threshold=threshold)
-        assert (graph.area.gather(1, names) >= graph.area).all()
-
-    @given(slot_graphs())
-    @few
-    def test_nothing_merges_at_one_or_none(self, graph: SlotGraph) -> None:
-        alone = torch.arange(graph.area.shape[1]).expand_as(graph.area)
-        assert torch.equal(merge_slots(*graph, threshold=1.0), alone)
-        assert torch.equal(merge_slots(*graph, threshold=1), alone)
-        assert torch.equal(merge_slots(*graph, threshold=None), alone)
-
-    @pytest.mark.parametrize("threshold", [1.0, None])
-    @given(case=ssync_cases(maps=MAPS))
-    @few
-    def test_maps_are_not_merged_at_one_or_none(self, threshold: float | None, case: SSyncCase) -> None:
-        labels = pseudo_labels(**case._asdict(), merge_threshold=threshold)
-        clips, slots = case.enc_logits.shape[0], case.enc_logits.shape[2]
-        assert torch.equal(labels.representative, torch.arange(slots).expand(clips, slots))
-
-    @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
-    @few
-    def test_merging_only_coarsens_the_labels(self, case: SSyncCase, threshold: float | None) -> None:
-        apart = pseudo_labels(**case._asdict(), merge_threshold=None)
-        merged = pseudo_labels(**case._asdict(), merge_threshold=threshold)
-        cells = cells_of(case)
-        for field in ("enc_labels", "dec_labels"):
-            before, after = getattr(apart, field), getattr(merged, field)
-            rewritten = merged.representative.gather(1, before.flatten(1)).view_as(before)
-            assert torch.equal(after, torch.where(cells, rewritten, 0))
-        # fewer labels, fewer edges
-        assert not (merged.boundary & ~boundary_region(apart.enc_labels, min_same=0, valid=cells)).any()
-        assert not (apart.interior & ~merged.interior).any()
-
-    @given(case=ssync_cases(maps=MAPS))
-    @few
-    def test_absent_slots_never_merge(self, case: SSyncCase) -> None:
-        representative = pseudo_labels(**case._asdict(), merge_threshold=0.0).representative
-        if case.slot_mask is not None:
-            alone = representative == torch.arange(representative.shape[1])
-            assert alone[~case.slot_mask].all()
-            assert case.slot_mask.gather(1, representative)[case.slot_mask].all()
-
-    @given(ssync_cases(maps=MAPS))
-    @few
-    def test_overlap_is_a_symmetric_share(self, case: SSyncCase) -> None:
-        overlap = slot_overlap(case.enc_logits, valid=case.valid, slot_mask=case.slot_mask)
-        assert torch.equal(overlap, overlap.mT)
-        assert overlap.min() >= 0
-        assert overlap.max() <= 1
-        own = overlap.diagonal(dim1=1, dim2=2)
-        assert (overlap <= own[:, :, None]).all()
-
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float16, torch.float64])
-    def test_an_area_of_any_type(self, dtype: torch.dtype) -> None:
-        overlap = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
-        area = torch.tensor([[1, 5, 0]]).to(dtype)
-        assert merge_slots(overlap, area, threshold=0.5).tolist() == [[1, 1, 2]]
-
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-    def test_areas_below_zero_compare_too(self, dtype: torch.dtype) -> None:
-        overlap = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
-        area = torch.tensor([[-3, -7, -5]]).to(dtype)
-        assert merge_slots(overlap, area, threshold=0.5).tolist() == [[0, 0, 2]]
-
-    def test_a_link_in_one_direction_counts(self) -> None:
-        overlap = torch.tensor([[[0.0, 0.9], [0.1, 0.0]], [[0.0, 0.1], [0.9, 0.0]]])
-        assert merge_slots(overlap, torch.tensor([[1, 2], [1, 2]]), threshold=0.5).tolist() == [[1, 1], [1, 1]]
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_an_overlap_at_the_threshold_is_no_link(self, dtype: torch.dtype) -> None:
-        at = torch.tensor([[[1.0, 0.7], [0.7, 1.0]]], dtype=dtype)
-        area = torch.tensor([[1, 2]])
-        assert merge_slots(at, area, threshold=0.7).tolist() == [[0, 1]]
-        assert merge_slots(at.nextafter(torch.ones_like(at)), area, threshold=0.7).tolist() == [[1, 1]]
-
-
 # time, up-down, left-right, and some together, as axes of (B, T, H, W)
 FLIPS = [(1,), (2,), (3,), (2, 3), (1, 3), (1, 2, 3)]
 
 
 class TestFlips:
-    @pytest.mark.parametrize("axes", FLIPS)
-    @given(labels=label_videos(), data=st.data(), knobs=region_knobs())
-    @settings(max_examples=10)
-    def test_regions_flip_with_the_labels(
-        self, axes: tuple[int, ...], labels: Tensor, data: st.DataObject, knobs: Settings
-    ) -> None:
-        valid = data.draw(st.none() | valid_masks(*labels.shape))
-        turned = None if valid is None else valid.flip(axes)
-        edge: Settings = {key: knobs[key] for key in ("min_different", "min_same")}
-        calm: Settings = {"max_different": knobs["max_different"]}
-        flipped = labels.flip(axes)
-        count = neighbor_difference(labels, valid=valid)
-        assert torch.equal(neighbor_difference(flipped, valid=turned), count.flip(axes))
-        boundary = boundary_region(labels, **edge, valid=valid)
-        assert torch.equal(boundary_region(flipped, **edge, valid=turned), boundary.flip(axes))
-        interior = interior_region(labels, **calm, valid=valid)
-        assert torch.equal(interior_region(flipped, **calm, valid=turned), interior.flip(axes))
-
-    @given(label_videos())
-    @few
-    def test_counts_turn_with_the_picture(self, labels: Tensor) -> None:
-        assert torch.equal(neighbor_difference(labels.mT), neighbor_difference(labels).mT)
-
-    @given(label_videos(), st.permutations(range(4)))
-    @few
-    def test_counts_ignore_names(self, labels: Tensor, names: list[int]) -> None:
-        assert torch.equal(neighbor_difference(torch.tensor(names)[labels]), neighbor_difference(labels))
-
-    @pytest.mark.parametrize("axes", FLIPS)
-    @given(maps=MAPS, threshold=GENERIC, knobs=region_knobs())
-    @settings(max_examples=10)
+    @given(axes=st.sampled_from(FLIPS), maps=MAPS, threshold=GENERIC, knobs=region_knobs())
+    @settings(max_examples=30)
     def test_the_loss_does_not_know_directions(
         self, axes: tuple[int, ...], maps: MapPair, threshold: float | None, knobs: Settings
     ) -> None:
@@ -386,15 +193,14 @@ class TestFlips:
 
 
 class TestAgreement:
-    @pytest.mark.parametrize(("criterion", "smoothing"), [("mse", 0.0), ("cross_entropy", 0.0)])
-    @given(labels=label_videos(), threshold=thresholds())
+    @given(labels=label_videos(), threshold=thresholds(), criterion=st.sampled_from(("mse", "cross_entropy")))
     @few
     def test_confident_maps_that_agree_cost_nothing(
-        self, criterion: str, smoothing: float, labels: Tensor, threshold: float | None
+        self, labels: Tensor, threshold: float | None, criterion: str
     ) -> None:
         # slots are active on disjoint places, so nothing is merged
         maps = 60.0 * F.one_hot(labels, 4).movedim(-1, 2).float()
-        result = run(maps, maps, merge_threshold=threshold, criterion=criterion, label_smoothing=smoothing)
+        result = run(maps, maps, merge_threshold=threshold, criterion=criterion)
         assert torch.equal(result.terms.labels.enc_labels, labels)
         assert 0 <= result.terms.total.item() < 1e-20
         assert result.enc_grad.abs().max() < 1e-20
@@ -407,20 +213,6 @@ class TestAgreement:
         # (0 - 1)^2 and (1 - 0)^2 average to 1
         assert terms.boundary == 1
         assert terms.interior == 1
-
-    @given(labels=label_videos(), factor=st.sampled_from((1.0, 4.0, 30.0)), generator=generators)
-    @few
-    def test_the_loss_is_never_negative_and_a_share_of_two(
-        self, labels: Tensor, factor: float, generator: torch.Generator
-    ) -> None:
-        noise = torch.randn(*labels.shape[:2], 4, *labels.shape[2:], generator=generator)
-        target = labels.roll(1, 0)
-        patches = selective_distillation_loss(
-            factor * noise, target, torch.ones_like(labels, dtype=torch.bool), reduction="none"
-        )
-        assert patches.min() >= 0
-        # the two vertices of a simplex are sqrt(2) apart
-        assert patches.max() <= 2 / 4 + 1e-6
 
 
 def shared_length(first: int, first_of: int, second: int, second_of: int) -> int:
@@ -442,37 +234,35 @@ def seen_from(cells: Tensor, height: int, width: int) -> Tensor:
 
 class TestPoison:
     @ENGINES_IN_TURN
-    @pytest.mark.parametrize("kind", ["logits", "probs", ("logits", "probs")])
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
     @given(
         case=ssync_cases(maps=map_pairs(batch=8)),
+        kinds=st.sampled_from((("logits", "logits"), ("probs", "probs"), ("logits", "probs"))),
+        soft=st.sampled_from(SOFT),
         threshold=GENERIC,
         knobs=region_knobs(),
         value=st.sampled_from((*RUBBISH, 1e30)),
     )
-    @settings(max_examples=15)
+    @settings(max_examples=30)
     def test_what_invalid_patches_and_absent_slots_hold_never_matters(
         self,
         engine: Any,
-        kind: Any,
-        criterion: Any,
-        smoothing: float,
         case: SSyncCase,
+        kinds: tuple[str, str],
+        soft: tuple[str, float],
         threshold: float | None,
         knobs: Settings,
         value: float,
     ) -> None:
-        kinds = (kind, kind) if isinstance(kind, str) else kind
         maps = [
             one if what == "logits" else torch.softmax(one, 2)
             for one, what in zip((case.enc_logits, case.dec_logits), kinds, strict=True)
         ]
         masks: Settings = {"valid": case.valid, "slot_mask": case.slot_mask}
         loss: Settings = {
-            "criterion": criterion,
-            "label_smoothing": smoothing,
+            "criterion": soft[0],
+            "label_smoothing": soft[1],
             "merge_threshold": threshold,
-            "kind": kind,
+            "kind": kinds,
         }
         with engine():
             clean = run(*maps, **masks | loss | knobs)
@@ -483,12 +273,16 @@ class TestPoison:
         assert not dirty.enc_grad[unseen].any()
         assert not dirty.dec_grad[unseen].any()
 
-    @pytest.mark.parametrize("size", [(8, 12), (2, 3), (1, 1), (3, 5), (7, 4), (4, 3)])
-    @pytest.mark.parametrize("kind", ["logits", "probs"])
-    @given(data=st.data(), value=st.sampled_from((*RUBBISH, 1e30)), generator=generators)
-    @settings(max_examples=6)
+    @given(
+        size=st.sampled_from([(8, 12), (2, 3), (1, 1), (3, 5), (7, 4), (4, 3)]),
+        kind=st.sampled_from(("logits", "probs")),
+        data=st.data(),
+        value=st.sampled_from((*RUBBISH, 1e30)),
+        generator=generators,
+    )
+    @settings(max_examples=40)
     def test_nor_does_it_on_a_decoder_grid_of_its_own(
-        self, size: tuple[int, int], kind: Any, data: st.DataObject, value: float, generator: torch.Generator
+        self, size: tuple[int, int], kind: str, data: st.DataObject, value: float, generator: torch.Generator
     ) -> None:
         enc, dec = (torch.randn(6, 2, 3, *one, generator=generator) for one in ((4, 6), size))
         if kind == "probs":
@@ -520,27 +314,11 @@ class TestPoison:
         dirty = poison(case.enc_logits, value=value, **masks)
         assert torch.equal(slot_overlap(dirty, **masks), slot_overlap(case.enc_logits, **masks))
 
-    @given(labels=label_videos(), data=st.data(), knobs=region_knobs(), generator=generators)
-    @few
-    def test_nor_do_the_counts(
-        self, labels: Tensor, data: st.DataObject, knobs: Settings, generator: torch.Generator
-    ) -> None:
-        valid = data.draw(valid_masks(*labels.shape))
-        dirty = torch.where(valid, labels, torch.randint(4, labels.shape, generator=generator))
-        count = neighbor_difference(labels, valid=valid)
-        assert torch.equal(neighbor_difference(dirty, valid=valid), count)
-        assert not count[~valid].any()
-        edge: Settings = {key: knobs[key] for key in ("min_different", "min_same")}
-        calm: Settings = {"max_different": knobs["max_different"]}
-        assert not (boundary_region(labels, **edge, valid=valid) & ~valid).any()
-        assert not (interior_region(labels, **calm, valid=valid) & ~valid).any()
-
     @ENGINES_IN_TURN
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @given(case=distillation_cases(maps=MAPS), value=st.sampled_from(RUBBISH))
+    @given(case=distillation_cases(maps=MAPS), value=st.sampled_from(RUBBISH), soft=st.sampled_from(SOFT))
     @few
     def test_a_loss_does_not_look_at_patches_it_does_not_teach(
-        self, engine: Any, criterion: Any, smoothing: float, case: DistillationCase, value: float
+        self, engine: Any, case: DistillationCase, value: float, soft: tuple[Any, float]
     ) -> None:
         results = []
         for logits in (case.logits, poison(case.logits, valid=case.region, slot_mask=case.slot_mask, value=value)):
@@ -548,8 +326,8 @@ class TestPoison:
             with engine():
                 patches = selective_distillation_loss(
                     **case._replace(logits=leaf)._asdict(),
-                    criterion=criterion,
-                    label_smoothing=smoothing,
+                    criterion=soft[0],
+                    label_smoothing=soft[1],
                     reduction="none",
                 )
                 results.append((patches, *torch.autograd.grad(patches.sum(), leaf)))
@@ -633,7 +411,7 @@ def boxes(draw: st.DrawFn, frames: int, height: int, width: int, step: int = 1) 
 
 class TestCropping:
     @given(maps=map_pairs(minus_inf=True, max_height=6), data=st.data(), threshold=GENERIC, knobs=region_knobs())
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     def test_a_valid_box_is_a_crop(
         self, maps: MapPair, data: st.DataObject, threshold: float | None, knobs: Settings
     ) -> None:
@@ -673,13 +451,13 @@ class TestCropping:
         same = [torch.equal(left[:, :, 1:2], right) for left, right in zip(*regions, strict=True)]
         assert same == ["max_different" in knobs, "max_different" not in knobs]
 
-    @pytest.mark.parametrize(("numerator", "denominator"), [(2, 1), (1, 2), (3, 1), (3, 2)])
-    @given(data=st.data(), generator=generators)
-    @settings(max_examples=15)
+    @given(ratio=st.sampled_from([(2, 1), (1, 2), (3, 1), (3, 2)]), data=st.data(), generator=generators)
+    @settings(max_examples=25)
     def test_a_decoder_on_another_grid_is_cropped_with_it(
-        self, numerator: int, denominator: int, data: st.DataObject, generator: torch.Generator
+        self, ratio: tuple[int, int], data: st.DataObject, generator: torch.Generator
     ) -> None:
         b, t, s, h, w = 4, 2, 3, 4, 6
+        numerator, denominator = ratio
         size = (h * numerator // denominator, w * numerator // denominator)
         enc, dec = (torch.randn(b, t, s, *one, dtype=torch.float64, generator=generator) for one in ((h, w), size))
         # the box ends where cells of both grids end
@@ -692,82 +470,17 @@ class TestCropping:
             assert torch.equal(box.labels(whole), part)
         assert_close(Result(before.terms, box.maps(before.enc_grad), dec_box.maps(before.dec_grad)), after)
 
-    @given(maps=MAPS, data=st.data(), threshold=GENERIC)
-    @few
-    def test_invalid_frames_at_the_ends_are_cut_off(
-        self, maps: MapPair, data: st.DataObject, threshold: float | None
-    ) -> None:
-        b, t = maps.enc_logits.shape[:2]
-        box = data.draw(boxes(t, 1, 1))
-        valid = torch.zeros(b, t, dtype=torch.bool)
-        valid[:, box.frames] = True
-        before = run(*maps, valid=valid, merge_threshold=threshold)
-        after = run(*(one[:, box.frames] for one in maps), merge_threshold=threshold)
-        assert torch.equal(before.terms.labels.enc_labels[:, box.frames], after.terms.labels.enc_labels)
-        assert torch.equal(before.terms.labels.dec_labels[:, box.frames], after.terms.labels.dec_labels)
-        assert_close(Result(before.terms, *(grad[:, box.frames] for grad in before[1:])), after)
-
-    @given(maps=MAPS, data=st.data())
-    @few
-    def test_a_frame_without_valid_patches_leaves_the_mean_over_frames(
-        self, maps: MapPair, data: st.DataObject
-    ) -> None:
-        enc = maps.enc_logits
-        kept = data.draw(st.lists(st.booleans(), min_size=enc.shape[1], max_size=enc.shape[1]))
-        kept[0] = True
-        valid = torch.tensor(kept).expand(enc.shape[0], -1)
-        wanted = slot_overlap(enc[:, kept])
-        torch.testing.assert_close(slot_overlap(enc, valid=valid), wanted, rtol=0, atol=1e-6)
-        patches = valid[:, :, None, None].expand(-1, -1, *enc.shape[3:])
-        torch.testing.assert_close(slot_overlap(enc, valid=patches), wanted, rtol=0, atol=1e-6)
-
-    @given(case=ssync_cases(maps=MAPS), data=st.data(), threshold=GENERIC, knobs=region_knobs())
-    @few
-    def test_frames_are_short_for_all_their_patches(
-        self, case: SSyncCase, data: st.DataObject, threshold: float | None, knobs: Settings
-    ) -> None:
-        case = case._replace(valid=data.draw(valid_masks(*case.enc_logits.shape[:2])))
-        spelled = case._replace(valid=cells_of(case._replace(slot_mask=None)))
-        assert_same(
-            run(**case._asdict(), merge_threshold=threshold, **knobs),
-            run(**spelled._asdict(), merge_threshold=threshold, **knobs),
-        )
-
-    @given(maps=MAPS, threshold=GENERIC, knobs=region_knobs())
-    @few
-    def test_masks_that_hide_nothing_change_nothing(
-        self, maps: MapPair, threshold: float | None, knobs: Settings
-    ) -> None:
-        b, t, s, h, w = maps.enc_logits.shape
-        plain = run(*maps, merge_threshold=threshold, **knobs)
-        nothing_hidden: list[Settings] = [
-            {"valid": torch.ones(b, t, h, w).bool()},
-            {"valid": torch.ones(b, t).bool()},
-            {"slot_mask": torch.ones(b, s).bool()},
-        ]
-        for masks in nothing_hidden:
-            masked = run(*maps, merge_threshold=threshold, **masks | knobs)
-            assert_same_labels(masked.terms.labels, plain.terms.labels)
-            assert_close(masked, plain)
-
 
 class TestSlotMask:
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @given(maps=MAPS, data=st.data(), threshold=GENERIC, knobs=region_knobs())
+    @given(maps=MAPS, data=st.data(), soft=st.sampled_from(SOFT), threshold=GENERIC, knobs=region_knobs())
     @few
     def test_masking_slots_is_taking_them_away(
-        self,
-        criterion: Any,
-        smoothing: float,
-        maps: MapPair,
-        data: st.DataObject,
-        threshold: float | None,
-        knobs: Settings,
+        self, maps: MapPair, data: st.DataObject, soft: tuple[str, float], threshold: float | None, knobs: Settings
     ) -> None:
         b, _, s, _, _ = maps.enc_logits.shape
         mask = data.draw(slot_masks(1, s, empty=False))
         kept = mask[0].nonzero().flatten()
-        loss: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": threshold}
+        loss: Settings = {"criterion": soft[0], "label_smoothing": soft[1], "merge_threshold": threshold}
         masked = run(*maps, slot_mask=mask.expand(b, s), **loss | knobs)
         taken = run(*(one[:, :, kept] for one in maps), **loss | knobs)
         old, new = masked.terms.labels, taken.terms.labels
@@ -776,7 +489,7 @@ class TestSlotMask:
         assert torch.equal(kept[new.representative], old.representative[:, kept])
         assert torch.equal(new.boundary, old.boundary)
         assert torch.equal(new.interior, old.interior)
-        assert_close(Result(masked.terms, *(grad[:, :, kept] for grad in masked[1:])), taken, criterion=criterion)
+        assert_close(Result(masked.terms, *(grad[:, :, kept] for grad in masked[1:])), taken, criterion=soft[0])
 
     @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
     @few
@@ -797,24 +510,6 @@ class TestSlotMask:
         assert not masked.enc_grad[::2].any()
         assert not masked.dec_grad[::2].any()
 
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @given(case=distillation_cases(maps=MAPS))
-    @few
-    def test_a_clip_without_slots_has_nothing_to_teach(
-        self, criterion: Any, smoothing: float, reduction: Any, case: DistillationCase
-    ) -> None:
-        knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "reduction": reduction}
-        clips, slots = len(case.logits), case.logits.shape[2]
-        mask = torch.ones(clips, slots).bool() if case.slot_mask is None else case.slot_mask.clone()
-        mask[::2] = False
-        actual = selective_distillation_loss(*case[:3], slot_mask=mask, **knobs)
-        wanted = selective_distillation_loss(*(one[1::2] for one in case[:3]), slot_mask=mask[1::2], **knobs)
-        if reduction == "none":
-            assert not actual[::2].any()
-            actual = actual[1::2]
-        assert_close_loss(actual, wanted)
-
 
 def shift_of(maps: Tensor, generator: torch.Generator) -> Tensor:
     """A dyadic constant for every patch, (B, T, 1, H, W): no two slots come to tie by rounding."""
@@ -824,27 +519,17 @@ def shift_of(maps: Tensor, generator: torch.Generator) -> Tensor:
 class TestShifts:
     """A softmax does not see a constant added to all slots of a patch."""
 
+    @pytest.mark.parametrize("both", [False, True], ids=["the decoder", "both, without merging"])
     @given(maps=MAPS, threshold=GENERIC, knobs=region_knobs(), generator=generators)
     @few
-    def test_a_shift_of_the_decoder(
-        self, maps: MapPair, threshold: float | None, knobs: Settings, generator: torch.Generator
+    def test_a_shift(
+        self, both: bool, maps: MapPair, threshold: float | None, knobs: Settings, generator: torch.Generator
     ) -> None:
         enc, dec = maps
         shift = shift_of(enc, generator)
+        threshold = None if both else threshold
         before = run(enc, dec, merge_threshold=threshold, **knobs)
-        after = run(enc, dec + shift, merge_threshold=threshold, **knobs)
-        assert_same_labels(after.terms.labels, before.terms.labels)
-        assert_close(after, before)
-
-    @given(maps=MAPS, knobs=region_knobs(), generator=generators)
-    @few
-    def test_a_shift_of_the_encoder_without_merging(
-        self, maps: MapPair, knobs: Settings, generator: torch.Generator
-    ) -> None:
-        enc, dec = maps
-        shift = shift_of(enc, generator)
-        before = run(enc, dec, merge_threshold=None, **knobs)
-        after = run(enc + shift, dec, merge_threshold=None, **knobs)
+        after = run(enc + shift * both, dec + shift, merge_threshold=threshold, **knobs)
         assert_same_labels(after.terms.labels, before.terms.labels)
         assert_close(after, before)
 
@@ -870,163 +555,23 @@ class TestShifts:
         assert pseudo_labels(raised, enc).enc_labels.tolist() == [[[[0, 0, 0]]]]
 
 
-class TestGradients:
-    @pytest.mark.parametrize("size", [(4, 5), (8, 10), (3, 3)])
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_no_gradient_crosses_between_the_maps(self, size: tuple[int, int], masked: bool) -> None:
-        enc, dec = torch.randn(2, 3, 4, 4, 5).requires_grad_(), torch.randn(2, 3, 4, *size).requires_grad_()
-        masks: Settings = {}
-        if masked:
-            masks = {
-                "valid": torch.rand(2, 3, 4, 5) < 0.8,
-                "slot_mask": torch.tensor([[True] * 4, [True, False] * 2]),
-            }
-        terms = SSyncLoss(merge_threshold=None, max_different=5).terms(enc, dec, **masks)
-        assert terms.boundary > 0
-        assert terms.interior > 0
-        for term, taught, teacher in ((terms.boundary, dec, enc), (terms.interior, enc, dec)):
-            taught_grad, teacher_grad = torch.autograd.grad(
-                term, (taught, teacher), allow_unused=True, retain_graph=True
-            )
-            assert taught_grad.any()
-            assert teacher_grad is None
-        # and labels are no function of either
-        assert not any(part.requires_grad for part in (terms.num_boundary, terms.num_interior, *terms.labels))
-
-    @pytest.mark.parametrize(("off", "taught"), [("boundary_weight", 0), ("interior_weight", 1)])
-    def test_a_term_of_weight_zero_teaches_nobody(self, off: str, taught: int) -> None:
-        maps = [torch.randn(2, 3, 4, 4, 5).requires_grad_() for _ in range(2)]
-        switched: Settings = {off: 0.0}
-        criterion = SSyncLoss(merge_threshold=None, max_different=5, **switched)
-        grads = torch.autograd.grad(criterion(*maps), maps)
-        assert grads[taught].any()
-        assert not grads[1 - taught].any()
-
-    @given(maps=MAPS, weights=st.tuples(*[st.sampled_from((0.0, 0.5, 1.0, 3.0))] * 2))
-    @few
-    def test_weights_scale_terms_and_gradients(self, maps: MapPair, weights: tuple[float, float]) -> None:
-        plain = run(*maps)
-        weighted = run(*maps, boundary_weight=weights[0], interior_weight=weights[1])
-        assert torch.equal(weighted.terms.boundary, plain.terms.boundary)
-        assert torch.equal(weighted.terms.interior, plain.terms.interior)
-        total = weights[0] * plain.terms.boundary + weights[1] * plain.terms.interior
-        assert_close_loss(weighted.terms.total, total)
-        torch.testing.assert_close(weighted.dec_grad, weights[0] * plain.dec_grad)
-        torch.testing.assert_close(weighted.enc_grad, weights[1] * plain.enc_grad)
-
-    @given(case=distillation_cases(maps=MAPS), temperature=st.sampled_from((0.5, 1.0, 2.0)))
-    @few
-    def test_a_gradient_adds_up_to_zero_over_slots(self, case: DistillationCase, temperature: float) -> None:
-        # a softmax does not see a shift, so it pulls in no direction that shifts
-        leaf = case.logits.clone().requires_grad_()
-        loss = selective_distillation_loss(
-            **case._replace(logits=leaf)._asdict(), temperature=temperature, reduction="sum"
-        )
-        (grad,) = torch.autograd.grad(loss, leaf)
-        assert grad.sum(2).abs().max() < 1e-6
-
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    def test_a_graph_that_is_kept_gives_the_same_gradient_again(self, criterion: Any, smoothing: float) -> None:
-        maps = [torch.randn(2, 3, 4, 4, 5).requires_grad_() for _ in range(2)]
-        loss = SSyncLoss(merge_threshold=None, criterion=criterion, label_smoothing=smoothing)(*maps)
-        first = torch.autograd.grad(loss, maps, retain_graph=True)
-        kept = [grad.clone() for grad in first]
-        second = torch.autograd.grad(3.0 * loss, maps, retain_graph=True)
-        third = torch.autograd.grad(loss, maps)
-        for one, copy, three_times, again in zip(first, kept, second, third, strict=True):
-            assert torch.equal(one, copy)
-            assert torch.equal(again, copy)
-            torch.testing.assert_close(three_times, 3.0 * copy)
-
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    def test_nothing_is_written_into_what_was_given(self, criterion: Any, smoothing: float) -> None:
-        case: Settings = {
-            "enc_logits": torch.randn(2, 3, 4, 4, 5),
-            "dec_logits": torch.randn(2, 3, 4, 8, 10),
-            "valid": torch.rand(2, 3, 4, 5) < 0.8,
-            "slot_mask": torch.tensor([[True] * 4, [True, False] * 2]),
-        }
-        copies = {name: one.clone() for name, one in case.items()}
-        for name in ("enc_logits", "dec_logits"):
-            case[name].requires_grad_()
-        terms = SSyncLoss(criterion=criterion, label_smoothing=smoothing).terms(**case)
-        labels = [one.clone() for one in terms.labels]
-        torch.autograd.backward(terms.total)
-        for name, one in case.items():
-            assert torch.equal(one, copies[name]), name
-        for one, copy in zip(terms.labels, labels, strict=True):
-            assert torch.equal(one, copy)
-
-
 class TestEmptySelections:
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_no_boundary_and_no_interior(self, criterion: Any, smoothing: float, backend: Any) -> None:
-        checker = torch.tensor([[[[0, 1], [1, 0]], [[1, 0], [0, 1]]]])
-        constant = F.one_hot(torch.zeros_like(checker), 2).movedim(-1, 2).float()
-        mixed = F.one_hot(checker, 2).movedim(-1, 2).float()
-        knobs: Settings = {
-            "criterion": criterion,
-            "label_smoothing": smoothing,
-            "backend": backend,
-            "merge_threshold": None,
-        }
-        result = run(constant, mixed, **knobs)
-        assert result.terms.num_boundary == 0
-        assert result.terms.num_interior == 0
-        for value in result.terms[:3]:
-            assert value == 0
-            assert value.requires_grad
-        assert not result.enc_grad.any()
-        assert not result.dec_grad.any()
-
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
     @pytest.mark.parametrize("nothing", ["valid frames", "valid patches", "present slots"])
-    @pytest.mark.parametrize("size", [(2, 3), (4, 6), (1, 2)])
-    def test_nothing_valid_or_present(
-        self, criterion: Any, smoothing: float, backend: Any, nothing: str, size: tuple[int, int]
-    ) -> None:
+    @pytest.mark.parametrize("size", [(2, 3), (4, 6)])
+    def test_nothing_valid_or_present(self, backend: Any, nothing: str, size: tuple[int, int]) -> None:
         enc, dec = torch.full((2, 2, 3, 2, 3), NAN), torch.full((2, 2, 3, *size), INF)
         masks: Settings = {
             "valid frames": {"valid": torch.zeros(2, 2).bool()},
             "valid patches": {"valid": torch.zeros(2, 2, 2, 3).bool()},
             "present slots": {"slot_mask": torch.zeros(2, 3).bool()},
         }[nothing]
-        result = run(
-            enc, dec, **masks, criterion=criterion, label_smoothing=smoothing, backend=backend, max_different=10
-        )
+        result = run(enc, dec, **masks, backend=backend, max_different=10)
         assert [value.item() for value in result.terms[:5]] == [0, 0, 0, 0, 0]
         assert result.terms.total.requires_grad
         assert not result.enc_grad.any()
         assert not result.dec_grad.any()
         assert result.terms.labels.representative.tolist() == [[0, 1, 2]] * 2
-
-    @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    @pytest.mark.parametrize("value", [0.0, *RUBBISH])
-    def test_an_empty_region(self, criterion: Any, smoothing: float, reduction: Any, value: float) -> None:
-        leaf = torch.full((2, 1, 3, 2, 2), value, requires_grad=True)
-        target, region = torch.zeros(2, 1, 2, 2).long(), torch.zeros(2, 1, 2, 2).bool()
-        loss = selective_distillation_loss(
-            leaf, target, region, criterion=criterion, label_smoothing=smoothing, reduction=reduction
-        )
-        assert torch.equal(loss, torch.zeros(region.shape if reduction == "none" else ()))
-        (grad,) = torch.autograd.grad(loss.sum(), leaf)
-        assert torch.equal(grad, torch.zeros_like(leaf))
-
-    @pytest.mark.parametrize("value", [0.0, *RUBBISH])
-    def test_before_the_start_it_is_zero_whatever_the_maps_hold(self, value: float) -> None:
-        kinds: list[Any] = ["logits", "probs"]
-        for kind, masked in product(kinds, (False, True)):
-            enc = torch.full((1, 2, 3, 2, 2), value, requires_grad=True)
-            dec = torch.full((1, 2, 3, 4, 4), value, requires_grad=True)
-            masks: Settings = {"valid": torch.zeros(1, 2).bool()} if masked else {}
-            criterion = SSyncLoss(start_step=5, kind=kind)
-            for zero in (criterion(enc, dec, step=4, **masks), criterion.terms(enc, dec, step=4, **masks).total):
-                assert zero.item() == 0
-                for grad in torch.autograd.grad(zero, (enc, dec)):
-                    assert torch.equal(grad, torch.zeros_like(grad))
 
 
 class TestOrder:
@@ -1042,7 +587,7 @@ class TestOrder:
         assert_close(Result(after.terms, *(grad[back] for grad in after[1:])), before, slot_mask=case.slot_mask)
 
     @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
-    @few
+    @settings(max_examples=8)
     def test_a_batch_is_the_mean_over_all_that_its_clips_select(self, case: SSyncCase, threshold: float | None) -> None:
         whole = run(**case._asdict(), merge_threshold=threshold).terms
         clips, _, slots = case.enc_logits.shape[:3]
@@ -1062,7 +607,7 @@ class TestOrder:
         torch.testing.assert_close(whole.interior, means[1], rtol=1e-5, atol=1e-8)
 
     @ENGINES_IN_TURN
-    @pytest.mark.parametrize("size", [(24, 24), (128, 128), (1024, 1024), (1, 1 << 16)])
+    @pytest.mark.parametrize("size", [(24, 24), (1024, 1024), (1, 1 << 16)])
     @pytest.mark.parametrize("constant", [True, False])
     def test_large_planes_are_added_up_as_small_ones(self, engine: Any, size: tuple[int, int], constant: bool) -> None:
         enc, dec = torch.randn(2, 1, 1, 3, *size).unbind()
@@ -1079,19 +624,13 @@ class TestOrder:
         assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-6)
         assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-6)
 
-    @pytest.mark.parametrize("dirty", range(5))
-    def test_dirt_in_any_clip_is_dirt(self, dirty: int) -> None:
+    def test_dirt_in_any_clip_is_dirt(self) -> None:
         enc, dec = torch.randn(2, 5, 2, 3, 4, 5).unbind()
         assert SSyncLoss().eval()(enc, dec).isfinite()
-        for maps in (enc, dec):
+        for maps, dirty in product((enc, dec), range(5)):
             maps[dirty, 1, 2, 3, 4] = float("nan")
             assert SSyncLoss().eval()(enc, dec).isnan()
             maps[dirty, 1, 2, 3, 4] = 0.0
-
-    @given(case=ssync_cases(maps=MAPS))
-    @few
-    def test_twice_is_the_same(self, case: SSyncCase) -> None:
-        assert_same(run(**case._asdict()), run(**case._asdict()))
 
 
 class TestSmallShapes:
@@ -1105,31 +644,6 @@ class TestSmallShapes:
             assert torch.equal(image.expand_as(clip), clip)
         assert_close_loss(moving.terms.boundary, still.terms.boundary)
         assert_close_loss(moving.terms.interior, still.terms.interior)
-
-    @given(case=ssync_cases(maps=map_pairs(max_slots=1, minus_inf=True)), knobs=region_knobs())
-    @few
-    def test_a_single_slot_has_nothing_to_learn(self, case: SSyncCase, knobs: Settings) -> None:
-        for criterion in ("mse", "cross_entropy"):
-            result = run(**case._asdict(), criterion=criterion, **knobs)
-            assert result.terms.total == 0
-            assert not result.enc_grad.any()
-            assert not result.dec_grad.any()
-        labels = result.terms.labels
-        assert not labels.enc_labels.any()
-        # nothing differs, so all that is valid is interior
-        assert torch.equal(labels.interior, cells_of(case))
-
-    @given(label_videos(max_height=1), region_knobs())
-    @few
-    def test_a_row_sees_its_sides_three_times(self, labels: Tensor, knobs: Settings) -> None:
-        left = labels != torch.cat([labels[..., :1], labels[..., :-1]], -1)
-        right = labels != torch.cat([labels[..., 1:], labels[..., -1:]], -1)
-        before = labels != torch.cat([labels[:, :1], labels[:, :-1]], 1)
-        after = labels != torch.cat([labels[:, 1:], labels[:, -1:]], 1)
-        count = 3 * (left.int() + right.int()) + before.int() + after.int()
-        assert torch.equal(neighbor_difference(labels).int(), count)
-        calm = knobs["max_different"]
-        assert torch.equal(interior_region(labels, max_different=calm), count <= calm)
 
     def test_one_patch_has_no_neighbor_but_itself(self) -> None:
         enc, dec = torch.tensor([2.0, 0.0]).view(1, 1, 2, 1, 1), torch.tensor([3.0, 1.0]).log().view(1, 1, 2, 1, 1)

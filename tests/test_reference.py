@@ -38,8 +38,14 @@ NAN = math.nan
 
 
 class TestGoldenFiles:
-    def test_all_nine_are_there(self) -> None:
-        assert len(NAMES) == 9
+    def test_they_cover_what_they_should(self) -> None:
+        cases = [load_golden(name).expected for name in NAMES]
+        assert len(cases) == 9
+        for region in ("is_boundary", "is_interior"):
+            assert any(not one[region].any() for one in cases)
+        merged = [not torch.equal(one["enc_labels"], one["enc_labels_merged"]) for one in cases]
+        assert any(merged)
+        assert not all(merged)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_labels_and_regions_are_equal(self, name: str) -> None:
@@ -532,16 +538,6 @@ class TestSSync:
         generator = torch.Generator().manual_seed(3)
         enc, dec = torch.randn(2, 2, 2, 3, 3, 4, dtype=torch.float64, generator=generator)
         return enc.requires_grad_(), dec.requires_grad_()
-
-    def test_each_term_teaches_one_map(self) -> None:
-        enc, dec = self.maps()
-        terms = reference_ssync(enc, dec, max_different=6)
-        assert terms.boundary > 0
-        assert terms.interior > 0
-        for term, taught, other in ((terms.boundary, dec, enc), (terms.interior, enc, dec)):
-            gradients = torch.autograd.grad(term, (taught, other), allow_unused=True, retain_graph=True)
-            assert gradients[0].any()
-            assert gradients[1] is None
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     @pytest.mark.parametrize("side", [0, 1])

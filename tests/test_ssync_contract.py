@@ -1,4 +1,4 @@
-"""What every loss must do, of the three modules of SSync; an engine inherits these classes with its name."""
+"""What every loss must do, of the three modules of SSync, by plain torch and by the C library."""
 
 from typing import Any, ClassVar
 
@@ -15,12 +15,15 @@ BOUNDARY: dict[str, Any] = {"min_different": 4, "min_same": 4}
 INTERIOR: dict[str, Any] = {"max_different": 6}
 CRITERIA: dict[str, Any] = {"criterion": "mse", "label_smoothing": 0.1, "temperature": 0.5, "kind": "probs"}
 SCHEDULE: dict[str, Any] = {"boundary_weight": 2.0, "interior_weight": 0.5, "start_step": 5, "ramp_steps": 9}
+# the default compiler takes half a minute
+COMPILED_BEFORE = {"default_compiler": "TestSSync has gone through it"}
 
 
 class SSyncContract(LossContract):
-    """Random maps, of which some patches and slots do not count."""
+    """Random maps, good as logits and as probabilities, of which some patches and slots do not count."""
 
     backend: ClassVar[str] = "torch"
+    twice_differentiable: ClassVar = True
     knobs: ClassVar = {"criterion": "cross_entropy"}
     inert: ClassVar = {"grid": (3, 4), "backend": "auto"}
     # arguments that get gradients, and others than maps and masks
@@ -32,7 +35,7 @@ class SSyncContract(LossContract):
         cls.knobs = cls.knobs | {"backend": cls.backend}
 
     def maps(self) -> dict[str, Tensor]:
-        return {name: torch.randn(2, 2, 3, 3, 4) for name in ("enc_logits", "dec_logits")}
+        return {name: torch.randn(2, 2, 3, 3, 4).exp() for name in ("enc_logits", "dec_logits")}
 
     def masks(self) -> dict[str, Tensor]:
         valid = torch.rand(2, 2, 3, 4) < 0.8
@@ -56,6 +59,7 @@ class TestSSync(SSyncContract):
     loss = SSyncLoss
     knobs: ClassVar = SSyncContract.knobs | {"max_different": 4}
     settings: ClassVar = LABELS | BOUNDARY | INTERIOR | CRITERIA | SCHEDULE
+    refused: ClassVar = [({"boundary_weight": torch.ones(1)}, ValueError, "`boundary_weight` must be .* without axes")]
     taught = ("enc_logits", "dec_logits")
     more: ClassVar = {"step": 3}
 
@@ -63,18 +67,18 @@ class TestSSync(SSyncContract):
 class TestBoundary(SSyncContract):
     loss = BoundaryRefinementLoss
     function = staticmethod(boundary_refinement_loss)
+    not_applicable: ClassVar = COMPILED_BEFORE
     settings: ClassVar = LABELS | BOUNDARY | CRITERIA
     taught = ("dec_logits",)
-    narrow: ClassVar = {"enc_logits": "nothing but its labels is taken"}
 
 
 class TestInterior(SSyncContract):
     loss = InteriorDenoisingLoss
     function = staticmethod(interior_denoising_loss)
+    not_applicable: ClassVar = COMPILED_BEFORE
     knobs: ClassVar = SSyncContract.knobs | {"max_different": 4}
     settings: ClassVar = LABELS | INTERIOR | CRITERIA
     taught = ("enc_logits",)
-    narrow: ClassVar = {"dec_logits": "nothing but its labels is taken"}
 
 
 class TestProbabilitiesOnTwoGrids(TestSSync):
@@ -83,7 +87,6 @@ class TestProbabilitiesOnTwoGrids(TestSSync):
     knobs: ClassVar = {"max_different": 4, "kind": "probs"}
     not_applicable: ClassVar = {
         "poison": "every patch of every slot counts",
-        "default_compiler": "TestSSync has gone through it",
         **dict.fromkeys(("settings", "settings_by_name", "repr"), "label smoothing needs the other criterion"),
     }
 
@@ -92,3 +95,24 @@ class TestProbabilitiesOnTwoGrids(TestSSync):
 
     def masks(self) -> dict[str, Tensor]:
         return {}
+
+
+class TestSSyncInC(TestSSync):
+    backend = "cpu"
+    twice_differentiable: ClassVar = False
+
+
+class TestBoundaryInC(TestBoundary):
+    backend = "cpu"
+    twice_differentiable: ClassVar = False
+
+
+class TestInteriorInC(TestInterior):
+    backend = "cpu"
+    twice_differentiable: ClassVar = False
+
+
+class TestProbabilitiesOnTwoGridsInC(TestProbabilitiesOnTwoGrids):
+    backend = "cpu"
+    not_applicable: ClassVar = TestProbabilitiesOnTwoGrids.not_applicable | COMPILED_BEFORE
+    twice_differentiable: ClassVar = False

@@ -257,7 +257,7 @@ class TestCases:
                 "other counts": int(knobs != {"min_different": 1, "min_same": 1, "max_different": 0}),
             }
 
-        seen = tally(st.tuples(ssync_cases(maps=map_pairs(batch=4)), region_knobs()), count, examples=100)
+        seen = tally(st.tuples(ssync_cases(maps=map_pairs(batch=4)), region_knobs()), count)
         for kind in ("frames", "patches", "slots", "neither", "boundary", "interior", "other counts"):
             assert seen[kind] > 3, kind
 
@@ -340,22 +340,6 @@ class TestConditions:
         assert untied_clips(logits, logits, merge_threshold=0.0, slot_mask=mask).item()
         assert not untied_clips(logits, torch.zeros_like(logits), merge_threshold=None).item()
 
-    def test_untied_clips_can_be_renamed(self) -> None:
-        order = torch.tensor([2, 0, 3, 1])
-
-        def count(maps: MapPair) -> dict[str, int]:
-            enc, dec = (x[:, :, torch.arange(4) % x.shape[2]] for x in maps)
-            untied = untied_clips(enc, dec, merge_threshold=0.6)
-            # new slot i is old slot order[i]
-            labels = reference_pseudo_labels(enc, dec)
-            renamed = reference_pseudo_labels(enc[:, :, order], dec[:, :, order])
-            back = labels._replace(enc_labels=order[renamed.enc_labels], dec_labels=order[renamed.dec_labels])
-            assert_same_labels(back, labels, clips=untied)
-            return {"clips": len(untied), "untied": int(untied.sum())}
-
-        seen = tally(map_pairs(ties=False, max_slots=4), count, examples=12)
-        assert 0 < seen["untied"] < seen["clips"]
-
     def test_poison_is_everywhere_nobody_may_look(self) -> None:
         valid, mask = torch.tensor([[[[True, False]]]]), torch.tensor([[False, True]])
         poisoned = poison(torch.zeros(1, 1, 2, 1, 2), valid=valid, slot_mask=mask, value=7.0)
@@ -366,11 +350,9 @@ class TestConditions:
 class TestComparisons:
     labels = reference_pseudo_labels(torch.eye(3).view(1, 1, 3, 1, 3), torch.eye(3).view(1, 1, 3, 1, 3))
 
-    def test_the_same_labels_pass(self) -> None:
-        assert_same_labels(self.labels, self.labels._replace(boundary=self.labels.boundary.clone()))
-
     @pytest.mark.parametrize("field", ["enc_labels", "dec_labels", "representative"])
     def test_another_label_fails(self, field: str) -> None:
+        assert_same_labels(self.labels, self.labels._replace(boundary=self.labels.boundary.clone()))
         wrong = getattr(self.labels, field).clone()
         wrong.view(-1)[1] += 5
         with pytest.raises(AssertionError, match=rf"{field} differ in 1 places, first at .*: got 6, expected 1"):
