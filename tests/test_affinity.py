@@ -14,6 +14,7 @@ from golden_neighbors import Golden, golden_names
 from ssync_loss import AffinityConsistencyLoss
 from ssync_loss.functional import affinity_consistency_loss
 from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
+from steps import assert_same, step_of
 from test_memory import Meter
 
 
@@ -34,18 +35,6 @@ def random_mask(clips: int, frames: int, tokens: int, kept: int, seed: int = 0) 
 
 def step(s: Tensor, t: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     return step_of(affinity_consistency_loss, s, t, **given)
-
-
-def step_of(loss_of: Any, s: Tensor, t: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    source = s.detach().requires_grad_()
-    loss = loss_of(source, t, **given)
-    (gradient,) = torch.autograd.grad(loss, source)
-    return loss.detach(), gradient
-
-
-def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tol, atol=tol)
 
 
 # --- values ---
@@ -239,7 +228,6 @@ class TestContract(LossContract):
     refused: ClassVar = [
         ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
         ({"tau_t": -1.0}, ValueError, r"`tau_t` must be finite and above 0.0; got -1.0"),
-        ({"tau_t": "0.1"}, TypeError, r"`tau_t` must be a number; got str"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": 2.0}, TypeError, r"`chunk_size` must be an integer; got float"),
         ({"s": torch.zeros(2, 3, 6)}, ValueError, r"`s` must have shape \(B, T, D, H, W\); got \(2, 3, 6\)"),

@@ -194,17 +194,9 @@ def test_errors_and_their_allotment_compile_to_one_graph() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("recon", None, TypeError, r"`recon` must be a tensor"),
-        ("recon", torch.zeros(2, 3, 5, 8), ValueError, r"`recon` must have shape \(B, T, D, H, W\); got"),
-        ("recon", torch.zeros(2, 3, 5, 2, 4).long(), TypeError, r"`recon` must be floating point; got torch.int64"),
         ("recon", torch.zeros(2, 0, 5, 2, 4), ValueError, r"`recon` must have T >= 1; got T=0"),
         ("target", torch.zeros(2, 3, 4, 2, 4), ValueError, r"`target` must have shape \(B=2, T=3, D=5, H=2, W=4\)"),
-        ("target", torch.zeros(2, 3, 5, 2, 4).int(), TypeError, r"`target` must be floating point; got torch.int32"),
-        ("target", torch.zeros(2, 3, 5, 2, 4, device="meta"), ValueError, r"`target` must be on the device of `recon`"),
-        ("masks", torch.zeros(2, 3, 3, 8), ValueError, r"`masks` must have shape \(B=2, T=3, S, H=2, W=4\); got"),
         ("masks", torch.zeros(2, 3, 0, 2, 4), ValueError, r"`masks` must have S >= 1; got S=0"),
-        ("masks", torch.zeros(2, 3, 3, 2, 4).bool(), TypeError, r"`masks` must be floating point; got torch.bool"),
-        ("masks", torch.zeros(2, 3, 3, 2, 4, device="meta"), ValueError, r"`masks` must be on the device of `recon`"),
     ],
 )
 def test_a_wrong_scene_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
@@ -295,10 +287,7 @@ def test_errors_that_say_nothing_let_slots_take_turns(unknown: list[float]) -> N
 @pytest.mark.parametrize(
     ("errors", "n_new", "error", "message"),
     [
-        ([1.0], 2, TypeError, r"`errors` must be a tensor; got list"),
-        (torch.ones(2, 3), 2, ValueError, r"`errors` must have shape \(K\); got"),
         (torch.ones(0), 2, ValueError, r"`errors` must have K >= 1; got K=0"),
-        (torch.ones(2).long(), 2, TypeError, r"`errors` must be floating point; got torch.int64"),
         (torch.ones(2), -1, ValueError, r"`n_new` must be at least 0; got -1"),
         (torch.ones(2), torch.tensor(2), TypeError, r"`n_new` must be an integer; got Tensor"),
     ],
@@ -463,24 +452,13 @@ def test_children_carry_no_graph() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"slots_active": None}, TypeError, r"`slots_active` must be a tensor; got NoneType"),
-        ({"slots_active": torch.ones(1, 3, 4)}, ValueError, r"`slots_active` must have shape \(K, D\); got"),
         ({"slots_active": torch.ones(3, 0)}, ValueError, r"`slots_active` must have D >= 1; got D=0"),
-        (
-            {"slots_active": torch.ones(3, 4).int()},
-            TypeError,
-            r"`slots_active` must be floating point; got torch.int32",
-        ),
         ({"counts": torch.ones(2).long()}, ValueError, r"`counts` must have shape \(K=3\); got \(2,\)"),
-        ({"counts": torch.ones(3)}, TypeError, r"`counts` must hold integers; got torch.float32"),
         ({"counts": torch.tensor([1, -1, 0])}, ValueError, r"`counts` must be at least 0; got \[1, -1, 0\]"),
-        ({"counts": torch.ones(3, device="meta").long()}, ValueError, r"`counts` must be on the device of"),
         ({"beta": -0.1}, ValueError, r"`beta` must be finite and at least 0.0; got -0.1"),
-        ({"neighbors": "nearest"}, ValueError, r"`neighbors` must be one of 'active', 'all'; got 'nearest'"),
         ({"min_radius": NAN}, ValueError, r"`min_radius` must be finite and at least 0.0; got nan"),
         ({"neighbors": "all"}, ValueError, r"`unborn` must be given with neighbors='all'; got None"),
         ({"unborn": torch.ones(3, 5)}, ValueError, r"`unborn` must have shape \(U, D=4\); got"),
-        ({"unborn": torch.ones(3, 4).long()}, TypeError, r"`unborn` must be floating point; got torch.int64"),
         ({"unborn": torch.ones(2, 4)}, ValueError, r"`unborn` must have a row per child, 3; got 2"),
     ],
 )

@@ -314,21 +314,16 @@ def refusals(labels: str) -> list[tuple[dict[str, Any], type[Exception], str]]:
     """Return what both refuse; their labels have names of their own."""
     return [
         ({"group_frames": 0}, ValueError, r"`group_frames` must be at least 1; got 0"),
-        ({"group_frames": 2.0}, TypeError, r"`group_frames` must be an integer; got float"),
-        ({"group_frames": True}, TypeError, r"`group_frames` must be an integer; got bool"),
         ({"temperature": 0.0}, ValueError, r"`temperature` must be finite and above 0.0; got 0.0"),
         ({"temperature": INF}, ValueError, r"`temperature` must be finite and above 0.0; got inf"),
-        ({"temperature": torch.ones(())}, TypeError, r"`temperature` must be a number; got Tensor"),
         ({"base_temperature": -1.0}, ValueError, r"`base_temperature` must be finite and above 0.0; got -1.0"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": "256"}, TypeError, r"`chunk_size` must be an integer; got str"),
-        ({"features": torch.zeros(2, 4, 5, 6)}, ValueError, r"`features` must have shape \(B, T, D, H, W\); got"),
         ({"features": torch.zeros(2, 4, 0, 2, 3)}, ValueError, r"`features` must have D >= 1; got D=0"),
         ({"features": torch.zeros(2, 4, 5, 0, 3)}, ValueError, r"`features` must have H >= 1; got H=0"),
         ({"features": torch.zeros(2, 0, 5, 2, 3)}, ValueError, r"`features` must have T >= 1; got T=0"),
         ({"anchors": torch.zeros(2, 4, 5, 2, 4)}, ValueError, r"`anchors` must have shape .*W=3\); got"),
         ({labels: torch.zeros(2, 4, 2, 2).long()}, ValueError, rf"`{labels}` must have shape \(B=2, T=4, H=2, W=3\)"),
-        ({labels: torch.zeros(2, 4, 2, 3).bool()}, TypeError, rf"`{labels}` must hold integers; got torch.bool"),
     ]
 
 
@@ -367,7 +362,6 @@ class TestEncoder(DenseContract):
     settings: ClassVar = DenseContract.settings | {"top_k": 3}
     refused: ClassVar = [
         ({"top_k": 0}, ValueError, r"`top_k` must be at least 1; got 0"),
-        ({"top_k": 1.5}, TypeError, r"`top_k` must be an integer; got float"),
         *refusals("dec_labels"),
     ]
     labels = "dec_labels"

@@ -285,13 +285,9 @@ def test_validity_compiles_to_one_graph_and_has_no_gradient() -> None:
     [
         ({"p_thr": 1.5}, ValueError, r"`p_thr` must be within \[0.0, 1.0\]; got 1.5"),
         ({"area_thr": -1}, ValueError, r"`area_thr` must be within \[0.0, 1.0\]; got -1"),
-        ({"sim_thr": "0"}, TypeError, r"`sim_thr` must be a number; got str"),
-        ({"logits": torch.zeros(2, 2, 3, 9)}, ValueError, r"`logits` must have shape \(B, T, S, H, W\); got"),
-        ({"logits": torch.zeros(2, 2, 3, 3, 3).int()}, TypeError, r"`logits` must be floating point; got torch.int32"),
         ({"slots": torch.zeros(2, 2, 4, 3)}, ValueError, r"`slots` must have shape \(B=2, T=2, S=3, D\); got"),
         ({"instances": torch.zeros(2, 2, 3, 4, 2)}, ValueError, r"`instances` must have shape .*D=3\); got"),
         ({"instances": torch.zeros(2, 2, 3, 0, 3)}, ValueError, r"`instances` must have P >= 1; got P=0"),
-        ({"instances": torch.zeros(2, 2, 3, 4, 3).int()}, TypeError, r"`instances` must be floating point; got"),
     ],
 )
 def test_what_is_wrong_with_validity_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -314,10 +310,6 @@ class TestContract(LossContract):
     refused: ClassVar = [
         ({"margin": 1.5}, ValueError, r"`margin` must be within \[-1.0, 1.0\]; got 1.5"),
         ({"margin": -0.1, "metric": "euclidean"}, ValueError, r"`margin` must be within \[0.0, 2.0\]; got -0.1"),
-        ({"margin": None}, TypeError, r"`margin` must be a number; got NoneType"),
-        ({"metric": "l2"}, ValueError, r"`metric` must be one of 'cosine', 'euclidean'; got 'l2'"),
-        ({"same_frame": 1}, TypeError, r"`same_frame` must be True or False; got int"),
-        ({"embeddings": torch.zeros(2, 3, 2, 3)}, ValueError, r"`embeddings` must have shape \(B, T, S, P, D\); got"),
         ({"embeddings": torch.zeros(2, 3, 2, 0, 5)}, ValueError, r"`embeddings` must have P >= 1; got P=0"),
         ({"teacher_embeddings": torch.zeros(2, 3, 2, 4, 5)}, ValueError, r"`teacher_embeddings` must have shape \(B=2"),
         ({"valid": MASK[..., :2]}, ValueError, r"`valid` must have shape \(B=2, T=3, S=2, P=3\); got \(2, 3, 2, 2\)"),

@@ -148,20 +148,21 @@ def reference_ari(pred: Tensor, target: Tensor, *, background: int | None, per: 
     return scores
 
 
-def reference_mbo(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
-    scores = []
-    for video in units_of(pred, target, per):
-        ious = [iou for unit in video if (iou := overlaps(unit, background))]
-        scores.append(mean_or([fmean(float(max(row)) for row in iou) for iou in ious], 0.0))
-    return scores
+def reference_overlap(score: Callable[[list[list[Fraction]]], float]) -> Callable[..., list[float]]:
+    """Return the mean over units that show an object of the score of their overlaps."""
+
+    def reference(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
+        return [
+            mean_or([score(iou) for unit in video if (iou := overlaps(unit, background))], 0.0)
+            for video in units_of(pred, target, per)
+        ]
+
+    return reference
 
 
-def reference_miou(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
-    scores = []
-    for video in units_of(pred, target, per):
-        ious = [iou for unit in video if (iou := overlaps(unit, background))]
-        scores.append(mean_or([best_matching(iou) / len(iou) for iou in ious], 0.0))
-    return scores
+reference_mbo = reference_overlap(lambda iou: fmean(float(max(row)) for row in iou))
+# the best of all permutations
+reference_miou = reference_overlap(lambda iou: float(best_matching(iou) / len(iou)))
 
 
 def reference_recall(pred: Tensor, target: Tensor, *, background: int | None) -> list[float]:
@@ -203,7 +204,6 @@ class TestAgainstTheReference:
             (fg_ari, reference_ari),
             (partial(ari), partial(reference_ari, background=None)),
             (mean_best_overlap, reference_mbo),
-            # the best of all permutations
             (mean_iou, reference_miou),
             (object_recall, reference_recall),
             (partial(fragmentation, over="all"), partial(reference_fragmentation, over="all")),
@@ -230,14 +230,6 @@ class TestAgainstTheReference:
         per_image = [fmean(1 - len(set(f.flatten().tolist())) / num_slots for f in video) for video in pred]
         assert_scores(unused_slots(pred, num_slots=num_slots), per_video)
         assert_scores(unused_slots(pred, num_slots=num_slots, per="image"), per_image)
-
-    def test_the_comparison_can_fail(self) -> None:
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([float("nan")], dtype=torch.float64), [float("nan")])
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([0.5], dtype=torch.float64), [0.5 + 1e-9])
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([0.5]), [0.5])
 
 
 def sklearn_ari(target: Tensor, pred: Tensor) -> float:
@@ -309,39 +301,6 @@ class TestARI:
         expected = 92 * 84 / 380
         assert_scores(video_ari(pred, target), [(36 - expected) / (88 - expected)])
 
-    def test_an_identity_switch_costs_the_video_score_and_not_the_image_score(self) -> None:
-        target = frames([0, 1, 1, 2, 2], [0, 1, 1, 2, 2])
-        steady, switched = frames([7, 5, 5, 6, 6], [7, 5, 5, 6, 6]), frames([7, 5, 5, 6, 6], [7, 6, 6, 5, 5])
-        assert video_fg_ari(steady, target, background=0).tolist() == [1.0]
-        assert image_fg_ari(steady, target, background=0).tolist() == [1.0]
-        assert image_fg_ari(switched, target, background=0).tolist() == [1.0]
-        assert_scores(video_fg_ari(switched, target, background=0), [-1 / 6])
-
-    def test_a_split_background_costs_ari_and_not_fg_ari(self) -> None:
-        target = frames([0, 0, 0, 0, 1, 1, 2, 2])
-        whole, split = frames([7, 7, 7, 7, 5, 5, 6, 6]), frames([7, 7, 8, 8, 5, 5, 6, 6])
-        for pred in (whole, split):
-            assert fg_ari(pred, target, background=0).tolist() == [1.0]
-        assert ari(whole, target).tolist() == [1.0]
-        # n 8: r = 2 + 2 + 2 + 2, a = 12 + 2 + 2, b = 8, E = 16 * 8 / 56
-        assert_scores(ari(split, target), [(8 - 16 / 7) / (12 - 16 / 7)])
-
-    @given(clips(), units)
-    @settings(max_examples=50, deadline=None)
-    def test_fg_ari_is_ari_without_annotation_on_the_background(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
-        pred, target = clip
-        hidden = torch.where(target == 0, VOID, target)
-        assert torch.equal(fg_ari(pred, target, background=0, per=per), ari(pred, hidden, per=per))
-
-    def test_removing_the_first_object_as_if_it_were_background_moves_the_number(self) -> None:
-        # ground truth that names objects only: ids from 0, nothing elsewhere
-        target = frames([VOID, VOID, 0, 0, 1, 1, 2, 2])
-        pred = frames([5, 6, 5, 6, 7, 7, 8, 8])
-        assert_scores(fg_ari(pred, target, background=None), [sklearn_ari(target[..., 2:], pred[..., 2:])])
-        assert fg_ari(pred, target, background=None).item() < 0.8
-        assert torch.equal(fg_ari(pred, target, background=None), ari(pred, target))
-        assert fg_ari(pred, target, background=0).tolist() == [1.0]
-
 
 class TestOverlap:
     def test_a_slot_serves_two_objects_in_mbo_and_one_in_miou(self) -> None:
@@ -357,34 +316,12 @@ class TestOverlap:
         assert_scores(mean_best_overlap(pred, target, background=None), [fmean(max(row) for row in iou)])
         assert_scores(mean_iou(pred, target, background=None), [(1 / 4 + 3 / 7 + 2 / 3) / 3])
 
-    def test_video_and_image_overlap_differ_by_hand(self) -> None:
-        # the slots switch objects after the first of three frames
-        target = frames([1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2])
-        pred = frames([5, 5, 6, 6], [6, 6, 5, 5], [6, 6, 5, 5])
-        for video, image in ((video_mbo, image_mbo), (video_miou, image_miou)):
-            assert_scores(video(pred, target, background=None), [4 / 8])
-            assert_scores(image(pred, target, background=None), [1.0])
-
     def test_the_background_is_no_object_yet_slots_pay_for_covering_it(self) -> None:
         target, pred = frames([0, 0, 0, 1]), frames([5, 6, 6, 6])
         assert_scores(mean_best_overlap(pred, target, background=0), [1 / 3])
         assert_scores(mean_best_overlap(pred, target, background=None), [(1 / 3 + 2 / 4) / 2])
         assert_scores(mean_iou(pred, target, background=0), [1 / 3])
         assert_scores(mean_iou(pred, target, background=None), [max(1 / 3 + 1 / 3, 0 + 2 / 4) / 2])
-
-    def test_slots_pay_nothing_for_covering_pixels_without_annotation(self) -> None:
-        target, pred = frames([VOID, VOID, VOID, 1]), frames([5, 6, 6, 6])
-        for metric in (mean_best_overlap, mean_iou, object_recall):
-            assert_scores(metric(pred, target, background=None), [1.0])
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=100, deadline=None)
-    def test_miou_never_exceeds_mbo(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        best = mean_best_overlap(*clip, background=background, per=per)
-        matched = mean_iou(*clip, background=background, per=per)
-        assert bool((matched <= best + 1e-12).all())
-        assert bool((matched >= 0).all())
-        assert bool((best <= 1).all())
 
     def test_miou_names_the_extra_that_brings_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "scipy.optimize", None)
@@ -411,23 +348,6 @@ class TestSlots:
         # the background of frame 2 holds 3/4 of slot 4
         assert_scores(fragmentation(pred, target, background=None), [(3 + 0 + 0 + 1 + 1) / 5])
 
-    def test_a_slot_belongs_to_an_object_by_its_own_area_not_by_iou(self) -> None:
-        target, pred = frames([1, 1, 1, 1, 1, 1]), frames([5, 5, 6, 6, 7, 7])
-        assert fragmentation(pred, target, background=None).tolist() == [3.0]
-        assert object_recall(pred, target, background=None).tolist() == [0.0]
-
-    @given(clips(), backgrounds)
-    @settings(max_examples=100, deadline=None)
-    def test_found_objects_have_at_least_one_piece_and_recalled_ones_are_found(
-        self, clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        found = fragmentation(*clip, background=background, over="found")
-        every = fragmentation(*clip, background=background)
-        recall = object_recall(*clip, background=background)
-        assert bool(((found >= 1) | ((found == 0) & (every == 0))).all())
-        assert bool((every <= found + 1e-12).all())
-        assert bool((recall <= every + 1e-12).all())
-
     def test_a_slot_used_in_one_frame_is_in_use_in_the_video(self) -> None:
         pred = frames([0, 0, 0, 1], [0, 0, 2, 2])
         assert unused_slots(pred, num_slots=5).tolist() == [0.4]
@@ -435,46 +355,6 @@ class TestSlots:
 
 
 class TestProperties:
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    @given(clips(), backgrounds, st.permutations(PRED_IDS), st.permutations([1, 2, 299, 2**50]))
-    @settings(max_examples=40, deadline=None)
-    def test_names_of_slots_and_objects_do_not_matter(
-        self,
-        metric: Callable[..., Tensor],
-        clip: tuple[Tensor, Tensor],
-        background: int | None,
-        slot_names: list[int],
-        object_names: list[int],
-    ) -> None:
-        pred, target = clip
-        renamed_pred, renamed_target = pred.clone(), target.clone()
-        for old, new in zip(PRED_IDS, slot_names, strict=True):
-            renamed_pred[pred == old] = new
-        kept = [background] if background is not None else []
-        others = [name for name in (0, 1, 9, 299, 2**40) if name != background]
-        for old, new in zip([*kept, *others], [*kept, *object_names, 77], strict=False):
-            renamed_target[target == old] = new
-        torch.testing.assert_close(
-            metric(renamed_pred, renamed_target, background=background),
-            metric(pred, target, background=background),
-            rtol=0,
-            atol=1e-12,
-        )
-
-    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
-    @given(clips(), backgrounds, st.integers(-3, 3))
-    @settings(max_examples=40, deadline=None)
-    def test_predictions_at_pixels_without_annotation_do_not_matter(
-        self,
-        metric: Callable[..., Tensor],
-        clip: tuple[Tensor, Tensor],
-        background: int | None,
-        anything: int,
-    ) -> None:
-        pred, target = clip
-        other = torch.where(target < 0, anything, pred)
-        assert torch.equal(metric(pred, target, background=background), metric(other, target, background=background))
-
     @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=40, deadline=None)
@@ -486,42 +366,12 @@ class TestProperties:
         value = metric(target, target, background=background)
         assert torch.equal(value[scored], torch.ones_like(value[scored]))
 
-    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
-    @given(clips(), backgrounds)
-    @settings(max_examples=20, deadline=None)
-    def test_videos_are_scored_apart(
-        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        one_by_one = [metric(p[None], t[None], background=background).item() for p, t in zip(*clip, strict=True)]
-        assert_scores(metric(*clip, background=background), one_by_one, 0.0)
-
-    @pytest.mark.parametrize("metric", with_background)
-    @given(clips(frames=1), backgrounds)
-    @settings(max_examples=20, deadline=None)
-    def test_an_image_is_a_video_of_one_frame(
-        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        assert torch.equal(
-            metric(*clip, background=background, per="image"),
-            metric(*clip, background=background, per="video"),
-        )
-
+    @pytest.mark.parametrize("per", ["video", "image"])
     @pytest.mark.parametrize(
-        ("named", "general", "per"),
-        [
-            (video_ari, ari, "video"),
-            (image_ari, ari, "image"),
-            (video_fg_ari, fg_ari, "video"),
-            (image_fg_ari, fg_ari, "image"),
-            (video_mbo, mean_best_overlap, "video"),
-            (image_mbo, mean_best_overlap, "image"),
-            (video_miou, mean_iou, "video"),
-            (image_miou, mean_iou, "image"),
-        ],
+        ("name", "general"), [("ari", ari), ("fg_ari", fg_ari), ("mbo", mean_best_overlap), ("miou", mean_iou)]
     )
-    def test_names_say_the_definition(
-        self, named: Callable[..., Tensor], general: Callable[..., Tensor], per: str
-    ) -> None:
+    def test_names_say_the_definition(self, name: str, general: Callable[..., Tensor], per: str) -> None:
+        named = getattr(metrics, f"{per}_{name}")
         pred, target = frames([5, 5, 6], [6, 5, 5], [7, 7, 7]), frames([0, 1, 2], [0, 1, 2], [0, 2, 2])
         options = {} if general is ari else {"background": 0}
         other = "image" if per == "video" else "video"
@@ -538,38 +388,18 @@ class TestProperties:
 
 
 class TestNothingToScore:
-    @pytest.mark.parametrize(
-        ("metric", "value"),
-        [
-            (fg_ari, 1.0),
-            (mean_best_overlap, 0.0),
-            (mean_iou, 0.0),
-            (object_recall, 0.0),
-            (fragmentation, 0.0),
-        ],
-    )
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
     @pytest.mark.parametrize("nothing", [0, VOID])
     def test_a_video_without_an_object_has_the_documented_value(
-        self, metric: Callable[..., Tensor], value: float, nothing: int
+        self, metric: Callable[..., Tensor], nothing: int
     ) -> None:
         target = torch.full((2, 2, 1, 2), nothing)
         target[1, 0, 0, 0] = 3
         pred = torch.zeros_like(target)
         scores = metric(pred, target, background=0)
-        assert scores[0] == value
+        assert scores[0] == (metric is fg_ari)
         assert bool(scores.isfinite().all())
         assert has_objects(target, background=0).tolist() == [False, True]
-
-    def test_ari_needs_annotation_and_no_object(self) -> None:
-        assert ari(frames([1, 2]), frames([VOID, VOID])).tolist() == [1.0]
-        assert ari(frames([1, 2]), frames([0, 0])).tolist() == [0.0]
-
-    def test_frames_without_an_object_leave_the_mean_over_frames(self) -> None:
-        target = frames([1, 1, 2, 2], [0, 0, 0, 0], [VOID, VOID, VOID, VOID])
-        pred = frames([5, 5, 5, 5], [5, 6, 7, 8], [5, 6, 7, 8])
-        assert image_fg_ari(pred, target, background=0).tolist() == [0.0]
-        assert image_mbo(pred, target, background=0).tolist() == [0.5]
-        assert image_miou(pred, target, background=0).tolist() == [0.25]
 
     @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
@@ -591,14 +421,6 @@ class TestLabels:
         assert ari(frames([5, 6, 6]), target).item() == pytest.approx(sklearn_ari(frames([1, 1, 7]), frames([5, 6, 6])))
         assert mean_best_overlap(frames([5, 5, 6]), target, background=None).tolist() == [1.0]
         assert has_objects(target, background=7).tolist() == [True]
-
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_a_sorted_table_equals_a_full_one(self, metric: Callable[..., Tensor]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        pred = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
-        target = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
-        expected = metric(pred, target, background=0)
-        assert torch.equal(metric(pred * 1000, target * 1000, background=0), expected)
 
     @pytest.mark.parametrize("metric", scored_on_ground_truth)
     def test_more_ids_than_a_full_table_could_hold(self, metric: Callable[..., Tensor]) -> None:
@@ -689,7 +511,6 @@ class TestMasksToLabels:
         ("changes", "error", "message"),
         [
             ({"masks": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "`masks` must have S >= 1; got S=0."),
-            ({"kind": "alpha"}, ValueError, "`kind` must be one of 'logits', 'probs'; got 'alpha'."),
             ({"kind": "probs"}, ValueError, "`masks` must be at least 0 with kind='probs'; got -0.5."),
             ({"size": (4,)}, ValueError, "`size` must be a pair (height, width); got (4,)."),
             ({"size": 4}, ValueError, "`size` must be a pair (height, width); got 4."),
@@ -715,25 +536,8 @@ class TestObjectsToLabels:
         target = objects_to_labels(masks, ignore_overlaps=True)
         assert mean_best_overlap(frames([5, 6, 6, 7]), target, background=0).tolist() == [1.0]
 
-    def test_gives_the_overlaps_of_masks_without_a_background(self) -> None:
-        # masks that leave pixels unclaimed: slots pay for those they cover there
-        masks = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).view(1, 1, 2, 1, 5).bool()
-        pred = frames([5, 5, 6, 6, 7])
-        one_hot = F.one_hot(pred.flatten(), 8).double()
-        objects = masks.view(2, 5).double()
-        shared = objects @ one_hot
-        iou = shared / (objects.sum(1, keepdim=True) + one_hot.sum(0) - shared)
-        target = objects_to_labels(masks)
-        assert_scores(mean_best_overlap(pred, target, background=0), [iou.amax(1).mean().item()])
-        assert_scores(fg_ari(pred, target, background=0), [sklearn_ari(target[..., :3], pred[..., :3])])
-
     def test_no_objects(self) -> None:
         assert objects_to_labels(torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)).tolist() == [[[[0, 0]]]]
-
-    def test_a_switch_is_true_or_false(self) -> None:
-        masks = torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)
-        message = "`ignore_overlaps` must be True or False; got str."
-        refuses(TypeError, message, objects_to_labels, masks, ignore_overlaps="no")
 
 
 class TestMetricAverage:
@@ -866,11 +670,10 @@ LABELS = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
 
 
 class TestErrors:
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"pred": LABELS[..., 0]}, ValueError, "`pred` must have shape (B, T, H, W); got (1, 2, 3)."),
             ({"target": LABELS[:, :1]}, ValueError, "`target` must have shape (B=1, T=2, H=3, W=3); got (1, 1, 3, 3)."),
             ({"background": -1}, ValueError, "`background` must be at least 0; got -1."),
             ({"background": True}, TypeError, "`background` must be an integer; got bool."),
@@ -879,20 +682,12 @@ class TestErrors:
     def test_labels(self, metric: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
         refuses(error, message, metric, **{"pred": LABELS, "target": LABELS, "background": 0} | changes)
 
-    def test_choices(self) -> None:
-        for metric in with_background:
-            wanted = "`per` must be one of 'video', 'image'; got 'frame'."
-            refuses(ValueError, wanted, metric, LABELS, LABELS, background=0, per="frame")
-        wanted = "`over` must be one of 'all', 'found'; got 'some'."
-        refuses(ValueError, wanted, fragmentation, LABELS, LABELS, background=0, over="some")
-
     @pytest.mark.parametrize(
         ("pred", "options", "message"),
         [
             ([0, 3], {"num_slots": 3}, "`pred` must lie within [0, 2]; got values from 0 to 3."),
             ([-1, 2], {"num_slots": 4}, "`pred` must lie within [0, 3]; got values from -1 to 2."),
             ([0, 3], {"num_slots": 0}, "`num_slots` must be at least 1; got 0."),
-            ([0, 3], {"num_slots": 4, "per": "clip"}, "`per` must be one of 'video', 'image'; got 'clip'."),
         ],
     )
     def test_unused_slots(self, pred: list[int], options: dict[str, Any], message: str) -> None:

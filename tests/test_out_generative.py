@@ -181,8 +181,6 @@ class TestContract(LossContract):
     not_applicable: ClassVar = {"poison": "every view counts"}
     refused: ClassVar = [
         ({"ce": torch.nn.CrossEntropyLoss()}, TypeError, r"`ce` must be a CenteredCrossEntropy; got CrossEntropyLoss"),
-        ({"balance": "equal"}, ValueError, r"`balance` must be one of 'flat', 'per_term'; got 'equal'"),
-        ({"s_glob": torch.zeros(2, 4, 5)}, ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got \(2, 4, 5\)"),
         ({"s_glob": torch.zeros(2, 4, 1, 6)}, ValueError, r"`s_glob` must have shape \(B, T, g, Kp=5\); got"),
         ({"s_glob": torch.zeros(2, 4, 0, 5)}, ValueError, r"`s_glob` must have g >= 1; got g=0"),
         ({"s_glob": torch.zeros(2, 0, 1, 5)}, ValueError, r"`s_glob` must have T >= 1; got T=0"),

@@ -190,21 +190,15 @@ def test_a_head_shows_what_it_has() -> None:
 
 @pytest.mark.parametrize("name", ["C", "Kp", "hidden", "bottleneck", "layers"])
 def test_a_wrong_setting_is_named(name: str) -> None:
-    half: Any = 0.5
     with pytest.raises(ValueError, match=rf"`{name}` must be at least 1; got 0"):
         PrototypeHead(**{"C": 6, name: 0})
-    with pytest.raises(TypeError, match=rf"`{name}` must be an integer; got float"):
-        PrototypeHead(**{"C": 6, name: half})
 
 
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (None, TypeError, r"`x` must be a tensor; got NoneType"),
         (torch.zeros(()), ValueError, r"`x` must have shape \(..., C=6\); got \(\)"),
         (torch.zeros(2, 5), ValueError, r"`x` must have shape \(..., C=6\); got \(2, 5\)"),
-        (torch.zeros(2, 6).int(), TypeError, r"`x` must be floating point; got torch.int32"),
-        (torch.zeros(2, 6, device="meta"), ValueError, r"`x` must be on the device of `prototypes` \(cpu\); got meta"),
     ],
 )
 def test_a_wrong_tensor_is_named(x: Any, error: type[Exception], message: str) -> None:

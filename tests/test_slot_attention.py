@@ -314,10 +314,8 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
     [
         ({"dim": 0}, ValueError, r"`dim` must be at least 1; got 0"),
         ({"num_slots": 0}, ValueError, r"`num_slots` must be at least 1; got 0"),
-        ({"num_instances": 2.0}, TypeError, r"`num_instances` must be an integer; got float"),
         ({"iters": 0}, ValueError, r"`iters` must be at least 1; got 0"),
         ({"hidden": 0}, ValueError, r"`hidden` must be at least 1; got 0"),
-        ({"gate": "hard"}, ValueError, r"`gate` must be one of 'soft', 'prob', 'logit'; got 'hard'"),
         ({"gate_thr": -0.1}, ValueError, r"`gate_thr` must be finite and at least 0.0; got -0.1"),
     ],
 )
@@ -329,16 +327,8 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception],
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("features", None, TypeError, r"`features` must be a tensor; got NoneType"),
         ("features", torch.zeros(2, 2, 5, 2, 3), ValueError, r"`features` must have shape \(B, T, D=6, H, W\); got"),
         ("features", torch.zeros(2, 2, 6, 0, 3), ValueError, r"`features` must have H >= 1; got H=0"),
-        ("features", torch.zeros(2, 2, 6, 2, 3).int(), TypeError, r"`features` must be floating point; got"),
-        (
-            "features",
-            torch.zeros(2, 2, 6, 2, 3, device="meta"),
-            ValueError,
-            r"`features` must be on the device of `mu`",
-        ),
         ("noise", torch.zeros(2, 2, 3, 3, 6), ValueError, r"`noise` must have shape \(B=2, T=2, S=3, P=2, D=6\); got"),
         ("noise", torch.zeros(2, 2, 3, 2, 6).long(), TypeError, r"`noise` must be floating point; got torch.int64"),
         ("iters", 0, ValueError, r"`iters` must be at least 1; got 0"),
@@ -467,10 +457,8 @@ def test_a_wrong_fusion_is_named(given_: Any, error: type[Exception], message: s
 @pytest.mark.parametrize(
     ("given_", "error", "message"),
     [
-        (None, TypeError, r"`keys` must be a tensor; got NoneType"),
         (torch.zeros(2, 3, 5, 2, 3), ValueError, r"`keys` must have shape \(B, T, C=4, H, W\); got"),
         (torch.zeros(2, 0, 4, 2, 3), ValueError, r"`keys` must have T >= 1; got T=0"),
-        (torch.zeros(2, 3, 4, 2, 3).int(), TypeError, r"`keys` must be floating point; got torch.int32"),
     ],
 )
 def test_wrong_keys_are_named(given_: Any, error: type[Exception], message: str) -> None:
