@@ -1,6 +1,7 @@
 """A forward and a backward of a loss that teaches its first argument."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,3 +19,16 @@ def step_of(loss_of: Callable[..., Tensor], source: Tensor, *others: Any, **give
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: float) -> None:
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tol, atol=tol)
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[int]]:
+    """List the sizes of what waits for a backward."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes

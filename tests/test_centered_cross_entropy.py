@@ -82,14 +82,6 @@ def test_value_gradient_and_move_are_those_of_the_slow_definition(
     torch.testing.assert_close(criterion.center, reference_moved_center(center, t, m_c=m_c), rtol=1e-12, atol=1e-14)
 
 
-def test_a_teacher_that_stays_is_approached_geometrically() -> None:
-    criterion = CenteredCrossEntropy(3)
-    _, t = sample(4, 3, dtype=torch.float64)
-    for moves in range(1, 30):
-        criterion.update_center(t)
-        torch.testing.assert_close(criterion.center, t.mean(0) * (1 - 0.9**moves), rtol=1e-12, atol=1e-15)
-
-
 def test_rows_may_have_any_shape() -> None:
     s, t = sample()
     expected = step(centered(), s, t)

@@ -16,7 +16,6 @@ from ssync_loss.functional import out_generative_loss
 from ssync_loss.methods.ino.reference import reference_out_generative_loss
 from test_memory import Meter
 
-BALANCES = pytest.mark.parametrize("balance", ["flat", "per_term"])
 
 Views = tuple[Tensor, Tensor, Tensor]
 
@@ -107,27 +106,6 @@ def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() 
 
 
 # --- the center ---
-
-
-def test_unasked_the_center_stays() -> None:
-    views = sample()
-    criterion, before = centered(), centered().center
-    step(views, criterion)
-    assert torch.equal(criterion.center, before)
-
-
-def test_asked_it_moves_after_every_pair() -> None:
-    views = sample()
-    criterion, by_hand = centered(), centered()
-    parts = []
-    for i in range(2):
-        pair = [one[:, [i, i + 2]] for one in views]
-        parts.append(step(pair, by_hand)[0])
-        by_hand.update_center(pair[2])
-    loss = step(views, criterion, update_center=True)[0]
-    torch.testing.assert_close(loss, torch.stack(parts).mean())
-    torch.testing.assert_close(criterion.center, by_hand.center)
-    assert not torch.isclose(loss, step(views, centered())[0], rtol=1e-4)
 
 
 def test_in_evaluation_it_stays_even_when_asked() -> None:

@@ -52,36 +52,6 @@ def test_a_plan_is_that_of_the_slow_definition(shape: tuple[int, ...], seed: int
     torch.testing.assert_close(sinkhorn(*data, eps=eps, iters=iters), expected, rtol=1e-11, atol=1e-14)
 
 
-@settings(max_examples=60)
-@given(**DRAWN, eps=st.sampled_from((0.001, 0.05, 5.0)))
-def test_a_plan_is_positive_and_its_columns_are_what_is_wanted(
-    shape: tuple[int, ...], seed: int, iters: int, eps: float
-) -> None:
-    cost, mu, nu = sample(*shape, seed=seed)
-    plan = sinkhorn(cost, mu, nu, eps=eps, iters=iters)
-    assert (plan >= 0).all()
-    torch.testing.assert_close(plan.sum(1), nu / nu.sum(1, keepdim=True), rtol=1e-5, atol=0)
-    torch.testing.assert_close(plan.sum((1, 2)), torch.ones(len(plan)), rtol=1e-5, atol=0)
-
-
-def test_rows_come_closer_with_every_iteration() -> None:
-    cost, mu, nu = sample(3, 12, 10, dtype=torch.float64)
-    target = mu / mu.sum(1, keepdim=True)
-    plans = [sinkhorn(cost, mu, nu, eps=0.3, iters=iters) for iters in (1, 3, 10, 99)]
-    errors = [(plan.sum(2) / target - 1).abs().max().item() for plan in plans]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[1] > 1e-3
-    assert errors[-1] < 1e-10
-
-
-def test_a_small_entropy_moves_everything_along_the_cheapest_ways() -> None:
-    order = torch.tensor([2, 0, 3, 1])
-    cost = 1 - torch.eye(4)[order].unsqueeze(0)
-    plan = sinkhorn(cost, torch.ones(1, 4), torch.ones(1, 4), eps=1e-3)
-    assert torch.equal(plan.argmax(2), order.unsqueeze(0))
-    torch.testing.assert_close(plan.amax(2), torch.full((1, 4), 0.25))
-
-
 @pytest.mark.parametrize("eps", [1e-6, 1e-3, 1e3])
 def test_no_entropy_underflows(eps: float) -> None:
     cost, mu, nu = sample()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
 from ssync_loss.methods.smtc.instance import valid_instances
 from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
+from steps import assert_same, saved_for_backward
 
 NAN = float("nan")
 DIM, SEMANTICS, INSTANCES = 6, 3, 2
@@ -35,11 +36,6 @@ def sample(
     features = torch.randn(clips, frames, DIM, height, width, generator=generator, dtype=torch.float64)
     noise = torch.randn(clips, frames, *sizes, DIM, generator=generator, dtype=torch.float64)
     return features.to(dtype), noise.to(dtype)
-
-
-def assert_same(actual: SemanticSlots, expected: SemanticSlots, tol: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tol, atol=tol)
 
 
 def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, iters: int) -> SemanticSlots:
@@ -172,42 +168,31 @@ def test_a_single_step_is_differentiated_whole() -> None:
 
 def test_earlier_steps_leave_nothing_for_the_backward() -> None:
     module, (features, noise) = attention(), sample()
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
     saved = []
     for iters in (1, 2, 7):
-        sizes.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_for_backward() as sizes:
             module(features, noise, iters=iters)
         saved.append(sum(sizes))
     assert saved[0] > 0
     assert saved[0] == saved[1] == saved[2]
 
 
-def gradients(module: SemanticAwareSlotAttention, wanted: str) -> dict[str, bool]:
-    features, noise = sample()
-    features.requires_grad_()
-    getattr(module(features, noise), wanted).square().sum().backward()
-    reached = {name: one.grad is not None and bool(one.grad.any()) for name, one in module.named_parameters()}
-    return {**reached, "features": bool(features.grad is not None and features.grad.any())}
-
-
-def test_draws_teach_where_they_come_from() -> None:
-    assert all(gradients(attention(), "instances").values())
-
-
 @pytest.mark.parametrize(
-    ("gate", "unreached"), [("soft", ["log_sigma"]), ("prob", ["mu", "log_sigma"]), ("logit", ["mu", "log_sigma"])]
+    ("gate", "reparam", "unreached"),
+    [
+        ("soft", True, []),
+        ("soft", False, ["log_sigma"]),
+        ("prob", False, ["mu", "log_sigma"]),
+        ("logit", False, ["mu", "log_sigma"]),
+    ],
 )
-def test_published_draws_do_not_and_semantics_are_reached_through_a_soft_gate_alone(
-    gate: Any, unreached: list[str]
+def test_draws_teach_where_they_come_from_and_published_ones_through_a_soft_gate_alone(
+    gate: Any, reparam: bool, unreached: list[str]
 ) -> None:
-    reached = gradients(attention(reparam=False, gate=gate, gate_thr=0.2), "instances")
-    assert [name for name, there in reached.items() if not there] == unreached
+    module, (features, noise) = attention(reparam=reparam, gate=gate, gate_thr=0.2), sample()
+    module(features.requires_grad_(), noise).instances.square().sum().backward()
+    weights = [("features", features), *module.named_parameters()]
+    assert [name for name, one in weights if one.grad is None or not one.grad.any()] == unreached
 
 
 @pytest.mark.parametrize("wanted", ["slots", "logits", "instances", "instance_logits"])
@@ -370,13 +355,7 @@ def test_fusion_is_its_quadratic_definition(shape: tuple[int, ...], seed: int) -
 
 def test_no_correlation_of_all_patches_is_formed() -> None:
     module, side = fusion((32, 32), dtype=torch.float32), 32
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_for_backward() as sizes:
         module(keys(1, 2, side, side, dtype=torch.float32).requires_grad_())
     assert 0 < max(sizes) <= 2 * 4 * side**2
 

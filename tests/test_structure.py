@@ -17,7 +17,7 @@ from golden_neighbors import Golden, deviation, golden_names
 from ssync_loss import StructureAwareLoss
 from ssync_loss.functional import structure_aware_loss
 from ssync_loss.methods.slotcurri.reference import reference_structure_aware_loss
-from steps import step_of
+from steps import saved_for_backward, step_of
 from test_memory import Meter
 
 # of the largest magnitude
@@ -139,14 +139,6 @@ def test_both_filters_agree(window: int, normalize: str) -> None:
     assert all(torch.equal(*both) for both in zip(chosen, (loss, gradient), strict=True))
 
 
-def test_an_outlier_channel_hides_the_others_unless_each_has_its_own_extremes() -> None:
-    pred, target = (one.detach().clone() for one in sample(1, 4, 16, 8, 8))
-    pred[:, :, 3] *= 20
-    target[:, :, 3] = pred[:, :, 3]
-    joint = structure_aware_loss(pred, target)
-    assert structure_aware_loss(pred, target, normalize="channel") > 5 * joint
-
-
 def test_own_filters_keep_what_outliers_leave() -> None:
     pred, target = (one.detach().clone() for one in sample(1, 4, 16, 8, 8))
     # all else lies near 1, where squares are large beside their differences
@@ -166,14 +158,6 @@ def test_what_is_equal_costs_nothing(filters: Any) -> None:
         assert loss.abs() <= (0.0 if filters == "torch" else 1e-6)
         # kornia's leave 1e-8 or so, which the 1e-6 that constants are divided by magnifies
         assert gradient.abs().max() <= (0.0 if filters == "torch" else 1e-2)
-
-
-def test_it_sees_what_a_mean_squared_error_does_not() -> None:
-    _, target = sample(1, 4, 3, 8, 8)
-    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(1)).sign()
-    shifted, noisy = target + 0.5, target + 0.5 * noise
-    torch.testing.assert_close((shifted - target).square().mean(), (noisy - target).square().mean())
-    assert structure_aware_loss(shifted, target) < 0.5 * structure_aware_loss(noisy, target)
 
 
 # --- empty, undefined ---
@@ -248,14 +232,8 @@ def test_work_is_linear_in_cells(backward: bool) -> None:
 
 
 def test_only_the_gradient_waits_for_the_backward() -> None:
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return tensor
-
     pred, target = sample()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_for_backward() as saved:
         structure_aware_loss(pred, target, filters="torch")
     assert saved == [pred.numel()] * 2
 
