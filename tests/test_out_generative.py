@@ -16,7 +16,6 @@ from ssync_loss.functional import out_generative_loss
 from ssync_loss.methods.ino.reference import reference_out_generative_loss
 from test_memory import Meter
 
-
 Views = tuple[Tensor, Tensor, Tensor]
 
 
