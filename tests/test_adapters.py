@@ -313,23 +313,6 @@ class TestPackage:
         if heads == 1:
             torch.testing.assert_close(got, dots, rtol=0, atol=1e-6)
 
-    def test_teaches_the_host_frame_by_frame_and_flattened(self) -> None:
-        host = SlotAttention(num_slots=S, dim=D)
-        tap = LogitTap(host.to_q, host.to_k, host.scale)
-        clip = features()
-        for t in range(T):
-            host(clip[:, t])
-        apart = tap.pop(num_frames=T)
-        host(rearrange(clip, "b t n d -> (b t) n d"))
-        together = tap.pop(num_frames=T)
-        assert apart.shape == together.shape == (B, T, S, N)
-        for got in (apart, together):
-            host.zero_grad()
-            torch.autograd.backward(got.square().sum())
-            for parameter in (host.to_q.weight, host.to_k.weight, host.slots_mu, host.gru.weight_ih):
-                assert parameter.grad is not None
-                assert parameter.grad.abs().max() > 0
-
 
 class TestKeysOnce:
     @pytest.mark.parametrize("frames", [1, 2, 4])

@@ -264,16 +264,9 @@ class Painter(nn.Module):
         slots = state + share @ keys
         return {"logits": logits.unflatten(2, (SIDE, SIDE)), "slots": slots, "state_predicted": slots}
 
-    def forward(self, video: Tensor, *, cyclic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = self.curriculum.take(self.slots).expand(len(video), -1, -1)
-        if cyclic:
-            found = cyclic_scan(self.step, state, video)
-        else:
-            frames = []
-            for t, frame in enumerate(video.unbind(1)):
-                frames.append(self.step(state, frame, t))
-                state = frames[-1]["state_predicted"]
-            found = {name: torch.stack([one[name] for one in frames], 1) for name in frames[0]}
+        found = cyclic_scan(self.step, state, video)
         dec_logits = self.alpha(found["slots"]).unflatten(3, (SIDE, SIDE))
         return found["logits"], dec_logits, self.colors(found["slots"])
 
@@ -308,8 +301,6 @@ def test_ssync_and_a_teacher_follow_a_curriculum() -> None:
     assert teacher(video)[0].shape == (CLIPS, FRAMES, 5, SIDE, SIDE)
     # and what is found can be scored and carried on
     with torch.no_grad():
-        for cyclic in (False, True):
-            found = masks_to_labels(model(video, cyclic=cyclic)[1], (SIDE, SIDE))
-            pieces = fragmentation(found, torch.zeros_like(found), background=None)
-            assert (pieces >= 1).all()
+        found = masks_to_labels(model(video)[1], (SIDE, SIDE))
+    assert (fragmentation(found, torch.zeros_like(found), background=None) >= 1).all()
     assert propagate_labels(video, found[:, 0]).shape == found.shape

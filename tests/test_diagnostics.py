@@ -23,7 +23,6 @@ from ssync_loss.diagnostics import (
     agreement,
     edge_alignment,
     explained_variance,
-    merges,
     pool,
     premise,
     report,
@@ -311,44 +310,6 @@ def test_premise_holds_where_the_encoder_is_the_sharper_map() -> None:
     assert [one.verdict() for one in (there, back, equal)] == ["holds", "fails", "cannot tell"]
     assert "premise holds on these 4 clips" in report(there)
     assert "premise does not hold on these 4 clips" in report(back)
-
-
-def test_premise_reads_labels_before_merging() -> None:
-    # two slots active on the same half would be merged at any threshold below 1
-    enc = torch.tensor([[4.0, 3.0, 0.0, 0.0], [3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, 4.0]]).view(1, 1, 3, 1, 4)
-    assert merges(pseudo_labels(enc, enc).representative).tolist() == [1]
-    verdict = premise(enc, enc, row(0.0, 1.0, 2.0, 2.0)[:, :, None])
-    assert verdict.enc_explained.tolist() == [1.0]
-
-
-def test_the_verdict_is_the_sign_of_the_mean_not_a_vote() -> None:
-    features, sharp, blurred = blobs(0, clips=3)
-    # two clips speak a little against, one strongly for
-    noisy = sharp.clone()
-    noisy[0, 0, :, 0, 0] = noisy[0, 0, :, 0, 0].flip(0) * 3
-    noisy[1, 0, :, 0, 0] = noisy[1, 0, :, 0, 0].flip(0) * 3
-    enc = torch.stack([noisy[0], noisy[1], sharp[2]])
-    dec = torch.stack([sharp[0], sharp[1], blurred[2]])
-    verdict = premise(enc, dec, features)
-    assert (verdict.margin < 0).sum() == 2
-    assert verdict.holds
-
-
-def test_clips_without_a_valid_patch_are_left_out() -> None:
-    features, sharp, blurred = blobs(0)
-    valid = torch.tensor([True, True, False, True])[:, None].expand(4, 3)
-    verdict = premise(sharp, blurred, features, valid=valid)
-    assert verdict.measured.tolist() == [True, True, False, True]
-    kept = valid[:, 0]
-    rest = premise(sharp[kept], blurred[kept], features[kept])
-    for name in PER_CLIP:
-        assert torch.allclose(getattr(verdict, name)[kept], getattr(rest, name)), name
-    present = torch.tensor([[True, True], [True, True], [False, False], [True, True]])
-    masked = premise(sharp, blurred, features, slot_mask=present)
-    assert masked.measured.tolist() == [True, True, False, True]
-    nothing = premise(sharp, blurred, features, valid=torch.zeros(4, 3, dtype=torch.bool))
-    assert nothing.margin.tolist() == [0.0] * 4
-    assert not nothing.holds
 
 
 def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:

@@ -166,10 +166,6 @@ def test_as_many_pairs_are_held_as_are_asked_for() -> None:
     assert 6.0 < peak_in_kernels(4, chunk_size=None) < 6.9
 
 
-def test_pooling_shrinks_what_is_held() -> None:
-    assert peak_in_kernels(2, pool=4) < 0.2
-
-
 def test_nothing_quadratic_waits_for_the_backward() -> None:
     case = sample(1, 3, 2, 8, 8)
     with saved_for_backward() as saved:
