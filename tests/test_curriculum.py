@@ -396,26 +396,6 @@ def test_a_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("neighbors", ["active", "all"])
-def test_twins_and_slots_without_length_have_children_that_differ(neighbors: Any) -> None:
-    slots = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [-1.0, 1.0]])
-    knobs: dict[str, Any] = {"neighbors": neighbors, "unborn": torch.zeros(3, 2)}
-    counts = torch.tensor([1, 1, 1, 0])
-    mean = slots.norm(dim=1).sum() / (4 if neighbors == "active" else 7)
-    apart = (spawn_children(slots, counts, **knobs) - slots[:3]).norm(dim=1)
-    assert (apart[:1] >= 0.9e-3 * mean).all()
-    assert (apart > 0).all()
-    # as published they do not
-    still = spawn_children(slots, counts, min_radius=0.0, **knobs)
-    assert torch.equal(still[[0, 2]], slots[[0, 2]])
-
-
-def test_an_only_slot_uses_its_own_length() -> None:
-    slots = torch.tensor([[3.0, 4.0]])
-    child = spawn_children(slots, torch.tensor([1]))
-    assert (child - slots).norm().item() == pytest.approx(0.2 * 5, rel=1e-5)
-
-
-@pytest.mark.parametrize("neighbors", ["active", "all"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_placed_in_float32(dtype: torch.dtype, neighbors: Any) -> None:
     slots, unborn = randn(3, 4, dtype=dtype), randn(2, 4, seed=1, dtype=dtype)

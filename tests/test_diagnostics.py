@@ -163,17 +163,6 @@ def test_edge_alignment_equals_sklearn(labels: Tensor, seed: int, data: st.DataO
     assert actual.tolist() == pytest.approx(slow_edge_alignment(features, labels, valid), abs=1e-12)
 
 
-def test_edge_alignment_counts_ties_half_and_ends_at_one_half() -> None:
-    labels = row(0, 0, 1, 1).long()
-    assert edge_alignment(row(0.0, 0.0, 1.0, 1.0)[:, :, None], labels).tolist() == [1.0]
-    assert edge_alignment(row(0.0, 1.0, 1.0, 0.0)[:, :, None], labels).tolist() == [0.0]
-    # steps 1, 1 and 0: one tie and one win of two
-    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], labels).tolist() == [0.75]
-    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], torch.zeros_like(labels)).tolist() == [0.5]
-    assert edge_alignment(row(0.0, 1.0, 2.0, 2.0)[:, :, None], torch.arange(4).view(1, 1, 1, 4)).tolist() == [0.5]
-    assert edge_alignment(torch.ones(1, 1, 2, 1, 1), torch.zeros(1, 1, 1, 1).long()).tolist() == [0.5]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_features_explain_nothing_whatever_their_size(dtype: torch.dtype) -> None:
     # in some of these sums over the patches the mean misses the constant by an ulp

@@ -1,6 +1,5 @@
 """Label propagation: the slow definition, chunks, memory, what moves with what, the read-out, bad input."""
 
-import math
 from typing import Any
 
 import pytest
@@ -78,15 +77,6 @@ def test_masks_are_those_of_the_slow_definition(
     torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
 
 
-def test_soft_masks_stay_a_distribution_and_are_carried_on_soft() -> None:
-    features, masks = sample()
-    carried = propagate_masks(features, masks)
-    torch.testing.assert_close(carried.sum(2), torch.ones(2, 5, 3, 4, dtype=torch.float64))
-    assert carried.min() > 0
-    hardened = propagate_masks(features[:, 1:], F.one_hot(carried[:, 1].argmax(1), 3).movedim(3, 1).double())
-    assert not torch.allclose(hardened[:, 1], carried[:, 2], atol=1e-3)
-
-
 # --- the context and the window ---
 
 
@@ -115,21 +105,6 @@ def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int
         features, masks = features.mT, masks.mT
     carried = propagate_masks(features, masks, radius=radius, top_k=1)[0, 1, 0].flatten()
     assert (carried[4] == 1) == reached
-
-
-def test_the_largest_are_taken_over_all_frames_together() -> None:
-    # the query of frame 2 has cosines 1 with frame 1 (both patches), 0.8 and 0 with frame 0
-    features = torch.tensor([[[0.8, 0.6], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    features = features.mT.view(1, 3, 2, 1, 2)
-    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    carried = propagate_masks(features, masks, top_k=2, temperature=1.0)[0, :, 0, 0]
-    share = 1 / (1 + math.exp(-0.8))
-    # frame 1 takes both of frame 0, and frame 2 both of frame 1
-    torch.testing.assert_close(carried[1], torch.tensor([share, share]))
-    torch.testing.assert_close(carried[2], torch.tensor([share, share]))
-    third = propagate_masks(features, masks, top_k=3, temperature=1.0)[0, 2, 0, 0, 0]
-    expected = (2 * math.e * share + math.exp(0.8)) / (2 * math.e + math.exp(0.8))
-    assert third.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_all_that_tie_with_the_last_are_in() -> None:

@@ -221,29 +221,6 @@ def test_the_rows_over_maps_are_gray_underneath() -> None:
 
 
 @few
-@given(ssync_cases(), st.data())
-def test_renaming_slots_changes_nothing_but_colors(case: SSyncCase, data: st.DataObject) -> None:
-    enc, dec, valid, _ = case
-    B, T, S, H, W = enc.shape
-    # unique winners, so that no order decides
-    enc, dec = (logits + torch.linspace(0, 0.01, S)[:, None, None] for logits in (enc, dec))
-    order = torch.tensor(data.draw(st.permutations(range(S))))
-    video = noise_video(B, T, 3, H, W)
-    first = panel(video, enc, dec, merge_threshold=None, valid=valid, gap=0, alpha=1.0)
-    second = panel(video, enc[:, :, order], dec[:, :, order], merge_threshold=None, valid=valid, gap=0, alpha=1.0)
-    # the input and who is taught by whom are the same picture
-    assert torch.equal(first[:, :, :H], second[:, :, :H])
-    assert torch.equal(first[:, :, 4 * H :], second[:, :, 4 * H :])
-    # slot order[i] is now called i, and wears its color
-    colors = palette(S)
-    renamed = first[:, :, H : 4 * H].movedim(1, -1)
-    for before, after in zip(colors[order], colors, strict=True):
-        same = (first[:, :, H : 4 * H].movedim(1, -1) == before).all(-1, keepdim=True)
-        renamed = torch.where(same, after, renamed)
-    assert torch.equal(renamed, second[:, :, H : 4 * H].movedim(1, -1))
-
-
-@few
 @given(ssync_cases(), st.sampled_from([math.nan, math.inf, 7.0]))
 def test_what_invalid_cells_hold_never_shows(case: SSyncCase, value: float) -> None:
     enc, dec, valid, slot_mask = case
