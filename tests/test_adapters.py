@@ -827,11 +827,7 @@ class TestArguments:
             ({"scale": "1"}, TypeError, "`scale` must be a number; got str"),
             ({"heads": 0}, ValueError, "`heads` must be at least 1; got 0"),
             ({"heads": 2.0}, TypeError, "`heads` must be an integer; got float"),
-            (
-                {"head_softmax": "slots"},
-                ValueError,
-                "`head_softmax` must be one of 'per_head', 'joint'; got",
-            ),
+            ({"head_softmax": "slots"}, ValueError, "`head_softmax` must be one of 'per_head', 'joint'; got"),
             ({"iterations": 2}, ValueError, "`iterations` must be None without `frames_in_key`; got 2"),
             ({"iterations": 0, "frames_in_key": True}, ValueError, "`iterations` must be at least 1; got 0"),
             ({"query_projection": 1}, TypeError, "`query_projection` must be a module; got int"),

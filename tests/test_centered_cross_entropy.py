@@ -48,9 +48,7 @@ def step(criterion: CenteredCrossEntropy, s: Tensor, t: Tensor) -> tuple[Tensor,
 def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     golden = Golden(name)
     students, teachers = golden.tensor("student_logits", dtype), golden.tensor("teacher_logits", dtype)
-    criterion = CenteredCrossEntropy(
-        students.shape[2], tau_s=golden.number("tau_s"), tau_t=golden.number("tau_t"), m_c=golden.number("m_c")
-    )
+    criterion = CenteredCrossEntropy(students.shape[2], **golden.numbers("tau_s", "tau_t", "m_c"))
     for number, (s, t) in enumerate(zip(students, teachers, strict=True), 1):
         loss, gradient = step(criterion, s, t)
         criterion.update_center(t)

@@ -404,19 +404,11 @@ def test_a_wrong_curriculum_is_named(
 @pytest.mark.parametrize(
     ("slots", "error", "message"),
     [
+        (nn.Parameter(torch.zeros(7, 8).int(), False), TypeError, r"`slots_param` must be floating point; got"),
         (torch.zeros(7, 8), TypeError, r"`slots_param` must be a parameter; got Tensor"),
-        (
-            placeholders(6),
-            ValueError,
-            r"`slots_param` must have at least 7 rows, the last of budgets=\[2, 3, 7\]; got 6",
-        ),
+        (placeholders(6), ValueError, r"`slots_param` must have at least 7 rows, the last of budgets=.*; got 6"),
         (placeholders(7, 8, 2), ValueError, r"`slots_param` must have shape \(S, D\) or \(1, S, D\); got \(2, 7, 8\)"),
         (nn.Parameter(torch.zeros(7)), ValueError, r"`slots_param` must have shape .*; got \(7,\)"),
-        (
-            nn.Parameter(torch.zeros(7, 8).int(), requires_grad=False),
-            TypeError,
-            r"`slots_param` must be floating point; got torch.int32",
-        ),
     ],
 )
 def test_wrong_placeholders_are_named_from_the_first_step_on(slots: Any, error: type[Exception], message: str) -> None:

@@ -95,10 +95,7 @@ def test_a_compiler_unrolls_it_into_one_graph() -> None:
         (torch.zeros(2), r"`step` must return a mapping; got Tensor"),
         ({"state": torch.zeros(2)}, r"`step` must return a 'state_predicted'; got \['state'\]"),
         ({"state_predicted": torch.zeros(2), "t": 3}, r"`step` must return tensors \(B, ...\); got int as 't'"),
-        (
-            {"state_predicted": torch.zeros(())},
-            r"`step` must return tensors \(B, ...\); got a scalar as 'state_predicted'",
-        ),
+        ({"state_predicted": torch.zeros(())}, r"`step` must return tensors \(B, ...\); got a scalar as 'state_pred"),
     ],
 )
 def test_a_wrong_output_is_named(output: Any, message: str) -> None:

@@ -104,15 +104,13 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
         "chunk_size": chunk_size,
     }
     anchors = golden.tensor("anchors", dtype).requires_grad_()
-    if name.startswith("dense_decoder"):
-        source = "reconstruction"
-        features = golden.tensor(source, dtype).requires_grad_()
-        loss = dense_decoder_alignment_loss(features, anchors, golden.tensor("encoder_labels"), **shared)
-    else:
-        source = "features"
-        features = golden.tensor(source, dtype).requires_grad_()
+    loss_of: Loss = DECODER
+    source, labels = "reconstruction", "encoder_labels"
+    if name.startswith("dense_encoder"):
+        loss_of, source, labels = ENCODER, "features", "decoder_labels"
         shared["top_k"] = golden.count("top_k")
-        loss = dense_encoder_alignment_loss(features, anchors, golden.tensor("decoder_labels"), **shared)
+    features = golden.tensor(source, dtype).requires_grad_()
+    loss = loss_of(features, anchors, golden.tensor(labels), **shared)
     golden.assert_same_step(loss, features, source)
     (unused,) = torch.autograd.grad(loss, anchors, allow_unused=True)
     assert unused is None

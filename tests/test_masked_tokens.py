@@ -46,9 +46,7 @@ def step(s: Tensor, *others: Any, **given: Any) -> tuple[Tensor, Tensor]:
 def test_published_numbers(dtype: torch.dtype) -> None:
     golden = Golden("ino_mim_T3")
     student = golden.tensor("student", dtype).requires_grad_()
-    criterion = CenteredCrossEntropy(
-        student.shape[3], tau_s=golden.number("tau_s"), tau_t=golden.number("tau_t"), m_c=golden.number("m_c")
-    )
+    criterion = CenteredCrossEntropy(student.shape[3], **golden.numbers("tau_s", "tau_t", "m_c"))
     loss = masked_token_loss(
         student, golden.tensor("teacher", dtype), golden.tensor("mask"), criterion, update_center=True
     )

@@ -207,12 +207,6 @@ def mean_of(values: Any) -> float:
 
 
 class TestByHand:
-    def test_j_is_the_mean_over_frames_and_then_over_objects(self) -> None:
-        target = frames([0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 2, 2])
-        pred = frames([0, 0, 1, 2, 2, 2], [1, 1, 1, 1, 2, 2])
-        # object 1: 1/2 and 2/4; object 2: 1 and 2/3
-        assert_scores(region_similarity(pred, target, background=0), [((1 / 2 + 2 / 4) / 2 + (1 + 2 / 3) / 2) / 2])
-
     @pytest.mark.parametrize(("radius", "matched"), [(0, 6), (1, 10), (2, 14), (3, 20)])
     def test_f_of_a_square_and_one_moved_by_three(self, radius: int, matched: int) -> None:
         # 5 x 5: the contour is the rim of 6 x 6, rows and columns 4 to 9, as it is marked above and to the left
@@ -244,22 +238,6 @@ class TestByHand:
         corner[2, 3] = True
         assert contours(corner).nonzero().tolist() == [[1, 2], [1, 3], [2, 2]]
 
-    def test_an_object_out_of_sight_counts_1_where_nothing_is_predicted_and_0_where_something_is(self) -> None:
-        target = frames([0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0])
-        pred = frames([0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0])
-        for measure in measures:
-            assert_scores(measure(pred, target, background=0), [2 / 3])
-
-    def test_skipped_frames_are_not_scored_yet_name_their_objects(self) -> None:
-        target = frames([0, 2, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1])
-        pred = frames([0, 2, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1])
-        # object 2 is out of sight from frame 2 on, and rightly not predicted: 1
-        assert_scores(region_similarity(pred, target, background=0), [((1 + 1 + 2 / 3 + 2 / 4) / 4 + 1) / 2])
-        assert_scores(region_similarity(pred, target, background=0, skip_first=1), [((1 + 2 / 3 + 2 / 4) / 3 + 1) / 2])
-        assert_scores(
-            region_similarity(pred, target, background=0, skip_first=1, skip_last=1), [((1 + 2 / 3) / 2 + 1) / 2]
-        )
-
 
 class TestMatching:
     def test_a_slot_without_an_annotated_pixel_is_no_empty_mask_to_choose(self) -> None:
@@ -267,12 +245,6 @@ class TestMatching:
         target = frames([1, 1, VOID], [0, 0, 0], [0, 0, 0], [0, 0, 0])
         pred = frames([5, 5, 6], [5, 5, 5], [5, 5, 5], [5, 5, 5])
         assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [1 / 4])
-
-    def test_the_mean_over_frames_decides_and_not_the_pooled_pixels(self) -> None:
-        # slot 5 has most of the object's pixels, all in one frame; slot 6 fits in three of four
-        target = frames([1] * 8, [1] + [0] * 7, [1] + [0] * 7, [1] + [0] * 7)
-        pred = frames([5] * 8, [6] + [7] * 7, [6] + [7] * 7, [6] + [7] * 7)
-        assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [3 / 4])
 
     def test_names_the_extra_that_brings_scipy_and_does_without_it_for_ids(
         self, monkeypatch: pytest.MonkeyPatch

@@ -51,9 +51,7 @@ def step(views: Iterable[Tensor], ce: CenteredCrossEntropy, **given: Any) -> Vie
 def test_published_numbers(dtype: torch.dtype) -> None:
     golden = Golden("ino_out_generative_T4_l3")
     views = [golden.tensor(name, dtype) for name in ("s_glob", "s_loc", "t_glob")]
-    criterion = CenteredCrossEntropy(
-        views[0].shape[3], tau_s=golden.number("tau_s"), tau_t=golden.number("tau_t"), m_c=golden.number("m_c")
-    )
+    criterion = CenteredCrossEntropy(views[0].shape[3], **golden.numbers("tau_s", "tau_t", "m_c"))
     loss, of_global, of_local = step(views, criterion, update_center=True)
     assert loss.dtype == dtype
     assert deviation(loss, golden.tensor("loss_f64")) <= LOSS_TOL[dtype]

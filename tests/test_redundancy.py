@@ -91,12 +91,6 @@ def test_of_slots_equally_far_from_uniform_the_lower_index_is_picked() -> None:
     assert redundant_slots(torch.ones(1, 3), torch.ones(1, 3, 2), num_picked=2).tolist() == [[0, 1]]
 
 
-def test_uniform_attention_costs_nothing() -> None:
-    _, slots = sample()
-    attention = torch.full((2, 3, 5, 8), 1 / 8)
-    assert slot_redundancy_loss(attention, slots).abs() < 1e-6
-
-
 def test_attention_of_zero_is_finite() -> None:
     _, slots = sample()
     attention = torch.zeros(2, 3, 5, 8)

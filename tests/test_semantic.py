@@ -197,11 +197,7 @@ class TestContract(LossContract):
         ({"logits": torch.zeros(2, 0, 3, 2, 4)}, ValueError, r"`logits` must have T >= 1; got T=0"),
         ({"logits": torch.zeros(2, 3, 0, 2, 4)}, ValueError, r"`logits` must have S >= 1; got S=0"),
         ({"logits": torch.zeros(2, 3, 3, 0, 4)}, ValueError, r"`logits` must have H >= 1; got H=0"),
-        (
-            {"teacher_logits": torch.zeros(2, 3, 5, 2, 4)},
-            ValueError,
-            r"`teacher_logits` must have shape \(B=2, T=3, S=3",
-        ),
+        ({"teacher_logits": torch.zeros(2, 3, 5, 2, 4)}, ValueError, r"`teacher_logits` must have shape .* S=3"),
         ({"feats": torch.zeros(2, 3, 5, 4, 2)}, ValueError, r"`feats` must have shape \(B=2, T=3, D, H=2, W=4\); got"),
         ({"feats": torch.zeros(2, 3, 0, 2, 4)}, ValueError, r"`feats` must have D >= 1; got D=0"),
     ]

@@ -82,17 +82,8 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
 def test_published_numbers(name: str, filters: Any, dtype: torch.dtype, chunk_size: int | None) -> None:
     golden = Golden(name)
     pred, target = (golden.tensor(one, dtype).requires_grad_() for one in ("pred", "target"))
-    loss = structure_aware_loss(
-        pred,
-        target,
-        window=golden.count("window"),
-        sigma=golden.number("sigma"),
-        k1=golden.number("k1"),
-        k2=golden.number("k2"),
-        eps=golden.number("eps"),
-        chunk_size=chunk_size,
-        filters=filters,
-    )
+    knobs = golden.numbers("sigma", "k1", "k2", "eps") | {"window": golden.count("window")}
+    loss = structure_aware_loss(pred, target, chunk_size=chunk_size, filters=filters, **knobs)
     (gradient,) = torch.autograd.grad(loss, pred)
     assert loss.dtype == dtype
     assert deviation(loss, golden.tensor("loss_exact_window_f64")) <= EXACT[dtype]
@@ -109,7 +100,7 @@ def test_published_numbers(name: str, filters: Any, dtype: torch.dtype, chunk_si
 def test_the_defaults_are_the_published_settings() -> None:
     for name in golden_names("ssim3d", 2):
         golden = Golden(name)
-        wanted = {key: golden.number(key) for key in ("window", "sigma", "k1", "k2", "eps")}
+        wanted = golden.numbers("window", "sigma", "k1", "k2", "eps")
         assert wanted == {key: StructureAwareLoss().settings[key] for key in wanted}
 
 
