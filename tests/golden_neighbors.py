@@ -1,6 +1,7 @@
 """The golden files of the neighboring losses; see golden/neighbors/README.md."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ class Golden:
 
     def number(self, name: str) -> float:
         return float(self.fields[f"param_{name}"])
+
+    def numbers(self, *names: str) -> dict[str, Any]:
+        return {name: self.number(name) for name in names}
 
     def count(self, name: str) -> int:
         return int(self.fields[f"param_{name}"])

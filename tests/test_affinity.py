@@ -14,6 +14,7 @@ from golden_neighbors import Golden, golden_names
 from ssync_loss import AffinityConsistencyLoss
 from ssync_loss.functional import affinity_consistency_loss
 from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
+from steps import assert_same, step_of
 from test_memory import Meter
 
 
@@ -36,18 +37,6 @@ def step(s: Tensor, t: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     return step_of(affinity_consistency_loss, s, t, **given)
 
 
-def step_of(loss_of: Any, s: Tensor, t: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    source = s.detach().requires_grad_()
-    loss = loss_of(source, t, **given)
-    (gradient,) = torch.autograd.grad(loss, source)
-    return loss.detach(), gradient
-
-
-def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tol, atol=tol)
-
-
 # --- values ---
 
 
@@ -58,14 +47,8 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
     golden = Golden(name)
     student = golden.tensor("student", dtype).requires_grad_()
     teacher = golden.tensor("teacher", dtype).requires_grad_()
-    loss = affinity_consistency_loss(
-        student,
-        teacher,
-        mask=golden.tensor("mask"),
-        tau_s=golden.number("tau_s"),
-        tau_t=golden.number("tau_t"),
-        chunk_size=chunk_size,
-    )
+    knobs = golden.numbers("tau_s", "tau_t") | {"mask": golden.tensor("mask"), "chunk_size": chunk_size}
+    loss = affinity_consistency_loss(student, teacher, **knobs)
     golden.assert_same_step(loss, student, "student")
     (unused,) = torch.autograd.grad(loss, teacher, allow_unused=True)
     assert unused is None
@@ -100,43 +83,11 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
     assert_same(step(s, t, chunk_size=chunk_size, **knobs), expected, 1e-9)
 
 
-@settings(max_examples=20)
-@given(seed=st.integers(0, 2**31), tau_s=st.sampled_from((0.03, 0.1, 1.0)))
-def test_no_student_is_below_the_entropy_of_its_teacher(seed: int, tau_s: float) -> None:
-    s, t = sample(dtype=torch.float64, seed=seed)
-    units = torch.nn.functional.normalize(t, dim=3)
-    rows = (units[:, :-1] @ units[:, 1:].mT / 0.04).softmax(3)
-    entropy = torch.special.entr(rows).sum(3).mean()
-    assert affinity_consistency_loss(s, t, tau_s=tau_s) > entropy
-    same = affinity_consistency_loss(t, t, tau_s=0.04)
-    torch.testing.assert_close(same, entropy, rtol=1e-12, atol=0)
-    assert affinity_consistency_loss(t, t) > 1.01 * entropy
-
-
-def test_the_order_of_one_frame_in_the_student_alone_means_something() -> None:
-    _, t = sample(dtype=torch.float64)
-    moved = t.clone()
-    moved[:, 1] = moved[:, 1].roll(1, dims=1)
-    assert affinity_consistency_loss(moved, t) > 2 * affinity_consistency_loss(t, t)
-
-
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
 def test_a_student_that_sees_no_difference_pays_the_logarithm_of_the_tokens(num_tokens: int) -> None:
     _, t = sample(2, 3, num_tokens, 4)
     loss = affinity_consistency_loss(torch.ones(2, 3, num_tokens, 5), t)
     assert math.isclose(loss.item(), math.log(num_tokens), rel_tol=1e-6, abs_tol=1e-7)
-    half = random_mask(2, 3, 2 * num_tokens, num_tokens)
-    _, t = sample(2, 3, 2 * num_tokens, 4)
-    loss = affinity_consistency_loss(torch.ones(2, 3, 2 * num_tokens, 5), t, mask=half)
-    assert math.isclose(loss.item(), math.log(num_tokens), rel_tol=1e-6, abs_tol=1e-7)
-
-
-def test_frames_are_compared_with_the_next_one_in_one_direction() -> None:
-    s, t = sample(1, 4, 5, 3, dtype=torch.float64)
-    parts = [affinity_consistency_loss(s[:, i : i + 2], t[:, i : i + 2]) for i in range(3)]
-    torch.testing.assert_close(affinity_consistency_loss(s, t), torch.stack(parts).mean(), rtol=1e-12, atol=0)
-    forwards, backwards = (affinity_consistency_loss(s.flip(i), t.flip(i)) for i in (0, 1))
-    assert not torch.isclose(forwards, backwards, rtol=1e-3)
 
 
 def test_a_grid_is_a_list_of_its_patches() -> None:
@@ -158,17 +109,6 @@ def test_kept_positions_may_be_given_as_lists() -> None:
 
 
 # --- empty, single, undefined ---
-
-
-def test_vectors_without_a_direction_get_no_gradient() -> None:
-    s, t = sample()
-    s = s.detach()
-    s[0, 1, 2] = 0
-    loss, gradient = step(s, t)
-    assert loss.isfinite()
-    assert gradient.isfinite().all()
-    assert not gradient[0, 1, 2].any()
-    assert gradient[0, 1, 3].any()
 
 
 @pytest.mark.parametrize("tau", [1e-4, 50.0])
@@ -240,7 +180,6 @@ class TestWholeFrames(LossContract):
     refused: ClassVar = [
         ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
         ({"tau_t": -1.0}, ValueError, r"`tau_t` must be finite and above 0.0; got -1.0"),
-        ({"tau_t": "0.1"}, TypeError, r"`tau_t` must be a number; got str"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": 2.0}, TypeError, r"`chunk_size` must be an integer; got float"),
         ({"s": torch.zeros(2, 3, 6)}, ValueError, r"`s` must have shape \(B, T, D, H, W\); got \(2, 3, 6\)"),
@@ -271,11 +210,7 @@ class TestMasked(TestWholeFrames):
     refused: ClassVar = [
         ({"mask": BITS[:, :, :5]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(2, 3, 5\)"),
         ({"mask": BITS[0]}, ValueError, r"`mask` must have shape \(B=2, T=3, N=6\); got \(3, 6\)"),
-        (
-            {"mask": BITS.tril(2)},
-            ValueError,
-            r"`mask` must keep the same number of positions in every frame; got 3 to 5",
-        ),
+        ({"mask": BITS.tril(2)}, ValueError, r"`mask` must keep the same number of positions .*; got 3 to 5"),
     ]
 
     def case(self, *shape: int) -> Case:

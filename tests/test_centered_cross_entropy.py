@@ -48,9 +48,7 @@ def step(criterion: CenteredCrossEntropy, s: Tensor, t: Tensor) -> tuple[Tensor,
 def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     golden = Golden(name)
     students, teachers = golden.tensor("student_logits", dtype), golden.tensor("teacher_logits", dtype)
-    criterion = CenteredCrossEntropy(
-        students.shape[2], tau_s=golden.number("tau_s"), tau_t=golden.number("tau_t"), m_c=golden.number("m_c")
-    )
+    criterion = CenteredCrossEntropy(students.shape[2], **golden.numbers("tau_s", "tau_t", "m_c"))
     for number, (s, t) in enumerate(zip(students, teachers, strict=True), 1):
         loss, gradient = step(criterion, s, t)
         criterion.update_center(t)
@@ -80,14 +78,6 @@ def test_value_gradient_and_move_are_those_of_the_slow_definition(
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, s)[0], rtol=1e-10, atol=1e-12)
     criterion.update_center(t)
     torch.testing.assert_close(criterion.center, reference_moved_center(center, t, m_c=m_c), rtol=1e-12, atol=1e-14)
-
-
-def test_a_teacher_that_stays_is_approached_geometrically() -> None:
-    criterion = CenteredCrossEntropy(3)
-    _, t = sample(4, 3, dtype=torch.float64)
-    for moves in range(1, 30):
-        criterion.update_center(t)
-        torch.testing.assert_close(criterion.center, t.mean(0) * (1 - 0.9**moves), rtol=1e-12, atol=1e-15)
 
 
 def test_rows_may_have_any_shape() -> None:
@@ -140,17 +130,12 @@ def test_no_rows_move_nothing(num_rows: int, mask: Tensor | None) -> None:
     assert torch.equal(criterion.center, torch.arange(5.0))
 
 
-def test_it_is_in_the_checkpoint_and_stays_in_its_memory() -> None:
-    _, t = sample()
-    criterion, twin = centered(), centered()
+def test_it_stays_in_its_memory() -> None:
+    criterion = centered()
     memory = criterion.center.data_ptr()
-    criterion.update_center(t)
-    assert criterion.center.data_ptr() == memory
-    assert list(criterion.state_dict()) == ["center"]
-    twin.load_state_dict(criterion.state_dict())
-    assert torch.equal(twin.center, criterion.center)
+    criterion.update_center(sample()[1])
     assert criterion.center.any()
-    assert not list(criterion.parameters())
+    assert criterion.center.data_ptr() == memory
 
 
 def test_it_is_as_wide_as_the_widest_logits_and_never_narrower_than_float32() -> None:
@@ -304,10 +289,7 @@ def test_a_wrong_mask_is_named(mask: Any, error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("t", "error", "message"),
     [
-        ([1.0], TypeError, r"`t` must be a tensor; got list"),
         (torch.zeros(6, 4), ValueError, r"`t` must have shape \(..., Kp=5\); got \(6, 4\)"),
-        (torch.zeros(6, 5).long(), TypeError, r"`t` must be floating point; got torch.int64"),
-        (torch.zeros(6, 5, device="meta"), ValueError, r"`t` must be on the device of `center`"),
     ],
 )
 def test_wrong_rows_move_nothing(t: Any, error: type[Exception], message: str) -> None:
@@ -332,7 +314,6 @@ class TestContract(LossContract):
         ({"tau_s": 0.0}, ValueError, r"`tau_s` must be finite and above 0.0; got 0.0"),
         ({"tau_t": INF}, ValueError, r"`tau_t` must be finite and above 0.0; got inf"),
         ({"m_c": 1.5}, ValueError, r"`m_c` must be within \[0.0, 1.0\]; got 1.5"),
-        ({"m_c": "0.9"}, TypeError, r"`m_c` must be a number; got str"),
         ({"s": torch.zeros(6, 4)}, ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(6, 4\)"),
         ({"s": torch.zeros(5)}, ValueError, r"`s` must have the shape of `t`, \(6, 5\); got \(5,\)"),
         ({"t": torch.zeros(())}, ValueError, r"`t` must have shape \(..., Kp=5\); got \(\)"),

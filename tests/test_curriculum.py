@@ -22,7 +22,7 @@ from ssync_loss.curriculum import (
     slot_schedule,
     spawn_children,
 )
-from ssync_loss.methods.slotcurri.curriculum.children import _most_similar, _radii, place_children
+from ssync_loss.methods.slotcurri.curriculum.children import place_children
 from ssync_loss.methods.slotcurri.reference import (
     reference_allot_children,
     reference_place_children,
@@ -194,17 +194,9 @@ def test_errors_and_their_allotment_compile_to_one_graph() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("recon", None, TypeError, r"`recon` must be a tensor"),
-        ("recon", torch.zeros(2, 3, 5, 8), ValueError, r"`recon` must have shape \(B, T, D, H, W\); got"),
-        ("recon", torch.zeros(2, 3, 5, 2, 4).long(), TypeError, r"`recon` must be floating point; got torch.int64"),
         ("recon", torch.zeros(2, 0, 5, 2, 4), ValueError, r"`recon` must have T >= 1; got T=0"),
         ("target", torch.zeros(2, 3, 4, 2, 4), ValueError, r"`target` must have shape \(B=2, T=3, D=5, H=2, W=4\)"),
-        ("target", torch.zeros(2, 3, 5, 2, 4).int(), TypeError, r"`target` must be floating point; got torch.int32"),
-        ("target", torch.zeros(2, 3, 5, 2, 4, device="meta"), ValueError, r"`target` must be on the device of `recon`"),
-        ("masks", torch.zeros(2, 3, 3, 8), ValueError, r"`masks` must have shape \(B=2, T=3, S, H=2, W=4\); got"),
         ("masks", torch.zeros(2, 3, 0, 2, 4), ValueError, r"`masks` must have S >= 1; got S=0"),
-        ("masks", torch.zeros(2, 3, 3, 2, 4).bool(), TypeError, r"`masks` must be floating point; got torch.bool"),
-        ("masks", torch.zeros(2, 3, 3, 2, 4, device="meta"), ValueError, r"`masks` must be on the device of `recon`"),
     ],
 )
 def test_a_wrong_scene_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
@@ -280,12 +272,6 @@ def test_shares_are_computed_in_float64() -> None:
     assert allot_children(torch.full((3,), 2.0**100), 2**30).tolist() == [357913942, 357913941, 357913941]
 
 
-def test_one_slot_with_all_error_gets_all_children() -> None:
-    assert allot_children(torch.tensor([0.0, 1e-30, 0.0]), 7).tolist() == [0, 7, 0]
-    assert allot_children(torch.tensor([2.0]), 7).tolist() == [7]
-    assert allot_children(torch.tensor([2.0, 1.0]), 0).tolist() == [0, 0]
-
-
 @pytest.mark.parametrize("unknown", [[0.0, 0.0, 0.0], [1.0, NAN, 2.0], [1.0, INF, 2.0], [3.0, -1.0, 2.0]])
 def test_errors_that_say_nothing_let_slots_take_turns(unknown: list[float]) -> None:
     assert allot_children(torch.tensor(unknown), 4).tolist() == [2, 1, 1]
@@ -295,10 +281,7 @@ def test_errors_that_say_nothing_let_slots_take_turns(unknown: list[float]) -> N
 @pytest.mark.parametrize(
     ("errors", "n_new", "error", "message"),
     [
-        ([1.0], 2, TypeError, r"`errors` must be a tensor; got list"),
-        (torch.ones(2, 3), 2, ValueError, r"`errors` must have shape \(K\); got"),
         (torch.ones(0), 2, ValueError, r"`errors` must have K >= 1; got K=0"),
-        (torch.ones(2).long(), 2, TypeError, r"`errors` must be floating point; got torch.int64"),
         (torch.ones(2), -1, ValueError, r"`n_new` must be at least 0; got -1"),
         (torch.ones(2), torch.tensor(2), TypeError, r"`n_new` must be an integer; got Tensor"),
     ],
@@ -336,12 +319,6 @@ def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: st
     parents = slots[golden.tensor("parent").long()]
     radius = (children.double() - parents.double()).norm(dim=1)
     assert deviation(radius, golden.tensor(f"radius_{rule}{suffix}", torch.float64)) <= tol
-    # before any child is written
-    rows = slots[:num_active] if rule == "active" else slots
-    nearest = _most_similar(rows)
-    assert torch.equal(nearest[:num_active], golden.tensor(f"neighbour_{rule}").long())
-    still = _radii(rows, nearest, golden.number("beta"), 0.0)[golden.tensor("parent").long()]
-    assert deviation(still, golden.tensor(f"radius_{rule}_static_formula_f64")) <= tol
 
 
 @st.composite
@@ -419,32 +396,6 @@ def test_a_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("neighbors", ["active", "all"])
-def test_twins_and_slots_without_length_have_children_that_differ(neighbors: Any) -> None:
-    slots = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [-1.0, 1.0]])
-    knobs: dict[str, Any] = {"neighbors": neighbors, "unborn": torch.zeros(3, 2)}
-    counts = torch.tensor([1, 1, 1, 0])
-    mean = slots.norm(dim=1).sum() / (4 if neighbors == "active" else 7)
-    apart = (spawn_children(slots, counts, **knobs) - slots[:3]).norm(dim=1)
-    assert (apart[:1] >= 0.9e-3 * mean).all()
-    assert (apart > 0).all()
-    # as published they do not
-    still = spawn_children(slots, counts, min_radius=0.0, **knobs)
-    assert torch.equal(still[[0, 2]], slots[[0, 2]])
-
-
-def test_an_only_slot_uses_its_own_length() -> None:
-    slots = torch.tensor([[3.0, 4.0]])
-    child = spawn_children(slots, torch.tensor([1]))
-    assert (child - slots).norm().item() == pytest.approx(0.2 * 5, rel=1e-5)
-
-
-def test_no_children_are_no_rows() -> None:
-    for neighbors in ("active", "all"):
-        children = spawn_children(randn(3, 4), torch.zeros(3).long(), neighbors=neighbors, unborn=randn(2, 4))
-        assert children.shape == (0, 4)
-
-
-@pytest.mark.parametrize("neighbors", ["active", "all"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_placed_in_float32(dtype: torch.dtype, neighbors: Any) -> None:
     slots, unborn = randn(3, 4, dtype=dtype), randn(2, 4, seed=1, dtype=dtype)
@@ -463,24 +414,13 @@ def test_children_carry_no_graph() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"slots_active": None}, TypeError, r"`slots_active` must be a tensor; got NoneType"),
-        ({"slots_active": torch.ones(1, 3, 4)}, ValueError, r"`slots_active` must have shape \(K, D\); got"),
         ({"slots_active": torch.ones(3, 0)}, ValueError, r"`slots_active` must have D >= 1; got D=0"),
-        (
-            {"slots_active": torch.ones(3, 4).int()},
-            TypeError,
-            r"`slots_active` must be floating point; got torch.int32",
-        ),
         ({"counts": torch.ones(2).long()}, ValueError, r"`counts` must have shape \(K=3\); got \(2,\)"),
-        ({"counts": torch.ones(3)}, TypeError, r"`counts` must hold integers; got torch.float32"),
         ({"counts": torch.tensor([1, -1, 0])}, ValueError, r"`counts` must be at least 0; got \[1, -1, 0\]"),
-        ({"counts": torch.ones(3, device="meta").long()}, ValueError, r"`counts` must be on the device of"),
         ({"beta": -0.1}, ValueError, r"`beta` must be finite and at least 0.0; got -0.1"),
-        ({"neighbors": "nearest"}, ValueError, r"`neighbors` must be one of 'active', 'all'; got 'nearest'"),
         ({"min_radius": NAN}, ValueError, r"`min_radius` must be finite and at least 0.0; got nan"),
         ({"neighbors": "all"}, ValueError, r"`unborn` must be given with neighbors='all'; got None"),
         ({"unborn": torch.ones(3, 5)}, ValueError, r"`unborn` must have shape \(U, D=4\); got"),
-        ({"unborn": torch.ones(3, 4).long()}, TypeError, r"`unborn` must be floating point; got torch.int64"),
         ({"unborn": torch.ones(2, 4)}, ValueError, r"`unborn` must have a row per child, 3; got 2"),
     ],
 )
@@ -531,26 +471,6 @@ def test_newborn_rows_inherit_the_moments_of_their_parents(name: str, leading: t
     assert changed == {"Adam": 3, "SGD": 1}.get(name, 2)
 
 
-def test_a_newborn_row_without_moments_takes_steps_that_are_too_long() -> None:
-    lengths = {}
-    for inherit in (True, False):
-        slots = nn.Parameter(randn(3, 4))
-        optimizer = torch.optim.Adam([slots], lr=0.01)
-        for step in range(3001):
-            if step == 3000:
-                if inherit:
-                    inherit_moments(optimizer, slots, torch.tensor([0]), 2)
-                before = slots.detach().clone()
-            # a gradient of 1 on all rows in use
-            slots.grad = torch.ones_like(slots)
-            slots.grad[2] = step == 3000
-            optimizer.step()
-        lengths[inherit] = (slots.detach() - before).norm(dim=1).tolist()
-    assert lengths[True][2] == pytest.approx(lengths[True][0], rel=1e-3)
-    # (1 - beta1) / sqrt(1 - beta2)
-    assert lengths[False][2] / lengths[False][0] == pytest.approx(0.1 / 0.001**0.5, rel=0.05)
-
-
 def test_before_its_first_step_an_optimizer_has_nothing_to_inherit() -> None:
     slots = nn.Parameter(randn(5, 3))
     optimizer = torch.optim.Adam([slots])
@@ -581,13 +501,6 @@ def test_held_rows_stay_as_they_are(name: str, leading: tuple[int, ...]) -> None
     train(slots, optimizer, 4, 1)
     assert (rows[2:4] != before[2:4]).all()
     assert torch.equal(rows[4:], before[4:])
-
-
-def test_without_a_hold_weight_decay_moves_what_gets_no_gradient() -> None:
-    slots = nn.Parameter(randn(5, 3))
-    before = slots.detach().clone()
-    train(slots, OPTIMIZERS["AdamW"](slots), 2, 5)
-    assert (slots.detach()[2:].abs() < before[2:].abs()).all()
 
 
 def test_an_optimizer_of_other_parameters_is_named() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import curriculum_ranks
-from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS, SHARES
+from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS
 from ranks import run_ranks
-from ssync_loss.curriculum import SlotCurriculum, allot_children, milestones, slot_error, slot_schedule
+from ssync_loss.curriculum import SlotCurriculum, milestones, slot_error, slot_schedule
 
 
 def scene(num_slots: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,13 +191,6 @@ def test_errors_that_are_not_numbers_let_slots_take_turns() -> None:
     assert (distance < slots.detach()[:2].norm(dim=1)).all()
 
 
-def test_a_curriculum_of_one_stage_does_nothing() -> None:
-    curriculum, slots = SlotCurriculum([7], []), placeholders()
-    before = slots.detach().clone()
-    assert run(curriculum, slots, range(3)) == [7] * 3
-    assert torch.equal(slots, before)
-
-
 @pytest.mark.parametrize("leading", [(), (1,)])
 def test_a_parameter_may_have_an_axis_of_clips(leading: tuple[int, ...]) -> None:
     curriculum, slots = SlotCurriculum([2, 5], [0]), placeholders(7, 8, *leading)
@@ -262,29 +255,24 @@ def test_unborn_rows_are_held_until_they_are_born() -> None:
 @pytest.mark.parametrize("at", range(12))
 def test_a_training_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
     def fresh() -> tuple[SlotCurriculum, nn.Parameter]:
-        torch.manual_seed(0)
         return SlotCurriculum([2, 3, 7], [4, 9], window=3), placeholders()
 
-    curriculum, slots = fresh()
-    # jitter of its own at every event, whenever the training began
-    counts = []
-    for step in range(12):
-        torch.manual_seed(step)
-        counts += run(curriculum, slots, range(step, step + 1))
-    first, first_slots = fresh()
-    for step in range(at):
-        torch.manual_seed(step)
-        run(first, first_slots, range(step, step + 1))
+    def go_on(curriculum: SlotCurriculum, slots: nn.Parameter, *steps: int) -> list[int]:
+        counts = []
+        for step in range(*steps):
+            # jitter of its own at every event, whenever the training began
+            torch.manual_seed(step)
+            counts += run(curriculum, slots, range(step, step + 1))
+        return counts
+
+    (whole, slots), (first, first_slots), (second, second_slots) = fresh(), fresh(), fresh()
+    counts = go_on(whole, slots, 12)
+    go_on(first, first_slots, at)
     torch.save({"curriculum": first.state_dict(), "slots": first_slots.data}, tmp_path / "checkpoint.pt")
     loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    second, second_slots = fresh()
     second.load_state_dict(loaded["curriculum"], strict=True)
     second_slots.data = loaded["slots"]
-    again = []
-    for step in range(at, 12):
-        torch.manual_seed(step)
-        again += run(second, second_slots, range(step, step + 1))
-    assert again == counts[at:]
+    assert go_on(second, second_slots, at, 12) == counts[at:]
     assert torch.equal(second_slots, slots)
 
 
@@ -369,16 +357,6 @@ def test_errors_are_averaged_over_all_clips(ranks: list[dict[str, Any]], whole: 
     # up to the first clone, whose jitter differs
     for step in range(MILESTONES[0] + 1):
         torch.testing.assert_close(ranks[0]["errors"][step], whole["errors"][step])
-    # the shares are worth telling apart
-    step = MILESTONES[0] - 1
-    host = curriculum_ranks.Host()
-    parts = []
-    for share in SHARES:
-        target = curriculum_ranks.clips(step)[share]
-        recon, masks = host(target)
-        parts.append(slot_error(recon, target, masks))
-    assert (parts[1] > 2 * parts[0]).all()
-    assert not torch.equal(*(allot_children(part, 50) for part in parts))
 
 
 def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str, Any]]) -> None:
@@ -426,19 +404,11 @@ def test_a_wrong_curriculum_is_named(
 @pytest.mark.parametrize(
     ("slots", "error", "message"),
     [
+        (nn.Parameter(torch.zeros(7, 8).int(), False), TypeError, r"`slots_param` must be floating point; got"),
         (torch.zeros(7, 8), TypeError, r"`slots_param` must be a parameter; got Tensor"),
-        (
-            placeholders(6),
-            ValueError,
-            r"`slots_param` must have at least 7 rows, the last of budgets=\[2, 3, 7\]; got 6",
-        ),
+        (placeholders(6), ValueError, r"`slots_param` must have at least 7 rows, the last of budgets=.*; got 6"),
         (placeholders(7, 8, 2), ValueError, r"`slots_param` must have shape \(S, D\) or \(1, S, D\); got \(2, 7, 8\)"),
         (nn.Parameter(torch.zeros(7)), ValueError, r"`slots_param` must have shape .*; got \(7,\)"),
-        (
-            nn.Parameter(torch.zeros(7, 8).int(), requires_grad=False),
-            TypeError,
-            r"`slots_param` must be floating point; got torch.int32",
-        ),
     ],
 )
 def test_wrong_placeholders_are_named_from_the_first_step_on(slots: Any, error: type[Exception], message: str) -> None:

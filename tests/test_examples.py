@@ -57,15 +57,8 @@ class TestMovingObjects:
         first, again, other = (moving_objects.moving_objects(60, seed=seed) for seed in (3, 3, 4))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert not torch.equal(first.video, other.video)
-
-    def test_shapes_and_ranges(self) -> None:
-        clips = moving_objects.moving_objects(5, seed=0, num_frames=3, size=32)
-        assert clips.video.shape == (5, 3, 3, 32, 32)
-        assert clips.video.dtype == torch.float32
-        assert clips.video.min() >= 0
-        assert clips.video.max() <= 1
-        assert clips.ids.shape == (5, 3, 32, 32)
-        assert clips.ids.dtype == torch.int64
+        assert first.video.shape == (60, 4, 3, 48, 48)
+        assert 0 <= first.video.min() < first.video.max() <= 1
 
     def test_two_to_four_objects(self) -> None:
         clips = moving_objects.moving_objects(100, seed=0)
@@ -123,15 +116,12 @@ class TestFeatures:
         ratio = tokens.var(0) / principal.sqrt()
         assert (ratio / ratio.mean() - 1).abs().max() < 0.01
 
-    def test_any_grid_of_patches(self) -> None:
-        video = torch.rand(3, 2, 3, 24, 40)
-        assert FrozenFeatures(8).fit(video)(video).shape == (3, 2, 8, 6, 10)
-
     def test_fitted_features_survive_a_state_dict(self) -> None:
-        video = torch.rand(2, 2, 3, 16, 16)
+        video = torch.rand(2, 2, 3, 24, 40)
         fitted, loaded = FrozenFeatures(4).fit(video), FrozenFeatures(4, seed=9)
         loaded.load_state_dict(fitted.state_dict())
         assert torch.equal(loaded(video), fitted(video))
+        assert loaded(video).shape == (2, 2, 4, 6, 10)
 
     def test_refuses_what_is_no_video_of_whole_patches(self) -> None:
         with pytest.raises(ValueError, match=r"`video` must have shape \(B, T, 3, H, W\); got \(2, 3, 16, 16\)"):
@@ -151,15 +141,6 @@ class TestSlotModel:
         loss = reconstruction_loss(output, features) + slot_contrast_loss(output.slots)
         (loss + SSyncLoss()(output.enc_logits, output.dec_logits)).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-    def test_encoder_map_is_what_attention_normalizes(self) -> None:
-        torch.manual_seed(0)
-        attention = SlotModel(2, dim=8).attention
-        tokens, slots = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
-        queries = attention.to_query(attention.norm_slots(slots))
-        keys = attention.to_key(attention.norm_tokens(tokens))
-        _, (dots,) = attention(tokens, slots, iterations=1)
-        torch.testing.assert_close(dots, queries @ keys.mT / 8**0.5)
 
     def test_the_map_is_of_the_last_iteration_and_attention_of_all(self) -> None:
         torch.manual_seed(0)
@@ -302,20 +283,14 @@ class TestDenseAlignment:
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, (first, second, reconstruction, tokens)))
 
-    def test_the_features_of_both_maps_are_taught_and_nothing_else(self) -> None:
+    @pytest.mark.parametrize(("step", "taught"), [(0, {"attention"}), (4, {"reconstruction", "tokens"})])
+    def test_attention_is_taught_first_then_the_features_of_both_maps(self, step: int, taught: set[str]) -> None:
         alignment, output, features = self.made()
-        alignment(output, features, step=4).backward()
-        taught = {"reconstruction", "tokens"}
+        alignment(output, features, step=step).backward()
         for name, part in output._asdict().items():
             assert (part.grad is not None and part.grad.abs().sum() > 0) == (name in taught), name
         assert features.grad is None
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in alignment.parameters())
-
-    def test_gradients_go_through_the_whole_model(self) -> None:
-        alignment, _, features = self.made()
-        model = SlotModel(3, feature_dim=5, dim=8)
-        alignment(model(features.detach()), features.detach(), step=4).backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        assert all((p.grad is not None and p.grad.abs().sum() > 0) == (step > 0) for p in alignment.parameters())
 
     def test_redundancy_comes_first_then_nothing_then_alignment(self) -> None:
         alignment, output, features = self.made()
@@ -326,11 +301,6 @@ class TestDenseAlignment:
         assert torch.equal(torch.stack(losses[2:4]), torch.zeros(2))
         assert torch.equal(torch.stack(losses[4:]), losses[-1].expand(16))
         assert losses[-1] > redundancy
-
-    def test_redundancy_teaches_the_attention(self) -> None:
-        alignment, output, features = self.made()
-        alignment(output, features, step=0).backward()
-        assert [name for name, part in output._asdict().items() if part.grad is not None] == ["attention"]
 
     def test_the_model_starts_from_the_same_weights(self) -> None:
         settings = Settings("noise", 8, slots=3, steps=20)

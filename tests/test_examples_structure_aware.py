@@ -37,12 +37,8 @@ class TestStructureAware:
         expected = 2 * structure_aware_loss(output.reconstruction, features, filters="torch")
         torch.testing.assert_close(loss, expected)
         assert 0.5 < loss.item() < 4
-
-    def test_masks_slots_and_encoder_are_taught(self, model: SlotModel, features: Tensor) -> None:
-        self.method(model, 1.0).loss(model(features), features, 0).backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().sum() > 0, name
+        loss.backward()
+        assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in model.parameters())
 
     def test_pull_is_a_ratio_of_gradients(self, model: SlotModel, features: Tensor) -> None:
         def norm(loss: Tensor) -> float:
@@ -78,12 +74,6 @@ class TestEdges:
         made = torch.tensor([[0.0, 3.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
         # right 3 of 1; down 2 of 2 and 0 of 2: (3 + 4 + 0) / (1 + 4 + 4)
         assert example.edge_contrast(made, wanted, ids) == pytest.approx(7 / 9)
-
-    def test_noise_counts_for_nothing(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        wanted, noise = (torch.randn(20, 4, 8, 12, 12, generator=generator) for _ in range(2))
-        ids = torch.randint(3, (20, 4, 12, 12), generator=generator)
-        assert example.edge_contrast(noise, wanted, ids) == pytest.approx(0, abs=0.02)
 
     def test_masks_as_sharp_as_the_objects(self) -> None:
         masks = torch.nn.functional.one_hot(self.ids).movedim(-1, 2).float()

@@ -116,11 +116,6 @@ class TestTable:
         text = table(report((0.25, 0.5, 0.75), compared_with={"+ x + SSync": "+ x"}))
         assert re.search(r"\+ x \+ SSync: difference to \+ x +\| \+0\.25 ", text)
 
-    def test_it_survives_the_way_to_disk(self, tmp_path: Path) -> None:
-        before = report((0.25, 0.5, 0.75))
-        before.save(tmp_path / "folder" / "report.json")
-        assert StudyReport.load(tmp_path / "folder" / "report.json") == before
-
 
 # the runs of every example, and what each is compared with
 ROWS = {

@@ -1,9 +1,7 @@
 """Instance consistency: published numbers and assignments, the slow definition, invariances, scipy, bad input."""
 
-import builtins
 import math
 import sys
-from itertools import permutations
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -16,7 +14,7 @@ from contract import NAN, Case, LossContract
 from golden_neighbors import Golden, golden_names
 from ssync_loss import InstanceConsistencyLoss
 from ssync_loss.functional import instance_consistency_loss, valid_instances
-from ssync_loss.methods.smtc._assignment import MOST_ENUMERATED, best_assignment
+from ssync_loss.methods.smtc._assignment import best_assignment
 from ssync_loss.methods.smtc.reference import reference_instance_consistency_loss, reference_valid_instances
 from steps import assert_same, step_of
 
@@ -102,12 +100,6 @@ def test_beyond_six_instances_too() -> None:
     assert_same(step(case), step(case, reference_instance_consistency_loss), 1e-12)
 
 
-@settings(max_examples=30)
-@given(shape=DRAWN["shape"], seed=DRAWN["seed"], share=DRAWN["share"])
-def test_the_loss_of_cosines_lies_in_its_range(shape: tuple[int, ...], seed: int, share: float) -> None:
-    assert -1 - 1e-6 <= step(sample(*shape, seed=seed, share=share))[0] <= 1.5 + 1e-6
-
-
 @pytest.mark.parametrize("num_instances", [3, 7])
 def test_what_is_found_again_and_told_apart_costs_minus_one(num_instances: int) -> None:
     embeddings = torch.eye(num_instances).expand(2, 3, 2, -1, -1)
@@ -150,14 +142,6 @@ def test_permutations_and_scipy_assign_alike(size: int, seed: int) -> None:
     assert best_assignment(scores).tolist() == expected
 
 
-@pytest.mark.parametrize("size", [MOST_ENUMERATED, MOST_ENUMERATED + 1])
-def test_the_shape_of_an_assignment_is_that_of_the_rows(size: int) -> None:
-    for batch in ((), (2,), (2, 3), (0, 2)):
-        assigned = best_assignment(torch.randn(*batch, size, size))
-        assert assigned.dtype == torch.int64
-        assert assigned.shape == (*batch, size)
-
-
 def test_of_equally_good_assignments_the_first_is_taken() -> None:
     for size in range(1, 7):
         assert best_assignment(torch.zeros(size, size)).tolist() == list(range(size))
@@ -165,35 +149,14 @@ def test_of_equally_good_assignments_the_first_is_taken() -> None:
     assert best_assignment(tied.flip(1)).tolist() == [1, 2, 0]
 
 
-def test_every_permutation_is_tried() -> None:
-    for size in (1, 2, 4, 6):
-        for order in list(permutations(range(size)))[:: max(size - 1, 1)]:
-            assert tuple(best_assignment(torch.eye(size)[list(order)]).tolist()) == order
-
-
 def test_few_instances_need_no_scipy_and_many_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_scipy(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    for name in [one for one in sys.modules if one.startswith("scipy")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without_scipy)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert step(sample(1, 1, 1, 6, 3))[0].isfinite()
     with pytest.raises(ImportError, match=r"More than 6 instances .* pip install \"ssync-loss\[metrics\]\""):
         step(sample(1, 1, 1, 7, 3))
 
 
 # --- empty, single, undefined ---
-
-
-def test_a_single_instance_has_no_one_to_be_told_apart_from() -> None:
-    case = sample(2, 3, 2, 1, 4, share=1.0, dtype=torch.float64)
-    cosines = torch.einsum("btspd,bjspd->btjsp", case.embeddings, case.teacher)
-    torch.testing.assert_close(step(case)[0], -cosines.mean(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -251,13 +214,6 @@ def test_an_area_at_the_threshold_is_not_enough(dtype: torch.dtype) -> None:
     assert valid_instances(logits, slots, slots.unsqueeze(3)).all()
 
 
-def test_at_most_four_semantics_have_more_than_a_fifth_each() -> None:
-    for seed in range(20):
-        logits = 9 * found(1, 1, 6, 1, seed=seed)[0]
-        slots = torch.ones(1, 1, 6, 3)
-        assert valid_instances(logits, slots, slots.unsqueeze(3)).sum() <= 4
-
-
 def test_what_has_no_direction_is_not_of_its_kind() -> None:
     logits, slots, instances = found()
     assert not valid_instances(logits, slots * 0, instances, area_thr=0.0, sim_thr=0.0).any()
@@ -285,13 +241,9 @@ def test_validity_compiles_to_one_graph_and_has_no_gradient() -> None:
     [
         ({"p_thr": 1.5}, ValueError, r"`p_thr` must be within \[0.0, 1.0\]; got 1.5"),
         ({"area_thr": -1}, ValueError, r"`area_thr` must be within \[0.0, 1.0\]; got -1"),
-        ({"sim_thr": "0"}, TypeError, r"`sim_thr` must be a number; got str"),
-        ({"logits": torch.zeros(2, 2, 3, 9)}, ValueError, r"`logits` must have shape \(B, T, S, H, W\); got"),
-        ({"logits": torch.zeros(2, 2, 3, 3, 3).int()}, TypeError, r"`logits` must be floating point; got torch.int32"),
         ({"slots": torch.zeros(2, 2, 4, 3)}, ValueError, r"`slots` must have shape \(B=2, T=2, S=3, D\); got"),
         ({"instances": torch.zeros(2, 2, 3, 4, 2)}, ValueError, r"`instances` must have shape .*D=3\); got"),
         ({"instances": torch.zeros(2, 2, 3, 0, 3)}, ValueError, r"`instances` must have P >= 1; got P=0"),
-        ({"instances": torch.zeros(2, 2, 3, 4, 3).int()}, TypeError, r"`instances` must be floating point; got"),
     ],
 )
 def test_what_is_wrong_with_validity_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -314,10 +266,6 @@ class TestContract(LossContract):
     refused: ClassVar = [
         ({"margin": 1.5}, ValueError, r"`margin` must be within \[-1.0, 1.0\]; got 1.5"),
         ({"margin": -0.1, "metric": "euclidean"}, ValueError, r"`margin` must be within \[0.0, 2.0\]; got -0.1"),
-        ({"margin": None}, TypeError, r"`margin` must be a number; got NoneType"),
-        ({"metric": "l2"}, ValueError, r"`metric` must be one of 'cosine', 'euclidean'; got 'l2'"),
-        ({"same_frame": 1}, TypeError, r"`same_frame` must be True or False; got int"),
-        ({"embeddings": torch.zeros(2, 3, 2, 3)}, ValueError, r"`embeddings` must have shape \(B, T, S, P, D\); got"),
         ({"embeddings": torch.zeros(2, 3, 2, 0, 5)}, ValueError, r"`embeddings` must have P >= 1; got P=0"),
         ({"teacher_embeddings": torch.zeros(2, 3, 2, 4, 5)}, ValueError, r"`teacher_embeddings` must have shape \(B=2"),
         ({"valid": MASK[..., :2]}, ValueError, r"`valid` must have shape \(B=2, T=3, S=2, P=3\); got \(2, 3, 2, 2\)"),

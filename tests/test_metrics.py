@@ -7,7 +7,7 @@ import pickle
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from statistics import fmean
@@ -32,7 +32,6 @@ from ssync_loss.metrics import (
     fg_ari,
     fragmentation,
     has_objects,
-    image_ari,
     image_fg_ari,
     image_mbo,
     image_miou,
@@ -148,20 +147,21 @@ def reference_ari(pred: Tensor, target: Tensor, *, background: int | None, per: 
     return scores
 
 
-def reference_mbo(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
-    scores = []
-    for video in units_of(pred, target, per):
-        ious = [iou for unit in video if (iou := overlaps(unit, background))]
-        scores.append(mean_or([fmean(float(max(row)) for row in iou) for iou in ious], 0.0))
-    return scores
+def reference_overlap(score: Callable[[list[list[Fraction]]], float]) -> Callable[..., list[float]]:
+    """Return the mean over units that show an object of the score of their overlaps."""
+
+    def reference(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
+        return [
+            mean_or([score(iou) for unit in video if (iou := overlaps(unit, background))], 0.0)
+            for video in units_of(pred, target, per)
+        ]
+
+    return reference
 
 
-def reference_miou(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
-    scores = []
-    for video in units_of(pred, target, per):
-        ious = [iou for unit in video if (iou := overlaps(unit, background))]
-        scores.append(mean_or([best_matching(iou) / len(iou) for iou in ious], 0.0))
-    return scores
+reference_mbo = reference_overlap(lambda iou: fmean(float(max(row)) for row in iou))
+# the best of all permutations
+reference_miou = reference_overlap(lambda iou: float(best_matching(iou) / len(iou)))
 
 
 def reference_recall(pred: Tensor, target: Tensor, *, background: int | None) -> list[float]:
@@ -203,7 +203,6 @@ class TestAgainstTheReference:
             (fg_ari, reference_ari),
             (partial(ari), partial(reference_ari, background=None)),
             (mean_best_overlap, reference_mbo),
-            # the best of all permutations
             (mean_iou, reference_miou),
             (object_recall, reference_recall),
             (partial(fragmentation, over="all"), partial(reference_fragmentation, over="all")),
@@ -231,14 +230,6 @@ class TestAgainstTheReference:
         assert_scores(unused_slots(pred, num_slots=num_slots), per_video)
         assert_scores(unused_slots(pred, num_slots=num_slots, per="image"), per_image)
 
-    def test_the_comparison_can_fail(self) -> None:
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([float("nan")], dtype=torch.float64), [float("nan")])
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([0.5], dtype=torch.float64), [0.5 + 1e-9])
-        with pytest.raises(AssertionError):
-            assert_scores(torch.tensor([0.5]), [0.5])
-
 
 def sklearn_ari(target: Tensor, pred: Tensor) -> float:
     with warnings.catch_warnings():
@@ -259,18 +250,6 @@ class TestARI:
         target, pred = frames(labels[0]), frames(labels[1])
         assert_scores(ari(pred, target), [sklearn_ari(target, pred)])
         assert_scores(fg_ari(pred, target, background=None), [sklearn_ari(target, pred)])
-
-    @pytest.mark.parametrize(("num_frames", "side"), [(6, 130), (24, 128)])
-    def test_equals_sklearn_on_clips_whose_products_of_pairs_overflow_int64(self, num_frames: int, side: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, num_frames, side, side)
-        target = torch.randint(0, 7, shape, generator=generator)
-        noise = torch.randint(0, 7, shape, generator=generator)
-        pred = torch.where(torch.rand(shape, generator=generator) < 0.8, target, noise)
-        all_pairs = target.numel() ** 2
-        assert (all_pairs // 7) * (all_pairs - all_pairs // 7) > 2**63
-        assert_scores(ari(pred, target), [sklearn_ari(target, pred)])
-        assert 0.3 < ari(pred, target).item() < 0.9
 
     def test_is_exact_on_a_clip_of_8_million_pixels(self) -> None:
         sizes = {(0, 0): 3_000_001, (0, 1): 499_999, (1, 1): 2_700_000, (1, 2): 849_720, (2, 2): 1_000_000}
@@ -293,55 +272,6 @@ class TestARI:
         pred = torch.ones_like(apart) if num_slots else apart + 5
         assert ari(pred, target).tolist() == [1.0]
 
-    def test_by_hand_with_a_split_background_merged_objects_and_swapped_names(self) -> None:
-        target = frames([0, 0, 0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
-        pred = frames([0, 0, 1, 1, 2, 2, 2, 2, 3, 3], [0, 0, 1, 1, 3, 3, 3, 3, 2, 2])
-        # a frame without background: objects 2 2 2, slots 4 2 (two objects merged), n 6:
-        # r = 2 + 2 + 2, a = 6, b = 12 + 2, E = 6 * 14 / 30 = 2.8
-        assert_scores(image_fg_ari(pred, target, background=0), [(6 - 2.8) / (10 - 2.8)])
-        # both frames: objects 4 4 4 each meeting both slots by 2, slots 6 6, n 12:
-        # r = 6 * 2, a = 3 * 12, b = 2 * 30, E = 36 * 60 / 132
-        expected = 36 * 60 / 132
-        assert_scores(video_fg_ari(pred, target, background=0), [(12 - expected) / (48 - expected)])
-        # with background, a frame: n 10, r = 6 + 2 + 2, a = 12 + 6, b = 2 + 2 + 12 + 2, E = 18 * 18 / 90
-        assert_scores(image_ari(pred, target), [(10 - 3.6) / (18 - 3.6)])
-        # with background, the video: n 20, r = 12 + 12 + 12, a = 56 + 36, b = 12 + 12 + 60, E = 92 * 84 / 380
-        expected = 92 * 84 / 380
-        assert_scores(video_ari(pred, target), [(36 - expected) / (88 - expected)])
-
-    def test_an_identity_switch_costs_the_video_score_and_not_the_image_score(self) -> None:
-        target = frames([0, 1, 1, 2, 2], [0, 1, 1, 2, 2])
-        steady, switched = frames([7, 5, 5, 6, 6], [7, 5, 5, 6, 6]), frames([7, 5, 5, 6, 6], [7, 6, 6, 5, 5])
-        assert video_fg_ari(steady, target, background=0).tolist() == [1.0]
-        assert image_fg_ari(steady, target, background=0).tolist() == [1.0]
-        assert image_fg_ari(switched, target, background=0).tolist() == [1.0]
-        assert_scores(video_fg_ari(switched, target, background=0), [-1 / 6])
-
-    def test_a_split_background_costs_ari_and_not_fg_ari(self) -> None:
-        target = frames([0, 0, 0, 0, 1, 1, 2, 2])
-        whole, split = frames([7, 7, 7, 7, 5, 5, 6, 6]), frames([7, 7, 8, 8, 5, 5, 6, 6])
-        for pred in (whole, split):
-            assert fg_ari(pred, target, background=0).tolist() == [1.0]
-        assert ari(whole, target).tolist() == [1.0]
-        # n 8: r = 2 + 2 + 2 + 2, a = 12 + 2 + 2, b = 8, E = 16 * 8 / 56
-        assert_scores(ari(split, target), [(8 - 16 / 7) / (12 - 16 / 7)])
-
-    @given(clips(), units)
-    @settings(max_examples=50, deadline=None)
-    def test_fg_ari_is_ari_without_annotation_on_the_background(self, clip: tuple[Tensor, Tensor], per: Per) -> None:
-        pred, target = clip
-        hidden = torch.where(target == 0, VOID, target)
-        assert torch.equal(fg_ari(pred, target, background=0, per=per), ari(pred, hidden, per=per))
-
-    def test_removing_the_first_object_as_if_it_were_background_moves_the_number(self) -> None:
-        # ground truth that names objects only: ids from 0, nothing elsewhere
-        target = frames([VOID, VOID, 0, 0, 1, 1, 2, 2])
-        pred = frames([5, 6, 5, 6, 7, 7, 8, 8])
-        assert_scores(fg_ari(pred, target, background=None), [sklearn_ari(target[..., 2:], pred[..., 2:])])
-        assert fg_ari(pred, target, background=None).item() < 0.8
-        assert torch.equal(fg_ari(pred, target, background=None), ari(pred, target))
-        assert fg_ari(pred, target, background=0).tolist() == [1.0]
-
 
 class TestOverlap:
     def test_a_slot_serves_two_objects_in_mbo_and_one_in_miou(self) -> None:
@@ -357,34 +287,12 @@ class TestOverlap:
         assert_scores(mean_best_overlap(pred, target, background=None), [fmean(max(row) for row in iou)])
         assert_scores(mean_iou(pred, target, background=None), [(1 / 4 + 3 / 7 + 2 / 3) / 3])
 
-    def test_video_and_image_overlap_differ_by_hand(self) -> None:
-        # the slots switch objects after the first of three frames
-        target = frames([1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2])
-        pred = frames([5, 5, 6, 6], [6, 6, 5, 5], [6, 6, 5, 5])
-        for video, image in ((video_mbo, image_mbo), (video_miou, image_miou)):
-            assert_scores(video(pred, target, background=None), [4 / 8])
-            assert_scores(image(pred, target, background=None), [1.0])
-
     def test_the_background_is_no_object_yet_slots_pay_for_covering_it(self) -> None:
         target, pred = frames([0, 0, 0, 1]), frames([5, 6, 6, 6])
         assert_scores(mean_best_overlap(pred, target, background=0), [1 / 3])
         assert_scores(mean_best_overlap(pred, target, background=None), [(1 / 3 + 2 / 4) / 2])
         assert_scores(mean_iou(pred, target, background=0), [1 / 3])
         assert_scores(mean_iou(pred, target, background=None), [max(1 / 3 + 1 / 3, 0 + 2 / 4) / 2])
-
-    def test_slots_pay_nothing_for_covering_pixels_without_annotation(self) -> None:
-        target, pred = frames([VOID, VOID, VOID, 1]), frames([5, 6, 6, 6])
-        for metric in (mean_best_overlap, mean_iou, object_recall):
-            assert_scores(metric(pred, target, background=None), [1.0])
-
-    @given(clips(), backgrounds, units)
-    @settings(max_examples=100, deadline=None)
-    def test_miou_never_exceeds_mbo(self, clip: tuple[Tensor, Tensor], background: int | None, per: Per) -> None:
-        best = mean_best_overlap(*clip, background=background, per=per)
-        matched = mean_iou(*clip, background=background, per=per)
-        assert bool((matched <= best + 1e-12).all())
-        assert bool((matched >= 0).all())
-        assert bool((best <= 1).all())
 
     def test_miou_names_the_extra_that_brings_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "scipy.optimize", None)
@@ -394,40 +302,6 @@ class TestOverlap:
 
 
 class TestSlots:
-    def test_recall_counts_an_object_in_every_frame_that_shows_it(self) -> None:
-        # frame 1: object 1 found (2/3), object 2 found (1); frame 2: object 1 missed (exactly 1/2)
-        target = frames([0, 1, 1, 2, 2], [0, 0, 0, 1, 1])
-        pred = frames([5, 5, 5, 6, 6], [5, 6, 6, 7, 8])
-        assert_scores(object_recall(pred, target, background=0), [2 / 3])
-        # with the background as an object: 1/3 in frame 1, 2/3 in frame 2
-        assert_scores(object_recall(pred, target, background=None), [3 / 5])
-
-    def test_fragmentation_by_hand(self) -> None:
-        # frame 1: slots 5 6 7 in object 1, slot 8 half in 2 and half outside; frame 2: slot 5 in object 2
-        target = frames([1, 1, 1, 1, 2, 0], [0, 0, 0, 2, 2, 2])
-        pred = frames([5, 5, 6, 7, 8, 8], [4, 4, 4, 4, 5, 5])
-        assert_scores(fragmentation(pred, target, background=0), [(3 + 0 + 1) / 3])
-        assert_scores(fragmentation(pred, target, background=0, over="found"), [(3 + 1) / 2])
-        # the background of frame 2 holds 3/4 of slot 4
-        assert_scores(fragmentation(pred, target, background=None), [(3 + 0 + 0 + 1 + 1) / 5])
-
-    def test_a_slot_belongs_to_an_object_by_its_own_area_not_by_iou(self) -> None:
-        target, pred = frames([1, 1, 1, 1, 1, 1]), frames([5, 5, 6, 6, 7, 7])
-        assert fragmentation(pred, target, background=None).tolist() == [3.0]
-        assert object_recall(pred, target, background=None).tolist() == [0.0]
-
-    @given(clips(), backgrounds)
-    @settings(max_examples=100, deadline=None)
-    def test_found_objects_have_at_least_one_piece_and_recalled_ones_are_found(
-        self, clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        found = fragmentation(*clip, background=background, over="found")
-        every = fragmentation(*clip, background=background)
-        recall = object_recall(*clip, background=background)
-        assert bool(((found >= 1) | ((found == 0) & (every == 0))).all())
-        assert bool((every <= found + 1e-12).all())
-        assert bool((recall <= every + 1e-12).all())
-
     def test_a_slot_used_in_one_frame_is_in_use_in_the_video(self) -> None:
         pred = frames([0, 0, 0, 1], [0, 0, 2, 2])
         assert unused_slots(pred, num_slots=5).tolist() == [0.4]
@@ -435,46 +309,6 @@ class TestSlots:
 
 
 class TestProperties:
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    @given(clips(), backgrounds, st.permutations(PRED_IDS), st.permutations([1, 2, 299, 2**50]))
-    @settings(max_examples=40, deadline=None)
-    def test_names_of_slots_and_objects_do_not_matter(
-        self,
-        metric: Callable[..., Tensor],
-        clip: tuple[Tensor, Tensor],
-        background: int | None,
-        slot_names: list[int],
-        object_names: list[int],
-    ) -> None:
-        pred, target = clip
-        renamed_pred, renamed_target = pred.clone(), target.clone()
-        for old, new in zip(PRED_IDS, slot_names, strict=True):
-            renamed_pred[pred == old] = new
-        kept = [background] if background is not None else []
-        others = [name for name in (0, 1, 9, 299, 2**40) if name != background]
-        for old, new in zip([*kept, *others], [*kept, *object_names, 77], strict=False):
-            renamed_target[target == old] = new
-        torch.testing.assert_close(
-            metric(renamed_pred, renamed_target, background=background),
-            metric(pred, target, background=background),
-            rtol=0,
-            atol=1e-12,
-        )
-
-    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
-    @given(clips(), backgrounds, st.integers(-3, 3))
-    @settings(max_examples=40, deadline=None)
-    def test_predictions_at_pixels_without_annotation_do_not_matter(
-        self,
-        metric: Callable[..., Tensor],
-        clip: tuple[Tensor, Tensor],
-        background: int | None,
-        anything: int,
-    ) -> None:
-        pred, target = clip
-        other = torch.where(target < 0, anything, pred)
-        assert torch.equal(metric(pred, target, background=background), metric(other, target, background=background))
-
     @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=40, deadline=None)
@@ -486,42 +320,12 @@ class TestProperties:
         value = metric(target, target, background=background)
         assert torch.equal(value[scored], torch.ones_like(value[scored]))
 
-    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
-    @given(clips(), backgrounds)
-    @settings(max_examples=20, deadline=None)
-    def test_videos_are_scored_apart(
-        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        one_by_one = [metric(p[None], t[None], background=background).item() for p, t in zip(*clip, strict=True)]
-        assert_scores(metric(*clip, background=background), one_by_one, 0.0)
-
-    @pytest.mark.parametrize("metric", with_background)
-    @given(clips(frames=1), backgrounds)
-    @settings(max_examples=20, deadline=None)
-    def test_an_image_is_a_video_of_one_frame(
-        self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
-    ) -> None:
-        assert torch.equal(
-            metric(*clip, background=background, per="image"),
-            metric(*clip, background=background, per="video"),
-        )
-
+    @pytest.mark.parametrize("per", ["video", "image"])
     @pytest.mark.parametrize(
-        ("named", "general", "per"),
-        [
-            (video_ari, ari, "video"),
-            (image_ari, ari, "image"),
-            (video_fg_ari, fg_ari, "video"),
-            (image_fg_ari, fg_ari, "image"),
-            (video_mbo, mean_best_overlap, "video"),
-            (image_mbo, mean_best_overlap, "image"),
-            (video_miou, mean_iou, "video"),
-            (image_miou, mean_iou, "image"),
-        ],
+        ("name", "general"), [("ari", ari), ("fg_ari", fg_ari), ("mbo", mean_best_overlap), ("miou", mean_iou)]
     )
-    def test_names_say_the_definition(
-        self, named: Callable[..., Tensor], general: Callable[..., Tensor], per: str
-    ) -> None:
+    def test_names_say_the_definition(self, name: str, general: Callable[..., Tensor], per: str) -> None:
+        named = getattr(metrics, f"{per}_{name}")
         pred, target = frames([5, 5, 6], [6, 5, 5], [7, 7, 7]), frames([0, 1, 2], [0, 1, 2], [0, 2, 2])
         options = {} if general is ari else {"background": 0}
         other = "image" if per == "video" else "video"
@@ -538,38 +342,18 @@ class TestProperties:
 
 
 class TestNothingToScore:
-    @pytest.mark.parametrize(
-        ("metric", "value"),
-        [
-            (fg_ari, 1.0),
-            (mean_best_overlap, 0.0),
-            (mean_iou, 0.0),
-            (object_recall, 0.0),
-            (fragmentation, 0.0),
-        ],
-    )
+    @pytest.mark.parametrize("metric", scored_on_ground_truth)
     @pytest.mark.parametrize("nothing", [0, VOID])
     def test_a_video_without_an_object_has_the_documented_value(
-        self, metric: Callable[..., Tensor], value: float, nothing: int
+        self, metric: Callable[..., Tensor], nothing: int
     ) -> None:
         target = torch.full((2, 2, 1, 2), nothing)
         target[1, 0, 0, 0] = 3
         pred = torch.zeros_like(target)
         scores = metric(pred, target, background=0)
-        assert scores[0] == value
+        assert scores[0] == (metric is fg_ari)
         assert bool(scores.isfinite().all())
         assert has_objects(target, background=0).tolist() == [False, True]
-
-    def test_ari_needs_annotation_and_no_object(self) -> None:
-        assert ari(frames([1, 2]), frames([VOID, VOID])).tolist() == [1.0]
-        assert ari(frames([1, 2]), frames([0, 0])).tolist() == [0.0]
-
-    def test_frames_without_an_object_leave_the_mean_over_frames(self) -> None:
-        target = frames([1, 1, 2, 2], [0, 0, 0, 0], [VOID, VOID, VOID, VOID])
-        pred = frames([5, 5, 5, 5], [5, 6, 7, 8], [5, 6, 7, 8])
-        assert image_fg_ari(pred, target, background=0).tolist() == [0.0]
-        assert image_mbo(pred, target, background=0).tolist() == [0.5]
-        assert image_miou(pred, target, background=0).tolist() == [0.25]
 
     @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
@@ -591,14 +375,6 @@ class TestLabels:
         assert ari(frames([5, 6, 6]), target).item() == pytest.approx(sklearn_ari(frames([1, 1, 7]), frames([5, 6, 6])))
         assert mean_best_overlap(frames([5, 5, 6]), target, background=None).tolist() == [1.0]
         assert has_objects(target, background=7).tolist() == [True]
-
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_a_sorted_table_equals_a_full_one(self, metric: Callable[..., Tensor]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        pred = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
-        target = torch.randint(0, 4, (2, 3, 6, 6), generator=generator)
-        expected = metric(pred, target, background=0)
-        assert torch.equal(metric(pred * 1000, target * 1000, background=0), expected)
 
     @pytest.mark.parametrize("metric", scored_on_ground_truth)
     def test_more_ids_than_a_full_table_could_hold(self, metric: Callable[..., Tensor]) -> None:
@@ -628,14 +404,6 @@ class TestMasksToLabels:
         # an odd width has a pixel on the border: .3 .425 .275
         assert masks_to_labels(masks, (1, 3)).tolist() == [[[[0, 1, 2]]]]
         assert masks_to_labels(masks, (1, 2)).tolist() == [[[[0, 2]]]]
-
-    def test_resizes_probabilities_and_not_logits(self) -> None:
-        # a quarter of the way to a confident patch: 3/4 of -2 and 1/4 of 9 is positive, yet the
-        # probability of slot 0 is .75 * .12 + .25 * 1.00
-        masks = torch.tensor([[-2.0, 9.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
-        assert masks_to_labels(masks, (1, 4)).tolist() == [[[[1, 1, 0, 0]]]]
-        resized = F.interpolate(masks.flatten(0, 1), size=(1, 4), mode="bilinear", align_corners=False)
-        assert resized.argmax(1).tolist() == [[[1, 0, 0, 0]]]
 
     @pytest.mark.parametrize("size", [(5, 7), (3, 2), (10, 8)])
     def test_kinds_agree_and_equal_torch(self, size: tuple[int, int]) -> None:
@@ -689,7 +457,6 @@ class TestMasksToLabels:
         ("changes", "error", "message"),
         [
             ({"masks": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "`masks` must have S >= 1; got S=0."),
-            ({"kind": "alpha"}, ValueError, "`kind` must be one of 'logits', 'probs'; got 'alpha'."),
             ({"kind": "probs"}, ValueError, "`masks` must be at least 0 with kind='probs'; got -0.5."),
             ({"size": (4,)}, ValueError, "`size` must be a pair (height, width); got (4,)."),
             ({"size": 4}, ValueError, "`size` must be a pair (height, width); got 4."),
@@ -715,25 +482,8 @@ class TestObjectsToLabels:
         target = objects_to_labels(masks, ignore_overlaps=True)
         assert mean_best_overlap(frames([5, 6, 6, 7]), target, background=0).tolist() == [1.0]
 
-    def test_gives_the_overlaps_of_masks_without_a_background(self) -> None:
-        # masks that leave pixels unclaimed: slots pay for those they cover there
-        masks = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).view(1, 1, 2, 1, 5).bool()
-        pred = frames([5, 5, 6, 6, 7])
-        one_hot = F.one_hot(pred.flatten(), 8).double()
-        objects = masks.view(2, 5).double()
-        shared = objects @ one_hot
-        iou = shared / (objects.sum(1, keepdim=True) + one_hot.sum(0) - shared)
-        target = objects_to_labels(masks)
-        assert_scores(mean_best_overlap(pred, target, background=0), [iou.amax(1).mean().item()])
-        assert_scores(fg_ari(pred, target, background=0), [sklearn_ari(target[..., :3], pred[..., :3])])
-
     def test_no_objects(self) -> None:
         assert objects_to_labels(torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)).tolist() == [[[[0, 0]]]]
-
-    def test_a_switch_is_true_or_false(self) -> None:
-        masks = torch.zeros(1, 1, 0, 1, 2, dtype=torch.bool)
-        message = "`ignore_overlaps` must be True or False; got str."
-        refuses(TypeError, message, objects_to_labels, masks, ignore_overlaps="no")
 
 
 class TestMetricAverage:
@@ -748,7 +498,11 @@ class TestMetricAverage:
         for i, batch in enumerate(batches):
             once.update(*batch)
             (first if i < cut else second).update(*batch)
+        # as an all-reduce does
+        summed = copy.deepcopy(first)
+        summed.state.add_(second.state)
         first.merge(second)
+        assert repr(summed) == repr(first)
         torch.testing.assert_close(first.state, once.state, rtol=0, atol=1e-12)
         assert repr(first) == repr(once)
 
@@ -816,14 +570,6 @@ class TestMetricAverage:
         average.update(frames([1, 1, 2]), frames([1, 2, 2]))
         assert average.compute().item() == ari(frames([1, 1, 2]), frames([1, 2, 2])).item()
 
-    def test_states_add_up_as_in_an_all_reduce(self) -> None:
-        ranks = [MetricAverage(video_mbo, background=None) for _ in range(2)]
-        ranks[0].update(frames([5, 5]), frames([1, 2]))
-        ranks[1].update(frames([5, 6]).expand(3, 1, 1, 2), frames([1, 2]).expand(3, 1, 1, 2))
-        summed: Iterator[Tensor] = iter([ranks[0].state + ranks[1].state])
-        ranks[0].state.copy_(next(summed))
-        assert ranks[0].compute().item() == (0.5 + 3) / 4
-
     def test_survives_pickle_and_deepcopy(self) -> None:
         average = MetricAverage(video_fg_ari, background=0)
         average.update(frames([5, 5, 6]), frames([1, 1, 2]))
@@ -866,11 +612,10 @@ LABELS = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
 
 
 class TestErrors:
-    @pytest.mark.parametrize("metric", scored_on_ground_truth)
+    @pytest.mark.parametrize("metric", [*scored_on_ground_truth, *tracked])
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"pred": LABELS[..., 0]}, ValueError, "`pred` must have shape (B, T, H, W); got (1, 2, 3)."),
             ({"target": LABELS[:, :1]}, ValueError, "`target` must have shape (B=1, T=2, H=3, W=3); got (1, 1, 3, 3)."),
             ({"background": -1}, ValueError, "`background` must be at least 0; got -1."),
             ({"background": True}, TypeError, "`background` must be an integer; got bool."),
@@ -879,20 +624,12 @@ class TestErrors:
     def test_labels(self, metric: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
         refuses(error, message, metric, **{"pred": LABELS, "target": LABELS, "background": 0} | changes)
 
-    def test_choices(self) -> None:
-        for metric in with_background:
-            wanted = "`per` must be one of 'video', 'image'; got 'frame'."
-            refuses(ValueError, wanted, metric, LABELS, LABELS, background=0, per="frame")
-        wanted = "`over` must be one of 'all', 'found'; got 'some'."
-        refuses(ValueError, wanted, fragmentation, LABELS, LABELS, background=0, over="some")
-
     @pytest.mark.parametrize(
         ("pred", "options", "message"),
         [
             ([0, 3], {"num_slots": 3}, "`pred` must lie within [0, 2]; got values from 0 to 3."),
             ([-1, 2], {"num_slots": 4}, "`pred` must lie within [0, 3]; got values from -1 to 2."),
             ([0, 3], {"num_slots": 0}, "`num_slots` must be at least 1; got 0."),
-            ([0, 3], {"num_slots": 4, "per": "clip"}, "`per` must be one of 'video', 'image'; got 'clip'."),
         ],
     )
     def test_unused_slots(self, pred: list[int], options: dict[str, Any], message: str) -> None:

@@ -1,6 +1,5 @@
 """Label propagation: the slow definition, chunks, memory, what moves with what, the read-out, bad input."""
 
-import math
 from typing import Any
 
 import pytest
@@ -53,6 +52,7 @@ def a_scene(num_frames: int, *, step: int = 1) -> tuple[Tensor, Tensor]:
     temperature=st.sampled_from((0.1, 1.0)),
     chunk_size=st.sampled_from((None, 1, 2, 5)),
     ties=st.booleans(),
+    zero=st.booleans(),
 )
 def test_masks_are_those_of_the_slow_definition(
     shape: tuple[int, ...],
@@ -63,42 +63,18 @@ def test_masks_are_those_of_the_slow_definition(
     temperature: float,
     chunk_size: int | None,
     ties: bool,
+    zero: bool,
 ) -> None:
     features, masks = sample(*shape, seed=seed)
     if ties:
         # cosines are multiples of 1/4: what ties, ties in any precision
         features = torch.zeros(*shape[:2], 4, *shape[3:]).double()
         features += torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    knobs: dict[str, Any] = {
-        "num_context": num_context,
-        "radius": radius,
-        "top_k": top_k,
-        "temperature": temperature,
-    }
+    if zero:
+        features[0, -1, :, -1, -1] = features[:, 0, :, 0, 0] = 0
+    knobs: dict[str, Any] = {"num_context": num_context, "radius": radius, "top_k": top_k, "temperature": temperature}
     actual = propagate_masks(features, masks, chunk_size=chunk_size, **knobs)
     torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
-
-
-def test_labels_do_not_depend_on_a_chunk_size() -> None:
-    features, labels = a_scene(6)
-    whole = propagate_labels(features, labels[:, 0], chunk_size=96)
-    for chunk_size in (None, 1, 7, 96):
-        assert torch.equal(propagate_labels(features, labels[:, 0], chunk_size=chunk_size), whole)
-
-
-def test_soft_masks_stay_a_distribution_and_are_carried_on_soft() -> None:
-    features, masks = sample()
-    carried = propagate_masks(features, masks)
-    torch.testing.assert_close(carried.sum(2), torch.ones(2, 5, 3, 4, dtype=torch.float64))
-    assert carried.min() > 0
-    hardened = propagate_masks(features[:, 1:], F.one_hot(carried[:, 1].argmax(1), 3).movedim(3, 1).double())
-    assert not torch.allclose(hardened[:, 1], carried[:, 2], atol=1e-3)
-
-
-def test_the_first_frame_is_as_given() -> None:
-    features, masks = sample()
-    assert torch.equal(propagate_masks(features, masks)[:, 0], masks)
-    assert torch.equal(propagate_masks(features[:, :1], masks), masks.unsqueeze(1))
 
 
 # --- the context and the window ---
@@ -117,18 +93,6 @@ def test_a_frame_is_found_again_while_it_is_in_the_context(num_context: int, fou
     assert (carried[4].tolist() == [1.0, 0.0]) == found
 
 
-def test_the_first_frame_never_leaves_and_counts_once() -> None:
-    # frame 3 is like frame 0, with a context of one frame; were frame 0 there twice, both its places would be one
-    features = torch.eye(8)[[0, 1, 2, 0]].view(1, 4, 8, 1, 1).repeat(1, 1, 1, 1, 2)
-    features[0, :, 7, 0, 1] = 3.0
-    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    carried = propagate_masks(features, masks, num_context=1, top_k=2, temperature=1.0)
-    expected = reference_propagate_masks(features, masks, num_context=1, top_k=2, temperature=1.0)
-    torch.testing.assert_close(carried.double(), expected, rtol=1e-6, atol=1e-7)
-    alone = propagate_masks(features, masks, num_context=1, top_k=1)
-    assert alone[0, 3, 0, 0].tolist() == [1.0, 0.0]
-
-
 @pytest.mark.parametrize(("radius", "reached"), [(0, False), (1, False), (2, True), (3, True)])
 @pytest.mark.parametrize("axis", [3, 4])
 def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int) -> None:
@@ -143,35 +107,11 @@ def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int
     assert (carried[4] == 1) == reached
 
 
-def test_the_largest_are_taken_over_all_frames_together() -> None:
-    # the query of frame 2 has cosines 1 with frame 1 (both patches), 0.8 and 0 with frame 0
-    features = torch.tensor([[[0.8, 0.6], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    features = features.mT.view(1, 3, 2, 1, 2)
-    masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    carried = propagate_masks(features, masks, top_k=2, temperature=1.0)[0, :, 0, 0]
-    share = 1 / (1 + math.exp(-0.8))
-    # frame 1 takes both of frame 0, and frame 2 both of frame 1
-    torch.testing.assert_close(carried[1], torch.tensor([share, share]))
-    torch.testing.assert_close(carried[2], torch.tensor([share, share]))
-    third = propagate_masks(features, masks, top_k=3, temperature=1.0)[0, 2, 0, 0, 0]
-    expected = (2 * math.e * share + math.exp(0.8)) / (2 * math.e + math.exp(0.8))
-    assert third.item() == pytest.approx(expected, rel=1e-6)
-
-
 def test_all_that_tie_with_the_last_are_in() -> None:
     features = torch.ones(1, 2, 1, 1, 4)
     masks = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     carried = propagate_masks(features, masks, top_k=1)
     assert carried[0, 1].flatten().tolist() == [0.5] * 4
-
-
-def test_fewer_places_than_are_asked_for_are_all_in() -> None:
-    features, masks = sample()
-    everything = propagate_masks(features, masks, top_k=10_000)
-    assert torch.equal(everything, propagate_masks(features, masks, top_k=12 * 5))
-    narrow = propagate_masks(features, masks, radius=0, num_context=0, top_k=5)
-    # a patch sees itself in the first frame, and nothing else
-    torch.testing.assert_close(narrow, masks.unsqueeze(1).expand(-1, 5, -1, -1, -1))
 
 
 # --- the read-out ---
@@ -186,12 +126,6 @@ def test_objects_are_followed(normalize: bool) -> None:
     assert torch.equal(found[:, 0], labels[:, 0])
     still = labels[:, :1].expand_as(labels)
     assert image_miou(still, labels, background=0).item() < 0.5
-
-
-def test_features_that_say_nothing_lose_the_objects() -> None:
-    features, labels = a_scene(7)
-    found = propagate_labels(torch.ones_like(features), labels[:, 0], normalize=False)
-    assert not found[:, 1:].any()
 
 
 def test_labels_may_be_finer_than_features_and_have_any_names() -> None:
@@ -278,17 +212,6 @@ def test_frames_are_read_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peaks[1] < peaks[0] - 2 * 4 * 3 * 40 * 60 * 8
 
 
-def test_an_object_that_appears_later_has_a_track_of_its_own() -> None:
-    features, labels = a_scene(7)
-    # object 2 is annotated from frame 3 on
-    first = F.one_hot(labels[:, 0] * (labels[:, 0] == 1), 2).movedim(3, 1).double()
-    soft = propagate_masks(features, first)
-    later = propagate_masks(features[:, 3:], (labels[:, 3:4] == 2).double())
-    competing = torch.cat([soft[:, 3:], later], 2)
-    competing[:, :, :1] -= later
-    assert image_miou(competing.argmax(2), labels[:, 3:], background=0).item() > 0.97
-
-
 # --- types, memory ---
 
 
@@ -308,17 +231,6 @@ def test_autocast_and_gradients_change_nothing() -> None:
         carried = propagate_masks(features.requires_grad_(), masks.requires_grad_())
     assert torch.equal(carried, expected)
     assert not carried.requires_grad
-
-
-def test_zero_vectors_are_as_unlike_everything() -> None:
-    features, masks = sample()
-    features[0, 2, :, 1, 1] = 0
-    features[:, 0, :, 0, 0] = 0
-    carried = propagate_masks(features, masks)
-    assert carried.isfinite().all()
-    torch.testing.assert_close(carried, reference_propagate_masks(features, masks), rtol=1e-10, atol=1e-12)
-    nothing = propagate_masks(features * 0, masks)
-    torch.testing.assert_close(nothing[:, 1], masks.mean((2, 3), keepdim=True).expand_as(masks))
 
 
 def test_strides_mean_nothing() -> None:
@@ -371,7 +283,6 @@ def test_by_default_scores_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"num_context": -1}, ValueError, r"`num_context` must be at least 0; got -1"),
         ({"radius": -1}, ValueError, r"`radius` must be at least 0; got -1"),
-        ({"radius": 1.5}, TypeError, r"`radius` must be an integer; got float"),
         ({"top_k": 0}, ValueError, r"`top_k` must be at least 1; got 0"),
         ({"temperature": 0.0}, ValueError, r"`temperature` must be finite and above 0.0; got 0.0"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be at least 1; got 0"),
@@ -403,25 +314,15 @@ def test_a_wrong_size_is_named(size: Any, error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("features", None, TypeError, r"`features` must be a tensor; got NoneType"),
-        ("features", torch.zeros(2, 5, 4, 12), ValueError, r"`features` must have shape \(B, T, D, H, W\); got"),
         ("features", torch.zeros(2, 0, 4, 3, 4), ValueError, r"`features` must have T >= 1; got T=0"),
-        ("features", torch.zeros(2, 5, 4, 3, 4).int(), TypeError, r"`features` must be floating point; got"),
         ("features", torch.full((2, 5, 4, 3, 4), NAN), ValueError, r"`features` must hold neither NaN nor infinity"),
         ("features", torch.full((2, 5, 4, 3, 4), INF), ValueError, r"`features` must hold neither NaN nor infinity"),
-        ("masks", [1.0], TypeError, r"`masks` must be a tensor; got list"),
         ("masks", torch.zeros(2, 3, 3, 5), ValueError, r"`masks` must have shape \(B=2, K, H=3, W=4\); got"),
         ("masks", torch.zeros(2, 0, 3, 4), ValueError, r"`masks` must have K >= 1; got K=0"),
-        ("masks", torch.zeros(2, 3, 3, 4).bool(), TypeError, r"`masks` must be floating point; got torch.bool"),
         ("masks", torch.full((2, 3, 3, 4), NAN), ValueError, r"`masks` must hold neither NaN nor infinity; got some"),
-        ("masks", torch.zeros(2, 3, 3, 4, device="meta"), ValueError, r"`masks` must be on the device of `features`"),
-        ("labels", None, TypeError, r"`labels` must be a tensor; got NoneType"),
         ("labels", torch.zeros(1, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got \(1, 3, 4\)"),
-        ("labels", torch.zeros(2, 5, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got"),
         ("labels", torch.zeros(2, 0, 4).long(), ValueError, r"`labels` must have h >= 1; got h=0"),
-        ("labels", torch.zeros(2, 3, 4), TypeError, r"`labels` must hold integers; got torch.float32"),
         ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Give what is not"),
-        ("labels", torch.zeros(2, 3, 4, device="meta").long(), ValueError, r"`labels` must be on the device of"),
     ],
 )
 def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:

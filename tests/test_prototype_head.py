@@ -68,14 +68,6 @@ def test_the_defaults_are_the_published_ones() -> None:
             assert abs(one.mean().item()) < 2e-4
 
 
-def test_cosines_lie_between_minus_one_and_one() -> None:
-    head = small()
-    cosines = head(tokens(200, 6) * 100)
-    assert cosines.abs().max() <= 1 + 1e-6
-    assert cosines.min() < -0.9
-    assert cosines.max() > 0.9
-
-
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)])
 def test_tokens_may_have_any_shape_and_do_not_see_each_other(shape: tuple[int, ...]) -> None:
     head = small()
@@ -189,21 +181,15 @@ def test_a_head_shows_what_it_has() -> None:
 
 @pytest.mark.parametrize("name", ["C", "Kp", "hidden", "bottleneck", "layers"])
 def test_a_wrong_setting_is_named(name: str) -> None:
-    half: Any = 0.5
     with pytest.raises(ValueError, match=rf"`{name}` must be at least 1; got 0"):
         PrototypeHead(**{"C": 6, name: 0})
-    with pytest.raises(TypeError, match=rf"`{name}` must be an integer; got float"):
-        PrototypeHead(**{"C": 6, name: half})
 
 
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (None, TypeError, r"`x` must be a tensor; got NoneType"),
         (torch.zeros(()), ValueError, r"`x` must have shape \(..., C=6\); got \(\)"),
         (torch.zeros(2, 5), ValueError, r"`x` must have shape \(..., C=6\); got \(2, 5\)"),
-        (torch.zeros(2, 6).int(), TypeError, r"`x` must be floating point; got torch.int32"),
-        (torch.zeros(2, 6, device="meta"), ValueError, r"`x` must be on the device of `prototypes` \(cpu\); got meta"),
     ],
 )
 def test_a_wrong_tensor_is_named(x: Any, error: type[Exception], message: str) -> None:

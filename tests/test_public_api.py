@@ -55,9 +55,9 @@ def public_objects() -> dict[str, Any]:
     return found
 
 
-def run_python(code: str, *arguments: str, cwd: Path) -> str:
-    """Run code in an interpreter of its own, which sees no PYTHONPATH and no working directory."""
-    command = [sys.executable, "-I", "-c", code, *arguments]
+def run_python(*arguments: str, cwd: Path) -> str:
+    """Run an interpreter of its own, which sees no PYTHONPATH and no working directory."""
+    command = [sys.executable, "-I", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -68,23 +68,10 @@ def run_python(code: str, *arguments: str, cwd: Path) -> str:
 
 def test_the_documented_names_are_there() -> None:
     # others rely on these
-    assert set(ssync_loss.__all__) >= {
-        "BoundaryRefinementLoss",
-        "InteriorDenoisingLoss",
-        "PseudoLabels",
-        "SSyncLoss",
-        "SSyncTerms",
-        "__version__",
-    }
-    assert set(functional.__all__) >= {
-        "boundary_region",
-        "interior_region",
-        "merge_slots",
-        "neighbor_difference",
-        "pseudo_labels",
-        "selective_distillation_loss",
-        "slot_overlap",
-    }
+    names = "BoundaryRefinementLoss InteriorDenoisingLoss PseudoLabels SSyncLoss SSyncTerms __version__"
+    assert set(ssync_loss.__all__) >= set(names.split())
+    names = "boundary_region interior_region merge_slots neighbor_difference pseudo_labels slot_overlap"
+    assert set(functional.__all__) >= {"selective_distillation_loss", *names.split()}
 
 
 @pytest.mark.parametrize("name", [one for one in PUBLIC if one not in WITHOUT_ALL])
@@ -217,20 +204,7 @@ def test_every_public_method_says_what_it_does() -> None:
 # --- imports ---
 
 
-def test_importing_pulls_nothing_but_the_dependencies(tmp_path: Path) -> None:
-    code = """
-import sys
-import torch, torch.distributed, einops, numpy
-before = set(sys.modules)
-sys.path.insert(0, sys.argv[1])
-import ssync_loss
-added = {name.partition('.')[0] for name in set(sys.modules) - before}
-print(sorted(added - set(sys.stdlib_module_names)))
-"""
-    assert run_python(code, str(ROOT / "src"), cwd=tmp_path) == "['ssync_loss']"
-
-
-def test_no_module_pulls_an_optional_package(tmp_path: Path) -> None:
+def test_importing_pulls_no_optional_package_and_the_front_door_nothing_else_at_all(tmp_path: Path) -> None:
     # hypothesis is asked for by name, in one module; the kernels import triton when one is launched
     modules = [
         name
@@ -242,13 +216,16 @@ import importlib, sys
 import torch, torch.distributed, einops, numpy.random
 before = set(sys.modules)
 sys.path.insert(0, sys.argv[1])
+import ssync_loss
+added = {name.partition('.')[0] for name in set(sys.modules) - before}
+assert added - set(sys.stdlib_module_names) == {'ssync_loss'}, added
 for name in sys.argv[2:]:
     importlib.import_module(name)
 optional = {'av', 'hypothesis', 'kornia', 'matplotlib', 'PIL', 'pytest', 'scipy', 'sklearn', 'slot_attention',
             'torchmetrics', 'tqdm', 'triton'}
 print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & optional))
 """
-    assert run_python(code, str(ROOT / "src"), *modules, cwd=tmp_path) == "[]"
+    assert run_python("-c", code, str(ROOT / "src"), *modules, cwd=tmp_path) == "[]"
 
 
 def imports_of(path: Path) -> set[str]:
@@ -314,9 +291,7 @@ def test_nothing_reaches_into_the_private_parts_of_a_package(graph: dict[str, se
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -355,10 +330,15 @@ def test_the_wheel_needs_torch_einops_kornia_and_numpy(wheel: Path) -> None:
 
 def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "-q"]
-    command += ["--disable-pip-version-check", "--root-user-action=ignore", "--target", str(target), str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    quiet = [
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "-q",
+        "--disable-pip-version-check",
+        "--root-user-action=ignore",
+    ]
+    run_python("-m", "pip", "install", *quiet, "--target", str(target), str(wheel), cwd=tmp_path)
     code = """
 import importlib, pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -374,7 +354,7 @@ loss.backward()
 print(loss.item(), (pathlib.Path(sys.argv[1]) / 'ssync_loss' / 'py.typed').exists())
 """
     modules = [one for one in all_modules() if one != "ssync_loss.testing.strategies"]
-    printed = run_python(code, str(target), *modules, cwd=tmp_path)
+    printed = run_python("-c", code, str(target), *modules, cwd=tmp_path)
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, 4, 6, 6) for _ in range(2)]
     loss = ssync_loss.SSyncLoss(merge_threshold=0.6).eval()(*maps)

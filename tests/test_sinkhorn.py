@@ -52,36 +52,6 @@ def test_a_plan_is_that_of_the_slow_definition(shape: tuple[int, ...], seed: int
     torch.testing.assert_close(sinkhorn(*data, eps=eps, iters=iters), expected, rtol=1e-11, atol=1e-14)
 
 
-@settings(max_examples=60)
-@given(**DRAWN, eps=st.sampled_from((0.001, 0.05, 5.0)))
-def test_a_plan_is_positive_and_its_columns_are_what_is_wanted(
-    shape: tuple[int, ...], seed: int, iters: int, eps: float
-) -> None:
-    cost, mu, nu = sample(*shape, seed=seed)
-    plan = sinkhorn(cost, mu, nu, eps=eps, iters=iters)
-    assert (plan >= 0).all()
-    torch.testing.assert_close(plan.sum(1), nu / nu.sum(1, keepdim=True), rtol=1e-5, atol=0)
-    torch.testing.assert_close(plan.sum((1, 2)), torch.ones(len(plan)), rtol=1e-5, atol=0)
-
-
-def test_rows_come_closer_with_every_iteration() -> None:
-    cost, mu, nu = sample(3, 12, 10, dtype=torch.float64)
-    target = mu / mu.sum(1, keepdim=True)
-    plans = [sinkhorn(cost, mu, nu, eps=0.3, iters=iters) for iters in (1, 3, 10, 99)]
-    errors = [(plan.sum(2) / target - 1).abs().max().item() for plan in plans]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[1] > 1e-3
-    assert errors[-1] < 1e-10
-
-
-def test_a_small_entropy_moves_everything_along_the_cheapest_ways() -> None:
-    order = torch.tensor([2, 0, 3, 1])
-    cost = 1 - torch.eye(4)[order].unsqueeze(0)
-    plan = sinkhorn(cost, torch.ones(1, 4), torch.ones(1, 4), eps=1e-3)
-    assert torch.equal(plan.argmax(2), order.unsqueeze(0))
-    torch.testing.assert_close(plan.amax(2), torch.full((1, 4), 0.25))
-
-
 @pytest.mark.parametrize("eps", [1e-6, 1e-3, 1e3])
 def test_no_entropy_underflows(eps: float) -> None:
     cost, mu, nu = sample()
@@ -155,18 +125,11 @@ def test_fake_tensors_give_a_plan() -> None:
     ("wrong", "error", "message"),
     [
         ({"eps": 0.0}, ValueError, r"`eps` must be finite and above 0.0; got 0.0"),
-        ({"eps": "1"}, TypeError, r"`eps` must be a number; got str"),
         ({"iters": 0}, ValueError, r"`iters` must be at least 1; got 0"),
-        ({"iters": 2.0}, TypeError, r"`iters` must be an integer; got float"),
-        ({"cost": None}, TypeError, r"`cost` must be a tensor; got NoneType"),
-        ({"cost": torch.zeros(5, 7)}, ValueError, r"`cost` must have shape \(B, N, M\); got \(5, 7\)"),
-        ({"cost": torch.zeros(2, 5, 7).long()}, TypeError, r"`cost` must be floating point; got torch.int64"),
         ({"cost": torch.zeros(2, 0, 7)}, ValueError, r"`cost` must have N >= 1; got N=0"),
         ({"cost": torch.zeros(2, 5, 0)}, ValueError, r"`cost` must have M >= 1; got M=0"),
         ({"mu": torch.ones(2, 7)}, ValueError, r"`mu` must have shape \(B=2, N=5\); got \(2, 7\)"),
         ({"nu": torch.ones(2, 5)}, ValueError, r"`nu` must have shape \(B=2, M=7\); got \(2, 5\)"),
-        ({"mu": torch.ones(2, 5).int()}, TypeError, r"`mu` must be floating point; got torch.int32"),
-        ({"nu": torch.ones(2, 7, device="meta")}, ValueError, r"`nu` must be on the device of `cost`"),
         ({"mu": torch.ones(2, 5).index_fill(1, torch.tensor([3]), 0.0)}, ValueError, r"`mu` must be above 0 .*got 0.0"),
         ({"nu": torch.ones(2, 7).index_fill(1, torch.tensor([6]), -2)}, ValueError, r"`nu` must be above 0 .*got -2.0"),
     ],

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
 from ssync_loss.functional import valid_instances
 from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
-from steps import saved_elements
+from steps import assert_same, saved_elements
 
 NAN = float("nan")
 DIM, SEMANTICS, INSTANCES = 6, 3, 2
@@ -36,11 +36,6 @@ def sample(
     features = torch.randn(clips, frames, DIM, height, width, generator=generator, dtype=torch.float64)
     noise = torch.randn(clips, frames, *sizes, DIM, generator=generator, dtype=torch.float64)
     return features.to(dtype), noise.to(dtype)
-
-
-def assert_same(actual: SemanticSlots, expected: SemanticSlots, tol: float) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tol, atol=tol)
 
 
 def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, iters: int) -> SemanticSlots:
@@ -178,26 +173,22 @@ def test_earlier_steps_leave_nothing_for_the_backward() -> None:
     assert saved[0] == saved[1] == saved[2]
 
 
-def gradients(module: SemanticAwareSlotAttention, wanted: str) -> dict[str, bool]:
-    features, noise = sample()
-    features.requires_grad_()
-    getattr(module(features, noise), wanted).square().sum().backward()
-    reached = {name: one.grad is not None and bool(one.grad.any()) for name, one in module.named_parameters()}
-    return {**reached, "features": bool(features.grad is not None and features.grad.any())}
-
-
-def test_draws_teach_where_they_come_from() -> None:
-    assert all(gradients(attention(), "instances").values())
-
-
 @pytest.mark.parametrize(
-    ("gate", "unreached"), [("soft", ["log_sigma"]), ("prob", ["mu", "log_sigma"]), ("logit", ["mu", "log_sigma"])]
+    ("gate", "reparam", "unreached"),
+    [
+        ("soft", True, []),
+        ("soft", False, ["log_sigma"]),
+        ("prob", False, ["mu", "log_sigma"]),
+        ("logit", False, ["mu", "log_sigma"]),
+    ],
 )
-def test_published_draws_do_not_and_semantics_are_reached_through_a_soft_gate_alone(
-    gate: Any, unreached: list[str]
+def test_draws_teach_where_they_come_from_and_published_ones_through_a_soft_gate_alone(
+    gate: Any, reparam: bool, unreached: list[str]
 ) -> None:
-    reached = gradients(attention(reparam=False, gate=gate, gate_thr=0.2), "instances")
-    assert [name for name, there in reached.items() if not there] == unreached
+    module, (features, noise) = attention(reparam=reparam, gate=gate, gate_thr=0.2), sample()
+    module(features.requires_grad_(), noise).instances.square().sum().backward()
+    weights = [("features", features), *module.named_parameters()]
+    assert [name for name, one in weights if one.grad is None or not one.grad.any()] == unreached
 
 
 @pytest.mark.parametrize("wanted", ["slots", "logits", "instances", "instance_logits"])
@@ -304,10 +295,8 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
     [
         ({"dim": 0}, ValueError, r"`dim` must be at least 1; got 0"),
         ({"num_slots": 0}, ValueError, r"`num_slots` must be at least 1; got 0"),
-        ({"num_instances": 2.0}, TypeError, r"`num_instances` must be an integer; got float"),
         ({"iters": 0}, ValueError, r"`iters` must be at least 1; got 0"),
         ({"hidden": 0}, ValueError, r"`hidden` must be at least 1; got 0"),
-        ({"gate": "hard"}, ValueError, r"`gate` must be one of 'soft', 'prob', 'logit'; got 'hard'"),
         ({"gate_thr": -0.1}, ValueError, r"`gate_thr` must be finite and at least 0.0; got -0.1"),
     ],
 )
@@ -319,16 +308,8 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception],
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("features", None, TypeError, r"`features` must be a tensor; got NoneType"),
         ("features", torch.zeros(2, 2, 5, 2, 3), ValueError, r"`features` must have shape \(B, T, D=6, H, W\); got"),
         ("features", torch.zeros(2, 2, 6, 0, 3), ValueError, r"`features` must have H >= 1; got H=0"),
-        ("features", torch.zeros(2, 2, 6, 2, 3).int(), TypeError, r"`features` must be floating point; got"),
-        (
-            "features",
-            torch.zeros(2, 2, 6, 2, 3, device="meta"),
-            ValueError,
-            r"`features` must be on the device of `mu`",
-        ),
         ("noise", torch.zeros(2, 2, 3, 3, 6), ValueError, r"`noise` must have shape \(B=2, T=2, S=3, P=2, D=6\); got"),
         ("noise", torch.zeros(2, 2, 3, 2, 6).long(), TypeError, r"`noise` must be floating point; got torch.int64"),
         ("iters", 0, ValueError, r"`iters` must be at least 1; got 0"),
@@ -373,13 +354,6 @@ def test_no_correlation_of_all_patches_is_formed() -> None:
     assert 0 < max(saved_elements(module, frames.requires_grad_())) <= 2 * 4 * 32**2
 
 
-def test_a_fusion_of_nothing_is_the_identity() -> None:
-    module = fusion()
-    torch.nn.init.zeros_(module.project.weight)
-    torch.nn.init.zeros_(module.project.bias)
-    assert torch.equal(module(keys()), keys())
-
-
 def test_another_grid_is_resized_to_that_of_training() -> None:
     module = fusion((2, 3))
     coarse = keys(1, 2, 2, 3)
@@ -392,15 +366,6 @@ def test_another_grid_is_resized_to_that_of_training() -> None:
 def test_a_number_of_cells_is_a_square_grid() -> None:
     assert fusion(9).grid == (3, 3)
     assert repr(fusion(9)).startswith("CorrelationFusion(\n  dim=4, n_ref=(3, 3)")
-
-
-def test_fusion_gives_a_gradient_to_both_frames_and_its_weights() -> None:
-    module, frames = fusion(), keys(1, 3, 2, 3).requires_grad_()
-    module(frames)[:, 1].square().sum().backward()
-    assert frames.grad is not None
-    assert [bool(frames.grad[0, t].any()) for t in range(3)] == [True, True, False]
-    assert all(one.grad is not None and one.grad.any() for one in module.parameters())
-    assert torch.autograd.gradcheck(fusion((1, 2)), (keys(1, 2, 2, 2).requires_grad_(),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -449,10 +414,8 @@ def test_a_wrong_fusion_is_named(given_: Any, error: type[Exception], message: s
 @pytest.mark.parametrize(
     ("given_", "error", "message"),
     [
-        (None, TypeError, r"`keys` must be a tensor; got NoneType"),
         (torch.zeros(2, 3, 5, 2, 3), ValueError, r"`keys` must have shape \(B, T, C=4, H, W\); got"),
         (torch.zeros(2, 0, 4, 2, 3), ValueError, r"`keys` must have T >= 1; got T=0"),
-        (torch.zeros(2, 3, 4, 2, 3).int(), TypeError, r"`keys` must be floating point; got torch.int32"),
     ],
 )
 def test_wrong_keys_are_named(given_: Any, error: type[Exception], message: str) -> None:
