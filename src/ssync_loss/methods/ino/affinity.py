@@ -1,7 +1,5 @@
 """Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_equal_counts, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
-from ssync_loss._rows import shut, soft_cross_entropy
+from ssync_loss._rows import Targets, soft_cross_entropy
 from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by
 from ssync_loss._vectors import directions, known_gradient, through_lengths
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens, positions_of
@@ -91,7 +89,20 @@ def affinity_consistency_loss(
         # every pair of frames by itself, (B (T-1), n, .)
         (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
-        seen_by_the_teacher = partial(_targets, source / tau_t, goal, counted, closed)
+        # finite: a row of nothing is no NaN
+        lowest = torch.finfo(goal.dtype).min
+
+        def seen_by_the_teacher(some: slice, part: slice) -> Targets:
+            marks = ((source[some][:, part] / tau_t) @ goal[some].mT).masked_fill_(closed[some], lowest).softmax(2)
+            weight = counted[some][:, part].unsqueeze(2).to(marks)
+            return Targets(
+                weight,
+                torch.zeros_like(weight),
+                weight,
+                marks,
+                lambda scores: scores.masked_fill_(closed[some], float("-inf")),
+            )
+
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
         total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
         number = counted.sum().clamp_min(1)
@@ -103,14 +114,6 @@ def affinity_consistency_loss(
         slope[:, 1:] += by_there.view_as(slope[:, 1:])
         slope = through_lengths(slope, units, inverse / number)
     return known_gradient(tokens, total / number, slope)
-
-
-def _targets(
-    source: Tensor, goal: Tensor, counted: Tensor, closed: Tensor, some: slice, part: slice
-) -> tuple[Tensor, Tensor]:
-    """Return where a teacher finds some tokens, of those that count, and which tokens nobody looks at."""
-    found = shut(source[some][:, part] @ goal[some].mT, closed[some]).softmax(2)
-    return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,11 @@
 """Dense contrastive alignment: all patches of a window against all others, quadratic in their number."""
 
-from functools import partial
-
 from torch import Tensor
 
 from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
-from ssync_loss.methods.srl._dense import align, decoder_targets, encoder_targets
+from ssync_loss.methods.srl._dense import align
 
 _check_settings = check_by(
     group_frames=OPTIONAL_COUNT, top_k=COUNT, temperature=POSITIVE, base_temperature=POSITIVE, chunk_size=OPTIONAL_COUNT
@@ -72,8 +70,7 @@ def dense_decoder_alignment_loss(
         features,
         anchors,
         enc_labels,
-        decoder_targets,
-        to_anchors=True,
+        num_neighbors=None,
         group_frames=_frames_of_a_window(group_frames, size["T"]),
         temperature=temperature,
         base_temperature=base_temperature,
@@ -152,8 +149,7 @@ def dense_encoder_alignment_loss(
         features,
         anchors,
         dec_labels,
-        partial(encoder_targets, num_neighbors=top_k * frames),
-        to_anchors=False,
+        num_neighbors=top_k * frames,
         group_frames=frames,
         temperature=temperature,
         base_temperature=base_temperature,
