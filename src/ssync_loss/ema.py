@@ -43,11 +43,9 @@ class EmaTeacher(nn.Module):
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
     ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
-
-    Raises:
-        TypeError: if the model is no module, or has parameters in a half, which cannot hold an average: what is
-            added is less than its last digit.
-        ValueError: on wrong settings, or when the student's parameters are not those of the teacher.
+    Raises: TypeError if the model is no module, or has parameters in a half, which cannot hold an average: what is
+        added is less than its last digit; ValueError on wrong settings, or when the student's parameters are not those
+        of the teacher.
 
     >>> student = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(student.weight)

@@ -59,9 +59,8 @@ class LogitTap(Tap):
         iterations: queries of each frame but the first, with ``frames_in_key``.
         host: the module whose forward starts the tap afresh; contains both projections.
 
-    Raises:
-        TypeError: on an argument of another type.
-        ValueError: on a setting out of range, or a host that does not contain the projections.
+    Raises: TypeError on an argument of another type; ValueError on a setting out of range, or a host that does not
+        contain the projections.
 
     >>> to_q, to_k = nn.Identity(), nn.Identity()
     >>> tap = LogitTap(to_q, to_k, scale=0.5)
@@ -121,9 +120,8 @@ class LogitTap(Tap):
         Returns:
             (B, T, S, N); (B*T, 1, S, N) where flattened frames come without ``num_frames``.
 
-        Raises:
-            RuntimeError: if nothing was collected, or the calls do not make one clip of T frames.
-            ValueError: if shapes of queries and keys do not go together or with the settings.
+        Raises: RuntimeError if nothing was collected, or the calls do not make one clip of T frames; ValueError if
+            shapes of queries and keys do not go together or with the settings.
         """
         if num_frames is not None:
             check_int("num_frames", num_frames, 1)

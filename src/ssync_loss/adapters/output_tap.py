@@ -23,9 +23,8 @@ class OutputTap(Tap):
             host writes to the output later, let it return a clone.
         host: the module whose forward starts the tap afresh; contains ``module``.
 
-    Raises:
-        TypeError: on an argument of another type, or a ``select`` that cannot be called.
-        ValueError: on a host that does not contain the module.
+    Raises: TypeError on an argument of another type, or a ``select`` that cannot be called; ValueError on a host that
+        does not contain the module.
 
     >>> import torch
     >>> mlp = nn.Identity()
@@ -52,8 +51,7 @@ class OutputTap(Tap):
         Returns:
             The tensor of one call, or those of several stacked on dim 1.
 
-        Raises:
-            RuntimeError: if nothing was collected, or the calls do not stack.
+        Raises: RuntimeError if nothing was collected, or the calls do not stack.
         """
         outputs = self._outputs
         self.reset()

@@ -46,10 +46,8 @@ class SlotMaps(NamedTuple):
         Returns:
             Both maps.
 
-        Raises:
-            TypeError: if a map is neither a tensor nor a tap.
-            RuntimeError: if a tap has not collected one forward.
-            ValueError: if the shapes do not go together.
+        Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward;
+            ValueError if the shapes do not go together.
 
         >>> import torch
         >>> maps = SlotMaps.join(torch.zeros(2, 3, 4, 25), torch.zeros(6, 4, 10, 10))

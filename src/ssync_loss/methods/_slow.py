@@ -2,9 +2,7 @@
 
 The module ``reference`` of a method says what its losses and parts compute, and the others say it fast. Nothing but
 this is shared, so that a mistake has to be made twice to go unnoticed. A slow definition takes what the function of
-that name takes, and takes it to be right; shapes are said where they differ. It computes in float64 whatever comes in,
-so that it can referee faster forms, and returns float32 or wider. Where the fast form has a gradient, autograd
-differentiates it. All of them are meant for tests and for reading, not for training.
+that name takes, checks nothing, computes in float64 and returns float32 or wider; shapes are said where they differ.
 """
 
 import torch

@@ -16,12 +16,9 @@ def cross_entropies(s: Tensor, t: Tensor, center: Tensor, tau_s: float, tau_t: f
 
 
 def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
-    """Return the center before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
+    """Return the center (Kp,) before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
 
-    A group without rows moves nothing.
-
-    Shape:
-        center: (Kp,). sums: (n, Kp) of the rows of a group. counts: (n,). Returns (n + 1, Kp).
+    The means are those of groups of rows, from their sums (n, Kp) and counts (n,); no rows move nothing.
 
     >>> trajectory(torch.zeros(1), torch.tensor([[2.0], [0.0], [4.0]]), torch.tensor([2, 0, 1]), 0.5).T
     tensor([[0.0000, 0.5000, 0.5000, 2.2500]])

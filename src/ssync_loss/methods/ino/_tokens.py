@@ -21,11 +21,7 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
 
 
 def positions_of(size: dict[str, int]) -> dict[str, int]:
-    """Return the sizes without those of the channels.
-
-    >>> positions_of({"B": 1, "T": 2, "N": 3, "D": 4})
-    {'B': 1, 'T': 2, 'N': 3}
-    """
+    """Return the sizes without those of the channels."""
     return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
 
 
@@ -36,10 +32,5 @@ def check_kept(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) 
 
 
 def as_list(tokens: Tensor) -> Tensor:
-    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is.
-
-    >>> import torch
-    >>> tuple(as_list(torch.zeros(1, 2, 3, 4, 5)).shape)
-    (1, 2, 20, 3)
-    """
+    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is."""
     return rearrange(tokens, "b t d h w -> b t (h w) d") if tokens.ndim == 5 else tokens

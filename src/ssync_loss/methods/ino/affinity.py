@@ -30,37 +30,32 @@ def affinity_consistency_loss(
     With the tokens at length 1, ``A_i[u, v] = token u of frame i times token v of frame i + 1``, one direction:
     ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. The
     temperatures differ, so that the loss of a student that equals its teacher is above 0. No position is a label:
-    frames may be cropped each on its own.
+    frames may be cropped each on its own, and several crops of a frame are clips of their own, (B g, T, n, D).
 
-    Time is quadratic in the n tokens of a frame: two products of B (T-1) n x n x D numbers, and two more for the
-    gradient, which is formed in the forward. Memory is two maps of B (T-1) n x n, or of ``chunk_size`` x n with the
-    same value and gradient. Pool the grid, or keep some positions: a list of n of N tokens costs n^2, where a
-    ``mask`` over all N costs N^2.
+    Time is quadratic in the n tokens of a frame, as four products of B (T-1) n x n x D numbers; the gradient is formed
+    in the forward. Memory is two maps of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A
+    list of n of N tokens costs n^2, where a ``mask`` over all N costs N^2.
 
     A zero vector has cosine 0 with everything and gets no gradient. A single frame, no clips, no tokens and an empty
-    mask give exactly 0, attached to the graph (the published code: NaN). Several crops of a frame are clips of
-    their own, (B g, T, n, D).
+    mask give exactly 0, attached to the graph (the published code: NaN).
 
     Shape:
         s, t: (B, T, D, H, W), or kept positions (B, T, n, D); t may have channels of its own. mask: (B, T, H, W) or
         (B, T, n), bool. Returns a scalar in float32, or float64 if one of both is.
 
     Args:
-        s: the student's features of what may be masked frames; the only argument that gets a gradient. A trained
-            encoder's output, or reconstructed features; published are the logits of a :class:`PrototypeHead`
-            at the masked positions.
+        s: the student's features of what may be masked frames; the only argument that gets a gradient. Published are
+            the logits of a :class:`PrototypeHead` at the masked positions.
         t: the teacher's features of whole frames.
-        mask: positions that take part, as many in every frame; None for all. On an accelerator and under
-            compilation numbers that differ cannot be seen without waiting: every patch then counts alike.
+        mask: positions that take part, as many in every frame; None for all. Where numbers cannot be seen without
+            waiting, on an accelerator and under compilation, this is not checked.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0.
         chunk_size: rows of affinities that are held at once, over all pairs of frames; None for all.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, or a mask that keeps more positions in one frame than in another.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or a mask that keeps more positions in
+        one frame than in another.
 
     >>> import torch
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)  # two tokens, nothing moves

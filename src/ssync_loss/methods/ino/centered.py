@@ -21,13 +21,10 @@ class CenteredCrossEntropy(LossModule):
         loss = criterion(s, t)
         criterion.update_center(t)
 
-    ``forward`` reads the center and never moves it: evaluation, and several losses of one batch, leave it as it is
-    (the authors' code moves it in every call). It is a buffer, so that it is in the checkpoint, and is kept in
-    float32, or float64 once logits are. Class and patch tokens have a center each: two of these modules.
-
-    With ``all_reduce``, as published, the mean is that of the rows of all ranks, however many each has: one all-reduce
-    of Kp + 1 numbers a move, which all ranks must make. Without an initialized process group there is none. It has no
-    place in a compiled graph; everything else compiles whole.
+    ``forward`` never moves the center (the authors' code moves it in every call), which is a buffer in float32, or
+    float64 once logits are. Class and patch tokens have a center each: two of these modules. With ``all_reduce``, as
+    published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. It has no place in a compiled
+    graph; everything else compiles whole.
 
     ``forward(s, t)``; no rows give exactly 0, attached to the graph.
 
@@ -39,15 +36,12 @@ class CenteredCrossEntropy(LossModule):
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0; smaller, so that targets are sharper.
         m_c: momentum of the center, within [0, 1].
-        all_reduce: whether moves take the rows of all ranks.
+        all_reduce: whether moves take the rows of all ranks, if a process group is initialized.
         group: process group; None is the default one.
 
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), centering and sharpening; the settings of Pan et al., ACM MM
     2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
     >>> logits = torch.tensor([[0.0, 1.0]])  # e : 1 for the second: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
@@ -91,11 +85,9 @@ class CenteredCrossEntropy(LossModule):
 
     @torch.no_grad()
     def update_center(self, t: Tensor, *, mask: Tensor | None = None) -> None:
-        """Move the center once, towards the mean of rows of teacher logits; no rows move nothing.
+        """Move the center once, towards the mean of teacher logits (..., Kp), or of the rows of a mask (...), bool.
 
-        Args:
-            t: logits (..., Kp).
-            mask: the rows that count, (...), bool; None for all.
+        No rows move nothing.
         """
         self._check("t", t)
         with no_autocast(t):
@@ -116,14 +108,9 @@ class CenteredCrossEntropy(LossModule):
 
     @torch.no_grad()
     def move_center(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Move the center once for each group of rows, in order, and return where it was before each move.
+        """Move the center once for each group of rows, in order, and return where it was before each move, (n, Kp).
 
-        Args:
-            sums: of the teacher's logits over the rows of a group, (n, Kp).
-            counts: rows of a group, (n,); none, on all ranks together, move nothing.
-
-        Returns:
-            The centers before the moves, (n, Kp).
+        A group has the sum of its teacher's logits, (n, Kp), and the number of its rows, (n,); none move nothing.
         """
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)

@@ -22,13 +22,10 @@ def masked_token_loss(
     the masked positions of all clips, of which some may have more than others; a frame without any is left out. No
     masked position, and no clips, give exactly 0, attached to the graph.
 
-    As the center is moved by an explicit call, all frames are met with the one it has, and it is moved once by
-    ``ce_patch.update_center(rows, mask=mask)``. Published is another order: with ``update_center``, in training mode,
-    it moves after every frame, towards the mean of that frame's masked teacher rows, before the next frame is looked
-    at. The moves are those of a loop, made at once.
-
-    Positions that are not masked cost as much as those that are. To save that, keep the masked ones before the head,
-    as lists (B, T, n, Kp), with a mask of ones.
+    All frames are met with the center there is; ``ce_patch.update_center(rows, mask=mask)`` moves it. As published,
+    with ``update_center`` in training mode, it moves after every frame instead, towards the mean of that frame's masked
+    teacher rows, before the next frame is looked at. Positions that are not masked cost as much as those that are: to
+    save that, keep the masked ones before the head, as lists (B, T, n, Kp), with a mask of ones.
 
     Shape:
         s_pat, t_pat: (B, T, Kp, H, W), or lists of tokens (B, T, N, Kp). mask: (B, T, H, W) or (B, T, N), bool.
@@ -42,10 +39,7 @@ def masked_token_loss(
         update_center: whether the center moves with every frame.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype, or a criterion of another kind.
-        ValueError: on wrong shapes.
+    Raises: TypeError on a wrong dtype, or a criterion of another kind; ValueError on wrong shapes.
 
     >>> import torch
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)

@@ -38,15 +38,9 @@ def out_generative_loss(
     views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``, temperatures and
     center being those of ``ce``. A crop does not predict itself; crops of the same frame predict each other.
 
-    ``balance`` weighs the 2g (2g - 1) terms that lead from global to global crops against the 4 g l from local
-    ones. ``"flat"``, the authors' code, is one mean over all: with g = 1 and l = 8, 2 of 34 terms are global.
-    ``"per_term"`` is the mean of both means, as the paper names two losses; without local crops, the first alone.
-
-    As the center is moved by an explicit call, all pairs are met with the one it has. Published is another order: with
-    ``update_center``, in training mode, it moves after every pair, towards the mean of that pair's teacher views,
-    before the next pair is looked at. The moves are those of a loop, made at once.
-
-    A single frame has no pair: it, and no clips, give exactly 0, attached to the graph.
+    All pairs are met with the center there is. As published, with ``update_center`` in training mode, it moves after
+    every pair instead, towards the mean of that pair's teacher views, before the next pair is looked at. A single frame
+    has no pair: it, and no clips, give exactly 0, attached to the graph.
 
     Shape:
         s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), T even or 1, l may be 0. Returns a scalar in float32, or
@@ -57,14 +51,14 @@ def out_generative_loss(
         s_loc: the student's of local crops; these two get a gradient.
         t_glob: the teacher's of the global crops.
         ce: the center of class tokens, and the temperatures.
-        balance: ``"flat"`` or ``"per_term"``.
+        balance: of the 2g (2g - 1) terms from global to global crops and the 4 g l from local ones. ``"flat"``, the
+            authors' code, is one mean over all; ``"per_term"`` is the mean of both means, as the paper names two
+            losses, or the first alone without local crops.
         update_center: whether the center moves with every pair.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), out-generative learning, L_out_g2g and L_out_l2g of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype, or a criterion of another kind.
-        ValueError: on wrong shapes or settings, or an odd number of frames.
+    Raises: TypeError on a wrong dtype, or a criterion of another kind; ValueError on wrong shapes or settings, or an
+        odd number of frames.
 
     >>> import torch
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)

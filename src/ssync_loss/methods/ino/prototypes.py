@@ -15,10 +15,9 @@ class PrototypeHead(nn.Module):
 
     ``cosines = unit(mlp(x)) @ unit(prototypes).mT`` within [-1, 1], where ``mlp`` is linear layers from C channels over
     ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes say nothing (weight normalization
-    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own.
-
-    Layers follow the autocast around them. Cosines are float32 even so, as small temperatures magnify their rounding,
-    or float64 if the layers are. Where the layers return 0, all cosines are 0 and there is no gradient.
+    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own. Layers
+    follow the autocast around them, cosines are float32, or float64 if the layers are. Where the layers return 0, all
+    cosines are 0 and there is no gradient.
 
     ``forward(x)``; compiles to one graph.
 
@@ -34,10 +33,7 @@ class PrototypeHead(nn.Module):
 
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), projection head; shared by class and patch tokens in Pan et al.,
     ACM MM 2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> head = PrototypeHead(2, Kp=3, bottleneck=2, layers=1)
     >>> with torch.no_grad():

@@ -30,10 +30,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
         logits: masks before the softmax over slots.
 
     Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951), where it is an option with weight 1.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes.
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
     >>> round(mask_diversity_loss(logits).item(), 4)  # masks (1, 1/2) and (0, 1/2): 1 / sqrt(5)

@@ -63,10 +63,7 @@ def valid_instances(
         sim_thr: cosine that an instance must exceed.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> logits = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 3)  # two thirds, and one
     >>> slots = torch.ones(1, 1, 2, 2)
@@ -130,11 +127,8 @@ def instance_consistency_loss(
         same_frame: whether pairs with t = j count; yes in the authors' code, no on the poster.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
-
-    Raises:
-        ImportError: if there are more than six instances, and no scipy.
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: ImportError if there are more than six instances, and no scipy; TypeError on a wrong dtype; ValueError on
+        wrong shapes or settings.
 
     >>> embeddings = torch.eye(2).view(1, 1, 1, 2, 2)
     >>> valid = torch.ones(1, 1, 1, 2, dtype=torch.bool)

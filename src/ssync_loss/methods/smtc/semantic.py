@@ -75,10 +75,7 @@ def semantic_consistency_loss(
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
     code a mean).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches are told apart
     >>> maps = feats * 4  # and each has a slot of its own: log(1 + exp(-4)) = 0.0181

@@ -32,11 +32,8 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
         iters: how often both sides are rescaled.
 
     Source: Cuturi, NeurIPS 2013; settings of Qian et al., ICCV 2023 (arXiv:2308.09951).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings; on a marginal that is not positive, where it can be seen without
-            waiting for a device.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings; on a marginal that is not positive,
+        where it can be seen without waiting for a device.
 
     >>> free = torch.zeros(1, 2, 2)  # nothing costs anything: the plan is mu x nu
     >>> sinkhorn(free, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))

@@ -1,5 +1,7 @@
 """Dense contrastive alignment: all patches of a window against all others, quadratic in their number."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ssync_loss._inputs import check_floats, check_labels
@@ -28,10 +30,9 @@ def dense_decoder_alignment_loss(
     ``P_i = softmax_j(x_i y_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself is one of its label's.
 
-    Time is quadratic in M: a product of M x M x D numbers, and a second one for the gradient, which is formed in
-    the forward. Memory is two maps of M x M scores of all windows, or of ``chunk_size`` x M with the same value and
-    gradient. A zero vector has cosine 0 with everything and gets no gradient. No clips give exactly 0, attached
-    to the graph.
+    Time is quadratic in M, as two products of M x M x D numbers; the gradient is formed in the forward. Memory is a
+    map of M x M scores of all windows, or of ``chunk_size`` x M with the same value and gradient. A zero vector has
+    cosine 0 with everything and gets no gradient. No clips give exactly 0, attached to the graph.
 
     Shape:
         features, anchors: (B, T, D, H, W). enc_labels: (B, T, H, W), any integers. Returns a scalar in float32, or
@@ -47,10 +48,7 @@ def dense_decoder_alignment_loss(
         chunk_size: rows of scores that are held at once, over all windows; None for all.
 
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the decoder's deblurring.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -61,20 +59,14 @@ def dense_decoder_alignment_loss(
     >>> round(loss.item(), 4)
     0.5633
     """
-    _check_settings(group_frames=group_frames, chunk_size=chunk_size)
-    _check_settings(temperature=temperature, base_temperature=base_temperature)
+    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, temperature=temperature, **settings)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T D H W", size, features=features)
     check_labels("enc_labels", enc_labels, "B T H W", size, features=features)
+    frames = _frames_of_a_window(group_frames, size["T"])
     return align(
-        features,
-        anchors,
-        enc_labels,
-        num_neighbors=None,
-        group_frames=_frames_of_a_window(group_frames, size["T"]),
-        temperature=temperature,
-        base_temperature=base_temperature,
-        chunk_size=chunk_size,
+        features, anchors, enc_labels, num_neighbors=None, group_frames=frames, temperature=temperature, **settings
     )
 
 
@@ -97,10 +89,8 @@ def dense_encoder_alignment_loss(
     ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, all that tie with the last
     one included, and i itself, which is among them, taken out. A mean over nothing is 0.
 
-    Time is quadratic in M: two products of M x M x D numbers and two more for the gradient, which is formed in
-    the forward. Memory is two maps of M x M scores of all windows, or of ``chunk_size`` x M with the same value
-    and gradient. A zero vector has cosine 0 with everything and gets no gradient. No clips, and windows of one
-    patch, give exactly 0, attached to the graph.
+    Cost, zero vectors and no clips are as in :func:`dense_decoder_alignment_loss`, with four products and two maps.
+    Windows of one patch give exactly 0, attached to the graph.
 
     Shape:
         features: (B, T, D, H, W). anchors: (B, T, C, H, W); the backbone need not have the features' channels.
@@ -118,10 +108,7 @@ def dense_encoder_alignment_loss(
         chunk_size: rows of scores that are held at once.
 
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, or more neighbors than patches.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or more neighbors than patches.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
@@ -133,8 +120,8 @@ def dense_encoder_alignment_loss(
     >>> round(loss.item(), 4)  # (0.1566 + 0.1566 + 0.3466) / 3
     0.2199
     """
-    _check_settings(group_frames=group_frames, top_k=top_k, chunk_size=chunk_size)
-    _check_settings(temperature=temperature, base_temperature=base_temperature)
+    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, top_k=top_k, temperature=temperature, **settings)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T C H W", size, features=features)
     check_labels("dec_labels", dec_labels, "B T H W", size, features=features)
@@ -152,8 +139,7 @@ def dense_encoder_alignment_loss(
         num_neighbors=top_k * frames,
         group_frames=frames,
         temperature=temperature,
-        base_temperature=base_temperature,
-        chunk_size=chunk_size,
+        **settings,
     )
 
 

@@ -21,10 +21,9 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
     """Push the redundant slots of a clip towards attending everywhere alike.
 
     ``loss = mean over picked slots of D_s`` with ``D_s = mean over frames of sum_n a_n (log(a_n + 1e-8) + log N)``,
-    the divergence of a slot's attention from 1/N. ``num_picked`` times, the two most similar slots (cosine, last
-    frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the lower index
-    if they are equal. The last slot has no partner, so that at most S - 1 are picked. A single slot, and no
-    clips, give exactly 0, attached to the graph. Slots get no gradient.
+    the divergence of a slot's attention from 1/N. ``num_picked`` times, at most S - 1, the two most similar slots
+    (cosine, last frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the
+    lower index if they are equal. A single slot, and no clips, give exactly 0, attached. Slots get no gradient.
 
     Shape:
         attention: (B, T, S, N) or (B, T, S, H, W), every slot's a distribution over the patches. slots:
@@ -37,10 +36,7 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
         num_picked: slots to pick in a clip, at least 1.
 
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)

@@ -35,11 +35,9 @@ def temporal_slot_contrast_loss(
 
     ``"supervised"`` takes every slot of every frame: ``(temperature / 0.07) * mean over slots i of
     -mean over positives p of log(exp(z_i z_p / temperature) / sum_j exp(z_i z_j / temperature))``. Positives are the
-    slot in the frame before and the frame after; j runs over these and over all other slots in all frames, so
-    that the slot itself at other times counts neither way.
-
-    ``negatives`` says whose slots the others are: those of all clips or those of the clip. A single frame, and
-    no clips, give exactly 0, attached to the graph. A zero vector has cosine 0 with everything and no gradient.
+    slot in the frame before and the frame after; j runs over these and over all other slots in all frames. The slot
+    itself at other times counts neither way. A single frame, and no clips, give exactly 0, attached to the graph. A
+    zero vector has cosine 0 with everything and no gradient.
 
     Shape:
         slots: (B, T, S, D). Returns a scalar in float32, or float64 if the slots are.
@@ -48,14 +46,11 @@ def temporal_slot_contrast_loss(
         slots: the slots of every frame, in an order that is kept over time.
         temperature: of the softmax, above 0.
         kind: ``"adjacent"`` or ``"supervised"``.
-        negatives: ``"batch"`` or ``"video"``.
+        negatives: whose slots the others are, those of all clips (``"batch"``) or of the clip (``"video"``).
 
     Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
     (arXiv:2602.03390; ``"supervised"``).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)  # two frames, nothing moves: -log(e / (e + 1))
     >>> round(temporal_slot_contrast_loss(slots, temperature=1.0).item(), 4)

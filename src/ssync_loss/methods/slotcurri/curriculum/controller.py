@@ -33,14 +33,11 @@ class SlotCurriculum(nn.Module):
     Evaluate with the rows in use, too; the public code then takes all, unborn ones among them. Inside of what is
     compiled there is room for ``take`` alone, which makes a graph a stage.
 
-    Errors are those of the ``window`` steps before a milestone (published: one). The rows are written after the
-    milestone's own step, which is the last with the old budget; the public code writes them during that step. A
-    milestone that a resumed training has gone past is made up for. With an initialized process group the errors are
-    averaged over all ranks and all get the newborn rows of the first, in one collective each per milestone; all ranks
-    must call both methods at the same steps.
-
-    The stage, the errors and their number are buffers, and so in the checkpoint, which every rank loads. A teacher of
-    the model knows neither the stage nor the newborn rows: where ``maybe_expand`` returns True it begins anew, by
+    The rows are written after the milestone's own step, which is the last with the old budget; the public code writes
+    them during that step. A milestone that a resumed training has gone past is made up for. With an initialized process
+    group the errors are averaged over all ranks and all get the newborn rows of the first, in one collective each per
+    milestone; all ranks must call both methods at the same steps, and load the checkpoint, as state is in buffers. A
+    teacher of the model begins anew where ``maybe_expand`` returns True, by
     ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
@@ -49,12 +46,10 @@ class SlotCurriculum(nn.Module):
         beta: jitter of the clones, see :func:`spawn_children`.
         neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
         min_radius: least radius of a clone, in units of the mean length; 0 as published.
-        window: steps whose errors are averaged.
+        window: steps before a milestone whose errors are averaged; published is one.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
-
-    Raises:
-        TypeError, ValueError: on wrong settings.
+    Raises: TypeError, ValueError on wrong settings.
 
     >>> curriculum = SlotCurriculum([2, 3], [1])
     >>> slots = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]))
@@ -95,14 +90,11 @@ class SlotCurriculum(nn.Module):
             )
         check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
         check_int("window", window, 1)
-        self.budgets = tuple(budgets)
-        self.milestones = tuple(milestones)
-        self.beta = beta
+        self.budgets, self.milestones, self.window = tuple(budgets), tuple(milestones), window
+        self.beta, self.min_radius = beta, min_radius
         self.neighbors: Neighbors = neighbors
-        self.min_radius = min_radius
-        self.window = window
-        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
+        for name in ("stage", "num_observed"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(self.budgets[-1]))
         # the same as numbers, so that no step waits for a device
         self._stage = self._num_observed = 0
@@ -116,14 +108,9 @@ class SlotCurriculum(nn.Module):
         return self.budgets[sum(step > one for one in self.milestones)]
 
     def take(self, slots: Tensor) -> Tensor:
-        """Return the slots in use, the first ones.
+        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D).
 
-        Shape:
-            slots: (..., K_max, D), such as (K_max, D) or (B, K_max, D). Returns (..., n_active, D), a view.
-
-        Raises:
-            TypeError: if that is no tensor.
-            ValueError: if there are fewer.
+        Raises: TypeError if that is no tensor, ValueError if there are fewer.
         """
         check_tensor("slots", slots)
         if slots.ndim < 2 or slots.shape[-2] < self.n_active():
@@ -135,22 +122,18 @@ class SlotCurriculum(nn.Module):
     ) -> None:
         """Take down the errors of the slots in use, if a milestone is near; at all other steps nothing is done.
 
-        They are taken down at the ``window`` steps before a milestone, and after it as long as there are none.
-
         Shape:
-            recon, target: (B, T, D, H, W). masks: (B, T, n_active, H, W).
+            recon, target: (B, T, D, H, W). masks: (B, T, n_active, H, W), as in :func:`slot_error`.
 
         Args:
             recon: reconstructed features.
             target: features of the backbone.
-            masks: mixture weights of the decoder, after the softmax over slots.
+            masks: of the decoder, after the softmax over slots.
             step: of the training, counted from 0.
             group: process group; None is the default one.
 
-        Raises:
-            TypeError: on a wrong dtype.
-            ValueError: on wrong shapes.
-            RuntimeError: if the buffers were written over, rather than loaded.
+        Raises: TypeError on a wrong dtype; ValueError on wrong shapes; RuntimeError if the buffers were written over,
+            rather than loaded.
         """
         check_int("step", step, 0)
         if not self._is_watching(step):
@@ -175,21 +158,17 @@ class SlotCurriculum(nn.Module):
 
         To be called in every step, after ``optimizer.step()``. One stage at a time is made up for.
 
-        Shape:
-            slots_param: (K_max, D) or (1, K_max, D).
-
         Args:
-            slots_param: the placeholders, at least as many as the last budget; written in place.
-            step: of the training, counted from 0.
+            slots_param: the placeholders (K_max, D) or (1, K_max, D), no fewer than the last budget; written in place.
+            step: as in :meth:`observe`.
             optimizer: newborn rows inherit its moments of their parents, see :func:`inherit_moments`; None leaves
                 moments alone, as published.
             generator: of the jitter; None for torch's own.
-            group: process group; None is the default one.
+            group: as in :meth:`observe`.
 
-        Raises:
-            TypeError: if the placeholders are no parameter of floating point.
-            ValueError: if they are too few, the optimizer does not hold them, or observed errors are negative.
-            RuntimeError: if a milestone is reached and nothing was observed.
+        Raises: TypeError if the placeholders are no parameter of floating point; ValueError if they are too few, the
+            optimizer does not hold them, or observed errors are negative; RuntimeError if a milestone is reached and
+            nothing was observed.
         """
         self._check_placeholders(slots_param)
         check_int("step", step, 0)
@@ -228,15 +207,9 @@ class SlotCurriculum(nn.Module):
     def hold_unborn(self, slots_param: nn.Parameter, optimizer: Optimizer) -> None:
         """Keep the optimizer from changing placeholders that are not in use, from now on.
 
-        They get no gradient, but weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever
-        reads them, and this is not needed. A checkpoint does not remember it: a training that goes on calls it again.
-
-        Shape:
-            slots_param: (K_max, D) or (1, K_max, D).
-
-        Raises:
-            TypeError: if the placeholders are no parameter of floating point.
-            ValueError: if they are too few, or the optimizer does not hold them.
+        Weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever reads them, and this is
+        not needed. A checkpoint does not remember it: a training that goes on calls it again. Takes and raises the same
+        as :meth:`maybe_expand`.
         """
         self._check_placeholders(slots_param)
         hold_rows(optimizer, slots_param, self.n_active)
@@ -250,10 +223,8 @@ class SlotCurriculum(nn.Module):
         if self._stage == len(self.milestones):
             return False
         milestone = self.milestones[self._stage]
-        if step < milestone:
-            return step >= milestone - self.window
-        if self._num_observed > 0:
-            return False
+        if step < milestone or self._num_observed > 0:
+            return milestone - self.window <= step < milestone
         # late, perhaps as the first rank alone has loaded a checkpoint, and its buffers were copied to the others
         known, written = (self._stage, self._num_observed), (int(self.stage), int(self.num_observed))
         if known != written:

@@ -16,17 +16,13 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
     newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited:
     both moments of Adam and AdamW, the momentum of SGD. Nothing happens before the optimizer's first step.
 
-    Shape:
-        slots_param: (K_max, D) or (1, K_max, D). parents: (n_new,), integers.
-
     Args:
         optimizer: holds the parameter.
-        slots_param: the placeholders.
-        parents: row of the parent of each newborn row.
+        slots_param: the placeholders, (K_max, D) or (1, K_max, D).
+        parents: row of the parent of each newborn row, (n_new,), integers.
         first: the first newborn row.
 
-    Raises:
-        ValueError: if the optimizer does not hold the parameter.
+    Raises: ValueError if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]]))
     >>> optimizer = torch.optim.Adam([slots])
@@ -46,16 +42,12 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
     Unborn rows get no gradient, but weight decay shrinks them all the same, and that of Adam moves them. Around every
     step of the optimizer they are put back, and their moments are 0.
 
-    Shape:
-        slots_param: (K_max, D) or (1, K_max, D).
-
     Args:
         optimizer: holds the parameter.
-        slots_param: the placeholders.
+        slots_param: the placeholders, (K_max, D) or (1, K_max, D).
         first: asked at every step for the first row to hold.
 
-    Raises:
-        ValueError: if the optimizer does not hold the parameter.
+    Raises: ValueError if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.ones(3, 1))
     >>> optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=1.0)

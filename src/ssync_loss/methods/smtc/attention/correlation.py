@@ -30,10 +30,7 @@ class CorrelationFusion(nn.Module):
             so many cells. The grid of training costs nothing there, and keeps W applicable elsewhere.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), fusion of features and correlation.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes, or a number of cells that is no square.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes, or a number of cells that is no square.
 
     >>> import torch
     >>> fusion = CorrelationFusion(1, (1, 1))

@@ -78,10 +78,7 @@ class SemanticAwareSlotAttention(nn.Module):
             never learned.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic-aware masked slot attention.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> attention = SemanticAwareSlotAttention(8, num_slots=3, num_instances=2)
     >>> found = attention(torch.randn(1, 2, 8, 4, 4))
