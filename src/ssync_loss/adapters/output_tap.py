@@ -48,9 +48,6 @@ class OutputTap(Tap):
     def pop(self) -> Tensor:
         """Return what was selected in the last forward, attached to the graph, and empty the tap.
 
-        Returns:
-            The tensor of one call, or those of several stacked on dim 1.
-
         Raises: RuntimeError if nothing was collected, or the calls do not stack.
         """
         outputs = self._outputs

@@ -40,11 +40,7 @@ class SlotMaps(NamedTuple):
         Args:
             enc: the encoder's map, or the tap that has it.
             dec: the decoder's.
-            num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is
-                checked.
-
-        Returns:
-            Both maps.
+            num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is checked.
 
         Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward;
             ValueError if the shapes do not go together.

@@ -35,11 +35,7 @@ def best_assignment(scores: Tensor) -> Tensor:
 
 
 def _permutations(size: int, device: torch.device) -> Tensor:
-    """Return all orders of 0, 1, ..., size - 1 in the order of the alphabet, made where they are needed.
-
-    >>> _permutations(3, torch.device("cpu")).tolist()
-    [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
-    """
+    """Return all orders of 0, 1, ..., size - 1 in the order of the alphabet, made where they are needed."""
     number = torch.arange(factorial(size), device=device)
     # the rank of each entry among those that are left, then, from the end, its value
     orders = torch.stack([number // factorial(size - 1 - i) % (size - i) for i in range(size)], 1)

@@ -19,15 +19,10 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
     ``loss = mean over frames and ordered pairs s != r of cos(M_s + 1e-8, M_r + 1e-8)`` over the patches, with
     M = softmax over S of the logits. 1 where masks are uniform and where one slot has taken every patch, as then
     the others are empty alike; 0 where they are hard and disjoint. Consistency over time alone is satisfied by a
-    single slot that takes everything: this is what speaks against it.
-
-    A single slot has nothing to be apart from: it and no clips give exactly 0, attached to the graph.
+    single slot that takes everything. A single slot, and no clips, give exactly 0, attached to the graph.
 
     Shape:
-        logits: (B, T, S, H, W). Returns a scalar in float32, or float64 if the logits are.
-
-    Args:
-        logits: masks before the softmax over slots.
+        logits: (B, T, S, H, W), before the softmax. Returns a scalar in float32, or float64 if the logits are.
 
     Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951), where it is an option with weight 1.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes.

@@ -27,10 +27,8 @@ _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_
 
 
 def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
-    """Check settings; the range of the margin is that of the metric."""
     check_choice("metric", metric, METRICS)
-    low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
-    check_number("margin", margin, low, high)
+    check_number("margin", margin, *((-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)))
     check_flag("same_frame", same_frame)
 
 
@@ -47,8 +45,7 @@ def valid_instances(
     """Say which instances are worth comparing: their semantic covers enough, and they are of its kind.
 
     ``valid[s, p] = (share of patches where softmax_S(logits)[s] > p_thr) > area_thr and
-    cos(slots[s], instances[s, p]) > sim_thr``. With a ``p_thr`` of 1/2 the areas are disjoint, so that of a fifth of
-    the frame at most four semantics have more. A vector of zeros has cosine 0 with everything. A model whose slots
+    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with everything. A model whose slots
     are the instances asks for the area alone with ``slots.unsqueeze(3)`` for the instances.
 
     Shape:
@@ -107,9 +104,8 @@ def instance_consistency_loss(
     relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``; for unit vectors a distance of 1 is
     a cosine of 1/2.
 
-    A slot model without semantics has S = 1 and its slots as instances, whose order then means nothing. A single
-    instance has no others to be told apart from. No valid instance, and no clips, give exactly 0, attached to the
-    graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
+    A slot model without semantics has S = 1 and its slots as instances. No valid instance, and no clips, give exactly
+    0, attached to the graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
     B x S x T^2 problems in a loop on the host, which waits for the device and breaks the graph of a compiler.
 
     Shape:

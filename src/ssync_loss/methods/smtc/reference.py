@@ -1,9 +1,6 @@
-"""Semantics and instances over time written out slowly: one pair of frames, one patch, one instance at a time.
+"""SMTC written out slowly, see :mod:`ssync_loss.methods._slow`: one pair of frames, one patch, one instance at a time.
 
-What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
-
-Source: Qian, Ding, Liu & Lin, Semantics Meets Temporal Correspondence: Self-supervised Object-centric Learning in
-Videos, ICCV 2023 (arXiv:2308.09951).
+Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
 """
 
 import math
@@ -18,8 +15,8 @@ from ssync_loss.methods._slow import mean, unit, widened
 def reference_sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
     """Rescale rows and columns of ``exp(-cost / eps)`` in turn, as numbers and not as logarithms."""
     plans = [
-        _plan([[float(x) for x in row] for row in one], [float(x) for x in m], [float(x) for x in n], eps, iters)
-        for one, m, n in zip(cost.double(), mu.double(), nu.double(), strict=True)
+        _plan(one, m, n, eps, iters)
+        for one, m, n in zip(cost.tolist(), mu.double().tolist(), nu.double().tolist(), strict=True)
     ]
     plan = torch.tensor(plans, dtype=torch.float64, device=cost.device).view(cost.shape)
     return widened(plan, cost, mu, nu)
@@ -42,19 +39,17 @@ def reference_semantic_consistency_loss(
             [_patches(frame.double().softmax(0), pool) for frame in one] for one in (clip, teacher)
         )
         units = [[unit(patch) for patch in _patches(frame.double(), pool)] for frame in keys]
-        for t, ours in enumerate(student_patches):
-            for j, theirs in enumerate(teacher_patches):
-                if j == t:
-                    continue
-                mu, nu = ([_weight(unit, marginals) for unit in units[one]] for one in (t, j))
-                cost = [[1 - float(u @ v) for v in units[j]] for u in units[t]]
-                value = ours[0].sum() * 0
-                # a frame without any weight is not transported
-                if sum(mu) > 0 and sum(nu) > 0:
-                    for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
-                        for share, other in zip(row, theirs, strict=True):
-                            value = value - share * (other * (patch + 1e-8).log()).sum()
-                values.append(value)
+        for t, j in permutations(range(len(units)), 2):
+            ours, theirs = student_patches[t], teacher_patches[j]
+            mu, nu = ([float(u.abs().sum()) if marginals == "l1" else 1.0 for u in units[one]] for one in (t, j))
+            cost = [[1 - float(u @ v) for v in units[j]] for u in units[t]]
+            value = ours[0].sum() * 0
+            # a frame without any weight is not transported
+            if sum(mu) > 0 and sum(nu) > 0:
+                for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
+                    for share, other in zip(row, theirs, strict=True):
+                        value = value - share * (other * (patch + 1e-8).log()).sum()
+            values.append(value)
     return widened(mean(values, logits), logits, teacher_logits, feats)
 
 
@@ -63,13 +58,8 @@ def reference_mask_diversity_loss(logits: Tensor) -> Tensor:
     values = []
     for clip in logits.double():
         for frame in clip:
-            masks = [mask + 1e-8 for mask in frame.softmax(0)]
-            values += [
-                (one * other).sum() / (one.square().sum().sqrt() * other.square().sum().sqrt())
-                for s, one in enumerate(masks)
-                for r, other in enumerate(masks)
-                if s != r
-            ]
+            for one, other in permutations([mask + 1e-8 for mask in frame.softmax(0)], 2):
+                values.append((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt())
     return widened(mean(values, logits), logits)
 
 
@@ -129,10 +119,7 @@ def reference_instance_consistency_loss(
 
 
 def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Correlate every patch with every patch of the frame before, and add what a linear map makes of it.
-
-    Shape:
-        keys: (B, T, C, H, W), weight: (C, H * W), bias: (C,). Returns (B, T, C, H, W).
+    """Correlate every patch with every patch of the frame before, and add what a linear map (C, H * W) makes of it.
 
     >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
     >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
@@ -151,12 +138,9 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
 def reference_slot_attention(
     slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Let slots compete for the patches of one frame, one step after the other.
+    """Let slots (K, D) compete for the patches (N, D) of one frame, inside a mask (N,), with the whole gradient.
 
-    Nothing is cut out of the gradient. Instances are slots that compete inside the mask ``gate`` of a semantic.
-
-    Shape:
-        slots: (K, D), features: (N, D), gate: (N,). Returns the slots and the logits (K, N) of the last step.
+    Returns the slots and the logits (K, N) of the last step.
     """
     known = {name: one.double() for name, one in weights.items()}
 
@@ -179,10 +163,7 @@ def reference_slot_attention(
             attention = attention * gate.double()
         after = []
         for slot, weight in zip(current, attention, strict=True):
-            moved = slot + sum(
-                (share * value for share, value in zip(weight / weight.sum(), values, strict=True)),
-                torch.zeros_like(slot),
-            )
+            moved = slot + (weight / weight.sum()) @ torch.stack(values)
             after.append(moved + layer("mlp.2", layer("mlp.0", normal("norm_mlp", moved)).relu()))
         current = after
     return widened(torch.stack(current), slots), widened(logits, slots)
@@ -213,10 +194,6 @@ def _patches(frame: Tensor, pool: int) -> list[Tensor]:
     return [
         frame[:, y : y + pool, x : x + pool].mean((1, 2)) for y in range(0, height, pool) for x in range(0, width, pool)
     ]
-
-
-def _weight(unit: Tensor, marginals: str) -> float:
-    return float(unit.abs().sum()) if marginals == "l1" else 1.0
 
 
 def _length(vector: Tensor) -> Tensor:

@@ -48,11 +48,9 @@ def semantic_consistency_loss(
     ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
     Slot s must be the same thing in all frames: global slots, or slots that are handed from frame to frame.
 
-    Correspondences are quadratic in the patches N of a frame: for each of T (T - 1) / 2 pairs of frames a product
-    of N x N x D numbers and ``4 iters`` passes over N x N. What is held of them at once is B x ``chunk_size`` kernels
-    of N x N, with the same value and gradient whatever the size; everything else, and all that waits for the
-    backward, is linear. Pairs are walked through in a loop, which a compiler unrolls. ``pool`` bounds time as well:
-    it falls with the fourth power, and the loss becomes that of coarser patches.
+    Time is quadratic in the patches N of a frame: for each of T (T - 1) / 2 pairs of frames a product of N x N x D
+    numbers and ``4 iters`` passes over N x N. Held at once are B x ``chunk_size`` kernels of N x N, with the same value
+    and gradient whatever the size; all that waits for the backward is linear. A compiler unrolls the loop over pairs.
 
     A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0 with everything
     and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
@@ -67,10 +65,10 @@ def semantic_consistency_loss(
         feats: what finds correspondences, such as keys of a backbone.
         eps: weight of the entropy in the plan.
         iters: iterations of the plan.
-        marginals: weight of a patch in the plan. ``"l1"``, as published, is the sum of the absolute values of f,
-            nearly the same for all patches; ``"uniform"`` is the same.
+        marginals: weight of a patch in the plan: ``"l1"``, as published, the sum of the absolute values of f, or
+            ``"uniform"``.
         pool: side of the square of patches whose probabilities and features are averaged first, which divides H and
-            W. 1 is the published loss.
+            W; time falls with its fourth power. 1 is the published loss.
         chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
@@ -118,30 +116,25 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
     # every pair once: what is cheap from one frame to the other is cheap on the way back
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
     wanted = torch.zeros_like(maps)
-    carry = _by_products if 1 / eps <= LARGEST_SCORE else _by_plan
+    by_products = 1 / eps <= LARGEST_SCORE
     for some in slices(len(first), chunk_size):
         pair = first[some], second[some]
         # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
         scores = (units[:, pair[0]] / eps) @ units[:, pair[1]].mT
-        if carry is _by_products:
+        if by_products:
             scores.exp_()
         for here, there in (pair, pair[::-1]):
-            wanted.index_add_(1, here, carry(maps[:, there], scores, weights[:, here], weights[:, there], iters))
+            carried, mu, nu = maps[:, there], weights[:, here], weights[:, there]
+            if by_products:
+                a, b = scalings(scores, mu, nu, iters)
+                carried = ((carried * b) @ scores.mT) * a.mT
+            else:
+                carried = carried @ transport_plan(scores, mu, nu, iters).mT
+            wanted.index_add_(1, here, carried)
             scores = scores.mT
         # before the next ones are there
         del scores
     return torch.where(known, wanted, 0.0)
-
-
-def _by_plan(maps: Tensor, scores: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
-    """Carry maps (B, p, S, M) over a plan from scores (B, p, N, M): (B, p, S, N)."""
-    return maps @ transport_plan(scores, mu, nu, iters).mT
-
-
-def _by_products(maps: Tensor, kernel: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
-    """Do the same with the exponentials of the scores, and without a plan."""
-    a, b = scalings(kernel, mu, nu, iters)
-    return ((maps * b) @ kernel.mT) * a.mT
 
 
 def _pooled(frames: Tensor, pool: int) -> Tensor:

@@ -17,9 +17,7 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
 
     With ``K = exp(-cost / eps)`` and mu, nu scaled to sum 1: ``b = 1``, then ``iters`` times ``a = mu / (K b)`` and
     ``b = nu / (K^T a)``; ``plan[n, m] = a[n] K[n, m] b[m]``. Columns sum to nu exactly, as they are scaled last; rows
-    sum to mu in the limit of many iterations, and to a few percent to some tens of percent after three.
-
-    It is computed in the logarithm, so that no ``eps`` underflows. Time is iters x N x M, memory some N x M.
+    sum to mu in the limit of many iterations. Computed in the logarithm, so that no ``eps`` underflows.
 
     Shape:
         cost: (B, N, M), mu: (B, N), nu: (B, M). Returns (B, N, M) in float32, or float64 if one of them is.

@@ -22,7 +22,7 @@ LEAST_ATTENTION = 1e-30
 
 
 class SemanticSlots(NamedTuple):
-    """What two stages of slot attention found in each frame, on its own.
+    """What two stages of slot attention found in each frame.
 
     Attributes:
         slots: (B, T, S, D), the semantics.
@@ -56,9 +56,8 @@ class SemanticAwareSlotAttention(nn.Module):
     and frame, which compete within their semantic, G being its mask in stage 1. Only the last step gets a gradient,
     which is passed on to where the slots started.
 
-    The same semantic has the same index in all frames and clips. Frames do not see each other; see
-    :class:`CorrelationFusion` for what they know of each other. Time is linear in the patches, as S (1 + P) slots.
-    Computed in float32 or wider, apart from layers that are held in a half; autocast changes nothing.
+    The same semantic has the same index in all frames and clips. Frames do not see each other, apart from what
+    :class:`CorrelationFusion` adds. Computed in float32 or wider, apart from layers that are held in a half.
 
     Shape:
         features (B, T, D, H, W), noise (B, T, S, P, D). Returns :class:`SemanticSlots`.
@@ -70,12 +69,10 @@ class SemanticAwareSlotAttention(nn.Module):
         iters: steps of each stage. Published: 3 in training, 5 (in ``forward``) in evaluation.
         hidden: width of the MLP; None for max(D, 128).
         gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
-            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code, for
-            loading weights trained with it. With the last two the gate has no gradient, and a semantic that no patch
-            passes leaves its instances to the MLP alone.
+            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code. The last two
+            have no gradient, and a semantic that no patch passes leaves its instances to the MLP alone.
         gate_thr: see ``gate``.
-        reparam: whether the draws pass gradients to mu and sigma. The authors' code does not, so that there sigma is
-            never learned.
+        reparam: whether the draws pass gradients to mu and sigma; in the authors' code they do not.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic-aware masked slot attention.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
@@ -120,13 +117,7 @@ class SemanticAwareSlotAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor, noise: Tensor | None = None, *, iters: int | None = None) -> SemanticSlots:
-        """Return what was found.
-
-        Args:
-            features: frames.
-            noise: xi; None draws it afresh, from a normal distribution.
-            iters: steps of each stage, if not those of the constructor.
-        """
+        """Return what was found in frames; xi is drawn afresh without ``noise``, ``iters`` are for this call."""
         iters = self.iters if iters is None else iters
         check_int("iters", iters, 1)
         size = check_floats("features", features, "B T D H W", {"D": self.dim}, filled="T H W", mu=self.mu)
