@@ -1,7 +1,7 @@
 """The exact pre-softmax dots of slot attention, from forward hooks on two projections."""
 
 from math import log
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from ssync_loss._inputs import widest
 from ssync_loss.adapters._tap import LEFTOVERS, Held, Tap
 
 HeadSoftmax: TypeAlias = Literal["per_head", "joint"]
-
-HEAD_SOFTMAXES = ("per_head", "joint")
+HEAD_SOFTMAXES = get_args(HeadSoftmax)
 
 
 class LogitTap(Tap):

@@ -33,13 +33,9 @@ class SlotMaps(NamedTuple):
         The encoder's B, T and S say how the decoder is read: (B, T, S, ...) stays as it is, (B*T, S, ...) is
         taken apart. Values are untouched.
 
-        Shape:
-            enc: (B, T, S, N) or (B, T, S, H, W); with ``num_frames`` also (B*T, S, N). dec: (B, T, S, N_d),
-            (B, T, S, H_d, W_d), (B*T, S, N_d) or (B*T, S, H_d, W_d). A still image is T=1.
-
         Args:
-            enc: the encoder's map, or the tap that has it.
-            dec: the decoder's.
+            enc: (B, T, S, N) or (B, T, S, H, W), with ``num_frames`` also (B*T, S, N), or the tap that has it.
+            dec: (B, T, S, ...) or (B*T, S, ...), ending in N_d or H_d, W_d, or its tap. A still image is T=1.
             num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is checked.
 
         Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward;

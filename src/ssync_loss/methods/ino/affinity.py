@@ -39,20 +39,17 @@ def affinity_consistency_loss(
     A zero vector has cosine 0 with everything and gets no gradient. A single frame, no clips, no tokens and an empty
     mask give exactly 0, attached to the graph (the published code: NaN).
 
-    Shape:
-        s, t: (B, T, D, H, W), or kept positions (B, T, n, D); t may have channels of its own. mask: (B, T, H, W) or
-        (B, T, n), bool. Returns a scalar in float32, or float64 if one of both is.
-
     Args:
-        s: the student's features of what may be masked frames; the only argument that gets a gradient. Published are
-            the logits of a :class:`PrototypeHead` at the masked positions.
-        t: the teacher's features of whole frames.
-        mask: positions that take part, as many in every frame; None for all. Where numbers cannot be seen without
-            waiting, on an accelerator and under compilation, this is not checked.
+        s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of what may be masked frames; the
+            only argument that gets a gradient. Published are the logits of a :class:`PrototypeHead`.
+        t: likewise, the teacher's features of whole frames, which may have channels of their own.
+        mask: (B, T, H, W) or (B, T, n), bool, positions that take part, as many in every frame; None for all. Where
+            numbers cannot be seen without waiting, on an accelerator and under compilation, this is not checked.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0.
         chunk_size: rows of affinities that are held at once, over all pairs of frames; None for all.
 
+    Returns: a scalar in float32, or float64 if one of the features is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or a mask that keeps more positions in
         one frame than in another.
@@ -116,17 +113,13 @@ def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 
-class AffinityConsistencyLoss(LossModule):
-    """Module of :func:`affinity_consistency_loss`: a student finds patches again where its teacher does.
-
-    ``forward(s, t, mask=None)``.
+class AffinityConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`affinity_consistency_loss`: ``forward(s, t, mask=None)``.
 
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)
     >>> round(AffinityConsistencyLoss(tau_s=1.0, tau_t=1.0)(frames, frames).item(), 4)
     0.5822
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
         super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)

@@ -7,9 +7,8 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
-from ssync_loss.methods.ino._centers import cross_entropies
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion, cross_entropies
 
 
 def masked_token_loss(
@@ -27,17 +26,15 @@ def masked_token_loss(
     teacher rows, before the next frame is looked at. Positions that are not masked cost as much as those that are: to
     save that, keep the masked ones before the head, as lists (B, T, n, Kp), with a mask of ones.
 
-    Shape:
-        s_pat, t_pat: (B, T, Kp, H, W), or lists of tokens (B, T, N, Kp). mask: (B, T, H, W) or (B, T, N), bool.
-        Returns a scalar in float32, or float64 if one of the logits is.
-
     Args:
-        s_pat: the student's logits of masked frames; the only argument that gets a gradient.
-        t_pat: the teacher's logits of whole frames, at the same positions.
-        mask: positions that the student did not see, such as :func:`clip_mask`.
+        s_pat: (B, T, Kp, H, W), or a list of tokens (B, T, N, Kp), the student's logits of masked frames; the only
+            argument that gets a gradient.
+        t_pat: likewise, the teacher's logits of whole frames, at the same positions.
+        mask: (B, T, H, W) or (B, T, N), bool, positions that the student did not see, such as :func:`clip_mask`.
         ce_patch: the center of patches, and the temperatures.
         update_center: whether the center moves with every frame.
 
+    Returns: a scalar in float32, or float64 if one of the logits is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
     Raises: TypeError on a wrong dtype, or a criterion of another kind; ValueError on wrong shapes.
 
@@ -71,9 +68,7 @@ def masked_token_loss(
 
 
 class MaskedTokenLoss(LossModule):
-    """Module of :func:`masked_token_loss`: a student predicts what it does not see.
-
-    ``forward(s_pat, t_pat, mask)``. The criterion, and so its center, is a part of the module.
+    """Module of :func:`masked_token_loss`: ``forward(s_pat, t_pat, mask)``.
 
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
     >>> mask = torch.tensor([True, False]).view(1, 1, 2)

@@ -45,13 +45,10 @@ def propagate_labels(
     that the clip's first grid does not show is never assigned; of equals the lowest is. The first frame of the result
     shows the labels as given. This function reads data on the host; it evaluates, and is not compiled.
 
-    Shape:
-        features: (B, T, D, H, W). labels: (B, h, w). Returns (B, T, *size), int64.
-
     Args:
-        features: of patches, of any length: in a ViT an intermediate layer may be best (published: the student's
+        features: (B, T, D, H, W), of patches; in a ViT an intermediate layer may be best (published: the student's
             block 7 of 12, after the final norm).
-        labels: of the first frame, 0 or above; 0 is mostly the background, which is a label like others.
+        labels: (B, h, w), of the first frame, 0 or above; 0 is a label like others.
         num_context: as in :func:`propagate_masks`, like the next three.
         radius: half the side of the window.
         top_k: places that a patch takes its label from.
@@ -60,8 +57,8 @@ def propagate_labels(
         normalize: whether every mask is stretched to [0, 1] over its frame. Published for DAVIS, not for YouTube-VOS.
         chunk_size: as in :func:`propagate_masks`.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
-    (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
+    Returns: (B, T, *size), int64.
+    Source: as of :func:`propagate_masks`.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, negative labels, or features with NaN or
         infinity.
 
@@ -129,19 +126,16 @@ def propagate_masks(
     (num_context + 1) H W places, and the features of the context. Whether they are numbers is read on the host, once
     a frame; this is for evaluation, and is not compiled.
 
-    Shape:
-        features: (B, T, D, H, W). masks: (B, K, H, W). Returns (B, T, K, H, W), the first frame as given, in
-        float32, or float64 if one of both is. Nothing has a gradient.
-
     Args:
-        features: of patches, of any length; a zero vector is equally unlike everything.
-        masks: of the first frame, soft or hard; where they sum to 1, so do those of later frames.
+        features: (B, T, D, H, W), of patches, of any length; a zero vector is equally unlike everything.
+        masks: (B, K, H, W), of the first frame; where they sum to 1, so do those of later frames.
         num_context: frames of the context beside the first; published are 10 for DAVIS, 20 for YouTube-VOS.
         radius: half the side of the window in patches; published are 40 and 50 for patches of 8 pixels.
         top_k: places that a patch takes its masks from, over all frames of the context together.
         temperature: of the affinities, above 0.
         chunk_size: patches of a clip that are compared at once; None for as many as 64 MB hold.
 
+    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if one of both is, without gradient.
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
     (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or features with NaN or infinity.

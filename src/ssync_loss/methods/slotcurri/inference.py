@@ -21,16 +21,14 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
     ``2 T - 1`` calls of ``step``, which a compiler unrolls. Decode once, what is returned. Not causal, and not for
     training; call it under ``torch.no_grad()``.
 
-    Shape:
-        inputs: (B, T, ...). Returns every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
-
     Args:
         step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors, among them
             ``"state_predicted"``, the state that the next call gets. ``t`` is the index of the frame in the forward
             pass and None in the backward pass, where, as published, no frame is treated as the first one.
         init_state: the state that the first frame gets.
-        inputs: what the model sees of every frame.
+        inputs: (B, T, ...), what the model sees of every frame.
 
+    Returns: every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), cyclic inference.
     Raises: TypeError if the inputs or an output are no tensors, or there is no such output; ValueError if there is no
         frame.

@@ -1,6 +1,6 @@
 """Structure of features: what is reconstructed must vary in space and time as its target does."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from ssync_loss.methods.slotcurri._ssim import Similarity, kornia_dissimilarity,
 
 Normalize: TypeAlias = Literal["joint", "channel"]
 Filters: TypeAlias = Literal["auto", "kornia", "torch"]
-
-NORMALIZE = ("joint", "channel")
-FILTERS = ("auto", "kornia", "torch")
+NORMALIZE = get_args(Normalize)
+FILTERS = get_args(Filters)
 
 
 def _check_odd(name: str, value: int) -> None:
@@ -64,12 +63,9 @@ def structure_aware_loss(
     Time is linear in the cells. The gradient is formed in the forward, ``chunk_size`` channels at a time, and is
     all that is kept.
 
-    Shape:
-        pred, target: (B, T, D, H, W). Returns a scalar in float32, or float64 if one of them is.
-
     Args:
-        pred: reconstructed features; the only argument that gets a gradient.
-        target: features of the backbone.
+        pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
+        target: (B, T, D, H, W), features of the backbone.
         window: edge of a cube, odd.
         sigma: width of the Gaussian, above 0.
         k1: with ``k2``, what keeps the ratios finite, above 0.
@@ -83,6 +79,7 @@ def structure_aware_loss(
             library's own separable filters, several times faster. ``"auto"`` takes kornia's where it can. The value is
             the same to rounding.
 
+    Returns: a scalar in float32, or float64 if one of the features is.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
     are those of its public code.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
@@ -122,18 +119,14 @@ def structure_aware_loss(
     return total if slope is None else known_gradient(pred, total, slope)
 
 
-class StructureAwareLoss(LossModule):
-    """Module of :func:`structure_aware_loss`: features are compared in cubes of space and time.
-
-    ``forward(pred, target)``.
+class StructureAwareLoss(LossModule, check=_check_settings):
+    """Module of :func:`structure_aware_loss`: ``forward(pred, target)``.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
     >>> round(StructureAwareLoss()(pred, target).item(), 4)
     0.4998
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

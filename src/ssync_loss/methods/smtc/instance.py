@@ -1,7 +1,7 @@
 """Instance consistency: what one frame shows is found again in the others, and told apart from the rest."""
 
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -17,8 +17,7 @@ from ssync_loss._vectors import directions, products
 from ssync_loss.methods.smtc._assignment import best_assignment
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
-
-METRICS = ("cosine", "euclidean")
+METRICS = get_args(Metric)
 
 # what keeps a mean over no valid instance finite
 EPSILON = 1e-10
@@ -48,17 +47,15 @@ def valid_instances(
     cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with everything. A model whose slots
     are the instances asks for the area alone with ``slots.unsqueeze(3)`` for the instances.
 
-    Shape:
-        logits: (B, T, S, H, W). slots: (B, T, S, D). instances: (B, T, S, P, D). Returns (B, T, S, P), bool.
-
     Args:
-        logits: masks of the semantics before the softmax.
-        slots: the semantics.
-        instances: what was found inside each, before any projection.
+        logits: (B, T, S, H, W), masks of the semantics before the softmax.
+        slots: (B, T, S, D), the semantics.
+        instances: (B, T, S, P, D), what was found inside each, before any projection.
         p_thr: probability above which a patch belongs to a semantic. 0.5 at the time of the paper, 0.3 in later code.
         area_thr: share of the patches that a semantic must exceed.
         sim_thr: cosine that an instance must exceed.
 
+    Returns: (B, T, S, P), bool.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
@@ -108,20 +105,17 @@ def instance_consistency_loss(
     0, attached to the graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
     B x S x T^2 problems in a loop on the host, which waits for the device and breaks the graph of a compiler.
 
-    Shape:
-        embeddings, teacher_embeddings: (B, T, S, P, D). valid, teacher_valid: (B, T, S, P), bool. Returns a scalar
-        in float32, or float64 if one of the embeddings is.
-
     Args:
-        embeddings: the student's instances, projected and scaled to length 1, which is not done here; the only
-            argument that gets a gradient.
-        teacher_embeddings: the same of a teacher.
-        valid: instances that count, from :func:`valid_instances`.
-        teacher_valid: the teacher's instances that others are drawn to.
+        embeddings: (B, T, S, P, D), the student's instances, projected and scaled to length 1, which is not done here;
+            the only argument that gets a gradient.
+        teacher_embeddings: (B, T, S, P, D), the same of a teacher.
+        valid: (B, T, S, P), bool, instances that count, from :func:`valid_instances`.
+        teacher_valid: (B, T, S, P), bool, the teacher's instances that others are drawn to.
         margin: cosine above which others are pushed away, or distance below which they are.
         metric: ``"cosine"`` as in the authors' code, or ``"euclidean"``.
         same_frame: whether pairs with t = j count; yes in the authors' code, no on the poster.
 
+    Returns: a scalar in float32, or float64 if one of the embeddings is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
     Raises: ImportError if there are more than six instances, and no scipy; TypeError on a wrong dtype; ValueError on
         wrong shapes or settings.
@@ -176,17 +170,13 @@ def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
     return rearrange(pairs, "b s (t p) (j q) -> b s t j p q", p=num_instances, q=num_instances)
 
 
-class InstanceConsistencyLoss(LossModule):
-    """Module of :func:`instance_consistency_loss`: what one frame shows is found again in the others.
-
-    ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
+class InstanceConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`instance_consistency_loss`: ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
 
     >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> round(InstanceConsistencyLoss()(embeddings, embeddings, valid, valid).item(), 4)
     -1.0
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, *, margin: float = 0.5, metric: Metric = "cosine", same_frame: bool = True) -> None:
         super().__init__(margin=margin, metric=metric, same_frame=same_frame)

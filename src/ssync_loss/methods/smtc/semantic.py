@@ -1,6 +1,6 @@
 """Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import reduce
@@ -16,8 +16,7 @@ from ssync_loss._vectors import directions
 from ssync_loss.methods.smtc.sinkhorn import scalings, transport_plan
 
 Marginals: TypeAlias = Literal["l1", "uniform"]
-
-MARGINALS = ("l1", "uniform")
+MARGINALS = get_args(Marginals)
 
 # what keeps the logarithm of a probability of 0 finite
 EPSILON = 1e-8
@@ -55,14 +54,10 @@ def semantic_consistency_loss(
     A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0 with everything
     and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
 
-    Shape:
-        logits, teacher_logits: (B, T, S, H, W). feats: (B, T, D, H, W). Returns a scalar in float32, or float64 if
-        one of them is.
-
     Args:
-        logits: the student's map; the only argument that gets a gradient.
-        teacher_logits: the map of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
-        feats: what finds correspondences, such as keys of a backbone.
+        logits: (B, T, S, H, W), the student's map; the only argument that gets a gradient.
+        teacher_logits: (B, T, S, H, W), of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
+        feats: (B, T, D, H, W), what finds correspondences, such as keys of a backbone.
         eps: weight of the entropy in the plan.
         iters: iterations of the plan.
         marginals: weight of a patch in the plan: ``"l1"``, as published, the sum of the absolute values of f, or
@@ -71,6 +66,7 @@ def semantic_consistency_loss(
             W; time falls with its fourth power. 1 is the published loss.
         chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
 
+    Returns: a scalar in float32, or float64 if one of the tensors is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
     code a mean).
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
@@ -142,17 +138,13 @@ def _pooled(frames: Tensor, pool: int) -> Tensor:
     return reduce(frames, "b t s (h i) (w j) -> b t s (h w)", "mean", i=pool, j=pool)
 
 
-class SemanticConsistencyLoss(LossModule):
-    """Module of :func:`semantic_consistency_loss`: patches that correspond belong to the same semantic.
-
-    ``forward(logits, teacher_logits, feats)``.
+class SemanticConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`semantic_consistency_loss`: ``forward(logits, teacher_logits, feats)``.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> round(SemanticConsistencyLoss()(feats * 4, feats * 400, feats).item(), 4)
     0.0181
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

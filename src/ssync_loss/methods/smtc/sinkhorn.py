@@ -19,16 +19,14 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
     ``b = nu / (K^T a)``; ``plan[n, m] = a[n] K[n, m] b[m]``. Columns sum to nu exactly, as they are scaled last; rows
     sum to mu in the limit of many iterations. Computed in the logarithm, so that no ``eps`` underflows.
 
-    Shape:
-        cost: (B, N, M), mu: (B, N), nu: (B, M). Returns (B, N, M) in float32, or float64 if one of them is.
-
     Args:
-        cost: of moving a unit from n to m.
-        mu: what there is, above 0.
-        nu: what is wanted, above 0.
+        cost: (B, N, M), of moving a unit from n to m.
+        mu: (B, N), what there is, above 0.
+        nu: (B, M), what is wanted, above 0.
         eps: weight of the entropy; a small one moves everything along the cheapest ways.
         iters: how often both sides are rescaled.
 
+    Returns: (B, N, M) in float32, or float64 if one of them is.
     Source: Cuturi, NeurIPS 2013; settings of Qian et al., ICCV 2023 (arXiv:2308.09951).
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings; on a marginal that is not positive,
         where it can be seen without waiting for a device.

@@ -34,19 +34,16 @@ def dense_decoder_alignment_loss(
     map of M x M scores of all windows, or of ``chunk_size`` x M with the same value and gradient. A zero vector has
     cosine 0 with everything and gets no gradient. No clips give exactly 0, attached to the graph.
 
-    Shape:
-        features, anchors: (B, T, D, H, W). enc_labels: (B, T, H, W), any integers. Returns a scalar in float32, or
-        float64 if the features or the anchors are.
-
     Args:
-        features: reconstructed features; the only argument that gets a gradient.
-        anchors: features of the backbone.
-        enc_labels: hard labels of the encoder's map.
+        features: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
+        anchors: (B, T, D, H, W), features of the backbone.
+        enc_labels: (B, T, H, W), hard labels of the encoder's map, any integers.
         group_frames: frames of a window, which divide T; None for the whole clip. Images need 1 or None.
         temperature: of the softmax, above 0.
         base_temperature: what the loss is scaled by, above 0.
         chunk_size: rows of scores that are held at once, over all windows; None for all.
 
+    Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the decoder's deblurring.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
@@ -92,21 +89,17 @@ def dense_encoder_alignment_loss(
     Cost, zero vectors and no clips are as in :func:`dense_decoder_alignment_loss`, with four products and two maps.
     Windows of one patch give exactly 0, attached to the graph.
 
-    Shape:
-        features: (B, T, D, H, W). anchors: (B, T, C, H, W); the backbone need not have the features' channels.
-        dec_labels: (B, T, H, W), any integers. Returns a scalar in float32, or float64 if the features or the
-        anchors are.
-
     Args:
-        features: the encoder's features, projected; the only argument that gets a gradient.
-        anchors: features of the backbone, for finding neighbors.
-        dec_labels: hard labels of the decoder's map.
+        features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.
+        anchors: (B, T, C, H, W), features of the backbone, for finding neighbors.
+        dec_labels: (B, T, H, W), hard labels of the decoder's map, any integers.
         group_frames: as in :func:`dense_decoder_alignment_loss`, like the last three.
         top_k: neighbors per frame of the window, the patch itself among them.
         temperature: of the softmax.
         base_temperature: what the loss is scaled by.
         chunk_size: rows of scores that are held at once.
 
+    Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or more neighbors than patches.
 
@@ -143,10 +136,8 @@ def dense_encoder_alignment_loss(
     )
 
 
-class DenseDecoderAlignmentLoss(LossModule):
-    """Module of :func:`dense_decoder_alignment_loss`: the encoder's labels align what the decoder reconstructs.
-
-    ``forward(features, anchors, enc_labels)``.
+class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
+    """Module of :func:`dense_decoder_alignment_loss`: ``forward(features, anchors, enc_labels)``.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -154,8 +145,6 @@ class DenseDecoderAlignmentLoss(LossModule):
     >>> round(criterion(features, features, labels).item(), 4)
     0.5633
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -174,10 +163,8 @@ class DenseDecoderAlignmentLoss(LossModule):
         return dense_decoder_alignment_loss(features, anchors, enc_labels, **self.settings)
 
 
-class DenseEncoderAlignmentLoss(LossModule):
-    """Module of :func:`dense_encoder_alignment_loss`: likeness and the decoder's labels align the encoder's features.
-
-    ``forward(features, anchors, dec_labels)``.
+class DenseEncoderAlignmentLoss(LossModule, check=_check_settings):
+    """Module of :func:`dense_encoder_alignment_loss`: ``forward(features, anchors, dec_labels)``.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
@@ -185,8 +172,6 @@ class DenseEncoderAlignmentLoss(LossModule):
     >>> round(criterion(features, features, torch.arange(3).view(1, 1, 1, 3)).item(), 4)
     0.2199
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

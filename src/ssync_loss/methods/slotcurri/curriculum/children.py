@@ -1,6 +1,6 @@
 """Where the clones of a slot are placed."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._settings import NOT_NEGATIVE, check_by, one_of
 
 Neighbors: TypeAlias = Literal["active", "all"]
-
-NEIGHBORS = ("active", "all")
+NEIGHBORS = get_args(Neighbors)
 
 # added to the mean length of slots
 EPSILON = 1e-8
@@ -41,20 +40,17 @@ def spawn_children(
     looked at, and ``min_radius=0``: a parent that has a twin, or no length, then has a clone equal to itself, and equal
     slots never part. It waits for the device to read the counts, and is not compiled.
 
-    Shape:
-        slots_active: (K, D). counts: (K,). unborn: (U, D). Returns (n_new, D) in the slots' dtype, computed in
-        float32 or float64, with n_new the sum of the counts: the children of slot 0, then those of slot 1, ...
-
     Args:
-        slots_active: the present slots.
-        counts: children of each, integers of at least 0, see :func:`allot_children`.
+        slots_active: (K, D), the present slots.
+        counts: (K,), children of each, integers of at least 0, see :func:`allot_children`.
         beta: jitter, at least 0.
         generator: of the directions; None for torch's own.
         neighbors: where j is looked for, among the present slots, as the paper says (``"active"``), or with those yet
             unborn, which are nearest most of the time (``"all"``).
         min_radius: least radius, in units of the mean length, at least 0.
-        unborn: placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
+        unborn: (U, D), placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
 
+    Returns: (n_new, D) in the slots' dtype, the children of slot 0, then those of slot 1, ...
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the initialization of new slots.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes, counts or settings, or fewer unborn slots than
         children.

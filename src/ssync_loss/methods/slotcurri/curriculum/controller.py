@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_loss._checks import check_floating, check_int, check_shape, check_tensor
-from ssync_loss.methods.slotcurri.curriculum._ranks import from_first_rank, weighted_mean
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
 from ssync_loss.methods.slotcurri.curriculum.error import slot_error
@@ -122,13 +121,10 @@ class SlotCurriculum(nn.Module):
     ) -> None:
         """Take down the errors of the slots in use, if a milestone is near; at all other steps nothing is done.
 
-        Shape:
-            recon, target: (B, T, D, H, W). masks: (B, T, n_active, H, W), as in :func:`slot_error`.
-
         Args:
-            recon: reconstructed features.
-            target: features of the backbone.
-            masks: of the decoder, after the softmax over slots.
+            recon: (B, T, D, H, W), reconstructed features.
+            target: (B, T, D, H, W), features of the backbone.
+            masks: (B, T, n_active, H, W), of the decoder, after the softmax over slots.
             step: of the training, counted from 0.
             group: process group; None is the default one.
 
@@ -140,8 +136,13 @@ class SlotCurriculum(nn.Module):
             return
         check_shape("masks", masks, "B T S H W", S=self.n_active())
         error = slot_error(recon, target, masks)
-        error = weighted_mean(error, recon[:, :, 0].numel(), group).to(self.errors.device, torch.float32)
-        self.errors[: len(error)] += error
+        if _has_ranks():
+            # all patches of all ranks count alike
+            weight = recon[:, :, 0].numel()
+            sums = torch.cat([error * weight, error.new_full((1,), weight)])
+            dist.all_reduce(sums, group=group)
+            error = sums[:-1] / sums[-1].clamp_min(1)
+        self.errors[: len(error)] += error.to(self.errors)
         self._num_observed += 1
         self.num_observed.fill_(self._num_observed)
 
@@ -197,7 +198,10 @@ class SlotCurriculum(nn.Module):
         if optimizer is not None:
             parents = torch.arange(num_active, device=rows.device).repeat_interleave(counts)
             inherit_moments(optimizer, slots_param, parents, num_active)
-        rows[num_active:num_next] = from_first_rank(children, group)
+        if _has_ranks():
+            children = children.contiguous()
+            dist.broadcast(children, group=group, group_src=0)
+        rows[num_active:num_next] = children
         self._stage, self._num_observed = self._stage + 1, 0
         self.stage.fill_(self._stage)
         self.num_observed.zero_()
@@ -246,6 +250,10 @@ class SlotCurriculum(nn.Module):
                 f"`slots_param` must have at least {self.budgets[-1]} rows, the last of budgets={list(self.budgets)}; "
                 f"got {shape[-2]}."
             )
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch passes it)

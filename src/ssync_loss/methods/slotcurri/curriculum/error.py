@@ -18,10 +18,12 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     masks of a patch sum to 1, the errors sum to the mean squared error. An idle slot has none. No clips give zeros.
     The published sum over patches is the same up to a factor, which :func:`allot_children` divides out.
 
-    Shape:
-        recon, target: (B, T, D, H, W), the features. masks: (B, T, S, H, W), of the decoder, after the softmax over
-        slots. Returns (S,) in float32, or float64 if one of them is, without gradient.
+    Args:
+        recon: (B, T, D, H, W), reconstructed features.
+        target: (B, T, D, H, W), features of the backbone.
+        masks: (B, T, S, H, W), of the decoder, after the softmax over slots.
 
+    Returns: (S,) in float32, or float64 if one of them is, without gradient.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots, delta^(k).
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes.
 

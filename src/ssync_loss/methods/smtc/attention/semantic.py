@@ -1,6 +1,6 @@
 """Slot attention twice with one set of weights: first semantics, then the instances inside each."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -12,8 +12,7 @@ from ssync_loss._checks import check_choice, check_int, check_number
 from ssync_loss._inputs import check_floats
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
-
-GATES = ("soft", "prob", "logit")
+GATES = get_args(Gate)
 
 # what every slot attends to every patch with, at least
 EPSILON = 1e-8
