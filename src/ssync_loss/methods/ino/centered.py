@@ -12,7 +12,7 @@ from ssync_loss._settings import POSITIVE, SHARE, check_by
 
 
 def targets(t: Tensor, center: Tensor, tau_t: float) -> Tensor:
-    """Return the distributions (..., Kp) that teacher logits ask for; they have no gradient."""
+    """Return the distributions (..., Kp) that teacher logits ask for, without gradient."""
     with torch.no_grad():
         return ((t - center) / tau_t).softmax(-1)
 
@@ -45,15 +45,11 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
     """Cross-entropy of a student with its teacher's sharpened distribution, whose mean is kept from collapsing.
 
     ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
-    asks for the loss, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over rows of t``::
-
-        loss = criterion(s, t)
-        criterion.update_center(t)
-
-    ``forward`` never moves the center (the authors' code moves it in every call), which is a buffer in float32, or
-    float64 once logits are. Class and patch tokens have a center each: two of these modules. With ``all_reduce``, as
-    published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. It has no place in a compiled
-    graph; everything else compiles whole.
+    asks for the loss, ``criterion(s, t)``, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over
+    rows of t``, ``criterion.update_center(t)``. ``forward`` never moves the center (the authors' code moves it in every
+    call), which is a buffer in float32, or float64 once logits are. Class and patch tokens have a center each: two of
+    these modules. With ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must
+    make. It has no place in a compiled graph; everything else compiles whole.
 
     ``forward(s, t)``; no rows give exactly 0, attached to the graph.
 

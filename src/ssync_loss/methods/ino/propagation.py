@@ -121,17 +121,15 @@ def propagate_masks(
     columns away: ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over all its frames together, and for
     what ties with the last of them, 0 for others; ``mask_p = sum_u w_u mask_u / sum_u w_u``, which is carried on so.
 
-    Frames are walked through in a loop, and so are their patches, ``chunk_size`` of a clip at once. That changes
-    nothing but the memory, which beside the result is one score for each of these patches with each of
-    (num_context + 1) H W places, and the features of the context. Whether they are numbers is read on the host, once
-    a frame; this is for evaluation, and is not compiled.
+    Memory is one score for each of ``chunk_size`` patches of a clip with each of (num_context + 1) H W places, and the
+    features of the context. Numbers are looked at on the host, once a frame; this evaluates, and is not compiled.
 
     Args:
         features: (B, T, D, H, W), of patches, of any length; a zero vector is equally unlike everything.
         masks: (B, K, H, W), of the first frame; where they sum to 1, so do those of later frames.
         num_context: frames of the context beside the first; published are 10 for DAVIS, 20 for YouTube-VOS.
         radius: half the side of the window in patches; published are 40 and 50 for patches of 8 pixels.
-        top_k: places that a patch takes its masks from, over all frames of the context together.
+        top_k: places that a patch takes its masks from.
         temperature: of the affinities, above 0.
         chunk_size: patches of a clip that are compared at once; None for as many as 64 MB hold.
 

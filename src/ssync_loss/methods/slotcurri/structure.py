@@ -59,17 +59,15 @@ def structure_aware_loss(
     with ``c1 = k1^2`` and ``c2 = k2^2``. It lies within [0, 2]; the published weight beside a mean squared error
     is 0.05. Cubes lie inside the clip. An axis shorter than the window is not averaged over: images, and clips of
     two frames, are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient.
-
-    Time is linear in the cells. The gradient is formed in the forward, ``chunk_size`` channels at a time, and is
-    all that is kept.
+    The gradient is formed in the forward and is all that is kept.
 
     Args:
         pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
         target: (B, T, D, H, W), features of the backbone.
         window: edge of a cube, odd.
         sigma: width of the Gaussian, above 0.
-        k1: with ``k2``, what keeps the ratios finite, above 0.
-        k2: see ``k1``.
+        k1: what keeps the ratio of means finite, above 0.
+        k2: what keeps that of variances finite, above 0.
         eps: what keeps a clip without contrast finite, above 0.
         normalize: ``"joint"``, as published, takes one lo and hi for all channels of a clip, so that an outlier, which
             large backbones have, hides the others; ``"channel"`` takes a lo and hi per channel.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_number
+from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule
-from ssync_loss._settings import SHARE, check_by, check_flag
+from ssync_loss._settings import SHARE, check_by
 from ssync_loss._vectors import directions, products
 from ssync_loss.methods.smtc._assignment import best_assignment
 
@@ -51,7 +51,7 @@ def valid_instances(
         logits: (B, T, S, H, W), masks of the semantics before the softmax.
         slots: (B, T, S, D), the semantics.
         instances: (B, T, S, P, D), what was found inside each, before any projection.
-        p_thr: probability above which a patch belongs to a semantic. 0.5 at the time of the paper, 0.3 in later code.
+        p_thr: probability above which a patch belongs to a semantic; 0.3 in the authors' later code.
         area_thr: share of the patches that a semantic must exceed.
         sim_thr: cosine that an instance must exceed.
 
@@ -95,15 +95,12 @@ def instance_consistency_loss(
     semantic: ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over
     all of them, valid or not. A valid instance costs ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
     valid'_j[e(p)] O_t[p] O'_j[e(p)]``, which lies in [-1, 1.5]; the loss is the mean over the valid ones (their number
-    + 1e-10 for each of all). -1 where all are found again and told apart.
-
-    ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over q != e(p) of
-    relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``; for unit vectors a distance of 1 is
-    a cosine of 1/2.
+    + 1e-10 for each of all). ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over
+    q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
 
     A slot model without semantics has S = 1 and its slots as instances. No valid instance, and no clips, give exactly
-    0, attached to the graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
-    B x S x T^2 problems in a loop on the host, which waits for the device and breaks the graph of a compiler.
+    0, attached to the graph. Up to P = 6 all P! assignments are compared; beyond, scipy solves them on the host, which
+    waits for the device and breaks the graph of a compiler.
 
     Args:
         embeddings: (B, T, S, P, D), the student's instances, projected and scaled to length 1, which is not done here;

@@ -8,18 +8,15 @@ from itertools import permutations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssync_loss.methods._slow import mean, unit, widened
 
 
 def reference_sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
     """Rescale rows and columns of ``exp(-cost / eps)`` in turn, as numbers and not as logarithms."""
-    plans = [
-        _plan(one, m, n, eps, iters)
-        for one, m, n in zip(cost.tolist(), mu.double().tolist(), nu.double().tolist(), strict=True)
-    ]
-    plan = torch.tensor(plans, dtype=torch.float64, device=cost.device).view(cost.shape)
-    return widened(plan, cost, mu, nu)
+    plans = [_plan(*given, eps, iters) for given in zip(cost.double(), mu.double(), nu.double(), strict=True)]
+    return widened(torch.stack(plans) if plans else cost, cost, mu, nu)
 
 
 def reference_semantic_consistency_loss(
@@ -41,11 +38,14 @@ def reference_semantic_consistency_loss(
         units = [[unit(patch) for patch in _patches(frame.double(), pool)] for frame in keys]
         for t, j in permutations(range(len(units)), 2):
             ours, theirs = student_patches[t], teacher_patches[j]
-            mu, nu = ([float(u.abs().sum()) if marginals == "l1" else 1.0 for u in units[one]] for one in (t, j))
-            cost = [[1 - float(u @ v) for v in units[j]] for u in units[t]]
+            mu, nu = (
+                torch.stack([u.abs().sum() if marginals == "l1" else torch.ones_like(u[0]) for u in units[one]])
+                for one in (t, j)
+            )
+            cost = torch.stack([torch.stack([1 - u @ v for v in units[j]]) for u in units[t]])
             value = ours[0].sum() * 0
             # a frame without any weight is not transported
-            if sum(mu) > 0 and sum(nu) > 0:
+            if mu.sum() > 0 and nu.sum() > 0:
                 for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
                     for share, other in zip(row, theirs, strict=True):
                         value = value - share * (other * (patch + 1e-8).log()).sum()
@@ -145,11 +145,10 @@ def reference_slot_attention(
     known = {name: one.double() for name, one in weights.items()}
 
     def layer(name: str, vector: Tensor) -> Tensor:
-        return known[f"{name}.weight"] @ vector + known[f"{name}.bias"]
+        return F.linear(vector, known[f"{name}.weight"], known[f"{name}.bias"])
 
     def normal(name: str, vector: Tensor) -> Tensor:
-        centered = vector - vector.mean()
-        return centered / (centered.square().mean() + 1e-5).sqrt() * known[f"{name}.weight"] + known[f"{name}.bias"]
+        return F.layer_norm(vector, vector.shape, known[f"{name}.weight"], known[f"{name}.bias"])
 
     patches = [normal("norm_features", one) for one in features.double()]
     keys, values = ([layer(name, one) for one in patches] for name in ("to_k", "to_v"))
@@ -178,14 +177,13 @@ def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
     return max(permutations(range(len(scores))), key=total)
 
 
-def _plan(cost: list[list[float]], mu: list[float], nu: list[float], eps: float, iters: int) -> list[list[float]]:
-    kernel = [[math.exp(-one / eps) for one in row] for row in cost]
-    mu, nu = ([one / sum(weights) for one in weights] for weights in (mu, nu))
-    b = [1.0] * len(nu)
+def _plan(cost: Tensor, mu: Tensor, nu: Tensor, eps: float, iters: int) -> Tensor:
+    kernel, mu, nu = (-cost / eps).exp(), mu / mu.sum(), nu / nu.sum()
+    b = torch.ones_like(nu)
     for _ in range(iters):
-        a = [m / sum(k * x for k, x in zip(row, b, strict=True)) for m, row in zip(mu, kernel, strict=True)]
-        b = [n / sum(row[v] * x for row, x in zip(kernel, a, strict=True)) for v, n in enumerate(nu)]
-    return [[x * k * y for k, y in zip(row, b, strict=True)] for x, row in zip(a, kernel, strict=True)]
+        a = mu / (kernel @ b)
+        b = nu / (a @ kernel)
+    return a.unsqueeze(1) * kernel * b
 
 
 def _patches(frame: Tensor, pool: int) -> list[Tensor]:

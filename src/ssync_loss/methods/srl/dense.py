@@ -84,10 +84,8 @@ def dense_encoder_alignment_loss(
     ``P_i = softmax_{j != i}(x_i x_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. Neighbors are the
     ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, all that tie with the last
-    one included, and i itself, which is among them, taken out. A mean over nothing is 0.
-
-    Cost, zero vectors and no clips are as in :func:`dense_decoder_alignment_loss`, with four products and two maps.
-    Windows of one patch give exactly 0, attached to the graph.
+    one included, and i itself, which is among them, taken out. A mean over nothing is 0. The rest is as in
+    :func:`dense_decoder_alignment_loss`, with four products and two maps.
 
     Args:
         features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.

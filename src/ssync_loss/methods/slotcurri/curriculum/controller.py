@@ -23,14 +23,13 @@ class SlotCurriculum(nn.Module):
 
         curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
         for step in range(max_steps):
-            slots = curriculum.take(model.slots)                  # the rows in use
+            slots = curriculum.take(model.slots)                  # the rows in use, in evaluation too
             ...
             curriculum.observe(recon, target, masks, step)        # masks of the decoder, after the softmax
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
 
-    Evaluate with the rows in use, too; the public code then takes all, unborn ones among them. Inside of what is
-    compiled there is room for ``take`` alone, which makes a graph a stage.
+    Inside of what is compiled there is room for ``take`` alone, which makes a graph a stage.
 
     The rows are written after the milestone's own step, which is the last with the old budget; the public code writes
     them during that step. A milestone that a resumed training has gone past is made up for. With an initialized process

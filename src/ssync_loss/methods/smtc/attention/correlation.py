@@ -63,15 +63,14 @@ class CorrelationFusion(nn.Module):
         return f"dim={self.dim}, n_ref={self.grid}"
 
 
-def _grid(n_ref: object) -> tuple[int, int]:
+def _grid(n_ref: int | tuple[int, int]) -> tuple[int, int]:
+    sizes = n_ref if isinstance(n_ref, tuple) else (n_ref,)
+    for one in sizes:
+        check_int("n_ref", one, 1)
     if isinstance(n_ref, tuple):
         if len(n_ref) != 2:
             raise ValueError(f"`n_ref` must be (height, width) or a number of cells; got {n_ref}.")
-        for one in n_ref:
-            check_int("n_ref", one, 1)
         return n_ref
-    check_int("n_ref", n_ref, 1)
-    assert isinstance(n_ref, int)
     side = isqrt(n_ref)
     if side * side != n_ref:
         raise ValueError(f"`n_ref` must be (height, width) or the number of cells of a square; got {n_ref}.")
