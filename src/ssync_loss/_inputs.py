@@ -51,11 +51,7 @@ def _check_axes(name: str, tensor: Tensor, axes: str, known: Mapping[str, int]) 
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """Return the type that all of them fit into: float32, or float64 if one of them is.
-
-    >>> widest(torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=torch.bfloat16))
-    torch.float32
-    """
+    """Return the type that all of them fit into: float32, or float64 if one of them is."""
     dtype = torch.float32
     for one in tensors:
         dtype = torch.promote_types(dtype, one.dtype)

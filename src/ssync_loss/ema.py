@@ -22,8 +22,7 @@ class EmaTeacher(nn.Module):
         teacher = EmaTeacher(model)
         targets = teacher(views)  # what the copy returns, without gradient
         ...
-        optimizer.step()
-        teacher.update(model)
+        optimizer.step(); teacher.update(model)
 
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
     updates, whose number is in the ``state_dict``. There is no collective: under DDP every rank keeps its own, outside
@@ -34,13 +33,11 @@ class EmaTeacher(nn.Module):
         momentum: share of the past. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
         final_momentum: where it ends, or None for a constant.
         num_steps: when it ends there, with ``final_momentum`` only.
-        copy_buffers: whether buffers, such as the statistics of a batch norm, become those of the student. Published:
-            they stay as they were.
-        skip: pieces of names; parameters and buffers whose name contains one stay as they were. The authors' later
-            code skips ``"encoder"``.
+        copy_buffers: whether buffers, such as the statistics of a batch norm, become those of the student.
+        skip: pieces of names; parameters and buffers whose name contains one stay as they were.
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
-    ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
+        ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
     Raises: TypeError if the model is no module, or has parameters in a half, whose last digit is more than what is
         added; ValueError on wrong settings, or when the student's parameters are not those of the teacher.
 

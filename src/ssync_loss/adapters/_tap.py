@@ -2,9 +2,8 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +67,16 @@ class Tap(ABC):
     def __enter__(self) -> "Self":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __reduce__(self) -> "tuple[Callable[[type[Self]], Self], tuple[type[Self]]]":
-        return _unattached, (type(self),)
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._attached = False
+        self._handles = []
+        self.reset()
 
     def _on_host(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         if self._attached:
@@ -102,17 +104,6 @@ class Tap(ABC):
                 stacklevel=3,
             )
         return torch.stack(list(frames), 1)
-
-
-T = TypeVar("T", bound=Tap)
-
-
-def _unattached(cls: type[T]) -> T:
-    tap = cls.__new__(cls)
-    tap._attached = False
-    tap._handles = []
-    tap.reset()
-    return tap
 
 
 def _places(host: nn.Module | None, modules: dict[str, nn.Module]) -> dict[str, str]:

@@ -24,24 +24,21 @@ class LogitTap(Tap):
 
     - All frames share one key call, (B, T, N, D), and one query call is one iteration of one frame:
       ``frames_in_key=True``. Every frame then has as many queries, or, with ``iterations``, that many, and the first
-      frame what is left, which is not less. Give ``iterations`` where the first frame has more: the total may happen
-      to divide by T, and then nothing shows that frames are read wrongly.
+      frame what is left. Give ``iterations`` where the first frame has more: the total may happen to divide by T.
     - Frames are flattened into the batch, (B*T, N, D): ``pop(num_frames=T)``. Frames side by side,
       (B, T, S, D) and (B, T, N, D) in one call each, need nothing.
     - There are several heads, D = heads * dim_head. Their maps become one, whose softmax over slots is the host's
       attention: with a softmax of each head (``"per_head"``) the mean over heads,
       ``logsumexp_h(log_softmax_s(dots)) - log(heads)``, with one over slots and heads (``"joint"``) the sum,
-      ``logsumexp_h(dots)``. The attention is exact, but the values are no dots: merging compares a map with its mean
-      over the clip, and more slots merge for log-probabilities. Choose a threshold anew.
+      ``logsumexp_h(dots)``. These are no dots, and more slots merge: choose a threshold anew.
 
     A tap must see one forward at a time. With ``host``, the module whose forward covers whole clips, each forward
     starts the tap afresh. Without, ``pop()`` or ``reset()`` must follow every forward; leftovers are an error or a
     warning where they can be told from frames. Until then the tap holds what the projections gave, and the graph.
 
-    Attach before the first call of a compiled model: compiled code does not look for new hooks. Activation
-    checkpointing runs the hooks again during the backward pass: give ``host``, or ``reset()`` after it (with
-    ``use_reentrant=True`` maps carry no gradient). Copies of a host, unpickled ones included, are not tapped. Replicas
-    of ``nn.DataParallel`` would all write to one tap: use ``DistributedDataParallel``.
+    Attach before the first call of a compiled model. Activation checkpointing runs the hooks again during the backward
+    pass: give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient). Copies of a host
+    are not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
 
     Args:
         query_projection: the module whose output is q, (B, S, D).

@@ -10,10 +10,6 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
     """Check a list of tokens (B, T, N, D), or else features (B, T, D, H, W), and return their sizes.
 
     Which of both is told by the sizes, if they say so. A list, and a batch, may be empty.
-
-    >>> import torch
-    >>> check_tokens("t", torch.zeros(1, 2, 3, 4), "D", N=3)
-    {'N': 3, 'B': 1, 'T': 2, 'D': 4}
     """
     is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
     axes, filled = ("N {}", "{}") if is_list else ("{} H W", "{} H W")

@@ -26,9 +26,6 @@ def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) ->
     """Return the center (Kp,) before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
 
     The means are those of groups of rows, from their sums (n, Kp) and counts (n,); no rows move nothing.
-
-    >>> trajectory(torch.zeros(1), torch.tensor([[2.0], [0.0], [4.0]]), torch.tensor([2, 0, 1]), 0.5).T
-    tensor([[0.0000, 0.5000, 0.5000, 2.2500]])
     """
     moves = (counts > 0).cumsum(0)
     # how many moves lie behind each of the centers
@@ -51,10 +48,8 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
     these modules. With ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must
     make. It has no place in a compiled graph; everything else compiles whole.
 
-    ``forward(s, t)``; no rows give exactly 0, attached to the graph.
-
-    Shape:
-        s, t: (..., Kp), logits of the same rows. Returns a scalar in float32, or float64 if one of both is.
+    ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
+    is; no rows give exactly 0, attached to the graph.
 
     Args:
         Kp: number of prototypes.

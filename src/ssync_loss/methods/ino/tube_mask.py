@@ -14,12 +14,10 @@ def clip_mask(
     """Draw the patches of an iteration that a student does not see, one set for all frames, crops and clips.
 
     With probability ``prob``, ``floor(r N)`` patches, all sets as likely, with r uniform within ``ratio``; otherwise
-    none, and a step of :func:`masked_token_loss` and :func:`affinity_consistency_loss` is 0. One set for all is what
-    gives every frame as many masked positions, and the same ones::
+    none, and a step of :func:`masked_token_loss` and :func:`affinity_consistency_loss` is 0. In a step::
 
         mask = clip_mask(H * W, generator=generator).view(H, W).expand(B, T, H, W)
         tokens = torch.where(mask.flatten(2).unsqueeze(3), mask_token, tokens)  # the student's, before their positions
-        kept = mask[0, 0].flatten().nonzero().squeeze(1)  # to keep lists of tokens: on the host, where it is drawn
 
     What is drawn depends on the generator alone, which is moved as far whatever comes out: ranks that seed theirs
     with the step draw the same mask. A compiler takes no generator, so draw outside of its graph. Returns (N,), bool,

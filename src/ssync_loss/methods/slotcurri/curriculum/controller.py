@@ -29,14 +29,11 @@ class SlotCurriculum(nn.Module):
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
 
-    Inside of what is compiled there is room for ``take`` alone, which makes a graph a stage.
-
-    The rows are written after the milestone's own step, which is the last with the old budget; the public code writes
-    them during that step. A milestone that a resumed training has gone past is made up for. With an initialized process
-    group the errors are averaged over all ranks and all get the newborn rows of the first, in one collective each per
-    milestone; all ranks must call both methods at the same steps, and load the checkpoint, as state is in buffers. A
-    teacher of the model begins anew where ``maybe_expand`` returns True, by
-    ``teacher.model.load_state_dict(model.state_dict())``.
+    Only ``take`` may be compiled. The rows are written after the milestone's own step, which is the last with the old
+    budget. A milestone that a resumed training has gone past is made up for. With a process group the errors are
+    averaged over all ranks and all get the newborn rows of the first: all ranks must call both methods at the same
+    steps, and load the checkpoint, as state is in buffers. A teacher of the model begins anew where ``maybe_expand``
+    returns True, by ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
         budgets: slots of each stage, which grow, see :func:`slot_schedule`.

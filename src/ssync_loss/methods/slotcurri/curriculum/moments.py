@@ -13,8 +13,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
     """Give newborn rows of a parameter the optimizer's moments of their parents.
 
     Adam's moments of an unborn row are 0 while their bias correction has long come to an end: the first steps of a
-    newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited:
-    both moments of Adam and AdamW, the momentum of SGD. Nothing happens before the optimizer's first step.
+    newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited.
 
     Args:
         optimizer: holds the parameter.
@@ -39,8 +38,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
 def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[], int]) -> None:
     """Keep an optimizer from changing the rows of a parameter from ``first()`` on.
 
-    Unborn rows get no gradient, but weight decay shrinks them all the same, and that of Adam moves them. Around every
-    step of the optimizer they are put back, and their moments are 0.
+    Weight decay shrinks them without a gradient. Around every step they are put back, and their moments are 0.
 
     Args:
         optimizer: holds the parameter.
@@ -57,7 +55,7 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
     >>> slots.flatten().tolist()[1:]  # 1 - 0.1 * 1 - 0.1, and held
     [0.800000011920929, 1.0]
     """
-    _check_held(optimizer, slots_param)
+    _row_states(optimizer, slots_param)
     before: list[Tensor] = []
 
     @torch.no_grad()
@@ -81,12 +79,8 @@ def rows_of(slots: Tensor) -> Tensor:
 
 def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]:
     """Return what the optimizer keeps of every row."""
-    _check_held(optimizer, slots_param)
+    if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
+        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
     # no lookup by item: that would make a state
     known = optimizer.state.get(slots_param, {}).values()
     return [rows_of(one) for one in known if isinstance(one, Tensor) and one.shape == slots_param.shape]
-
-
-def _check_held(optimizer: Optimizer, slots_param: nn.Parameter) -> None:
-    if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
-        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")

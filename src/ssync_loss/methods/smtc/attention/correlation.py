@@ -18,8 +18,7 @@ class CorrelationFusion(nn.Module):
     own. Computed as ``(W K'_t^T) K_t``, in C^2 (n_ref + N) operations, in float32 or wider, autocast or not. For slot
     attention; :func:`ssync_loss.functional.semantic_consistency_loss` takes the features before the fusion.
 
-    Shape:
-        (B, T, C, H, W) to the same, in the same type.
+    ``forward(keys)``, (B, T, C, H, W) to the same, in the same type.
 
     Args:
         dim: C.

@@ -58,8 +58,8 @@ class SemanticAwareSlotAttention(nn.Module):
     The same semantic has the same index in all frames and clips. Frames do not see each other, apart from what
     :class:`CorrelationFusion` adds. Computed in float32 or wider, apart from layers that are held in a half.
 
-    Shape:
-        features (B, T, D, H, W), noise (B, T, S, P, D). Returns :class:`SemanticSlots`.
+    ``forward(features, noise=None, *, iters=None)``: features (B, T, D, H, W) and xi (B, T, S, P, D), drawn afresh
+    without noise, to :class:`SemanticSlots`.
 
     Args:
         dim: D.
@@ -116,7 +116,7 @@ class SemanticAwareSlotAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor, noise: Tensor | None = None, *, iters: int | None = None) -> SemanticSlots:
-        """Return what was found in frames; xi is drawn afresh without ``noise``, ``iters`` are for this call."""
+        """Return what was found; ``iters`` are those of this call."""
         iters = self.iters if iters is None else iters
         check_int("iters", iters, 1)
         size = check_floats("features", features, "B T D H W", {"D": self.dim}, filled="T H W", mu=self.mu)
