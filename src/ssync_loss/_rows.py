@@ -52,9 +52,8 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Return the sum of the losses of all rows of all windows, with the scores ``s_ij = q_i k_j / temperature``.
 
-    Queries and keys (W, M, D) are of length 1 or 0. ``targets`` says what is wanted of some windows and some of their
-    rows. What the gradients of queries and keys are added to, or None, are the ``slopes``. ``chunk_size`` rows are
-    held at once, as many windows as fit in whole, or else a part of one.
+    Queries and keys (W, M, D) are of length 1 or 0; their gradients are added to the ``slopes``. ``targets`` is asked
+    for some windows and some of their rows, ``chunk_size`` at once: windows in whole if they fit, or a part of one.
     """
     num_windows, num_rows, _ = queries.shape
     windows = rows = None

@@ -22,7 +22,8 @@ class EmaTeacher(nn.Module):
         teacher = EmaTeacher(model)
         targets = teacher(views)  # what the copy returns, without gradient
         ...
-        optimizer.step(); teacher.update(model)
+        optimizer.step()
+        teacher.update(model)
 
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
     updates, whose number is in the ``state_dict``. There is no collective: under DDP every rank keeps its own, outside

@@ -28,10 +28,7 @@ class SlotMaps(NamedTuple):
 
     @classmethod
     def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> "Self":
-        """Empty the taps, and put clips and frames on axes of their own.
-
-        The encoder's B, T and S say how the decoder is read: (B, T, S, ...) stays as it is, (B*T, S, ...) is
-        taken apart. Values are untouched.
+        """Empty the taps, and put clips and frames on axes of their own; values are untouched.
 
         Args:
             enc: (B, T, S, N) or (B, T, S, H, W), with ``num_frames`` also (B*T, S, N), or the tap that has it.

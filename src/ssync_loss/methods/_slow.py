@@ -8,6 +8,8 @@ that name takes, checks nothing, computes in float64 and returns float32 or wide
 import torch
 from torch import Tensor
 
+from ssync_loss._inputs import widest
+
 
 def unit(vector: Tensor) -> Tensor:
     """Scale a vector to length 1, in float64; one without a length stays zero, without gradient."""
@@ -23,7 +25,4 @@ def mean(values: list[Tensor], like: Tensor) -> Tensor:
 
 def widened(value: Tensor, *given: Tensor) -> Tensor:
     """Return a value in float32, or float64 if something given is."""
-    dtype = torch.float32
-    for one in given:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return value.to(dtype)
+    return value.to(widest(*given))

@@ -32,12 +32,10 @@ def affinity_consistency_loss(
     temperatures differ, so that the loss of a student that equals its teacher is above 0. No position is a label:
     frames may be cropped each on its own, and several crops of a frame are clips of their own, (B g, T, n, D).
 
-    Time is quadratic in the n tokens of a frame, as four products of B (T-1) n x n x D numbers; the gradient is formed
-    in the forward. Memory is two maps of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A
-    list of n of N tokens costs n^2, where a ``mask`` over all N costs N^2.
-
-    A zero vector has cosine 0 with everything and gets no gradient. A single frame, no clips, no tokens and an empty
-    mask give exactly 0, attached to the graph (the published code: NaN).
+    Time is quadratic in the n tokens of a frame, kept or not; the gradient is formed in the forward. Memory is two maps
+    of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with
+    everything and gets no gradient. A single frame, no clips, no tokens and an empty mask give exactly 0, attached to
+    the graph (the published code: NaN).
 
     Args:
         s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of what may be masked frames; the

@@ -21,10 +21,9 @@ def masked_token_loss(
     the masked positions of all clips, of which some may have more than others; a frame without any is left out. No
     masked position, and no clips, give exactly 0, attached to the graph.
 
-    All frames are met with the center there is; ``ce_patch.update_center(rows, mask=mask)`` moves it. As published,
-    with ``update_center`` in training mode, it moves after every frame instead, towards the mean of that frame's masked
-    teacher rows, before the next frame is looked at. Positions that are not masked cost as much as those that are: to
-    save that, keep the masked ones before the head, as lists (B, T, n, Kp), with a mask of ones.
+    ``ce_patch.update_center(rows, mask=mask)`` moves the center. As published, with ``update_center`` in training mode,
+    it moves after every frame instead, towards the mean of that frame's masked teacher rows, before the next frame is
+    looked at. To save what positions cost that are not masked, give lists of those that are, with a mask of ones.
 
     Args:
         s_pat: (B, T, Kp, H, W), or a list of tokens (B, T, N, Kp), the student's logits of masked frames; the only

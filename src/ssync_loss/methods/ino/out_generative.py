@@ -36,18 +36,17 @@ def out_generative_loss(
     views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``, temperatures and
     center being those of ``ce``. A crop does not predict itself; crops of the same frame predict each other.
 
-    All pairs are met with the center there is. As published, with ``update_center`` in training mode, it moves after
-    every pair instead, towards the mean of that pair's teacher views, before the next pair is looked at. A single frame
-    has no pair: it, and no clips, give exactly 0, attached to the graph.
+    As published, with ``update_center`` in training mode, the center moves after every pair, towards the mean of that
+    pair's teacher views, before the next pair is looked at. A single frame has no pair: it, and no clips, give exactly
+    0, attached to the graph.
 
     Args:
         s_glob: (B, T, g, Kp), T even or 1, the student's logits of the class tokens of global crops.
         s_loc: (B, T, l, Kp), l may be 0, the student's of local crops; these two get a gradient.
         t_glob: (B, T, g, Kp), the teacher's of the global crops.
         ce: the center of class tokens, and the temperatures.
-        balance: of the 2g (2g - 1) terms from global to global crops and the 4 g l from local ones. ``"flat"``, the
-            authors' code, is one mean over all; ``"per_term"`` is the mean of both means, as the paper names two
-            losses, or the first alone without local crops.
+        balance: ``"flat"``, the authors' code, is one mean over all; ``"per_term"`` is the mean of that over global and
+            that over local student views, as the paper names two losses, or the first alone without local crops.
         update_center: whether the center moves with every pair.
 
     Returns: a scalar in float32, or float64 if one of the logits is.

@@ -98,7 +98,13 @@ def propagate_labels(
     absent = ~known.any(3).any(2)
     block = max(1, BLOCK_ELEMENTS // (sizes["B"] * len(names) * size[0] * size[1]))
     for frames in slices(sizes["T"], block):
-        result[:, frames] = names.long()[_read_out(masks[:, frames], absent, size, normalize=normalize)]
+        some = masks[:, frames]
+        pixels = F.interpolate(some.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
+        if normalize:
+            low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+            pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
+        competing = pixels.view(*some.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
+        result[:, frames] = names.long()[competing.argmax(2)]
     result[:, 0] = _nearest(labels, size)
     return result
 
@@ -206,16 +212,6 @@ def _check_finite(name: str, values: Tensor) -> None:
     """Refuse numbers whose masks would pass for a prediction."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"`{name}` must hold neither NaN nor infinity; got some.")
-
-
-def _read_out(masks: Tensor, absent: Tensor, size: tuple[int, int], *, normalize: bool) -> Tensor:
-    """Return the index (B, F, *size) of the largest of masks (B, F, K, H, W), of those that are not absent, (B, K)."""
-    pixels = F.interpolate(masks.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
-    if normalize:
-        low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
-        pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
-    competing = pixels.view(*masks.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
-    return competing.argmax(2)
 
 
 def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:

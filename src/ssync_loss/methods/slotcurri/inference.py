@@ -16,10 +16,7 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
 
     The forward pass goes from the first frame to the last. The backward pass starts from what the last frame predicts
     for the next one, and goes from the last frame but one to the first, so that these are seen by slots that know the
-    clip. The last frame is not seen twice: its outputs are those of the forward pass.
-
-    ``2 T - 1`` calls of ``step``, which a compiler unrolls. Decode once, what is returned. Not causal, and not for
-    training; call it under ``torch.no_grad()``.
+    clip. The last frame is not seen twice. Not causal, and not for training; call it under ``torch.no_grad()``.
 
     Args:
         step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors, among them

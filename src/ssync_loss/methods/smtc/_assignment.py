@@ -20,7 +20,7 @@ def best_assignment(scores: Tensor) -> Tensor:
     num_things = scores.shape[-1]
     if num_things > MOST_ENUMERATED:
         # made where it is called: the decorator imports the whole compiler
-        assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_by_scipy)
+        assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
         return assign(scores)
     orders = _permutations(num_things, scores.device)
     sums = scores[..., 0, :].index_select(-1, orders[:, 0])
@@ -40,7 +40,7 @@ def _permutations(size: int, device: torch.device) -> Tensor:
     return orders
 
 
-def _by_scipy(scores: Tensor) -> Tensor:
+def _on_host(scores: Tensor) -> Tensor:
     try:
         # here and not above: scipy is an optional extra, and few slots do without it
         from scipy.optimize import linear_sum_assignment

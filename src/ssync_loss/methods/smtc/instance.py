@@ -33,13 +33,7 @@ def _check_settings(*, margin: object, metric: object, same_frame: object) -> No
 
 @torch.no_grad()
 def valid_instances(
-    logits: Tensor,
-    slots: Tensor,
-    instances: Tensor,
-    *,
-    p_thr: float = 0.5,
-    area_thr: float = 0.2,
-    sim_thr: float = 0.5,
+    logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
     """Say which instances are worth comparing: their semantic covers enough, and they are of its kind.
 

@@ -64,13 +64,7 @@ def reference_mask_diversity_loss(logits: Tensor) -> Tensor:
 
 
 def reference_valid_instances(
-    logits: Tensor,
-    slots: Tensor,
-    instances: Tensor,
-    *,
-    p_thr: float = 0.5,
-    area_thr: float = 0.2,
-    sim_thr: float = 0.5,
+    logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
     """Count the patches of every semantic, and compare every instance with it."""
     logits, slots, instances = (one.detach().double() for one in (logits, slots, instances))

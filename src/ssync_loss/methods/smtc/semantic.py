@@ -47,12 +47,10 @@ def semantic_consistency_loss(
     ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
     Slot s must be the same thing in all frames: global slots, or slots that are handed from frame to frame.
 
-    Time is quadratic in the patches N of a frame: for each of T (T - 1) / 2 pairs of frames a product of N x N x D
-    numbers and ``4 iters`` passes over N x N. Held at once are B x ``chunk_size`` kernels of N x N, with the same value
-    and gradient whatever the size; all that waits for the backward is linear. A compiler unrolls the loop over pairs.
-
-    A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0 with everything
-    and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
+    Time is quadratic in the patches N of a frame, for each of T (T - 1) / 2 pairs of frames. Held at once are
+    B x ``chunk_size`` kernels of N x N, with the same value and gradient whatever the size; all that waits for the
+    backward is linear. A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0
+    with everything and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
 
     Args:
         logits: (B, T, S, H, W), the student's map; the only argument that gets a gradient.

@@ -115,17 +115,12 @@ class SlotCurriculum(nn.Module):
     def observe(
         self, recon: Tensor, target: Tensor, masks: Tensor, step: int, *, group: dist.ProcessGroup | None = None
     ) -> None:
-        """Take down the errors of the slots in use, if a milestone is near; at all other steps nothing is done.
+        """Take down the :func:`slot_error` of the slots in use, if a milestone is near; else nothing is done.
 
-        Args:
-            recon: (B, T, D, H, W), reconstructed features.
-            target: (B, T, D, H, W), features of the backbone.
-            masks: (B, T, n_active, H, W), of the decoder, after the softmax over slots.
-            step: of the training, counted from 0.
-            group: process group; None is the default one.
+        The step of the training is counted from 0; no group is the default one.
 
-        Raises: TypeError on a wrong dtype; ValueError on wrong shapes; RuntimeError if the buffers were written over,
-            rather than loaded.
+        Raises: TypeError on a wrong dtype; ValueError on wrong shapes, as masks of another number of slots;
+            RuntimeError if the buffers were written over, rather than loaded.
         """
         check_int("step", step, 0)
         if not self._is_watching(step):
@@ -158,8 +153,7 @@ class SlotCurriculum(nn.Module):
         Args:
             slots_param: the placeholders (K_max, D) or (1, K_max, D), no fewer than the last budget; written in place.
             step: as in :meth:`observe`.
-            optimizer: newborn rows inherit its moments of their parents, see :func:`inherit_moments`; None leaves
-                moments alone, as published.
+            optimizer: whose moments newborn rows inherit, see :func:`inherit_moments`; None as published.
             generator: of the jitter; None for torch's own.
             group: as in :meth:`observe`.
 

@@ -15,8 +15,7 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     """Divide the mean squared error of a reconstruction among the slots that made it.
 
     ``e_k = mean over patches of a_k * l`` with a the masks and ``l = mean over channels of (recon - target)^2``. As the
-    masks of a patch sum to 1, the errors sum to the mean squared error. An idle slot has none. No clips give zeros.
-    The published sum over patches is the same up to a factor, which :func:`allot_children` divides out.
+    masks of a patch sum to 1, the errors sum to the mean squared error. No clips give zeros.
 
     Args:
         recon: (B, T, D, H, W), reconstructed features.

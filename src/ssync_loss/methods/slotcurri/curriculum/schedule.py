@@ -8,9 +8,7 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
 
     Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``, and a
     stage that adds nothing is left out. With it, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, the
-    paper's rule, and the last must have ``total``.
-
-    For 7, 11 and 15 slots both are the published budgets, with sigma 1, 3 and 5. The public code has the first rule.
+    paper's rule, and the last must have ``total``. For 7, 11 and 15 slots, sigma 1, 3 and 5, both are published.
 
     Args:
         total: slots of the last stage, at least ``start``.

@@ -55,8 +55,8 @@ class SemanticAwareSlotAttention(nn.Module):
     and frame, which compete within their semantic, G being its mask in stage 1. Only the last step gets a gradient,
     which is passed on to where the slots started.
 
-    The same semantic has the same index in all frames and clips. Frames do not see each other, apart from what
-    :class:`CorrelationFusion` adds. Computed in float32 or wider, apart from layers that are held in a half.
+    The same semantic has the same index in all frames and clips; frames do not see each other. Computed in float32 or
+    wider, apart from layers that are held in a half.
 
     ``forward(features, noise=None, *, iters=None)``: features (B, T, D, H, W) and xi (B, T, S, P, D), drawn afresh
     without noise, to :class:`SemanticSlots`.
@@ -69,7 +69,7 @@ class SemanticAwareSlotAttention(nn.Module):
         hidden: width of the MLP; None for max(D, 128).
         gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
             it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code. The last two
-            have no gradient, and a semantic that no patch passes leaves its instances to the MLP alone.
+            have no gradient.
         gate_thr: see ``gate``.
         reparam: whether the draws pass gradients to mu and sigma; in the authors' code they do not.
 
