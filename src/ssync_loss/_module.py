@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 class LossModule(nn.Module):
-    """A loss that remembers its settings: the keyword arguments of its constructor.
+    """A loss that remembers its settings, the keyword arguments of its constructor, as attributes.
 
-    Each is an attribute under its own name, and a new value takes effect with the next call. A subclass hands them to
-    ``super().__init__``, and names what checks them: ``class MyLoss(LossModule, check=check_by(...))``.
+    A subclass hands them to ``super().__init__``, and names what checks them: ``class A(LossModule, check=...)``.
 
     >>> from ssync_loss import TemporalSlotContrastLoss
     >>> criterion = TemporalSlotContrastLoss(temperature=0.2)

@@ -44,7 +44,7 @@ class OutputTap(Tap):
         self._outputs: list[Held] = []
 
     def pop(self) -> Tensor:
-        """Return what was selected in the last forward, attached, and empty the tap; RuntimeError if there is nothing."""
+        """Return what was selected in the last forward, attached, and empty the tap; RuntimeError without one."""
         outputs = self._outputs
         self.reset()
         self._require("module", outputs)

@@ -59,8 +59,7 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
         all_reduce: whether moves take the rows of all ranks, if a process group is initialized.
         group: process group; None is the default one.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), centering and sharpening; the settings of Pan et al., ACM MM
-    2022 (arXiv:2203.15312).
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294); the settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)

@@ -172,11 +172,11 @@ def propagate_masks(
             _check_finite("features", units)
             if now > 0:
                 filled = min(now, num_slots)
-                found = []
-                for here in slices(num_places, chunk_size):
-                    outside = _outside(here, height, width, radius, features.device)
-                    known = context[:, :filled], carried[:, :filled]
-                    found.append(_looked_up(units[:, here], outside, *known, top_k, temperature))
+                known = context[:, :filled], carried[:, :filled]
+                found = [
+                    _looked_up(units[:, here], here, (height, width), radius, *known, top_k, temperature)
+                    for here in slices(num_places, chunk_size)
+                ]
                 result[:, now] = torch.cat(found, 1).mT.unflatten(2, (height, width))
             slot = now if now < num_slots else 1 + (now - 1) % max(num_slots - 1, 1)
             if slot < num_slots:
@@ -186,26 +186,27 @@ def propagate_masks(
 
 
 def _looked_up(
-    queries: Tensor, outside: Tensor | None, context: Tensor, carried: Tensor, top_k: int, temperature: float
+    queries: Tensor,
+    here: slice,
+    grid: tuple[int, int],
+    radius: int,
+    context: Tensor,
+    carried: Tensor,
+    top_k: int,
+    temperature: float,
 ) -> Tensor:
     """Return the masks (B, n, K) of patches (B, n, D), from a context (B, c, N, D) with masks (B, c, N, K)."""
     scores = queries @ context.flatten(1, 2).mT
-    if outside is not None:
+    if radius < max(grid) - 1:
+        places = torch.arange(context.shape[2], device=scores.device)
+        rows, columns = places // grid[1], places % grid[1]
+        outside = ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
         scores.unflatten(2, context.shape[1:3]).masked_fill_(outside.unsqueeze(1), float("-inf"))
     largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
     # in a window of fewer places the last one is -inf, and all others are in
     scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
     weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
     return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
-
-
-def _outside(here: slice, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
-    """Tell which of all places (N) lie outside the windows of some of them; None if none does."""
-    if radius >= max(height, width) - 1:
-        return None
-    places = torch.arange(height * width, device=device)
-    rows, columns = places // width, places % width
-    return ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
 
 
 def _check_finite(name: str, values: Tensor) -> None:

@@ -28,8 +28,7 @@ class PrototypeHead(nn.Module):
         bottleneck: channels that are normalized.
         layers: linear layers before the prototypes, at least 1.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294); shared by all tokens in Pan et al., ACM MM 2022
-        (arXiv:2203.15312).
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294); Pan et al., ACM MM 2022 (arXiv:2203.15312).
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> head = PrototypeHead(2, Kp=3, bottleneck=2, layers=1)

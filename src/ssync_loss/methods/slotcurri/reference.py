@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ssync_loss.methods._slow import widened
+from ssync_loss.methods._slow import unit, widened
 
 
 def reference_structure_aware_loss(
@@ -108,7 +108,7 @@ def reference_place_children(
         rows += [one.double() for one in unborn]
     # who is most similar is asked once, before anything is written
     nearest = [
-        max((j for j in range(len(rows)) if j != i), key=lambda j: _cosine(rows[i], rows[j]), default=i)
+        max((j for j in range(len(rows)) if j != i), key=lambda j: float(unit(rows[i]) @ unit(rows[j])), default=i)
         for i in range(num_active)
     ]
     children: list[Tensor] = []
@@ -122,8 +122,3 @@ def reference_place_children(
         if neighbors == "all":
             rows[num_active : num_active + len(children)] = children
     return torch.stack(children).to(slots_active.dtype) if children else slots_active[:0]
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    lengths = float(one.norm() * other.norm())
-    return float(one @ other) / lengths if lengths > 0 else 0.0

@@ -78,8 +78,7 @@ def structure_aware_loss(
             the same to rounding.
 
     Returns: a scalar in float32, or float64 if one of the features is.
-    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
-    are those of its public code.
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), and its public code.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)

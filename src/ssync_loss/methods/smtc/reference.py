@@ -164,11 +164,7 @@ def reference_slot_attention(
 
 def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
     """Return the columns of the rows whose scores have the largest sum."""
-
-    def total(order: tuple[int, ...]) -> float:
-        return sum(scores[p][q] for p, q in enumerate(order))
-
-    return max(permutations(range(len(scores))), key=total)
+    return max(permutations(range(len(scores))), key=lambda order: sum(scores[p][q] for p, q in enumerate(order)))
 
 
 def _plan(cost: Tensor, mu: Tensor, nu: Tensor, eps: float, iters: int) -> Tensor:
@@ -182,10 +178,7 @@ def _plan(cost: Tensor, mu: Tensor, nu: Tensor, eps: float, iters: int) -> Tenso
 
 def _patches(frame: Tensor, pool: int) -> list[Tensor]:
     """Return the means over squares of cells, row by row: (C, H, W) -> (C,) each."""
-    _, height, width = frame.shape
-    return [
-        frame[:, y : y + pool, x : x + pool].mean((1, 2)) for y in range(0, height, pool) for x in range(0, width, pool)
-    ]
+    return list(F.avg_pool2d(frame, pool).flatten(1).unbind(1))
 
 
 def _length(vector: Tensor) -> Tensor:

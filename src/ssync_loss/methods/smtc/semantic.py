@@ -65,8 +65,7 @@ def semantic_consistency_loss(
         chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
 
     Returns: a scalar in float32, or float64 if one of the tensors is.
-    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
-    code a mean).
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), there a sum over pairs, in the authors' code a mean.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches are told apart

@@ -30,9 +30,9 @@ def dense_decoder_alignment_loss(
     ``P_i = softmax_j(x_i y_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself is one of its label's.
 
-    Time is quadratic in M, as two products of M x M x D numbers; the gradient is formed in the forward. Memory is a
-    map of M x M scores of all windows, or of ``chunk_size`` x M with the same value and gradient. A zero vector has
-    cosine 0 with everything and gets no gradient. No clips give exactly 0, attached to the graph.
+    Time is quadratic in M; the gradient is formed in the forward. Memory is a map of M x M scores of all windows, or of
+    ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with everything and gets no
+    gradient. No clips give exactly 0, attached to the graph.
 
     Args:
         features: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
@@ -85,7 +85,7 @@ def dense_encoder_alignment_loss(
     -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. Neighbors are the
     ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, all that tie with the last
     one included, and i itself, which is among them, taken out. A mean over nothing is 0. The rest is as in
-    :func:`dense_decoder_alignment_loss`, with four products and two maps.
+    :func:`dense_decoder_alignment_loss`, with two maps.
 
     Args:
         features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.

@@ -37,8 +37,7 @@ def spawn_children(
     m the mean length of the slots, plus 1e-8. A slot without another one uses ``|s_i|`` in place of the distance.
 
     The public code has ``neighbors="all"``, where a parent's children replace unborn slots before the next parent is
-    looked at, and ``min_radius=0``: a parent that has a twin, or no length, then has a clone equal to itself, and equal
-    slots never part. It waits for the device to read the counts, and is not compiled.
+    looked at, and ``min_radius=0``, where a twin has a clone equal to itself. The counts are read on the host.
 
     Args:
         slots_active: (K, D), the present slots.
