@@ -144,7 +144,7 @@ def _bare(model: object) -> nn.Module:
     """Take a module out of what data parallelism and compilation wrap around it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a module; got {type(model).__name__}.")
-    wrapped = isinstance(model, DistributedDataParallel | DataParallel)
+    wrapped = isinstance(model, (DistributedDataParallel, DataParallel))
     inner = model.module if wrapped else getattr(model, "_orig_mod", None)
     return model if inner is None else _bare(inner)
 

@@ -68,7 +68,7 @@ class SlotMaps(NamedTuple):
 
 
 def _take(name: str, source: Source) -> Tensor:
-    if isinstance(source, LogitTap | OutputTap):
+    if isinstance(source, (LogitTap, OutputTap)):
         return source.pop()
     check_tensor(name, source)
     return source

@@ -42,7 +42,7 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
 
     Args:
         optimizer: holds the parameter.
-        slots_param: the placeholders, (K_max, D) or (1, K_max, D).
+        slots_param: the placeholders.
         first: asked at every step for the first row to hold.
 
     Raises: ValueError if the optimizer does not hold the parameter.
