@@ -165,8 +165,6 @@ def propagate_masks(
     result[:, 0] = masks
     context = torch.empty(clips, num_slots, num_places, channels, dtype=dtype, device=features.device)
     carried = torch.empty(clips, num_slots, num_places, given["K"], dtype=dtype, device=features.device)
-    places = torch.arange(num_places, device=features.device)
-    rows, columns = places // width, places % width
     with no_autocast(features):
         for now in range(frames):
             units = F.normalize(features[:, now].to(dtype).flatten(2).mT, dim=2)
@@ -174,25 +172,40 @@ def propagate_masks(
             _check_finite("features", units)
             if now > 0:
                 filled = min(now, num_slots)
-                keys, values = (one[:, :filled].flatten(1, 2) for one in (context, carried))
                 found = []
                 for here in slices(num_places, chunk_size):
-                    scores = units[:, here] @ keys.mT
-                    if radius < max(height, width) - 1:
-                        outside = (rows[here, None] - rows).abs() > radius
-                        outside |= (columns[here, None] - columns).abs() > radius
-                        scores.unflatten(2, (filled, num_places)).masked_fill_(outside.unsqueeze(1), float("-inf"))
-                    largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
-                    # in a window of fewer places the last one is -inf, and all others are in
-                    scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
-                    weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
-                    found.append(weights @ values / weights.sum(2, keepdim=True))
+                    outside = _outside(here, height, width, radius, features.device)
+                    known = context[:, :filled], carried[:, :filled]
+                    found.append(_looked_up(units[:, here], outside, *known, top_k, temperature))
                 result[:, now] = torch.cat(found, 1).mT.unflatten(2, (height, width))
             slot = now if now < num_slots else 1 + (now - 1) % max(num_slots - 1, 1)
             if slot < num_slots:
                 context[:, slot] = units
                 carried[:, slot] = result[:, now].flatten(2).mT
     return result
+
+
+def _looked_up(
+    queries: Tensor, outside: Tensor | None, context: Tensor, carried: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Return the masks (B, n, K) of patches (B, n, D), from a context (B, c, N, D) with masks (B, c, N, K)."""
+    scores = queries @ context.flatten(1, 2).mT
+    if outside is not None:
+        scores.unflatten(2, context.shape[1:3]).masked_fill_(outside.unsqueeze(1), float("-inf"))
+    largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
+    # in a window of fewer places the last one is -inf, and all others are in
+    scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
+    weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
+    return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
+
+
+def _outside(here: slice, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
+    """Tell which of all places (N) lie outside the windows of some of them; None if none does."""
+    if radius >= max(height, width) - 1:
+        return None
+    places = torch.arange(height * width, device=device)
+    rows, columns = places // width, places % width
+    return ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
