@@ -36,9 +36,9 @@ class LogitTap(Tap):
     starts the tap afresh. Without, ``pop()`` or ``reset()`` must follow every forward; leftovers are an error or a
     warning where they can be told from frames. Until then the tap holds what the projections gave, and the graph.
 
-    Attach before the first call of a compiled model. Activation checkpointing runs the hooks again during the backward
-    pass: give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient). Copies of a host
-    are not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
+    Attach before the first call of a compiled model. Activation checkpointing runs the hooks again in the backward:
+    give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient). Copies of a host are
+    not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
 
     Args:
         query_projection: the module whose output is q, (B, S, D).

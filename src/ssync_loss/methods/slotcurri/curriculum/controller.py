@@ -103,10 +103,7 @@ class SlotCurriculum(nn.Module):
         return self.budgets[sum(step > one for one in self.milestones)]
 
     def take(self, slots: Tensor) -> Tensor:
-        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D).
-
-        Raises: TypeError if that is no tensor, ValueError if there are fewer.
-        """
+        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D); no fewer."""
         check_tensor("slots", slots)
         if slots.ndim < 2 or slots.shape[-2] < self.n_active():
             raise ValueError(f"`slots` must have shape (..., S >= {self.n_active()}, D); got {tuple(slots.shape)}.")

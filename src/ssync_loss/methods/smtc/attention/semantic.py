@@ -146,10 +146,8 @@ class SemanticAwareSlotAttention(nn.Module):
     def _gate(self, logits: Tensor) -> Tensor:
         """Turn logits (M, 1, S, N) into what each semantic lets through, (M, S, 1, N)."""
         logits = logits.transpose(1, 2)
-        if self.gate == "logit":
-            return (logits > self.gate_thr).to(logits.dtype)
-        probs = logits.softmax(1)
-        return probs if self.gate == "soft" else (probs > self.gate_thr).to(logits.dtype)
+        gate = logits if self.gate == "logit" else logits.softmax(1)
+        return gate if self.gate == "soft" else (gate > self.gate_thr).to(gate.dtype)
 
     def _iterate(
         self, start: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None, iters: int
