@@ -17,8 +17,8 @@ LARGEST_SCORE = 40.0
 class Targets(NamedTuple):
     """What is wanted of some rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
 
-    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``; ``close`` writes minus infinity over scores
-    that are out of the softmax, where marks are 0.
+    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``; ``close`` writes minus infinity over
+    scores that are out of the softmax, where marks are 0.
     """
 
     share: Tensor
