@@ -20,18 +20,9 @@ NO_SIZES: Mapping[str, int] = {}
 def check_floats(
     name: str, tensor: Tensor, axes: str, known: Mapping[str, int] = NO_SIZES, *, filled: str = "", **beside: Tensor
 ) -> dict[str, int]:
-    """Require a floating-point tensor with the axes named, each of its known size.
+    """Require a floating-point tensor whose axes, e.g. ``"B T D H W"``, have the known sizes, and return all sizes.
 
-    Args:
-        name: of the tensor.
-        tensor: what is checked.
-        axes: as in :func:`check_shape`, e.g. ``"B T D H W"``.
-        known: sizes of axes, those of others among them.
-        filled: axes that must not be empty.
-        **beside: another tensor, whose device it must be on.
-
-    Returns:
-        The sizes of the axes.
+    Axes that are ``filled`` must not be empty; the device must be that of the tensor ``beside``.
     """
     size = _check_axes(name, tensor, axes, known)
     check_not_empty(name, size, filled)
@@ -60,11 +51,7 @@ def _check_axes(name: str, tensor: Tensor, axes: str, known: Mapping[str, int]) 
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """Return the type that all of them fit into: float32, or float64 if one of them is.
-
-    >>> widest(torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=torch.bfloat16))
-    torch.float32
-    """
+    """Return the type that all of them fit into: float32, or float64 if one of them is."""
     dtype = torch.float32
     for one in tensors:
         dtype = torch.promote_types(dtype, one.dtype)

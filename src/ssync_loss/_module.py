@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 class LossModule(nn.Module):
-    """A loss that remembers its settings: the keyword arguments of its constructor.
+    """A loss that remembers its settings, the keyword arguments of its constructor, as attributes.
 
-    Each is an attribute under its own name, and a new value takes effect with the next call. A subclass hands them to
-    ``super().__init__``, and names what checks them as ``check_settings``.
+    A subclass hands them to ``super().__init__``, and names what checks them: ``class A(LossModule, check=...)``.
 
     >>> from ssync_loss import TemporalSlotContrastLoss
     >>> criterion = TemporalSlotContrastLoss(temperature=0.2)
@@ -39,8 +38,10 @@ class LossModule(nn.Module):
 
     _defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init_subclass__(cls, **rest: Any) -> None:
+    def __init_subclass__(cls, *, check: Callable[..., None] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
+        if check is not None:
+            cls.check_settings = staticmethod(check)
         # a host's subclass may have a constructor of its own, and keeps the settings of its parent
         if cls.__module__.partition(".")[0] == "ssync_loss":
             cls._defaults = cls.__init__.__kwdefaults__ or {}

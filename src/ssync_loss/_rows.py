@@ -5,13 +5,27 @@ the loss is. Formed there, it costs the products that any backward needs, and no
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# of some windows and some of their rows: the weights of the targets (w, r, M), which are written over, and which keys
-# are out of the softmax, as bools that broadcast to them
-Targets = Callable[[slice, slice], tuple[Tensor, Tensor | None]]
+# exponentials of scores of this size neither overflow nor underflow, and sum up in float32
+LARGEST_SCORE = 40.0
+
+
+class Targets(NamedTuple):
+    """What is wanted of some rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
+
+    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``; ``close`` writes minus infinity over
+    scores that are out of the softmax, where marks are 0.
+    """
+
+    share: Tensor
+    linear: Tensor
+    weight: Tensor
+    marks: Tensor | None = None
+    close: Callable[[Tensor], Tensor] | None = None
 
 
 def slices(size: int, step: int | None) -> list[slice]:
@@ -26,27 +40,16 @@ def slices(size: int, step: int | None) -> list[slice]:
 def soft_cross_entropy(
     queries: Tensor,
     keys: Tensor,
-    targets: Targets,
+    targets: Callable[[slice, slice], Targets],
     slopes: tuple[Tensor | None, Tensor | None],
     *,
     temperature: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """Return the sum over windows and rows i of ``-sum_j w_ij log softmax_j(q_i k_j / temperature)``.
+    """Return the sum of the losses of all rows of all windows, with the scores ``s_ij = q_i k_j / temperature``.
 
-    A row whose weights are all 0 has a loss of 0. Two maps of ``chunk_size`` rows are held at once: as many windows as
-    fit in whole, or else a part of one.
-
-    Shape:
-        queries, keys: (W, M, D). Returns a scalar.
-
-    Args:
-        queries: the vectors of the rows.
-        keys: what they are compared with.
-        targets: what is wanted of some rows.
-        slopes: what the gradients of both are added to, or None.
-        temperature: of the softmax.
-        chunk_size: rows that are held at once, over all windows; None for all.
+    Queries and keys (W, M, D) are of length 1 or 0; their gradients are added to the ``slopes``. ``targets`` is asked
+    for some windows and some of their rows, ``chunk_size`` at once: windows in whole if they fit, or a part of one.
     """
     num_windows, num_rows, _ = queries.shape
     windows = rows = None
@@ -57,35 +60,33 @@ def soft_cross_entropy(
         for part in slices(num_rows, rows):
             by_query, by_key = (None if one is None else one[some] for one in slopes)
             by_query = None if by_query is None else by_query[:, part]
-            total += _loss(queries[some][:, part], keys[some], *targets(some, part), by_query, by_key, temperature)
+            total += _loss(queries[some][:, part], keys[some], targets(some, part), by_query, by_key, temperature)
     return total
 
 
-def shut(scores: Tensor, closed: Tensor | None) -> Tensor:
-    """Write over what is closed with a score so low that its exponential is 0, but finite: 0 times it is 0."""
-    return scores if closed is None else scores.masked_fill_(closed, torch.finfo(scores.dtype).min / 2)
-
-
 def _loss(
-    queries: Tensor,
-    keys: Tensor,
-    weights: Tensor,
-    closed: Tensor | None,
-    by_query: Tensor | None,
-    by_key: Tensor | None,
-    temperature: float,
+    queries: Tensor, keys: Tensor, wanted: Targets, by_query: Tensor | None, by_key: Tensor | None, temperature: float
 ) -> Tensor:
-    scores = shut((queries / temperature) @ keys.mT, closed)
-    scores.sub_(scores.amax(2, keepdim=True))
-    hit = torch.einsum("wrm,wrm->wr", weights, scores)
-    total = scores.exp_().sum(2, keepdim=True)
-    share = weights.sum(2, keepdim=True)
-    loss = (share * total.log()).sum() - hit.sum()
-    if by_query is not None or by_key is not None:
-        slope = scores.mul_(share / total).sub_(weights)
+    share, linear, weight, marks, close = wanted
+    scores = (queries / temperature) @ keys.mT
+    losses = -linear
+    if marks is not None:
+        # as products of rows: no other map is needed
+        losses = losses - weight * (marks.unsqueeze(2) @ scores.unsqueeze(3)).squeeze(3)
+    if close is not None:
+        close(scores)
+    if 1 / temperature > LARGEST_SCORE:
+        shift = scores.amax(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        scores.sub_(shift)
+        losses = losses + share * shift
+    # a sum of nothing counts as the smallest number there is
+    total = scores.exp_().sum(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    if by_query is not None:
+        scores.mul_(share / total)
+        if marks is not None:
+            scores.addcmul_(marks, weight, value=-1)
         # in place: as an expression, torch 2.13 compiles this and what follows to wrong numbers on a CPU
-        if by_query is not None:
-            by_query.baddbmm_(slope, keys, alpha=1 / temperature)
+        by_query.baddbmm_(scores, keys, alpha=1 / temperature)
         if by_key is not None:
-            by_key.baddbmm_(slope.mT, queries, alpha=1 / temperature)
-    return loss
+            by_key.baddbmm_(scores.mT, queries, alpha=1 / temperature)
+    return (losses + share * total.log()).sum()

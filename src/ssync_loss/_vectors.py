@@ -17,9 +17,6 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scale vectors (..., D) to length 1, and return beside them the inverse lengths (..., 1).
 
     A zero vector stays zero, its inverse length is 0 and so is its gradient. NaN and infinity give NaN.
-
-    >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))[1].tolist()
-    [[0.20000000298023224], [0.0]]
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     known = length > SHORTEST

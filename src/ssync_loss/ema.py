@@ -26,28 +26,21 @@ class EmaTeacher(nn.Module):
         teacher.update(model)
 
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
-    updates, and stays there. The number of updates is in the ``state_dict``, so that a resumed run goes on where it
-    stopped. Updates are the same on all ranks when the students are, and there is no collective: under DDP every
-    rank keeps its own, outside of the wrapper. Wrapped and compiled students are looked into, so that names agree.
-    The copy may be compiled; :meth:`update` counts in Python, and stays outside.
+    updates, whose number is in the ``state_dict``. There is no collective: under DDP every rank keeps its own, outside
+    of the wrapper. Wrapped and compiled students are looked into. The copy may be compiled, :meth:`update` not.
 
     Args:
         model: the student; a deep copy is taken.
         momentum: share of the past. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
         final_momentum: where it ends, or None for a constant.
         num_steps: when it ends there, with ``final_momentum`` only.
-        copy_buffers: whether buffers, such as the running statistics of a batch norm, become those of the student at
-            every update. Published: they stay as they were.
-        skip: pieces of names; parameters and buffers whose name contains one stay as they were. The authors' later
-            code skips ``"encoder"``.
+        copy_buffers: whether buffers, such as the statistics of a batch norm, become those of the student.
+        skip: pieces of names; parameters and buffers whose name contains one stay as they were.
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
-    ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
-
-    Raises:
-        TypeError: if the model is no module, or has parameters in a half, which cannot hold an average: what is
-            added is less than its last digit.
-        ValueError: on wrong settings, or when the student's parameters are not those of the teacher.
+        ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
+    Raises: TypeError if the model is no module, or has parameters in a half, whose last digit is more than what is
+        added; ValueError on wrong settings, or when the student's parameters are not those of the teacher.
 
     >>> student = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(student.weight)
@@ -84,9 +77,8 @@ class EmaTeacher(nn.Module):
         self.momentum, self.final_momentum, self.num_steps = momentum, final_momentum, num_steps
         self.copy_buffers, self.skip = copy_buffers, tuple(skip)
         self.num_updates = 0
-        model = _bare(model)
-        _check_widths(model)
-        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.model = deepcopy(_bare(model)).requires_grad_(False).eval()
+        _check_widths(self.model)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,17 +90,30 @@ class EmaTeacher(nn.Module):
         """Draw the copy to the student, once for every step of the optimizer."""
         model = _bare(model)
         _check_widths(self.model)
-        parameters = _pairs(self.model.named_parameters(), model.named_parameters(), self.skip)
-        buffers = _pairs(self.model.named_buffers(), model.named_buffers(), self.skip)
+        parameters = self._pairs(self.model.named_parameters(), model.named_parameters())
+        buffers = self._pairs(self.model.named_buffers(), model.named_buffers())
         if parameters:
-            teachers, students = (list(one) for one in zip(*parameters, strict=True))
-            average = get_ema_multi_avg_fn(self.current_momentum())
             # a student on another device, or in a half, is brought over
-            average(teachers, [one.to(there) for one, there in zip(students, teachers, strict=True)], None)
+            teachers, students = zip(*((one, other.to(one)) for one, other in parameters), strict=True)
+            get_ema_multi_avg_fn(self.current_momentum())(list(teachers), list(students), None)
         if self.copy_buffers:
             for teacher, student in buffers:
                 teacher.copy_(student)
         self.num_updates += 1
+
+    def _pairs(
+        self, teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pair tensors by name, all but those that are skipped."""
+        ours, theirs = dict(teacher), dict(student)
+        wanted, given = ({name: tuple(one.shape) for name, one in some.items()} for some in (ours, theirs))
+        for name in wanted | given:
+            if wanted.get(name) != given.get(name):
+                raise ValueError(
+                    f"`model` must have the tensors of the teacher, for {name} shape {wanted.get(name)}; "
+                    f"got {given.get(name)}."
+                )
+        return [(one, theirs[name]) for name, one in ours.items() if not any(piece in name for piece in self.skip)]
 
     def current_momentum(self) -> float:
         """Return the momentum of the next update."""
@@ -139,7 +144,7 @@ def _bare(model: object) -> nn.Module:
     """Take a module out of what data parallelism and compilation wrap around it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a module; got {type(model).__name__}.")
-    wrapped = isinstance(model, DistributedDataParallel | DataParallel)
+    wrapped = isinstance(model, (DistributedDataParallel, DataParallel))
     inner = model.module if wrapped else getattr(model, "_orig_mod", None)
     return model if inner is None else _bare(inner)
 
@@ -151,17 +156,3 @@ def _check_widths(model: nn.Module) -> None:
                 f"`model` must have parameters of 32 or 64 bits to be averaged; got {one.dtype} in {name}. "
                 "Keep them in float32 and compute under autocast."
             )
-
-
-def _pairs(
-    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]], skip: tuple[str, ...]
-) -> list[tuple[Tensor, Tensor]]:
-    """Pair tensors by name, all but those that are skipped."""
-    ours, theirs = dict(teacher), dict(student)
-    wanted, given = ({name: tuple(one.shape) for name, one in some.items()} for some in (ours, theirs))
-    if wanted != given:
-        name = next(one for one in [*wanted, *given] if wanted.get(one) != given.get(one))
-        raise ValueError(
-            f"`model` must have the tensors of the teacher, for {name} shape {wanted.get(name)}; got {given.get(name)}."
-        )
-    return [(one, theirs[name]) for name, one in ours.items() if not any(piece in name for piece in skip)]

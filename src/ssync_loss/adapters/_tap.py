@@ -2,9 +2,8 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +41,10 @@ class Held(NamedTuple):
 
 
 class Tap(ABC):
-    """Forward hooks on a host, and what they collect.
-
-    A copy of a tap hangs on nothing. So a deep copy of a host (a momentum teacher) or an unpickled one is not
-    tapped, and neither copying nor pickling meets the graph that a tap holds.
-    """
+    """Forward hooks on a host, and what they collect; a copy, deep or unpickled, hangs on nothing and holds nothing."""
 
     def __init__(self, host: nn.Module | None, **modules: nn.Module) -> None:
-        if host is not None:
-            _check_module("host", host)
-        self._places = {name: _place(name, module, host) for name, module in modules.items()}
+        self._places = _places(host, modules)
         self._attached = True
         self._handles: list[RemovableHandle] = []
         if host is not None:
@@ -74,13 +67,16 @@ class Tap(ABC):
     def __enter__(self) -> "Self":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __reduce__(self) -> "tuple[Callable[[type[Self]], Self], tuple[type[Self]]]":
-        return _unattached, (type(self),)
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._attached = False
+        self._handles = []
+        self.reset()
 
     def _on_host(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         if self._attached:
@@ -110,28 +106,13 @@ class Tap(ABC):
         return torch.stack(list(frames), 1)
 
 
-T = TypeVar("T", bound=Tap)
-
-
-def _unattached(cls: type[T]) -> T:
-    tap = cls.__new__(cls)
-    tap._attached = False
-    tap._handles = []
-    tap.reset()
-    return tap
-
-
-def _check_module(name: str, module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`{name}` must be a module; got {type(module).__name__}.")
-
-
-def _place(name: str, module: nn.Module, host: nn.Module | None) -> str:
-    """Say which module an argument is, by its path in the host where that is known."""
-    _check_module(name, module)
-    if host is None:
-        return f"`{name}` ({type(module).__name__})"
-    for path, inner in host.named_modules():
-        if inner is module:
-            return f"`{name}` ({path or type(module).__name__})"
-    raise ValueError(f"`host` must contain `{name}`; this {type(host).__name__} does not.")
+def _places(host: nn.Module | None, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Say which modules the arguments are, by their path in the host where that is known."""
+    for name, module in (({} if host is None else {"host": host}) | modules).items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"`{name}` must be a module; got {type(module).__name__}.")
+    paths = {} if host is None else {id(inner): path for path, inner in host.named_modules()}
+    for name, module in modules.items():
+        if host is not None and id(module) not in paths:
+            raise ValueError(f"`host` must contain `{name}`; this {type(host).__name__} does not.")
+    return {name: f"`{name}` ({paths.get(id(one)) or type(one).__name__})" for name, one in modules.items()}

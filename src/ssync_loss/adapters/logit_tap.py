@@ -1,19 +1,18 @@
 """The exact pre-softmax dots of slot attention, from forward hooks on two projections."""
 
 from math import log
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._inputs import widest
 from ssync_loss.adapters._tap import LEFTOVERS, Held, Tap
 
 HeadSoftmax: TypeAlias = Literal["per_head", "joint"]
-
-HEAD_SOFTMAXES = ("per_head", "joint")
+HEAD_SOFTMAXES = get_args(HeadSoftmax)
 
 
 class LogitTap(Tap):
@@ -24,44 +23,35 @@ class LogitTap(Tap):
     iteration, so a first frame with more iterations needs no setting. Some hosts need one:
 
     - All frames share one key call, (B, T, N, D), and one query call is one iteration of one frame:
-      ``frames_in_key=True``. Every frame then has the same number of queries, or, with ``iterations``, that
-      many, and the first frame what is left, which is not less. Give ``iterations`` where the first frame has
-      more: the total may happen to divide by T, and then nothing shows that frames are read wrongly.
+      ``frames_in_key=True``. Every frame then has as many queries, or, with ``iterations``, that many, and the first
+      frame what is left. Give ``iterations`` where the first frame has more: the total may happen to divide by T.
     - Frames are flattened into the batch, (B*T, N, D): ``pop(num_frames=T)``. Frames side by side,
       (B, T, S, D) and (B, T, N, D) in one call each, need nothing.
-    - There are several heads, D = heads * dim_head. Their maps become one, whose softmax over slots is the
-      host's attention, averaged over heads (``"per_head"``: each head has its own softmax over slots), or
-      summed over them (``"joint"``: one softmax runs over slots and heads). These are
-      ``logsumexp_h(log_softmax_s(dots)) - log(heads)`` and ``logsumexp_h(dots)``.
+    - There are several heads, D = heads * dim_head. Their maps become one, whose softmax over slots is the host's
+      attention: with a softmax of each head (``"per_head"``) the mean over heads,
+      ``logsumexp_h(log_softmax_s(dots)) - log(heads)``, with one over slots and heads (``"joint"``) the sum,
+      ``logsumexp_h(dots)``. These are no dots, and more slots merge: choose a threshold anew.
 
-    With several heads the attention is exact, but the values are no dots: ``"per_head"`` gives
-    log-probabilities, ``"joint"`` a soft maximum over heads. Merging compares a map with its mean over the
-    clip, so for log-probabilities it is another rule, under which more slots merge: choose a threshold anew.
+    A tap must see one forward at a time. With ``host``, the module whose forward covers whole clips, each forward
+    starts the tap afresh. Without, ``pop()`` or ``reset()`` must follow every forward; leftovers are an error or a
+    warning where they can be told from frames. Until then the tap holds what the projections gave, and the graph.
 
-    A tap must see one forward at a time. With ``host``, the module whose forward covers whole clips, each
-    forward starts the tap afresh, and validation needs no care. Without, ``pop()`` or ``reset()`` must follow
-    every forward; leftovers are an error or a warning where they can be told from frames. Until then the tap
-    holds what the projections gave, and with it the graph.
-
-    Four more things to know. Attach before the first call of a compiled model: compiled code does not look
-    for new hooks. Activation checkpointing runs the hooks again during the backward pass, which fills the tap
-    once more: give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient).
-    Copies of a host, unpickled ones included, are not tapped. Replicas of ``nn.DataParallel`` would all write
-    to one tap: use ``DistributedDataParallel``.
+    Attach before the first call of a compiled model. Activation checkpointing runs the hooks again in the backward:
+    give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient). Copies of a host are
+    not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
 
     Args:
         query_projection: the module whose output is q, (B, S, D).
         key_projection: the module whose output is k, (B, N, D).
         scale: the factor of q k^T, above 0. Read it from the host: versions of one host differ.
         heads: number of heads, the outer part of D.
-        head_softmax: ``"per_head"`` or ``"joint"``; without effect for one head.
+        head_softmax: ``"per_head"`` or ``"joint"``.
         frames_in_key: whether one key call holds all frames.
         iterations: queries of each frame but the first, with ``frames_in_key``.
         host: the module whose forward starts the tap afresh; contains both projections.
 
-    Raises:
-        TypeError: on an argument of another type.
-        ValueError: on a setting out of range, or a host that does not contain the projections.
+    Raises: TypeError on an argument of another type; ValueError on a setting out of range, or a host that does not
+        contain the projections.
 
     >>> to_q, to_k = nn.Identity(), nn.Identity()
     >>> tap = LogitTap(to_q, to_k, scale=0.5)
@@ -95,11 +85,8 @@ class LogitTap(Tap):
         if query_projection is key_projection:
             raise ValueError("`query_projection` and `key_projection` must be two modules; got one twice.")
         super().__init__(host, query_projection=query_projection, key_projection=key_projection)
-        self._scale = scale
-        self._heads = heads
-        self._head_softmax = head_softmax
-        self._frames_in_key = frames_in_key
-        self._iterations = iterations
+        self._scale, self._heads, self._head_softmax = scale, heads, head_softmax
+        self._frames_in_key, self._iterations = frames_in_key, iterations
         self._handles.append(query_projection.register_forward_hook(self._on_query))
         self._handles.append(key_projection.register_forward_hook(self._on_key))
 
@@ -110,20 +97,13 @@ class LogitTap(Tap):
         self._queries: list[list[Held]] = []
 
     def pop(self, *, num_frames: int | None = None) -> Tensor:
-        """Return the map of the last forward, attached to the graph, and empty the tap.
+        """Return the map of the last forward, (B, T, S, N), attached to the graph, and empty the tap.
 
-        Products are taken in float32, or float64 if the projections are: with halves, under autocast too, the
-        map is more exact than the host's own.
+        Products are taken in float32, or float64 if the projections are, under autocast too. ``num_frames``, T, is
+        needed where frames are flattened into the batch, which gives (B*T, 1, S, N) without; elsewhere it is checked.
 
-        Args:
-            num_frames: T. Needed where frames are flattened into the batch; elsewhere it is checked.
-
-        Returns:
-            (B, T, S, N); (B*T, 1, S, N) where flattened frames come without ``num_frames``.
-
-        Raises:
-            RuntimeError: if nothing was collected, or the calls do not make one clip of T frames.
-            ValueError: if shapes of queries and keys do not go together or with the settings.
+        Raises: RuntimeError if nothing was collected, or the calls do not make one clip of T frames; ValueError if
+            shapes of queries and keys do not go together or with the settings.
         """
         if num_frames is not None:
             check_int("num_frames", num_frames, 1)
@@ -177,12 +157,8 @@ class LogitTap(Tap):
 
     def _dots(self, query: Tensor, key: Tensor) -> Tensor:
         """(..., S, D) and (..., N, D) -> (..., S, N), heads merged."""
-        if (
-            query.dim() != key.dim()
-            or query.dim() not in (3, 4)
-            or query.shape[-1] != key.shape[-1]
-            or query.shape[:-2] != key.shape[:-2]
-        ):
+        outer = [(*one.shape[:-2], one.shape[-1]) for one in (query, key) if one.dim() in (3, 4)]
+        if len(outer) < 2 or outer[0] != outer[1]:
             raise ValueError(
                 f"{self._places['query_projection']} and {self._places['key_projection']} must give "
                 f"(B, S, D) and (B, N, D), or both with T after B; got {tuple(query.shape)} and "
@@ -190,14 +166,13 @@ class LogitTap(Tap):
             )
         if query.shape[-1] % self._heads:
             raise ValueError(f"`heads` must divide D={query.shape[-1]}; got {self._heads}.")
-        dtype = torch.promote_types(query.dtype, key.dtype)
-        query, key = at_least_float32(query.to(dtype)), at_least_float32(key.to(dtype))
+        dtype = widest(query, key)
         with no_autocast(key):
-            if self._heads == 1:
-                return self._scale * (query @ key.mT)
-            query = rearrange(query, "... s (h d) -> ... h s d", h=self._heads)
-            key = rearrange(key, "... n (h d) -> ... h n d", h=self._heads)
+            # heads stand apart, also if there is one
+            query, key = (rearrange(one.to(dtype), "... n (h d) -> ... h n d", h=self._heads) for one in (query, key))
             dots = self._scale * (query @ key.mT)
+            if self._heads == 1:
+                return dots.squeeze(-3)
             if self._head_softmax == "joint":
                 return dots.logsumexp(-3)
             return dots.log_softmax(-2).logsumexp(-3) - log(self._heads)

@@ -12,9 +12,7 @@ class OutputTap(Tap):
     """Take a tensor out of what a module of the host gives, such as the alpha logits of a decoder.
 
     A module that runs once on all frames gives the tensor as it is; one that runs frame by frame gives those
-    of its calls stacked on dim 1. `SlotMaps.join` brings both to (B, T, S, ...).
-
-    When it starts afresh, what it holds, copied, compiled and checkpointed hosts: all as `LogitTap` says.
+    of its calls stacked on dim 1. `SlotMaps.join` brings both to (B, T, S, ...). The rest is as `LogitTap` says.
 
     Args:
         module: the module with the output.
@@ -23,9 +21,8 @@ class OutputTap(Tap):
             host writes to the output later, let it return a clone.
         host: the module whose forward starts the tap afresh; contains ``module``.
 
-    Raises:
-        TypeError: on an argument of another type, or a ``select`` that cannot be called.
-        ValueError: on a host that does not contain the module.
+    Raises: TypeError on an argument of another type, or a ``select`` that cannot be called; ValueError on a host that
+        does not contain the module.
 
     >>> import torch
     >>> mlp = nn.Identity()
@@ -47,14 +44,7 @@ class OutputTap(Tap):
         self._outputs: list[Held] = []
 
     def pop(self) -> Tensor:
-        """Return what was selected in the last forward, attached to the graph, and empty the tap.
-
-        Returns:
-            The tensor of one call, or those of several stacked on dim 1.
-
-        Raises:
-            RuntimeError: if nothing was collected, or the calls do not stack.
-        """
+        """Return what was selected in the last forward, attached, and empty the tap; RuntimeError without one."""
         outputs = self._outputs
         self.reset()
         self._require("module", outputs)

@@ -28,28 +28,15 @@ class SlotMaps(NamedTuple):
 
     @classmethod
     def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> "Self":
-        """Empty the taps, and put clips and frames on axes of their own.
-
-        The encoder's B, T and S say how the decoder is read: (B, T, S, ...) stays as it is, (B*T, S, ...) is
-        taken apart. Values are untouched.
-
-        Shape:
-            enc: (B, T, S, N) or (B, T, S, H, W); with ``num_frames`` also (B*T, S, N). dec: (B, T, S, N_d),
-            (B, T, S, H_d, W_d), (B*T, S, N_d) or (B*T, S, H_d, W_d). A still image is T=1.
+        """Empty the taps, and put clips and frames on axes of their own; values are untouched.
 
         Args:
-            enc: the encoder's map, or the tap that has it.
-            dec: the decoder's.
-            num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is
-                checked.
+            enc: (B, T, S, N) or (B, T, S, H, W), with ``num_frames`` also (B*T, S, N), or the tap that has it.
+            dec: (B, T, S, ...) or (B*T, S, ...), ending in N_d or H_d, W_d, or its tap. A still image is T=1.
+            num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is checked.
 
-        Returns:
-            Both maps.
-
-        Raises:
-            TypeError: if a map is neither a tensor nor a tap.
-            RuntimeError: if a tap has not collected one forward.
-            ValueError: if the shapes do not go together.
+        Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward;
+            ValueError if the shapes do not go together.
 
         >>> import torch
         >>> maps = SlotMaps.join(torch.zeros(2, 3, 4, 25), torch.zeros(6, 4, 10, 10))
@@ -81,7 +68,7 @@ class SlotMaps(NamedTuple):
 
 
 def _take(name: str, source: Source) -> Tensor:
-    if isinstance(source, LogitTap | OutputTap):
+    if isinstance(source, (LogitTap, OutputTap)):
         return source.pop()
     check_tensor(name, source)
     return source

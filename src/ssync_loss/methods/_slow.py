@@ -2,13 +2,13 @@
 
 The module ``reference`` of a method says what its losses and parts compute, and the others say it fast. Nothing but
 this is shared, so that a mistake has to be made twice to go unnoticed. A slow definition takes what the function of
-that name takes, and takes it to be right; shapes are said where they differ. It computes in float64 whatever comes in,
-so that it can referee faster forms, and returns float32 or wider. Where the fast form has a gradient, autograd
-differentiates it. All of them are meant for tests and for reading, not for training.
+that name takes, checks nothing, computes in float64 and returns float32 or wider; shapes are said where they differ.
 """
 
 import torch
 from torch import Tensor
+
+from ssync_loss._inputs import widest
 
 
 def unit(vector: Tensor) -> Tensor:
@@ -25,7 +25,4 @@ def mean(values: list[Tensor], like: Tensor) -> Tensor:
 
 def widened(value: Tensor, *given: Tensor) -> Tensor:
     """Return a value in float32, or float64 if something given is."""
-    dtype = torch.float32
-    for one in given:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return value.to(dtype)
+    return value.to(widest(*given))

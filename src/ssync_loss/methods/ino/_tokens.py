@@ -10,10 +10,6 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
     """Check a list of tokens (B, T, N, D), or else features (B, T, D, H, W), and return their sizes.
 
     Which of both is told by the sizes, if they say so. A list, and a batch, may be empty.
-
-    >>> import torch
-    >>> check_tokens("t", torch.zeros(1, 2, 3, 4), "D", N=3)
-    {'N': 3, 'B': 1, 'T': 2, 'D': 4}
     """
     is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
     axes, filled = ("N {}", "{}") if is_list else ("{} H W", "{} H W")
@@ -21,11 +17,7 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
 
 
 def positions_of(size: dict[str, int]) -> dict[str, int]:
-    """Return the sizes without those of the channels.
-
-    >>> positions_of({"B": 1, "T": 2, "N": 3, "D": 4})
-    {'B': 1, 'T': 2, 'N': 3}
-    """
+    """Return the sizes without those of the channels."""
     return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
 
 
@@ -36,10 +28,5 @@ def check_kept(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) 
 
 
 def as_list(tokens: Tensor) -> Tensor:
-    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is.
-
-    >>> import torch
-    >>> tuple(as_list(torch.zeros(1, 2, 3, 4, 5)).shape)
-    (1, 2, 20, 3)
-    """
+    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is."""
     return rearrange(tokens, "b t d h w -> b t (h w) d") if tokens.ndim == 5 else tokens

@@ -1,7 +1,5 @@
 """Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_equal_counts, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
-from ssync_loss._rows import shut, soft_cross_entropy
+from ssync_loss._rows import Targets, soft_cross_entropy
 from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by
 from ssync_loss._vectors import directions, known_gradient, through_lengths
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens, positions_of
@@ -32,37 +30,27 @@ def affinity_consistency_loss(
     With the tokens at length 1, ``A_i[u, v] = token u of frame i times token v of frame i + 1``, one direction:
     ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. The
     temperatures differ, so that the loss of a student that equals its teacher is above 0. No position is a label:
-    frames may be cropped each on its own.
+    frames may be cropped each on its own, and several crops of a frame are clips of their own, (B g, T, n, D).
 
-    Time is quadratic in the n tokens of a frame: two products of B (T-1) n x n x D numbers, and two more for the
-    gradient, which is formed in the forward. Memory is two maps of B (T-1) n x n, or of ``chunk_size`` x n with the
-    same value and gradient. Pool the grid, or keep some positions: a list of n of N tokens costs n^2, where a
-    ``mask`` over all N costs N^2.
-
-    A zero vector has cosine 0 with everything and gets no gradient. A single frame, no clips, no tokens and an empty
-    mask give exactly 0, attached to the graph (the published code: NaN). Several crops of a frame are clips of
-    their own, (B g, T, n, D).
-
-    Shape:
-        s, t: (B, T, D, H, W), or kept positions (B, T, n, D); t may have channels of its own. mask: (B, T, H, W) or
-        (B, T, n), bool. Returns a scalar in float32, or float64 if one of both is.
+    Time is quadratic in the n tokens of a frame, kept or not; the gradient is formed in the forward. Memory is two maps
+    of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with
+    everything and gets no gradient. A single frame, no clips, no tokens and an empty mask give exactly 0, attached to
+    the graph (the published code: NaN).
 
     Args:
-        s: the student's features of what may be masked frames; the only argument that gets a gradient. A trained
-            encoder's output, or reconstructed features; published are the logits of a :class:`PrototypeHead`
-            at the masked positions.
-        t: the teacher's features of whole frames.
-        mask: positions that take part, as many in every frame; None for all. On an accelerator and under
-            compilation numbers that differ cannot be seen without waiting: every patch then counts alike.
+        s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of what may be masked frames; the
+            only argument that gets a gradient. Published are the logits of a :class:`PrototypeHead`.
+        t: likewise, the teacher's features of whole frames, which may have channels of their own.
+        mask: (B, T, H, W) or (B, T, n), bool, positions that take part, as many in every frame; None for all. Where
+            numbers cannot be seen without waiting, on an accelerator and under compilation, this is not checked.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0.
         chunk_size: rows of affinities that are held at once, over all pairs of frames; None for all.
 
+    Returns: a scalar in float32, or float64 if one of the features is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, or a mask that keeps more positions in one frame than in another.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or a mask that keeps more positions in
+        one frame than in another.
 
     >>> import torch
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)  # two tokens, nothing moves
@@ -91,7 +79,20 @@ def affinity_consistency_loss(
         # every pair of frames by itself, (B (T-1), n, .)
         (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
-        seen_by_the_teacher = partial(_targets, source / tau_t, goal, counted, closed)
+        # finite: a row of nothing is no NaN
+        lowest = torch.finfo(goal.dtype).min
+
+        def seen_by_the_teacher(some: slice, part: slice) -> Targets:
+            marks = ((source[some][:, part] / tau_t) @ goal[some].mT).masked_fill_(closed[some], lowest).softmax(2)
+            weight = counted[some][:, part].unsqueeze(2).to(marks)
+            return Targets(
+                weight,
+                torch.zeros_like(weight),
+                weight,
+                marks,
+                lambda scores: scores.masked_fill_(closed[some], float("-inf")),
+            )
+
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
         total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
         number = counted.sum().clamp_min(1)
@@ -105,30 +106,18 @@ def affinity_consistency_loss(
     return known_gradient(tokens, total / number, slope)
 
 
-def _targets(
-    source: Tensor, goal: Tensor, counted: Tensor, closed: Tensor, some: slice, part: slice
-) -> tuple[Tensor, Tensor]:
-    """Return where a teacher finds some tokens, of those that count, and which tokens nobody looks at."""
-    found = shut(source[some][:, part] @ goal[some].mT, closed[some]).softmax(2)
-    return found.mul_(counted[some][:, part].unsqueeze(2)), closed[some]
-
-
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Return every frame but the last, and beside each the next one, over all clips."""
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 
-class AffinityConsistencyLoss(LossModule):
-    """Module of :func:`affinity_consistency_loss`: a student finds patches again where its teacher does.
-
-    ``forward(s, t, mask=None)``.
+class AffinityConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`affinity_consistency_loss`: ``forward(s, t, mask=None)``.
 
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)
     >>> round(AffinityConsistencyLoss(tau_s=1.0, tau_t=1.0)(frames, frames).item(), 4)
     0.5822
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
         super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)

@@ -9,45 +9,58 @@ from ssync_loss._checks import check_bool, check_floating, check_int, check_same
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, SHARE, check_by
-from ssync_loss.methods.ino._centers import cross_entropies, trajectory
 
 
-class CenteredCrossEntropy(LossModule):
+def targets(t: Tensor, center: Tensor, tau_t: float) -> Tensor:
+    """Return the distributions (..., Kp) that teacher logits ask for, without gradient."""
+    with torch.no_grad():
+        return ((t - center) / tau_t).softmax(-1)
+
+
+def cross_entropies(s: Tensor, t: Tensor, center: Tensor, tau_s: float, tau_t: float) -> Tensor:
+    """Return the cross-entropy of every row (...) of student logits (..., Kp)."""
+    return -(targets(t, center, tau_t) * (s / tau_s).log_softmax(-1)).sum(-1)
+
+
+def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
+    """Return the center (Kp,) before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
+
+    The means are those of groups of rows, from their sums (n, Kp) and counts (n,); no rows move nothing.
+    """
+    moves = (counts > 0).cumsum(0)
+    # how many moves lie behind each of the centers
+    behind = torch.nn.functional.pad(moves, (1, 0))
+    since = (behind.unsqueeze(1) - moves).to(sums)
+    # a center knows the moves before it
+    weights = ((1 - momentum) * momentum**since).tril(-1)
+    # 0 where there are no rows
+    means = sums / counts.clamp_min(1).unsqueeze(1)
+    return (momentum ** behind.to(sums)).unsqueeze(1) * center + weights @ means
+
+
+class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE)):
     """Cross-entropy of a student with its teacher's sharpened distribution, whose mean is kept from collapsing.
 
     ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
-    asks for the loss, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over rows of t``::
+    asks for the loss, ``criterion(s, t)``, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over
+    rows of t``, ``criterion.update_center(t)``. ``forward`` never moves the center (the authors' code moves it in every
+    call), which is a buffer in float32, or float64 once logits are. Class and patch tokens have a center each: two of
+    these modules. With ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must
+    make. It has no place in a compiled graph; everything else compiles whole.
 
-        loss = criterion(s, t)
-        criterion.update_center(t)
-
-    ``forward`` reads the center and never moves it: evaluation, and several losses of one batch, leave it as it is
-    (the authors' code moves it in every call). It is a buffer, so that it is in the checkpoint, and is kept in
-    float32, or float64 once logits are. Class and patch tokens have a center each: two of these modules.
-
-    With ``all_reduce``, as published, the mean is that of the rows of all ranks, however many each has: one all-reduce
-    of Kp + 1 numbers a move, which all ranks must make. Without an initialized process group there is none. It has no
-    place in a compiled graph; everything else compiles whole.
-
-    ``forward(s, t)``; no rows give exactly 0, attached to the graph.
-
-    Shape:
-        s, t: (..., Kp), logits of the same rows. Returns a scalar in float32, or float64 if one of both is.
+    ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
+    is; no rows give exactly 0, attached to the graph.
 
     Args:
         Kp: number of prototypes.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0; smaller, so that targets are sharper.
         m_c: momentum of the center, within [0, 1].
-        all_reduce: whether moves take the rows of all ranks.
+        all_reduce: whether moves take the rows of all ranks, if a process group is initialized.
         group: process group; None is the default one.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), centering and sharpening; the settings of Pan et al., ACM MM
-    2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294); the settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
     >>> logits = torch.tensor([[0.0, 1.0]])  # e : 1 for the second: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
@@ -58,7 +71,6 @@ class CenteredCrossEntropy(LossModule):
     tensor([0.0000, 0.1000])
     """
 
-    check_settings = staticmethod(check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE))
     center: Tensor
 
     def __init__(
@@ -91,11 +103,9 @@ class CenteredCrossEntropy(LossModule):
 
     @torch.no_grad()
     def update_center(self, t: Tensor, *, mask: Tensor | None = None) -> None:
-        """Move the center once, towards the mean of rows of teacher logits; no rows move nothing.
+        """Move the center once, towards the mean of teacher logits (..., Kp), or of the rows of a mask (...), bool.
 
-        Args:
-            t: logits (..., Kp).
-            mask: the rows that count, (...), bool; None for all.
+        No rows move nothing.
         """
         self._check("t", t)
         with no_autocast(t):
@@ -116,14 +126,9 @@ class CenteredCrossEntropy(LossModule):
 
     @torch.no_grad()
     def move_center(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Move the center once for each group of rows, in order, and return where it was before each move.
+        """Move the center once for each group of rows, in order, and return where it was before each move, (n, Kp).
 
-        Args:
-            sums: of the teacher's logits over the rows of a group, (n, Kp).
-            counts: rows of a group, (n,); none, on all ranks together, move nothing.
-
-        Returns:
-            The centers before the moves, (n, Kp).
+        A group has the sum of its teacher's logits, (n, Kp), and the number of its rows, (n,); none move nothing.
         """
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)

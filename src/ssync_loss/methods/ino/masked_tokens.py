@@ -7,9 +7,8 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
-from ssync_loss.methods.ino._centers import cross_entropies
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion, cross_entropies
 
 
 def masked_token_loss(
@@ -22,30 +21,21 @@ def masked_token_loss(
     the masked positions of all clips, of which some may have more than others; a frame without any is left out. No
     masked position, and no clips, give exactly 0, attached to the graph.
 
-    As the center is moved by an explicit call, all frames are met with the one it has, and it is moved once by
-    ``ce_patch.update_center(rows, mask=mask)``. Published is another order: with ``update_center``, in training mode,
-    it moves after every frame, towards the mean of that frame's masked teacher rows, before the next frame is looked
-    at. The moves are those of a loop, made at once.
-
-    Positions that are not masked cost as much as those that are. To save that, keep the masked ones before the head,
-    as lists (B, T, n, Kp), with a mask of ones.
-
-    Shape:
-        s_pat, t_pat: (B, T, Kp, H, W), or lists of tokens (B, T, N, Kp). mask: (B, T, H, W) or (B, T, N), bool.
-        Returns a scalar in float32, or float64 if one of the logits is.
+    ``ce_patch.update_center(rows, mask=mask)`` moves the center. As published, with ``update_center`` in training mode,
+    it moves after every frame instead, towards the mean of that frame's masked teacher rows, before the next frame is
+    looked at. To save what positions cost that are not masked, give lists of those that are, with a mask of ones.
 
     Args:
-        s_pat: the student's logits of masked frames; the only argument that gets a gradient.
-        t_pat: the teacher's logits of whole frames, at the same positions.
-        mask: positions that the student did not see, such as :func:`clip_mask`.
+        s_pat: (B, T, Kp, H, W), or a list of tokens (B, T, N, Kp), the student's logits of masked frames; the only
+            argument that gets a gradient.
+        t_pat: likewise, the teacher's logits of whole frames, at the same positions.
+        mask: (B, T, H, W) or (B, T, N), bool, positions that the student did not see, such as :func:`clip_mask`.
         ce_patch: the center of patches, and the temperatures.
         update_center: whether the center moves with every frame.
 
+    Returns: a scalar in float32, or float64 if one of the logits is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_mim of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype, or a criterion of another kind.
-        ValueError: on wrong shapes.
+    Raises: TypeError on a wrong dtype, or a criterion of another kind; ValueError on wrong shapes.
 
     >>> import torch
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
@@ -77,9 +67,7 @@ def masked_token_loss(
 
 
 class MaskedTokenLoss(LossModule):
-    """Module of :func:`masked_token_loss`: a student predicts what it does not see.
-
-    ``forward(s_pat, t_pat, mask)``. The criterion, and so its center, is a part of the module.
+    """Module of :func:`masked_token_loss`: ``forward(s_pat, t_pat, mask)``.
 
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
     >>> mask = torch.tensor([True, False]).view(1, 1, 2)

@@ -1,6 +1,6 @@
 """Out-generative learning: crops of a frame and of a later one predict the prototypes of a whole frame."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -12,12 +12,10 @@ from ssync_loss._inputs import check_floats, widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import check_by, one_of
 from ssync_loss._vectors import products
-from ssync_loss.methods.ino._centers import targets
-from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion
+from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion, targets
 
 Balance: TypeAlias = Literal["flat", "per_term"]
-
-BALANCES = ("flat", "per_term")
+BALANCES = get_args(Balance)
 
 _check_settings = check_by(balance=one_of(*BALANCES))
 
@@ -38,33 +36,23 @@ def out_generative_loss(
     views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``, temperatures and
     center being those of ``ce``. A crop does not predict itself; crops of the same frame predict each other.
 
-    ``balance`` weighs the 2g (2g - 1) terms that lead from global to global crops against the 4 g l from local
-    ones. ``"flat"``, the authors' code, is one mean over all: with g = 1 and l = 8, 2 of 34 terms are global.
-    ``"per_term"`` is the mean of both means, as the paper names two losses; without local crops, the first alone.
-
-    As the center is moved by an explicit call, all pairs are met with the one it has. Published is another order: with
-    ``update_center``, in training mode, it moves after every pair, towards the mean of that pair's teacher views,
-    before the next pair is looked at. The moves are those of a loop, made at once.
-
-    A single frame has no pair: it, and no clips, give exactly 0, attached to the graph.
-
-    Shape:
-        s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), T even or 1, l may be 0. Returns a scalar in float32, or
-        float64 if one of the logits is.
+    As published, with ``update_center`` in training mode, the center moves after every pair, towards the mean of that
+    pair's teacher views, before the next pair is looked at. A single frame has no pair: it, and no clips, give exactly
+    0, attached to the graph.
 
     Args:
-        s_glob: the student's logits of the class tokens of global crops.
-        s_loc: the student's of local crops; these two get a gradient.
-        t_glob: the teacher's of the global crops.
+        s_glob: (B, T, g, Kp), T even or 1, the student's logits of the class tokens of global crops.
+        s_loc: (B, T, l, Kp), l may be 0, the student's of local crops; these two get a gradient.
+        t_glob: (B, T, g, Kp), the teacher's of the global crops.
         ce: the center of class tokens, and the temperatures.
-        balance: ``"flat"`` or ``"per_term"``.
+        balance: ``"flat"``, the authors' code, is one mean over all; ``"per_term"`` is the mean of that over global and
+            that over local student views, as the paper names two losses, or the first alone without local crops.
         update_center: whether the center moves with every pair.
 
+    Returns: a scalar in float32, or float64 if one of the logits is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), out-generative learning, L_out_g2g and L_out_l2g of Fig. 2.
-
-    Raises:
-        TypeError: on a wrong dtype, or a criterion of another kind.
-        ValueError: on wrong shapes or settings, or an odd number of frames.
+    Raises: TypeError on a wrong dtype, or a criterion of another kind; ValueError on wrong shapes or settings, or an
+        odd number of frames.
 
     >>> import torch
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
@@ -109,18 +97,14 @@ def _pairs(views: Tensor) -> Tensor:
     return rearrange(views, "b (two p) v k -> b p (two v) k", two=2)
 
 
-class OutGenerativeLoss(LossModule):
-    """Module of :func:`out_generative_loss`: crops predict the teacher's class token of whole frames.
-
-    ``forward(s_glob, s_loc, t_glob)``. The criterion, and so its center, is a part of the module.
+class OutGenerativeLoss(LossModule, check=_check_settings):
+    """Module of :func:`out_generative_loss`: ``forward(s_glob, s_loc, t_glob)``.
 
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
     >>> criterion = OutGenerativeLoss(CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0))
     >>> round(criterion(views, none, views).item(), 4)
     0.5822
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, ce: CenteredCrossEntropy, *, balance: Balance = "flat", update_center: bool = False) -> None:
         super().__init__(balance=balance, update_center=update_center)

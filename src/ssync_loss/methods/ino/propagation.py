@@ -39,43 +39,28 @@ def propagate_labels(
 ) -> Tensor:
     """Carry the labels of the first frame through a video: how features are evaluated that know no labels.
 
-    Labels are resized to the grid of the features (nearest) and carried as soft masks by :func:`propagate_masks`. As
-    code, the read-out of a frame's soft masks (K, H, W)::
-
-        pixels = interpolate(masks, size, mode="bilinear", align_corners=False)
-        pixels = (pixels - pixels.amin((1, 2))) / (pixels.amax((1, 2)) - pixels.amin((1, 2)))    # if normalize
-        labels = pixels.argmax(0)
-
-    A mask that is the same everywhere is not normalized (the published code: NaN). A label that the clip's first
-    grid does not show is never assigned; of equals the lowest is. The first frame of the result shows the labels as
-    given. Frames are read out in blocks.
-
-    An object that appears later starts a track of its own: call :func:`propagate_masks` on the frames from there on,
-    and put its mask beside the others. This function reads data on the host; it evaluates, and is not compiled.
-
-    Shape:
-        features: (B, T, D, H, W). labels: (B, h, w). Returns (B, T, *size), int64.
+    Labels are resized to the grid of the features (nearest) and carried as soft masks by :func:`propagate_masks`. The
+    masks of a frame are resized to ``size`` (bilinear) and, if ``normalize``, ``(x - min) / (max - min)``; a pixel has
+    the label of the largest. A mask that is the same everywhere is not normalized (the published code: NaN). A label
+    that the clip's first grid does not show is never assigned; of equals the lowest is. The first frame of the result
+    shows the labels as given. This function reads data on the host; it evaluates, and is not compiled.
 
     Args:
-        features: of patches, of any length: in a ViT an intermediate layer may be best (published: the student's
+        features: (B, T, D, H, W), of patches; in a ViT an intermediate layer may be best (published: the student's
             block 7 of 12, after the final norm).
-        labels: of the first frame, 0 or above; 0 is mostly the background, which is a label like others.
+        labels: (B, h, w), of the first frame, 0 or above; 0 is a label like others.
         num_context: as in :func:`propagate_masks`, like the next three.
         radius: half the side of the window.
         top_k: places that a patch takes its label from.
         temperature: of the affinities.
-        size: height and width of the result; None for those of the labels. Published are those of the frames the
-            features were computed from, and a last resizing to the annotation (nearest).
-        normalize: whether every mask is stretched to [0, 1] over its frame before they compete. Published for
-            DAVIS, and not for YouTube-VOS.
+        size: height and width of the result; None for those of the labels. Published are those of the frames.
+        normalize: whether every mask is stretched to [0, 1] over its frame. Published for DAVIS, not for YouTube-VOS.
         chunk_size: as in :func:`propagate_masks`.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
-    (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, negative labels, or features with NaN or infinity.
+    Returns: (B, T, *size), int64.
+    Source: as of :func:`propagate_masks`.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, negative labels, or features with NaN or
+        infinity.
 
     >>> features = torch.eye(3)[torch.tensor([[0, 1, 2], [2, 0, 1]])].mT.view(1, 2, 3, 1, 3)  # a step to the right
     >>> labels = torch.tensor([7, 7, 4]).view(1, 1, 3)
@@ -113,7 +98,13 @@ def propagate_labels(
     absent = ~known.any(3).any(2)
     block = max(1, BLOCK_ELEMENTS // (sizes["B"] * len(names) * size[0] * size[1]))
     for frames in slices(sizes["T"], block):
-        result[:, frames] = names.long()[_read_out(masks[:, frames], absent, size, normalize=normalize)]
+        some = masks[:, frames]
+        pixels = F.interpolate(some.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
+        if normalize:
+            low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+            pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
+        competing = pixels.view(*some.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
+        result[:, frames] = names.long()[competing.argmax(2)]
     result[:, 0] = _nearest(labels, size)
     return result
 
@@ -134,33 +125,24 @@ def propagate_masks(
     A frame looks at its context: the first frame, and up to ``num_context`` frames right before it. With x the
     features at length 1, a patch p is compared with all places u of the context that are at most ``radius`` rows and
     columns away: ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over all its frames together, and for
-    what ties with the last of them, 0 for others; ``mask_p = sum_u w_u mask_u / sum_u w_u``. What was carried is soft,
-    and is carried on so.
+    what ties with the last of them, 0 for others; ``mask_p = sum_u w_u mask_u / sum_u w_u``, which is carried on so.
 
-    Every frame needs those before it: frames are walked through in a loop, and so are their patches, ``chunk_size`` of
-    a clip at once. That changes nothing but the memory, which beside the result is one score for each of these
-    patches with each of (num_context + 1) H W places, and the features of the context. Whether they are numbers is
-    read on the host, once a frame; this is for evaluation, and is not compiled.
-
-    Shape:
-        features: (B, T, D, H, W). masks: (B, K, H, W). Returns (B, T, K, H, W), the first frame as given, in
-        float32, or float64 if one of both is. Nothing has a gradient.
+    Memory is one score for each of ``chunk_size`` patches of a clip with each of (num_context + 1) H W places, and the
+    features of the context. Numbers are looked at on the host, once a frame; this evaluates, and is not compiled.
 
     Args:
-        features: of patches, of any length; a zero vector is equally unlike everything.
-        masks: of the first frame, soft or hard; where they sum to 1, so do those of later frames.
+        features: (B, T, D, H, W), of patches, of any length; a zero vector is equally unlike everything.
+        masks: (B, K, H, W), of the first frame; where they sum to 1, so do those of later frames.
         num_context: frames of the context beside the first; published are 10 for DAVIS, 20 for YouTube-VOS.
         radius: half the side of the window in patches; published are 40 and 50 for patches of 8 pixels.
-        top_k: places that a patch takes its masks from, over all frames of the context together.
+        top_k: places that a patch takes its masks from.
         temperature: of the affinities, above 0.
         chunk_size: patches of a clip that are compared at once; None for as many as 64 MB hold.
 
+    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if one of both is, without gradient.
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
     (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, or features with NaN or infinity.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or features with NaN or infinity.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
@@ -185,20 +167,16 @@ def propagate_masks(
     carried = torch.empty(clips, num_slots, num_places, given["K"], dtype=dtype, device=features.device)
     with no_autocast(features):
         for now in range(frames):
-            units = _units(features[:, now].to(dtype))
+            units = F.normalize(features[:, now].to(dtype).flatten(2).mT, dim=2)
+            # of infinity it is NaN, too
+            _check_finite("features", units)
             if now > 0:
                 filled = min(now, num_slots)
-                found = [
-                    _looked_up(
-                        units[:, here],
-                        _outside(here, height, width, radius, features.device),
-                        context[:, :filled],
-                        carried[:, :filled],
-                        top_k,
-                        temperature,
-                    )
-                    for here in slices(num_places, chunk_size)
-                ]
+                found = []
+                for here in slices(num_places, chunk_size):
+                    outside = _outside(here, height, width, radius, features.device)
+                    known = context[:, :filled], carried[:, :filled]
+                    found.append(_looked_up(units[:, here], outside, *known, top_k, temperature))
                 result[:, now] = torch.cat(found, 1).mT.unflatten(2, (height, width))
             slot = now if now < num_slots else 1 + (now - 1) % max(num_slots - 1, 1)
             if slot < num_slots:
@@ -230,28 +208,10 @@ def _outside(here: slice, height: int, width: int, radius: int, device: torch.de
     return ((rows[here, None] - rows).abs() > radius) | ((columns[here, None] - columns).abs() > radius)
 
 
-def _units(frame: Tensor) -> Tensor:
-    """Return the directions (B, N, D) of the features (B, D, H, W) of a frame."""
-    units = F.normalize(frame.flatten(2).mT, dim=2)
-    # of infinity it is NaN, too
-    _check_finite("features", units)
-    return units
-
-
 def _check_finite(name: str, values: Tensor) -> None:
     """Refuse numbers whose masks would pass for a prediction."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"`{name}` must hold neither NaN nor infinity; got some.")
-
-
-def _read_out(masks: Tensor, absent: Tensor, size: tuple[int, int], *, normalize: bool) -> Tensor:
-    """Return the index (B, F, *size) of the largest of masks (B, F, K, H, W), of those that are not absent, (B, K)."""
-    pixels = F.interpolate(masks.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
-    if normalize:
-        low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
-        pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
-    competing = pixels.view(*masks.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
-    return competing.argmax(2)
 
 
 def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:

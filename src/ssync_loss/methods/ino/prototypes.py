@@ -15,15 +15,11 @@ class PrototypeHead(nn.Module):
 
     ``cosines = unit(mlp(x)) @ unit(prototypes).mT`` within [-1, 1], where ``mlp`` is linear layers from C channels over
     ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes say nothing (weight normalization
-    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own.
+    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own. Layers
+    follow the autocast around them, cosines are float32, or float64 if the layers are. Where the layers return 0, all
+    cosines are 0 and there is no gradient.
 
-    Layers follow the autocast around them. Cosines are float32 even so, as small temperatures magnify their rounding,
-    or float64 if the layers are. Where the layers return 0, all cosines are 0 and there is no gradient.
-
-    ``forward(x)``; compiles to one graph.
-
-    Shape:
-        x: (..., C). Returns (..., Kp).
+    ``forward(x)``, (..., C) -> (..., Kp); compiles to one graph.
 
     Args:
         C: channels of a token.
@@ -32,12 +28,8 @@ class PrototypeHead(nn.Module):
         bottleneck: channels that are normalized.
         layers: linear layers before the prototypes, at least 1.
 
-    Source: Caron et al., ICCV 2021 (arXiv:2104.14294), projection head; shared by class and patch tokens in Pan et al.,
-    ACM MM 2022 (arXiv:2203.15312).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Source: Caron et al., ICCV 2021 (arXiv:2104.14294); Pan et al., ACM MM 2022 (arXiv:2203.15312).
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> head = PrototypeHead(2, Kp=3, bottleneck=2, layers=1)
     >>> with torch.no_grad():

@@ -1,9 +1,6 @@
-"""In-and-out generative learning written out slowly: one token, one view, one patch at a time.
+"""INO written out slowly, see :mod:`ssync_loss.methods._slow`: one token, one view, one patch at a time.
 
-What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
-
-Source: Pan, Li, Yang, Zhou, Zhou, Yang, Zhou & Yang, In-N-Out Generative Learning for Dense Unsupervised Video
-Segmentation, ACM MM 2022 (arXiv:2203.15312).
+Source: Pan et al., ACM MM 2022 (arXiv:2203.15312).
 """
 
 import torch
@@ -15,31 +12,25 @@ from ssync_loss.methods._slow import mean, unit, widened
 def reference_affinity_consistency_loss(
     s: Tensor, t: Tensor, *, mask: Tensor | None = None, tau_s: float = 0.1, tau_t: float = 0.04
 ) -> Tensor:
-    """Compare where a student and its teacher find every token of a frame in the next one.
-
-    Shape:
-        s, t: (B, T, N, D), mask: (B, T, N). Returns a scalar.
-    """
+    """Compare where a student and its teacher find every token (B, T, N, D) of a frame in the next one."""
     num_clips, num_frames, num_tokens, _ = s.shape
     values = []
     for b in range(num_clips):
         kept = [[n for n in range(num_tokens) if mask is None or mask[b, i, n]] for i in range(num_frames)]
         for i in range(num_frames - 1):
-            for u in kept[i]:
-                if kept[i + 1]:
-                    ours = [unit(s[b, i, u]) @ unit(s[b, i + 1, v]) / tau_s for v in kept[i + 1]]
-                    theirs = [unit(t[b, i, u]) @ unit(t[b, i + 1, v]) / tau_t for v in kept[i + 1]]
-                    values.append(_cross_entropy(torch.stack(ours), torch.stack(theirs)))
+            for u in kept[i] if kept[i + 1] else []:
+                ours, theirs = (
+                    torch.stack([unit(one[b, i, u]) @ unit(one[b, i + 1, v]) / tau for v in kept[i + 1]])
+                    for one, tau in ((s, tau_s), (t, tau_t))
+                )
+                values.append(_cross_entropy(ours, theirs))
     return widened(mean(values, s), s, t)
 
 
 def reference_centered_cross_entropy(
     s: Tensor, t: Tensor, center: Tensor, *, tau_s: float = 0.1, tau_t: float = 0.04
 ) -> Tensor:
-    """Compare rows of student logits with those of the teacher, whose center is taken off.
-
-    Shape:
-        s, t: (R, Kp), center: (Kp,). Returns a scalar.
+    """Compare rows (R, Kp) of student logits with those of the teacher, whose center (Kp,) is taken off.
 
     >>> logits = torch.tensor([[0.0, 1.0]])
     >>> round(reference_centered_cross_entropy(logits, logits, torch.zeros(2), tau_s=1.0, tau_t=1.0).item(), 4)
@@ -53,10 +44,7 @@ def reference_centered_cross_entropy(
 
 
 def reference_moved_center(center: Tensor, t: Tensor, *, m_c: float = 0.9) -> Tensor:
-    """Move a center towards the mean of rows of teacher logits; without rows it stays.
-
-    Shape:
-        center: (Kp,), t: (R, Kp). Returns (Kp,), float64.
+    """Move a center (Kp,) towards the mean of rows (R, Kp) of teacher logits; without rows it stays. In float64.
 
     >>> reference_moved_center(torch.zeros(2), torch.tensor([[0.0, 1.0], [0.0, 3.0]])).tolist()
     [0.0, 0.19999999999999996]
@@ -77,10 +65,9 @@ def reference_masked_token_loss(
     m_c: float = 0.9,
     update_center: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Go through the frames, compare their masked rows, and perhaps move the center after each.
+    """Go through the frames, compare their masked rows of (B, T, N, Kp), and perhaps move the center after each.
 
-    Shape:
-        s_pat, t_pat: (B, T, N, Kp), mask: (B, T, N), center: (Kp,). Returns the loss and the last center.
+    Returns the loss and the last center.
     """
     values = []
     for i in range(s_pat.shape[1]):
@@ -106,8 +93,7 @@ def reference_out_generative_loss(
 ) -> tuple[Tensor, Tensor]:
     """Go through pairs of frames and compare every view of the student with every other one of the teacher.
 
-    Shape:
-        s_glob, t_glob: (B, T, g, Kp), s_loc: (B, T, l, Kp), center: (Kp,). Returns the loss and the last center.
+    Returns the loss and the last center.
     """
     num_clips, num_frames, num_global, _ = s_glob.shape
     half = num_frames // 2

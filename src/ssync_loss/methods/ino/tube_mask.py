@@ -9,28 +9,19 @@ from ssync_loss._checks import check_int, check_number
 
 
 def clip_mask(
-    N: int,
-    *,
-    ratio: tuple[float, float] = (0.1, 0.5),
-    prob: float = 0.5,
-    generator: torch.Generator | None = None,
+    N: int, *, ratio: tuple[float, float] = (0.1, 0.5), prob: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw the patches of an iteration that a student does not see, one set for all frames, crops and clips.
 
     With probability ``prob``, ``floor(r N)`` patches, all sets as likely, with r uniform within ``ratio``; otherwise
-    none, and a step of :func:`masked_token_loss` and :func:`affinity_consistency_loss` is 0. One set for all is what
-    gives every frame as many masked positions, and the same ones::
+    none, and a step of :func:`masked_token_loss` and :func:`affinity_consistency_loss` is 0. In a step::
 
         mask = clip_mask(H * W, generator=generator).view(H, W).expand(B, T, H, W)
         tokens = torch.where(mask.flatten(2).unsqueeze(3), mask_token, tokens)  # the student's, before their positions
-        kept = mask[0, 0].flatten().nonzero().squeeze(1)  # to keep lists of tokens: on the host, where it is drawn
 
     What is drawn depends on the generator alone, which is moved as far whatever comes out: ranks that seed theirs
-    with the step draw the same mask, and need no broadcast. Nothing is read on the host; a compiler takes no generator,
-    so draw outside of its graph.
-
-    Shape:
-        Returns (N,), bool, on the generator's device, or else the CPU.
+    with the step draw the same mask. A compiler takes no generator, so draw outside of its graph. Returns (N,), bool,
+    on the generator's device, or else the CPU.
 
     Args:
         N: patches of a frame.
@@ -39,10 +30,7 @@ def clip_mask(
         generator: where the randomness comes from; None for torch's own.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), mask of in-generative learning, as in the authors' code.
-
-    Raises:
-        TypeError: if a number is of another type.
-        ValueError: if it is out of range.
+    Raises: TypeError if a number is of another type, ValueError if it is out of range.
 
     >>> clip_mask(10, ratio=(0.45, 0.45), prob=1.0).sum().item()  # floor(4.5)
     4

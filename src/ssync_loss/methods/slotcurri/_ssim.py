@@ -16,14 +16,7 @@ AXES = (1, 3, 4)
 
 
 class Similarity(NamedTuple):
-    """What makes two cubes similar.
-
-    Attributes:
-        window: length of a cube's edge, odd.
-        sigma: width of the Gaussian over the cube.
-        c1: keeps the ratio of means finite.
-        c2: keeps the ratio of variances finite.
-    """
+    """What makes cubes similar: their odd edge, the width of the Gaussian over them, the constants of both ratios."""
 
     window: int
     sigma: float
@@ -31,11 +24,7 @@ class Similarity(NamedTuple):
     c2: float
 
     def weights(self) -> list[float]:
-        """Return the Gaussian along one axis; it sums to 1.
-
-        >>> [round(one, 4) for one in Similarity(3, 1.5, 1e-4, 9e-4).weights()]
-        [0.3078, 0.3844, 0.3078]
-        """
+        """Return the Gaussian along one axis; it sums to 1."""
         bell = [exp(-(((i - self.window // 2) / self.sigma) ** 2) / 2) for i in range(self.window)]
         return [one / sum(bell) for one in bell]
 
@@ -51,11 +40,14 @@ class Similarity(NamedTuple):
 
     def blurred(self, volumes: Tensor, axes: list[int]) -> Tensor:
         """Average windows along some axes, each of which becomes shorter."""
+        last, weights = self.window - 1, self.weights()
         for axis in axes:
-            size = volumes.shape[axis] - self.window + 1
-            total = torch.zeros_like(volumes.narrow(axis, 0, size))
-            for first, weight in enumerate(self.weights()):
-                total.add_(volumes.narrow(axis, first, size), alpha=weight)
+            size = volumes.shape[axis] - last
+            total = volumes.narrow(axis, last // 2, size) * weights[last // 2]
+            for i in range(last // 2):
+                # a Gaussian has two sides
+                pair = volumes.narrow(axis, i, size) + volumes.narrow(axis, last - i, size)
+                total.add_(pair, alpha=weights[i])
             volumes = total
         return volumes
 
@@ -80,19 +72,22 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
     apart = x - y
     mean_x, mean_y = like.blurred(x, axes), like.blurred(y, axes)
     mean_apart, level = mean_x - mean_y, mean_x + center
-    size = level**2 + (mean_y + center) ** 2 + like.c1
-    spread = like.blurred(x**2 + y**2, axes) - mean_x**2 - mean_y**2 + like.c2
-    p = mean_apart**2 / size
-    q = (like.blurred(apart**2, axes) - mean_apart**2) / spread
-    total = (p + q - p * q).sum()
+    # in place: what is memory costs more here than what is arithmetic
+    size = (mean_y + center).square_().addcmul_(level, level).add_(like.c1)
+    spread = like.blurred((x * x).addcmul_(y, y), axes)
+    spread.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1).add_(like.c2)
+    p = mean_apart.square().div_(size)
+    q = like.blurred(apart.square(), axes).addcmul_(mean_apart, mean_apart, value=-1).div_(spread)
+    total = torch.addcmul(p + q, p, q, value=-1).sum()
     if not with_slope:
         return total, None
     # half the slopes by the mean of d^2, of x^2 and of x
-    by_apart = (1 - p) / spread
-    by_square = -by_apart * q
-    by_mean = (1 - q) * (mean_apart - p * level) / size - by_apart * mean_apart - by_square * mean_x
-    by_cell, by_apart, by_square = (like.passed_back(one, axes) for one in (by_mean, by_apart, by_square))
-    return total, 2 * (by_cell + x * by_square + apart * by_apart)
+    by_apart = (1 - p).div_(spread)
+    by_square = (by_apart * q).neg_()
+    by_mean = (1 - q).div_(size).mul_(torch.addcmul(mean_apart, p, level, value=-1))
+    by_mean.addcmul_(by_apart, mean_apart, value=-1).addcmul_(by_square, mean_x, value=-1)
+    slope = like.passed_back(by_mean, axes).addcmul_(x, like.passed_back(by_square, axes))
+    return total, slope.addcmul_(apart, like.passed_back(by_apart, axes)).mul_(2)
 
 
 def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:

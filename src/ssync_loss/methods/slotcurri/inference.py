@@ -14,28 +14,21 @@ Step: TypeAlias = Callable[[Any, Tensor, int | None], Mapping[str, Any]]
 def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor]:
     """Run a recurrent model over a clip forward and then backward, and return what it says on the way back.
 
-    The forward pass goes from the first frame to the last, as always. The backward pass starts from what the last
-    frame predicts for the next one, and goes from the last frame but one to the first. So the first frames are seen by
-    slots that know the clip. The last frame is not seen twice: its outputs are those of the forward pass.
-
-    ``2 T - 1`` calls of ``step``, one after the other, as the method demands; a compiler unrolls them. Decode once,
-    what is returned. Not causal, and not for training; call it under ``torch.no_grad()``.
-
-    Shape:
-        inputs: (B, T, ...). Returns every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
+    The forward pass goes from the first frame to the last. The backward pass starts from what the last frame predicts
+    for the next one, and goes from the last frame but one to the first, so that these are seen by slots that know the
+    clip. The last frame is not seen twice. Not causal, and not for training; call it under ``torch.no_grad()``.
 
     Args:
         step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors, among them
             ``"state_predicted"``, the state that the next call gets. ``t`` is the index of the frame in the forward
             pass and None in the backward pass, where, as published, no frame is treated as the first one.
         init_state: the state that the first frame gets.
-        inputs: what the model sees of every frame.
+        inputs: (B, T, ...), what the model sees of every frame.
 
+    Returns: every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), cyclic inference.
-
-    Raises:
-        TypeError: if the inputs or an output are no tensors, or there is no such output.
-        ValueError: if there is no frame.
+    Raises: TypeError if the inputs or an output are no tensors, or there is no such output; ValueError if there is no
+        frame.
 
     >>> def step(state, frame, t):
     ...     return {"state": state + frame, "state_predicted": state + frame}
@@ -48,16 +41,12 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
         raise ValueError(f"`inputs` must have shape (B, T, ...); got {tuple(inputs.shape)}.")
     check_not_empty("inputs", {"T": inputs.shape[1]}, "T")
     frames = inputs.unbind(1)
-    state = init_state
-    for t, frame in enumerate(frames):
-        output = _checked(step(state, frame, t))
-        state = output["state_predicted"]
-    outputs = [output]
-    for frame in reversed(frames[:-1]):
-        output = _checked(step(state, frame, None))
-        state = output["state_predicted"]
-        outputs.append(output)
-    outputs.reverse()
+    state, outputs = init_state, []
+    for t, frame in [*enumerate(frames), *((None, frame) for frame in reversed(frames[:-1]))]:
+        outputs.append(_checked(step(state, frame, t)))
+        state = outputs[-1]["state_predicted"]
+    # of the last frame, then of the backward pass, in the order of time
+    outputs = outputs[len(frames) - 1 :][::-1]
     return {name: torch.stack([one[name] for one in outputs], 1) for name in outputs[0]}
 
 

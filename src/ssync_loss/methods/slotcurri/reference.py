@@ -1,9 +1,6 @@
-"""SlotCurri written out slowly: one cube, one patch, one slot, one child at a time; shares are exact fractions.
+"""SlotCurri written out slowly, see :mod:`ssync_loss.methods._slow`: one cube, one patch, one slot at a time.
 
-What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
-
-Source: Moon, Seong & Heo, Reconstruction-Guided Slot Curriculum: Addressing Object Over-Fragmentation in Video
-Object-Centric Learning, CVPR 2026 (arXiv:2603.22758).
+Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758).
 """
 
 import math
@@ -13,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ssync_loss.methods._slow import widened
+from ssync_loss.methods._slow import unit, widened
 
 
 def reference_structure_aware_loss(
@@ -35,18 +32,12 @@ def reference_structure_aware_loss(
             seen = everything if normalize == "joint" else everything[:, c]
             low, high = seen.min(), seen.max()
             x, y = ((one[:, c] - low) / (high - low + eps) for one in (clip, clip_target))
-            for place in product(*(_first_cells(size, window) for size in x.shape)):
-                cube = tuple(
-                    slice(first, first + (window if size >= window else 1))
-                    for first, size in zip(place, x.shape, strict=True)
-                )
+            # an axis that is shorter than a window is taken cell by cell
+            edges = [window if size >= window else 1 for size in x.shape]
+            for place in product(*(range(size - edge + 1) for size, edge in zip(x.shape, edges, strict=True))):
+                cube = tuple(slice(first, first + edge) for first, edge in zip(place, edges, strict=True))
                 values.append(1 - _similarity(x[cube], y[cube], window, sigma, k1**2, k2**2))
     return widened(torch.stack(values).mean() if values else pred.double().sum(), pred, target)
-
-
-def _first_cells(size: int, window: int) -> range:
-    """Return where windows begin along an axis; a short one is taken cell by cell."""
-    return range(size - window + 1) if size >= window else range(size)
 
 
 def _similarity(x: Tensor, y: Tensor, window: int, sigma: float, c1: float, c2: float) -> Tensor:
@@ -68,11 +59,12 @@ def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor
     """Give every slot its part of the squared error of every patch."""
     num_clips, num_frames, num_channels, height, width = recon.shape
     errors = torch.zeros(masks.shape[2], dtype=torch.float64)
+    recon_, target_, masks_ = (one.detach().double() for one in (recon, target, masks))
     places = list(product(range(num_clips), range(num_frames), range(height), range(width)))
     for b, t, h, w in places:
-        difference = recon.detach()[b, t, :, h, w].double() - target.detach()[b, t, :, h, w].double()
+        difference = recon_[b, t, :, h, w] - target_[b, t, :, h, w]
         for s in range(len(errors)):
-            errors[s] += masks.detach()[b, t, s, h, w].double() * (difference @ difference) / num_channels
+            errors[s] += masks_[b, t, s, h, w] * (difference @ difference) / num_channels
     return widened(errors / max(len(places), 1), recon, target, masks)
 
 
@@ -104,10 +96,7 @@ def reference_place_children(
     min_radius: float = 1e-3,
     unborn: Tensor | None = None,
 ) -> Tensor:
-    """Set one child after the other beside its parent, along the direction given for it.
-
-    Shape:
-        slots_active: (K, D), directions: (n_new, D), unborn: (U, D). Returns (n_new, D).
+    """Set one child after the other beside its parent, along the direction (n_new, D) given for it.
 
     >>> slots, up = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0]])
     >>> reference_place_children(slots, [1, 0], up, beta=0.7).tolist()
@@ -119,7 +108,7 @@ def reference_place_children(
         rows += [one.double() for one in unborn]
     # who is most similar is asked once, before anything is written
     nearest = [
-        max((j for j in range(len(rows)) if j != i), key=lambda j: _cosine(rows[i], rows[j]), default=i)
+        max((j for j in range(len(rows)) if j != i), key=lambda j: float(unit(rows[i]) @ unit(rows[j])), default=i)
         for i in range(num_active)
     ]
     children: list[Tensor] = []
@@ -133,8 +122,3 @@ def reference_place_children(
         if neighbors == "all":
             rows[num_active : num_active + len(children)] = children
     return torch.stack(children).to(slots_active.dtype) if children else slots_active[:0]
-
-
-def _cosine(one: Tensor, other: Tensor) -> float:
-    lengths = float(one.norm() * other.norm())
-    return float(one @ other) / lengths if lengths > 0 else 0.0

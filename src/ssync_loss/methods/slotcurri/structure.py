@@ -1,6 +1,6 @@
 """Structure of features: what is reconstructed must vary in space and time as its target does."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from ssync_loss.methods.slotcurri._ssim import Similarity, kornia_dissimilarity,
 
 Normalize: TypeAlias = Literal["joint", "channel"]
 Filters: TypeAlias = Literal["auto", "kornia", "torch"]
-
-NORMALIZE = ("joint", "channel")
-FILTERS = ("auto", "kornia", "torch")
+NORMALIZE = get_args(Normalize)
+FILTERS = get_args(Filters)
 
 
 def _check_odd(name: str, value: int) -> None:
@@ -59,39 +58,28 @@ def structure_aware_loss(
     ``loss = 1 - mean over cubes of (2 m_x m_y + c1) (2 s_xy + c2) / ((m_x^2 + m_y^2 + c1) (s_x^2 + s_y^2 + c2))``
     with ``c1 = k1^2`` and ``c2 = k2^2``. It lies within [0, 2]; the published weight beside a mean squared error
     is 0.05. Cubes lie inside the clip. An axis shorter than the window is not averaged over: images, and clips of
-    two frames, are compared frame by frame. No clips give exactly 0, attached to the graph.
-
-    ``"joint"``, the published way, takes one lo and hi for all channels of a clip. A single outlier channel then
-    hides the others, and such channels are common in the features of large backbones: ``"channel"`` takes a lo
-    and hi per channel. Neither lo nor hi gets a gradient, nor does the target.
-
-    Time is linear in the cells. The gradient is formed in the forward, ``chunk_size`` channels at a time, and is
-    all that is kept.
-
-    Shape:
-        pred, target: (B, T, D, H, W). Returns a scalar in float32, or float64 if one of them is.
+    two frames, are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient.
+    The gradient is formed in the forward and is all that is kept.
 
     Args:
-        pred: reconstructed features; the only argument that gets a gradient.
-        target: features of the backbone.
+        pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
+        target: (B, T, D, H, W), features of the backbone.
         window: edge of a cube, odd.
         sigma: width of the Gaussian, above 0.
-        k1: with ``k2``, what keeps the ratios finite, above 0.
-        k2: see ``k1``.
+        k1: what keeps the ratio of means finite, above 0.
+        k2: what keeps that of variances finite, above 0.
         eps: what keeps a clip without contrast finite, above 0.
-        normalize: ``"joint"`` or ``"channel"``.
+        normalize: ``"joint"``, as published, takes one lo and hi for all channels of a clip, so that an outlier, which
+            large backbones have, hides the others; ``"channel"`` takes a lo and hi per channel.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
-        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, where that is exact and can be differentiated: published
-            constants, T, H and W of at least ``window``, on a CPU, without hooks for saved tensors, such as those of a
-            checkpoint. ``"torch"`` takes the library's own separable filters, several times faster. ``"auto"`` takes
-            kornia's where it can. The value is the same to rounding.
+        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, which needs published constants, T, H and W of at least
+            ``window``, a CPU, and no hooks for saved tensors, such as those of a checkpoint. ``"torch"`` takes the
+            library's own separable filters, several times faster. ``"auto"`` takes kornia's where it can. The value is
+            the same to rounding.
 
-    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
-    are those of its public code.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Returns: a scalar in float32, or float64 if one of the features is.
+    Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), and its public code.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
@@ -128,18 +116,14 @@ def structure_aware_loss(
     return total if slope is None else known_gradient(pred, total, slope)
 
 
-class StructureAwareLoss(LossModule):
-    """Module of :func:`structure_aware_loss`: features are compared in cubes of space and time.
-
-    ``forward(pred, target)``.
+class StructureAwareLoss(LossModule, check=_check_settings):
+    """Module of :func:`structure_aware_loss`: ``forward(pred, target)``.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)
     >>> round(StructureAwareLoss()(pred, target).item(), 4)
     0.4998
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

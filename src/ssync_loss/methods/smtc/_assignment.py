@@ -12,20 +12,16 @@ MOST_ENUMERATED = 6
 
 @torch.no_grad()
 def best_assignment(scores: Tensor) -> Tensor:
-    """Assign every row a column of its own, so that the sum of their scores is largest.
+    """Assign every row of scores (..., P, P) a column of its own, (..., P), so that their sum is largest.
 
     Up to P = 6 all permutations are compared by tensor operations; of equally good ones the first in the order of the
     alphabet is taken. Beyond, scipy solves one problem after the other on the host.
-
-    Shape:
-        scores: (..., P, P). Returns (..., P), int64.
-
-    >>> best_assignment(torch.tensor([[3.0, 2.0], [2.0, 0.0]])).tolist()  # 2 + 2 is more than 3 + 0
-    [1, 0]
     """
     num_things = scores.shape[-1]
     if num_things > MOST_ENUMERATED:
-        return _by_scipy(scores)
+        # made where it is called: the decorator imports the whole compiler
+        assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
+        return assign(scores)
     orders = _permutations(num_things, scores.device)
     sums = scores[..., 0, :].index_select(-1, orders[:, 0])
     for row in range(1, num_things):
@@ -35,11 +31,7 @@ def best_assignment(scores: Tensor) -> Tensor:
 
 
 def _permutations(size: int, device: torch.device) -> Tensor:
-    """Return all orders of 0, 1, ..., size - 1 in the order of the alphabet, made where they are needed.
-
-    >>> _permutations(3, torch.device("cpu")).tolist()
-    [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
-    """
+    """Return all orders of 0, 1, ..., size - 1 in the order of the alphabet, made where they are needed."""
     number = torch.arange(factorial(size), device=device)
     # the rank of each entry among those that are left, then, from the end, its value
     orders = torch.stack([number // factorial(size - 1 - i) % (size - i) for i in range(size)], 1)
@@ -61,9 +53,3 @@ def _on_host(scores: Tensor) -> Tensor:
     columns = [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in problems]
     empty = torch.empty(0, scores.shape[-1], dtype=torch.int64)
     return torch.stack(columns or [empty]).view(scores.shape[:-1]).to(scores.device)
-
-
-def _by_scipy(scores: Tensor) -> Tensor:
-    # made where it is called: the decorator imports the whole compiler
-    assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
-    return assign(scores)

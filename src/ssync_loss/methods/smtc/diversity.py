@@ -19,21 +19,13 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
     ``loss = mean over frames and ordered pairs s != r of cos(M_s + 1e-8, M_r + 1e-8)`` over the patches, with
     M = softmax over S of the logits. 1 where masks are uniform and where one slot has taken every patch, as then
     the others are empty alike; 0 where they are hard and disjoint. Consistency over time alone is satisfied by a
-    single slot that takes everything: this is what speaks against it.
-
-    A single slot has nothing to be apart from: it and no clips give exactly 0, attached to the graph.
+    single slot that takes everything. A single slot, and no clips, give exactly 0, attached to the graph.
 
     Shape:
-        logits: (B, T, S, H, W). Returns a scalar in float32, or float64 if the logits are.
-
-    Args:
-        logits: masks before the softmax over slots.
+        logits: (B, T, S, H, W), before the softmax. Returns a scalar in float32, or float64 if the logits are.
 
     Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951), where it is an option with weight 1.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes.
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
     >>> round(mask_diversity_loss(logits).item(), 4)  # masks (1, 1/2) and (0, 1/2): 1 / sqrt(5)
@@ -53,9 +45,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
 
 
 class MaskDiversityLoss(LossModule):
-    """Module of :func:`mask_diversity_loss`: no two slots of a frame cover the same patches.
-
-    ``forward(logits)``.
+    """Module of :func:`mask_diversity_loss`: ``forward(logits)``.
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
     >>> round(MaskDiversityLoss()(logits).item(), 4)

@@ -1,7 +1,7 @@
 """Instance consistency: what one frame shows is found again in the others, and told apart from the rest."""
 
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -9,16 +9,15 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_number
+from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule
-from ssync_loss._settings import SHARE, check_by, check_flag
+from ssync_loss._settings import SHARE, check_by
 from ssync_loss._vectors import directions, products
 from ssync_loss.methods.smtc._assignment import best_assignment
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
-
-METRICS = ("cosine", "euclidean")
+METRICS = get_args(Metric)
 
 # what keeps a mean over no valid instance finite
 EPSILON = 1e-10
@@ -27,46 +26,32 @@ _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_
 
 
 def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
-    """Check settings; the range of the margin is that of the metric."""
     check_choice("metric", metric, METRICS)
-    low, high = (-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)
-    check_number("margin", margin, low, high)
+    check_number("margin", margin, *((-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)))
     check_flag("same_frame", same_frame)
 
 
 @torch.no_grad()
 def valid_instances(
-    logits: Tensor,
-    slots: Tensor,
-    instances: Tensor,
-    *,
-    p_thr: float = 0.5,
-    area_thr: float = 0.2,
-    sim_thr: float = 0.5,
+    logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
     """Say which instances are worth comparing: their semantic covers enough, and they are of its kind.
 
     ``valid[s, p] = (share of patches where softmax_S(logits)[s] > p_thr) > area_thr and
-    cos(slots[s], instances[s, p]) > sim_thr``. With a ``p_thr`` of 1/2 the areas are disjoint, so that of a fifth of
-    the frame at most four semantics have more. A vector of zeros has cosine 0 with everything. A model whose slots
+    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with everything. A model whose slots
     are the instances asks for the area alone with ``slots.unsqueeze(3)`` for the instances.
 
-    Shape:
-        logits: (B, T, S, H, W). slots: (B, T, S, D). instances: (B, T, S, P, D). Returns (B, T, S, P), bool.
-
     Args:
-        logits: masks of the semantics before the softmax.
-        slots: the semantics.
-        instances: what was found inside each, before any projection.
-        p_thr: probability above which a patch belongs to a semantic. 0.5 at the time of the paper, 0.3 in later code.
+        logits: (B, T, S, H, W), masks of the semantics before the softmax.
+        slots: (B, T, S, D), the semantics.
+        instances: (B, T, S, P, D), what was found inside each, before any projection.
+        p_thr: probability above which a patch belongs to a semantic; 0.3 in the authors' later code.
         area_thr: share of the patches that a semantic must exceed.
         sim_thr: cosine that an instance must exceed.
 
+    Returns: (B, T, S, P), bool.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> logits = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 3)  # two thirds, and one
     >>> slots = torch.ones(1, 1, 2, 2)
@@ -104,37 +89,27 @@ def instance_consistency_loss(
     semantic: ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over
     all of them, valid or not. A valid instance costs ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
     valid'_j[e(p)] O_t[p] O'_j[e(p)]``, which lies in [-1, 1.5]; the loss is the mean over the valid ones (their number
-    + 1e-10 for each of all). -1 where all are found again and told apart.
+    + 1e-10 for each of all). ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over
+    q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
 
-    ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over q != e(p) of
-    relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``; for unit vectors a distance of 1 is
-    a cosine of 1/2.
-
-    A slot model without semantics has S = 1 and its slots as instances, whose order then means nothing. A single
-    instance has no others to be told apart from. No valid instance, and no clips, give exactly 0, attached to the
-    graph. Assignment compares P! permutations by tensor operations up to P = 6; beyond, scipy solves
-    B x S x T^2 problems in a loop on the host, which waits for the device and breaks the graph of a compiler.
-
-    Shape:
-        embeddings, teacher_embeddings: (B, T, S, P, D). valid, teacher_valid: (B, T, S, P), bool. Returns a scalar
-        in float32, or float64 if one of the embeddings is.
+    A slot model without semantics has S = 1 and its slots as instances. No valid instance, and no clips, give exactly
+    0, attached to the graph. Up to P = 6 all P! assignments are compared; beyond, scipy solves them on the host, which
+    waits for the device and breaks the graph of a compiler.
 
     Args:
-        embeddings: the student's instances, projected and scaled to length 1, which is not done here; the only
-            argument that gets a gradient.
-        teacher_embeddings: the same of a teacher.
-        valid: instances that count, from :func:`valid_instances`.
-        teacher_valid: the teacher's instances that others are drawn to.
+        embeddings: (B, T, S, P, D), the student's instances, projected and scaled to length 1, which is not done here;
+            the only argument that gets a gradient.
+        teacher_embeddings: (B, T, S, P, D), the same of a teacher.
+        valid: (B, T, S, P), bool, instances that count, from :func:`valid_instances`.
+        teacher_valid: (B, T, S, P), bool, the teacher's instances that others are drawn to.
         margin: cosine above which others are pushed away, or distance below which they are.
         metric: ``"cosine"`` as in the authors' code, or ``"euclidean"``.
         same_frame: whether pairs with t = j count; yes in the authors' code, no on the poster.
 
+    Returns: a scalar in float32, or float64 if one of the embeddings is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
-
-    Raises:
-        ImportError: if there are more than six instances, and no scipy.
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: ImportError if there are more than six instances, and no scipy; TypeError on a wrong dtype; ValueError on
+        wrong shapes or settings.
 
     >>> embeddings = torch.eye(2).view(1, 1, 1, 2, 2)
     >>> valid = torch.ones(1, 1, 1, 2, dtype=torch.bool)
@@ -186,17 +161,13 @@ def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
     return rearrange(pairs, "b s (t p) (j q) -> b s t j p q", p=num_instances, q=num_instances)
 
 
-class InstanceConsistencyLoss(LossModule):
-    """Module of :func:`instance_consistency_loss`: what one frame shows is found again in the others.
-
-    ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
+class InstanceConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`instance_consistency_loss`: ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
 
     >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> round(InstanceConsistencyLoss()(embeddings, embeddings, valid, valid).item(), 4)
     -1.0
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, *, margin: float = 0.5, metric: Metric = "cosine", same_frame: bool = True) -> None:
         super().__init__(margin=margin, metric=metric, same_frame=same_frame)

@@ -1,9 +1,6 @@
-"""Semantics and instances over time written out slowly: one pair of frames, one patch, one instance at a time.
+"""SMTC written out slowly, see :mod:`ssync_loss.methods._slow`: one pair of frames, one patch, one instance at a time.
 
-What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
-
-Source: Qian, Ding, Liu & Lin, Semantics Meets Temporal Correspondence: Self-supervised Object-centric Learning in
-Videos, ICCV 2023 (arXiv:2308.09951).
+Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
 """
 
 import math
@@ -11,18 +8,15 @@ from itertools import permutations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssync_loss.methods._slow import mean, unit, widened
 
 
 def reference_sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
     """Rescale rows and columns of ``exp(-cost / eps)`` in turn, as numbers and not as logarithms."""
-    plans = [
-        _plan([[float(x) for x in row] for row in one], [float(x) for x in m], [float(x) for x in n], eps, iters)
-        for one, m, n in zip(cost.double(), mu.double(), nu.double(), strict=True)
-    ]
-    plan = torch.tensor(plans, dtype=torch.float64, device=cost.device).view(cost.shape)
-    return widened(plan, cost, mu, nu)
+    plans = [_plan(*given, eps, iters) for given in zip(cost.double(), mu.double(), nu.double(), strict=True)]
+    return widened(torch.stack(plans) if plans else cost, cost, mu, nu)
 
 
 def reference_semantic_consistency_loss(
@@ -42,19 +36,20 @@ def reference_semantic_consistency_loss(
             [_patches(frame.double().softmax(0), pool) for frame in one] for one in (clip, teacher)
         )
         units = [[unit(patch) for patch in _patches(frame.double(), pool)] for frame in keys]
-        for t, ours in enumerate(student_patches):
-            for j, theirs in enumerate(teacher_patches):
-                if j == t:
-                    continue
-                mu, nu = ([_weight(unit, marginals) for unit in units[one]] for one in (t, j))
-                cost = [[1 - float(u @ v) for v in units[j]] for u in units[t]]
-                value = ours[0].sum() * 0
-                # a frame without any weight is not transported
-                if sum(mu) > 0 and sum(nu) > 0:
-                    for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
-                        for share, other in zip(row, theirs, strict=True):
-                            value = value - share * (other * (patch + 1e-8).log()).sum()
-                values.append(value)
+        for t, j in permutations(range(len(units)), 2):
+            ours, theirs = student_patches[t], teacher_patches[j]
+            mu, nu = (
+                torch.stack([u.abs().sum() if marginals == "l1" else torch.ones_like(u[0]) for u in units[one]])
+                for one in (t, j)
+            )
+            cost = torch.stack([torch.stack([1 - u @ v for v in units[j]]) for u in units[t]])
+            value = ours[0].sum() * 0
+            # a frame without any weight is not transported
+            if mu.sum() > 0 and nu.sum() > 0:
+                for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
+                    for share, other in zip(row, theirs, strict=True):
+                        value = value - share * (other * (patch + 1e-8).log()).sum()
+            values.append(value)
     return widened(mean(values, logits), logits, teacher_logits, feats)
 
 
@@ -63,24 +58,13 @@ def reference_mask_diversity_loss(logits: Tensor) -> Tensor:
     values = []
     for clip in logits.double():
         for frame in clip:
-            masks = [mask + 1e-8 for mask in frame.softmax(0)]
-            values += [
-                (one * other).sum() / (one.square().sum().sqrt() * other.square().sum().sqrt())
-                for s, one in enumerate(masks)
-                for r, other in enumerate(masks)
-                if s != r
-            ]
+            for one, other in permutations([mask + 1e-8 for mask in frame.softmax(0)], 2):
+                values.append((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt())
     return widened(mean(values, logits), logits)
 
 
 def reference_valid_instances(
-    logits: Tensor,
-    slots: Tensor,
-    instances: Tensor,
-    *,
-    p_thr: float = 0.5,
-    area_thr: float = 0.2,
-    sim_thr: float = 0.5,
+    logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
     """Count the patches of every semantic, and compare every instance with it."""
     logits, slots, instances = (one.detach().double() for one in (logits, slots, instances))
@@ -129,10 +113,7 @@ def reference_instance_consistency_loss(
 
 
 def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Correlate every patch with every patch of the frame before, and add what a linear map makes of it.
-
-    Shape:
-        keys: (B, T, C, H, W), weight: (C, H * W), bias: (C,). Returns (B, T, C, H, W).
+    """Correlate every patch with every patch of the frame before, and add what a linear map (C, H * W) makes of it.
 
     >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
     >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
@@ -151,21 +132,17 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
 def reference_slot_attention(
     slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Let slots compete for the patches of one frame, one step after the other.
+    """Let slots (K, D) compete for the patches (N, D) of one frame, inside a mask (N,), with the whole gradient.
 
-    Nothing is cut out of the gradient. Instances are slots that compete inside the mask ``gate`` of a semantic.
-
-    Shape:
-        slots: (K, D), features: (N, D), gate: (N,). Returns the slots and the logits (K, N) of the last step.
+    Returns the slots and the logits (K, N) of the last step.
     """
     known = {name: one.double() for name, one in weights.items()}
 
     def layer(name: str, vector: Tensor) -> Tensor:
-        return known[f"{name}.weight"] @ vector + known[f"{name}.bias"]
+        return F.linear(vector, known[f"{name}.weight"], known[f"{name}.bias"])
 
     def normal(name: str, vector: Tensor) -> Tensor:
-        centered = vector - vector.mean()
-        return centered / (centered.square().mean() + 1e-5).sqrt() * known[f"{name}.weight"] + known[f"{name}.bias"]
+        return F.layer_norm(vector, vector.shape, known[f"{name}.weight"], known[f"{name}.bias"])
 
     patches = [normal("norm_features", one) for one in features.double()]
     keys, values = ([layer(name, one) for one in patches] for name in ("to_k", "to_v"))
@@ -179,10 +156,7 @@ def reference_slot_attention(
             attention = attention * gate.double()
         after = []
         for slot, weight in zip(current, attention, strict=True):
-            moved = slot + sum(
-                (share * value for share, value in zip(weight / weight.sum(), values, strict=True)),
-                torch.zeros_like(slot),
-            )
+            moved = slot + (weight / weight.sum()) @ torch.stack(values)
             after.append(moved + layer("mlp.2", layer("mlp.0", normal("norm_mlp", moved)).relu()))
         current = after
     return widened(torch.stack(current), slots), widened(logits, slots)
@@ -190,33 +164,21 @@ def reference_slot_attention(
 
 def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
     """Return the columns of the rows whose scores have the largest sum."""
-
-    def total(order: tuple[int, ...]) -> float:
-        return sum(scores[p][q] for p, q in enumerate(order))
-
-    return max(permutations(range(len(scores))), key=total)
+    return max(permutations(range(len(scores))), key=lambda order: sum(scores[p][q] for p, q in enumerate(order)))
 
 
-def _plan(cost: list[list[float]], mu: list[float], nu: list[float], eps: float, iters: int) -> list[list[float]]:
-    kernel = [[math.exp(-one / eps) for one in row] for row in cost]
-    mu, nu = ([one / sum(weights) for one in weights] for weights in (mu, nu))
-    b = [1.0] * len(nu)
+def _plan(cost: Tensor, mu: Tensor, nu: Tensor, eps: float, iters: int) -> Tensor:
+    kernel, mu, nu = (-cost / eps).exp(), mu / mu.sum(), nu / nu.sum()
+    b = torch.ones_like(nu)
     for _ in range(iters):
-        a = [m / sum(k * x for k, x in zip(row, b, strict=True)) for m, row in zip(mu, kernel, strict=True)]
-        b = [n / sum(row[v] * x for row, x in zip(kernel, a, strict=True)) for v, n in enumerate(nu)]
-    return [[x * k * y for k, y in zip(row, b, strict=True)] for x, row in zip(a, kernel, strict=True)]
+        a = mu / (kernel @ b)
+        b = nu / (a @ kernel)
+    return a.unsqueeze(1) * kernel * b
 
 
 def _patches(frame: Tensor, pool: int) -> list[Tensor]:
     """Return the means over squares of cells, row by row: (C, H, W) -> (C,) each."""
-    _, height, width = frame.shape
-    return [
-        frame[:, y : y + pool, x : x + pool].mean((1, 2)) for y in range(0, height, pool) for x in range(0, width, pool)
-    ]
-
-
-def _weight(unit: Tensor, marginals: str) -> float:
-    return float(unit.abs().sum()) if marginals == "l1" else 1.0
+    return list(F.avg_pool2d(frame, pool).flatten(1).unbind(1))
 
 
 def _length(vector: Tensor) -> Tensor:

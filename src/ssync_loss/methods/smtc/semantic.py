@@ -1,6 +1,6 @@
 """Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import reduce
@@ -16,8 +16,7 @@ from ssync_loss._vectors import directions
 from ssync_loss.methods.smtc.sinkhorn import scalings, transport_plan
 
 Marginals: TypeAlias = Literal["l1", "uniform"]
-
-MARGINALS = ("l1", "uniform")
+MARGINALS = get_args(Marginals)
 
 # what keeps the logarithm of a probability of 0 finite
 EPSILON = 1e-8
@@ -48,37 +47,26 @@ def semantic_consistency_loss(
     ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
     Slot s must be the same thing in all frames: global slots, or slots that are handed from frame to frame.
 
-    Correspondences are quadratic in the patches N of a frame: for each of T (T - 1) / 2 pairs of frames a product
-    of N x N x D numbers and ``4 iters`` passes over N x N. What is held of them at once is B x ``chunk_size`` kernels
-    of N x N, with the same value and gradient whatever the size; everything else, and all that waits for the
-    backward, is linear. Pairs are walked through in a loop, which a compiler unrolls. ``pool`` bounds time as well:
-    it falls with the fourth power, and the loss becomes that of coarser patches.
-
-    A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0 with everything
-    and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
-
-    Shape:
-        logits, teacher_logits: (B, T, S, H, W). feats: (B, T, D, H, W). Returns a scalar in float32, or float64 if
-        one of them is.
+    Time is quadratic in the patches N of a frame, for each of T (T - 1) / 2 pairs of frames. Held at once are
+    B x ``chunk_size`` kernels of N x N, with the same value and gradient whatever the size; all that waits for the
+    backward is linear. A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0
+    with everything and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
 
     Args:
-        logits: the student's map; the only argument that gets a gradient.
-        teacher_logits: the map of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
-        feats: what finds correspondences, such as keys of a backbone.
+        logits: (B, T, S, H, W), the student's map; the only argument that gets a gradient.
+        teacher_logits: (B, T, S, H, W), of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
+        feats: (B, T, D, H, W), what finds correspondences, such as keys of a backbone.
         eps: weight of the entropy in the plan.
         iters: iterations of the plan.
-        marginals: weight of a patch in the plan. ``"l1"``, as published, is the sum of the absolute values of f,
-            nearly the same for all patches; ``"uniform"`` is the same.
+        marginals: weight of a patch in the plan: ``"l1"``, as published, the sum of the absolute values of f, or
+            ``"uniform"``.
         pool: side of the square of patches whose probabilities and features are averaged first, which divides H and
-            W. 1 is the published loss.
+            W; time falls with its fourth power. 1 is the published loss.
         chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
 
-    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic consistency (there a sum over pairs, in the authors'
-    code a mean).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Returns: a scalar in float32, or float64 if one of the tensors is.
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), there a sum over pairs, in the authors' code a mean.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches are told apart
     >>> maps = feats * 4  # and each has a slot of its own: log(1 + exp(-4)) = 0.0181
@@ -121,30 +109,25 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
     # every pair once: what is cheap from one frame to the other is cheap on the way back
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
     wanted = torch.zeros_like(maps)
-    carry = _by_products if 1 / eps <= LARGEST_SCORE else _by_plan
+    by_products = 1 / eps <= LARGEST_SCORE
     for some in slices(len(first), chunk_size):
         pair = first[some], second[some]
         # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
         scores = (units[:, pair[0]] / eps) @ units[:, pair[1]].mT
-        if carry is _by_products:
+        if by_products:
             scores.exp_()
         for here, there in (pair, pair[::-1]):
-            wanted.index_add_(1, here, carry(maps[:, there], scores, weights[:, here], weights[:, there], iters))
+            carried, mu, nu = maps[:, there], weights[:, here], weights[:, there]
+            if by_products:
+                a, b = scalings(scores, mu, nu, iters)
+                carried = ((carried * b) @ scores.mT) * a.mT
+            else:
+                carried = carried @ transport_plan(scores, mu, nu, iters).mT
+            wanted.index_add_(1, here, carried)
             scores = scores.mT
         # before the next ones are there
         del scores
     return torch.where(known, wanted, 0.0)
-
-
-def _by_plan(maps: Tensor, scores: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
-    """Carry maps (B, p, S, M) over a plan from scores (B, p, N, M): (B, p, S, N)."""
-    return maps @ transport_plan(scores, mu, nu, iters).mT
-
-
-def _by_products(maps: Tensor, kernel: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor:
-    """Do the same with the exponentials of the scores, and without a plan."""
-    a, b = scalings(kernel, mu, nu, iters)
-    return ((maps * b) @ kernel.mT) * a.mT
 
 
 def _pooled(frames: Tensor, pool: int) -> Tensor:
@@ -152,17 +135,13 @@ def _pooled(frames: Tensor, pool: int) -> Tensor:
     return reduce(frames, "b t s (h i) (w j) -> b t s (h w)", "mean", i=pool, j=pool)
 
 
-class SemanticConsistencyLoss(LossModule):
-    """Module of :func:`semantic_consistency_loss`: patches that correspond belong to the same semantic.
-
-    ``forward(logits, teacher_logits, feats)``.
+class SemanticConsistencyLoss(LossModule, check=_check_settings):
+    """Module of :func:`semantic_consistency_loss`: ``forward(logits, teacher_logits, feats)``.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> round(SemanticConsistencyLoss()(feats * 4, feats * 400, feats).item(), 4)
     0.0181
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

@@ -17,26 +17,19 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
 
     With ``K = exp(-cost / eps)`` and mu, nu scaled to sum 1: ``b = 1``, then ``iters`` times ``a = mu / (K b)`` and
     ``b = nu / (K^T a)``; ``plan[n, m] = a[n] K[n, m] b[m]``. Columns sum to nu exactly, as they are scaled last; rows
-    sum to mu in the limit of many iterations, and to a few percent to some tens of percent after three.
-
-    It is computed in the logarithm, so that no ``eps`` underflows. Time is iters x N x M, memory some N x M.
-
-    Shape:
-        cost: (B, N, M), mu: (B, N), nu: (B, M). Returns (B, N, M) in float32, or float64 if one of them is.
+    sum to mu in the limit of many iterations. Computed in the logarithm, so that no ``eps`` underflows.
 
     Args:
-        cost: of moving a unit from n to m.
-        mu: what there is, above 0.
-        nu: what is wanted, above 0.
+        cost: (B, N, M), of moving a unit from n to m.
+        mu: (B, N), what there is, above 0.
+        nu: (B, M), what is wanted, above 0.
         eps: weight of the entropy; a small one moves everything along the cheapest ways.
         iters: how often both sides are rescaled.
 
+    Returns: (B, N, M) in float32, or float64 if one of them is.
     Source: Cuturi, NeurIPS 2013; settings of Qian et al., ICCV 2023 (arXiv:2308.09951).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings; on a marginal that is not positive, where it can be seen without
-            waiting for a device.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings; on a marginal that is not positive,
+        where it can be seen without waiting for a device.
 
     >>> free = torch.zeros(1, 2, 2)  # nothing costs anything: the plan is mu x nu
     >>> sinkhorn(free, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))

@@ -1,6 +1,7 @@
-"""How dense alignment is computed: the targets of a patch, and the mean over all patches of all windows."""
+"""How dense alignment is computed: the targets of a patch, and the mean over all patches of all windows.
 
-from collections.abc import Callable
+Targets that are uniform over a label enter through the sum of the label's vectors: linear in the patches.
+"""
 
 import torch
 from einops import rearrange
@@ -8,67 +9,63 @@ from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._inputs import widest
-from ssync_loss._rows import soft_cross_entropy
+from ssync_loss._rows import Targets, soft_cross_entropy
 from ssync_loss._vectors import directions, known_gradient, through_lengths
-
-# from unit anchors (w, M, C) of some windows, their labels (w, M) and some of their patches
-Rule = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
-
-
-def decoder_targets(anchors: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Draw a patch to its own anchor, and as much to those of its label."""
-    weights = _half_each(_same(labels, rows).to(anchors.dtype))
-    weights.diagonal(rows.start or 0, 1, 2).add_(0.5)
-    return weights, None
-
-
-def encoder_targets(anchors: Tensor, labels: Tensor, rows: slice, *, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """Draw a patch to those whose anchors are nearest, and as much to those of its label; it is not among them."""
-    places = torch.arange(labels.shape[1], device=labels.device)
-    itself = places[rows].unsqueeze(1) == places
-    # in place: two maps are held at most
-    near = anchors[:, rows] @ anchors.mT
-    # ties with the last neighbor are neighbors too
-    farthest = near.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
-    weights = _half_each(near.ge_(farthest).masked_fill_(itself, 0.0))
-    weights += _half_each(_same(labels, rows).to(anchors.dtype).masked_fill_(itself, 0.0))
-    # what is NaN among the anchors must not pass for a patch without neighbors
-    return weights.add_(farthest * 0), itself
 
 
 def align(
     features: Tensor,
     anchors: Tensor,
     labels: Tensor,
-    rule: Rule,
     *,
-    to_anchors: bool,
+    num_neighbors: int | None,
     group_frames: int,
     temperature: float,
     base_temperature: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """Compare all patches of a window with its anchors, or with each other; only the features get a gradient."""
+    """Compare all patches of a window with its anchors, or those that have neighbors with each other.
+
+    Only the features get a gradient.
+    """
     _, num_frames, _, height, _ = features.shape
     with_slope = torch.is_grad_enabled() and features.requires_grad
     with torch.no_grad(), no_autocast(features):
         dtype = widest(features, anchors)
         units, inverse = directions(_windows(features, group_frames).to(dtype))
-        unit_anchors, _ = directions(_windows(anchors, group_frames).to(dtype))
-        names = _windows(labels.unsqueeze(2), group_frames).squeeze(2)
+        aims, _ = directions(_windows(anchors, group_frames).to(dtype))
+        to_anchors = num_neighbors is None
+        sums, counts = _sums_of_labels(aims if to_anchors else units, _windows(labels.unsqueeze(2), group_frames))
+        if to_anchors:
+            # every patch is drawn to its own anchor, and as much to those of its label
+            linear = (sums / counts + aims) / 2
+        else:
+            # to the others of its label; these point back at it with the same weight
+            counts -= 1
+            linear = (sums - units) * _half_of(counts)
+
+        hits = (units * linear).sum(2, keepdim=True) / temperature
+
+        def wanted(some: slice, rows: slice) -> Targets:
+            part = hits[some][:, rows]
+            if num_neighbors is None:
+                return Targets(torch.ones_like(part), part, torch.zeros_like(part))
+            return _neighbors(aims[some], counts[some][:, rows] > 0, part, rows, num_neighbors)
+
         slope = torch.zeros_like(units) if with_slope else None
         total = soft_cross_entropy(
             units,
-            unit_anchors if to_anchors else units,
-            lambda some, rows: rule(unit_anchors[some], names[some], rows),
+            aims if to_anchors else units,
+            wanted,
             (slope, None if to_anchors else slope),
             temperature=temperature,
             chunk_size=chunk_size,
         )
         # no mean: without clips that is NaN
-        scale = temperature / base_temperature / max(names.numel(), 1)
+        scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale
+        slope.sub_(linear, alpha=(1 if to_anchors else 2) / temperature)
         slope = through_lengths(slope, units, inverse * scale)
         # by the windows of a clip: the number of clips may be 0
         per_clip = num_frames // group_frames
@@ -76,16 +73,37 @@ def align(
     return known_gradient(features, total * scale, slope)
 
 
+def _neighbors(anchors: Tensor, is_labeled: Tensor, linear: Tensor, rows: slice, num_neighbors: int) -> Targets:
+    """Draw some patches to those whose anchors are nearest, if any; a patch is not among its own."""
+    near = anchors[:, rows] @ anchors.mT
+    # ties with the last neighbor are neighbors too
+    farthest = near.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
+    first = rows.start or 0
+    near.ge_(farthest).diagonal(first, 1, 2).zero_()
+    counts = near.sum(2, keepdim=True)
+    # what is NaN among the anchors must not pass for a patch without neighbors
+    share = ((counts > 0).to(near) + is_labeled) / 2 + farthest * 0
+    return Targets(
+        share, linear, _half_of(counts), near, lambda scores: scores.diagonal(first, 1, 2).fill_(float("-inf"))
+    )
+
+
 def _windows(frames: Tensor, group_frames: int) -> Tensor:
     """(B, T, D, H, W) -> (B T / g, g H W, D)."""
     return rearrange(frames, "b (k g) d h w -> (b k) (g h w) d", g=group_frames)
 
 
-def _same(labels: Tensor, rows: slice) -> Tensor:
-    """Tell which patches have the label of each of some: (w, M) -> (w, r, M)."""
-    return labels[:, rows].unsqueeze(2) == labels.unsqueeze(1)
+def _half_of(counts: Tensor) -> Tensor:
+    """Return the weight of one of so many targets in half a mean, 0 where there are none."""
+    return (counts > 0) / (2 * counts.clamp_min(1))
 
 
-def _half_each(chosen: Tensor) -> Tensor:
-    """Divide 1/2 among what is chosen in a row, as ones of (w, r, M), in place; where nothing is, it is 0."""
-    return chosen.div_(2 * chosen.sum(2, keepdim=True).clamp_min(1))
+def _sums_of_labels(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every patch (w, M, D) the sum of the vectors of its label (w, M, 1), and how many they are, (w, M, 1)."""
+    labels = labels.squeeze(2).to(torch.int64).contiguous()
+    ordered = labels.sort(1).values
+    # a label's name is the place of its first patch in their order
+    names = torch.searchsorted(ordered, labels).unsqueeze(2)
+    counts = torch.searchsorted(ordered, labels, right=True).unsqueeze(2) - names
+    names = names.expand_as(vectors)
+    return torch.zeros_like(vectors).scatter_add_(1, names, vectors).gather(1, names), counts.to(vectors)

@@ -1,13 +1,13 @@
 """Dense contrastive alignment: all patches of a window against all others, quadratic in their number."""
 
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
-from ssync_loss.methods.srl._dense import align, decoder_targets, encoder_targets
+from ssync_loss.methods.srl._dense import align
 
 _check_settings = check_by(
     group_frames=OPTIONAL_COUNT, top_k=COUNT, temperature=POSITIVE, base_temperature=POSITIVE, chunk_size=OPTIONAL_COUNT
@@ -30,29 +30,22 @@ def dense_decoder_alignment_loss(
     ``P_i = softmax_j(x_i y_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself is one of its label's.
 
-    Time is quadratic in M: a product of M x M x D numbers, and a second one for the gradient, which is formed in
-    the forward. Memory is two maps of M x M scores of all windows, or of ``chunk_size`` x M with the same value and
-    gradient. A zero vector has cosine 0 with everything and gets no gradient. No clips give exactly 0, attached
-    to the graph.
-
-    Shape:
-        features, anchors: (B, T, D, H, W). enc_labels: (B, T, H, W), any integers. Returns a scalar in float32, or
-        float64 if the features or the anchors are.
+    Time is quadratic in M; the gradient is formed in the forward. Memory is a map of M x M scores of all windows, or of
+    ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with everything and gets no
+    gradient. No clips give exactly 0, attached to the graph.
 
     Args:
-        features: reconstructed features; the only argument that gets a gradient.
-        anchors: features of the backbone.
-        enc_labels: hard labels of the encoder's map.
+        features: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
+        anchors: (B, T, D, H, W), features of the backbone.
+        enc_labels: (B, T, H, W), hard labels of the encoder's map, any integers.
         group_frames: frames of a window, which divide T; None for the whole clip. Images need 1 or None.
         temperature: of the softmax, above 0.
         base_temperature: what the loss is scaled by, above 0.
         chunk_size: rows of scores that are held at once, over all windows; None for all.
 
+    Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the decoder's deblurring.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -63,21 +56,14 @@ def dense_decoder_alignment_loss(
     >>> round(loss.item(), 4)
     0.5633
     """
-    _check_settings(group_frames=group_frames, chunk_size=chunk_size)
-    _check_settings(temperature=temperature, base_temperature=base_temperature)
+    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, temperature=temperature, **settings)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T D H W", size, features=features)
     check_labels("enc_labels", enc_labels, "B T H W", size, features=features)
+    frames = _frames_of_a_window(group_frames, size["T"])
     return align(
-        features,
-        anchors,
-        enc_labels,
-        decoder_targets,
-        to_anchors=True,
-        group_frames=_frames_of_a_window(group_frames, size["T"]),
-        temperature=temperature,
-        base_temperature=base_temperature,
-        chunk_size=chunk_size,
+        features, anchors, enc_labels, num_neighbors=None, group_frames=frames, temperature=temperature, **settings
     )
 
 
@@ -98,33 +84,22 @@ def dense_encoder_alignment_loss(
     ``P_i = softmax_{j != i}(x_i x_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. Neighbors are the
     ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, all that tie with the last
-    one included, and i itself, which is among them, taken out. A mean over nothing is 0.
-
-    Time is quadratic in M: two products of M x M x D numbers and two more for the gradient, which is formed in
-    the forward. Memory is two maps of M x M scores of all windows, or of ``chunk_size`` x M with the same value
-    and gradient. A zero vector has cosine 0 with everything and gets no gradient. No clips, and windows of one
-    patch, give exactly 0, attached to the graph.
-
-    Shape:
-        features: (B, T, D, H, W). anchors: (B, T, C, H, W); the backbone need not have the features' channels.
-        dec_labels: (B, T, H, W), any integers. Returns a scalar in float32, or float64 if the features or the
-        anchors are.
+    one included, and i itself, which is among them, taken out. A mean over nothing is 0. The rest is as in
+    :func:`dense_decoder_alignment_loss`, with two maps.
 
     Args:
-        features: the encoder's features, projected; the only argument that gets a gradient.
-        anchors: features of the backbone, for finding neighbors.
-        dec_labels: hard labels of the decoder's map.
+        features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.
+        anchors: (B, T, C, H, W), features of the backbone, for finding neighbors.
+        dec_labels: (B, T, H, W), hard labels of the decoder's map, any integers.
         group_frames: as in :func:`dense_decoder_alignment_loss`, like the last three.
         top_k: neighbors per frame of the window, the patch itself among them.
         temperature: of the softmax.
         base_temperature: what the loss is scaled by.
         chunk_size: rows of scores that are held at once.
 
+    Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings, or more neighbors than patches.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or more neighbors than patches.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
@@ -136,8 +111,8 @@ def dense_encoder_alignment_loss(
     >>> round(loss.item(), 4)  # (0.1566 + 0.1566 + 0.3466) / 3
     0.2199
     """
-    _check_settings(group_frames=group_frames, top_k=top_k, chunk_size=chunk_size)
-    _check_settings(temperature=temperature, base_temperature=base_temperature)
+    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, top_k=top_k, temperature=temperature, **settings)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T C H W", size, features=features)
     check_labels("dec_labels", dec_labels, "B T H W", size, features=features)
@@ -152,19 +127,15 @@ def dense_encoder_alignment_loss(
         features,
         anchors,
         dec_labels,
-        partial(encoder_targets, num_neighbors=top_k * frames),
-        to_anchors=False,
+        num_neighbors=top_k * frames,
         group_frames=frames,
         temperature=temperature,
-        base_temperature=base_temperature,
-        chunk_size=chunk_size,
+        **settings,
     )
 
 
-class DenseDecoderAlignmentLoss(LossModule):
-    """Module of :func:`dense_decoder_alignment_loss`: the encoder's labels align what the decoder reconstructs.
-
-    ``forward(features, anchors, enc_labels)``.
+class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
+    """Module of :func:`dense_decoder_alignment_loss`: ``forward(features, anchors, enc_labels)``.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -172,8 +143,6 @@ class DenseDecoderAlignmentLoss(LossModule):
     >>> round(criterion(features, features, labels).item(), 4)
     0.5633
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,
@@ -192,10 +161,8 @@ class DenseDecoderAlignmentLoss(LossModule):
         return dense_decoder_alignment_loss(features, anchors, enc_labels, **self.settings)
 
 
-class DenseEncoderAlignmentLoss(LossModule):
-    """Module of :func:`dense_encoder_alignment_loss`: likeness and the decoder's labels align the encoder's features.
-
-    ``forward(features, anchors, dec_labels)``.
+class DenseEncoderAlignmentLoss(LossModule, check=_check_settings):
+    """Module of :func:`dense_encoder_alignment_loss`: ``forward(features, anchors, dec_labels)``.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
@@ -203,8 +170,6 @@ class DenseEncoderAlignmentLoss(LossModule):
     >>> round(criterion(features, features, torch.arange(3).view(1, 1, 1, 3)).item(), 4)
     0.2199
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self,

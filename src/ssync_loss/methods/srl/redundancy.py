@@ -21,26 +21,19 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
     """Push the redundant slots of a clip towards attending everywhere alike.
 
     ``loss = mean over picked slots of D_s`` with ``D_s = mean over frames of sum_n a_n (log(a_n + 1e-8) + log N)``,
-    the divergence of a slot's attention from 1/N. ``num_picked`` times, the two most similar slots (cosine, last
-    frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the lower index
-    if they are equal. The last slot has no partner, so that at most S - 1 are picked. A single slot, and no
-    clips, give exactly 0, attached to the graph. Slots get no gradient.
-
-    Shape:
-        attention: (B, T, S, N) or (B, T, S, H, W), every slot's a distribution over the patches. slots:
-        (B, T, S, D). Returns a scalar in float32, or float64 if the attention is.
+    the divergence of a slot's attention from 1/N. ``num_picked`` times, at most S - 1, the two most similar slots
+    (cosine, last frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the
+    lower index if they are equal. A single slot, and no clips, give exactly 0, attached. Slots get no gradient.
 
     Args:
-        attention: the softmax over *patches* of the attention logits, where slot attention usually has one over
-            slots; the mean over the iterations where there are several.
-        slots: the slots of every frame.
+        attention: (B, T, S, N) or (B, T, S, H, W), the softmax over *patches* of the attention logits, where slot
+            attention usually has one over slots; the mean over the iterations where there are several.
+        slots: (B, T, S, D), of every frame.
         num_picked: slots to pick in a clip, at least 1.
 
+    Returns: a scalar in float32, or float64 if the attention is.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
@@ -63,10 +56,7 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
 
 @torch.no_grad()
 def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Tensor:
-    """Pick the redundant slots of every clip, in order.
-
-    Shape:
-        divergence: (B, S). slots: (B, S, D). Returns (B, min(num_picked, S - 1)), int64.
+    """Pick the redundant slots (B, S, D) of every clip, in order: (B, min(num_picked, S - 1)), int64.
 
     >>> slots = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
     >>> redundant_slots(torch.tensor([[3.0, 1.0, 2.0]]), slots, num_picked=5).tolist()
@@ -89,18 +79,14 @@ def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Te
     return torch.stack(picks, 1) if picks else torch.empty(num_clips, 0, dtype=torch.int64, device=slots.device)
 
 
-class SlotRedundancyLoss(LossModule):
-    """Module of :func:`slot_redundancy_loss`: the redundant slots of a clip are pushed to idle.
-
-    ``forward(attention, slots)``.
+class SlotRedundancyLoss(LossModule, check=_check_settings):
+    """Module of :func:`slot_redundancy_loss`: ``forward(attention, slots)``.
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
     >>> round(SlotRedundancyLoss(num_picked=2)(attention, slots).item(), 4)
     0.0654
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(self, *, num_picked: int = 5) -> None:
         super().__init__(num_picked=num_picked)

@@ -1,14 +1,10 @@
-"""The contrastive neighbors of SSync written out slowly: one window, one patch, one pair, one slot at a time.
+"""SRL written out slowly, see :mod:`ssync_loss.methods._slow`: one window, one patch, one pair, one slot at a time.
 
-What slow definitions are for, and what they take, is said in :mod:`ssync_loss.methods._slow`.
-
-Sources: Seong, Moon & Heo, From Vicious to Virtuous Cycles: Synergistic Representation Learning for Unsupervised
-Video Object-Centric Learning, ICLR 2026 (arXiv:2602.03390); Manasyan et al., Temporally Consistent Object-Centric
-Learning by Contrasting Slots, CVPR 2025 (arXiv:2412.14295; adjacent contrast).
+Sources: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390); Manasyan et al., CVPR 2025 (arXiv:2412.14295; "adjacent").
 """
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -25,10 +21,7 @@ def reference_dense_decoder_alignment_loss(
     temperature: float = 0.1,
     base_temperature: float = 0.07,
 ) -> Tensor:
-    """Compare every reconstructed feature with all anchors of its window.
-
-    A patch is worth ``-(mean over its label of log P + log P of itself) / 2``, its label counting itself.
-    """
+    """Compare every reconstructed feature with all anchors of its window."""
     values = []
     for patches, targets, labels in _windows(features, anchors.detach(), enc_labels, group_frames):
         for i, patch in enumerate(patches):
@@ -48,12 +41,7 @@ def reference_dense_encoder_alignment_loss(
     temperature: float = 0.1,
     base_temperature: float = 0.07,
 ) -> Tensor:
-    """Compare every feature with all others of its window.
-
-    A patch is worth ``-(mean over its neighbors of log P + mean over the others of its label of log P) / 2``. A
-    neighbor is another patch whose anchor is no farther than the ``top_k * group_frames``-th nearest, the patch's
-    own being counted.
-    """
+    """Compare every feature with all others of its window."""
     num_neighbors = top_k * (features.shape[1] if group_frames is None else group_frames)
     values = []
     for patches, targets, labels in _windows(features, anchors.detach(), dec_labels, group_frames):
@@ -73,16 +61,14 @@ def reference_dense_encoder_alignment_loss(
 
 
 def reference_slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 5) -> Tensor:
-    """Pick one of the two most similar slots, again and again, and ask the picked ones to attend uniformly.
-
-    Shape:
-        attention: (B, T, S, N), slots: (B, T, S, D). Returns a scalar.
-    """
+    """Pick one of the two most similar slots, again and again: attention (B, T, S, N), slots (B, T, S, D)."""
     num_slots = attention.shape[2]
     picked = []
     for clip, clip_slots in zip(attention.double(), slots.detach().double(), strict=True):
         last = [unit(slot) for slot in clip_slots[-1]]
-        divergence = [mean([_from_uniform(frame[s]) for frame in clip], clip) for s in range(num_slots)]
+        # of every slot and frame from 1/N
+        apart = (clip * ((clip + 1e-8).log() + math.log(clip.shape[2]))).sum(2)
+        divergence = [mean(list(apart[:, s]), clip) for s in range(num_slots)]
         left = set(range(num_slots))
         for _ in range(num_picked):
             pairs = list(combinations(sorted(left), 2))
@@ -98,31 +84,20 @@ def reference_slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_pick
 def reference_temporal_slot_contrast_loss(
     slots: Tensor, *, temperature: float = 0.1, kind: str = "adjacent", negatives: str = "batch"
 ) -> Tensor:
-    """Compare every slot with those it should be told apart from.
-
-    "adjacent": a slot of frame t + 1 with all slots of frame t. "supervised": a slot with itself one frame before
-    and after (the positives) and with all other slots of all frames, ``temperature / 0.07`` times.
-    """
+    """Compare every slot with those it should be told apart from."""
     num_clips, num_frames, num_slots, _ = slots.shape
     # the name of a token says who it is and when
     tokens = {
-        (b, s, t): unit(slots[b, t, s].double())
-        for b in range(num_clips)
-        for t in range(num_frames)
-        for s in range(num_slots)
+        (b, s, t): unit(slots[b, t, s]) for b, t, s in product(range(num_clips), range(num_frames), range(num_slots))
     }
     values = []
     for (b, s, t), token in tokens.items():
         scores: list[Tensor] = []
         positives: list[int] = []
         for (other_b, other_s, other_t), other in tokens.items():
-            if negatives == "video" and other_b != b:
-                continue
             same = (other_b, other_s) == (b, s)
-            if kind == "adjacent" and other_t == t - 1:
-                positives += [len(scores)] * same
-                scores.append(token @ other / temperature)
-            if kind == "supervised" and (not same or abs(other_t - t) == 1):
+            compared = other_t == t - 1 if kind == "adjacent" else not same or abs(other_t - t) == 1
+            if compared and (negatives == "batch" or other_b == b):
                 positives += [len(scores)] * same
                 scores.append(token @ other / temperature)
         if positives:
@@ -141,19 +116,8 @@ def _windows(
     num_clips, num_frames, _, height, width = features.shape
     step = num_frames if group_frames is None else group_frames
     windows = []
-    for b in range(num_clips):
-        for first in range(0, num_frames, step):
-            places = [(t, h, w) for t in range(first, first + step) for h in range(height) for w in range(width)]
-            windows.append(
-                (
-                    [unit(features[b, t, :, h, w].double()) for t, h, w in places],
-                    [unit(anchors[b, t, :, h, w].double()) for t, h, w in places],
-                    [int(labels[b, t, h, w]) for t, h, w in places],
-                )
-            )
+    for b, first in product(range(num_clips), range(0, num_frames, step)):
+        places = list(product(range(first, first + step), range(height), range(width)))
+        ours, theirs = ([unit(one[b, t, :, h, w]) for t, h, w in places] for one in (features, anchors))
+        windows.append((ours, theirs, [int(labels[b, t, h, w]) for t, h, w in places]))
     return windows
-
-
-def _from_uniform(distribution: Tensor) -> Tensor:
-    """Return the divergence of probabilities (N,) from 1/N."""
-    return (distribution * ((distribution + 1e-8).log() + math.log(len(distribution)))).sum()

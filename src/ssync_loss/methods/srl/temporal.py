@@ -1,6 +1,6 @@
 """Temporal slot contrast: a slot stays itself from frame to frame, and apart from the others."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -15,9 +15,8 @@ from ssync_loss._vectors import directions, products
 
 Contrast: TypeAlias = Literal["adjacent", "supervised"]
 Negatives: TypeAlias = Literal["batch", "video"]
-
-CONTRASTS = ("adjacent", "supervised")
-NEGATIVES = ("batch", "video")
+CONTRASTS = get_args(Contrast)
+NEGATIVES = get_args(Negatives)
 
 _check_settings = check_by(temperature=POSITIVE, kind=one_of(*CONTRASTS), negatives=one_of(*NEGATIVES))
 
@@ -35,27 +34,20 @@ def temporal_slot_contrast_loss(
 
     ``"supervised"`` takes every slot of every frame: ``(temperature / 0.07) * mean over slots i of
     -mean over positives p of log(exp(z_i z_p / temperature) / sum_j exp(z_i z_j / temperature))``. Positives are the
-    slot in the frame before and the frame after; j runs over these and over all other slots in all frames, so
-    that the slot itself at other times counts neither way.
-
-    ``negatives`` says whose slots the others are: those of all clips or those of the clip. A single frame, and
-    no clips, give exactly 0, attached to the graph. A zero vector has cosine 0 with everything and no gradient.
-
-    Shape:
-        slots: (B, T, S, D). Returns a scalar in float32, or float64 if the slots are.
+    slot in the frame before and the frame after; j runs over these and over all other slots in all frames. The slot
+    itself at other times counts neither way. A single frame, and no clips, give exactly 0, attached to the graph. A
+    zero vector has cosine 0 with everything and no gradient.
 
     Args:
-        slots: the slots of every frame, in an order that is kept over time.
+        slots: (B, T, S, D), of every frame, in an order that is kept over time.
         temperature: of the softmax, above 0.
         kind: ``"adjacent"`` or ``"supervised"``.
-        negatives: ``"batch"`` or ``"video"``.
+        negatives: whose slots the others are, those of all clips (``"batch"``) or of the clip (``"video"``).
 
+    Returns: a scalar in float32, or float64 if the slots are.
     Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
-    (arXiv:2602.03390; ``"supervised"``).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+        (arXiv:2602.03390; ``"supervised"``).
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)  # two frames, nothing moves: -log(e / (e + 1))
     >>> round(temporal_slot_contrast_loss(slots, temperature=1.0).item(), 4)
@@ -97,17 +89,13 @@ def _supervised(units: Tensor, temperature: float) -> Tensor:
     return means.mean() * (-temperature / BASE_TEMPERATURE)
 
 
-class TemporalSlotContrastLoss(LossModule):
-    """Module of :func:`temporal_slot_contrast_loss`: a slot stays itself from frame to frame.
-
-    ``forward(slots)``.
+class TemporalSlotContrastLoss(LossModule, check=_check_settings):
+    """Module of :func:`temporal_slot_contrast_loss`: ``forward(slots)``.
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)
     >>> round(TemporalSlotContrastLoss(temperature=1.0)(slots).item(), 4)
     0.3133
     """
-
-    check_settings = staticmethod(_check_settings)
 
     def __init__(
         self, *, temperature: float = 0.1, kind: Contrast = "adjacent", negatives: Negatives = "batch"

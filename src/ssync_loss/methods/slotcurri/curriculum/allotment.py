@@ -9,26 +9,18 @@ from ssync_loss._inputs import check_floats
 
 @torch.no_grad()
 def allot_children(errors: Tensor, n_new: int) -> Tensor:
-    """Allot new slots to the present ones in proportion to their errors, by largest remainders.
+    """Allot new slots to the present ones in proportion to their errors, by largest remainders: (K,), int64.
 
     ``a = errors * n_new / errors.sum()``; every slot gets ``floor(a)``, and what is left goes one each to the largest
-    ``a - floor(a)``, to the lower index among equals. A slot without error gets nothing. Computed in float64.
-
-    Errors that are all 0, or among them one that is negative, NaN or infinite, say nothing: then the slots take
-    turns, from the first on. (The public code adds no clones then, and breaks ties in no order.)
-
-    Shape:
-        errors: (K,). Returns (K,), int64.
+    ``a - floor(a)``, to the lower index among equals. Computed in float64. Errors that are all 0, or among them one
+    that is negative, NaN or infinite, say nothing: then the slots take turns, from the first on.
 
     Args:
-        errors: of the present slots, see :func:`slot_error`.
+        errors: (K,), of the present slots, see :func:`slot_error`.
         n_new: new slots, at least 0.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the allotment of new slots.
-
-    Raises:
-        TypeError: on a wrong type.
-        ValueError: on a wrong shape or number.
+    Raises: TypeError on a wrong type, ValueError on a wrong shape or number.
 
     >>> allot_children(torch.tensor([5.0, 3.0, 0.0, 2.0]), 4).tolist()  # shares 2, 1.2, 0, 0.8
     [2, 1, 0, 1]

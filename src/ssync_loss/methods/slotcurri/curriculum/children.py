@@ -1,6 +1,6 @@
 """Where the clones of a slot are placed."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._settings import NOT_NEGATIVE, check_by, one_of
 
 Neighbors: TypeAlias = Literal["active", "all"]
-
-NEIGHBORS = ("active", "all")
+NEIGHBORS = get_args(Neighbors)
 
 # added to the mean length of slots
 EPSILON = 1e-8
@@ -37,33 +36,23 @@ def spawn_children(
     ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``, where j is the slot most similar to i (cosine) and
     m the mean length of the slots, plus 1e-8. A slot without another one uses ``|s_i|`` in place of the distance.
 
-    ``neighbors="active"`` looks at the present slots, as the paper says. The public code looks at all placeholders,
-    those yet ``unborn`` included, which are nearest most of the time: ``"all"``. There a parent's children replace
-    unborn ones before the next parent is looked at, so its radius depends on them. It has no least radius:
-    ``min_radius=0``. A parent that has a twin, or no length, then has a clone equal to itself, and equal slots
-    never part.
-
-    An event of training rather than a part of its steps: it waits for the device to read the counts, and is not
-    compiled.
-
-    Shape:
-        slots_active: (K, D). counts: (K,). unborn: (U, D). Returns (n_new, D) in the slots' dtype, computed in
-        float32 or float64, with n_new the sum of the counts: the children of slot 0, then those of slot 1, ...
+    The public code has ``neighbors="all"``, where a parent's children replace unborn slots before the next parent is
+    looked at, and ``min_radius=0``, where a twin has a clone equal to itself. The counts are read on the host.
 
     Args:
-        slots_active: the present slots.
-        counts: children of each, integers of at least 0, see :func:`allot_children`.
+        slots_active: (K, D), the present slots.
+        counts: (K,), children of each, integers of at least 0, see :func:`allot_children`.
         beta: jitter, at least 0.
         generator: of the directions; None for torch's own.
-        neighbors: ``"active"`` or ``"all"``.
+        neighbors: where j is looked for, among the present slots, as the paper says (``"active"``), or with those yet
+            unborn, which are nearest most of the time (``"all"``).
         min_radius: least radius, in units of the mean length, at least 0.
-        unborn: placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
+        unborn: (U, D), placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
 
+    Returns: (n_new, D) in the slots' dtype, the children of slot 0, then those of slot 1, ...
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the initialization of new slots.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes, counts or settings, or fewer unborn slots than children.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes, counts or settings, or fewer unborn slots than
+        children.
 
     >>> slots = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     >>> child = spawn_children(slots, torch.tensor([0, 1]))  # 5 apart: 0.2 * 5 * 4 / 3.5 = 1.1429
@@ -71,7 +60,16 @@ def spawn_children(
     1.1429
     """
     check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
-    _check_slots(slots_active, counts, unborn, needed=neighbors == "all")
+    size = check_floats("slots_active", slots_active, "K D", filled="K D")
+    check_labels("counts", counts, "K", size, slots_active=slots_active)
+    if counts.min() < 0:
+        raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
+    if unborn is not None:
+        check_floats("unborn", unborn, "U D", {"D": size["D"]}, slots_active=slots_active)
+        if counts.sum() > len(unborn):
+            raise ValueError(f"`unborn` must have a row per child, {int(counts.sum())}; got {len(unborn)}.")
+    elif neighbors == "all":
+        raise ValueError("`unborn` must be given with neighbors='all'; got None.")
     num_new, width = int(counts.sum()), slots_active.shape[1]
     like = at_least_float32(slots_active)
     # a generator draws on its own device
@@ -109,9 +107,8 @@ def place_children(
     with no_autocast(rows):
         nearest = _most_similar(rows)
         for parent, count in enumerate(counts.tolist()):
-            radius = _radii(rows, nearest, beta, min_radius)[parent]
             some = slice(first, first + count)
-            children[some] = rows[parent] + radius * directions[some]
+            children[some] = rows[parent] + _radii(rows, nearest, beta, min_radius)[parent] * directions[some]
             if neighbors == "all":
                 # these are among the placeholders that the next parent sees
                 rows[num_parents:][some] = children[some]
@@ -131,17 +128,3 @@ def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Ten
     distance = torch.linalg.vector_norm(rows - rows[nearest], dim=1) if len(rows) > 1 else length
     mean = length.mean() + EPSILON
     return torch.maximum(beta * distance * length / mean, min_radius * mean)
-
-
-def _check_slots(slots_active: Tensor, counts: Tensor, unborn: Tensor | None, *, needed: bool) -> None:
-    size = check_floats("slots_active", slots_active, "K D", filled="K D")
-    check_labels("counts", counts, "K", size, slots_active=slots_active)
-    if counts.min() < 0:
-        raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
-    if unborn is None:
-        if needed:
-            raise ValueError("`unborn` must be given with neighbors='all'; got None.")
-        return
-    check_floats("unborn", unborn, "U D", {"D": size["D"]}, slots_active=slots_active)
-    if counts.sum() > len(unborn):
-        raise ValueError(f"`unborn` must have a row per child, {int(counts.sum())}; got {len(unborn)}.")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_loss._checks import check_floating, check_int, check_shape, check_tensor
-from ssync_loss.methods.slotcurri.curriculum._ranks import from_first_rank, weighted_mean
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
 from ssync_loss.methods.slotcurri.curriculum.error import slot_error
@@ -24,24 +23,17 @@ class SlotCurriculum(nn.Module):
 
         curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
         for step in range(max_steps):
-            slots = curriculum.take(model.slots)                  # the rows in use
+            slots = curriculum.take(model.slots)                  # the rows in use, in evaluation too
             ...
             curriculum.observe(recon, target, masks, step)        # masks of the decoder, after the softmax
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
 
-    Evaluate with the rows in use, too; the public code then takes all, unborn ones among them. Inside of what is
-    compiled there is room for ``take`` alone, which makes a graph a stage.
-
-    Errors are those of the ``window`` steps before a milestone (published: one). The rows are written after the
-    milestone's own step, which is the last with the old budget; the public code writes them during that step. A
-    milestone that a resumed training has gone past is made up for. With an initialized process group the errors are
-    averaged over all ranks and all get the newborn rows of the first, in one collective each per milestone; all ranks
-    must call both methods at the same steps.
-
-    The stage, the errors and their number are buffers, and so in the checkpoint, which every rank loads. A teacher of
-    the model knows neither the stage nor the newborn rows: where ``maybe_expand`` returns True it begins anew, by
-    ``teacher.model.load_state_dict(model.state_dict())``.
+    Only ``take`` may be compiled. The rows are written after the milestone's own step, which is the last with the old
+    budget. A milestone that a resumed training has gone past is made up for. With a process group the errors are
+    averaged over all ranks and all get the newborn rows of the first: all ranks must call both methods at the same
+    steps, and load the checkpoint, as state is in buffers. A teacher of the model begins anew where ``maybe_expand``
+    returns True, by ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
         budgets: slots of each stage, which grow, see :func:`slot_schedule`.
@@ -49,12 +41,10 @@ class SlotCurriculum(nn.Module):
         beta: jitter of the clones, see :func:`spawn_children`.
         neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
         min_radius: least radius of a clone, in units of the mean length; 0 as published.
-        window: steps whose errors are averaged.
+        window: steps before a milestone whose errors are averaged; published is one.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
-
-    Raises:
-        TypeError, ValueError: on wrong settings.
+    Raises: TypeError, ValueError on wrong settings.
 
     >>> curriculum = SlotCurriculum([2, 3], [1])
     >>> slots = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]))
@@ -95,14 +85,11 @@ class SlotCurriculum(nn.Module):
             )
         check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
         check_int("window", window, 1)
-        self.budgets = tuple(budgets)
-        self.milestones = tuple(milestones)
-        self.beta = beta
+        self.budgets, self.milestones, self.window = tuple(budgets), tuple(milestones), window
+        self.beta, self.min_radius = beta, min_radius
         self.neighbors: Neighbors = neighbors
-        self.min_radius = min_radius
-        self.window = window
-        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
+        for name in ("stage", "num_observed"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(self.budgets[-1]))
         # the same as numbers, so that no step waits for a device
         self._stage = self._num_observed = 0
@@ -116,15 +103,7 @@ class SlotCurriculum(nn.Module):
         return self.budgets[sum(step > one for one in self.milestones)]
 
     def take(self, slots: Tensor) -> Tensor:
-        """Return the slots in use, the first ones.
-
-        Shape:
-            slots: (..., K_max, D), such as (K_max, D) or (B, K_max, D). Returns (..., n_active, D), a view.
-
-        Raises:
-            TypeError: if that is no tensor.
-            ValueError: if there are fewer.
-        """
+        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D); no fewer."""
         check_tensor("slots", slots)
         if slots.ndim < 2 or slots.shape[-2] < self.n_active():
             raise ValueError(f"`slots` must have shape (..., S >= {self.n_active()}, D); got {tuple(slots.shape)}.")
@@ -133,32 +112,25 @@ class SlotCurriculum(nn.Module):
     def observe(
         self, recon: Tensor, target: Tensor, masks: Tensor, step: int, *, group: dist.ProcessGroup | None = None
     ) -> None:
-        """Take down the errors of the slots in use, if a milestone is near; at all other steps nothing is done.
+        """Take down the :func:`slot_error` of the slots in use, if a milestone is near; else nothing is done.
 
-        They are taken down at the ``window`` steps before a milestone, and after it as long as there are none.
+        The step of the training is counted from 0; no group is the default one.
 
-        Shape:
-            recon, target: (B, T, D, H, W). masks: (B, T, n_active, H, W).
-
-        Args:
-            recon: reconstructed features.
-            target: features of the backbone.
-            masks: mixture weights of the decoder, after the softmax over slots.
-            step: of the training, counted from 0.
-            group: process group; None is the default one.
-
-        Raises:
-            TypeError: on a wrong dtype.
-            ValueError: on wrong shapes.
-            RuntimeError: if the buffers were written over, rather than loaded.
+        Raises: TypeError on a wrong dtype; ValueError on wrong shapes, as masks of another number of slots;
+            RuntimeError if the buffers were written over, rather than loaded.
         """
         check_int("step", step, 0)
         if not self._is_watching(step):
             return
         check_shape("masks", masks, "B T S H W", S=self.n_active())
         error = slot_error(recon, target, masks)
-        error = weighted_mean(error, recon[:, :, 0].numel(), group).to(self.errors.device, torch.float32)
-        self.errors[: len(error)] += error
+        if _has_ranks():
+            # all patches of all ranks count alike
+            weight = recon[:, :, 0].numel()
+            sums = torch.cat([error * weight, error.new_full((1,), weight)])
+            dist.all_reduce(sums, group=group)
+            error = sums[:-1] / sums[-1].clamp_min(1)
+        self.errors[: len(error)] += error.to(self.errors)
         self._num_observed += 1
         self.num_observed.fill_(self._num_observed)
 
@@ -175,21 +147,16 @@ class SlotCurriculum(nn.Module):
 
         To be called in every step, after ``optimizer.step()``. One stage at a time is made up for.
 
-        Shape:
-            slots_param: (K_max, D) or (1, K_max, D).
-
         Args:
-            slots_param: the placeholders, at least as many as the last budget; written in place.
-            step: of the training, counted from 0.
-            optimizer: newborn rows inherit its moments of their parents, see :func:`inherit_moments`; None leaves
-                moments alone, as published.
+            slots_param: the placeholders (K_max, D) or (1, K_max, D), no fewer than the last budget; written in place.
+            step: as in :meth:`observe`.
+            optimizer: whose moments newborn rows inherit, see :func:`inherit_moments`; None as published.
             generator: of the jitter; None for torch's own.
-            group: process group; None is the default one.
+            group: as in :meth:`observe`.
 
-        Raises:
-            TypeError: if the placeholders are no parameter of floating point.
-            ValueError: if they are too few, the optimizer does not hold them, or observed errors are negative.
-            RuntimeError: if a milestone is reached and nothing was observed.
+        Raises: TypeError if the placeholders are no parameter of floating point; ValueError if they are too few, the
+            optimizer does not hold them, or observed errors are negative; RuntimeError if a milestone is reached and
+            nothing was observed.
         """
         self._check_placeholders(slots_param)
         check_int("step", step, 0)
@@ -218,7 +185,10 @@ class SlotCurriculum(nn.Module):
         if optimizer is not None:
             parents = torch.arange(num_active, device=rows.device).repeat_interleave(counts)
             inherit_moments(optimizer, slots_param, parents, num_active)
-        rows[num_active:num_next] = from_first_rank(children, group)
+        if _has_ranks():
+            children = children.contiguous()
+            dist.broadcast(children, group=group, group_src=0)
+        rows[num_active:num_next] = children
         self._stage, self._num_observed = self._stage + 1, 0
         self.stage.fill_(self._stage)
         self.num_observed.zero_()
@@ -228,15 +198,9 @@ class SlotCurriculum(nn.Module):
     def hold_unborn(self, slots_param: nn.Parameter, optimizer: Optimizer) -> None:
         """Keep the optimizer from changing placeholders that are not in use, from now on.
 
-        They get no gradient, but weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever
-        reads them, and this is not needed. A checkpoint does not remember it: a training that goes on calls it again.
-
-        Shape:
-            slots_param: (K_max, D) or (1, K_max, D).
-
-        Raises:
-            TypeError: if the placeholders are no parameter of floating point.
-            ValueError: if they are too few, or the optimizer does not hold them.
+        Weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever reads them, and this is
+        not needed. A checkpoint does not remember it: a training that goes on calls it again. Takes and raises the same
+        as :meth:`maybe_expand`.
         """
         self._check_placeholders(slots_param)
         hold_rows(optimizer, slots_param, self.n_active)
@@ -250,10 +214,8 @@ class SlotCurriculum(nn.Module):
         if self._stage == len(self.milestones):
             return False
         milestone = self.milestones[self._stage]
-        if step < milestone:
-            return step >= milestone - self.window
-        if self._num_observed > 0:
-            return False
+        if step < milestone or self._num_observed > 0:
+            return milestone - self.window <= step < milestone
         # late, perhaps as the first rank alone has loaded a checkpoint, and its buffers were copied to the others
         known, written = (self._stage, self._num_observed), (int(self.stage), int(self.num_observed))
         if known != written:
@@ -275,6 +237,10 @@ class SlotCurriculum(nn.Module):
                 f"`slots_param` must have at least {self.budgets[-1]} rows, the last of budgets={list(self.budgets)}; "
                 f"got {shape[-2]}."
             )
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch passes it)

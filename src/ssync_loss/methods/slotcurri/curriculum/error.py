@@ -15,23 +15,16 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     """Divide the mean squared error of a reconstruction among the slots that made it.
 
     ``e_k = mean over patches of a_k * l`` with a the masks and ``l = mean over channels of (recon - target)^2``. As the
-    masks of a patch sum to 1, the errors sum to the mean squared error. An idle slot has none. No clips give zeros.
-    The published sum over patches is the same up to a factor, which :func:`allot_children` divides out.
-
-    Shape:
-        recon, target: (B, T, D, H, W). masks: (B, T, S, H, W), after the softmax over slots. Returns (S,) in float32,
-        or float64 if one of them is, without gradient.
+    masks of a patch sum to 1, the errors sum to the mean squared error. No clips give zeros.
 
     Args:
-        recon: reconstructed features.
-        target: features of the backbone.
-        masks: mixture weights of the decoder.
+        recon: (B, T, D, H, W), reconstructed features.
+        target: (B, T, D, H, W), features of the backbone.
+        masks: (B, T, S, H, W), of the decoder, after the softmax over slots.
 
+    Returns: (S,) in float32, or float64 if one of them is, without gradient.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots, delta^(k).
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes.
 
     >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([2.0, 1.0]).view(1, 1, 1, 1, 2)
     >>> masks = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).view(1, 1, 2, 1, 2)

@@ -13,20 +13,15 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
     """Give newborn rows of a parameter the optimizer's moments of their parents.
 
     Adam's moments of an unborn row are 0 while their bias correction has long come to an end: the first steps of a
-    newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited:
-    both moments of Adam and AdamW, the momentum of SGD. Nothing happens before the optimizer's first step.
-
-    Shape:
-        slots_param: (K_max, D) or (1, K_max, D). parents: (n_new,), integers.
+    newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited.
 
     Args:
         optimizer: holds the parameter.
-        slots_param: the placeholders.
-        parents: row of the parent of each newborn row.
+        slots_param: the placeholders, (K_max, D) or (1, K_max, D).
+        parents: row of the parent of each newborn row, (n_new,), integers.
         first: the first newborn row.
 
-    Raises:
-        ValueError: if the optimizer does not hold the parameter.
+    Raises: ValueError if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]]))
     >>> optimizer = torch.optim.Adam([slots])
@@ -43,19 +38,14 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
 def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[], int]) -> None:
     """Keep an optimizer from changing the rows of a parameter from ``first()`` on.
 
-    Unborn rows get no gradient, but weight decay shrinks them all the same, and that of Adam moves them. Around every
-    step of the optimizer they are put back, and their moments are 0.
-
-    Shape:
-        slots_param: (K_max, D) or (1, K_max, D).
+    Weight decay shrinks them without a gradient. Around every step they are put back, and their moments are 0.
 
     Args:
         optimizer: holds the parameter.
         slots_param: the placeholders.
         first: asked at every step for the first row to hold.
 
-    Raises:
-        ValueError: if the optimizer does not hold the parameter.
+    Raises: ValueError if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.ones(3, 1))
     >>> optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=1.0)
@@ -65,7 +55,7 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
     >>> slots.flatten().tolist()[1:]  # 1 - 0.1 * 1 - 0.1, and held
     [0.800000011920929, 1.0]
     """
-    _check_held(optimizer, slots_param)
+    _row_states(optimizer, slots_param)
     before: list[Tensor] = []
 
     @torch.no_grad()
@@ -89,12 +79,8 @@ def rows_of(slots: Tensor) -> Tensor:
 
 def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]:
     """Return what the optimizer keeps of every row."""
-    _check_held(optimizer, slots_param)
+    if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
+        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
     # no lookup by item: that would make a state
     known = optimizer.state.get(slots_param, {}).values()
     return [rows_of(one) for one in known if isinstance(one, Tensor) and one.shape == slots_param.shape]
-
-
-def _check_held(optimizer: Optimizer, slots_param: nn.Parameter) -> None:
-    if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
-        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")

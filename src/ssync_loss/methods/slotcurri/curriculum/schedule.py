@@ -8,10 +8,7 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
 
     Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``, and a
     stage that adds nothing is left out. With it, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, the
-    paper's rule, and the last must have ``total``.
-
-    For 7, 11 and 15 slots both are the published budgets, with sigma 1, 3 and 5. The public code has the rule without
-    sigma only, and lists a stage that adds nothing, or takes slots away, for 4 slots or fewer.
+    paper's rule, and the last must have ``total``. For 7, 11 and 15 slots, sigma 1, 3 and 5, both are published.
 
     Args:
         total: slots of the last stage, at least ``start``.
@@ -19,14 +16,8 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
         start: slots of the first stage, at least 1.
         sigma: how fast the budgets grow.
 
-    Returns:
-        Budgets that grow from ``start`` to ``total``; one budget if these are equal.
-
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum: K(m) and sigma, M stages.
-
-    Raises:
-        TypeError: on a wrong type.
-        ValueError: if no such budgets exist.
+    Raises: TypeError on a wrong type, ValueError if no such budgets exist.
 
     >>> slot_schedule(11), slot_schedule(11, sigma=3), slot_schedule(8), slot_schedule(4)
     ([2, 5, 11], [2, 5, 11], [2, 4, 8], [2, 4])
@@ -51,17 +42,12 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
 
 
 def milestones(max_steps: int) -> tuple[int, int]:
-    """Return the steps after which slots are added: 10 % and 25 % of the training.
+    """Return the steps after which slots are added, 10 % and 25 % of all: ``(max_steps // 10, max_steps // 4)``.
 
-    ``(max_steps // 10, max_steps // 4)``. A milestone's own step is the last with the smaller budget.
-
-    Args:
-        max_steps: steps of the whole training, at least 1.
+    A milestone's own step is the last with the smaller budget.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
-
-    Raises:
-        TypeError, ValueError: if that is no positive integer.
+    Raises: TypeError, ValueError if that is no positive integer.
 
     >>> milestones(100_000)
     (10000, 25000)

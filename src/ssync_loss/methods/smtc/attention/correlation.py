@@ -15,25 +15,18 @@ class CorrelationFusion(nn.Module):
 
     With K_t the features (C, N) of frame t and K'_t those of the frame before, resized to ``n_ref`` cells:
     ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The frame before the first is the last; an image is its
-    own. It is computed as ``(W K'_t^T) K_t``, which is the same, in C^2 (n_ref + N) instead of 2 C n_ref N operations
-    and without a correlation of n_ref x N. Gradients reach W, b and the features of both frames.
+    own. Computed as ``(W K'_t^T) K_t``, in C^2 (n_ref + N) operations, in float32 or wider, autocast or not. For slot
+    attention; :func:`ssync_loss.functional.semantic_consistency_loss` takes the features before the fusion.
 
-    For slot attention; correspondences of :func:`ssync_loss.functional.semantic_consistency_loss` are found in the
-    features before the fusion. Computed in float32 or wider, autocast or not.
-
-    Shape:
-        (B, T, C, H, W) to the same, in the same type.
+    ``forward(keys)``, (B, T, C, H, W) to the same, in the same type.
 
     Args:
         dim: C.
-        n_ref: the grid (h, w) to which the frame before is resized, bilinearly; a number stands for a square grid of
-            so many cells. The grid of training costs nothing there, and keeps W applicable elsewhere.
+        n_ref: the grid (h, w), such as that of training, to which the frame before is resized, bilinearly; a number
+            stands for a square grid of so many cells.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), fusion of features and correlation.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes, or a number of cells that is no square.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes, or a number of cells that is no square.
 
     >>> import torch
     >>> fusion = CorrelationFusion(1, (1, 1))
@@ -69,15 +62,14 @@ class CorrelationFusion(nn.Module):
         return f"dim={self.dim}, n_ref={self.grid}"
 
 
-def _grid(n_ref: object) -> tuple[int, int]:
+def _grid(n_ref: int | tuple[int, int]) -> tuple[int, int]:
+    sizes = n_ref if isinstance(n_ref, tuple) else (n_ref,)
+    for one in sizes:
+        check_int("n_ref", one, 1)
     if isinstance(n_ref, tuple):
         if len(n_ref) != 2:
             raise ValueError(f"`n_ref` must be (height, width) or a number of cells; got {n_ref}.")
-        for one in n_ref:
-            check_int("n_ref", one, 1)
         return n_ref
-    check_int("n_ref", n_ref, 1)
-    assert isinstance(n_ref, int)
     side = isqrt(n_ref)
     if side * side != n_ref:
         raise ValueError(f"`n_ref` must be (height, width) or the number of cells of a square; got {n_ref}.")

@@ -1,6 +1,6 @@
 """Slot attention twice with one set of weights: first semantics, then the instances inside each."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from einops import rearrange
@@ -12,8 +12,7 @@ from ssync_loss._checks import check_choice, check_int, check_number
 from ssync_loss._inputs import check_floats
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
-
-GATES = ("soft", "prob", "logit")
+GATES = get_args(Gate)
 
 # what every slot attends to every patch with, at least
 EPSILON = 1e-8
@@ -22,7 +21,7 @@ LEAST_ATTENTION = 1e-30
 
 
 class SemanticSlots(NamedTuple):
-    """What two stages of slot attention found in each frame, on its own.
+    """What two stages of slot attention found in each frame.
 
     Attributes:
         slots: (B, T, S, D), the semantics.
@@ -56,12 +55,11 @@ class SemanticAwareSlotAttention(nn.Module):
     and frame, which compete within their semantic, G being its mask in stage 1. Only the last step gets a gradient,
     which is passed on to where the slots started.
 
-    The same semantic has the same index in all frames and clips. Frames do not see each other; see
-    :class:`CorrelationFusion` for what they know of each other. Time is linear in the patches, as S (1 + P) slots.
-    Computed in float32 or wider, apart from layers that are held in a half; autocast changes nothing.
+    The same semantic has the same index in all frames and clips; frames do not see each other. Computed in float32 or
+    wider, apart from layers that are held in a half.
 
-    Shape:
-        features (B, T, D, H, W), noise (B, T, S, P, D). Returns :class:`SemanticSlots`.
+    ``forward(features, noise=None, *, iters=None)``: features (B, T, D, H, W) and xi (B, T, S, P, D), drawn afresh
+    without noise, to :class:`SemanticSlots`.
 
     Args:
         dim: D.
@@ -70,18 +68,13 @@ class SemanticAwareSlotAttention(nn.Module):
         iters: steps of each stage. Published: 3 in training, 5 (in ``forward``) in evaluation.
         hidden: width of the MLP; None for max(D, 128).
         gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
-            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code, for
-            loading weights trained with it. With the last two the gate has no gradient, and a semantic that no patch
-            passes leaves its instances to the MLP alone.
+            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code. The last two
+            have no gradient.
         gate_thr: see ``gate``.
-        reparam: whether the draws pass gradients to mu and sigma. The authors' code does not, so that there sigma is
-            never learned.
+        reparam: whether the draws pass gradients to mu and sigma; in the authors' code they do not.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic-aware masked slot attention.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings.
+    Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
     >>> attention = SemanticAwareSlotAttention(8, num_slots=3, num_instances=2)
     >>> found = attention(torch.randn(1, 2, 8, 4, 4))
@@ -123,13 +116,7 @@ class SemanticAwareSlotAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor, noise: Tensor | None = None, *, iters: int | None = None) -> SemanticSlots:
-        """Return what was found.
-
-        Args:
-            features: frames.
-            noise: xi; None draws it afresh, from a normal distribution.
-            iters: steps of each stage, if not those of the constructor.
-        """
+        """Return what was found; ``iters`` are those of this call."""
         iters = self.iters if iters is None else iters
         check_int("iters", iters, 1)
         size = check_floats("features", features, "B T D H W", {"D": self.dim}, filled="T H W", mu=self.mu)
@@ -159,10 +146,8 @@ class SemanticAwareSlotAttention(nn.Module):
     def _gate(self, logits: Tensor) -> Tensor:
         """Turn logits (M, 1, S, N) into what each semantic lets through, (M, S, 1, N)."""
         logits = logits.transpose(1, 2)
-        if self.gate == "logit":
-            return (logits > self.gate_thr).to(logits.dtype)
-        probs = logits.softmax(1)
-        return probs if self.gate == "soft" else (probs > self.gate_thr).to(logits.dtype)
+        gate = logits if self.gate == "logit" else logits.softmax(1)
+        return gate if self.gate == "soft" else (gate > self.gate_thr).to(gate.dtype)
 
     def _iterate(
         self, start: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None, iters: int
