@@ -139,8 +139,14 @@ class Machine:
         return {name: values_to_json(values) for name, values in times.items()}
 
 
-def measured(chosen: Options, machine: Machine, results: Results, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """Run the suites on such a machine."""
+def measured(patch: pytest.MonkeyPatch, machine: Machine | None = None, **changes: Any) -> Results:
+    """Run the suites on such a machine, from the start and without a file."""
+    chosen = options(**changes)
+    return go_on(patch, chosen, machine or Machine(), fresh(chosen))
+
+
+def go_on(monkeypatch: pytest.MonkeyPatch, chosen: Options, machine: Machine, results: Results) -> Results:
+    """Run the suites on such a machine from where the results are."""
     monkeypatch.setattr(Worker, "call", lambda _, function, **arguments: machine.call(function, **arguments))
     session = Session(chosen, results)
     session.run(run.plan(chosen))

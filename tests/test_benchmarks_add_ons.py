@@ -20,7 +20,7 @@ from benchmarks.weak_spots import weak_spots
 from torch import Tensor, nn
 
 import ssync_loss
-from benchmark_results import Machine, fresh, measured, options
+from benchmark_results import Machine, measured, options
 from ssync_loss import attention, curriculum, functional
 
 SUITE = ("add_ons",)
@@ -50,9 +50,8 @@ def named(one: AddOn) -> str:
 @pytest.fixture(scope="module")
 def made() -> Results:
     """What a machine gives on which every add-on grows as it should."""
-    chosen = options(suites=SUITE)
     with pytest.MonkeyPatch.context() as patch:
-        return measured(chosen, Machine(), fresh(chosen), patch)
+        return measured(patch, suites=SUITE)
 
 
 class TestEntries:
@@ -152,8 +151,7 @@ class TestGate:
         assert gate.gate_add_on(one.name, "cpu") != ""
 
     def test_who_is_wrong_gets_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=SUITE)
-        results = measured(chosen, Machine(wrong="sinkhorn"), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, Machine(wrong="sinkhorn"), quick=True, suites=SUITE)
         assert {row.status for row in results.select(contender="sinkhorn")} == {"wrong"}
         assert {row.status for row in results.select(contender="clip_mask")} == {"measured"}
         assert "sinkhorn" not in costs(results)
@@ -163,9 +161,8 @@ class TestGate:
         assert "sinkhorn is wrong: the loss is another." in weak_spots(results)
 
     def test_forms_that_differ_at_size_get_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=SUITE)
         name = "AffinityConsistencyLoss, 128 rows at once"
-        results = measured(chosen, Machine(loss_of={name: 1.01}), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, Machine(loss_of={name: 1.01}), quick=True, suites=SUITE)
         rows = results.select(suite="add_ons", contender=name)
         assert {row.status for row in rows} == {"wrong"}
         notes = {row.note for row in rows}
@@ -315,8 +312,7 @@ class TestTables:
         assert said["SlotCurriculum, elsewhere"] == "<0.01x SSync, constant"
 
     def test_nothing_is_said_in_steps_of_what_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=SUITE)
-        results = measured(chosen, Machine(wrong="SSync torch"), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, Machine(wrong="SSync torch"), quick=True, suites=SUITE)
         assert costs(results) == {}
         table = [_cells(line) for line in section(results, "x", "x.png").splitlines()]
         assert ["slot_error", "0.0576", "0.00461", "H·W"] in [cells[:4] for cells in table]
@@ -332,16 +328,14 @@ class TestTables:
                 return round(usual**1.1) if contender == "PrototypeHead" else usual
 
         assert not any("and should be" in line for line in weak_spots(made))
-        chosen = options(suites=SUITE)
-        lines = weak_spots(measured(chosen, Steep(), fresh(chosen), monkeypatch))
+        lines = weak_spots(measured(monkeypatch, Steep(), suites=SUITE))
         assert [line for line in lines if "and should be" in line] == [
             "slot_error: the slope of time in H·W is 1.20 from 2,304 to 36,864, and should be 1.",
             "PrototypeHead: the slope of memory in Kp is 1.10 from 4,096 to 65,536, and should be 1.",
         ]
 
     def test_noise_is_named_by_its_axis(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=SUITE)
-        results = measured(chosen, Machine(noise=0.4), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, Machine(noise=0.4), quick=True, suites=SUITE)
         line = weak_spots(results)[-1]
         assert "H*W, SSync torch, 288 patches a frame (40%)" in line
         assert "S, InstanceConsistencyLoss, P=4, 22 slots (40%)" in line

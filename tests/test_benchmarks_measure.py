@@ -20,7 +20,7 @@ from benchmarks.suites import kernels, linear_vs_quadratic, training_step
 from benchmarks.timing import MAX_CALLS, Samples, interleave
 from torch import Tensor
 
-from benchmark_results import Machine, fresh, measured, options
+from benchmark_results import Machine, measured
 from ssync_loss.functional import pseudo_labels
 
 SMALL = {"B": 2, "T": 4, "S": 4, "H": 4, "W": 6}
@@ -231,17 +231,15 @@ class TestGate:
         assert "close" in gate.gate(contender.name, "float32", "cpu")
 
     def test_who_is_wrong_gets_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True)
-        results = measured(chosen, Machine(wrong="SSync torch"), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, Machine(wrong="SSync torch"), quick=True)
         rows = [row for row in results.rows.values() if row.id.contender == "SSync torch"]
         assert {row.status for row in rows} == {"wrong"}
         assert {row.note for row in rows} == {"the loss is another"}
         assert {row.status for row in results.select(contender="dense")} >= {"measured"}
 
     def test_a_loss_that_differs_at_size_gets_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(quick=True, suites=("linear_vs_quadratic",))
         machine = Machine(loss_of={"dense chunked": 1.001})
-        results = measured(chosen, machine, fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, machine, quick=True, suites=("linear_vs_quadratic",))
         rows = results.select(suite="linear_vs_quadratic", contender="dense chunked")
         # and there is nothing to predict larger sizes from: they are left alone
         assert {row.status for row in rows} == {"wrong"}
@@ -303,8 +301,7 @@ class TestSuites:
         assert tried["seconds"] > 0
 
     def test_the_batch_is_what_memory_and_time_allow(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        chosen = options(suites=("training_step",))
-        results = measured(chosen, Machine(), fresh(chosen), monkeypatch)
+        results = measured(monkeypatch, suites=("training_step",))
         # a clip takes 3 s and a step may take 10
         row = results.select(suite="training_step", case="MOVi-C")[0]
         assert (row.number("batch"), row.id.sizes["B"]) == (2, 64)

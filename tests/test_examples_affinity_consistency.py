@@ -1,20 +1,14 @@
 """The example of affinity consistency: its crops, its teacher, its scores, its table."""
 
-from pathlib import Path
-from statistics import fmean
-
 import pytest
 import torch
 from examples.checkpoint import Settings
 from examples.neighbors import affinity_consistency as example
-from examples.neighbors.study import StudyReport, main
 from examples.slot_model import SlotModel, cosine_basis
 from torch import Tensor
 
 from ssync_loss.functional import affinity_consistency_loss
 
-RESULTS = Path(example.__file__).parent / "results" / "affinity_consistency.json"
-ROWS = ["own losses", "+ SSync", example.AFFINITY, f"{example.AFFINITY} + SSync", example.AGREEMENT]
 SETTINGS = Settings(data="noise", num_clips=2, slots=3, steps=10)
 
 
@@ -30,25 +24,6 @@ def features() -> Tensor:
 
 
 class TestAffinity:
-    def test_student_and_teacher_see_the_same_patches(
-        self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        method, output = example.Affinity(model, SETTINGS), model(features)
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def compare(student: Tensor, teacher: Tensor) -> Tensor:
-            seen.append((student, teacher))
-            return student.sum()
-
-        monkeypatch.setattr(method, "compare", compare)
-        # the place is a part of a token: without it a crop's tokens are those of the frame
-        monkeypatch.setattr(model.encoder, "forward", lambda frames: frames.flatten(3).mT)
-        monkeypatch.setattr(method.teacher.model, "forward", lambda frames: frames.flatten(3).mT)
-        method.loss(output, features, 0)
-        ((student, teacher),) = seen
-        assert student.shape == (2, 4, 24, method.side, method.side)
-        assert torch.equal(student, teacher)
-
     def test_it_is_the_loss_of_the_library_and_teaches_the_encoder_only(
         self, model: SlotModel, features: Tensor
     ) -> None:
@@ -90,50 +65,6 @@ class TestCarry:
         ids[0, 0, 0, 0] = ids[0, 1:, 3, 3] = 1
         scores = example.carry(torch.ones(1, example.NUM_FRAMES, 2, 4, 4), ids)
         assert scores["j"] == 0
-
-
-def test_a_rehearsal_has_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    threads = torch.get_num_threads()
-    try:
-        assert main("x", "x", example.build, ["--quick", "--steps", "10", "--out", str(out)]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    (head,) = (line for line in printed.splitlines() if line.startswith("|  "))
-    assert [cell.strip() for cell in head.split("|")[2:-1]] == [column.title for column in example.COLUMNS]
-    assert list(StudyReport.load(out).seeds[0]) == ROWS
-
-
-def test_the_frozen_features_of_a_seed_do_not_depend_on_the_run() -> None:
-    report = StudyReport.load(RESULTS)
-    assert list(next(iter(report.seeds.values()))) == ROWS
-    assert len({run["frozen_j_and_f"] for runs in report.seeds.values() for run in runs.values()}) == 1
-
-
-class TestResults:
-    """What the README says of the committed results."""
-
-    def scores(self, name: str, key: str) -> list[float]:
-        return [runs[name][key] for runs in StudyReport.load(RESULTS).seeds.values()]
-
-    def test_affinity_gives_most_of_what_was_lost_back_on_every_seed(self) -> None:
-        own, affine = self.scores("own losses", "j_and_f"), self.scores(example.AFFINITY, "j_and_f")
-        frozen = self.scores("own losses", "frozen_j_and_f")
-        for before, after, best in zip(own, affine, frozen, strict=True):
-            assert before + 0.5 * (best - before) < after < best
-
-    def test_a_plainer_comparison_does_as_well(self) -> None:
-        affine, plain = self.scores(example.AFFINITY, "j_and_f"), self.scores(example.AGREEMENT, "j_and_f")
-        assert fmean(plain) > fmean(affine) - 0.01
-
-    def test_ssync_adds_to_the_masks_and_not_to_the_tokens(self) -> None:
-        for name, with_line in (("own losses", "+ SSync"), (example.AFFINITY, f"{example.AFFINITY} + SSync")):
-            for before, after in zip(
-                self.scores(name, "dec_fg_ari"), self.scores(with_line, "dec_fg_ari"), strict=True
-            ):
-                assert after > before
-            assert abs(fmean(self.scores(with_line, "j_and_f")) - fmean(self.scores(name, "j_and_f"))) < 0.015
 
 
 class TestCrops:

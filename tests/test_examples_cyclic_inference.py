@@ -1,26 +1,13 @@
 """The example of cyclic inference: its scans, its scores, its table, and what its results bear out."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import cyclic_inference as example
-from examples.neighbors.study import Scores, StudyReport, main, table
 from examples.slot_model import SlotModel, SlotOutput
 from torch import Tensor
-
-RESULTS = Path(example.__file__).parent / "results" / "cyclic_inference.json"
-ROWS = [
-    "own losses",
-    "own losses, cyclic",
-    "own losses, longer first look",
-    "+ SSync",
-    "+ SSync, cyclic",
-    "+ SSync, longer first look",
-]
 
 
 @pytest.fixture
@@ -135,103 +122,3 @@ class TestScores:
         assert torch.equal(clean, expected.features)
         assert torch.equal(clean[:, 1:], noisy[:, 1:])
         assert (clean - noisy)[:, 0].abs().flatten(1).amax(1).min() > 0.5
-
-    def test_both_versions_of_the_clips_are_scored(self) -> None:
-        featurize = FrozenFeatures().fit(moving_objects(4, seed=0).video)
-        torch.manual_seed(0)
-        scores = example.Clips(featurize, 3, seed=5).score(SlotModel(3), example.forward)
-        assert {column.key for column in example.COLUMNS} <= scores.keys()
-        # forward, what comes later depends on the first frame: both are other clips to the model
-        assert scores["fg_ari_1"] != scores["noisy_fg_ari_1"]
-
-
-def test_a_rehearsal_reads_every_run_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "cyclic.json"
-    arguments = ["--quick", "--steps", "10", "--slots", "4", "--seeds", "0", "--out", str(out)]
-    threads = torch.get_num_threads()
-    try:
-        assert main("cyclic_inference", "", example.build, arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [
-        *ROWS,
-        "own losses, cyclic: difference",
-        "own losses, longer first look: difference",
-        "+ SSync: difference",
-        "+ SSync, cyclic: difference to + SSync",
-        "+ SSync, longer first look: difference to + SSync",
-    ]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    written = StudyReport.load(out)
-    assert written.settings["slots"] == 4
-    runs = written.seeds[0]
-    for name in ("own losses", "+ SSync"):
-        assert runs[name]["fg_ari_7"] == runs[f"{name}, cyclic"]["fg_ari_7"]
-        assert runs[name]["fg_ari_0"] != runs[f"{name}, cyclic"]["fg_ari_0"]
-
-
-def results() -> list[tuple[Scores, Scores, Scores]]:
-    """List what every model of the published table reached: forward, cyclically, with a longer first look."""
-    by_seed = StudyReport.load(RESULTS).seeds
-    assert list(by_seed) == [0, 1, 2]
-    assert all(list(runs) == ROWS for runs in by_seed.values())
-    return [
-        (runs[name], runs[f"{name}, cyclic"], runs[f"{name}, longer first look"])
-        for runs in by_seed.values()
-        for name in ("own losses", "+ SSync")
-    ]
-
-
-class TestResults:
-    """What is said of the results holds for every seed, without and with SSync."""
-
-    def test_they_are_those_of_the_default_command(self) -> None:
-        settings = StudyReport.load(RESULTS).settings
-        assert (settings["num_clips"], settings["slots"], settings["steps"]) == (1500, 9, 1500)
-        assert "differences are to own losses, or to the run named, and paired" in table(StudyReport.load(RESULTS))
-
-    def test_forward_the_first_frame_is_the_worst(self) -> None:
-        for forward, _, _ in results():
-            for name in ("fg_ari", "mbo"):
-                first, *later = (forward[f"{name}_{t}"] for t in range(8))
-                assert first < min(later)
-            assert 0.035 < forward["fg_ari_7"] - forward["fg_ari_0"] < 0.115
-
-    def test_cyclically_it_is_as_good_as_the_last_which_stays(self) -> None:
-        for forward, back, _ in results():
-            assert back["fg_ari_7"] == forward["fg_ari_7"]
-            assert back["mbo_7"] == forward["mbo_7"]
-            assert back["fg_ari_0"] > forward["fg_ari_0"] + 0.04
-            assert back["mbo_0"] > forward["mbo_0"] + 0.03
-            assert back["fg_ari_0"] > back["fg_ari_7"] - 0.01
-            assert back["mbo_0"] > back["mbo_7"] - 0.01
-
-    def test_clips_and_identities_gain(self) -> None:
-        for forward, back, _ in results():
-            for score in ("fg_ari_mean", "fg_ari_clip", "mbo_mean", "identity"):
-                assert back[score] > forward[score]
-
-    def test_a_longer_first_look_does_as_much_for_clean_clips(self) -> None:
-        for forward, back, longer in results():
-            assert longer["fg_ari_0"] > back["fg_ari_0"]
-            assert longer["mbo_0"] > back["mbo_0"]
-            for score in ("fg_ari_mean", "fg_ari_clip", "mbo_mean", "identity"):
-                assert longer[score] > forward[score]
-                assert abs(longer[score] - back[score]) < 0.03
-
-    def test_but_it_does_not_for_those_with_a_noisy_first_frame(self) -> None:
-        for forward, back, longer in results():
-            for score in ("fg_ari_0", "fg_ari_1", "identity"):
-                assert back[f"noisy_{score}"] > max(forward[f"noisy_{score}"], longer[f"noisy_{score}"])
-            assert longer["noisy_fg_ari_1"] < forward["noisy_fg_ari_1"] + 0.01
-            # the way back meets the second frame before the noise
-            assert abs(back["noisy_fg_ari_1"] - back["fg_ari_1"]) < 0.01
-            assert back["noisy_fg_ari_0"] < back["fg_ari_0"] - 0.05
-        assert sum(longer["noisy_identity"] < forward["noisy_identity"] for forward, _, longer in results()) == 5
-
-    def test_the_first_frame_gains_more_with_ssync(self) -> None:
-        for own, ssync in zip(results()[::2], results()[1::2], strict=True):
-            for score in ("fg_ari_0", "noisy_fg_ari_1"):
-                assert ssync[1][score] - ssync[0][score] > own[1][score] - own[0][score]

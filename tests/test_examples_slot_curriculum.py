@@ -1,14 +1,13 @@
 """The example of the curriculum: slots that are born, pieces that are counted."""
 
-from pathlib import Path
-from statistics import fmean, stdev
+from math import isnan
 
 import pytest
 import torch
 from examples.checkpoint import Settings
 from examples.evaluation import EvaluationSet
 from examples.neighbors import slot_curriculum as example
-from examples.neighbors.study import OWN, StudyReport, Training, with_ssync
+from examples.neighbors.study import Training
 from examples.slot_model import SlotModel
 
 FEATURES = torch.randn(8, 2, 24, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -50,26 +49,6 @@ def test_pieces_are_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example, "maps_of", lambda *_: (logits, logits))
     data = EvaluationSet(torch.zeros(1, 1, 3, 3, 4), torch.zeros(1, 1, 24, 3, 4), ids)
     assert example.pieces(SlotModel(4), data) == {"fragmentation_found": 2.0, "fragmentation_background": 2.0}
-
-
-class TestResults:
-    """What the README says of the committed results."""
-
-    def gains(self, name: str, other: str, key: str) -> list[float]:
-        report = StudyReport.load(Path(example.__file__).parent / "results" / "slot_curriculum.json")
-        return [runs[name][key] - runs[other][key] for runs in report.seeds.values()]
-
-    @pytest.mark.parametrize("name", [example.PUBLISHED, example.LONGER])
-    def test_no_score_gains_more_than_its_spread(self, name: str) -> None:
-        for column in example.COLUMNS:
-            gains = self.gains(name, OWN, column.key)
-            assert abs(fmean(gains)) <= stdev(gains), column.title
-
-    @pytest.mark.parametrize("name", [OWN, example.LONGER])
-    def test_ssync_takes_pieces_from_the_background(self, name: str) -> None:
-        assert max(self.gains(with_ssync(name), name, "fragmentation_background")) < 0
-
-    def test_it_finds_more_objects_on_two_seeds_of_three_with_the_curriculum(self) -> None:
-        gains = self.gains(with_ssync(example.LONGER), example.LONGER, "dec_recall")
-        assert sum(gain > 0 for gain in gains) == 2
-        assert min(self.gains(with_ssync(OWN), OWN, "dec_recall")) > 0
+    # a slot that has everything has the background more than any object
+    monkeypatch.setattr(example, "maps_of", lambda *_: (torch.ones(1, 1, 1, 3, 4),) * 2)
+    assert isnan(example.pieces(SlotModel(1), data)["fragmentation_found"])

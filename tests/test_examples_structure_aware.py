@@ -1,8 +1,6 @@
 """The example of the structure-aware loss: its term, its measures, its table, and what its results bear out."""
 
 import math
-from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -11,17 +9,11 @@ from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import structure_aware as example
-from examples.neighbors.study import Method, StudyReport, main
+from examples.neighbors.study import Method
 from examples.slot_model import SlotModel, reconstruction_loss
 from torch import Tensor
 
 from ssync_loss.functional import structure_aware_loss
-
-Runs = list[dict[str, dict[str, float]]]
-
-RESULTS = Path(example.__file__).parent / "results" / "structure_aware.json"
-AGAIN, WEAK, STRONG = "+ squared error again", "+ structure, weight 0.05", "+ structure, weight 2"
-ROWS = ["own losses", "+ SSync", AGAIN, WEAK, STRONG, f"{STRONG} + SSync"]
 
 
 @pytest.fixture
@@ -33,13 +25,6 @@ def model() -> SlotModel:
 @pytest.fixture
 def features() -> Tensor:
     return torch.randn(2, 4, 5, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def runs() -> Runs:
-    report = StudyReport.load(RESULTS)
-    assert (report.settings["steps"], report.settings["slots"], list(report.seeds)) == (1000, 9, [0, 1, 2])
-    return list(report.seeds.values())
 
 
 class TestStructureAware:
@@ -58,18 +43,6 @@ class TestStructureAware:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
-
-    def test_a_step_along_its_slope_meets_the_structure_better(self, model: SlotModel, features: Tensor) -> None:
-        method = self.method(model, 1.0)
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        losses = []
-        for step in range(10):
-            loss = method.loss(model(features), features, step)
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert losses[-1] < losses[0] - 1e-3
 
     def test_pull_is_a_ratio_of_gradients(self, model: SlotModel, features: Tensor) -> None:
         def norm(loss: Tensor) -> float:
@@ -149,66 +122,3 @@ class TestEdges:
         error = (model(data.features).reconstruction - data.features).square().mean(2)
         assert scores["error_at_edges"] == pytest.approx(error[mixed].mean().item(), rel=1e-4)
         assert scores["error_inside"] == pytest.approx(error[~mixed].mean().item(), rel=1e-4)
-
-
-def test_a_rehearsal_has_every_run_and_the_published_weight_without_ssync(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "structure.json"
-    arguments = ["--quick", "--steps", "10", "--seeds", "0", "--out", str(out)]
-    assert main("structure_aware", "", example.build, arguments) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *(f"{name}: difference" for name in ROWS[1:])]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    assert list(StudyReport.load(out).seeds[0]) == ROWS
-
-
-class TestResults:
-    """What is said of the results."""
-
-    def gains(self, runs: Runs, key: str, name: str, over: str) -> list[float]:
-        return [run[name][key] - run[over][key] for run in runs]
-
-    @pytest.mark.parametrize("over", ["own losses", AGAIN])
-    def test_edges_are_sharper_on_every_seed(self, runs: Runs, over: str) -> None:
-        for key in ("contrast", "step_at_edges"):
-            assert min(self.gains(runs, key, STRONG, over)) > 0
-        for key in ("error_at_edges", "structure"):
-            assert max(self.gains(runs, key, STRONG, over)) < 0
-
-    def test_most_of_the_contrast_is_not_had_by_counting_the_error_twice(self, runs: Runs) -> None:
-        gain, control = (fmean(self.gains(runs, "contrast", name, "own losses")) for name in (STRONG, AGAIN))
-        assert gain > 3 * control
-
-    def test_contours_lie_no_better_than_with_the_error_twice(self, runs: Runs) -> None:
-        gains = self.gains(runs, "contour_f", STRONG, "own losses")
-        control = self.gains(runs, "contour_f", AGAIN, "own losses")
-        assert min(gains + control) > 0
-        assert abs(fmean(gains) - fmean(control)) < stdev(gains)
-
-    def test_ari_rises_on_every_seed_and_fg_ari_does_not(self, runs: Runs) -> None:
-        assert min(self.gains(runs, "dec_ari", STRONG, "own losses")) > 0.2
-        objects = self.gains(runs, "dec_fg_ari", STRONG, "own losses")
-        assert abs(fmean(objects)) < stdev(objects)
-
-    @pytest.mark.parametrize("key", ["contrast", "error_at_edges", "step_at_edges", "step_inside", "contour_f"])
-    def test_the_published_weight_shows_at_no_edge(self, runs: Runs, key: str) -> None:
-        gains = self.gains(runs, key, WEAK, "own losses")
-        assert abs(fmean(gains)) < stdev(gains)
-
-    def test_pulls_are_a_fortieth_and_about_equal(self, runs: Runs) -> None:
-        pull = fmean(run["own losses"]["pull"] for run in runs)
-        assert 1 / 45 < example.PUBLISHED * pull < 1 / 35
-        assert 0.8 < example.EQUAL * pull < 1.2
-
-    def test_ssync_keeps_the_edges_and_loses_some_of_its_objects(self, runs: Runs) -> None:
-        both = f"{STRONG} + SSync"
-        assert min(self.gains(runs, "contrast", both, STRONG)) > 0
-        assert min(self.gains(runs, "contrast", both, "+ SSync")) > 0.03
-        alone = self.gains(runs, "contrast", "+ SSync", "own losses")
-        assert abs(fmean(alone)) < stdev(alone)
-        assert min(self.gains(runs, "step_at_edges", both, "+ SSync")) > 0
-        assert max(self.gains(runs, "dec_fg_ari", both, "+ SSync")) < 0
-        assert min(self.gains(runs, "dec_fg_ari", both, STRONG)) > 0
-        assert abs(fmean(self.gains(runs, "dec_ari", both, "+ SSync"))) < 0.01

@@ -1,14 +1,15 @@
 """The frame of the examples of neighboring methods: its runs, its table, its command."""
 
 import copy
-import json
 import re
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from examples.checkpoint import Settings
-from examples.neighbors import slot_curriculum
+from examples.neighbors import slot_curriculum, temporal_correspondence
 from examples.neighbors.study import OWN, Column, Method, Study, StudyReport, Training, main, run_seed, table
 from examples.slot_model import SlotModel
 from torch import Tensor
@@ -35,7 +36,7 @@ def train(run: Training, until: int, criterion: SSyncLoss | None = None) -> Trai
     return run
 
 
-@pytest.mark.parametrize("make", [Method, Noisy, slot_curriculum.Curriculum])
+@pytest.mark.parametrize("make", [Method, Noisy, slot_curriculum.Curriculum, temporal_correspondence.Correspondence])
 def test_a_copy_goes_on_as_the_run_itself(make: type[Method]) -> None:
     whole = train(Training.start(make, SETTINGS, 0), 10)
     part = train(Training.start(make, SETTINGS, 0), 4)
@@ -121,57 +122,37 @@ class TestTable:
         assert StudyReport.load(tmp_path / "folder" / "report.json") == before
 
 
-class TestCommand:
-    def run(self, *arguments: str) -> int:
-        return main("slot_curriculum", "what", slot_curriculum.build, arguments)
-
-    def test_it_writes_what_it_prints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        out = tmp_path / "out.json"
-        threads = torch.get_num_threads()
-        try:
-            assert self.run("--quick", "--steps", "10", "--slots", "6", "--seeds", "3", "--out", str(out)) == 0
-        finally:
-            torch.set_num_threads(threads)
-        printed = capsys.readouterr().out
-        assert self.run("--table", str(out)) == 0
-        assert capsys.readouterr().out.strip() in printed
-        content = json.loads(out.read_text())
-        assert list(content["seeds"]) == ["3"]
-        assert (content["settings"]["steps"], content["settings"]["slots"]) == (10, 6)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--steps", "9"], "--steps must be at least 10; got 9"),
-            (["--slots", "0"], "--slots must be at least 1; got 0"),
-            (["--threads", "0"], "--threads must be at least 1; got 0"),
-            (["--seeds", "x"], "invalid int value: 'x'"),
-        ],
-    )
-    def test_wrong_options_are_said(
-        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit, match="2"):
-            self.run(*arguments)
-        assert message in capsys.readouterr().err
+# the runs of every example, and what each is compared with
+ROWS = {
+    "slot_curriculum": "+ SSync; + curriculum; + curriculum, longer stages; + curriculum, longer stages + SSync to + "
+    "curriculum, longer stages",
+    "structure_aware": "+ SSync; + squared error again; + structure, weight 0.05; + structure, weight 2; "
+    "+ structure, weight 2 + SSync",
+    "cyclic_inference": "own losses, cyclic; own losses, longer first look; + SSync; + SSync, cyclic to + SSync; "
+    "+ SSync, longer first look to + SSync",
+    "temporal_correspondence": "+ SSync; + slot contrast; + SMTC; + SMTC + SSync to + SMTC",
+    "affinity_consistency": "+ SSync; + affinity; + affinity + SSync to + affinity; + agreement",
+}
 
 
-FOLDER = Path(slot_curriculum.__file__).parent
-README = (FOLDER / "README.md").read_text()
-
-
-def test_tables_in_the_readme_are_those_that_the_scripts_print() -> None:
-    shown = re.findall(r"<!-- table: python (\S+) --table (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
-    assert {Path(script).stem for script, _, _ in shown} == {path.stem for path in FOLDER.glob("*.py")} - {"study"}
-    root = FOLDER.parents[1]
-    for script, results, text in shown:
-        assert Path(script).stem == Path(results).stem
-        assert text.strip() == table(StudyReport.load(root / results)).strip(), script
-
-
-def test_committed_results_are_of_three_seeds_and_of_the_settings_of_the_scripts() -> None:
-    for path in (FOLDER / "results").glob("*.json"):
-        report = StudyReport.load(path)
-        assert list(report.seeds) == [0, 1, 2]
-        assert report.settings["num_clips"] == 1500
-        assert report.settings["start_step"] == round(0.3 * report.settings["steps"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_rehearsal_has_every_run_and_prints_what_it_writes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = import_module(f"examples.neighbors.{name}")
+    out = tmp_path / "out.json"
+    command = partial(main, name, "what", example.build)
+    assert command(["--quick", "--steps", "10", "--slots", "6", "--seeds", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert command(["--table", str(out)]) == 0
+    shown = capsys.readouterr().out.strip()
+    assert shown in printed
+    head, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:2] == "| ")
+    assert head == ["", *(column.title for column in example.COLUMNS)]
+    runs, others = zip(*(row.partition(" to ")[::2] for row in ROWS[name].split("; ")), strict=True)
+    differences = [f"{run}: difference{other and ' to '}{other}" for run, other in zip(runs, others, strict=True)]
+    assert [row[0] for row in rows] == [OWN, *runs, *differences]
+    report = StudyReport.load(out)
+    assert {seed: list(runs) for seed, runs in report.seeds.items()} == {3: [OWN, *runs]}
+    assert (report.settings["steps"], report.settings["slots"]) == (10, 6)
+    assert report.settings["contrast_weight"] == (0 if name == "temporal_correspondence" else 0.5)

@@ -1,8 +1,6 @@
 """The example of correspondence over time: its terms and its teacher, its measures, what its results bear out."""
 
 import copy
-from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from examples.data import held_out
 from examples.features import FrozenFeatures
 from examples.moving_objects import moving_objects
 from examples.neighbors import temporal_correspondence as example
-from examples.neighbors.study import StudyReport, Training, main
+from examples.neighbors.study import Training
 from examples.slot_model import SlotModel, slot_contrast_loss
 from torch import Tensor
 
@@ -24,7 +22,6 @@ from ssync_loss.functional import (
 )
 from ssync_loss.metrics import masks_to_labels, video_fg_ari
 
-ROWS = ["own losses", "+ SSync", "+ slot contrast", "+ SMTC", "+ SMTC + SSync"]
 SETTINGS = Settings(data="noise", num_clips=8, slots=7, steps=10, batch_size=4, contrast_weight=0.0)
 FEATURES = torch.randn(8, 3, 24, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -91,25 +88,6 @@ class TestCorrespondence:
             assert any(not torch.equal(now[name], first[name]) for name in now)
             for name, value in teacher.state_dict().items():
                 torch.testing.assert_close(value, 0.99 * first[name] + 0.01 * now[name])
-
-    def test_the_projection_is_trained(self) -> None:
-        run = Training.start(example.Correspondence, SETTINGS, 0)
-        assert isinstance(run.method, example.Correspondence)
-        with torch.no_grad():
-            run.model.attention.to_query.weight.mul_(30)
-        before = [parameter.detach().clone() for parameter in run.method.project.parameters()]
-        run.train(FEATURES, until=1, criterion=None, title="")
-        after = run.method.project.parameters()
-        assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-
-    def test_a_copy_goes_on_as_the_run_itself(self) -> None:
-        run = Training.start(example.Correspondence, SETTINGS, 0)
-        run.train(FEATURES, until=3, criterion=None, title="")
-        other = copy.deepcopy(run)
-        for one in (run, other):
-            one.train(FEATURES, until=6, criterion=None, title="")
-        pairs = zip(run.model.parameters(), other.model.parameters(), strict=True)
-        assert all(torch.equal(ours, theirs) and ours is not theirs for ours, theirs in pairs)
 
 
 def test_the_contrast_has_its_usual_weight() -> None:
@@ -179,49 +157,3 @@ def test_fast_objects_are_slow_ones_seen_less_often() -> None:
     # rounding moves an edge here and there
     assert (slow.ids[:, ::3] == fast.ids).double().mean() > 0.9999
     assert (slow.ids[:, :4] == fast.ids).double().mean() < 0.95
-
-
-def test_a_rehearsal_has_every_run_and_the_contrast_without_ssync(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "correspondence.json"
-    threads = torch.get_num_threads()
-    try:
-        arguments = ["--quick", "--steps", "10", "--out", str(out)]
-        assert main("temporal_correspondence", "", example.build, arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    differences = [*(f"{name}: difference" for name in ROWS[1:-1]), "+ SMTC + SSync: difference to + SMTC"]
-    assert [line.split("|")[1].strip() for line in lines[1:]] == [*ROWS, *differences]
-    titles = [title.strip() for title in lines[0].split("|")[2:-1]]
-    assert titles == [column.title for column in example.COLUMNS]
-    report = StudyReport.load(out)
-    assert list(report.seeds[0]) == ROWS
-    assert report.settings["contrast_weight"] == 0
-
-
-class TestResults:
-    """What the README says of the committed results."""
-
-    def gains(self, name: str, other: str, key: str) -> list[float]:
-        report = StudyReport.load(Path(example.__file__).parent / "results" / "temporal_correspondence.json")
-        return [runs[name][key] - runs[other][key] for runs in report.seeds.values()]
-
-    def test_objects_keep_their_slots_and_masks_follow_them_on_every_seed(self) -> None:
-        for key in ("kept_last", "dec_fg_ari", "frame_fg_ari", "dec_mbo"):
-            assert min(self.gains("+ SMTC", "own losses", key)) > 0, key
-        assert sum(gain > 0 for gain in self.gains("+ SMTC", "own losses", "kept_next")) == 2
-
-    def test_the_background_pays(self) -> None:
-        assert max(self.gains("+ SMTC", "own losses", "dec_ari")) < 0
-
-    def test_the_contrast_does_not_do_the_same(self) -> None:
-        assert sum(self.gains("+ slot contrast", "own losses", "kept_last")) < 0
-
-    def test_ssync_on_top_adds_to_the_masks_and_nothing_certain_to_identity(self) -> None:
-        for key in ("dec_fg_ari", "frame_fg_ari", "dec_ari", "dec_mbo"):
-            assert min(self.gains("+ SMTC + SSync", "+ SMTC", key)) > 0, key
-            assert min(self.gains("+ SSync", "own losses", key)) > 0, key
-        gains = self.gains("+ SMTC + SSync", "+ SMTC", "kept_last")
-        assert abs(fmean(gains)) < stdev(gains)

@@ -126,6 +126,7 @@ def kept(masks: Tensor, ids: Tensor) -> tuple[float, float]:
     Returns:
         The share in the next frame, and the share of the first frame's in the last.
 
+    >>> import torch
     >>> ids = torch.tensor([[[[1, 1, 2, 2]], [[1, 1, 2, 2]], [[1, 1, 2, 2]]]])
     >>> masks = torch.tensor([[[[3, 3, 0, 0]], [[3, 3, 5, 5]], [[3, 3, 5, 5]]]])  # object 2 goes from slot 0 to 5
     >>> kept(masks, ids)
