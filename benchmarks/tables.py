@@ -73,7 +73,10 @@ def _caption(results: Results) -> str:
     ]
     if settings["allocator"]:
         raised = " ".join(f"{name}={value}" for name, value in settings["allocator"].items())
-        lines.append(f"Timed in processes with `{raised}`, memory in processes with malloc as it comes.")
+        lines.append(
+            f"What grows is timed in processes with `{raised}`; all else, and memory, in processes with malloc as it "
+            "comes."
+        )
     lines.append(
         f"A step that should take more than {settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB, going "
         "by smaller ones, is not run: `time` and `memory` in place of a number."
@@ -170,7 +173,7 @@ def _slope_cell(fitted: Slope | None, whole: Slope | None) -> str:
 def _all_rows(results: Results, sweep: str, contenders: Sequence[Contender]) -> str:
     order = {one.name: place for place, one in enumerate(contenders)}
     rows = results.select(suite=growth.SUITE, case=sweep, measure="time")
-    rows.sort(key=lambda row: (growth.num_patches(row.id.sizes), order[row.id.contender]))
+    rows.sort(key=lambda row: (growth.num_patches(row.id.sizes), order.get(row.id.contender, len(order))))
     head = ["patches", "", "forward ms", "backward ms", "both ms", "IQR", "allocated MB", "resident MB", "loss"]
     table = []
     for row in rows:
@@ -234,16 +237,18 @@ def _kernels_note(results: Results) -> str:
     speed = f"{min(speeds):.0f} to {max(speeds):.0f} GB/s" if speeds else "not measured"
     unit = "launches on the GPU" if results.environment["device"] == "cuda" else "operators dispatched"
     return (
-        "One thread. *Floor*: times what the bytes of the operation, inputs read and outputs written once, take at the "
-        f"speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run ({speed}); for a whole step "
+        "One thread, or two where they are named. *Floor*: times what the bytes of the operation, inputs read and "
+        f"outputs written once, take at the speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run ({speed}); for a whole step "
         f"{kernels.STEP_PASSES} passes over a map. Small maps lie in caches, so a floor is no bound for them. *Exp*: "
         f"times `torch.exp(out=...)` over both maps, in the same run. *Launches*: {unit}; *reads*: of data by the "
-        "host. *Maps*: memory at the peak beyond inputs and both gradients, in maps."
+        "host. *Maps*: memory beyond inputs and both gradients, in maps, at the peak; *waiting*: between forward and "
+        "backward, below 0 where the forward does not make the gradients. *First use*: in a new process with an empty "
+        "cache of libraries, from importing the package to both gradients."
     )
 
 
 def _kernels(results: Results) -> str:
-    head = ["BxTxSxHxW", "", "", "", "ms", "IQR", "backward ms", "floor", "exp", "launches", "reads", "maps"]
+    times, held = ["ms", "IQR", "backward ms", "floor", "exp"], ["launches", "reads", "maps", "waiting"]
     table = []
     for row in results.select(suite=kernels.SUITE, measure="time"):
         one = row.id
@@ -265,6 +270,7 @@ def _kernels(results: Results) -> str:
             ]
         counts, memory = (other if other is not None and other.status == "measured" else None for other in others)
         cells += [f"{counts.number(key):.0f}" if counts else "" for key in ("launches", "host_reads")]
-        cells.append(f"{memory.number('maps_beyond_gradients'):.2f}" if memory else "")
+        for key in ("maps_beyond_gradients", "maps_waiting"):
+            cells.append(f"{memory.number(key):.2f}" if memory and key in memory.values else "")
         table.append([shape, one.dtype, one.case, one.contender, *cells])
-    return markdown_table(head, table)
+    return markdown_table(["BxTxSxHxW", "", "", "", *times, *held], table)

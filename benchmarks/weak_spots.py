@@ -11,10 +11,9 @@ from benchmarks.bars import (
     SWEEPS,
     bars,
     here,
+    movi_c_steps,
     slope_of,
-    step_in_exponentials,
 )
-from benchmarks.contenders import CONTENDERS
 from benchmarks.results import Results, Row, Spread
 from benchmarks.suites import add_ons, kernels
 from benchmarks.suites.linear_vs_quadratic import SUITE, num_patches
@@ -50,7 +49,7 @@ def _taken_apart(results: Results) -> list[str]:
     if results.environment["device"] != "cpu":
         return []
     found = []
-    for clips, step in step_in_exponentials(results).items():
+    for clips, step in movi_c_steps(results).items():
         if step.number("over_exp") <= MAX_EXPONENTIALS.get(clips, float("inf")):
             continue
         alike = results.select(suite=kernels.SUITE, contender=step.id.contender, measure="time")
@@ -69,25 +68,13 @@ def _taken_apart(results: Results) -> list[str]:
 
 
 def _beaten(results: Results) -> list[str]:
-    """Name whatever is faster than SSync without compilation, but SSync compiled, with the sizes where it is."""
-    faster: dict[str, list[str]] = {}
-    own = {here(results)[0].name, *(one.name for one in here(results) if one.compiled)}
+    """Name whatever is faster than SSync, with the sizes where it is."""
+    first, faster = here(results)[0].name, dict[str, list[str]]()
     for row in results.select(suite=SUITE, measure="time"):
-        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender not in own:
+        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender != first:
             where = f"{num_patches(row.id.sizes):,} ({row.id.case.replace('*', '·')}, {row.number('ratio'):.2f}x)"
             faster.setdefault(row.id.contender, []).append(where)
-    found = [
-        f"{name} takes less time than {here(results)[0].name} at {', '.join(at)} patches."
-        for name, at in faster.items()
-    ]
-    slower = []
-    for row in results.select(suite=SUITE, measure="time"):
-        compiled = CONTENDERS[row.id.contender].compiled
-        if row.status == "measured" and compiled and row.number("ratio") > 1:
-            slower.append(f"{num_patches(row.id.sizes):,} ({row.number('ratio'):.2f}x)")
-    if slower:
-        found.append(f"Compiled, SSync takes longer than {here(results)[0].name} at {', '.join(slower)} patches.")
-    return found
+    return [f"{name} takes less time than {first} at {', '.join(at)} patches." for name, at in faster.items()]
 
 
 def _default_allocator(results: Results) -> list[str]:
