@@ -238,12 +238,12 @@ def _kernels_note(results: Results) -> str:
     unit = "launches on the GPU" if results.environment["device"] == "cuda" else "operators dispatched"
     return (
         "One thread, or two where they are named. *Floor*: times what the bytes of the operation, inputs read and "
-        f"outputs written once, take at the speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run ({speed}); for a whole step "
-        f"{kernels.STEP_PASSES} passes over a map. Small maps lie in caches, so a floor is no bound for them. *Exp*: "
-        f"times `torch.exp(out=...)` over both maps, in the same run. *Launches*: {unit}; *reads*: of data by the "
-        "host. *Maps*: memory beyond inputs and both gradients, in maps, at the peak; *waiting*: between forward and "
-        "backward, below 0 where the forward does not make the gradients. *First use*: in a new process with an empty "
-        "cache of libraries, from importing the package to both gradients."
+        f"outputs written once, take at the speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run "
+        f"({speed}); for a whole step {kernels.STEP_PASSES} passes over a map. Small maps lie in caches, so a floor is "
+        "no bound for them. *Exp*: times `torch.exp(out=...)` over both maps, in the same run. "
+        f"*Launches*: {unit}; *reads*: of data by the host. *Maps*: memory beyond inputs and both gradients, in maps, "
+        "at the peak; *waiting*: between forward and backward, below 0 where the forward does not make the gradients. "
+        "*First use*: in a new process with an empty cache of libraries, from importing the package to both gradients."
     )
 
 
