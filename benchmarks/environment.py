@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # what a result depends on; the report and the results themselves do not belong to it
 CODE = ("src/ssync_loss", "benchmarks", "examples")
 LANGUAGES = ("py", "c")
-REPORT = {"report.py", "figure.py", "bars.py", "tables.py", "add_on_tables.py", "markdown.py", "weak_spots.py"}
+REPORT = {
+    "report.py",
+    "figure.py",
+    "bars.py",
+    "tables.py",
+    "add_on_tables.py",
+    "cells.py",
+    "markdown.py",
+    "weak_spots.py",
+}
 
 # glibc hands large blocks back to the system and takes fresh pages at the next step: each costs a fault, from a
 # size on, which bends the slope of time. Below these thresholds memory stays with the process.

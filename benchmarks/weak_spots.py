@@ -3,7 +3,6 @@
 from benchmarks.add_on_tables import growth_of
 from benchmarks.add_ons import ADD_ONS
 from benchmarks.bars import (
-    MAX_EXPONENTIALS,
     MAX_MEMORY_SLOPE,
     MAX_TIME_SLOPE,
     MISSED,
@@ -11,11 +10,10 @@ from benchmarks.bars import (
     SWEEPS,
     bars,
     here,
-    movi_c_steps,
     slope_of,
 )
 from benchmarks.results import Results, Row, Spread
-from benchmarks.suites import add_ons, kernels
+from benchmarks.suites import add_ons
 from benchmarks.suites.linear_vs_quadratic import SUITE, num_patches
 
 # interquartile range over median
@@ -27,7 +25,6 @@ def weak_spots(results: Results) -> list[str]:
     """Return a line for everything that is missed, slower than it could be, wrong, failed or noisy."""
     return [
         *_bars(results),
-        *_taken_apart(results),
         *_beaten(results),
         *_default_allocator(results),
         *_steep(results),
@@ -41,29 +38,6 @@ def _bars(results: Results) -> list[str]:
     unknown = [bar.claim for bar in bars(results) if bar.verdict == NOT_MEASURED]
     if unknown:
         found.append(f"Not measured, or not at enough sizes: {'; '.join(unknown)}.")
-    return found
-
-
-def _taken_apart(results: Results) -> list[str]:
-    """Say of every step on a CPU that is above its limit in exponentials what its parts take, each by itself."""
-    if results.environment["device"] != "cpu":
-        return []
-    found = []
-    for clips, step in movi_c_steps(results).items():
-        if step.number("over_exp") <= MAX_EXPONENTIALS.get(clips, float("inf")):
-            continue
-        alike = results.select(suite=kernels.SUITE, contender=step.id.contender, measure="time")
-        parts = [
-            f"{row.id.case} {row.number('over_exp'):.2f}x"
-            for row in alike
-            if row.status == "measured"
-            and (row.id.shape, row.id.dtype) == (step.id.shape, step.id.dtype)
-            and row.id.case in kernels.PARTS_OF_A_STEP
-        ]
-        found.append(
-            f"The parts of a step of {clips} MOVi-C clips, each called by itself, in the same unit: {', '.join(parts)} "
-            "of either map."
-        )
     return found
 
 

@@ -293,7 +293,7 @@ class TestTables:
         ]
         assert lines["sinkhorn"][3:] == ["5: 144 to 2,304", "2.00 (2)", "2.00 (2)"]
         assert lines["SlotCurriculum, elsewhere"][0] == "0.0001 (<0.01x)"
-        assert "- sinkhorn, at 4,608 patches a frame, for time: a step should take 2.12 s" in text
+        assert "- sinkhorn, H·W, at 4,608 patches a frame, for time: a step should take 2.12 s" in text
         assert "29 rows of add-ons agree." in text
 
     def test_the_bound_of_the_semantic_loss_has_a_table(self, made: Results) -> None:

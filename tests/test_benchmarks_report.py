@@ -219,21 +219,6 @@ class TestWeakSpots:
             "dense in windows of 4 takes less time than SSync cpu at 256 (H·W, 0.64x) patches.",
         ]
 
-    def test_a_step_above_its_limit_is_taken_apart(self, made: Results) -> None:
-        step = movi_c_steps(made)[64]
-        slow = Results(dict(made.environment), made.settings, dict(made.rows))
-        slow.rows[step.id] = replace(step, values={**step.values, "over_exp": spread(4.2)})
-        said = [line for line in weak_spots(slow) if line not in weak_spots(made)]
-        missed, parts = said
-        assert missed.startswith("Missed: SSync cpu: step over `torch.exp` of both maps, MOVi-C, 64 clips, 4.2 (")
-        assert parts == (
-            "The parts of a step of 64 MOVi-C clips, each called by itself, in the same unit: "
-            "pseudo-labels 3.10x, distillation, mse 3.10x of either map."
-        )
-        # a limit of CPUs
-        slow.environment |= {"device": "cuda"}
-        assert parts not in weak_spots(slow)
-
     def test_what_is_faster_is_named_with_its_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Fast(Machine):
             def seconds(self, contender: str, shape: dict[str, int]) -> float:

@@ -32,20 +32,14 @@ from benchmarks.session import Options, Session, Task
 from benchmarks.timing import Work, clock_of, interleave
 from ssync_loss import PseudoLabels
 from ssync_loss.functional import (
-    boundary_region,
-    interior_region,
-    merge_slots,
     pseudo_labels,
     selective_distillation_loss,
-    slot_overlap,
 )
 
 SUITE = "kernels"
 MODULE = "benchmarks.suites.kernels"
 STEP = "step, mse"
 FIRST_USE = "first use, compiler included"
-# which share no work; the second is of one map
-PARTS_OF_A_STEP = ("pseudo-labels", "distillation, mse")
 # one clip of the published training
 FRAMES = {
     "MOVi-C": {"T": 4, "S": 11, "H": 24, "W": 24},
@@ -205,8 +199,6 @@ def names(workload: Workload, contenders: Iterable[str], device: str) -> Iterabl
             continue
         if not compiled and not workload.steps_only:
             yield from ((case, name) for case in ("labels", "pseudo-labels"))
-            if backend == "torch":
-                yield from ((case, name) for case in ("overlap", "merge", "regions"))
             yield from ((f"distillation, {criterion}", name) for criterion in CRITERIA)
         for criterion in CRITERIA[:1] if compiled else CRITERIA:
             yield f"step, {criterion}", name
@@ -222,16 +214,13 @@ class Given(NamedTuple):
     enc: Tensor
     dec: Tensor
     labels: PseudoLabels
-    overlap: Tensor
-    area: Tensor
 
     @classmethod
     def of(cls, workload: Workload, device: str) -> "Given":
         """Make the maps of a workload, and the rest of them."""
         enc, dec = moving_blobs(workload.shape, dtype=getattr(torch, workload.dtype), device=device)
         labels = pseudo_labels(enc, dec, merge_threshold=MERGE_THRESHOLD)
-        area = torch.nn.functional.one_hot(labels.enc_labels.flatten(1), workload.shape["S"]).sum(1)
-        return cls(enc, dec, labels, slot_overlap(enc), area)
+        return cls(enc, dec, labels)
 
 
 def operations(workload: Workload, contenders: list[str], device: str) -> list[Operation]:
@@ -244,7 +233,7 @@ def operations(workload: Workload, contenders: list[str], device: str) -> list[O
 
 
 def _single(case: str, contender: str, given: Given) -> Operation:
-    enc, dec, labels, overlap, area = given
+    enc, dec, labels = given
     backend: Any = CONTENDERS[contender].backend
     kind, _, criterion = case.partition(", ")
     map_bytes, patches = enc.numel() * enc.element_size(), labels.boundary.numel()
@@ -255,15 +244,6 @@ def _single(case: str, contender: str, given: Given) -> Operation:
         threshold = None if kind == "labels" else MERGE_THRESHOLD
         work = _call(lambda: pseudo_labels(enc, dec, merge_threshold=threshold, backend=backend))
         return Operation(case, contender, work, FORWARD, 2 * map_bytes + label_bytes)
-    if kind == "overlap":
-        work = _call(lambda: slot_overlap(enc))
-        return Operation(case, contender, work, FORWARD, map_bytes + 4 * overlap.numel())
-    if kind == "merge":
-        work = _call(lambda: merge_slots(overlap, area, threshold=MERGE_THRESHOLD))
-        return Operation(case, contender, work, FORWARD, 4 * overlap.numel() + 2 * 8 * area.numel())
-    if kind == "regions":
-        work = _call(lambda: (boundary_region(labels.enc_labels), interior_region(labels.dec_labels)))
-        return Operation(case, contender, work, FORWARD, label_bytes)
     chosen: Any = criterion
 
     def distill() -> Tensor:
@@ -425,6 +405,8 @@ def time_first_use(times: int) -> dict[str, Any]:
     for _ in range(times):
         with tempfile.TemporaryDirectory() as empty:
             command, environment = [sys.executable, "-m", "benchmarks.first_use"], {"SSYNC_LOSS_CACHE": empty}
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
         seconds.append(float(done.stdout))
     return values_to_json({"step": Spread.of(seconds)})
