@@ -2,6 +2,7 @@
 
 from benchmarks.add_ons import ADD_ONS
 from benchmarks.bars import here
+from benchmarks.cells import base_of, memory_cell, shown, stops, time_cell, times
 from benchmarks.contenders import PARTS
 from benchmarks.markdown import details, markdown_table, significant
 from benchmarks.results import Results, Row
@@ -10,7 +11,6 @@ from benchmarks.suites.add_ons import GROWTH, LONGEST_STEP, REFERENCE, SUITE, UN
 from benchmarks.suites.sweep import MEASURES
 
 POWERS = {0: "constant", 1: "linear", 2: "quadratic"}
-LEAST_RATIO = 0.01
 SEMANTIC = [one.name for one in ADD_ONS if one.of == "SemanticConsistencyLoss"]
 
 
@@ -38,11 +38,11 @@ def costs(results: Results) -> dict[str, str]:
     found = {}
     for one in ADD_ONS:
         time = _at_reference(results, one.axis, one.name, "time")
-        if time is not None and time.status == "measured" and _base(results, time) is not None:
+        if time is not None and time.status == "measured" and base_of(results, time) is not None:
             slope = growth_of(results, one.axis, one.name, "time")
             grown = f" ({slope.exponent:.2f})" if slope is not None and slope.enough and one.time else ""
             how = f"{POWERS[one.time]} in {UNITS[one.axis]}" if one.time else POWERS[0]
-            found[one.name] = f"{_times(time.number('ratio'))} SSync, {how}{grown}"
+            found[one.name] = f"{times(time.number('ratio'))} SSync, {how}{grown}"
     return found
 
 
@@ -51,8 +51,8 @@ def in_short(results: Results) -> dict[str, str]:
     found = {}
     for one in ADD_ONS:
         time = _at_reference(results, one.axis, one.name, "time")
-        if time is not None and time.status == "measured" and _base(results, time) is not None:
-            found[one.name] = f"{_times(time.number('ratio'))}, {POWERS[one.time if one.axis == 'H*W' else 0]}"
+        if time is not None and time.status == "measured" and base_of(results, time) is not None:
+            found[one.name] = f"{times(time.number('ratio'))}, {POWERS[one.time if one.axis == 'H*W' else 0]}"
     return found
 
 
@@ -64,8 +64,8 @@ def add_on_parts(results: Results) -> list[str]:
         *_bounded(results),
         "In a few words, a step in steps of SSync, and the measured exponent:",
         markdown_table(["add-on", "cost"], [[name, said] for name, said in costs(results).items()]),
-        *(details(f"All rows in {_shown(axis)}", _all_rows(results, axis)) for axis in UNITS),
-        *_stops(results),
+        *(details(f"All rows in {shown(axis)}", _all_rows(results, axis)) for axis in UNITS),
+        *stops(results, GROWTH),
     ]
 
 
@@ -100,7 +100,7 @@ def _line(results: Results, name: str, axis: str, time: int, memory: int) -> lis
         f"{one.exponent:.2f} ({power})" if one is not None and one.enough else f"- ({power})"
         for one, power in zip(slopes, (memory, time), strict=True)
     ]
-    return [name, _time_cell(results, rows[1]), _memory_cell(results, rows[0]), _shown(axis), sizes, said[1], said[0]]
+    return [name, time_cell(results, rows[1]), memory_cell(results, rows[0]), shown(axis), sizes, said[1], said[0]]
 
 
 def _bounded(results: Results) -> list[str]:
@@ -142,60 +142,12 @@ def _all_rows(results: Results, axis: str) -> str:
         cells = [row.status, "", "", ""]
         if row.status == "measured":
             parts = [significant(1e3 * row.number(part)) if part in row.values else "" for part in PARTS]
-            cells = [*parts, _time_cell(results, row), f"{row.spread('step').noise:.0%}"]
+            cells = [*parts, time_cell(results, row), f"{row.spread('step').noise:.0%}"]
         memory = results.rows.get(GROWTH.key(axis, row.id.contender, "memory", row.id.sizes))
-        table.append([f"{size:,}", row.id.contender, *cells, "" if memory is None else _memory_cell(results, memory)])
+        table.append([f"{size:,}", row.id.contender, *cells, "" if memory is None else memory_cell(results, memory)])
     return markdown_table(head, table)
-
-
-def _stops(results: Results) -> list[str]:
-    """Say once for each where it stopped, and why."""
-    first: dict[str, Row] = {}
-    for row in results.select(suite=SUITE, measure="memory"):
-        if row.status in ("time", "memory"):
-            first.setdefault(row.id.contender, row)
-    if not first:
-        return []
-    lines = [
-        f"- {name}, at {size_of(row.id.case, row.id.sizes):,} {GROWTH.unit(row.id.case)}, for {row.status}: {row.note}."
-        for name, row in first.items()
-    ]
-    return ["Where they stop, and why:", "\n".join(lines)]
 
 
 def _at_reference(results: Results, axis: str, name: str, measure: str) -> Row | None:
     """Return the row of the shape that all sweeps go through."""
     return results.rows.get(GROWTH.key(axis, name, measure, shape_of(axis, size_of(axis, REFERENCE))))
-
-
-def _base(results: Results, row: Row) -> Row | None:
-    """Return what a row is compared with, if that has a number."""
-    one = row.id
-    base = results.rows.get(GROWTH.key(one.case, here(results)[0].name, one.measure, one.sizes))
-    return base if base is not None and base.status == "measured" else None
-
-
-def _time_cell(results: Results, row: Row) -> str:
-    if row.status != "measured":
-        return row.status
-    base = _base(results, row)
-    said = significant(1e3 * row.number("step"))
-    return said if base is None or base == row else f"{said} ({_times(row.number('ratio'))})"
-
-
-def _memory_cell(results: Results, row: Row) -> str:
-    if row.status != "measured":
-        return row.status
-    base = _base(results, row)
-    said = significant(row.number("allocated") / 1e6)
-    if base is None or base == row:
-        return said
-    return f"{said} ({_times(row.number('allocated') / base.number('allocated'))})"
-
-
-def _times(ratio: float) -> str:
-    return f"{significant(ratio)}x" if ratio >= LEAST_RATIO else f"<{LEAST_RATIO}x"
-
-
-def _shown(axis: str) -> str:
-    return axis.replace("*", "·")

@@ -12,11 +12,15 @@ from benchmarks.timing import Work
 from ssync_loss import SSyncLoss
 from ssync_loss.functional import dense_decoder_alignment_loss, dense_encoder_alignment_loss
 
-# everything that could be measured; "reference" is what the gate compares with
-BACKENDS = ("torch", "triton")
+# everything that could be measured, the fastest first; "reference" is what the gate compares with
+BACKENDS = ("cpu", "triton", "torch")
+# what backend="auto" takes on a device where it can
+AUTO = {"cpu": "cpu", "cuda": "triton"}
 MERGE_THRESHOLD = 0.7
 CHUNK_SIZE = 1024
 PARTS = ("forward", "backward")
+# behind the name of a contender, as whatever else follows a comma there
+TWO_THREADS = ", 2 threads"
 
 
 @dataclass(frozen=True)

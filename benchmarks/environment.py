@@ -14,7 +14,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # what a result depends on; the report and the results themselves do not belong to it
 CODE = ("src/ssync_loss", "benchmarks", "examples")
-REPORT = {"report.py", "figure.py", "bars.py", "tables.py", "add_on_tables.py", "markdown.py", "weak_spots.py"}
+LANGUAGES = ("py", "c")
+REPORT = {
+    "report.py",
+    "figure.py",
+    "bars.py",
+    "tables.py",
+    "add_on_tables.py",
+    "cells.py",
+    "markdown.py",
+    "weak_spots.py",
+}
 
 # glibc hands large blocks back to the system and takes fresh pages at the next step: each costs a fault, from a
 # size on, which bends the slope of time. Below these thresholds memory stays with the process.
@@ -42,7 +52,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain", "--", *(f":(glob){one}/**/*.py" for one in CODE))),
+        "dirty": bool(_git("status", "--porcelain", "--", *_globs())),
         "sources": sources_digest(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -52,7 +62,7 @@ def sources_digest(root: Path = ROOT) -> str:
     """Fingerprint the measured and the measuring code: it also tells two uncommitted states apart."""
     digest = hashlib.sha256()
     for folder in CODE:
-        for path in sorted((root / folder).rglob("*.py")):
+        for path in sorted(one for end in LANGUAGES for one in (root / folder).rglob(f"*.{end}")):
             if path.name not in REPORT:
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -61,6 +71,10 @@ def sources_digest(root: Path = ROOT) -> str:
 def total_memory() -> int:
     """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _globs() -> list[str]:
+    return [f":(glob){folder}/**/*.{end}" for folder in CODE for end in LANGUAGES]
 
 
 def _cpu_name() -> str:

@@ -16,10 +16,9 @@ from benchmarks.suites.linear_vs_quadratic import history
 TITLES = {"H*W": "H·W: one clip of 16 frames", "T": "T: one clip of 16x16 patches", "B": "B: clips of 4x16x16 patches"}
 # color, line, marker
 STYLES: dict[str, tuple[str, Literal["-", "--"], str]] = {
-    "SSync torch": ("#1f6fd1", "-", "o"),
-    "SSync torch compiled": ("#1f6fd1", "--", "s"),
+    "SSync cpu": ("#1f6fd1", "-", "o"),
     "SSync triton": ("#0f8f6a", "-", "o"),
-    "SSync triton compiled": ("#0f8f6a", "--", "s"),
+    "SSync torch": ("#7d4fc4", "--", "s"),
     "dense": ("#c8322b", "-", "^"),
     "dense chunked": ("#e08a00", "--", "v"),
     "dense in windows of 2": ("#8e8e8e", "-", "D"),

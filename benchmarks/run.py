@@ -1,6 +1,6 @@
 """Measure everything, or a suite, on this machine: ``python -m benchmarks.run``.
 
-    python -m benchmarks.run                                     # all suites on the CPU, about twenty minutes
+    python -m benchmarks.run                                     # all suites on the CPU, about fifteen minutes
     python -m benchmarks.run --quick                             # all suites in less than two minutes, a rehearsal
     python -m benchmarks.run --device cuda --out benchmarks/results/h200.json
     python -m benchmarks.report                                  # tables and figures from what was measured
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("--memory-cap", "GB", "no step that should take more; 12, on a GPU what it has free"),
     ):
         add(name, type=float, metavar=unit, action=Bounded, rules=[above(0), at_most(1_000_000)], help=help_)
-    add_threads(parser, above(0), help="of torch, 1 if nothing is said; the kernels always take one")
+    add_threads(parser, above(0), help="of torch, 1 if nothing is said; the kernels take one, and two")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda needs a GPU that torch can see; torch {torch.__version__} sees none")
@@ -81,7 +81,7 @@ def plan(options: Options) -> list[Task]:
 
 
 def available_backends(device: str, wanted: str) -> tuple[str, ...]:
-    """Find out which backends of SSync can be had.
+    """Find out which backends of SSync can be had, the fastest first: the others are compared with it.
 
     Raises:
         ValueError: if one was asked for by name and cannot be had; it says why.
@@ -89,9 +89,7 @@ def available_backends(device: str, wanted: str) -> tuple[str, ...]:
     worker = Worker({}, device=device, threads=1, memory_cap=1 << 32, prepared=False)
     found = []
     try:
-        # the first is what the others are compared with: on a GPU, what "auto" takes there
-        everyone = BACKENDS if device == "cpu" else BACKENDS[::-1]
-        for backend in everyone if wanted == "all" else (wanted,):
+        for backend in BACKENDS if wanted == "all" else (wanted,):
             outcome = worker.call("benchmarks.gate:available", backend=backend, device=device)
             missing = outcome.note if outcome.status != "measured" else outcome.value
             if not missing:

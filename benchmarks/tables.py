@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.add_on_tables import add_on_parts
 from benchmarks.add_ons import BY_NAME
 from benchmarks.bars import SWEEPS, bars, fit_from, here, slope_of
+from benchmarks.cells import memory_cell, shown, stops, time_cell
 from benchmarks.contenders import DENSE, DENSE_CHUNKED, DENSE_WINDOWS, Contender
 from benchmarks.markdown import details, markdown_table, significant
 from benchmarks.results import Results, Row, RowId
@@ -33,13 +34,13 @@ def section(results: Results, name: str, figure: str) -> str:
             _growth_note(results),
             "Time of a step, forward and backward to all gradients, ms; in brackets how many times that of "
             f"{contenders[0].name}:",
-            _growth(results, "H*W", contenders, _time_cell),
+            _growth(results, "H*W", contenders, time_cell),
             "Memory of a step beyond its inputs, MB allocated; in brackets as before:",
-            _growth(results, "H*W", contenders, _memory_cell),
+            _growth(results, "H*W", contenders, memory_cell),
             "Slopes: the exponent p of a fit ~ patches^p, in brackets over all sizes.",
             _slopes(results, contenders),
-            *(details(f"All rows in {one.replace('*', '·')}", _all_rows(results, one, contenders)) for one in SWEEPS),
-            *_stops(results),
+            *(details(f"All rows in {shown(one)}", _all_rows(results, one, contenders)) for one in SWEEPS),
+            *stops(results, growth.GROWTH),
         ]
     if results.select(suite=training_step.SUITE):
         parts += ["### Share of a training step", TRAINING_NOTE, _training(results)]
@@ -73,7 +74,10 @@ def _caption(results: Results) -> str:
     ]
     if settings["allocator"]:
         raised = " ".join(f"{name}={value}" for name, value in settings["allocator"].items())
-        lines.append(f"Timed in processes with `{raised}`, memory in processes with malloc as it comes.")
+        lines.append(
+            f"What grows is timed in processes with `{raised}`; all else, and memory, in processes with malloc as it "
+            "comes."
+        )
     lines.append(
         f"A step that should take more than {settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB, going "
         "by smaller ones, is not run: `time` and `memory` in place of a number."
@@ -111,7 +115,7 @@ Cell = Callable[[Results, Row], str]
 
 
 def _growth(results: Results, sweep: str, contenders: Sequence[Contender], cell: Cell) -> str:
-    measure = "memory" if cell is _memory_cell else "time"
+    measure = "memory" if cell is memory_cell else "time"
     rows = results.select(suite=growth.SUITE, case=sweep, measure=measure)
     names = [one.name for one in contenders if any(row.id.contender == one.name for row in rows)]
     table = []
@@ -119,29 +123,6 @@ def _growth(results: Results, sweep: str, contenders: Sequence[Contender], cell:
         by_name = {row.id.contender: row for row in rows if growth.num_patches(row.id.sizes) == size}
         table.append([f"{size:,}", *(cell(results, by_name[name]) if name in by_name else "" for name in names)])
     return markdown_table(["patches", *names], table)
-
-
-def _time_cell(_: Results, row: Row) -> str:
-    if row.status != "measured":
-        return row.status
-    ratio = row.number("ratio")
-    return significant(1e3 * row.number("step")) + ("" if ratio == 1 else f" ({significant(ratio)}x)")
-
-
-def _memory_cell(results: Results, row: Row) -> str:
-    if row.status != "measured":
-        return row.status
-    base = results.rows.get(_base(results, row))
-    said = significant(row.number("allocated") / 1e6)
-    if base is None or base.status != "measured" or base == row:
-        return said
-    return f"{said} ({significant(row.number('allocated') / base.number('allocated'))}x)"
-
-
-def _base(results: Results, row: Row) -> RowId:
-    """Return the id of the row that a row of a sweep is compared with."""
-    one = row.id
-    return RowId(one.suite, one.case, here(results)[0].name, one.measure, one.shape, one.dtype)
 
 
 def _slopes(results: Results, contenders: Sequence[Contender]) -> str:
@@ -157,7 +138,7 @@ def _slopes(results: Results, contenders: Sequence[Contender]) -> str:
                 continue
             used = fitted[0][0]
             sizes = f"{used.num_sizes}: {used.first:,} to {used.last:,}" if used else "-"
-            table.append([contender.name, sweep.replace("*", "·"), sizes, *(_slope_cell(*one) for one in fitted)])
+            table.append([contender.name, shown(sweep), sizes, *(_slope_cell(*one) for one in fitted)])
     return markdown_table(head, table)
 
 
@@ -170,7 +151,7 @@ def _slope_cell(fitted: Slope | None, whole: Slope | None) -> str:
 def _all_rows(results: Results, sweep: str, contenders: Sequence[Contender]) -> str:
     order = {one.name: place for place, one in enumerate(contenders)}
     rows = results.select(suite=growth.SUITE, case=sweep, measure="time")
-    rows.sort(key=lambda row: (growth.num_patches(row.id.sizes), order[row.id.contender]))
+    rows.sort(key=lambda row: (growth.num_patches(row.id.sizes), order.get(row.id.contender, len(order))))
     head = ["patches", "", "forward ms", "backward ms", "both ms", "IQR", "allocated MB", "resident MB", "loss"]
     table = []
     for row in rows:
@@ -190,22 +171,6 @@ def _memory_cells(row: Row) -> list[str]:
         return [row.status, "", ""]
     resident = significant(row.number("resident") / 1e6) if "resident" in row.values else ""
     return [significant(row.number("allocated") / 1e6), resident, f"{row.number('loss'):.6g}"]
-
-
-def _stops(results: Results) -> list[str]:
-    """Say once for every contender and sweep where it stopped, and why."""
-    first: dict[tuple[str, str], Row] = {}
-    for row in results.select(suite=growth.SUITE, measure="memory"):
-        if row.status in ("time", "memory"):
-            first.setdefault((row.id.case, row.id.contender), row)
-    if not first:
-        return []
-    lines = [
-        f"- {name}, {sweep.replace('*', '·')}, at {growth.num_patches(row.id.sizes):,} patches, for {row.status}: "
-        f"{row.note}."
-        for (sweep, name), row in first.items()
-    ]
-    return ["Where they stop, and why:", "\n".join(lines)]
 
 
 def _training(results: Results) -> str:
@@ -234,16 +199,18 @@ def _kernels_note(results: Results) -> str:
     speed = f"{min(speeds):.0f} to {max(speeds):.0f} GB/s" if speeds else "not measured"
     unit = "launches on the GPU" if results.environment["device"] == "cuda" else "operators dispatched"
     return (
-        "One thread. *Floor*: times what the bytes of the operation, inputs read and outputs written once, take at the "
-        f"speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run ({speed}); for a whole step "
-        f"{kernels.STEP_PASSES} passes over a map. Small maps lie in caches, so a floor is no bound for them. *Exp*: "
-        f"times `torch.exp(out=...)` over both maps, in the same run. *Launches*: {unit}; *reads*: of data by the "
-        "host. *Maps*: memory at the peak beyond inputs and both gradients, in maps."
+        "One thread, or two where they are named. *Floor*: times what the bytes of the operation, inputs read and "
+        f"outputs written once, take at the speed of a copy of {kernels.COPY_BYTES >> 20} MB in the same run "
+        f"({speed}); for a whole step {kernels.STEP_PASSES} passes over a map. Small maps lie in caches, so a floor is "
+        "no bound for them. *Exp*: times `torch.exp(out=...)` over both maps, in the same run. "
+        f"*Launches*: {unit}; *reads*: of data by the host. *Maps*: memory beyond inputs and both gradients, in maps, "
+        "at the peak; *waiting*: between forward and backward, below 0 where the forward does not make the gradients. "
+        "*First use*: in a new process with an empty cache of libraries, from importing the package to both gradients."
     )
 
 
 def _kernels(results: Results) -> str:
-    head = ["BxTxSxHxW", "", "", "", "ms", "IQR", "backward ms", "floor", "exp", "launches", "reads", "maps"]
+    times, held = ["ms", "IQR", "backward ms", "floor", "exp"], ["launches", "reads", "maps", "waiting"]
     table = []
     for row in results.select(suite=kernels.SUITE, measure="time"):
         one = row.id
@@ -265,6 +232,7 @@ def _kernels(results: Results) -> str:
             ]
         counts, memory = (other if other is not None and other.status == "measured" else None for other in others)
         cells += [f"{counts.number(key):.0f}" if counts else "" for key in ("launches", "host_reads")]
-        cells.append(f"{memory.number('maps_beyond_gradients'):.2f}" if memory else "")
+        for key in ("maps_beyond_gradients", "maps_waiting"):
+            cells.append(f"{memory.number(key):.2f}" if memory and key in memory.values else "")
         table.append([shape, one.dtype, one.case, one.contender, *cells])
-    return markdown_table(head, table)
+    return markdown_table(["BxTxSxHxW", "", "", "", *times, *held], table)

@@ -3,7 +3,6 @@
 from benchmarks.add_on_tables import growth_of
 from benchmarks.add_ons import ADD_ONS
 from benchmarks.bars import (
-    MAX_EXPONENTIALS,
     MAX_MEMORY_SLOPE,
     MAX_TIME_SLOPE,
     MISSED,
@@ -12,11 +11,9 @@ from benchmarks.bars import (
     bars,
     here,
     slope_of,
-    step_in_exponentials,
 )
-from benchmarks.contenders import CONTENDERS
 from benchmarks.results import Results, Row, Spread
-from benchmarks.suites import add_ons, kernels
+from benchmarks.suites import add_ons
 from benchmarks.suites.linear_vs_quadratic import SUITE, num_patches
 
 # interquartile range over median
@@ -28,7 +25,6 @@ def weak_spots(results: Results) -> list[str]:
     """Return a line for everything that is missed, slower than it could be, wrong, failed or noisy."""
     return [
         *_bars(results),
-        *_taken_apart(results),
         *_beaten(results),
         *_default_allocator(results),
         *_steep(results),
@@ -45,49 +41,14 @@ def _bars(results: Results) -> list[str]:
     return found
 
 
-def _taken_apart(results: Results) -> list[str]:
-    """Say of every step on a CPU that is above its limit in exponentials what its parts take, each by itself."""
-    if results.environment["device"] != "cpu":
-        return []
-    found = []
-    for clips, step in step_in_exponentials(results).items():
-        if step.number("over_exp") <= MAX_EXPONENTIALS.get(clips, float("inf")):
-            continue
-        alike = results.select(suite=kernels.SUITE, contender=step.id.contender, measure="time")
-        parts = [
-            f"{row.id.case} {row.number('over_exp'):.2f}x"
-            for row in alike
-            if row.status == "measured"
-            and (row.id.shape, row.id.dtype) == (step.id.shape, step.id.dtype)
-            and row.id.case in kernels.PARTS_OF_A_STEP
-        ]
-        found.append(
-            f"The parts of a step of {clips} MOVi-C clips, each called by itself, in the same unit: {', '.join(parts)} "
-            "of either map."
-        )
-    return found
-
-
 def _beaten(results: Results) -> list[str]:
-    """Name whatever is faster than SSync without compilation, but SSync compiled, with the sizes where it is."""
-    faster: dict[str, list[str]] = {}
-    own = {here(results)[0].name, *(one.name for one in here(results) if one.compiled)}
+    """Name whatever is faster than SSync, with the sizes where it is."""
+    first, faster = here(results)[0].name, dict[str, list[str]]()
     for row in results.select(suite=SUITE, measure="time"):
-        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender not in own:
+        if row.status == "measured" and row.number("ratio") < 1 and row.id.contender != first:
             where = f"{num_patches(row.id.sizes):,} ({row.id.case.replace('*', '·')}, {row.number('ratio'):.2f}x)"
             faster.setdefault(row.id.contender, []).append(where)
-    found = [
-        f"{name} takes less time than {here(results)[0].name} at {', '.join(at)} patches."
-        for name, at in faster.items()
-    ]
-    slower = []
-    for row in results.select(suite=SUITE, measure="time"):
-        compiled = CONTENDERS[row.id.contender].compiled
-        if row.status == "measured" and compiled and row.number("ratio") > 1:
-            slower.append(f"{num_patches(row.id.sizes):,} ({row.number('ratio'):.2f}x)")
-    if slower:
-        found.append(f"Compiled, SSync takes longer than {here(results)[0].name} at {', '.join(slower)} patches.")
-    return found
+    return [f"{name} takes less time than {first} at {', '.join(at)} patches." for name, at in faster.items()]
 
 
 def _default_allocator(results: Results) -> list[str]:

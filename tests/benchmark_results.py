@@ -34,7 +34,7 @@ def options(**changes: Any) -> Options:
     chosen: dict[str, Any] = {
         "suites": run.SUITES,
         "device": "cpu",
-        "backends": ("torch",),
+        "backends": ("cpu", "torch"),
         "quick": False,
         "time_cap": 10.0,
         "memory_cap": 12_000_000_000,
@@ -92,7 +92,7 @@ class Machine:
         return Outcome("measured", "", answer)
 
     def available(self, backend: str, **_: Any) -> str:
-        return "" if backend == "torch" else "it is not there"
+        return "" if backend != "triton" else "it is not there"
 
     def gate(self, contender: str, **_: Any) -> str:
         return "the loss is another" if contender == self.wrong else ""
@@ -111,7 +111,8 @@ class Machine:
 
     def measure_memory(self, contender: str, shape: dict[str, int], **_: Any) -> dict[str, Any]:
         allocated = self.bytes(contender, shape)
-        values = {"allocated": allocated, "resident": allocated + 10_000_000, "maps_beyond_gradients": 0.5}
+        values: dict[str, float] = {"allocated": allocated, "resident": allocated + 10_000_000}
+        values |= {"maps_beyond_gradients": 0.5, "maps_waiting": 0.05}
         return values | {"loss": self.loss_of.get(contender, 1.0)}
 
     def try_step(self, **_: Any) -> dict[str, float]:
@@ -132,11 +133,15 @@ class Machine:
 
     def time_all(self, shape: dict[str, int], contenders: list[str], **_: Any) -> dict[str, Any]:
         workload = kernels.Workload(shape, "float32", False)
-        one: dict[str, Value] = {"step": spread(1e-3), "bytes": 10, "over_floor": spread(2.0), "over_exp": spread(3.4)}
+        one: dict[str, Value] = {"step": spread(1e-3), "bytes": 10, "over_floor": spread(2.0), "over_exp": spread(3.1)}
+        one["speedup"] = spread(1.9)
         times = {f"{case} / {name}": one for case, name in kernels.names(workload, contenders, "cpu")}
         times["copy / torch"] = {"step": spread(1e-2), "bytes": 10, "bandwidth": 2e10}
         times["exp of both maps / torch"] = {"step": spread(1e-3)}
         return {name: values_to_json(values) for name, values in times.items()}
+
+    def time_first_use(self, times: int) -> dict[str, Any]:
+        return values_to_json({"step": spread(0.5 * times)})
 
 
 def measured(patch: pytest.MonkeyPatch, machine: Machine | None = None, **changes: Any) -> Results:

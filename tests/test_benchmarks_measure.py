@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.contenders import CONTENDERS, DENSE, DENSE_CHUNKED, DENSE_WINDOW
 from benchmarks.counting import count
 from benchmarks.inputs import moving_blobs
 from benchmarks.memory import peak_memory
-from benchmarks.results import values_from_json
+from benchmarks.results import Spread, values_from_json
 from benchmarks.slot_video_model import PUBLISHED, Workload
 from benchmarks.suites import kernels, linear_vs_quadratic, training_step
 from benchmarks.timing import MAX_CALLS, Samples, interleave
@@ -139,13 +140,13 @@ class TestMemory:
 
         peaks = [peak_memory(work, "cpu")["allocated"] for _ in range(2)]
         assert peaks == [8000, 8000]
+        # with what is returned
+        assert peak_memory(work, "cpu")["kept"] == 4000
 
     def test_the_system_sees_what_is_large(self) -> None:
         values = peak_memory(lambda: torch.ones(20_000_000), "cpu")
         assert values["allocated"] == 80_000_000
-        resident = values["resident"]
-        assert isinstance(resident, int)
-        assert 79_000_000 < resident < 120_000_000
+        assert 79_000_000 < values["resident"] < 120_000_000
 
     def test_a_step_of_dense_alignment_holds_its_scores(self) -> None:
         shape = {"B": 1, "T": 4, "S": 4, "H": 16, "W": 16}
@@ -192,7 +193,7 @@ class TestGate:
         gate.check_ssync(loss, labels, shapes=self.SHAPES)
 
     def right(self) -> tuple[gate.Criterion, gate.Labels]:
-        return ssync_criterion(CONTENDERS["SSync torch"]), lambda enc, dec: pseudo_labels(enc, dec, merge_threshold=0.7)
+        return ssync_criterion(CONTENDERS["SSync cpu"]), lambda enc, dec: pseudo_labels(enc, dec, merge_threshold=0.7)
 
     def test_what_is_right_passes(self) -> None:
         self.check(*self.right())
@@ -231,8 +232,8 @@ class TestGate:
         assert "close" in gate.gate(contender.name, "float32", "cpu")
 
     def test_who_is_wrong_gets_no_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        results = measured(monkeypatch, Machine(wrong="SSync torch"), quick=True)
-        rows = [row for row in results.rows.values() if row.id.contender == "SSync torch"]
+        results = measured(monkeypatch, Machine(wrong="SSync cpu"), quick=True)
+        rows = [row for one in ("SSync cpu", "SSync cpu, 2 threads") for row in results.select(contender=one)]
         assert {row.status for row in rows} == {"wrong"}
         assert {row.note for row in rows} == {"the loss is another"}
         assert {row.status for row in results.select(contender="dense")} >= {"measured"}
@@ -248,7 +249,7 @@ class TestGate:
         assert "as at 256 patches: the loss is 1.001, and 1 by dense" in notes
 
     def test_backends_that_cannot_be_had_say_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert gate.available("torch", "cpu") == ""
+        assert [gate.available(one, "cpu") for one in ("cpu", "torch")] == ["", ""]
 
         def missing(*_: Any, **__: Any) -> Any:
             raise RuntimeError("needs a CUDA tensor")
@@ -275,14 +276,47 @@ class TestSuites:
 
     def test_every_planned_operation_is_timed_and_counted(self) -> None:
         workload = kernels.Workload(SMALL, "float32", False)
-        names = {f"{case} / {name}" for case, name in kernels.names(workload, ["SSync torch"], "cpu")}
-        times = kernels.time_all(**workload._asdict(), contenders=["SSync torch"], device="cpu", budget=0.0)
+        chosen = ["SSync cpu", "SSync torch"]
+        names = {f"{case} / {name}" for case, name in kernels.names(workload, chosen, "cpu")}
+        times = kernels.time_all(**workload._asdict(), contenders=chosen, device="cpu", budget=0.0)
         assert set(times) == names | {"copy / torch", "exp of both maps / torch"}
-        assert len(names) == 9
-        counts = kernels.count_all(**workload._asdict(), contenders=["SSync torch"], device="cpu")
-        assert set(counts) == names
-        held = kernels.measure_memory(**workload._asdict(), contender="SSync torch", device="cpu")
-        assert held["maps_beyond_gradients"] > 0
+        threaded = {name for name in names if name.endswith("2 threads")}
+        assert {name for name, values in times.items() if "speedup" in values} == threaded
+        assert (len(names), len(threaded)) == (14, 2)
+        counts = kernels.count_all(**workload._asdict(), contenders=chosen, device="cpu")
+        assert set(counts) == names - threaded
+
+    def test_what_waits_for_the_backward_are_the_gradients(self) -> None:
+        given: dict[str, Any] = {**kernels.Workload(SMALL | {"H": 64, "W": 64}, "float32", False)._asdict()}
+        held, plain = (
+            kernels.measure_memory(**given, contender=name, device="cpu") for name in ("SSync cpu", "SSync torch")
+        )
+        assert 0 <= held["maps_waiting"] <= held["maps_beyond_gradients"] < 0.01
+        assert plain["maps_beyond_gradients"] > 1
+
+    def test_two_threads_are_there_inside_of_a_call_alone(self) -> None:
+        seen: list[int] = []
+        usual = torch.get_num_threads()
+        torch.set_num_threads(1)
+        work = kernels._on_two_threads(lambda mark: [mark(), mark()])
+        work(lambda: seen.append(torch.get_num_threads()))
+        seen.append(torch.get_num_threads())
+        torch.set_num_threads(usual)
+        assert seen == [2, 2, 1]
+
+    def test_the_first_use_compiles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiler = tmp_path / "cc"
+        # quick, and says that it was here
+        compiler.write_text(f'#!/bin/bash\ntouch {tmp_path}/used\nexec cc "${{@/-O3/-O0}}"\n')
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CC", str(compiler))
+        (seconds,) = values_from_json(kernels.time_first_use(times=1)).values()
+        assert isinstance(seconds, Spread)
+        assert seconds.median > 0.1
+        assert (tmp_path / "used").exists()
+        compiler.write_text("#!/bin/bash\nexit 7\n")
+        with pytest.raises(RuntimeError, match="`backend`='cpu' needs a C compiler that works: .* failed with 7"):
+            kernels.time_first_use(times=1)
 
     def test_a_step_takes_its_passes_over_a_map(self) -> None:
         made = kernels.operations(kernels.Workload(SMALL, "float32", True), ["SSync torch"], "cpu")
@@ -293,7 +327,7 @@ class TestSuites:
         monkeypatch.setitem(PUBLISHED, "tiny", Workload(8, 2, 3, 4, 5, 6))
         shape = {"B": 2, "T": 2, "S": 3, "H": 4, "W": 5}
         given: dict[str, Any] = {"case": case, "shape": shape, "device": "cpu", "budget": 0.0}
-        found = values_from_json(training_step.measure(contender="SSync torch", **given))
+        found = values_from_json(training_step.measure(contender="SSync cpu", **given))
         assert set(found) == {"without", "with", "alone", "share", "difference", "batch"}
         assert found["batch"] == 2
         tried = training_step.try_step("tiny", shape, "cpu")

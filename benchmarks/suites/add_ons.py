@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.add_ons import ADD_ONS, BY_NAME, WIDTH, AddOn, Inputs, Step
 from benchmarks.contenders import CONTENDERS, PARTS, loss_and_leaves, ssync_contender
 from benchmarks.memory import peak_memory
-from benchmarks.results import values_to_json
+from benchmarks.results import Value, values_to_json
 from benchmarks.session import Options, Task
 from benchmarks.suites.sweep import Growth
 from benchmarks.timing import Work, clock_of, interleave
@@ -135,7 +135,7 @@ def measure_memory(contender: str, shape: dict[str, int], device: str) -> dict[s
         found.append(outputs.detach() if isinstance(outputs, Tensor) and one.leaves else None)
         return torch.autograd.grad(outputs, one.leaves, one.incoming or None) if one.leaves else outputs
 
-    values = peak_memory(once, device)
+    values: dict[str, Value] = {**peak_memory(once, device)}
     if isinstance(found[0], Tensor) and found[0].ndim == 0:
         values["loss"] = found[0].item()
     return values_to_json(values)

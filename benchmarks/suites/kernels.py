@@ -1,5 +1,9 @@
-"""Every operation by every backend: time, bytes against measured bandwidth, launches; and the step in exponentials."""
+"""Every operation by every backend: time, bytes against measured bandwidth, launches; the step in exponentials."""
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,9 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import (
+    AUTO,
     CONTENDERS,
     MERGE_THRESHOLD,
     PARTS,
+    TWO_THREADS,
     Contender,
     run_once,
     ssync_contender,
@@ -18,31 +24,29 @@ from benchmarks.contenders import (
     step_of,
 )
 from benchmarks.counting import count
+from benchmarks.environment import ROOT
 from benchmarks.inputs import moving_blobs
 from benchmarks.memory import peak_memory
-from benchmarks.results import RowId, values_to_json
+from benchmarks.results import RowId, Spread, values_to_json
 from benchmarks.session import Options, Session, Task
 from benchmarks.timing import Work, clock_of, interleave
+from ssync_loss import PseudoLabels
 from ssync_loss.functional import (
-    boundary_region,
-    interior_region,
-    merge_slots,
     pseudo_labels,
     selective_distillation_loss,
-    slot_overlap,
 )
-from ssync_loss.ssync.types import PseudoLabels
 
 SUITE = "kernels"
 MODULE = "benchmarks.suites.kernels"
 STEP = "step, mse"
-# which share no work; the second is of one map
-PARTS_OF_A_STEP = ("pseudo-labels", "distillation, mse")
+FIRST_USE = "first use, compiler included"
 # one clip of the published training
 FRAMES = {
     "MOVi-C": {"T": 4, "S": 11, "H": 24, "W": 24},
     "YouTube-VIS": {"T": 4, "S": 7, "H": 37, "W": 37},
 }
+# compiled, every shape is a compilation: one of them says enough
+COMPILED_SHAPE = {"B": 64, **FRAMES["MOVi-C"]}
 # the maps of a step, each read or written once, with separate passes for statistics, counts and targets
 STEP_PASSES = 9
 COPY_BYTES = 128 << 20
@@ -106,15 +110,29 @@ def workloads(options: Options) -> list[Workload]:
 
 def contenders_of(options: Options) -> list[tuple[Contender, str]]:
     """Return who takes part, in each dtype."""
-    compiled = [False] if options.quick else [False, True]
     dtypes = dict.fromkeys(one.dtype for one in workloads(options))
-    return [(ssync_contender(b, compiled=c), dtype) for dtype in dtypes for b in options.backends for c in compiled]
+    eager, compiled = ([ssync_contender(one, compiled=c) for one in options.backends] for c in (False, True))
+    # for a rehearsal, the first
+    return [(one, dtype) for dtype in dtypes for one in eager + compiled[: 1 if options.quick else None]]
 
 
 def plan(options: Options) -> list[Task]:
-    """Plan a task for every workload."""
+    """Plan a task for every workload, and one for the first use."""
     chosen = [one.name for one in dict.fromkeys(one for one, _ in contenders_of(options))]
-    return [_task(workload, chosen, options) for workload in workloads(options)]
+    tasks = [_task(workload, chosen, options) for workload in workloads(options)]
+    return [*tasks, _first_use(options)] if options.backends[0] == AUTO["cpu"] else tasks
+
+
+def _first_use(options: Options) -> Task:
+    key = RowId.of(SUITE, FIRST_USE, ssync_contender(AUTO["cpu"]).name, "time", {"B": 4, **FRAMES["MOVi-C"]})
+
+    def run(session: Session) -> None:
+        outcome = session.stopped_at_gate(key.contender) or session.call(
+            f"{MODULE}:time_first_use", plain=True, threads=1, times=1 if options.quick else 5
+        )
+        session.add(session.row(key, outcome))
+
+    return Task([key], run)
 
 
 def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
@@ -125,20 +143,19 @@ def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
     counted = [
         _key(workload, case, contender, "counts")
         for case, contender in pairs
-        if REPLAY not in contender and not (options.device == "cpu" and "compiled" in contender)
+        if contender in CONTENDERS and not (options.device == "cpu" and "compiled" in contender)
     ]
-    held = [_key(workload, case, contender, "memory") for case, contender in pairs if case == STEP]
-    held = [key for key in held if REPLAY not in key.contender]
+    held = [_key(workload, STEP, one, "memory") for case, one in pairs if case == STEP and one in CONTENDERS]
 
     def run(session: Session) -> None:
         stopped = {one: session.stopped_at_gate(one) for one in contenders}
         for key in session.missing([*timed, *counted, *held]):
-            outcome = stopped.get(key.contender.removesuffix(REPLAY))
+            outcome = stopped.get(_base(key.contender))
             if outcome is not None:
                 session.add(session.row(key, outcome))
         able = [one for one, outcome in stopped.items() if outcome is None]
         arguments: dict[str, Any] = {**workload._asdict(), "device": session.options.device}
-        # one thread, whatever the others take: what is said in exponentials is said of one
+        # one thread, whatever the others take, and malloc as it comes: what is said in exponentials is said of that
         for key in session.missing(held):
             outcome = session.call(
                 f"{MODULE}:measure_memory", plain=True, threads=1, contender=key.contender, **arguments
@@ -152,7 +169,7 @@ def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
         for keys, function, more in jobs:
             missing = session.missing(keys)
             if missing:
-                outcome = session.call(f"{MODULE}:{function}", threads=1, **arguments, **more)
+                outcome = session.call(f"{MODULE}:{function}", plain=True, threads=1, **arguments, **more)
                 for key in missing:
                     value = None
                     if outcome.status == "measured":
@@ -170,21 +187,25 @@ def _label(case: str, contender: str) -> str:
     return f"{case} / {contender}"
 
 
+def _base(name: str) -> str:
+    return name.removesuffix(REPLAY).removesuffix(TWO_THREADS)
+
+
 def names(workload: Workload, contenders: Iterable[str], device: str) -> Iterable[tuple[str, str]]:
     """Name the operations of a workload, in the order in which they are made."""
     for name in contenders:
-        single = not CONTENDERS[name].compiled and not workload.steps_only
-        if single:
+        compiled, backend = CONTENDERS[name].compiled, CONTENDERS[name].backend
+        if compiled and workload.shape != COMPILED_SHAPE:
+            continue
+        if not compiled and not workload.steps_only:
             yield from ((case, name) for case in ("labels", "pseudo-labels"))
-            if CONTENDERS[name].backend == "torch":
-                yield from ((case, name) for case in ("overlap", "merge", "regions"))
             yield from ((f"distillation, {criterion}", name) for criterion in CRITERIA)
-        for criterion in CRITERIA:
-            # a compilation for each would say little more
-            if criterion == "mse" or not CONTENDERS[name].compiled:
-                yield f"step, {criterion}", name
-                if device == "cuda":
-                    yield f"step, {criterion}", name + REPLAY
+        for criterion in CRITERIA[:1] if compiled else CRITERIA:
+            yield f"step, {criterion}", name
+            if device == "cuda":
+                yield f"step, {criterion}", name + REPLAY
+            elif backend == AUTO["cpu"] and not compiled:
+                yield f"step, {criterion}", name + TWO_THREADS
 
 
 class Given(NamedTuple):
@@ -193,16 +214,13 @@ class Given(NamedTuple):
     enc: Tensor
     dec: Tensor
     labels: PseudoLabels
-    overlap: Tensor
-    area: Tensor
 
     @classmethod
     def of(cls, workload: Workload, device: str) -> "Given":
         """Make the maps of a workload, and the rest of them."""
         enc, dec = moving_blobs(workload.shape, dtype=getattr(torch, workload.dtype), device=device)
         labels = pseudo_labels(enc, dec, merge_threshold=MERGE_THRESHOLD)
-        area = torch.nn.functional.one_hot(labels.enc_labels.flatten(1), workload.shape["S"]).sum(1)
-        return cls(enc, dec, labels, slot_overlap(enc), area)
+        return cls(enc, dec, labels)
 
 
 def operations(workload: Workload, contenders: list[str], device: str) -> list[Operation]:
@@ -215,7 +233,7 @@ def operations(workload: Workload, contenders: list[str], device: str) -> list[O
 
 
 def _single(case: str, contender: str, given: Given) -> Operation:
-    enc, dec, labels, overlap, area = given
+    enc, dec, labels = given
     backend: Any = CONTENDERS[contender].backend
     kind, _, criterion = case.partition(", ")
     map_bytes, patches = enc.numel() * enc.element_size(), labels.boundary.numel()
@@ -226,15 +244,6 @@ def _single(case: str, contender: str, given: Given) -> Operation:
         threshold = None if kind == "labels" else MERGE_THRESHOLD
         work = _call(lambda: pseudo_labels(enc, dec, merge_threshold=threshold, backend=backend))
         return Operation(case, contender, work, FORWARD, 2 * map_bytes + label_bytes)
-    if kind == "overlap":
-        work = _call(lambda: slot_overlap(enc))
-        return Operation(case, contender, work, FORWARD, map_bytes + 4 * overlap.numel())
-    if kind == "merge":
-        work = _call(lambda: merge_slots(overlap, area, threshold=MERGE_THRESHOLD))
-        return Operation(case, contender, work, FORWARD, 4 * overlap.numel() + 2 * 8 * area.numel())
-    if kind == "regions":
-        work = _call(lambda: (boundary_region(labels.enc_labels), interior_region(labels.dec_labels)))
-        return Operation(case, contender, work, FORWARD, label_bytes)
     chosen: Any = criterion
 
     def distill() -> Tensor:
@@ -245,18 +254,33 @@ def _single(case: str, contender: str, given: Given) -> Operation:
 
 def _step(case: str, contender: str, given: Given) -> Operation:
     leaves = [given.enc, given.dec]
-    name = contender.removesuffix(REPLAY)
-    loss = ssync_criterion(CONTENDERS[name], criterion=case.removeprefix("step, "))
+    chosen = CONTENDERS[_base(contender)]
+    loss = ssync_criterion(chosen, criterion=case.removeprefix("step, "))
 
     def forward() -> Tensor:
         return loss(*leaves)
 
-    if CONTENDERS[name].compiled:
+    if chosen.compiled:
         run_once(forward, leaves)
     num_bytes = STEP_PASSES * given.enc.numel() * given.enc.element_size()
-    if contender == name:
-        return Operation(case, contender, step_of(forward, leaves), PARTS, num_bytes)
-    return Operation(case, contender, _replayed(forward, leaves), ("replay",), num_bytes)
+    if contender.endswith(REPLAY):
+        return Operation(case, contender, _replayed(forward, leaves), ("replay",), num_bytes)
+    work = step_of(forward, leaves)
+    if contender.endswith(TWO_THREADS):
+        work = _on_two_threads(work)
+    return Operation(case, contender, work, PARTS, num_bytes)
+
+
+def _on_two_threads(work: Work) -> Work:
+    def threaded(mark: Callable[[], Any]) -> Sequence[Any]:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return work(mark)
+        finally:
+            torch.set_num_threads(usual)
+
+    return threaded
 
 
 def _call(function: Callable[[], object]) -> Work:
@@ -335,6 +359,8 @@ def time_all(
             "over_floor": samples[label].over(copy).scaled(2 * COPY_BYTES / one.num_bytes),
             "over_exp": samples[label].over(exp),
         }
+        if one.contender.endswith(TWO_THREADS):
+            values[label]["speedup"] = samples[_label(one.case, _base(one.contender))].over(samples[label])
     return {label: values_to_json(one) for label, one in values.items()}
 
 
@@ -346,7 +372,7 @@ def count_all(
     return {
         _label(one.case, one.contender): values_to_json(count(partial(one.work, _no_mark), device))
         for one in made
-        if REPLAY not in one.contender
+        if one.contender in CONTENDERS
     }
 
 
@@ -361,15 +387,26 @@ def measure_memory(
     contender: str,
     device: str,
 ) -> dict[str, Any]:
-    """Measure the peak of one step, and how many maps that is beyond both gradients."""
+    """Measure the peak of one step, and what waits for its backward, in maps beyond both gradients."""
     enc, dec = moving_blobs(shape, dtype=getattr(torch, dtype), device=device)
     loss = ssync_criterion(CONTENDERS[contender])
-    if CONTENDERS[contender].compiled:
-        run_once(lambda: loss(enc, dec), [enc, dec])
-    values = peak_memory(lambda: run_once(lambda: loss(enc, dec), [enc, dec]), device)
-    values.pop("resident", None)
-    allocated = values["allocated"]
-    if not isinstance(allocated, int):
-        raise TypeError("allocations are counted")
+    # what the first step alone takes is no part of it
+    run_once(lambda: loss(enc, dec), [enc, dec])
+    peak = peak_memory(lambda: run_once(lambda: loss(enc, dec), [enc, dec]), device)["allocated"]
+    alive = peak_memory(lambda: loss(enc, dec), device)["kept"]
     one_map = enc.numel() * enc.element_size()
-    return values_to_json({"allocated": allocated, "maps_beyond_gradients": round(allocated / one_map - 2, 4)})
+    beyond, waiting = (round(held / one_map - 2, 4) for held in (peak, alive))
+    return values_to_json({"allocated": peak, "maps_beyond_gradients": beyond, "maps_waiting": waiting})
+
+
+def time_first_use(times: int) -> dict[str, Any]:
+    """Time the first step of a new process that finds no library of the engine."""
+    seconds = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as empty:
+            command, environment = [sys.executable, "-m", "benchmarks.first_use"], {"SSYNC_LOSS_CACHE": empty}
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+        seconds.append(float(done.stdout))
+    return values_to_json({"step": Spread.of(seconds)})

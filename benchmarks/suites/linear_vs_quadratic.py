@@ -18,7 +18,6 @@ from benchmarks.contenders import (
     ssync_contender,
     step_of,
 )
-from benchmarks.gate import COMPILED_SHAPE
 from benchmarks.memory import peak_memory
 from benchmarks.results import Results, values_to_json
 from benchmarks.session import Options, Task
@@ -67,26 +66,14 @@ def _ladder(options: Options, first: int, quick_step: int) -> list[int]:
 def contenders(options: Options, sweep: str, shape: dict[str, int]) -> list[Contender]:
     """Return who takes part at a size; the first is what the others are compared with.
 
-    Compiled, every shape is a compilation, so that only one sweep has it, at every second size. Windows are
-    linear in time, dense alignment in clips: there, larger sizes than these say nothing new.
+    Windows are linear in time, dense alignment in clips: there, larger sizes than these say nothing new.
     """
     chosen = [ssync_contender(backend) for backend in options.backends]
-    if sweep == "H*W" and num_patches(shape) in compiled_sizes(options):
-        chosen += [ssync_contender(backend, compiled=True) for backend in options.backends]
     if sweep != "B" or shape["B"] <= 64:
         chosen += [DENSE, DENSE_CHUNKED]
     if sweep == "H*W" or (sweep == "T" and shape["T"] <= 512):
         chosen += DENSE_WINDOWS
     return chosen
-
-
-def compiled_sizes(options: Options) -> list[int]:
-    """Return the sizes, in patches, at which compiled contenders take part."""
-    if options.quick:
-        # the gate's own shape, so that there is one compilation
-        return [num_patches(COMPILED_SHAPE)]
-    first = 65_536 if options.device == "cuda" else 4096
-    return [first << k for k in range(0, 9, 2)]
 
 
 def num_patches(shape: Mapping[str, int]) -> int:
@@ -151,11 +138,8 @@ def _grid(patches: int) -> tuple[int, int]:
 
 
 def measure_memory(contender: str, shape: dict[str, int], device: str) -> dict[str, Any]:
-    """Measure the peak of one step, in this process; what is compiled is compiled before."""
-    chosen = CONTENDERS[contender]
-    forward, leaves = loss_and_leaves(chosen, shape, dtype=getattr(torch, DTYPE), device=device)
-    if chosen.compiled:
-        run_once(forward, leaves)
+    """Measure the peak of one step, in this process."""
+    forward, leaves = loss_and_leaves(CONTENDERS[contender], shape, dtype=getattr(torch, DTYPE), device=device)
     losses: list[Tensor] = []
 
     def step() -> object:
@@ -163,22 +147,14 @@ def measure_memory(contender: str, shape: dict[str, int], device: str) -> dict[s
         losses.append(loss)
         return grads
 
-    values = peak_memory(step, device) | {"loss": losses[0].item()}
-    if chosen.compiled:
-        # the compiler was here before
-        values.pop("resident", None)
-    return values_to_json(values)
+    return values_to_json(peak_memory(step, device) | {"loss": losses[0].item()})
 
 
 def measure_times(contenders: list[str], shape: dict[str, int], device: str, budget: float) -> dict[str, Any]:
     """Time forward and backward of all in turn; the first is what ratios are taken to."""
     works = {}
     for name in contenders:
-        forward, leaves = loss_and_leaves(CONTENDERS[name], shape, dtype=getattr(torch, DTYPE), device=device)
-        if CONTENDERS[name].compiled:
-            # which is no warming up
-            run_once(forward, leaves)
-        works[name] = step_of(forward, leaves)
+        works[name] = step_of(*loss_and_leaves(CONTENDERS[name], shape, dtype=getattr(torch, DTYPE), device=device))
     samples = interleave(works, clock_of(device), budget=budget)
     base = samples[contenders[0]]
     return {name: values_to_json({**one.values(PARTS), "ratio": one.over(base)}) for name, one in samples.items()}

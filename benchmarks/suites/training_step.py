@@ -9,7 +9,7 @@ from examples.checkpoint import Settings
 from examples.slot_model import SlotModel, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
 
-from benchmarks.contenders import CONTENDERS, Contender, ssync_contender, ssync_criterion
+from benchmarks.contenders import CONTENDERS, TWO_THREADS, Contender, ssync_contender, ssync_criterion
 from benchmarks.memory import peak_memory
 from benchmarks.results import Row, RowId, Spread, values_to_json
 from benchmarks.session import Options, Session, Task
@@ -39,32 +39,35 @@ class Parts(NamedTuple):
 
 
 def plan(options: Options) -> list[Task]:
-    """Plan a row for every contender in every model."""
-    cases = [EXAMPLE, "MOVi-C"] if options.quick else [EXAMPLE, *PUBLISHED]
-    return [_task(case, contender, options) for case in cases for contender, _ in contenders_of(options)]
+    """Plan a row for every contender in the example, and for the first, whose share of a long step is of interest."""
+    first, *_ = everyone = [one.name for one, _ in contenders_of(options)]
+    if options.device == "cpu":
+        everyone.insert(1, first + TWO_THREADS)
+    published = ["MOVi-C"] if options.quick else PUBLISHED
+    return [_task(EXAMPLE, name, options) for name in everyone] + [_task(case, first, options) for case in published]
 
 
 def contenders_of(options: Options) -> list[tuple[Contender, str]]:
     """Return who takes part, and in which dtype."""
-    compiled = [False] if options.quick else [False, True]
-    return [(ssync_contender(b, compiled=c), _dtype(options)) for b in options.backends for c in compiled]
+    return [(ssync_contender(backend), _dtype(options)) for backend in options.backends]
 
 
-def _task(case: str, contender: Contender, options: Options) -> Task:
+def _task(case: str, name: str, options: Options) -> Task:
     shape = _published_shape(case)
     if options.quick and case != EXAMPLE:
         # an eighth of one clip: more would be most of the rehearsal
         shape |= {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
-    key = RowId.of(SUITE, case, contender.name, "share", shape, _dtype(options))
+    key = RowId.of(SUITE, case, name, "share", shape, _dtype(options))
+    contender = name.removesuffix(TWO_THREADS)
 
     def run(session: Session) -> None:
-        stopped = session.stopped_at_gate(contender.name)
+        stopped = session.stopped_at_gate(contender)
         if stopped is not None:
             session.add(session.row(key, stopped))
             return
         batch = largest = key.sizes["B"]
         if case != EXAMPLE and batch > 1:
-            tried = session.call(f"{MODULE}:try_step", case=case, shape=shape, device=options.device)
+            tried = session.call(f"{MODULE}:try_step", plain=True, case=case, shape=shape, device=options.device)
             if tried.status != "measured":
                 session.add(session.row(key, tried))
                 return
@@ -74,8 +77,10 @@ def _task(case: str, contender: Contender, options: Options) -> Task:
                 batch //= 2
         outcome = session.call(
             f"{MODULE}:measure",
+            plain=True,
+            threads=2 if name.endswith(TWO_THREADS) else None,
             case=case,
-            contender=contender.name,
+            contender=contender,
             shape=shape | {"B": batch},
             device=options.device,
             budget=options.budget,
@@ -110,8 +115,7 @@ def try_step(case: str, shape: dict[str, int], device: str) -> dict[str, float]:
         return [clock.seconds(marks[0], marks[1])]
 
     # optimizer state and weights count, too
-    memory = peak_memory(once, device)["allocated"]
-    return {"bytes": float(memory) if isinstance(memory, int) else 0.0, "seconds": once()[0]}
+    return {"bytes": peak_memory(once, device)["allocated"], "seconds": once()[0]}
 
 
 def measure(case: str, contender: str, shape: dict[str, int], device: str, budget: float) -> dict[str, Any]:
