@@ -29,13 +29,7 @@ class _SSyncModule(LossModule):
 
     @staticmethod
     def check_settings(
-        *,
-        kind: KindArgument,
-        grid: Grid,
-        backend: Backend,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        **settings: Any,
+        *, kind: object, grid: object, backend: object, start_step: object = 0, ramp_steps: object = 0, **settings: Any
     ) -> None:
         """Check the arguments of a constructor."""
         Settings(**settings).check()
@@ -174,8 +168,8 @@ class SSyncLoss(_SSyncModule):
         boundary_weight: weight of the boundary term, at least 0.
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
-        label_smoothing: within [0, 1], for ``"cross_entropy"`` only.
-        temperature: of the softmax over slots, above 0.
+        label_smoothing: within [0, 1], spread over present slots, for ``"cross_entropy"`` only.
+        temperature: of the softmax over slots, above 0 (at least the smallest normal float32, 1.2e-38).
         min_different: differing neighbors, of ten, that make a boundary; 0 to 10.
         min_same: agreeing neighbors without which a patch is noise; 0 to 10.
         max_different: differing neighbors allowed in an interior; 0 to 10.
