@@ -260,16 +260,13 @@ def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
 
 def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
     """Which cells of another grid share area with a valid cell of this one: (B, T, H, W) -> (B, T, *size)."""
-    rows = _shares_length(size[0], valid.shape[2], valid.device)
-    columns = _shares_length(size[1], valid.shape[3], valid.device)
-    return rows @ valid.float() @ columns.T > 0
-
-
-def _shares_length(num_to: int, num_from: int, device: torch.device) -> Tensor:
-    # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
-    to = torch.arange(num_to, device=device)[:, None]
-    start = torch.arange(num_from, device=device)[None, :]
-    return ((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float()
+    shared = []
+    for num_to, num_from in zip(size, valid.shape[2:], strict=True):
+        # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
+        to = torch.arange(num_to, device=valid.device)[:, None]
+        start = torch.arange(num_from, device=valid.device)
+        shared.append(((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float())
+    return shared[0] @ valid.float() @ shared[1].T > 0
 
 
 def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: Tensor | None) -> Tensor:
