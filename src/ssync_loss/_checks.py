@@ -10,14 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str, int]:
     """Bind the axes of a tensor to names, e.g. ``"B T S H W"``, and require the sizes already known.
 
-    A name that stands twice asks for equal sizes.
-
-    Returns:
-        The known sizes together with those bound here.
-
-    Raises:
-        TypeError: if it is not a tensor.
-        ValueError: if the rank or a known size differs.
+    A name that stands twice asks for equal sizes. Returns the known sizes together with those bound here.
 
     >>> check_shape("labels", torch.zeros(2, 3), "B N", B=2)
     {'B': 2, 'N': 3}
@@ -29,10 +22,8 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str,
     names = axes.split()
     shape = tuple(tensor.shape)
     bound = dict(sizes)
-    fits = len(shape) == len(names) and all(
-        bound.setdefault(axis, size) == size for axis, size in zip(names, shape, strict=True)
-    )
-    if not fits:
+    pairs = zip(names, shape, strict=False)
+    if len(shape) != len(names) or any(bound.setdefault(axis, size) != size for axis, size in pairs):
         wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in names)
         raise ValueError(f"`{name}` must have shape ({wanted}); got {shape}.")
     return bound
@@ -122,17 +113,9 @@ def check_number(name: str, value: object, low: float, high: float | None = None
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
     inside = (value > low if open_low else value >= low) and value < float("inf")
     if not inside or (high is not None and value > high):
-        if high is None:
-            wanted = f"finite and {'above' if open_low else 'at least'} {low}"
-        else:
-            wanted = f"within [{low}, {high}]"
+        above = f"finite and {'above' if open_low else 'at least'} {low}"
+        wanted = above if high is None else f"within [{low}, {high}]"
         raise ValueError(f"`{name}` must be {wanted}; got {value}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Require True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -143,17 +126,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, tensor: Tensor) -> None:
-    """Require numbers above 0, where that can be seen as in :func:`check_label_range`; NaN passes."""
+    """Require numbers above 0, where :func:`read_numbers` can see them; NaN passes."""
     values = read_numbers(tensor)
     if values is not None and (lowest := values.min().item()) <= 0:
         raise ValueError(f"`{name}` must be above 0 everywhere; got {lowest}.")
 
 
 def check_nonnegative(name: str, tensor: Tensor) -> None:
-    """Require numbers of at least 0, where that can be seen as in :func:`check_label_range`.
-
-    NaN and infinities pass: what is computed from them is not finite either.
-    """
+    """Require numbers of at least 0, likewise; infinities pass, too: what is computed of them is not finite either."""
     # torch finds no least one of some unsigned types
     values = read_numbers(tensor) if tensor.dtype.is_signed else None
     if values is not None and float("-inf") < (lowest := values.min().item()) < 0:
@@ -161,10 +141,9 @@ def check_nonnegative(name: str, tensor: Tensor) -> None:
 
 
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
-    """Require slot labels within [0, num_slots), where that can be seen without waiting for a device.
+    """Require slot labels within [0, num_slots), where :func:`read_numbers` can see them.
 
-    Only numbers in the memory of the CPU are read, see :func:`read_numbers`. On an accelerator the check would stall
-    the step; there an index out of range trips the device's own assertion.
+    Elsewhere an index out of range trips the device's own assertion.
     """
     values = read_numbers(labels)
     if values is None:
@@ -175,10 +154,7 @@ def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
 
 
 def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: Tensor) -> None:
-    """Require the labels of a region to name present slots, where :func:`check_label_range` can look, too.
-
-    A clip without any present slot has nothing to teach and is left out.
-    """
+    """Require the labels of a region to name present slots, likewise; a clip without any is left out."""
     if any(read_numbers(one) is None for one in (labels, region, slot_mask)):
         return
     present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)
@@ -193,11 +169,9 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
 
 def check_equal_counts(name: str, mask: Tensor) -> None:
-    """Require a mask (B, T, N) of as many positions in every frame, where :func:`check_label_range` can look, too."""
+    """Require a mask (B, T, N) of as many positions in every frame, likewise."""
     kept = read_numbers(mask)
-    if kept is None:
-        return
-    low, high = (int(one) for one in kept.sum(2).aminmax())
+    low, high = (0, 0) if kept is None else (int(one) for one in kept.sum(2).aminmax())
     if low != high:
         raise ValueError(f"`{name}` must keep the same number of positions in every frame; got {low} to {high}.")
 

@@ -34,14 +34,8 @@ def global_mean(
     Shape:
         As :class:`SSyncLoss`; returns a scalar.
 
-    Args:
-        criterion: the loss.
-        enc_logits: this rank's encoder map.
-        dec_logits: this rank's decoder map.
-        step: as in ``SSyncLoss.forward``, like the next two.
-        valid: patches that count.
-        slot_mask: slots that are present.
-        group: process group; None is the default one.
+    Maps, ``step``, ``valid`` and ``slot_mask`` are as in ``SSyncLoss.forward``, those of this rank. ``group`` is a
+    process group; None is the default one.
 
     Raises:
         TypeError, ValueError: as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
@@ -63,10 +57,8 @@ def global_mean(
     if not in_group or not criterion.is_on(step):
         return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
     terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
-    regions = (terms.labels.boundary, terms.labels.interior)
-    num_slots = terms.labels.representative.shape[1]
-    selected = torch.stack([one.sum((1, 2, 3)) for one in regions])
-    local = num_averaged(selected, num_slots, slot_mask, criterion.criterion)
+    selected = torch.stack([terms.labels.boundary, terms.labels.interior]).sum((2, 3, 4))
+    local = num_averaged(selected, terms.labels.representative.shape[1], slot_mask, criterion.criterion)
     everywhere = local.clone()
     dist.all_reduce(everywhere, group=group)
     # not integer by integer: that would be a float32 beside a float64 loss

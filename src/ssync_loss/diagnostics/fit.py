@@ -6,15 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ssync_loss._checks import (
-    as_index,
-    check_floating,
-    check_int,
-    check_label_range,
-    check_not_empty,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import as_index, check_int, check_label_range, check_not_empty
+from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss.diagnostics.statistics import valid_patches
 
 # features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
@@ -70,25 +63,16 @@ def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = N
     with torch.no_grad():
         edge, counted = _pairs(labels, torch.ne), _pairs(patches, torch.logical_and)
         distance = torch.zeros_like(edge, dtype=torch.float64)
-        for block in _channel_blocks(features):
-            distance = distance + _pairs(block.double(), _squared_distance)
+        for block in features.split(_CHANNELS, dim=2):
+            distance = distance + _pairs(block.double(), lambda one, other: (one - other).square().sum(2))
         return _auc(distance, edge, counted)
 
 
-def check_features(features: Tensor, **sizes: int) -> None:
-    """Require features (B, T, D, H, W) of the sizes known."""
-    size = check_shape("features", features, "B T D H W", **sizes)
-    check_not_empty("features", size, "D")
-    check_floating("features", features)
-
-
 def _check_labeled_features(features: Tensor, labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Check both, and return labels as int64 and ``valid`` as (B, T, H, W)."""
-    size = check_shape("labels", labels, "B T H W")
+    size = check_labels("labels", labels, "B T H W", {})
     index = as_index("labels", labels)
     check_not_empty("labels", size, "T H W")
-    check_features(features, **size)
-    check_same_device("features", features, labels=labels)
+    check_floats("features", features, "B T D H W", size, filled="D", labels=labels)
     return index, valid_patches(valid, labels)
 
 
@@ -102,7 +86,7 @@ def explained_of(features: Tensor, labels: Tensor, num_slots: int, patches: Tens
     origin = counted.to(torch.uint8).argmax(1)[:, None, None]
     total = features.new_zeros(features.shape[0], dtype=torch.float64)
     between = torch.zeros_like(total)
-    for block in _channel_blocks(features):
+    for block in features.split(_CHANNELS, dim=2):
         values = rearrange(block, "b t d h w -> b (t h w) d").double()
         values = values - values.take_along_dim(origin, 1)
         values = torch.where(counted[:, :, None], values, 0.0)
@@ -114,18 +98,10 @@ def explained_of(features: Tensor, labels: Tensor, num_slots: int, patches: Tens
     return (between / torch.where(total == 0, 1.0, total)).clamp_max(1.0)
 
 
-def _channel_blocks(features: Tensor) -> tuple[Tensor, ...]:
-    return features.chunk(-(-features.shape[2] // _CHANNELS), dim=2)
-
-
 def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Compare every cell (B, T, ..., H, W) with its right and its lower neighbor: (B, pairs)."""
     right, below = compare(cells[..., 1:], cells[..., :-1]), compare(cells[..., 1:, :], cells[..., :-1, :])
     return torch.cat([right.flatten(1), below.flatten(1)], dim=1)
-
-
-def _squared_distance(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other).square().sum(2)
 
 
 def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
@@ -134,10 +110,9 @@ def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
     # what does not count sorts behind every score and is never reached by one
     ranked = torch.where(negative, score, float("inf")).sort(dim=1).values
     score = score.contiguous()
-    below = torch.searchsorted(ranked, score)
-    up_to = torch.searchsorted(ranked, score, right=True)
     # integers: twice the number of won pairs, exact at any size
-    won = torch.where(positive, below + up_to, 0).sum(1)
+    won = torch.searchsorted(ranked, score) + torch.searchsorted(ranked, score, right=True)
+    won = torch.where(positive, won, 0).sum(1)
     pairs = positive.sum(1) * negative.sum(1)
     auc = torch.where(pairs == 0, 0.5, won.double() / (2 * pairs).clamp_min(1))
     broken = (counted & ~score.isfinite()).any(1)

@@ -6,15 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssync_loss._checks import (
-    as_index,
-    check_bool,
-    check_nonnegative,
-    check_not_empty,
-    check_same_device,
-    check_shape,
-    check_type,
-)
+from ssync_loss._checks import as_index, check_nonnegative, check_not_empty, check_shape, check_type
+from ssync_loss._inputs import check_labels, check_mask
 from ssync_loss.ssync.maps import check_slot_mask, check_valid
 from ssync_loss.ssync.types import PseudoLabels
 
@@ -55,10 +48,8 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     Shape:
         valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
 
-    Args:
-        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned.
-        valid: as given there.
-        slot_mask: as given there; a clip without any slot has no valid patch.
+    ``labels`` are what ``pseudo_labels`` or ``SSyncLoss.terms`` returned, ``valid`` and ``slot_mask`` as given there; a
+    clip without any slot has no valid patch.
 
     Raises:
         TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
@@ -71,11 +62,10 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     """
     check_type("labels", labels, PseudoLabels)
     size = check_shape("labels.enc_labels", labels.enc_labels, "B T H W")
-    for name in ("dec_labels", "boundary", "interior"):
-        check_shape(f"labels.{name}", getattr(labels, name), "B T H W", **size)
+    check_shape("labels.dec_labels", labels.dec_labels, "B T H W", **size)
+    check_mask("labels.boundary", labels.boundary, "B T H W", size)
+    check_mask("labels.interior", labels.interior, "B T H W", size)
     size = check_shape("labels.representative", labels.representative, "B S", **size)
-    check_bool("labels.boundary", labels.boundary)
-    check_bool("labels.interior", labels.interior)
     enc, dec, representative = (
         as_index(f"labels.{name}", getattr(labels, name)) for name in ("enc_labels", "dec_labels", "representative")
     )
@@ -108,8 +98,7 @@ def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
     >>> region_share(torch.tensor([[[[True, False, False, False]]]])).tolist()
     [0.25]
     """
-    check_shape("region", region, "B T H W")
-    check_bool("region", region)
+    check_mask("region", region, "B T H W", {})
     return _share(region, valid_patches(valid, region))
 
 
@@ -117,20 +106,16 @@ def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = 
     """Share of a clip's valid patches on which both maps carry one label: ``mean(enc == dec)``.
 
     Shape:
-        enc_labels, dec_labels: (B, T, H, W), integer. valid: (B, T) or (B, T, H, W) bool. Returns (B,), float32; 0
-        for a clip without a valid patch.
-
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit.
+        enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in
+        :func:`region_share`.
 
     >>> agreement(torch.tensor([[[[0, 0, 1, 1]]]]), torch.tensor([[[[0, 0, 0, 1]]]])).tolist()
     [0.75]
     """
-    size = check_shape("enc_labels", enc_labels, "B T H W")
-    check_shape("dec_labels", dec_labels, "B T H W", **size)
-    same = as_index("enc_labels", enc_labels), as_index("dec_labels", dec_labels)
-    check_same_device("dec_labels", dec_labels, enc_labels=enc_labels)
-    return _share(torch.eq(*same), valid_patches(valid, enc_labels))
+    size = check_labels("enc_labels", enc_labels, "B T H W", {})
+    check_labels("dec_labels", dec_labels, "B T H W", size, enc_labels=enc_labels)
+    same = as_index("enc_labels", enc_labels) == as_index("dec_labels", dec_labels)
+    return _share(same, valid_patches(valid, enc_labels))
 
 
 def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -185,11 +170,8 @@ def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     labels too, so compare maps of the same clips.
 
     Shape:
-        labels: (B, T, H, W), integer. valid: (B, T) or (B, T, H, W) bool. Returns (B,), float32; 0 without a pair, as
-        for T = 1.
-
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit.
+        labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in :func:`region_share`; 0 without a
+        pair, as for T = 1.
 
     >>> label_flips(torch.tensor([[[[0, 0, 1, 1]], [[0, 1, 1, 1]]]])).tolist()
     [0.25]

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_same_device, check_type
-from ssync_loss.diagnostics.fit import check_features, edge_alignment, explained_of
+from ssync_loss._checks import check_type
+from ssync_loss._inputs import check_floats
+from ssync_loss.diagnostics.fit import edge_alignment, explained_of
 from ssync_loss.diagnostics.statistics import agreement, label_flips
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, only_present, prepare_maps
@@ -89,14 +90,8 @@ def premise(
         grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the
         host.
 
-    Args:
-        enc_logits: slot attention's map.
-        dec_logits: the decoder's map.
-        features: what the model encodes, for example backbone features; any floating point.
-        kind: what the maps hold, as in ``pseudo_labels``, like all that follow.
-        grid: (H, W) of flat maps, or one for each map.
-        valid: the patches that count.
-        slot_mask: the slots present. A clip without any has no valid patch.
+    ``features`` are what the model encodes, for example backbone features, in any floating point. Other arguments are
+    as in ``pseudo_labels``; a clip without any slot present has no valid patch.
 
     Raises:
         TypeError, ValueError: if a dtype, shape or device does not fit, or features are on another grid than the
@@ -112,11 +107,10 @@ def premise(
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         B, T, S, H, W = maps.enc.shape
-        check_features(features, B=B, T=T, H=H, W=W)
-        check_same_device("features", features, enc_logits=enc_logits)
-        counted = maps.counted
-        patches = maps.enc.new_ones((B, T, H, W), dtype=torch.bool) if counted is None else counted
+        size = {"B": B, "T": T, "H": H, "W": W}
+        check_floats("features", features, "B T D H W", size, filled="D", enc_logits=enc_logits)
         enc, dec = hard_labels(maps)
+        patches = torch.ones_like(enc, dtype=torch.bool) if maps.counted is None else maps.counted
         fit: dict[str, Tensor] = {}
         for side, logits, labels in (("enc", maps.enc, enc), ("dec", maps.dec, dec)):
             fit[f"{side}_explained"] = explained_of(features, labels, S, patches)
@@ -150,11 +144,10 @@ def pool(parts: Iterable[Premise]) -> Premise:
         raise ValueError("`parts` must hold at least one Premise; got none.")
     for part in parts:
         check_type("parts", part, Premise)
-    margin = torch.cat([part.margin for part in parts])
-    measured = torch.cat([part.measured for part in parts])
     # every field but the last has a value per clip
     *per_clip, _ = zip(*parts, strict=True)
-    return Premise._make([*(torch.cat(values) for values in per_clip), _holds(margin, measured)])
+    pooled = [torch.cat(values) for values in per_clip]
+    return Premise._make([*pooled, _holds(*pooled[-2:])])
 
 
 def report(premise: Premise) -> str:
@@ -175,8 +168,17 @@ def report(premise: Premise) -> str:
     """
     check_type("premise", premise, Premise)
     margin = _over_clips(premise.margin, premise.measured)
-    lines = [_headline(margin), ""]
-    lines.append(f"{'':<32}{'encoder':>16}{'decoder':>16}")
+    alone = margin.num_clips == 1
+    if isfinite(margin.value):
+        words = _HEADLINES[margin.verdict()].format("one clip" if alone else f"these {margin.num_clips} clips")
+        error = "no standard error" if alone else "mean ± standard error"
+        headline = f"{words} margin {margin.text('+')} ({error})."
+        reading = [_ONE_CLIP if alone else _READINGS[margin.verdict()], _CAUTION]
+    else:
+        broken = "maps or features of some clips hold NaN or infinities"
+        headline = f" cannot be judged: {broken if margin.num_clips else 'no clip has a valid patch'}."
+        reading = []
+    lines = [f"SSync's premise{headline}", "", f"{'':<32}{'encoder':>16}{'decoder':>16}"]
     for title, enc, dec in (
         ("feature variance explained", premise.enc_explained, premise.dec_explained),
         ("confidence", premise.enc_confidence, premise.dec_confidence),
@@ -188,10 +190,9 @@ def report(premise: Premise) -> str:
     lines.append(f"{'same label in both maps':<32}{_over_clips(premise.agreement, premise.measured).text():>16}")
     num_left_out = len(premise.measured) - margin.num_clips
     if margin.num_clips and num_left_out:
-        subject = "1 clip" if num_left_out == 1 else f"{num_left_out} clips"
-        verb = "was" if num_left_out == 1 else "were"
-        lines.append(f"{subject} without a valid patch {verb} left out.")
-    return "\n".join([*lines, "", *_reading(margin)])
+        clips, were = ("clip", "was") if num_left_out == 1 else ("clips", "were")
+        lines.append(f"{num_left_out} {clips} without a valid patch {were} left out.")
+    return "\n".join([*lines, "", *reading])
 
 
 class _Mean(NamedTuple):
@@ -216,51 +217,29 @@ class _Mean(NamedTuple):
 
 def _over_clips(values: Tensor, measured: Tensor) -> _Mean:
     kept = values.detach()[measured].double().cpu()
-    num_clips = len(kept)
-    if num_clips == 0:
-        return _Mean(nan, nan, 0)
-    error = kept.std().item() / sqrt(num_clips) if num_clips > 1 else nan
-    return _Mean(kept.mean().item(), error, num_clips)
+    # torch warns of a deviation of fewer than two
+    error = kept.std().item() / sqrt(len(kept)) if len(kept) > 1 else nan
+    return _Mean(kept.mean().item(), error, len(kept))
 
 
 _HEADLINES = {"holds": " holds on {}:", "fails": " does not hold on {}:", "cannot tell": ": cannot tell from {},"}
 
 
-def _headline(margin: _Mean) -> str:
-    if not isfinite(margin.value):
-        broken = "maps or features of some clips hold NaN or infinities"
-        return f"SSync's premise cannot be judged: {broken if margin.num_clips else 'no clip has a valid patch'}."
-    alone = margin.num_clips == 1
-    words = _HEADLINES[margin.verdict()].format("one clip" if alone else f"these {margin.num_clips} clips")
-    error = "no standard error" if alone else "mean ± standard error"
-    return f"SSync's premise{words} margin {margin.text('+')} ({error})."
-
-
 _READINGS = {
-    "holds": [
-        "The encoder's partition explains more of the features than the decoder's: at boundaries it has",
-        "something to teach, and the loss can be expected to help.",
-    ],
-    "fails": [
-        "The encoder's partition explains no more of the features than the decoder's: copied into the",
-        "decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.",
-    ],
-    "cannot tell": [
-        "Both partitions explain about as much of the features: the margin is within two standard errors of",
-        "zero, so its sign is open. Take more clips.",
-    ],
+    "holds": """\
+The encoder's partition explains more of the features than the decoder's: at boundaries it has
+something to teach, and the loss can be expected to help.""",
+    "fails": """\
+The encoder's partition explains no more of the features than the decoder's: copied into the
+decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.""",
+    "cannot tell": """\
+Both partitions explain about as much of the features: the margin is within two standard errors of
+zero, so its sign is open. Take more clips.""",
 }
-
-
-def _reading(margin: _Mean) -> list[str]:
-    if not isfinite(margin.value):
-        return []
-    one_clip = ["One clip says next to nothing: ask a whole evaluation set."]
-    return [
-        *(one_clip if margin.num_clips == 1 else _READINGS[margin.verdict()]),
-        "How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,",
-        "and on a single kind of clips its sign can mislead. Take a whole, varied evaluation set.",
-    ]
+_ONE_CLIP = "One clip says next to nothing: ask a whole evaluation set."
+_CAUTION = """\
+How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,
+and on a single kind of clips its sign can mislead. Take a whole, varied evaluation set."""
 
 
 def _holds(margin: Tensor, measured: Tensor) -> Tensor:

@@ -64,14 +64,7 @@ from ssync_loss.metrics.accumulator import MetricAverage
 from ssync_loss.metrics.ari import ari, fg_ari, image_ari, image_fg_ari, video_ari, video_fg_ari
 from ssync_loss.metrics.jf import contour_accuracy, j_and_f, region_similarity
 from ssync_loss.metrics.labels import has_objects, masks_to_labels, objects_to_labels
-from ssync_loss.metrics.overlap import (
-    image_mbo,
-    image_miou,
-    mean_best_overlap,
-    mean_iou,
-    video_mbo,
-    video_miou,
-)
+from ssync_loss.metrics.overlap import image_mbo, image_miou, mean_best_overlap, mean_iou, video_mbo, video_miou
 from ssync_loss.metrics.slots import fragmentation, object_recall, unused_slots
 
 __all__ = [

@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_choice, check_int, check_integer, check_same_device, check_shape
+from ssync_loss._checks import check_choice, check_int, check_same_device, check_shape
+from ssync_loss._inputs import check_labels
 
 Per = Literal["video", "image"]
 
@@ -31,19 +32,16 @@ class Contingency(NamedTuple):
     slot_unit: Tensor
 
     def per_unit(self, values: Tensor, unit: Tensor) -> Tensor:
-        """Sum values into their units, in float64."""
         return _sum_by(values, unit, self.num_units)
 
     def per_object(self, values: Tensor) -> Tensor:
-        """Sum a value of each pair into the pair's object, in float64."""
         return _sum_by(values, self.pair_object, len(self.object_area))
 
     def union(self) -> Tensor:
-        """Pixels that the object or the slot of each pair covers."""
         return self.object_area[self.pair_object] + self.slot_area[self.pair_slot] - self.shared
 
     def is_object(self, background: int | None) -> Tensor:
-        """Tell objects from the background, which is a row of the table like them."""
+        # the background is a row of the table like them
         if background is None:
             return torch.ones_like(self.object_id, dtype=torch.bool)
         return self.object_id != background
@@ -51,8 +49,7 @@ class Contingency(NamedTuple):
 
 def contingency(pred: Tensor, target: Tensor, keep: Tensor, per: Per) -> Contingency:
     """Count the pixels in ``keep`` by (unit, object, slot); all inputs are (B, T, H, W)."""
-    batch, frames = pred.shape[:2]
-    num_units = batch if per == "video" else batch * frames
+    num_units = len(pred) if per == "video" else len(pred) * pred.shape[1]
     slot_code, slot_names = _encode(pred[keep])
     object_code, object_names = _encode(target[keep])
     num_slots, num_objects = len(slot_names), len(object_names)
@@ -80,20 +77,15 @@ def contingency(pred: Tensor, target: Tensor, keep: Tensor, per: Per) -> Conting
 
 def unit_index(labels: Tensor, per: Per) -> Tensor:
     """Number the unit that each pixel of (B, T, H, W) labels belongs to."""
-    batch, frames = labels.shape[:2]
-    if per == "video":
-        unit = torch.arange(batch, device=labels.device).view(batch, 1, 1, 1)
-    else:
-        unit = torch.arange(batch * frames, device=labels.device).view(batch, frames, 1, 1)
-    return unit.expand(labels.shape)
+    batch, frames = len(labels), 1 if per == "video" else labels.shape[1]
+    return torch.arange(batch * frames, device=labels.device).view(batch, frames, 1, 1).expand(labels.shape)
 
 
 def check_unit(
     pred: Tensor, target: Tensor, background: object, per: object = "video"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check what is scored, and by what unit; return both labels as int64, and where pixels are annotated."""
-    sizes = check_shape("pred", pred, "B T H W")
-    check_integer("pred", pred)
+    sizes = check_labels("pred", pred, "B T H W", {})
     check_shape("target", target, "B T H W", **sizes)
     check_same_device("pred", pred, target=target)
     check_choice("per", per, ("video", "image"))
@@ -104,8 +96,7 @@ def check_unit(
 
 def check_target(target: Tensor, background: object) -> tuple[Tensor, Tensor]:
     """Check a ground truth and the id of its background; return it as int64, and where its pixels are annotated."""
-    check_shape("target", target, "B T H W")
-    check_integer("target", target)
+    check_labels("target", target, "B T H W", {})
     if background is not None:
         check_int("background", background, 0)
     ids = target.to(torch.int64)

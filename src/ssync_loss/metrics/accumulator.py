@@ -23,9 +23,7 @@ class MetricAverage:
     Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`,
     ``dist.all_reduce(average.state)``; it is one float64 tensor, on the CPU unless moved.
 
-    Args:
-        metric: a function of this package, e.g. ``video_fg_ari``.
-        options: its keyword arguments.
+    ``metric`` is a function of this package, e.g. ``video_fg_ari``, and ``options`` are its keyword arguments.
 
     Raises:
         TypeError: if ``metric`` is no function of this package or the options do not fit it.
@@ -65,8 +63,7 @@ class MetricAverage:
         """Add a batch: the tensors that the metric takes, ``pred, target`` for most.
 
         Raises:
-            TypeError: as the metric does, or if there are too few or too many tensors.
-            ValueError: as the metric does.
+            TypeError, ValueError: as the metric does, or if there are too few or too many tensors.
         """
         total, weight, self._counted = SCORES[self.metric](*labels, **self.options)
         self.state = self.state + torch.stack([total.sum(), weight.sum()]).to(self.state.device)
@@ -90,10 +87,8 @@ class MetricAverage:
             RuntimeError: if nothing that could be scored was seen, as no number stands for that.
         """
         if self.state[1] == 0:
-            raise RuntimeError(
-                f"{self._definition()} has nothing to average: call update() first, with at least one video "
-                "that has something to score."
-            )
+            wanted = "call update() first, with at least one video that has something to score"
+            raise RuntimeError(f"{self._definition()} has nothing to average: {wanted}.")
         return self.state[0] / self.state[1]
 
     def _definition(self) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssync_loss.metrics._contingency import Contingency, Per, check_unit, contingency
+from ssync_loss.metrics._contingency import Per, check_unit, contingency
 from ssync_loss.metrics._scores import Scores, averaged, scores_of_units
 
 
@@ -25,11 +25,9 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
         pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an annotated
         pixel.
 
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, which is left out.
-        per: "video" pools the pixels of all frames, so that an identity switch costs; "image" scores each
-            frame by itself and returns the mean over the frames with an annotated pixel.
+    Labels are any integers, they are only names; a negative target id is a pixel without annotation, which is left out.
+    ``per="video"`` pools the pixels of all frames, so that an identity switch costs; "image" scores each frame by
+    itself and returns the mean over the frames with an annotated pixel.
 
     Raises:
         TypeError: if labels are not integers.
@@ -127,11 +125,6 @@ def _ari_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) 
     if background is not None:
         keep = keep & (target != background)
     table = contingency(pred, target, keep, per)
-    scored = table.per_unit(table.object_area, table.object_unit) > 0
-    return scores_of_units(_adjusted_rand(table), scored, batch=len(pred), per=per)
-
-
-def _adjusted_rand(table: Contingency) -> Tensor:
     # float64 throughout: the pixel pairs of a clip outgrow float32 (2^24) and the products below int64
     num_pixels = table.per_unit(table.object_area, table.object_unit)
     both = table.per_unit(_pairs(table.shared), table.object_unit[table.pair_object])
@@ -141,7 +134,8 @@ def _adjusted_rand(table: Contingency) -> Tensor:
     expected = same_object * (same_slot / _pairs(num_pixels).clamp_min(1.0))
     gap = (same_object + same_slot) / 2 - expected
     degenerate = gap == 0
-    return torch.where(degenerate, 1.0, (both - expected) / torch.where(degenerate, 1.0, gap))
+    index = torch.where(degenerate, 1.0, (both - expected) / torch.where(degenerate, 1.0, gap))
+    return scores_of_units(index, num_pixels > 0, batch=len(pred), per=per)
 
 
 def _pairs(count: Tensor) -> Tensor:

@@ -59,15 +59,11 @@ def j_and_f(
         pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, the mean over its objects; 0.0
         for a video without an object, or without an annotated frame to score.
 
-    Args:
-        pred: object ids, or slot labels: any integers, which are only names if they are matched.
-        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object.
-        matching: "ids" compares equal ids; "hungarian" gives each object a slot of its own.
-        skip_first: how many frames to leave out at the beginning.
-        skip_last: how many frames to leave out at the end.
-        tolerance: how far contours may lie apart, as a share of the frame's diagonal, rounded up to whole pixels: 8
-            for frames of 480 x 854. Idle in J, but for the matching of slots.
+    Labels are any integers, which are only names if they are matched; a negative target id is a pixel without
+    annotation. ``background`` is the id of the background, or None if every id is an object. The first
+    ``skip_first`` and the last ``skip_last`` frames are left out. ``tolerance`` is how far contours may lie apart, as a
+    share of the frame's diagonal, rounded up to whole pixels: 8 for frames of 480 x 854. It is idle in J, but for the
+    matching of slots.
 
     Raises:
         ImportError: if slots are to be matched and scipy is missing.
@@ -218,10 +214,8 @@ def _track_scores(
 def _tables(
     pred: Tensor, target: Tensor, annotated: Tensor, objects: Tensor, slots: Tensor, radius: int | None
 ) -> Tensor:
-    """Return J and F of every object with every slot of a video (F, H, W), as means over frames; F is 0 without radius.
-
-    Slots without a name stay empty: one for each object that is left over.
-    """
+    """Return J and F of every object with every slot of a video, as means over frames; F is 0 without radius."""
+    # slots without a name stay empty: one for each object that is left over
     num_frames, num_objects, num_slots = len(pred), len(objects), max(len(slots), len(objects))
     total = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
     block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
@@ -240,11 +234,8 @@ def _tables(
 
 
 def _distinct(ids: Tensor) -> Tensor:
-    """List the ids in ascending order."""
     # labels come in runs, and sorting every pixel of a video takes longer than all the rest
-    runs: Tensor = ids.unique_consecutive()
-    distinct: Tensor = runs.unique()
-    return distinct
+    return torch.as_tensor(ids.unique_consecutive().unique())
 
 
 def _number(labels: Tensor, names: Tensor, keep: Tensor) -> Tensor:

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_loss._checks import (
-    check_bool,
-    check_choice,
-    check_flag,
-    check_floating,
-    check_int,
-    check_not_empty,
-    check_shape,
-)
+from ssync_loss._checks import check_bool, check_choice, check_int, check_shape
+from ssync_loss._inputs import check_floats
+from ssync_loss._settings import check_flag
 from ssync_loss.metrics._contingency import check_data, check_target
 
 # resized masks held at once: 64 MB in float32
@@ -36,11 +30,8 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     Shape:
         masks: (B, T, S, h, w). Returns the labels (B, T, *size), int64, in [0, S).
 
-    Args:
-        masks: decoder masks, or attention of the slots. -inf logits mark absent slots; a patch where no
-            slot is present prefers none.
-        size: height and width of the ground truth.
-        kind: "logits", or "probs" if the masks are probabilities.
+    ``masks`` are decoder masks, or attention of the slots: probabilities with ``kind="probs"``. Logits of -inf mark
+    absent slots; a patch where no slot is present prefers none. ``size`` is height and width of the ground truth.
 
     Raises:
         TypeError: if masks are not floating point or ``size`` holds no integers.
@@ -52,9 +43,7 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     >>> masks_to_labels(masks, (1, 4), kind="probs").tolist()  # .9 .725 .375 .2 against .1 .275 .625 .8
     [[[[0, 0, 1, 1]]]]
     """
-    sizes = check_shape("masks", masks, "B T S h w")
-    check_not_empty("masks", sizes, "S h w")
-    check_floating("masks", masks)
+    sizes = check_floats("masks", masks, "B T S h w", filled="S h w")
     check_data("masks", masks)
     check_choice("kind", kind, ("logits", "probs"))
     if not isinstance(size, Sequence) or len(size) != 2:
@@ -87,10 +76,8 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
     Shape:
         masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K]: 1 + k for the k-th mask.
 
-    Args:
-        masks: where each object is; an object may be absent from frames.
-        ignore_overlaps: drop the pixels that several objects claim from truth and prediction, instead of
-            refusing them.
+    An object may be absent from frames. ``ignore_overlaps`` drops the pixels that several objects claim from truth and
+    prediction, instead of refusing them.
 
     Raises:
         TypeError: if masks or ``ignore_overlaps`` are not bool.
@@ -142,7 +129,6 @@ def has_objects(target: Tensor, *, background: int | None) -> Tensor:
 
 
 def _probabilities(masks: Tensor, kind: Literal["logits", "probs"]) -> Tensor:
-    """Return (F, S, h, w) finite probabilities, float32 or wider."""
     masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     probs = masks
     if kind == "logits":

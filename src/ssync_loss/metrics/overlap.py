@@ -1,5 +1,7 @@
 """Intersection over union of objects and slots: the best slot for each object, or one slot for each."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,9 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
         pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
         object.
 
-    Args:
-        pred: slot labels; any integers, they are only names.
-        target: object ids; a negative id is a pixel without annotation, dropped from object and slot.
-        background: the id of the background, or None if every id is an object, as some code bases count it.
-        per: "video" overlaps whole space-time tubes; "image" scores each frame by itself and returns the
-            mean over the frames that show an object.
+    Labels and ``per`` are those of :func:`ari`: "video" overlaps whole space-time tubes, "image" takes the mean over
+    the frames that show an object. ``background`` is the id of the background, or None if every id is an object, as
+    some code bases count it.
 
     Raises:
         TypeError: if labels or ``background`` are not integers.
@@ -43,7 +42,7 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
     >>> mean_best_overlap(pred, target, background=0)  # slot 7 twice: (1/3 + 1/2) / 2 = 5/12
     tensor([0.4167], dtype=torch.float64)
     """
-    return _best_overlap_scores(pred, target, background, per)
+    return _overlap_scores(_best_sum, pred, target, background, per)
 
 
 @averaged(empty=0.0)
@@ -71,7 +70,7 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
     >>> mean_iou(pred, target, background=0)  # slot 7 to 1, nothing for 2: (2/3 + 0) / 2
     tensor([0.3333], dtype=torch.float64)
     """
-    return _iou_scores(pred, target, background, per)
+    return _overlap_scores(_matched_sum, pred, target, background, per)
 
 
 @averaged(empty=0.0)
@@ -82,7 +81,7 @@ def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
     >>> video_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
     tensor([0.3333], dtype=torch.float64)
     """
-    return _best_overlap_scores(pred, target, background, "video")
+    return _overlap_scores(_best_sum, pred, target, background, "video")
 
 
 @averaged(empty=0.0)
@@ -93,7 +92,7 @@ def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
     >>> image_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
     tensor([1.], dtype=torch.float64)
     """
-    return _best_overlap_scores(pred, target, background, "image")
+    return _overlap_scores(_best_sum, pred, target, background, "image")
 
 
 @averaged(empty=0.0)
@@ -104,7 +103,7 @@ def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Score
     >>> video_miou(torch.tensor([[[[5, 5]], [[5, 5]]]]), frames, background=None)
     tensor([0.2500], dtype=torch.float64)
     """
-    return _iou_scores(pred, target, background, "video")
+    return _overlap_scores(_matched_sum, pred, target, background, "video")
 
 
 @averaged(empty=0.0)
@@ -115,31 +114,25 @@ def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Score
     >>> image_miou(torch.tensor([[[[5, 5]], [[5, 6]]]]), frames, background=None)
     tensor([0.6250], dtype=torch.float64)
     """
-    return _iou_scores(pred, target, background, "image")
+    return _overlap_scores(_matched_sum, pred, target, background, "image")
 
 
-def _best_overlap_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Scores:
+def _overlap_scores(
+    sum_of: Callable[[Tensor, Contingency], Tensor], pred: Tensor, target: Tensor, background: int | None, per: Per
+) -> Scores:
     table = contingency(*check_unit(pred, target, background, per), per)
-    best = torch.zeros_like(table.object_area)
-    best = best.scatter_reduce(0, table.pair_object, table.shared / table.union(), "amax")
-    best = torch.where(table.is_object(background), best, 0.0)
-    summed = table.per_unit(best, table.object_unit)
-    return _mean_over_objects(summed, table, background, batch=len(pred), per=per)
+    is_object = table.is_object(background)
+    summed = sum_of(torch.where(is_object[table.pair_object], table.shared / table.union(), 0.0), table)
+    num_objects = table.per_unit(is_object, table.object_unit)
+    return scores_of_units(summed / num_objects.clamp_min(1.0), num_objects > 0, batch=len(pred), per=per)
 
 
-def _iou_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) -> Scores:
-    table = contingency(*check_unit(pred, target, background, per), per)
-    iou = torch.where(table.is_object(background)[table.pair_object], table.shared / table.union(), 0.0)
-    return _mean_over_objects(_matched_sum(iou, table), table, background, batch=len(pred), per=per)
-
-
-def _mean_over_objects(summed: Tensor, table: Contingency, background: int | None, *, batch: int, per: Per) -> Scores:
-    num_objects = table.per_unit(table.is_object(background), table.object_unit)
-    return scores_of_units(summed / num_objects.clamp_min(1.0), num_objects > 0, batch=batch, per=per)
+def _best_sum(iou: Tensor, table: Contingency) -> Tensor:
+    best = torch.zeros_like(table.object_area).scatter_reduce(0, table.pair_object, iou, "amax")
+    return table.per_unit(best, table.object_unit)
 
 
 def _matched_sum(iou: Tensor, table: Contingency) -> Tensor:
-    """Sum the IoU of the best one-to-one matching in each unit."""
     assign = assignment("mIoU")
     # objects, slots and pairs are sorted by unit: each unit is a slice of all three
     pair_unit = table.object_unit[table.pair_object]

@@ -82,16 +82,12 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     Shape:
         pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
 
-    Args:
-        pred: slot labels.
-        num_slots: how many slots the model has.
-        per: "video" calls a slot unused if no frame of the video uses it; "image" asks in each frame and
-            returns the mean over frames.
+    ``num_slots`` is how many slots the model has. ``per="video"`` calls a slot unused if no frame of the video uses it;
+    "image" asks in each frame and returns the mean over frames.
 
     Raises:
         TypeError: if labels or ``num_slots`` are not integers.
-        ValueError: if the rank differs, a label is out of range, ``num_slots`` is below 1 or ``per`` is
-            unknown.
+        ValueError: if the rank differs, a label is out of range, ``num_slots`` is below 1 or ``per`` is unknown.
 
     >>> pred = torch.tensor([[[[0, 0]], [[0, 3]]]])
     >>> unused_slots(pred, num_slots=4).tolist(), unused_slots(pred, num_slots=4, per="image").tolist()
@@ -105,17 +101,16 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     if labels.numel() > 0:
         # two numbers instead of the labels, so that the check also reads those on an accelerator
         check_label_range("pred", torch.stack(labels.aminmax()).cpu(), num_slots)
-    num_units = batch if per == "video" else batch * frames
     slot = unit_index(labels, per) * num_slots + labels
-    area = torch.bincount(slot.flatten(), minlength=num_units * num_slots)
     per_video = num_slots if per == "video" else frames * num_slots
+    area = torch.bincount(slot.flatten(), minlength=batch * per_video)
     unused = (area == 0).to(torch.float64).view(batch, per_video).sum(1)
     return Scores(unused, torch.full_like(unused, per_video), "slots")
 
 
 def _over_objects(value: Tensor, counted: Tensor, table: Contingency, pred: Tensor) -> Scores:
-    """Sum a value of each object, over the counted objects of all frames of a video."""
-    batch, frames = pred.shape[:2]
-    total = table.per_unit(torch.where(counted, value, 0), table.object_unit)
-    count = table.per_unit(counted, table.object_unit)
-    return Scores(total.view(batch, frames).sum(1), count.view(batch, frames).sum(1), "objects in frames")
+    total, count = (
+        table.per_unit(one, table.object_unit).view(pred.shape[:2]).sum(1)
+        for one in (torch.where(counted, value, 0), counted)
+    )
+    return Scores(total, count, "objects in frames")

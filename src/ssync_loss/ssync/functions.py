@@ -1,19 +1,12 @@
 """The method's functions as a user calls them: arguments are checked, an engine is chosen, and computes."""
 
+from typing import Any
+
 from torch import Tensor, no_grad
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import (
-    as_index,
-    check_bool,
-    check_choice,
-    check_floating,
-    check_label_range,
-    check_labels_present,
-    check_not_empty,
-    check_same_device,
-    check_shape,
-)
+from ssync_loss._checks import as_index, check_choice, check_label_range, check_labels_present, check_type
+from ssync_loss._inputs import check_floats, check_labels, check_mask
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
 from ssync_loss.ssync.engines.contract import one_term
 from ssync_loss.ssync.maps import Grid, KindArgument, Maps, check_slot_mask, prepare_maps
@@ -45,19 +38,9 @@ def pseudo_labels(
     Shape:
         enc_logits: (B, T, S, H, W) or (B, T, S, N). dec_logits: the same, on any grid.
 
-    Args:
-        enc_logits: slot-attention logits of the last iteration of every frame, before the softmax over slots.
-        dec_logits: alpha logits of the decoder, before the softmax over slots.
-        merge_threshold: within [0, 1], or a scalar tensor on the maps' device; None turns merging off.
-        min_different: differing neighbors, of ten, that make a boundary.
-        min_same: agreeing neighbors without which a patch is noise.
-        max_different: differing neighbors allowed in an interior.
-        kind: ``"logits"`` or ``"probs"``, or a pair for encoder and decoder. Probabilities of the encoder are
-            compared with their mean as log p: a *different* merging rule, which wants its own threshold.
-        grid: (H, W) of (B, T, S, N) maps, or a pair of grids for encoder and decoder.
-        valid: (B, T) or (B, T, H, W) bool: patches that count, on the encoder's grid.
-        slot_mask: (B, S) bool: slots that are present.
-        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
+    Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid`` and ``slot_mask`` are those of its ``forward``.
+    Probabilities of the encoder are compared with their mean as log p: a *different* merging rule, which wants its own
+    threshold.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
 
@@ -76,12 +59,6 @@ def pseudo_labels(
     with no_grad():
         maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
         return labels_of(maps, settings, backend)
-
-
-def labels_of(maps: Maps, settings: Settings, backend: Backend) -> PseudoLabels:
-    """Compute :func:`pseudo_labels` of maps that are prepared already."""
-    with no_autocast(maps.enc):
-        return resolve(backend, maps.enc, maps.dec).pseudo_labels(maps, settings)
 
 
 def selective_distillation_loss(
@@ -116,16 +93,9 @@ def selective_distillation_loss(
         slot_mask: (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or
         float64 if the logits are.
 
-    Args:
-        logits: the map to be taught; the only argument that gets a gradient.
-        target: slot index of every patch.
-        region: the patches that count.
-        criterion: ``"mse"`` or ``"cross_entropy"``.
-        label_smoothing: within [0, 1], spread over present slots; cross-entropy only.
-        temperature: above 0 (at least the smallest normal float32, 1.2e-38).
-        slot_mask: slots that are present; absent ones leave the softmax.
-        reduction: ``"none"`` (0 where unselected), ``"sum"`` or ``"mean"``.
-        backend: what computes, see :class:`ssync_loss.SSyncLoss`.
+    ``logits`` is the map to be taught, and the only argument that gets a gradient; ``target`` the slot index of every
+    patch, ``region`` the patches that count. Absent slots leave the softmax. ``reduction`` is ``"none"`` (0 where
+    unselected), ``"sum"`` or ``"mean"``. Settings are those of :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
 
@@ -140,16 +110,10 @@ def selective_distillation_loss(
     >>> round(selective_distillation_loss(logits, target, region).item(), 6)  # (1/16 + 1/16) / 2
     0.0625
     """
-    size = check_shape("logits", logits, "B T S H W")
-    check_not_empty("logits", size, "T S H W")
-    check_floating("logits", logits)
-    patches = {axis: size[axis] for axis in "BTHW"}
-    check_shape("target", target, "B T H W", **patches)
+    size = check_floats("logits", logits, "B T S H W", filled="T S H W")
+    check_labels("target", target, "B T H W", size, logits=logits)
     target = as_index("target", target)
-    check_same_device("target", target, logits=logits)
-    check_shape("region", region, "B T H W", **patches)
-    check_bool("region", region)
-    check_same_device("region", region, logits=logits)
+    check_mask("region", region, "B T H W", size, logits=logits)
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, logits=logits)
     settings = Settings(criterion=criterion, label_smoothing=label_smoothing, temperature=temperature)
@@ -189,22 +153,8 @@ def boundary_refinement_loss(
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
 
-    Args:
-        enc_logits: the teacher.
-        dec_logits: the student.
-        labels: pseudo-labels computed before; None computes them. Given ones make the settings of merging and
-            of the region idle.
-        merge_threshold: see :func:`pseudo_labels`, like the next two.
-        min_different: differing neighbors that make a boundary.
-        min_same: agreeing neighbors without which a patch is noise.
-        criterion: see :func:`selective_distillation_loss`, like the next two.
-        label_smoothing: for ``"cross_entropy"`` only.
-        temperature: of the softmax.
-        kind: see :func:`pseudo_labels`, like the rest.
-        grid: (H, W) of (B, T, S, N) maps.
-        valid: patches that count.
-        slot_mask: slots that are present.
-        backend: what computes, see :class:`SSyncLoss`.
+    ``labels`` were computed before by :func:`pseudo_labels`, and make the settings of merging and of the region idle;
+    None computes them. Other arguments are as there and in :func:`selective_distillation_loss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -218,11 +168,8 @@ def boundary_refinement_loss(
     0.25
     """
     settings = Settings(merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature)
-    settings.check()
-    check_backend(backend)
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    target, region = _targets(labels, "enc_labels", "boundary", maps, settings, backend)
-    return _term(maps.dec, target, region, maps, settings, backend)
+    given = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
+    return _term("boundary", enc_logits, dec_logits, labels, settings, backend, given)
 
 
 def interior_denoising_loss(
@@ -250,20 +197,7 @@ def interior_denoising_loss(
     Shape:
         enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
 
-    Args:
-        enc_logits: the student.
-        dec_logits: the teacher.
-        labels: see :func:`boundary_refinement_loss`, like the next.
-        merge_threshold: overlap above which slots are merged.
-        max_different: differing neighbors allowed in an interior.
-        criterion: see :func:`boundary_refinement_loss`, like the rest.
-        label_smoothing: for ``"cross_entropy"`` only.
-        temperature: of the softmax.
-        kind: what the maps hold.
-        grid: (H, W) of (B, T, S, N) maps.
-        valid: patches that count.
-        slot_mask: slots that are present.
-        backend: what computes.
+    Arguments are those of :func:`boundary_refinement_loss`, with ``max_different`` as in :func:`pseudo_labels`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
 
@@ -277,41 +211,42 @@ def interior_denoising_loss(
     0.25
     """
     settings = Settings(merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature)
+    given = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
+    return _term("interior", enc_logits, dec_logits, labels, settings, backend, given)
+
+
+def _term(
+    name: str,
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    labels: PseudoLabels | None,
+    settings: Settings,
+    backend: Backend,
+    given: dict[str, Any],
+) -> Tensor:
+    """Compute the boundary or the interior term: labels are computed, or those given are checked."""
     settings.check()
     check_backend(backend)
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
-    target, region = _targets(labels, "dec_labels", "interior", maps, settings, backend)
-    return _term(maps.enc, target, region, maps, settings, backend)
-
-
-def _targets(
-    given: PseudoLabels | None, target_name: str, region_name: str, maps: Maps, settings: Settings, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Return targets and region of one term: computed, or those given, checked, and without what is not valid now."""
-    if given is None:
-        labels = labels_of(maps, settings, backend)
-        return getattr(labels, target_name), getattr(labels, region_name)
-    if not isinstance(given, PseudoLabels):
-        raise TypeError(f"`labels` must be PseudoLabels; got {type(given).__name__}.")
-    target, region = getattr(given, target_name), getattr(given, region_name)
-    size = dict(zip("BTSHW", maps.enc.shape, strict=True))
-    num_slots = size.pop("S")
-    check_shape(f"labels.{target_name}", target, "B T H W", **size)
-    target = as_index(f"labels.{target_name}", target)
-    check_same_device(f"labels.{target_name}", target, enc_logits=maps.enc)
-    check_label_range(f"labels.{target_name}", target, num_slots)
-    check_shape(f"labels.{region_name}", region, "B T H W", **size)
-    check_bool(f"labels.{region_name}", region)
-    check_same_device(f"labels.{region_name}", region, enc_logits=maps.enc)
-    counted = maps.counted
-    if counted is not None:
-        region = region & counted
-    if maps.slot_mask is not None:
-        check_labels_present(f"labels.{target_name}", target, region, maps.slot_mask)
-    return target, region
-
-
-def _term(student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings, backend: Backend) -> Tensor:
-    """Return the mean distillation of one of the maps."""
+    maps = prepare_maps(enc_logits, dec_logits, **given)
+    student, teacher = (maps.dec, "enc_labels") if name == "boundary" else (maps.enc, "dec_labels")
+    computed = labels_of(maps, settings, backend) if labels is None else labels
+    check_type("labels", computed, PseudoLabels)
+    target, region = getattr(computed, teacher), getattr(computed, name)
+    if labels is not None:
+        size = dict(zip("BTSHW", maps.enc.shape, strict=True))
+        check_labels(f"labels.{teacher}", target, "B T H W", size, enc_logits=maps.enc)
+        target = as_index(f"labels.{teacher}", target)
+        check_label_range(f"labels.{teacher}", target, size["S"])
+        check_mask(f"labels.{name}", region, "B T H W", size, enc_logits=maps.enc)
+        # what is not valid now may have been so before
+        region = region if maps.counted is None else region & maps.counted
+        if maps.slot_mask is not None:
+            check_labels_present(f"labels.{teacher}", target, region, maps.slot_mask)
     with no_autocast(student):
         return one_term(resolve(backend, maps.enc, maps.dec), student, target, region, maps, settings)
+
+
+def labels_of(maps: Maps, settings: Settings, backend: Backend) -> PseudoLabels:
+    """Compute :func:`pseudo_labels` of maps that are prepared already."""
+    with no_autocast(maps.enc):
+        return resolve(backend, maps.enc, maps.dec).pseudo_labels(maps, settings)

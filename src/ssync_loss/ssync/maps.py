@@ -6,16 +6,14 @@ Everything behind this file sees logits (B, T, S, H, W).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import (
-    check_bool,
     check_choice,
     check_floating,
     check_nonnegative,
@@ -24,6 +22,7 @@ from ssync_loss._checks import (
     check_shape,
     check_tensor,
 )
+from ssync_loss._inputs import check_mask
 from ssync_loss.ssync.settings import TINY
 
 Kind: TypeAlias = Literal["logits", "probs"]
@@ -51,7 +50,7 @@ class Maps:
     dec: Tensor
     valid: Tensor | None
     slot_mask: Tensor | None
-    clean: Tensor | None
+    clean: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,15 +80,6 @@ class Maps:
         return torch.where(clean, 1.0, float("nan")).to(self.dtype)
 
 
-class BoundMaps(NamedTuple):
-    """What a host gave, checked and viewed as (B, T, S, H, W); the decoder on a grid of its own."""
-
-    enc: Tensor
-    dec: Tensor
-    valid: Tensor | None
-    slot_mask: Tensor | None
-
-
 def check_kind(kind: object) -> tuple[Kind, Kind]:
     """Return the kinds of the encoder's and the decoder's map."""
     kinds = (kind, kind) if isinstance(kind, str) else kind
@@ -104,24 +94,22 @@ def check_grid(grid: object) -> tuple[Size | None, Size | None]:
     """Return the grids of the encoder's and the decoder's map; None where it is to be inferred."""
     if grid is None:
         return None, None
-    whole = _as_size(grid)
-    if whole is not None:
-        return whole, None
     if isinstance(grid, Sequence) and len(grid) == 2:
-        enc, dec = _as_size(grid[0]), _as_size(grid[1])
-        if enc is not None and dec is not None:
-            return enc, dec
+        if _is_size(grid):
+            return (grid[0], grid[1]), None
+        if _is_size(grid[0]) and _is_size(grid[1]):
+            return tuple(grid[0]), tuple(grid[1])
     raise ValueError(
         f"`grid` must be (H, W) or ((H, W), (H_d, W_d)) for encoder and decoder, positive integers; got {grid!r}."
     )
 
 
-def _as_size(value: object) -> Size | None:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        return None
-    if any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in value):
-        return None
-    return value[0], value[1]
+def _is_size(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in value)
+    )
 
 
 def bind_maps(
@@ -131,15 +119,8 @@ def bind_maps(
     grid: Grid = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
-) -> BoundMaps:
-    """Check all shapes, dtypes and devices, and view both maps as (B, T, S, H, W); nothing is computed.
-
-    The decoder's map keeps its own grid and dtype here.
-
-    Raises:
-        TypeError: if a map is not floating point, or a mask not boolean.
-        ValueError: if a shape does not fit; the message names the argument, the wanted and the given.
-    """
+) -> Maps:
+    """Check shapes, dtypes and devices, and view both maps as (B, T, S, H, W), each on a grid of its own."""
     enc_grid, dec_grid = check_grid(grid)
     if grid is None:
         enc_grid, dec_grid = _grid_beside(enc_logits, dec_logits), _grid_beside(dec_logits, enc_logits)
@@ -157,7 +138,7 @@ def bind_maps(
         valid = check_valid(valid, size, enc_logits=enc)
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, enc_logits=enc)
-    return BoundMaps(enc, dec, valid, slot_mask)
+    return Maps(enc, dec, valid, slot_mask)
 
 
 def _grid_beside(flat: Tensor, whole: Tensor) -> Size | None:
@@ -179,39 +160,28 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
     if logits.dim() != 4:
         raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.")
     num_patches = shape[3]
-    if grid is None:
-        side = isqrt(num_patches)
-        if side * side != num_patches:
-            raise ValueError(
-                f"`{name}` has N={num_patches} patches, which is no square: pass grid=(H, W); got {shape}."
-            )
-        grid = (side, side)
-    if grid[0] * grid[1] != num_patches:
-        raise ValueError(
-            f"`{name}` must have N = H*W = {grid[0]}*{grid[1]} = {grid[0] * grid[1]} patches as `grid` says; "
-            f"got {shape}."
-        )
-    return logits.reshape(*shape[:3], *grid)
+    height, width = (isqrt(num_patches),) * 2 if grid is None else grid
+    if height * width != num_patches:
+        if grid is None:
+            wrong = f"has N={num_patches} patches, which is no square: pass grid=(H, W)"
+        else:
+            wrong = f"must have N = H*W = {height}*{width} = {height * width} patches as `grid` says"
+        raise ValueError(f"`{name}` {wrong}; got {shape}.")
+    return logits.reshape(*shape[:3], height, width)
 
 
 def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor:
     """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W)."""
-    check_tensor("valid", valid)
-    axes = "B T" if valid.dim() == 2 else "B T H W"
-    known = {axis: size[axis] for axis in axes.split()}
-    check_shape("valid", valid, axes, **known)
-    check_bool("valid", valid)
-    check_same_device("valid", valid, **beside)
-    if valid.dim() == 2:
+    per_frame = isinstance(valid, Tensor) and valid.dim() == 2
+    check_mask("valid", valid, "B T" if per_frame else "B T H W", size, **beside)
+    if per_frame:
         valid = valid[:, :, None, None]
     return valid.expand(size["B"], size["T"], size["H"], size["W"])
 
 
 def check_slot_mask(slot_mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
     """Require ``slot_mask`` of shape (B, S)."""
-    check_shape("slot_mask", slot_mask, "B S", B=size["B"], S=size["S"])
-    check_bool("slot_mask", slot_mask)
-    check_same_device("slot_mask", slot_mask, **beside)
+    check_mask("slot_mask", slot_mask, "B S", size, **beside)
 
 
 def prepare_maps(
@@ -225,23 +195,13 @@ def prepare_maps(
 ) -> Maps:
     """Bring both maps to logits on the encoder's grid; logits that are there already stay as they are.
 
-    Args:
-        enc_logits: (B, T, S, H, W), or (B, T, S, N) with ``grid`` or a square N.
-        dec_logits: likewise, on any grid.
-        kind: what the maps hold. ``"probs"``: put to zero for absent slots, renormalized over slots, clamped
-            at the smallest normal float32 and logged.
-        grid: (H, W), or one for each map.
-        valid: (B, T) or (B, T, H, W) bool, on the encoder's grid. A cell of a decoder grid of its own is
-            invalid when no valid patch of the encoder overlaps it.
-        slot_mask: (B, S) bool. A clip without a present slot is invalid throughout.
-
-    Raises:
-        TypeError, ValueError: as :func:`bind_maps`, and for a negative probability where one can be seen without
-            waiting for a device; elsewhere it becomes NaN.
+    Probabilities are put to zero for absent slots, renormalized over slots, clamped at the smallest normal float32 and
+    logged. A negative one is an error where it can be seen without waiting for a device, and becomes NaN elsewhere. A
+    cell of a decoder grid of its own is invalid when no valid patch of the encoder overlaps it.
     """
     enc_kind, dec_kind = check_kind(kind)
-    enc, dec, valid, slot_mask = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
-    maps = Maps(enc, dec, valid, slot_mask, None)
+    maps = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
+    enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         # nothing to do, and nothing is launched
         return maps
@@ -257,11 +217,10 @@ def prepare_maps(
             dec = at_least_float32(_as_logits("dec_logits", dec, dec_kind, usable))
             clean = is_clean(peak_of(dec.detach(), slot_mask), dec_valid)
             dec = _resize(dec, enc.shape[3:], dec_valid, usable)
-    return Maps(enc, dec, valid, slot_mask, clean)
+    return Maps(enc, dec, maps.valid, slot_mask, clean)
 
 
 def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
-    """Broadcastable to (B, T, S, H, W): cells that are valid and belong to a present slot."""
     if valid is None:
         return None
     cells = valid.unsqueeze(2)
@@ -291,10 +250,7 @@ def peak_of(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
 
 
 def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
-    """Tell, as a scalar tensor, whether the largest logits (.., B, T, H, W) of all valid patches are below +inf.
-
-    NaN is not.
-    """
+    """Tell, as a scalar tensor, whether all valid patches have a largest logit below +inf; NaN is not."""
     if valid is None and peak.numel() > 0:
         # a maximum is a tenth of the work of a comparison for every patch, and NaN if one is
         return peak.amax() < float("inf")
@@ -304,29 +260,22 @@ def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
 
 def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
     """Which cells of another grid share area with a valid cell of this one: (B, T, H, W) -> (B, T, *size)."""
-    rows = _shares_length(size[0], valid.shape[2], valid.device)
-    columns = _shares_length(size[1], valid.shape[3], valid.device)
-    return rows @ valid.float() @ columns.T > 0
-
-
-def _shares_length(num_to: int, num_from: int, device: torch.device) -> Tensor:
-    # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
-    to = torch.arange(num_to, device=device)[:, None]
-    start = torch.arange(num_from, device=device)[None, :]
-    return ((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float()
+    shared = []
+    for num_to, num_from in zip(size, valid.shape[2:], strict=True):
+        # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
+        to = torch.arange(num_to, device=valid.device)[:, None]
+        start = torch.arange(num_from, device=valid.device)
+        shared.append(((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float())
+    return shared[0] @ valid.float() @ shared[1].T > 0
 
 
 def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: Tensor | None) -> Tensor:
-    """Interpolate bilinearly between cells that count.
-
-    Invalid cells get no weight, and the rest is renormalized: at the edge of a valid box this is the clamping
-    at a grid's own edge. A -inf that has any weight gives -inf.
-    """
+    # invalid cells get no weight, and the rest is renormalized: at the edge of a valid box as at a grid's own
     impossible = logits == float("-inf")
     if usable is not None:
         impossible = impossible & usable
         logits = torch.where(usable, logits, 0.0)
-    # zero weight times infinity would be NaN, so infinities travel on a map of their own
+    # zero weight times infinity would be NaN: infinities travel on a map of their own, and any weight gives -inf
     resized = _interpolate(logits.masked_fill(impossible, 0.0), size)
     if valid is not None:
         weight = _interpolate(valid.unsqueeze(2).to(logits.dtype), size)
@@ -335,6 +284,5 @@ def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: T
 
 
 def _interpolate(maps: Tensor, size: Sequence[int]) -> Tensor:
-    frames = rearrange(maps, "b t s h w -> (b t) s h w")
-    frames = F.interpolate(frames, size=tuple(size), mode="bilinear", align_corners=False)
-    return rearrange(frames, "(b t) s h w -> b t s h w", t=maps.shape[1])
+    frames = F.interpolate(maps.flatten(0, 1), size=tuple(size), mode="bilinear", align_corners=False)
+    return frames.view(*maps.shape[:3], *size)

@@ -1,6 +1,7 @@
 """The three modules of SSync: each remembers settings, and calls the functions."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +21,9 @@ from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# all settings but the weights of the terms, which come last
+_UNWEIGHTED = [one.name for one in fields(Settings)][:-2]
+
 # merge thresholds of the published configurations
 PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco": 0.9}
 
@@ -29,13 +33,7 @@ class _SSyncModule(LossModule):
 
     @staticmethod
     def check_settings(
-        *,
-        kind: KindArgument,
-        grid: Grid,
-        backend: Backend,
-        start_step: int = 0,
-        ramp_steps: int = 0,
-        **settings: Any,
+        *, kind: object, grid: object, backend: object, start_step: object = 0, ramp_steps: object = 0, **settings: Any
     ) -> None:
         """Check the arguments of a constructor."""
         Settings(**settings).check()
@@ -174,8 +172,8 @@ class SSyncLoss(_SSyncModule):
         boundary_weight: weight of the boundary term, at least 0.
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
-        label_smoothing: within [0, 1], for ``"cross_entropy"`` only.
-        temperature: of the softmax over slots, above 0.
+        label_smoothing: within [0, 1], spread over present slots, for ``"cross_entropy"`` only.
+        temperature: of the softmax over slots, above 0 (at least the smallest normal float32, 1.2e-38).
         min_different: differing neighbors, of ten, that make a boundary; 0 to 10.
         min_same: agreeing neighbors without which a patch is noise; 0 to 10.
         max_different: differing neighbors allowed in an interior; 0 to 10.
@@ -248,9 +246,8 @@ class SSyncLoss(_SSyncModule):
     def from_preset(cls, name: str, **settings: Any) -> "Self":
         """Build the loss with the merge threshold published for a data set.
 
-        Args:
-            name: ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9).
-            **settings: any argument of the constructor; they win over the preset.
+        The name is ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9). ``settings`` are any
+        arguments of the constructor, and win over the preset.
 
         Raises:
             ValueError: if the name is unknown.
@@ -320,15 +317,12 @@ class SSyncLoss(_SSyncModule):
         """Tell whether the loss has started, and check the step.
 
         Raises:
-            TypeError: if the step is no integer.
-            ValueError: if there is a schedule and no step.
+            TypeError, ValueError: if the step is no integer, or there is a schedule and no step.
         """
         if step is None:
             if self.start_step > 0 or self.ramp_steps > 0:
-                raise ValueError(
-                    "`step` must be given with a schedule "
-                    f"(start_step={self.start_step}, ramp_steps={self.ramp_steps}); got None."
-                )
+                schedule = f"(start_step={self.start_step}, ramp_steps={self.ramp_steps})"
+                raise ValueError(f"`step` must be given with a schedule {schedule}; got None.")
             return True
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
@@ -348,16 +342,8 @@ class SSyncLoss(_SSyncModule):
             progress = torch.full((), step - self.start_step, device=like.device, dtype=dtype)
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
-        return Settings(
-            self.merge_threshold,
-            self.min_different,
-            self.min_same,
-            self.max_different,
-            self.criterion,
-            self.label_smoothing,
-            self.temperature,
-            *weights,
-        )
+        settings = {name: getattr(self, name) for name in _UNWEIGHTED}
+        return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
         taught = {}

@@ -35,7 +35,11 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
             group = rng.integers(0, 3, size=slots)
             overlap[:] = np.where(group[:, None] == group, rng.choice(OVERLAPS[3:]), rng.choice(OVERLAPS[:3]))
         else:
-            _link_as_tree(rng, overlap)
+            # every slot with one before it, or, strongly, with the last one before it: one long path
+            order, is_path = rng.permutation(slots), rng.random() < 0.5
+            for child in range(1, slots):
+                parent = child - 1 if is_path else rng.integers(child)
+                overlap[order[child], order[parent]] = 1.0 if is_path and rng.random() < 0.5 else rng.choice(OVERLAPS)
         overlap = np.maximum(overlap, overlap.T)
         np.fill_diagonal(overlap, rng.choice([0.0, 0.5, 1.0], size=slots, p=[0.1, 0.1, 0.8]))
         # three values among many slots: the largest area of a group is often shared
@@ -43,14 +47,6 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
     if distinct_areas:
         area = rng.permutation(slots)
     return overlap, area
-
-
-def _link_as_tree(rng: np.random.Generator, overlap: Floats) -> None:
-    """Link every slot with one before it, or, strongly, with the last one before it: one long path."""
-    order, is_path = rng.permutation(len(overlap)), rng.random() < 0.5
-    for child in range(1, len(order)):
-        parent = child - 1 if is_path else rng.integers(child)
-        overlap[order[child], order[parent]] = 1.0 if is_path and rng.random() < 0.5 else rng.choice(OVERLAPS)
 
 
 def label_clip(seed: int, shape: Sequence[int], slots: int) -> Ints:
@@ -85,26 +81,15 @@ def _add_moving_box(rng: np.random.Generator, labels: Ints) -> None:
 
 
 def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, minus_inf: bool) -> tuple[Floats, Floats]:
-    """Return an encoder and a decoder map (T, S, H, W).
-
-    Without ``ties`` no two slots have the same logit anywhere, except -inf. With ``minus_inf`` some
-    patches, some slots and some single logits are -inf.
-    """
+    """Return an encoder and a decoder map (T, S, H, W), as :func:`ssync_loss.testing.map_pairs` describes them."""
     rng = np.random.default_rng(seed)
+    enc = dec = np.zeros((shape[0], slots, *shape[1:]), dtype=np.int64)
     if seed:
         enc = _logits(rng, shape, slots)
         _make_redundant(rng, enc)
         relation = rng.integers(4)
-        if relation == 0:
-            dec = enc.copy()
-        elif relation == 1:
-            # a place to the right: the maps agree but at the edges
-            dec = np.roll(enc, 1, axis=3)
-        else:
-            dec = _logits(rng, shape, slots)
-    else:
-        enc = np.zeros((shape[0], slots, *shape[1:]), dtype=np.int64)
-        dec = enc.copy()
+        # a place to the right, the maps agree but at the edges
+        dec = _logits(rng, shape, slots) if relation > 1 else np.roll(enc, relation, axis=3)
     maps = (_to_floats(rng, enc, ties=ties), _to_floats(rng, dec, ties=ties))
     if minus_inf and seed:
         for logits in maps:
@@ -127,7 +112,6 @@ def _logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
 
 
 def _make_redundant(rng: np.random.Generator, logits: Ints) -> None:
-    """Let some slots repeat others, exactly or but for a few patches, so that there is something to merge."""
     slots = logits.shape[1]
     for _ in range(rng.choice([0, 0, 1, slots - 1])):
         source, copy = rng.integers(slots), rng.integers(slots)
@@ -136,13 +120,12 @@ def _make_redundant(rng: np.random.Generator, logits: Ints) -> None:
 
 
 def _to_floats(rng: np.random.Generator, logits: Ints, *, ties: bool) -> Floats:
-    if ties:
-        return np.asarray(logits * UNIT, dtype=np.float64)
-    # a different remainder for every slot
-    slots = logits.shape[1]
-    parts = 1 << (slots - 1).bit_length()
-    numerators = logits * parts + rng.permutation(slots)[:, None, None]
-    return np.asarray(numerators * (UNIT / parts), dtype=np.float64)
+    slots, parts = logits.shape[1], 1
+    if not ties:
+        # a different remainder for every slot
+        parts = 1 << (slots - 1).bit_length()
+        logits = logits * parts + rng.permutation(slots)[:, None, None]
+    return np.asarray(logits * (UNIT / parts), dtype=np.float64)
 
 
 def _punch(rng: np.random.Generator, logits: Floats, *, whole_patches: bool) -> None:

@@ -27,15 +27,13 @@ def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: T
     AssertionError: dec_labels differ in 2 places, first at (0, 0, 0, 0): got 1, expected 0.
     """
     for field, got, wanted in zip(PseudoLabels._fields, actual, expected, strict=True):
-        if got.dtype != wanted.dtype or got.shape != wanted.shape:
-            raise AssertionError(
-                f"{field}: got {got.dtype} {tuple(got.shape)}, expected {wanted.dtype} {tuple(wanted.shape)}."
-            )
+        kinds = [f"{one.dtype} {tuple(one.shape)}" for one in (got, wanted)]
+        if kinds[0] != kinds[1]:
+            raise AssertionError(f"{field}: got {kinds[0]}, expected {kinds[1]}.")
         different = got != wanted
         if clips is not None:
             different &= clips.view(-1, *(1 for _ in got.shape[1:]))
-        if different.any():
-            places = different.nonzero().tolist()
+        if places := different.nonzero().tolist():
             first = tuple(places[0])
             raise AssertionError(
                 f"{field} differ in {len(places)} places, first at {first}: "
@@ -77,11 +75,9 @@ def gradient_scale(
     """
     selected = region.flatten(1).sum(dim=1)
     slots = torch.full_like(selected, num_slots) if slot_mask is None else slot_mask.sum(dim=1)
-    if criterion == "mse":
-        top, bottom = 2.0, (selected * slots).sum().item()
-    else:
-        top, bottom = 1.0, selected[slots > 0].sum().item()
-    return top / (temperature * bottom) if bottom else float("inf")
+    is_mse = criterion == "mse"
+    averaged = (selected * (slots if is_mse else slots > 0)).sum().item()
+    return (2.0 if is_mse else 1.0) / (temperature * averaged) if averaged else float("inf")
 
 
 def assert_close_gradient(

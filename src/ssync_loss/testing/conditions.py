@@ -34,12 +34,11 @@ def decidable_clips(
     >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]
     [True, False]
     """
-    clips, _, slots = enc_logits.shape[:3]
     if merge_threshold is None:
-        return torch.ones(clips, dtype=torch.bool)
+        return torch.ones(len(enc_logits), dtype=torch.bool)
     logits = enc_logits.detach().double()
     overlap = reference_slot_overlap(logits, valid=valid, slot_mask=slot_mask)
-    exact = (overlap == 0) | (overlap == 1) | torch.eye(slots, dtype=torch.bool, device=overlap.device)
+    exact = (overlap == 0) | (overlap == 1) | torch.eye(enc_logits.shape[2], dtype=torch.bool, device=overlap.device)
     clear = (exact | ((overlap - merge_threshold).abs() > OVERLAP_MARGIN)).all(dim=2).all(dim=1)
     if dyadic:
         return clear
@@ -103,7 +102,6 @@ def poison(
 
 
 def _seen(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
-    """Mark the valid patches of the present slots: (B, T, S, H, W)."""
     seen = torch.ones_like(logits, dtype=torch.bool)
     if valid is not None:
         seen &= (valid if valid.ndim == 4 else valid[:, :, None, None])[:, :, None]

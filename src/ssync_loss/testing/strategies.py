@@ -85,10 +85,8 @@ def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
 
 def region_knobs() -> st.SearchStrategy[dict[str, int]]:
     """Draw ``min_different``, ``min_same`` and ``max_different``, each in 0 … 10 and mostly small."""
-    low = st.sampled_from((1, 0, 2, 3, 4, 10))
-    return st.fixed_dictionaries(
-        {"min_different": low, "min_same": low, "max_different": st.sampled_from((0, 1, 2, 5, 10))}
-    )
+    low, high = st.sampled_from((1, 0, 2, 3, 4, 10)), st.sampled_from((0, 1, 2, 5, 10))
+    return st.fixed_dictionaries({"min_different": low, "min_same": low, "max_different": high})
 
 
 @st.composite
@@ -109,8 +107,8 @@ def slot_graphs(
     """
     slots = draw(_up_to(max_slots))
     clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]
-    overlap, area = (np.stack(part) for part in zip(*clips, strict=True))
-    return SlotGraph(torch.from_numpy(overlap).to(dtype), torch.from_numpy(area))
+    overlap, area = (_stack(part) for part in zip(*clips, strict=True))
+    return SlotGraph(overlap.to(dtype), area)
 
 
 @st.composite
@@ -153,8 +151,7 @@ def map_pairs(
     shape = draw(_shapes(max_frames, max_height, max_width))
     seeds = draw(_seeds(batch))
     clips = [_clips.map_pair_clip(seed, shape, slots, ties=ties, minus_inf=minus_inf) for seed in seeds]
-    enc, dec = (_stack(part).to(dtype) for part in zip(*clips, strict=True))
-    return MapPair(enc, dec)
+    return MapPair(*(_stack(part).to(dtype) for part in zip(*clips, strict=True)))
 
 
 @st.composite
@@ -164,24 +161,22 @@ def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
     return _stack(_clips.mask_clip(seed, shape, plain=True, empty=empty) for seed in draw(_seeds(batch)))
 
 
-@st.composite
-def slot_masks(draw: st.DrawFn, batch: int, slots: int, *, empty: bool = True) -> Tensor:
+def slot_masks(batch: int, slots: int, *, empty: bool = True) -> st.SearchStrategy[Tensor]:
     """Draw present slots (B, S): all, some, one, none."""
-    return draw(valid_masks(batch, slots, empty=empty))
+    return valid_masks(batch, slots, empty=empty)
 
 
 @st.composite
 def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None) -> SSyncCase:
     """Draw everything that pseudo-labels read: two maps, and now and then valid patches and present slots.
 
-    Example:
-        ::
+    As code::
 
-            @given(ssync_cases(maps=map_pairs(minus_inf=True)), thresholds(tied=False), region_knobs())
-            def test_fast_labels_equal_slow_ones(case, threshold, knobs):
-                actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
-                wanted = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
-                assert_same_labels(actual, wanted)
+        @given(ssync_cases(maps=map_pairs(minus_inf=True)), thresholds(tied=False), region_knobs())
+        def test_fast_labels_equal_slow_ones(case, threshold, knobs):
+            actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+            wanted = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
+            assert_same_labels(actual, wanted)
     """
     enc, dec = draw(map_pairs() if maps is None else maps)
     b, t, s, h, w = enc.shape
@@ -220,8 +215,8 @@ def _up_to(largest: int) -> st.SearchStrategy[int]:
     return st.sampled_from(range(1, largest + 1))
 
 
-def _shapes(max_frames: int, max_height: int, max_width: int) -> st.SearchStrategy[tuple[int, int, int]]:
-    return st.tuples(_up_to(max_frames), _up_to(max_height), _up_to(max_width))
+def _shapes(*largest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*(_up_to(size) for size in largest))
 
 
 def _stack(clips: Iterable[NDArray[Any]]) -> Tensor:

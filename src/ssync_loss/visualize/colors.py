@@ -30,7 +30,7 @@ ROLE_COLORS: dict[str, Color] = {
 }
 
 NUM_COLORS = 256
-# the first slots' colors are chosen by eye; more are found as far from all others as can be
+# the first slots' colors are chosen by eye
 _FIRST_COLORS: tuple[Color, ...] = (
     (62, 136, 246),
     (242, 142, 43),

@@ -19,8 +19,7 @@ from ssync_loss.visualize.pictures import (
     filmstrip,
     outline,
     overlay,
-    role_colors,
-    with_invalid,
+    roles,
 )
 
 PANEL_ROWS = ("input", "encoder", "decoder", "merged", "who is taught")
@@ -57,19 +56,10 @@ def panel(
         and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
         ``width = T * scale * w + (T - 1) * gap``.
 
-    Args:
-        video: floating point within [0, 1] (clamped into it), or uint8.
-        enc_logits: slot attention's map.
-        dec_logits: the decoder's map.
-        labels: from ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; computed when None.
-        merge_threshold: for labels computed here.
-        kind: what the maps hold, as in ``pseudo_labels``, like the next three.
-        grid: (H, W) of flat maps, or one for each map.
-        valid: the patches that count.
-        slot_mask: the slots present.
-        alpha: weight of the colors, within [0, 1].
-        scale: enlarges frames by a whole number; small frames are hard to see in a browser.
-        gap: white pixels between frames.
+    ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
+    ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; they are computed when None, with
+    ``merge_threshold``. Maps, ``kind``, ``grid``, ``valid`` and ``slot_mask`` are as in ``pseudo_labels``. ``scale``
+    enlarges frames by a whole number; small frames are hard to see in a browser.
 
     Raises:
         TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
@@ -97,17 +87,15 @@ def panel(
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)
             check_same_device(f"labels.{name}", getattr(labels, name), video=video)
         frames = as_bytes(enlarged(video, scale * size["h"], scale * size["w"]))
-        enc, dec = hard_labels(maps)
-        counted = maps.counted
         gray = as_gray(frames)
+        counted = maps.counted
         differs = as_index("labels.enc_labels", labels.enc_labels) != as_index("labels.dec_labels", labels.dec_labels)
         merged = overlay(gray, labels.enc_labels, alpha=alpha, valid=counted)
         rows = [
             frames,
-            overlay(gray, enc, alpha=alpha, valid=counted),
-            overlay(gray, dec, alpha=alpha, valid=counted),
+            *(overlay(gray, one, alpha=alpha, valid=counted) for one in hard_labels(maps)),
             outline(merged, differs, width=scale),
-            blended(gray, with_invalid(role_colors(labels), counted), alpha),
+            blended(gray, roles(labels, valid=counted), alpha),
         ]
         strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)
         # rows are laid out like frames, on their side

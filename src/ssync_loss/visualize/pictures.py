@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ssync_loss._checks import (
     as_index,
-    check_bool,
     check_int,
     check_nonnegative,
     check_not_empty,
     check_number,
-    check_same_device,
     check_shape,
     check_type,
 )
+from ssync_loss._inputs import check_labels, check_mask
 from ssync_loss.ssync.maps import check_valid
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.colors import (
@@ -57,16 +56,15 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
     [[31, 68, 123], [121, 71, 22]]
     """
     size = check_video(video)
-    grid = check_shape("labels", labels, "B T H W", B=size["B"], T=size["T"])
+    grid = check_labels("labels", labels, "B T H W", {"B": size["B"], "T": size["T"]}, video=video)
     check_not_empty("labels", grid, "H W")
     index = as_index("labels", labels)
-    check_same_device("labels", labels, video=video)
     check_nonnegative("labels", index)
     check_number("alpha", alpha, 0.0, 1.0)
     valid = None if valid is None else check_valid(valid, grid, video=video)
     with torch.no_grad():
         colors = palette(NUM_COLORS).to(video.device)[index % NUM_COLORS]
-        return blended(video, with_invalid(colors, valid), alpha)
+        return blended(video, _planes(colors, valid), alpha)
 
 
 def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, width: int = 1) -> Tensor:
@@ -92,8 +90,7 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
     size = check_video(video)
     grid = check_shape("region", region, "B T H W", B=size["B"], T=size["T"])
     check_not_empty("region", grid, "H W")
-    check_bool("region", region)
-    check_same_device("region", region, video=video)
+    check_mask("region", region, "B T H W", grid, video=video)
     check_int("width", width, 1)
     if not isinstance(color, Sequence):
         raise TypeError(f"`color` must be three integers: red, green and blue; got {type(color).__name__}.")
@@ -129,10 +126,14 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     True
     """
     check_type("labels", labels, PseudoLabels)
-    grid = check_shape("labels.boundary", labels.boundary, "B T H W")
-    valid = None if valid is None else check_valid(valid, grid, labels=labels.boundary)
-    with torch.no_grad():
-        return rearrange(with_invalid(role_colors(labels), valid), "b t h w c -> b t c h w")
+    boundary, interior = labels.boundary, labels.interior
+    grid = check_shape("labels.boundary", boundary, "B T H W")
+    valid = None if valid is None else check_valid(valid, grid, labels=boundary)
+    check_mask("labels.boundary", boundary, "B T H W", grid)
+    check_mask("labels.interior", interior, "B T H W", grid, **{"labels.boundary": boundary})
+    colors = [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT]
+    of_role = torch.tensor(colors, dtype=torch.uint8, device=boundary.device)
+    return _planes(of_role[interior.long() + 2 * boundary.long()], valid)
 
 
 def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
@@ -192,28 +193,17 @@ def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
 
 
 def blended(video: Tensor, colors: Tensor, alpha: float) -> Tensor:
-    """Lay the colors (B, T, H, W, 3) of patches over a video."""
-    planes = rearrange(colors, "b t h w c -> b t c h w")
-    planes = enlarged(planes, video.shape[-2], video.shape[-1]).float()
+    """Lay the colors (B, T, 3, H, W) of patches over a video."""
+    planes = enlarged(colors, video.shape[-2], video.shape[-1]).float()
     return ((1.0 - alpha) * _levels(video) + alpha * planes).round().to(torch.uint8)
 
 
-def with_invalid(colors: Tensor, valid: Tensor | None) -> Tensor:
-    """Darken the invalid among the colors (B, T, H, W, 3) of patches."""
+def _planes(colors: Tensor, valid: Tensor | None) -> Tensor:
+    """Turn the colors (B, T, H, W, 3) of patches into a video, in which the invalid are dark."""
+    planes = rearrange(colors, "b t h w c -> b t c h w")
     if valid is None:
-        return colors
-    return torch.where(valid.unsqueeze(-1), colors, _color(INVALID, colors.device))
-
-
-def role_colors(labels: PseudoLabels) -> Tensor:
-    """Look up who is taught on every patch: (B, T, H, W, 3)."""
-    check_bool("labels.boundary", labels.boundary)
-    check_shape("labels.interior", labels.interior, "B T H W", **dict(zip("BTHW", labels.boundary.shape, strict=True)))
-    check_bool("labels.interior", labels.interior)
-    check_same_device("labels.interior", labels.interior, **{"labels.boundary": labels.boundary})
-    colors = [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT]
-    of_role = torch.tensor(colors, dtype=torch.uint8, device=labels.boundary.device)
-    return of_role[labels.interior.long() + 2 * labels.boundary.long()]
+        return planes
+    return torch.where(valid.unsqueeze(2), planes, _color(INVALID, colors.device)[:, None, None])
 
 
 def _color(color: Sequence[int], device: torch.device) -> Tensor:
