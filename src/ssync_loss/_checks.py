@@ -118,6 +118,12 @@ def check_number(name: str, value: object, low: float, high: float | None = None
         raise ValueError(f"`{name}` must be {wanted}; got {value}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of a few names."""
     if not isinstance(value, str) or value not in choices:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssync_loss._checks import check_bool, check_choice, check_int, check_shape
+from ssync_loss._checks import check_bool, check_choice, check_flag, check_int, check_shape
 from ssync_loss._inputs import check_floats
-from ssync_loss._settings import check_flag
 from ssync_loss.metrics._contingency import check_data, check_target
 
 # resized masks held at once: 64 MB in float32
