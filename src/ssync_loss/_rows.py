@@ -17,8 +17,8 @@ LARGEST_SCORE = 40.0
 class Targets(NamedTuple):
     """What is wanted of some rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
 
-    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``; ``close`` writes minus infinity over
-    scores that are out of the softmax, where marks are 0.
+    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``. Before all else ``close`` writes
+    :func:`lowest` over scores that are out of the softmax, where marks are 0.
     """
 
     share: Tensor
@@ -26,6 +26,11 @@ class Targets(NamedTuple):
     weight: Tensor
     marks: Tensor | None = None
     close: Callable[[Tensor], Tensor] | None = None
+
+
+def lowest(scores: Tensor) -> float:
+    """Return a score so low that its exponential is 0, but finite: 0 times it is 0."""
+    return torch.finfo(scores.dtype).min / 2
 
 
 def slices(size: int, step: int | None) -> list[slice]:
@@ -70,13 +75,13 @@ def _loss(
     share, linear, weight, marks, close = wanted
     scores = (queries / temperature) @ keys.mT
     losses = -linear
+    if close is not None:
+        close(scores)
     if marks is not None:
         # as products of rows: no other map is needed
         losses = losses - weight * (marks.unsqueeze(2) @ scores.unsqueeze(3)).squeeze(3)
-    if close is not None:
-        close(scores)
     if 1 / temperature > LARGEST_SCORE:
-        shift = scores.amax(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        shift = scores.amax(2, keepdim=True)
         scores.sub_(shift)
         losses = losses + share * shift
     # a sum of nothing counts as the smallest number there is

@@ -8,7 +8,7 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_equal_counts, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
-from ssync_loss._rows import Targets, soft_cross_entropy
+from ssync_loss._rows import Targets, lowest, soft_cross_entropy
 from ssync_loss._settings import OPTIONAL_COUNT, POSITIVE, check_by
 from ssync_loss._vectors import directions, known_gradient, through_lengths
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens, positions_of
@@ -79,19 +79,16 @@ def affinity_consistency_loss(
         # every pair of frames by itself, (B (T-1), n, .)
         (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
-        # finite: a row of nothing is no NaN
-        lowest = torch.finfo(goal.dtype).min
 
         def seen_by_the_teacher(some: slice, part: slice) -> Targets:
-            marks = ((source[some][:, part] / tau_t) @ goal[some].mT).masked_fill_(closed[some], lowest).softmax(2)
+            def close(scores: Tensor) -> Tensor:
+                # as marks sum to 1, the loss is the same for scores that are moved, and rounded less
+                scores.masked_fill_(closed[some], lowest(scores))
+                return scores.sub_(scores.amax(2, keepdim=True))
+
+            marks = close((source[some][:, part] / tau_t) @ goal[some].mT).softmax(2)
             weight = counted[some][:, part].unsqueeze(2).to(marks)
-            return Targets(
-                weight,
-                torch.zeros_like(weight),
-                weight,
-                marks,
-                lambda scores: scores.masked_fill_(closed[some], float("-inf")),
-            )
+            return Targets(weight, torch.zeros_like(weight), weight, marks, close)
 
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
         total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._inputs import widest
-from ssync_loss._rows import Targets, soft_cross_entropy
+from ssync_loss._rows import Targets, lowest, soft_cross_entropy
 from ssync_loss._vectors import directions, known_gradient, through_lengths
 
 
@@ -84,7 +84,7 @@ def _neighbors(anchors: Tensor, is_labeled: Tensor, linear: Tensor, rows: slice,
     # what is NaN among the anchors must not pass for a patch without neighbors
     share = ((counts > 0).to(near) + is_labeled) / 2 + farthest * 0
     return Targets(
-        share, linear, _half_of(counts), near, lambda scores: scores.diagonal(first, 1, 2).fill_(float("-inf"))
+        share, linear, _half_of(counts), near, lambda scores: scores.diagonal(first, 1, 2).fill_(lowest(scores))
     )
 
 
