@@ -315,7 +315,7 @@ class TestSuites:
         assert seconds.median > 0.1
         assert (tmp_path / "used").exists()
         compiler.write_text("#!/bin/bash\nexit 7\n")
-        with pytest.raises(RuntimeError, match="`backend`='cpu' needs a C compiler that works: .* failed with 7"):
+        with pytest.raises(RuntimeError, match=r"`backend`='cpu' needs a C compiler that works: .* failed with 7"):
             kernels.time_first_use(times=1)
 
     def test_a_step_takes_its_passes_over_a_map(self) -> None:
