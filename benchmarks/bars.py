@@ -88,7 +88,7 @@ def held_to_bars(results: Results) -> Contender:
 
 
 def _bar(claim: str, sign: str, limit: float, value: float | Spread | None, form: str, unit: str = "") -> Bar:
-    """Hold what was measured against its limit; quartiles show what a verdict near it is worth."""
+    """Hold what was measured, or its median, against its limit; quartiles show what a verdict near it is worth."""
     bound = f"{sign} {limit:{form}}{unit}"
     if value is None:
         return Bar(claim, bound, "-", NOT_MEASURED)

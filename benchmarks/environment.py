@@ -15,16 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # what a result depends on; the report and the results themselves do not belong to it
 CODE = ("src/ssync_loss", "benchmarks", "examples")
 LANGUAGES = ("py", "c")
-REPORT = {
-    "report.py",
-    "figure.py",
-    "bars.py",
-    "tables.py",
-    "add_on_tables.py",
-    "cells.py",
-    "markdown.py",
-    "weak_spots.py",
-}
+# by name, without the ending
+REPORT = ("report", "figure", "bars", "tables", "add_on_tables", "cells", "markdown", "weak_spots")
 
 # glibc hands large blocks back to the system and takes fresh pages at the next step: each costs a fault, from a
 # size on, which bends the slope of time. Below these thresholds memory stays with the process.
@@ -63,7 +55,7 @@ def sources_digest(root: Path = ROOT) -> str:
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted(one for end in LANGUAGES for one in (root / folder).rglob(f"*.{end}")):
-            if path.name not in REPORT:
+            if path.stem not in REPORT:
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

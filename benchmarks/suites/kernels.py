@@ -405,9 +405,8 @@ def time_first_use(times: int) -> dict[str, Any]:
     for _ in range(times):
         with tempfile.TemporaryDirectory() as empty:
             command, environment = [sys.executable, "-m", "benchmarks.first_use"], {"SSYNC_LOSS_CACHE": empty}
-            done = subprocess.run(
-                command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
-            )
+            given: dict[str, Any] = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True}
+            done = subprocess.run(command, check=False, **given)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
         seconds.append(float(done.stdout))

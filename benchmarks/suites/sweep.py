@@ -121,20 +121,18 @@ class _Size:
         """Say what a step should take that may not be taken, going by smaller sizes."""
         options, unit = session.options, self.growth.unit(self.sweep)
         time_cap = min(options.time_cap, self.growth.longest_step)
-        seconds = self.growth.history(session.results, self.sweep, contender, "time", "step")
-        wanted = predict(seconds, self.size)
-        if wanted is not None and wanted > time_cap:
-            known, cost = _largest(seconds, self.size)
-            note = f"a step should take {_number(wanted)} s after {_number(cost)} s at {known:,} {unit}"
-            return Outcome("time", f"{note}; the cap is {time_cap:g} s", None)
-        # what takes nothing says nothing of what larger sizes take
-        held = self.growth.history(session.results, self.sweep, contender, "memory", "allocated")
-        held = [(size, cost) for size, cost in held if cost > 0]
-        wanted = predict(held, self.size)
-        if wanted is not None and wanted > options.memory_cap:
-            known, cost = _largest(held, self.size)
-            note = f"a step should take {_number(wanted / 1e9)} GB after {_number(cost / 1e9)} GB at {known:,} {unit}"
-            return Outcome("memory", f"{note}; the cap is {options.memory_cap / 1e9:g} GB", None)
+        for measure, value, cap, said in (
+            ("time", "step", time_cap, "s"),
+            ("memory", "allocated", options.memory_cap / 1e9, "GB"),
+        ):
+            costs = self.growth.history(session.results, self.sweep, contender, measure, value)
+            # what takes nothing says nothing of what larger sizes take
+            known = [(size, cost / (1e9 if said == "GB" else 1)) for size, cost in costs if cost > 0]
+            wanted = predict(known, self.size)
+            if wanted is not None and wanted > cap:
+                size, cost = max(point for point in known if point[0] < self.size)
+                note = f"a step should take {_number(wanted)} {said} after {_number(cost)} {said} at {size:,} {unit}"
+                return Outcome(measure, f"{note}; the cap is {cap:g} {said}", None)
         return self._stopped_before(session, contender)
 
     def _stopped_before(self, session: Session, contender: str) -> Outcome | None:
@@ -176,7 +174,3 @@ class _Size:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _largest(points: Sequence[tuple[int, float]], size: int) -> tuple[int, float]:
-    return max(point for point in points if point[0] < size)
