@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32
-from ssync_loss.ssync.maps import only_present
+from ssync_loss.ssync.maps import first_largest, only_present
 from ssync_loss.ssync.settings import TINY, Criterion, Reduction, Settings
 
 # what a slot that cannot win costs in the cross-entropy
@@ -88,8 +88,9 @@ def cross_entropy(
     A logit of -inf has the log-probability of the smallest normal float32, and no gradient.
     """
     scores = below / temperature
-    # the largest exponential is 1: the others are not added to it, which would round them off
-    peak = scores.argmax(2, keepdim=True)
+    # the largest exponential is a constant 1: the others are not added to it, which would round them off
+    peak = first_largest(scores).unsqueeze(2)
+    scores = scores - scores.gather(2, peak)
     log_total = scores.exp().scatter(2, peak, 0.0).sum(2, keepdim=True).log1p()
     log_probs = torch.where(below == float("-inf"), LOG_TINY, scores - log_total)
     value = -(1 - smoothing) * log_probs.gather(2, target.unsqueeze(2)).squeeze(2)
@@ -112,7 +113,7 @@ def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Ten
     scores = only_present(logits, slot_mask)
     decided = region.unsqueeze(2) & (scores.amax(2, keepdim=True) != float("-inf"))
     scores = only_present(torch.where(decided, scores, 0.0), slot_mask)
-    peak = scores.gather(2, scores.argmax(2, keepdim=True))
+    peak = scores.detach().amax(2, keepdim=True)
     # +inf less itself is NaN, for all slots of the patch
     return scores - peak + (peak - peak)
 

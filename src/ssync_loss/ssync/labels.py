@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssync_loss.ssync.maps import Maps, only_present
+from ssync_loss.ssync.maps import Maps, first_largest, only_present
 from ssync_loss.ssync.merging import mean_overlap, representatives, unmerged
 from ssync_loss.ssync.regions import select_boundary, select_interior
 from ssync_loss.ssync.settings import Settings
@@ -38,7 +38,7 @@ def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
 def _largest_slot(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
     """Return the first present slot with the largest logit."""
     scores = only_present(logits, slot_mask)
-    labels = scores.argmax(2)
+    labels = first_largest(scores)
     if slot_mask is None:
         return labels
     # where no present slot is above -inf, an absent one may come first
