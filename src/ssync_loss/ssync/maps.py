@@ -215,10 +215,8 @@ def prepare_maps(
 
 
 def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
-    if valid is None:
-        return None
-    cells = valid.unsqueeze(2)
-    return cells if slot_mask is None else cells & slot_mask[:, None, :, None, None]
+    cells = None if valid is None else valid.unsqueeze(2)
+    return cells if cells is None or slot_mask is None else cells & slot_mask[:, None, :, None, None]
 
 
 def _as_logits(name: str, maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:
