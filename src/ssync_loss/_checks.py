@@ -39,13 +39,11 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_type(name: str, value: object, wanted: type) -> None:
-    """Require an object of a class of this library."""
     if not isinstance(value, wanted):
         raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
 
 def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
-    """Require at least one element along each of the named axes."""
     for axis in axes.split():
         if sizes[axis] < 1:
             raise ValueError(f"`{name}` must have {axis} >= 1; got {axis}={sizes[axis]}.")
@@ -86,13 +84,11 @@ def as_index(name: str, tensor: Tensor) -> Tensor:
 
 
 def check_bool(name: str, tensor: Tensor) -> None:
-    """Require a boolean tensor."""
     if tensor.dtype != torch.bool:
         raise TypeError(f"`{name}` must be boolean; got {tensor.dtype}.")
 
 
 def check_same_device(name: str, tensor: Tensor, **beside: Tensor) -> None:
-    """Require a tensor on the device of another, which is passed under its name."""
     for other_name, other in beside.items():
         if tensor.device != other.device:
             raise ValueError(f"`{name}` must be on the device of `{other_name}` ({other.device}); got {tensor.device}.")
@@ -125,7 +121,6 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Require one of a few names."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
@@ -185,8 +180,8 @@ def check_equal_counts(name: str, mask: Tensor) -> None:
 def read_numbers(tensor: Tensor) -> Tensor | None:
     """Return the numbers of a tensor where a look waits for no device and breaks no trace; None elsewhere, and of none.
 
-    They have to lie in memory of the CPU that is the tensor's own, as that of a parameter or of most subclasses. Fake
-    tensors and those inside vmap, grad or functionalize have none, and what a tracer records is not read.
+    They have to lie in CPU memory of the tensor's own. Fake tensors and those inside vmap, grad or functionalize have
+    none, and what a tracer records is not read.
     """
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):

@@ -15,10 +15,9 @@ _SMALL = 2**16
 
 
 class Contingency(NamedTuple):
-    """Pixel counts of the (object, slot) pairs that share a pixel, unit by unit.
+    """Pixel counts of the (object, slot) pairs that share a pixel, unit by unit: in a whole video or a single frame.
 
-    A unit is what one number is computed on: a whole video or a single frame. Pairs that never meet are
-    absent, so ids may be as many and as large as they like.
+    Pairs that never meet are absent, so ids may be as many and as large as they like.
     """
 
     num_units: int
@@ -128,8 +127,9 @@ def _tally(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     if num_keys <= max(keys.numel(), _SMALL):
         table = torch.bincount(keys, minlength=num_keys)
         present = table.nonzero().squeeze(1)
-        return present, table[present].to(torch.float64)
-    present, counts = torch.unique(keys, return_counts=True)
+        counts = table[present]
+    else:
+        present, counts = torch.unique(keys, return_counts=True)
     return present, counts.to(torch.float64)
 
 

@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 def contours(masks: Tensor) -> Tensor:
-    """Mark the pixels of masks (..., H, W) that differ from the one to the right, below or right below.
-
-    The last row has nothing below it and looks to the right alone, the last column down alone; the corner they share
-    is never marked.
-    """
+    """Mark the pixels of masks (..., H, W) that differ from the one to the right, below or right below."""
     # a pixel stands for those beyond its border, from which it cannot differ
     right = torch.cat([masks[..., 1:], masks[..., -1:]], -1)
     below, right_below = (torch.cat([one[..., 1:, :], one[..., -1:, :]], -2) for one in (masks, right))
@@ -19,11 +15,8 @@ def contours(masks: Tensor) -> Tensor:
 
 
 def within(marks: Tensor, radius: int) -> Tensor:
-    """Mark the pixels of (..., H, W) that lie at a distance of at most ``radius`` from a mark.
-
-    This is the dilation by the disk ``dy**2 + dx**2 <= radius**2``, one column of the disk after the other: they grow
-    towards its middle, so that each is the one before and a little more.
-    """
+    """Mark the pixels of (..., H, W) that lie at a distance of at most ``radius`` from a mark."""
+    # columns of the disk grow towards its middle, so that each is the one before and a little more
     near, column = marks.clone(), marks.clone()
     height = 0
     for across in range(radius, -1, -1):
@@ -47,7 +40,6 @@ def share_near(marks: Tensor, near: Tensor) -> Tensor:
 
 
 def _add_moved(into: Tensor, marks: Tensor, step: int, dim: int) -> None:
-    """Add marks moved by so many pixels, back and forth, to those of another map."""
     rest = marks.shape[dim] - step
     if rest > 0:
         into.narrow(dim, step, rest).logical_or_(marks.narrow(dim, 0, rest))

@@ -14,11 +14,9 @@ P = ParamSpec("P")
 
 
 class Scores(NamedTuple):
-    """A sum and its weight for each video, both (B,) float64; the metric is their quotient.
+    """A sum and how many of what is ``counted`` it is of, both (B,) float64 for each video.
 
-    The weight is the number of things counted, and ``counted`` names them. Kept apart so that a mean over a
-    data set weighs every video, frame, object or slot alike, and so that one with nothing to score weighs
-    nothing.
+    The metric is their quotient. A mean over a data set weighs every video, frame, object or slot alike.
     """
 
     total: Tensor
@@ -56,11 +54,10 @@ def scores_of_units(value: Tensor, scored: Tensor, *, batch: int, per: Per) -> S
     return Scores(total, weight, "videos" if per == "video" else "frames")
 
 
-def assignment(needed_by: str) -> Callable[..., Any]:
+def assignment(needed_by: str) -> Any:
     """Return scipy's linear assignment, an optional extra that most metrics do without."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(f'{needed_by} needs scipy: pip install "ssync-loss[metrics]".') from error
-    solve: Callable[..., Any] = linear_sum_assignment
-    return solve
+    return linear_sum_assignment

@@ -16,9 +16,7 @@ class MetricAverage:
 
     The mean is taken over what the metric counts: videos (``per="video"``), frames (``per="image"``),
     objects (J, F), objects in frames (recall, fragmentation) or slots. What has nothing to score is left
-    out, so a video without an object neither helps nor harms::
-
-        mean = state[0] / state[1]      # sum and count
+    out, so a video without an object neither helps nor harms: ``mean = state[0] / state[1]``, sum and count.
 
     Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`,
     ``dist.all_reduce(average.state)``; it is one float64 tensor, on the CPU unless moved.

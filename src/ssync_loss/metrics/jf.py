@@ -245,7 +245,6 @@ def _number(labels: Tensor, names: Tensor, keep: Tensor) -> Tensor:
 
 
 def _overlaps(of_object: Tensor, of_slot: Tensor, num_objects: int, num_slots: int) -> Tensor:
-    """Return J of every object with every slot in frames of numbers (F, H, W): (F, objects, slots)."""
     # one more row and column, for pixels of no object and of no slot
     shape = (len(of_object), num_objects + 1, num_slots + 1)
     frame = torch.arange(shape[0], device=of_object.device).view(-1, 1, 1)
@@ -257,7 +256,6 @@ def _overlaps(of_object: Tensor, of_slot: Tensor, num_objects: int, num_slots: i
 
 
 def _f_measure(object_contour: Tensor, slot_contour: Tensor, radius: int) -> Tensor:
-    """Return F of every object with every slot, contours (F, objects or slots, H, W): (F, objects, slots)."""
     recall = share_near(object_contour, within(slot_contour, radius))
     precision = share_near(slot_contour, within(object_contour, radius)).mT
     of_object, of_slot = (one.flatten(2).any(2) for one in (object_contour, slot_contour))

@@ -194,15 +194,10 @@ def interior_denoising_loss(
     hard labels of the decoder. No gradient reaches the decoder's map. Where there is no interior the loss is
     exactly 0, attached to the graph.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
-
-    Arguments are those of :func:`boundary_refinement_loss`, with ``max_different`` as in :func:`pseudo_labels`.
+    Arguments, shapes and errors are those of :func:`boundary_refinement_loss`, with ``max_different`` as in
+    :func:`pseudo_labels`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
-
-    Raises:
-        TypeError, ValueError: on wrong shapes, dtypes or settings.
 
     >>> import torch
     >>> dec = torch.tensor([[2.0, 2.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)

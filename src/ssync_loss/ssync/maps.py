@@ -37,13 +37,10 @@ KINDS = ("logits", "probs")
 class Maps:
     """Both maps on the encoder's grid, and which of their cells count.
 
-    Attributes:
-        enc: encoder logits (B, T, S, H, W), of any floating type: halves are widened where they are read.
-        dec: decoder logits, likewise.
-        valid: (B, T, H, W) bool, or None when every patch counts; see :attr:`counted` for clips without slots.
-        slot_mask: (B, S) bool, or None when every slot is present.
-        clean: scalar bool: whether no valid cell of a present slot held NaN or +inf in a decoder map that was
-            resized, which need not read every cell; None where it was not.
+    Logits are (B, T, S, H, W), of any floating type: halves are widened where they are read. ``valid`` (B, T, H, W)
+    and ``slot_mask`` (B, S) are None where everything counts. ``clean`` is a scalar bool: whether no valid cell of a
+    present slot held NaN or +inf in a decoder map that was resized, which need not read every cell; None where it was
+    not.
     """
 
     enc: Tensor
@@ -55,9 +52,8 @@ class Maps:
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in: float32, or float64 if a map is."""
-        dtypes = self.enc.dtype, self.dec.dtype
         # asking torch takes as long as many an operator
-        return torch.float32 if torch.float64 not in dtypes else torch.float64
+        return torch.float64 if torch.float64 in (self.enc.dtype, self.dec.dtype) else torch.float32
 
     @property
     def counted(self) -> Tensor | None:
@@ -73,10 +69,8 @@ class Maps:
 
         Whatever is multiplied by it, a map or a loss, is as it was, or becomes NaN with its gradient.
         """
-        clean = is_clean(peak_of(self.enc.detach(), self.slot_mask), self.valid)
-        clean = clean & is_clean(peak_of(self.dec.detach(), self.slot_mask), self.valid)
-        if self.clean is not None:
-            clean = clean & self.clean
+        enc, dec = (is_clean(peak_of(one.detach(), self.slot_mask), self.valid) for one in (self.enc, self.dec))
+        clean = enc & dec if self.clean is None else enc & dec & self.clean
         return torch.where(clean, 1.0, float("nan")).to(self.dtype)
 
 
@@ -221,10 +215,8 @@ def prepare_maps(
 
 
 def _usable(valid: Tensor | None, slot_mask: Tensor | None) -> Tensor | None:
-    if valid is None:
-        return None
-    cells = valid.unsqueeze(2)
-    return cells if slot_mask is None else cells & slot_mask[:, None, :, None, None]
+    cells = None if valid is None else valid.unsqueeze(2)
+    return cells if cells is None or slot_mask is None else cells & slot_mask[:, None, :, None, None]
 
 
 def _as_logits(name: str, maps: Tensor, kind: Kind, usable: Tensor | None) -> Tensor:

@@ -101,24 +101,13 @@ class BoundaryRefinementLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            merge_threshold=merge_threshold,
-            min_different=min_different,
-            min_same=min_same,
-            criterion=criterion,
-            label_smoothing=label_smoothing,
-            temperature=temperature,
-            kind=kind,
-            grid=grid,
-            backend=backend,
-        )
+        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
 
 
 class InteriorDenoisingLoss(_OneTermLoss):
     """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`BoundaryRefinementLoss`, and they are computed once.
+    ``forward`` is that of :class:`BoundaryRefinementLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
 
@@ -142,16 +131,7 @@ class InteriorDenoisingLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            merge_threshold=merge_threshold,
-            max_different=max_different,
-            criterion=criterion,
-            label_smoothing=label_smoothing,
-            temperature=temperature,
-            kind=kind,
-            grid=grid,
-            backend=backend,
-        )
+        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
 
 
 class SSyncLoss(_SSyncModule):
@@ -224,22 +204,7 @@ class SSyncLoss(_SSyncModule):
         ramp_steps: int = 0,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            merge_threshold=merge_threshold,
-            boundary_weight=boundary_weight,
-            interior_weight=interior_weight,
-            criterion=criterion,
-            label_smoothing=label_smoothing,
-            temperature=temperature,
-            min_different=min_different,
-            min_same=min_same,
-            max_different=max_different,
-            kind=kind,
-            grid=grid,
-            start_step=start_step,
-            ramp_steps=ramp_steps,
-            backend=backend,
-        )
+        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
         self._warn = DetachedWarning()
 
     @classmethod

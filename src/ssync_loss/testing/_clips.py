@@ -1,8 +1,7 @@
 """Small clips from a seed: what the hypothesis strategies are made of.
 
-Every generator makes one clip from one integer, and the seed 0 always makes the plainest clip there is, so
-that a failing batch shrinks to the one clip that matters among plain ones. Logits are multiples of a power
-of two: their sums are exact, hence no comparison with a mean hangs on rounding.
+The seed 0 makes the plainest clip, so that a failing batch shrinks to the one clip that matters among plain ones.
+Logits are multiples of a power of two: their sums are exact, hence no comparison with a mean hangs on rounding.
 """
 
 from collections.abc import Sequence

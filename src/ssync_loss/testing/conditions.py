@@ -21,9 +21,8 @@ def decidable_clips(
 ) -> Tensor:
     """Say for which clips merging cannot hang on floating point.
 
-    A comparison of two rounded numbers means nothing when they are equal but for rounding. Two correct
-    implementations owe each other the same labels where every valid logit of a present slot keeps ``|logit
-    - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
+    Two correct implementations owe each other the same labels where every valid logit of a present slot keeps
+    ``|logit - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
     and 1 are exact anyhow. Without a threshold every clip is decidable. ``dyadic`` logits are all multiples of one not
     too small power of two, as those of :func:`map_pairs` are: means compare exactly, and only overlaps need a margin.
 

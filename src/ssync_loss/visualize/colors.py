@@ -20,6 +20,9 @@ NOBODY_TAUGHT: Color = (150, 150, 150)
 INVALID: Color = (24, 24, 24)
 WHITE: Color = (255, 255, 255)
 
+# indexed by whether the encoder is taught, and twice whether the decoder is
+BY_ROLE = (NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT)
+
 # a legend, in the words of the loss
 ROLE_COLORS: dict[str, Color] = {
     "encoder taught (interior)": ENCODER_TAUGHT,

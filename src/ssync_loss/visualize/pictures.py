@@ -22,16 +22,7 @@ from ssync_loss._checks import (
 from ssync_loss._inputs import check_labels, check_mask
 from ssync_loss.ssync.maps import check_valid
 from ssync_loss.ssync.types import PseudoLabels
-from ssync_loss.visualize.colors import (
-    BOTH_TAUGHT,
-    DECODER_TAUGHT,
-    ENCODER_TAUGHT,
-    INVALID,
-    NOBODY_TAUGHT,
-    NUM_COLORS,
-    WHITE,
-    palette,
-)
+from ssync_loss.visualize.colors import BY_ROLE, INVALID, NUM_COLORS, WHITE, palette
 
 _GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
@@ -120,6 +111,7 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
+    >>> from ssync_loss.visualize import ENCODER_TAUGHT
     >>> row = torch.zeros(1, 1, 1, 2, dtype=torch.int64)
     >>> labels = PseudoLabels(row, row, row == 1, row == 0, torch.zeros(1, 1, dtype=torch.int64))
     >>> roles(labels)[0, 0, :, 0, 0].tolist() == list(ENCODER_TAUGHT)
@@ -131,8 +123,7 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     valid = None if valid is None else check_valid(valid, grid, labels=boundary)
     check_mask("labels.boundary", boundary, "B T H W", grid)
     check_mask("labels.interior", interior, "B T H W", grid, **{"labels.boundary": boundary})
-    colors = [NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT]
-    of_role = torch.tensor(colors, dtype=torch.uint8, device=boundary.device)
+    of_role = torch.tensor(BY_ROLE, dtype=torch.uint8, device=boundary.device)
     return _planes(of_role[interior.long() + 2 * boundary.long()], valid)
 
 
@@ -169,9 +160,8 @@ def check_video(video: Tensor) -> dict[str, int]:
 
 def _levels(video: Tensor) -> Tensor:
     """Bring a video to float32 within 0..255, not yet rounded."""
-    if video.dtype == torch.uint8:
-        return video.float()
-    return video.float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0
+    levels = video.float()
+    return levels if video.dtype == torch.uint8 else levels.nan_to_num(0.0).clamp(0.0, 1.0) * 255.0
 
 
 def as_bytes(video: Tensor) -> Tensor:
@@ -200,10 +190,9 @@ def blended(video: Tensor, colors: Tensor, alpha: float) -> Tensor:
 
 def _planes(colors: Tensor, valid: Tensor | None) -> Tensor:
     """Turn the colors (B, T, H, W, 3) of patches into a video, in which the invalid are dark."""
-    planes = rearrange(colors, "b t h w c -> b t c h w")
-    if valid is None:
-        return planes
-    return torch.where(valid.unsqueeze(2), planes, _color(INVALID, colors.device)[:, None, None])
+    if valid is not None:
+        colors = torch.where(valid.unsqueeze(-1), colors, _color(INVALID, colors.device))
+    return rearrange(colors, "b t h w c -> b t c h w")
 
 
 def _color(color: Sequence[int], device: torch.device) -> Tensor:
