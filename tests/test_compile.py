@@ -76,7 +76,7 @@ def cases() -> dict[str, Case]:
 
 CASES = list(cases())
 # the others are compiled by the contract and by the class of all engines
-BY_C = [one for one in CASES if one not in ("default", "both masks", "boundary alone", "interior alone")]
+BY_C = [one for one in CASES if one not in ("default", "both masks")]
 # what is not done before an engine is asked
 BY_TORCH = ["no merging", "other knobs", "another grid, masked", "enc without gradient", "two types", "NaN"]
 
