@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import (
+    as_index,
     check_floating,
     check_not_empty,
     check_same_device,
@@ -113,7 +114,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
     check_scalar("threshold", threshold, 0.0, 1.0)
     with torch.no_grad(), no_autocast(overlap):
         overlap = at_least_float32(overlap)
-        area = area if area.is_floating_point() else area.long()
+        area = area if area.is_floating_point() else as_index("area", area)
         numbers = ~area.isnan()
         # how many slots are smaller says the same of any numbers
         smaller = (area.unsqueeze(-1) > area.unsqueeze(-2)) | (numbers.unsqueeze(-1) & ~numbers.unsqueeze(-2))
