@@ -26,6 +26,7 @@ _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_
 
 
 def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
+    """Check settings; the range of the margin is that of the metric."""
     check_choice("metric", metric, METRICS)
     check_number("margin", margin, *((-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)))
     check_flag("same_frame", same_frame)
