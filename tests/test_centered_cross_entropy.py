@@ -305,7 +305,6 @@ class TestContract(LossContract):
     twice_differentiable = True
     settings: ClassVar = {"tau_s": 0.2, "tau_t": 0.1}
     inert: ClassVar = {"m_c": 0.5, "all_reduce": True, "group": "a group"}
-    unshown: ClassVar = {"group": "a process group has no words for itself"}
     state: ClassVar = ["center"]
     not_applicable: ClassVar = {"poison": "every row counts"}
     refused: ClassVar = [
