@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ssync_loss._checks import check_int, check_number
+from ssync_loss._checks import check_flag, check_int, check_number
+
+# what can hold an average; halves and shorter types cannot, and integers and bools are copied
+AVERAGED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class EmaTeacher(nn.Module):
@@ -25,11 +27,16 @@ class EmaTeacher(nn.Module):
         optimizer.step()
         teacher.update(model)
 
+    What is no floating-point number becomes that of the student. Numbers that a failed step made NaN or infinite are
+    left out: there the teacher stays as it was. ``num_left_out`` counts the tensors that had some, and is not saved.
+
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
     updates, and stays there. The number of updates is in the ``state_dict``, so that a resumed run goes on where it
     stopped. Updates are the same on all ranks when the students are, and there is no collective: under DDP every
     rank keeps its own, outside of the wrapper. Wrapped and compiled students are looked into, so that names agree.
-    The copy may be compiled; :meth:`update` counts in Python, and stays outside.
+    A student is sharded (FSDP2) after its teacher was made; every update then gathers it, one parameter at a time,
+    on all ranks, unless ``fully_shard(teacher.model)`` has sharded the teacher too. The copy may be compiled;
+    :meth:`update` counts in Python, and stays outside.
 
     Args:
         model: the student; a deep copy is taken.
@@ -45,8 +52,8 @@ class EmaTeacher(nn.Module):
     ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
 
     Raises:
-        TypeError: if the model is no module, or has parameters in a half, which cannot hold an average: what is
-            added is less than its last digit.
+        TypeError: if the model is no module or cannot be copied, or has parameters in a half that are not skipped; a
+            half cannot hold an average: what is added is less than its last digit.
         ValueError: on wrong settings, or when the student's parameters are not those of the teacher.
 
     >>> student = nn.Linear(1, 1, bias=False)
@@ -58,6 +65,8 @@ class EmaTeacher(nn.Module):
     >>> round(teacher(torch.ones(1)).item(), 4)  # 1 - 0.9^2
     0.19
     """
+
+    num_left_out: Tensor
 
     def __init__(
         self,
@@ -79,14 +88,19 @@ class EmaTeacher(nn.Module):
         if final_momentum is not None:
             check_number("final_momentum", final_momentum, 0.0, 1.0)
             check_int("num_steps", num_steps, 1)
+        check_flag("copy_buffers", copy_buffers)
         if isinstance(skip, str):
             raise TypeError(f"`skip` must be a sequence of names; got the string {skip!r}.")
+        if not isinstance(skip, Sequence) or not all(isinstance(one, str) for one in skip):
+            raise TypeError(f"`skip` must be a sequence of names; got {skip!r}.")
         self.momentum, self.final_momentum, self.num_steps = momentum, final_momentum, num_steps
         self.copy_buffers, self.skip = copy_buffers, tuple(skip)
         self.num_updates = 0
         model = _bare(model)
-        _check_widths(model)
-        self.model = deepcopy(model).requires_grad_(False).eval()
+        self._check_widths(model)
+        self.model = _copied(model).requires_grad_(False).eval()
+        with torch.inference_mode(False):
+            self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,17 +111,16 @@ class EmaTeacher(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Draw the copy to the student, once for every step of the optimizer."""
         model = _bare(model)
-        _check_widths(self.model)
+        self._check_widths(self.model)
         parameters = _pairs(self.model.named_parameters(), model.named_parameters(), self.skip)
-        buffers = _pairs(self.model.named_buffers(), model.named_buffers(), self.skip)
-        if parameters:
-            teachers, students = (list(one) for one in zip(*parameters, strict=True))
-            average = get_ema_multi_avg_fn(self.current_momentum())
-            # a student on another device, or in a half, is brought over
-            average(teachers, [one.to(there) for one, there in zip(students, teachers, strict=True)], None)
-        if self.copy_buffers:
-            for teacher, student in buffers:
-                teacher.copy_(student)
+        buffers = _pairs(self.model.named_buffers(), model.named_buffers(), self.skip) if self.copy_buffers else []
+        weight = 1 - self.current_momentum()
+        for pairs, share in ((parameters, weight), (buffers, 1.0)):
+            for teacher, student in pairs:
+                left_out = _move(*_on_this_rank(teacher, student), share)
+                if left_out is not None:
+                    # it goes where the numbers are, so that no device is waited for
+                    self.num_left_out = self.num_left_out.to(left_out.device).add_(left_out)
         self.num_updates += 1
 
     def current_momentum(self) -> float:
@@ -134,6 +147,15 @@ class EmaTeacher(nn.Module):
         names = ("momentum", "final_momentum", "num_steps", "copy_buffers", "skip")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def _check_widths(self, model: nn.Module) -> None:
+        for name, one in model.named_parameters():
+            is_short = one.is_floating_point() or one.is_complex()
+            if is_short and one.dtype not in AVERAGED and not _is_among(name, self.skip):
+                raise TypeError(
+                    f"`model` must have parameters of 32 or 64 bits to be averaged; got {one.dtype} in {name}. "
+                    "Keep them in float32 and compute under autocast."
+                )
+
 
 def _bare(model: object) -> nn.Module:
     """Take a module out of what data parallelism and compilation wrap around it."""
@@ -144,13 +166,48 @@ def _bare(model: object) -> nn.Module:
     return model if inner is None else _bare(inner)
 
 
-def _check_widths(model: nn.Module) -> None:
-    for name, one in model.named_parameters():
-        if one.dtype in (torch.float16, torch.bfloat16):
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a module, and what it computes and keeps, such as the weight of a weight norm, as plain numbers."""
+    copies: dict[int, Any] = {}
+    # in inference mode the copy could never be updated
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for one in (*vars(module).values(), *module.buffers(recurse=False)):
+                if isinstance(one, Tensor):
+                    copies[id(one)] = one.detach().clone()
+        try:
+            return deepcopy(model, copies).requires_grad_(False).eval()
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
-                f"`model` must have parameters of 32 or 64 bits to be averaged; got {one.dtype} in {name}. "
-                "Keep them in float32 and compute under autocast."
-            )
+                f"`model` must be a module that can be copied, before it is sharded; {type(model).__name__} cannot: "
+                f"{error}"
+            ) from error
+
+
+def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
+    """Return the numbers of both that this rank averages: of shards, if the teacher is sharded."""
+    if not hasattr(student, "full_tensor"):
+        return teacher, student
+    if not hasattr(teacher, "full_tensor"):
+        return teacher, student.full_tensor()
+    return teacher.to_local(), student.redistribute(placements=teacher.placements).to_local()
+
+
+def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
+    """Draw a tensor to another one by a share, where the outcome is finite, and tell whether it is not."""
+    # one on another device, or in a half, is brought over
+    student = student.to(teacher)
+    if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):
+        teacher.copy_(student)
+        return None
+    moved = student if share == 1.0 else teacher.lerp(student, share)
+    finite = moved - moved == 0
+    torch.where(finite, moved, teacher, out=teacher)
+    return ~finite.all()
+
+
+def _is_among(name: str, skip: tuple[str, ...]) -> bool:
+    return any(piece in name for piece in skip)
 
 
 def _pairs(
@@ -164,4 +221,4 @@ def _pairs(
         raise ValueError(
             f"`model` must have the tensors of the teacher, for {name} shape {wanted.get(name)}; got {given.get(name)}."
         )
-    return [(one, theirs[name]) for name, one in ours.items() if not any(piece in name for piece in skip)]
+    return [(one, theirs[name]) for name, one in ours.items() if not _is_among(name, skip)]
