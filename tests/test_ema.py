@@ -405,7 +405,7 @@ class Kinds(nn.Module):
         self.kernel = nn.Parameter(torch.full((2, 3, 2, 2), value).to(memory_format=torch.channels_last))
         self.shared = self.kernel
         self.expanded = nn.Parameter(torch.full((1,), value).expand(3))
-        self.register_buffer("halves", torch.full((2,), value, dtype=torch.float16))
+        self.register_buffer("halves", torch.full((2,), value * 1e4, dtype=torch.float16))
         self.register_buffer("short", torch.full((2,), value).to(torch.float8_e5m2))
         self.register_buffer("count", torch.tensor(int(value)))
         self.register_buffer("tiled", torch.full((1,), value).expand(3))

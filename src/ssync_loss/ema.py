@@ -194,16 +194,20 @@ def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
 
 
 def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
-    """Draw a tensor to another one by a share, where the outcome is finite, and tell whether it is not."""
+    """Draw a tensor to another one by a share, where both are finite, and tell whether they are not."""
     # one on another device, or in a half, is brought over
     student = student.to(teacher)
     if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):
         teacher.copy_(student)
         return None
-    moved = student if share == 1.0 else teacher.lerp(student, share)
-    finite = moved - moved == 0
-    torch.where(finite, moved, teacher, out=teacher)
-    return ~finite.all()
+    way = student if share == 1.0 else student - teacher
+    # a sum takes one pass, and no memory
+    left_out = ~way.sum(dtype=torch.promote_types(way.dtype, torch.float32)).isfinite()
+    if share == 1.0:
+        torch.where(student.isfinite(), student, teacher, out=teacher)
+    else:
+        teacher.add_(way.nan_to_num_(0.0, 0.0, 0.0), alpha=share)
+    return left_out
 
 
 def _is_among(name: str, skip: tuple[str, ...]) -> bool:
