@@ -10,12 +10,6 @@ from ssync_loss._checks import check_choice, check_int, check_number
 Rule = Callable[[str, Any], None]
 
 
-def check_flag(name: str, value: object) -> None:
-    """Require True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
-
-
 def one_of(*choices: str) -> Rule:
     """Require one of a few names."""
     return partial(check_choice, choices=choices)

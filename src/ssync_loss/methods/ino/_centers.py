@@ -15,6 +15,23 @@ def cross_entropies(s: Tensor, t: Tensor, center: Tensor, tau_s: float, tau_t: f
     return -(targets(t, center, tau_t) * (s / tau_s).log_softmax(-1)).sum(-1)
 
 
+def sums_of_finite(rows: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up the rows of n groups that count and hold neither NaN nor infinity.
+
+    Shape:
+        rows: (B, n, R, Kp). counted: (B, n, R), bool. Returns the sums (n, Kp), the rows in them (n,), and how many
+        rows that count were left out.
+
+    >>> rows = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]).view(1, 1, 2, 2)
+    >>> sums_of_finite(rows, torch.ones(1, 1, 2, dtype=torch.bool))
+    (tensor([[1., 2.]]), tensor([1]), tensor(1))
+    """
+    low, high = rows.aminmax(dim=-1)
+    used = counted & low.isfinite() & high.isfinite()
+    sums = torch.where(used.unsqueeze(-1), rows, 0.0).sum((0, 2))
+    return sums, used.sum((0, 2)), (counted & ~used).sum()
+
+
 def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
     """Return the center before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
 

@@ -5,11 +5,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_bool, check_floating, check_int, check_same_device, check_tensor
+from ssync_loss._checks import (
+    check_bool,
+    check_flag,
+    check_floating,
+    check_group,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, SHARE, check_by
-from ssync_loss.methods.ino._centers import cross_entropies, trajectory
+from ssync_loss.methods.ino._centers import cross_entropies, sums_of_finite, trajectory
 
 
 class CenteredCrossEntropy(LossModule):
@@ -23,7 +31,8 @@ class CenteredCrossEntropy(LossModule):
 
     ``forward`` reads the center and never moves it: evaluation, and several losses of one batch, leave it as it is
     (the authors' code moves it in every call). It is a buffer, so that it is in the checkpoint, and is kept in
-    float32, or float64 once logits are. Class and patch tokens have a center each: two of these modules.
+    float32, or float64 once logits are. Class and patch tokens have a center each: two of these modules. Rows with
+    NaN or infinity do not move it, although they make the loss NaN: ``num_left_out`` counts them, and is not saved.
 
     With ``all_reduce``, as published, the mean is that of the rows of all ranks, however many each has: one all-reduce
     of Kp + 1 numbers a move, which all ranks must make. Without an initialized process group there is none. It has no
@@ -58,8 +67,11 @@ class CenteredCrossEntropy(LossModule):
     tensor([0.0000, 0.1000])
     """
 
-    check_settings = staticmethod(check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE))
+    check_settings = staticmethod(
+        check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE, all_reduce=check_flag, group=check_group)
+    )
     center: Tensor
+    num_left_out: Tensor
 
     def __init__(
         self,
@@ -74,6 +86,7 @@ class CenteredCrossEntropy(LossModule):
         super().__init__(tau_s=tau_s, tau_t=tau_t, m_c=m_c, all_reduce=all_reduce, group=group)
         check_int("Kp", Kp, 1)
         self.register_buffer("center", torch.zeros(Kp))
+        self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the mean cross-entropy of the rows; the center stays where it is."""
@@ -101,34 +114,35 @@ class CenteredCrossEntropy(LossModule):
         with no_autocast(t):
             rows = at_least_float32(t)
             if mask is None:
-                counts = torch.full((1,), rows.numel() // len(self.center), device=t.device)
-            else:
-                check_tensor("mask", mask)
-                check_bool("mask", mask)
-                check_same_device("mask", mask, t=t)
-                if mask.shape != t.shape[:-1]:
-                    wanted = tuple(t.shape[:-1])
-                    raise ValueError(f"`mask` must have the shape of the rows, {wanted}; got {tuple(mask.shape)}.")
-                # what does not count may hold anything
-                rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
-                counts = mask.sum().unsqueeze(0)
-            self.move_center(rows.reshape(-1, len(self.center)).sum(0, keepdim=True), counts)
+                mask = torch.ones(t.shape[:-1], dtype=torch.bool, device=t.device)
+            check_tensor("mask", mask)
+            check_bool("mask", mask)
+            check_same_device("mask", mask, t=t)
+            if mask.shape != t.shape[:-1]:
+                wanted = tuple(t.shape[:-1])
+                raise ValueError(f"`mask` must have the shape of the rows, {wanted}; got {tuple(mask.shape)}.")
+            self.move_center(rows.reshape(1, 1, -1, len(self.center)), mask.reshape(1, 1, -1))
 
     @torch.no_grad()
-    def move_center(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Move the center once for each group of rows, in order, and return where it was before each move.
+    def move_center(self, rows: Tensor, counted: Tensor) -> Tensor:
+        """Move the center once for each of n groups of rows, in order, and return where it was before each move.
 
         Args:
-            sums: of the teacher's logits over the rows of a group, (n, Kp).
-            counts: rows of a group, (n,); none, on all ranks together, move nothing.
+            rows: the teacher's logits, (B, n, R, Kp).
+            counted: the rows that count, (B, n, R), bool; none, on all ranks together, move nothing.
 
         Returns:
             The centers before the moves, (n, Kp).
         """
+        sums, counts, left_out = sums_of_finite(rows, counted)
+        self.num_left_out += left_out
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)
             dist.all_reduce(both, group=self.group)
             sums, counts = both[:, :-1], both[:, -1]
+        # finite rows may still overflow together
+        fits = sums.isfinite().all(1)
+        sums, counts = torch.where(fits.unsqueeze(1), sums, 0.0), counts * fits
         dtype = torch.promote_types(self.center.dtype, sums.dtype)
         if self.center.dtype != dtype:
             # of a module that was cast down, or before logits as wide as these

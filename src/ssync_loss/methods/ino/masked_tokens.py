@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_same_device
+from ssync_loss._checks import check_flag, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
 from ssync_loss.methods.ino._centers import cross_entropies
@@ -56,6 +56,7 @@ def masked_token_loss(
     0.5822
     """
     check_criterion("ce_patch", ce_patch)
+    check_flag("update_center", update_center)
     size = check_tokens("s_pat", s_pat, "Kp", Kp=ce_patch.center.shape[0])
     check_tokens("t_pat", t_pat, "Kp", **size)
     check_kept("mask", mask, size, s_pat=s_pat)
@@ -69,7 +70,7 @@ def masked_token_loss(
         counts = masked.sum((0, 2))
         center = ce_patch.center
         if update_center and ce_patch.training:
-            center = ce_patch.move_center(t.sum((0, 2)), counts).unsqueeze(1)
+            center = ce_patch.move_center(t, masked).unsqueeze(1)
         rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
         # no mean: of nothing that is NaN
         frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
@@ -89,6 +90,7 @@ class MaskedTokenLoss(LossModule):
     """
 
     def __init__(self, ce_patch: CenteredCrossEntropy, *, update_center: bool = False) -> None:
+        check_flag("update_center", update_center)
         super().__init__(update_center=update_center)
         check_criterion("ce_patch", ce_patch)
         self.ce_patch = ce_patch

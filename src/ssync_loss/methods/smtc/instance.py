@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_number
+from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule
-from ssync_loss._settings import SHARE, check_by, check_flag
+from ssync_loss._settings import SHARE, check_by
 from ssync_loss._vectors import directions, products
 from ssync_loss.methods.smtc._assignment import best_assignment
 

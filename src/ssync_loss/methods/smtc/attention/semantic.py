@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._checks import check_choice, check_flag, check_int, check_number
 from ssync_loss._inputs import check_floats
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
@@ -110,6 +110,7 @@ class SemanticAwareSlotAttention(nn.Module):
         for name, value in counts.items():
             check_int(name, value, 1)
         check_choice("gate", gate, GATES)
+        check_flag("reparam", reparam)
         check_number("gate_thr", gate_thr, float("-inf") if gate == "logit" else 0.0)
         self.dim, self.num_slots, self.num_instances, self.iters = dim, num_slots, num_instances, iters
         self.gate: Gate = gate
