@@ -48,9 +48,9 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"`{name}` must be a dense tensor; got a {kind} one.")
 
 
-def check_type(name: str, value: object, wanted: type) -> None:
-    """Require an object of a class of this library."""
-    if not isinstance(value, wanted):
+def check_type(name: str, value: object, wanted: type, *, optional: bool = False) -> None:
+    """Require an object of a class, or also None."""
+    if not (isinstance(value, wanted) or (optional and value is None)):
         raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
 

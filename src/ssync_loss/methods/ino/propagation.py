@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_int, check_not_empty
+from ssync_loss._checks import as_index, check_flag, check_int, check_not_empty
 from ssync_loss._inputs import check_floats, check_labels, widest
 from ssync_loss._rows import slices
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
@@ -84,10 +84,12 @@ def propagate_labels(
     """
     sizes = check_floats("features", features, "B T D H W", filled="T D H W")
     check_not_empty("labels", check_labels("labels", labels, "B h w", sizes, features=features), "h w")
+    labels = as_index("labels", labels)
     if bool((labels < 0).any()):
         raise ValueError(
             f"`labels` must be at least 0; got {int(labels.min())}. Give what is not annotated the background's label."
         )
+    check_flag("normalize", normalize)
     if size is None:
         size = (labels.shape[1], labels.shape[2])
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
@@ -113,7 +115,7 @@ def propagate_labels(
     absent = ~known.any(3).any(2)
     block = max(1, BLOCK_ELEMENTS // (sizes["B"] * len(names) * size[0] * size[1]))
     for frames in slices(sizes["T"], block):
-        result[:, frames] = names.long()[_read_out(masks[:, frames], absent, size, normalize=normalize)]
+        result[:, frames] = names[_read_out(masks[:, frames], absent, size, normalize=normalize)]
     result[:, 0] = _nearest(labels, size)
     return result
 

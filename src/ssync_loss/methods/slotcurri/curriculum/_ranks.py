@@ -5,11 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def weighted_mean(values: Tensor, weight: int, group: dist.ProcessGroup | None) -> Tensor:
+def weighted_mean(values: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Average values (K,) over ranks, each with its weight; one all-reduce of K + 1 numbers."""
     if not _together():
         return values
-    sums = torch.cat([values * weight, values.new_full((1,), weight)])
+    sums = torch.cat([values * weight, weight.to(values).view(1)])
     dist.all_reduce(sums, group=group)
     return sums[:-1] / sums[-1].clamp_min(1)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import as_index, check_type
 from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._settings import NOT_NEGATIVE, check_by, one_of
 
@@ -71,7 +72,8 @@ def spawn_children(
     1.1429
     """
     check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
-    _check_slots(slots_active, counts, unborn, needed=neighbors == "all")
+    check_type("generator", generator, torch.Generator, optional=True)
+    counts = _check_slots(slots_active, counts, unborn, needed=neighbors == "all")
     num_new, width = int(counts.sum()), slots_active.shape[1]
     like = at_least_float32(slots_active)
     # a generator draws on its own device
@@ -133,15 +135,18 @@ def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Ten
     return torch.maximum(beta * distance * length / mean, min_radius * mean)
 
 
-def _check_slots(slots_active: Tensor, counts: Tensor, unborn: Tensor | None, *, needed: bool) -> None:
+def _check_slots(slots_active: Tensor, counts: Tensor, unborn: Tensor | None, *, needed: bool) -> Tensor:
+    """Check what is cloned, and return the counts as int64."""
     size = check_floats("slots_active", slots_active, "K D", filled="K D")
     check_labels("counts", counts, "K", size, slots_active=slots_active)
+    counts = as_index("counts", counts)
     if counts.min() < 0:
         raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
     if unborn is None:
         if needed:
             raise ValueError("`unborn` must be given with neighbors='all'; got None.")
-        return
+        return counts
     check_floats("unborn", unborn, "U D", {"D": size["D"]}, slots_active=slots_active)
     if counts.sum() > len(unborn):
         raise ValueError(f"`unborn` must have a row per child, {int(counts.sum())}; got {len(unborn)}.")
+    return counts

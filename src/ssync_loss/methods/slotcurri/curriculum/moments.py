@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ssync_loss._checks import as_index, check_type
+
 
 @torch.no_grad()
 def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Tensor, first: int) -> None:
@@ -26,6 +28,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
         first: the first newborn row.
 
     Raises:
+        TypeError: if that is no optimizer.
         ValueError: if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]]))
@@ -36,6 +39,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
     >>> optimizer.state[slots]["exp_avg"].flatten().tolist()  # 0.1 * gradient
     [0.20000000298023224, 0.30000001192092896, 0.30000001192092896]
     """
+    parents = as_index("parents", parents)
     for rows in _row_states(optimizer, slots_param):
         rows[first : first + len(parents)] = rows[parents.to(rows.device)]
 
@@ -55,6 +59,7 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
         first: asked at every step for the first row to hold.
 
     Raises:
+        TypeError: if that is no optimizer.
         ValueError: if the optimizer does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.ones(3, 1))
@@ -96,5 +101,6 @@ def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]
 
 
 def _check_held(optimizer: Optimizer, slots_param: nn.Parameter) -> None:
+    check_type("optimizer", optimizer, Optimizer)
     if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
         raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
