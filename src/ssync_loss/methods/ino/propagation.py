@@ -12,6 +12,7 @@ from ssync_loss._checks import as_index, check_flag, check_int, check_not_empty
 from ssync_loss._inputs import check_floats, check_labels, widest
 from ssync_loss._rows import slices
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
+from ssync_loss._vectors import directions
 
 # affinities, or pixels of masks, that are held at once: 64 MB in float32
 BLOCK_ELEMENTS = 1 << 24
@@ -234,7 +235,7 @@ def _outside(here: slice, height: int, width: int, radius: int, device: torch.de
 
 def _units(frame: Tensor) -> Tensor:
     """Return the directions (B, N, D) of the features (B, D, H, W) of a frame."""
-    units = F.normalize(frame.flatten(2).mT, dim=2)
+    units, _ = directions(frame.flatten(2).mT)
     # of infinity it is NaN, too
     _check_finite("features", units)
     return units

@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_choice, check_flag, check_int, check_number
 from ssync_loss._inputs import check_floats
+from ssync_loss._vectors import directions
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
 
@@ -42,7 +42,7 @@ class SemanticSlots(NamedTuple):
 
     def scores(self) -> Tensor:
         """Return the cosines of instances with their semantics, (B, T, S, P); published results keep 1/2 and more."""
-        units, kind = (F.normalize(one, dim=-1) for one in (self.instances, self.slots))
+        (units, _), (kind, _) = (directions(at_least_float32(one)) for one in (self.instances, self.slots))
         return (units * kind.unsqueeze(3)).sum(4)
 
 
