@@ -573,3 +573,32 @@ def test_a_vector_that_is_not_finite_has_no_direction(dirt: float) -> None:
     assert units[0].isnan().all()
     assert inverse[0].isnan().all()
     torch.testing.assert_close(units[1:], torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+# --- tensors of inference mode ---
+
+
+@cases(CALLS)
+def test_what_was_made_in_inference_mode_may_stand_beside_what_is_trained(name: str, argument: str) -> None:
+    call = CALLS[name]
+    torch.manual_seed(0)
+    wanted = call()
+    with torch.inference_mode():
+        given = call.tensors[argument].clone()
+    others = {
+        key: one.clone().requires_grad_() if one.is_floating_point() else one for key, one in call.tensors.items()
+    }
+    torch.manual_seed(0)
+    value = call(**{**others, argument: given})
+    if isinstance(value, Tensor):
+        torch.testing.assert_close(value, wanted)
+        if value.requires_grad:
+            value.sum().backward()
+
+
+def test_frames_of_inference_mode_that_need_no_copy_may_stand_beside_what_is_trained() -> None:
+    student = numbers(2, 1, 1, 3, 4).requires_grad_()
+    with torch.inference_mode():
+        teacher, valid = numbers(2, 1, 1, 3, 4), torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    fn.instance_consistency_loss(student, teacher, valid, valid).backward()
+    assert student.grad is not None

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_flag, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
@@ -64,7 +65,7 @@ def masked_token_loss(
     check_same_device("s_pat", s_pat, center=ce_patch.center)
     with no_autocast(s_pat):
         dtype = widest(s_pat, t_pat)
-        masked = mask.flatten(2)
+        masked = savable(mask).flatten(2)
         # what is not masked may hold anything
         s, t = (torch.where(masked.unsqueeze(3), as_list(one).to(dtype), 0.0) for one in (s_pat, t_pat.detach()))
         counts = masked.sum((0, 2))

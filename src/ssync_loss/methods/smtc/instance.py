@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule
@@ -156,6 +157,7 @@ def instance_consistency_loss(
         ours, theirs = (
             rearrange(one, "b t s p d -> b s (t p) d").to(dtype) for one in (embeddings, teacher_embeddings.detach())
         )
+        theirs, valid, teacher_valid = map(savable, (theirs, valid, teacher_valid))
         cosines = _by_frames(products(ours, theirs), size["P"])
         # as bools: who is assigned to whom
         matched = best_assignment(cosines.detach()).unsqueeze(5) == torch.arange(size["P"], device=cosines.device)

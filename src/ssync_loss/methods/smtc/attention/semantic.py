@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_choice, check_flag, check_int, check_number
 from ssync_loss._inputs import check_floats
 from ssync_loss._vectors import directions
@@ -141,12 +142,12 @@ class SemanticAwareSlotAttention(nn.Module):
         check_floats("noise", noise, "B T S P D", wanted, features=features)
         # autocast would keep the weights it cast for the steps without gradient, and there would be none
         with no_autocast(features):
-            frames = self.norm_features(rearrange(features, "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
+            frames = self.norm_features(rearrange(savable(features), "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
             keys, values = at_least_float32(self.to_k(frames)), at_least_float32(self.to_v(frames))
             # one group of S slots, then S groups of P
             start = mu.expand(len(frames), 1, -1, -1)
             slots, logits = self._iterate(start, keys, values, None, iters)
-            draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise.flatten(0, 1).to(mu.dtype)
+            draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * savable(noise).flatten(0, 1).to(mu.dtype)
             draws = draws if self.reparam else draws.detach()
             instances, instance_logits = self._iterate(draws, keys, values, self._gate(logits), iters)
         clips, grid = (size["B"], size["T"]), (size["H"], size["W"])
