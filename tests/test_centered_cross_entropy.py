@@ -499,7 +499,9 @@ def test_finite_rows_that_overflow_together_move_nothing() -> None:
     assert criterion.center.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"group": "g"}, "`group` must be None where no process group")])
-def test_a_group_that_is_none_is_named(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        CenteredCrossEntropy(5, **wrong)
+@pytest.mark.parametrize("all_reduce", [False, True])
+def test_a_group_that_is_none_is_named(*, all_reduce: bool) -> None:
+    wrong: Any = "g"
+    criterion = CenteredCrossEntropy(5, all_reduce=all_reduce, group=wrong)
+    with pytest.raises(TypeError, match="`group` must be None where no process group is initialized; got 'g'"):
+        criterion.update_center(torch.zeros(1, 5))

@@ -139,10 +139,10 @@ def test_both_filters_agree(window: int, normalize: str) -> None:
     knobs: dict[str, Any] = {"window": window, "normalize": normalize, "chunk_size": 3}
     expected = step(*(one.double() for one in data), filters="torch", **knobs)
     assert_same(step(*(one.double() for one in data), filters="kornia", **knobs), expected, 1e-12)
-    for filters, tol in (("torch", 2e-6), ("kornia", 5e-5)):
+    for filters, tol in (("kornia", 5e-5), ("torch", 2e-6)):
         loss, gradient = step(*data, filters=filters, **knobs)
         assert_same((loss.double(), gradient.double()), expected, tol)
-    chosen = step(*data, filters="auto", **knobs)
+    chosen = step(*data, **knobs)
     assert all(torch.equal(*both) for both in zip(chosen, (loss, gradient), strict=True))
 
 
@@ -538,8 +538,9 @@ clips = torch.rand(1, 3, 2, 3, 3)
 before = "kornia" in sys.modules
 structure_aware_loss(clips, clips, filters="torch")
 structure_aware_loss(clips[:, :2], clips[:, :2])
-between = "kornia" in sys.modules
 structure_aware_loss(clips, clips)
+between = "kornia" in sys.modules
+structure_aware_loss(clips, clips, filters="kornia")
 print(before, between, "kornia" in sys.modules)
 """
     source = str(Path(__file__).parents[1] / "src")
@@ -657,3 +658,25 @@ def test_a_wrong_tensor_is_named(wrong: dict[str, Any], error: type[Exception], 
     pred, target = sample()
     with pytest.raises(error, match=message):
         structure_aware_loss(**{"pred": pred, "target": target, **wrong})
+
+
+# --- the default ---
+
+
+def test_own_filters_are_the_default_and_as_exact_as_float32() -> None:
+    data = [one.detach() for one in sample(2, 6, 7, 6, 8)]
+    expected = step(*(one.double() for one in data))
+    loss, gradient = step(*data)
+    assert (loss - expected[0]).abs() <= 1e-6
+    assert (gradient - expected[1]).abs().max() <= 2e-6 * expected[1].abs().max()
+    chosen = step(*data, filters="torch")
+    assert torch.equal(loss, chosen[0])
+    assert torch.equal(gradient, chosen[1])
+
+
+def test_the_default_is_kept_by_hooks_for_saved_tensors() -> None:
+    pred, target = sample(2, 6, 7, 6, 8)
+    expected = step(pred, target)
+    with torch.autograd.graph.save_on_cpu():
+        loss = StructureAwareLoss()(pred, target)
+    assert_same((loss.detach(), torch.autograd.grad(loss, pred)[0]), expected, 0.0)

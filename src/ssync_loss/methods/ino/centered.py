@@ -67,9 +67,7 @@ class CenteredCrossEntropy(LossModule):
     tensor([0.0000, 0.1000])
     """
 
-    check_settings = staticmethod(
-        check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE, all_reduce=check_flag, group=check_group)
-    )
+    check_settings = staticmethod(check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE, all_reduce=check_flag))
     center: Tensor
     num_left_out: Tensor
 
@@ -134,6 +132,7 @@ class CenteredCrossEntropy(LossModule):
         Returns:
             The centers before the moves, (n, Kp).
         """
+        check_group("group", self.group)
         sums, counts, left_out = sums_of_finite(rows, counted)
         self.num_left_out += left_out
         if self.all_reduce and dist.is_available() and dist.is_initialized():

@@ -81,10 +81,10 @@ def structure_aware_loss(
         eps: what keeps a clip without contrast finite, above 0.
         normalize: ``"joint"`` or ``"channel"``.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
-        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, where that is exact and can be differentiated: published
-            constants, T, H and W of at least ``window``, on a CPU, without hooks for saved tensors, such as those of a
-            checkpoint. ``"torch"`` takes the library's own separable filters, several times faster. ``"auto"`` takes
-            kornia's where it can. The value is the same to rounding.
+        filters: ``"torch"`` takes the library's own separable filters, and so does ``"auto"``. ``"kornia"`` takes
+            ``kornia.metrics.ssim3d``, several times slower and a hundred times less exact in float32, as a check. It
+            needs the published constants, T, H and W of at least ``window``, a CPU, and no hooks for saved tensors,
+            such as those of a checkpoint.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the structure-aware loss; normalization and window
     are those of its public code.
@@ -104,10 +104,9 @@ def structure_aware_loss(
     size = check_floats("pred", pred, "B T D H W", filled="T D H W")
     check_floats("target", target, "B T D H W", size, pred=pred)
     like = Similarity(window, sigma, k1**2, k2**2)
-    missing = why_not_kornia(pred, like)
-    if filters == "kornia" and missing is not None:
+    if filters == "kornia" and (missing := why_not_kornia(pred, like)) is not None:
         raise ValueError(f"filters='kornia' needs {missing}; got {tuple(pred.shape)} on {pred.device}, {like}.")
-    dissimilarity = own_dissimilarity if filters == "torch" or missing is not None else kornia_dissimilarity
+    dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
     with_slope = torch.is_grad_enabled() and pred.requires_grad
     # not times a mean: without clips that is NaN
