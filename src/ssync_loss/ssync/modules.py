@@ -29,7 +29,12 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """What the three have in common: how settings are checked."""
+    """What the three have in common: how settings are checked, and a warning."""
+
+    def remember(self, arguments: dict[str, Any]) -> None:
+        """Begin to warn, too."""
+        super().remember(arguments)
+        self._warn = DetachedWarning()
 
     @staticmethod
     def check_settings(
@@ -50,10 +55,6 @@ class _OneTermLoss(_SSyncModule):
     _function: ClassVar[Callable[..., Tensor]]
     _student: ClassVar[str]
     _term: ClassVar[str]
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._warn = DetachedWarning()
 
     def forward(
         self,
@@ -101,7 +102,7 @@ class BoundaryRefinementLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
+        self.remember(locals())
 
 
 class InteriorDenoisingLoss(_OneTermLoss):
@@ -131,7 +132,7 @@ class InteriorDenoisingLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
+        self.remember(locals())
 
 
 class SSyncLoss(_SSyncModule):
@@ -204,8 +205,7 @@ class SSyncLoss(_SSyncModule):
         ramp_steps: int = 0,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
-        self._warn = DetachedWarning()
+        self.remember(locals())
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> "Self":

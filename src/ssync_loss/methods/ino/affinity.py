@@ -117,7 +117,7 @@ class AffinityConsistencyLoss(LossModule, check=_check_settings):
     """
 
     def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
-        super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
+        self.remember(locals())
 
     def forward(self, s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Return the term; see :func:`affinity_consistency_loss`."""
