@@ -543,7 +543,8 @@ def test_a_batch_that_failed_is_left_out_of_the_errors_and_counted(dirt: float) 
         curriculum.observe(recon, target, masks, step)
     assert curriculum.errors.isfinite().all()
     assert torch.equal(curriculum.errors, clean.errors)
-    assert (curriculum.num_left_out, clean.num_left_out) == (1, 0)
+    assert curriculum.num_left_out == 1
+    assert clean.num_left_out == 0
     assert "num_left_out" not in curriculum.state_dict()
     one, other = placeholders(), placeholders()
     for number, (slots, each) in enumerate(((one, curriculum), (other, clean))):

@@ -551,8 +551,8 @@ def test_a_head_knows_prototypes_and_tokens_of_any_length(factor: float) -> None
     wanted = head(x)
     with torch.no_grad():
         head.prototypes.mul_(factor)
-        head.mlp[0].weight.mul_(factor)
-    assert head.mlp[0].weight.abs().min() > 0
+        head.mlp.get_parameter("0.weight").mul_(factor)
+    assert head.mlp.get_parameter("0.weight").abs().min() > 0
     torch.testing.assert_close(head(x), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -44,7 +44,8 @@ def soft_cross_entropy(
         queries: the vectors of the rows.
         keys: what they are compared with.
         targets: what is wanted of some rows.
-        slopes: what the gradients of both are added to, or None.
+        slopes: what the gradients of both are added to, or None. Along a key its gradient is another one, as
+            :func:`through_lengths` takes out what lies there.
         temperature: of the softmax.
         chunk_size: rows that are held at once, over all windows; None for all.
     """
@@ -52,12 +53,17 @@ def soft_cross_entropy(
     windows = rows = None
     if chunk_size is not None:
         windows, rows = max(chunk_size // num_rows, 1), min(chunk_size, num_rows)
+    # no softmax knows what all keys share; without it, of keys that are nearly equal less is lost to rounding
+    center = keys.mean(1, keepdim=True)
+    keys = keys - center
     total = queries.new_zeros(())
     for some in slices(num_windows, windows):
         for part in slices(num_rows, rows):
             by_query, by_key = (None if one is None else one[some] for one in slopes)
             by_query = None if by_query is None else by_query[:, part]
-            total += _loss(queries[some][:, part], keys[some], *targets(some, part), by_query, by_key, temperature)
+            total += _loss(
+                queries[some][:, part], keys[some], center[some], *targets(some, part), by_query, by_key, temperature
+            )
     return total
 
 
@@ -69,6 +75,7 @@ def shut(scores: Tensor, closed: Tensor | None) -> Tensor:
 def _loss(
     queries: Tensor,
     keys: Tensor,
+    center: Tensor,
     weights: Tensor,
     closed: Tensor | None,
     by_query: Tensor | None,
@@ -87,5 +94,7 @@ def _loss(
         if by_query is not None:
             by_query.baddbmm_(slope, keys, alpha=1 / temperature)
         if by_key is not None:
-            by_key.baddbmm_(slope.mT, queries, alpha=1 / temperature)
+            by_key.baddbmm_(slope.mT, queries - center, alpha=1 / temperature)
+            # the slope along a key is lost with its length: there the center may be the key
+            by_key.addcmul_(slope.sum(1).unsqueeze(2), keys, value=-1 / temperature)
     return loss
