@@ -91,7 +91,10 @@ def affinity_consistency_loss(
             return Targets(weight, torch.zeros_like(weight), weight, marks, close)
 
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
-        total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
+        center = there.mean(1, keepdim=True)
+        total = soft_cross_entropy(
+            here, there - center, center, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size
+        )
         number = counted.sum().clamp_min(1)
         by_here, by_there = slopes
         if by_here is None or by_there is None:
