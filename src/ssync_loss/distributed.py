@@ -31,16 +31,13 @@ def global_mean(
     One all-reduce of two integers; before ``start_step`` none. Without an initialized process group it is
     ``criterion(...)``. All ranks must call it at the same step.
 
-    Shape:
-        As :class:`SSyncLoss`; returns a scalar.
+    Shape: As :class:`SSyncLoss`; returns a scalar.
 
     Maps, ``step``, ``valid`` and ``slot_mask`` are as in ``SSyncLoss.forward``, those of this rank. ``group`` is a
     process group; None is the default one.
 
-    Raises:
-        TypeError, ValueError: as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
-            this rank is in.
-
+    Raises: TypeError, ValueError as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
+        this rank is in.
     Source: the global mean of Moon & Heo, ECCV 2026 (arXiv:2606.15527), over all selected patches and slots.
 
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)

@@ -35,9 +35,9 @@ def align(
         units, inverse = directions(_windows(features, group_frames).to(dtype))
         aims, _ = directions(_windows(anchors, group_frames).to(dtype))
         to_anchors = num_neighbors is None
-        keys = aims if to_anchors else units
-        center = keys.mean(1, keepdim=True)
-        keys = keys - center
+        center = units.mean(1, keepdim=True)
+        # anchors keep theirs: without it torch 2.13 compiles wrong gradients on a CPU
+        keys = aims if to_anchors else units - center
         sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
             # every patch is drawn to its own anchor, and as much to those of its label
