@@ -53,6 +53,7 @@ class LogitTap(Tap):
     Raises: TypeError on an argument of another type; ValueError on a setting out of range, or a host that does not
         contain the projections.
 
+    >>> import torch
     >>> to_q, to_k = nn.Identity(), nn.Identity()
     >>> tap = LogitTap(to_q, to_k, scale=0.5)
     >>> for patch in (1.0, 3.0):
