@@ -15,6 +15,7 @@ from contract import INF, NAN, Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation, golden_names
 from ranks import run_ranks
 from ssync_loss import CenteredCrossEntropy
+from ssync_loss.functional import masked_token_loss, out_generative_loss
 from ssync_loss.methods.ino.reference import reference_centered_cross_entropy, reference_moved_center
 from steps import step_of
 from two_centers import NUM_PROTOTYPES, SHARES, scene
@@ -284,6 +285,58 @@ def test_without_a_process_group_a_rank_is_all_there_is() -> None:
 def test_a_wrong_mask_is_named(mask: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         centered().update_center(sample()[1], mask=mask)
+
+
+# --- what is not finite moves nothing ---
+
+
+@pytest.mark.parametrize("dirt", [NAN, INF, -INF])
+@pytest.mark.parametrize("kind", ["explicit", "mask", "frames", "pairs"])
+def test_rows_that_are_not_finite_are_left_out_and_counted(kind: str, dirt: float) -> None:
+    torch.manual_seed(0)
+    t = torch.randn(2, 2, 3, 5)
+    dirty = t.clone()
+    dirty[1, 0, 2, 4] = dirt
+    clean = torch.ones(2, 2, 3, dtype=torch.bool)
+    clean[1, 0, 2] = False
+    found, wanted = centered(m_c=0.5), centered(m_c=0.5)
+    if kind == "frames":
+        loss = masked_token_loss(t, dirty, torch.ones_like(clean), found, update_center=True)
+        masked_token_loss(t, t, clean, wanted, update_center=True)
+    elif kind == "pairs":
+        loss = out_generative_loss(t, t[:, :, :0], dirty, found, update_center=True)
+        wanted.update_center(t, mask=clean)
+    else:
+        found.update_center(dirty, mask=torch.ones_like(clean) if kind == "mask" else None)
+        wanted.update_center(t, mask=clean)
+        loss = found(t, dirty)
+    torch.testing.assert_close(found.center, wanted.center)
+    assert found.num_left_out == 1
+    # what was lost is not hidden
+    assert dirt == -INF or loss.isnan()
+    assert wanted.num_left_out == 0
+    assert list(found.state_dict()) == ["center"]
+
+
+def test_a_batch_without_a_finite_row_moves_nothing() -> None:
+    criterion = centered(torch.arange(5.0))
+    criterion.update_center(torch.full((4, 5), NAN))
+    assert criterion.center.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert criterion.num_left_out == 4
+
+
+def test_finite_rows_that_overflow_together_move_nothing() -> None:
+    criterion = centered(torch.arange(5.0))
+    criterion.update_center(torch.full((4, 5), 3e38))
+    assert criterion.center.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("all_reduce", [False, True])
+def test_a_group_that_is_none_is_named(*, all_reduce: bool) -> None:
+    wrong: Any = "g"
+    criterion = CenteredCrossEntropy(5, all_reduce=all_reduce, group=wrong)
+    with pytest.raises(TypeError, match="`group` must be None where no process group is initialized; got 'g'"):
+        criterion.update_center(torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(

@@ -125,3 +125,9 @@ def test_it_fits_the_losses(prob: float) -> None:
 def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         clip_mask(**{"N": 10, **wrong})
+
+
+def test_what_is_no_generator_is_named() -> None:
+    wrong: Any = 0
+    with pytest.raises(TypeError, match="`generator` must be Generator; got int"):
+        clip_mask(4, generator=wrong)

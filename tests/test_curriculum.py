@@ -511,3 +511,26 @@ def test_an_optimizer_of_other_parameters_is_named() -> None:
         inherit_moments(other, slots, torch.tensor([0]), 2)
     with pytest.raises(ValueError, match=message):
         hold_rows(other, slots, lambda: 2)
+
+
+# --- arguments of another kind ---
+
+
+def test_what_is_no_generator_or_optimizer_is_named() -> None:
+    wrong: Any = "x"
+    with pytest.raises(TypeError, match="`generator` must be Generator; got str"):
+        spawn_children(torch.ones(3, 4), torch.tensor([1, 0, 2]), generator=wrong)
+    slots = nn.Parameter(torch.zeros(3, 1))
+    with pytest.raises(TypeError, match="`optimizer` must be Optimizer; got str"):
+        inherit_moments(wrong, slots, torch.tensor([0]), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_parents_are_integers_of_any_width(dtype: torch.dtype) -> None:
+    # as a mask, which a byte may pass for, 1 and 1 would be another row
+    slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0], [0.0]]))
+    optimizer = torch.optim.Adam([slots])
+    (slots[:2] * torch.tensor([[2.0], [3.0]])).sum().backward()
+    optimizer.step()
+    inherit_moments(optimizer, slots, torch.tensor([1, 1]).to(dtype), 2)
+    assert optimizer.state[slots]["exp_avg"].flatten().tolist() == pytest.approx([0.2, 0.3, 0.3, 0.3])

@@ -384,10 +384,9 @@ def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str
         ([], [], {}, ValueError, r"`budgets` must have at least one entry; got \[\]"),
         (7, [1], {}, TypeError, r"`budgets` must be a sequence of integers; got int"),
         ("27", [1], {}, TypeError, r"`budgets` must be a sequence of integers; got str"),
-        ([2, 3, 7], [5, 5], {}, ValueError, r"`milestones` must grow; got \[5, 5\]"),
         ([2, 3, 7], [9, 5], {}, ValueError, r"`milestones` must grow; got \[9, 5\]"),
         ([2, 3, 7], [-1, 5], {}, ValueError, r"`milestones` must be at least 0; got -1"),
-        ([2, 7], [1, 5], {}, ValueError, r"`milestones` must have 1 entries, one fewer than budgets=\[2, 7\]; got"),
+        ([2, 3, 7], [5], {}, ValueError, r"`milestones` must have 2 entries, one fewer than budgets=\[2, 3, 7\]; got"),
         ([2, 3], [1], {"beta": -1}, ValueError, r"`beta` must be finite and at least 0.0; got -1"),
         ([2, 3], [1], {"neighbors": "none"}, ValueError, r"`neighbors` must be one of 'active', 'all'; got 'none'"),
         ([2, 3], [1], {"min_radius": "0"}, TypeError, r"`min_radius` must be a number; got str"),
@@ -441,3 +440,75 @@ def test_wrong_arguments_are_named() -> None:
     # nothing was half done
     assert curriculum.n_active() == 2
     assert curriculum.maybe_expand(placeholders(), 1)
+
+
+# --- the documented recipe, for every number of slots and steps ---
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 7, 10, 40])
+@pytest.mark.parametrize("total", [2, 3, 4, 5, 6, 7, 11])
+def test_the_documented_recipe_ends_with_all_slots(total: int, num_steps: int) -> None:
+    budgets, times = slot_schedule(total), milestones(num_steps)
+    curriculum, slots = SlotCurriculum(budgets, times), placeholders(total)
+    counts = run(curriculum, slots, range(num_steps))
+    # what was in use at a step: the last stage whose milestone had passed
+    passed = [sum(step > one for one in times[: len(budgets) - 1]) for step in range(num_steps)]
+    assert counts == [budgets[one] for one in passed]
+    assert counts == [curriculum.n_active(step) for step in range(num_steps)]
+    assert curriculum.n_active() == total
+    assert slots.isfinite().all()
+
+
+def test_of_stages_that_begin_together_the_last_one_does() -> None:
+    curriculum = SlotCurriculum([2, 3, 5, 7], [1, 4, 4, 9, 12])
+    assert (curriculum.budgets, curriculum.milestones) == ((2, 3, 7), (1, 4))
+
+
+# --- a batch that failed ---
+
+
+@pytest.mark.parametrize("dirt", [float("nan"), float("inf")])
+def test_a_batch_that_failed_is_left_out_of_the_errors_and_counted(dirt: float) -> None:
+    curriculum, clean = (SlotCurriculum([2, 4], [2], window=3) for _ in range(2))
+    for step in range(3):
+        recon, target, masks = scene(2, seed=step)
+        if step != 1:
+            clean.observe(recon, target, masks, step)
+        else:
+            recon[0, 0, 0, 0, 0] = dirt
+        curriculum.observe(recon, target, masks, step)
+    assert curriculum.errors.isfinite().all()
+    assert torch.equal(curriculum.errors, clean.errors)
+    assert [one.num_left_out.item() for one in (curriculum, clean)] == [1, 0]
+    assert "num_left_out" not in curriculum.state_dict()
+    one, other = placeholders(), placeholders()
+    for number, (slots, each) in enumerate(((one, curriculum), (other, clean))):
+        assert each.maybe_expand(slots, 2, generator=torch.Generator().manual_seed(0)), number
+    assert torch.equal(one, other)
+
+
+# --- arguments of another kind ---
+
+
+def test_what_is_no_optimizer_generator_or_group_is_named_from_the_first_step_on() -> None:
+    curriculum, slots = SlotCurriculum([2, 3], [9]), placeholders()
+    wrong: Any = "adam"
+    with pytest.raises(TypeError, match="`optimizer` must be Optimizer; got str"):
+        curriculum.maybe_expand(slots, 0, wrong)
+    with pytest.raises(TypeError, match="`generator` must be Generator; got str"):
+        curriculum.maybe_expand(slots, 0, generator=wrong)
+    with pytest.raises(TypeError, match="`group` must be None where no process group is initialized; got 'adam'"):
+        curriculum.maybe_expand(slots, 0, group=wrong)
+    with pytest.raises(TypeError, match="`group` must be None where no process group is initialized; got 'adam'"):
+        curriculum.observe(*scene(2), 0, group=wrong)
+    with pytest.raises(TypeError, match="`optimizer` must be Optimizer; got str"):
+        curriculum.hold_unborn(slots, wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (7, 1), (1, 1, 8)])
+def test_expanded_placeholders_are_named_from_the_first_step_on(shape: tuple[int, ...]) -> None:
+    slots = nn.Parameter(torch.zeros(shape).expand(*shape[:-2], 7, 8))
+    with pytest.raises(ValueError, match="`slots_param` must have memory of its own for every row; got an expanded"):
+        SlotCurriculum([2, 3], [9]).maybe_expand(slots, 0)
+    turned = nn.Parameter(torch.randn(8, 7).T)
+    assert run(SlotCurriculum([2, 3], [0]), turned, range(2)) == [2, 3]

@@ -260,6 +260,50 @@ def test_more_neighbors_than_patches_are_named() -> None:
         dense_encoder_alignment_loss(*data, group_frames=None)
 
 
+# --- features that are nearly equal ---
+
+
+def by_autograd(features: Tensor, anchors: Tensor, labels: Tensor, num_neighbors: int) -> Tensor:
+    """The encoder's loss of one window in the public formulation, whose gradient autograd finds."""
+    x, y = (torch.nn.functional.normalize(one.transpose(1, 2).flatten(2).mT, dim=2) for one in (features, anchors))
+    names = labels.flatten(1)
+    others = ~torch.eye(names.shape[1], dtype=torch.bool)
+    scores = x @ x.mT / 0.1
+    scores = scores - scores.amax(2, keepdim=True).detach()
+    log_probs = scores - (scores.exp() * others).sum(2, keepdim=True).log()
+    cosines = y @ y.mT
+    near = (cosines >= cosines.topk(num_neighbors, 2).values[..., -1:]) & others
+    alike = (names.unsqueeze(1) == names.unsqueeze(2)) & others
+    means = [(chosen * log_probs).sum(2) / chosen.sum(2).clamp_min(1) for chosen in (near, alike)]
+    return -(means[0] + means[1]).mean() / 2 * (0.1 / 0.07)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_of_features_that_are_nearly_equal_gradients_lose_less_than_those_of_autograd(spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(1, 1, 32, 1, 1, generator=generator)
+    features = features + spread * torch.randn(2, 2, 32, 5, 6, generator=generator)
+    anchors, labels = (
+        torch.randn(2, 2, 8, 5, 6, generator=generator),
+        torch.randint(4, (2, 2, 5, 6), generator=generator),
+    )
+
+    def slope(function: Callable[..., Tensor], dtype: torch.dtype, knob: dict[str, Any]) -> Tensor:
+        one = features.to(dtype).requires_grad_()
+        return torch.autograd.grad(function(one, anchors.to(dtype), labels, **knob), one)[0]
+
+    public = {"num_neighbors": 16}
+    exact = slope(by_autograd, torch.float64, public)
+    torch.testing.assert_close(slope(ENCODER, torch.float64, {}), exact, rtol=0, atol=1e-8 * exact.abs().max().item())
+    ours, theirs = (
+        ((one - exact).norm() / exact.norm()).item()
+        for one in (slope(ENCODER, torch.float32, {}), slope(by_autograd, torch.float32, public))
+    )
+    assert ours < 0.5 * theirs
+    assert ours < 3e-7 / spread
+
+
 # --- what every loss must do ---
 
 

@@ -351,3 +351,157 @@ def test_another_model_is_refused_and_nothing_is_changed(other: nn.Module, messa
         teacher.update(other)
     assert teacher.num_updates == 0
     assert all(torch.equal(one, before[name]) for name, one in tensors(teacher).items())
+
+
+# --- tensors of every kind ---
+
+
+class Kinds(nn.Module):
+    """Parameters and buffers of many types, an integer first."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(5) + int(value), requires_grad=False)
+        self.flags = nn.Parameter(torch.full((2,), value > 0), requires_grad=False)
+        self.frozen = nn.Parameter(torch.full((2,), value), requires_grad=False)
+        self.wide = nn.Parameter(torch.full((2,), value, dtype=torch.float64))
+        self.complex = nn.Parameter(torch.full((2,), value * 1j, dtype=torch.complex64))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.kernel = nn.Parameter(torch.full((2, 3, 2, 2), value).to(memory_format=torch.channels_last))
+        self.shared = self.kernel
+        self.expanded = nn.Parameter(torch.full((1,), value).expand(3))
+        self.register_buffer("halves", torch.full((2,), value * 1e4, dtype=torch.float16))
+        self.register_buffer("short", torch.full((2,), value).to(torch.float8_e5m2))
+        self.register_buffer("count", torch.tensor(int(value)))
+        self.register_buffer("tiled", torch.full((1,), value).expand(3))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.75, 1.0])
+def test_what_is_no_float_is_copied_and_every_float_averaged(momentum: float) -> None:
+    teacher = EmaTeacher(Kinds(0.0), momentum=momentum, copy_buffers=True)
+    student = Kinds(4.0)
+    teacher.update(student)
+    inner, wanted = dict(teacher.model.named_parameters()), dict(student.named_parameters())
+    assert torch.equal(inner["order"], torch.arange(5) + 4)
+    assert inner["flags"].all()
+    for name in ("frozen", "wide", "complex", "empty", "kernel", "expanded"):
+        torch.testing.assert_close(inner[name], wanted[name].detach() * (1 - momentum), rtol=0, atol=0)
+    assert inner["kernel"].is_contiguous(memory_format=torch.channels_last)
+    for name, one in teacher.model.named_buffers():
+        assert torch.equal(one.float(), student.get_buffer(name).float())
+    assert teacher.num_left_out == 0
+
+
+def test_a_step_that_failed_does_not_spoil_the_teacher() -> None:
+    student = Student()
+    teacher = EmaTeacher(student, momentum=0.5, copy_buffers=True)
+    before = tensors(teacher.model)
+    with torch.no_grad():
+        for value, number in ((math.nan, 0), (math.inf, 1), (-math.inf, 2)):
+            student.encoder.weight.view(-1)[number] = value
+        student.encoder.weight.view(-1)[3] += 1.0
+        student.get_buffer("norm.running_mean")[0] = math.nan
+    teacher.update(student)
+    after = tensors(teacher.model)
+    assert all(one.isfinite().all() for one in after.values())
+    moved = (after["encoder.weight"] - before["encoder.weight"]).flatten()
+    assert moved[3].item() == pytest.approx(0.5)
+    assert moved.count_nonzero() == 1
+    assert teacher.num_left_out == 2
+    assert not any("num_left_out" in name for name in teacher.state_dict())
+    teacher.update(Student())
+    assert teacher.num_left_out == 2
+
+
+def test_infinities_that_are_meant_stay() -> None:
+    student = nn.ParameterList([torch.tensor([-math.inf, 1.0])])
+    teacher = EmaTeacher(student)
+    teacher.update(student)
+    assert next(teacher.model.parameters()).tolist() == [-math.inf, 1.0]
+
+
+# --- what wraps, shards and caches ---
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_a_student_that_keeps_what_it_computes_has_a_teacher(normed: Any) -> None:
+    student = nn.Sequential(normed(nn.Linear(3, 3)), nn.ReLU())
+    x = torch.randn(2, 3)
+    student(x).sum().backward()
+    teacher = EmaTeacher(student, momentum=0.0)
+    torch.testing.assert_close(teacher(x), student.eval()(x))
+    with torch.no_grad():
+        for one in student.parameters():
+            one.mul_(2.0)
+    teacher.update(student)
+    torch.testing.assert_close(teacher(x), student(x))
+    assert not teacher(x).requires_grad
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    student = nn.Linear(2, 2)
+    student.kept = [student(torch.ones(2))]  # type: ignore[assignment]
+    for model in (student, nn.LazyLinear(2)):
+        with pytest.raises(TypeError, match=r"^`model` must be a module that can be copied, before it is sharded; "):
+            EmaTeacher(model)
+
+
+@pytest.mark.parametrize("inference", ["student", "teacher", "update"])
+def test_a_teacher_made_in_inference_mode_is_updated_outside_of_it(inference: str) -> None:
+    with torch.inference_mode(inference == "student"):
+        student = Student()
+    with torch.inference_mode(inference == "teacher"):
+        teacher = EmaTeacher(student, momentum=0.0, copy_buffers=True)
+    with torch.inference_mode(inference == "update"):
+        teacher.update(Student(seed=1))
+    teacher.update(Student(seed=2))
+    wanted = tensors(Student(seed=2))
+    assert all(torch.equal(one, wanted[name]) for name, one in tensors(teacher.model).items())
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("teacher_too", [False, True])
+def test_a_student_that_is_sharded_later_is_gathered(*, teacher_too: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    student, plain = Student(), Student()
+    teacher, wanted = EmaTeacher(student, momentum=0.5), EmaTeacher(plain, momentum=0.5)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(student, mesh=mesh)
+    if teacher_too:
+        fully_shard(teacher.model, mesh=mesh)
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *plain.parameters()):
+            parameter.add_(1.0)
+    teacher.update(student)
+    wanted.update(plain)
+    for parameter, other in zip(teacher.model.parameters(), wanted.model.parameters(), strict=True):
+        whole: Any = parameter
+        torch.testing.assert_close(whole.full_tensor() if teacher_too else whole, other, rtol=0, atol=0)
+    message = r"^`model` must be a module that can be copied, before it is sharded; FSDPStudent cannot: "
+    with pytest.raises(TypeError, match=message):
+        EmaTeacher(student)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"copy_buffers": "no"}, r"`copy_buffers` must be True or False; got str"),
+        ({"skip": [None]}, r"`skip` must be a sequence of names; got \[None\]"),
+        ({"skip": 5}, r"`skip` must be a sequence of names; got 5"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        EmaTeacher(nn.Linear(1, 1), **wrong)
+
+
+def test_a_half_that_is_skipped_is_left_alone() -> None:
+    student = nn.Sequential(nn.Linear(2, 2).half(), nn.Linear(2, 2))
+    teacher = EmaTeacher(student, skip=["0."], momentum=0.0)
+    teacher.update(student)
+    assert teacher.model.get_parameter("0.weight").dtype == torch.float16

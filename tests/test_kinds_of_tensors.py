@@ -23,6 +23,7 @@ from ssync_loss import (
     PseudoLabels,
     SSyncLoss,
     _checks,
+    _vectors,
     diagnostics,
     metrics,
 )
@@ -490,3 +491,105 @@ def test_metrics_refuse_tensors_that_hold_no_numbers(call: Call) -> None:
 def test_whether_there_is_an_object_is_a_question_of_shape_on_meta_tensors() -> None:
     answer = metrics.has_objects(LABELS.to("meta"), background=0)
     assert (answer.shape, answer.dtype, answer.device.type) == ((2,), torch.bool, "meta")
+
+
+# --- vectors of any length ---
+
+# in these only directions count, apart from a factor
+TURNED = {
+    "temporal_slot_contrast_loss": ["slots"],
+    "affinity_consistency_loss": ["s", "t"],
+    "dense_decoder_alignment_loss": ["features", "anchors"],
+    "dense_encoder_alignment_loss": ["features", "anchors"],
+    "semantic_consistency_loss": ["feats"],
+    "slot_redundancy_loss": ["slots"],
+    "valid_instances": ["slots", "instances"],
+    "propagate_labels": ["features"],
+    "propagate_masks": ["features"],
+}
+# the largest of float32 and the least normal one are 2^128 and 2^-126
+FACTORS = [2.0**100, 2.0**-66, 2.0**125, 2.0**-123]
+
+
+def signed(tensor: Tensor) -> Tensor:
+    return tensor - tensor.mean() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize(("name", "argument"), [(name, one) for name, some in TURNED.items() for one in some])
+def test_the_length_of_a_vector_neither_overflows_nor_underflows(name: str, argument: str, factor: float) -> None:
+    call = CALLS[name]
+    everywhere = {"mask": torch.ones_like(call.tensors["mask"])} if "mask" in call.tensors else {}
+
+    def step(scale: float) -> tuple[Tensor, Tensor | None]:
+        one = (signed(call.tensors[argument]) * scale).requires_grad_()
+        value = call(**{argument: one}, **everywhere)
+        if not value.requires_grad:
+            return value, None
+        (slope,) = torch.autograd.grad(value, one)
+        return value, slope * scale
+
+    (value, slope), (wanted, wanted_slope) = step(factor), step(1.0)
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+    if slope is not None and wanted_slope is not None:
+        assert (slope - wanted_slope).abs().max() <= 1e-4 * wanted_slope.abs().max()
+
+
+@pytest.mark.parametrize("factor", FACTORS[:2])
+def test_a_head_knows_prototypes_and_tokens_of_any_length(factor: float) -> None:
+    head = PrototypeHead(5, Kp=6, hidden=7, bottleneck=4, layers=1)
+    x = signed(numbers(4, 5))
+    wanted = head(x)
+    with torch.no_grad():
+        head.prototypes.mul_(factor)
+        weight = next(head.mlp.parameters()).mul_(factor)
+    assert weight.abs().min() > 0
+    torch.testing.assert_close(head(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-20])
+def test_clones_of_slots_of_any_length_stretch_with_them(factor: float) -> None:
+    # with the mean length goes an epsilon of 1e-8: smaller slots have smaller steps
+    slots, counts = signed(numbers(3, 5)), torch.tensor([1, 2, 0])
+    found, wanted = (
+        fn.spawn_children(slots * scale, counts, generator=torch.Generator().manual_seed(0)) / scale
+        for scale in (factor, 1.0)
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2 if factor < 1 else 1e-5)
+
+
+@pytest.mark.parametrize("dirt", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_has_no_direction(dirt: float) -> None:
+    units, inverse = _vectors.directions(torch.tensor([[dirt, 1.0], [3.0, 4.0], [1e-45, 0.0]]))
+    assert units[0].isnan().all()
+    assert inverse[0].isnan().all()
+    torch.testing.assert_close(units[1:], torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+# --- tensors of inference mode ---
+
+
+@cases(CALLS)
+def test_what_was_made_in_inference_mode_may_stand_beside_what_is_trained(name: str, argument: str) -> None:
+    call = CALLS[name]
+    torch.manual_seed(0)
+    wanted = call()
+    with torch.inference_mode():
+        given = call.tensors[argument].clone()
+    others = {
+        key: one.clone().requires_grad_() if one.is_floating_point() else one for key, one in call.tensors.items()
+    }
+    torch.manual_seed(0)
+    value = call(**{**others, argument: given})
+    if isinstance(value, Tensor):
+        torch.testing.assert_close(value, wanted)
+        if value.requires_grad:
+            value.sum().backward()
+
+
+def test_frames_of_inference_mode_that_need_no_copy_may_stand_beside_what_is_trained() -> None:
+    student = numbers(2, 1, 1, 3, 4).requires_grad_()
+    with torch.inference_mode():
+        teacher, valid = numbers(2, 1, 1, 3, 4), torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    fn.instance_consistency_loss(student, teacher, valid, valid).backward()
+    assert student.grad is not None

@@ -195,3 +195,19 @@ def test_a_wrong_setting_is_named(name: str) -> None:
 def test_a_wrong_tensor_is_named(x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small()(x)
+
+
+# --- tokens of another type ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layers", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_of_any_type_are_brought_to_that_of_the_layers(layers: torch.dtype, dtype: torch.dtype) -> None:
+    head = PrototypeHead(3, Kp=4, hidden=5, bottleneck=2).to(layers)
+    x = torch.randn(6, 3).to(dtype).requires_grad_()
+    cosines = head(x)
+    assert cosines.dtype == torch.promote_types(layers, torch.float32)
+    assert torch.equal(cosines, head(x.detach().to(layers)))
+    cosines.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype

@@ -112,7 +112,7 @@ def test_dirt_raises_nothing(dirty: int) -> None:
     data = [one.detach().clone() for one in sample()]
     data[dirty][0, -1, 0, 0] = NAN
     loss, _ = step(data[0], data[1])
-    assert loss.isnan() if dirty == 0 else loss.isfinite()
+    assert loss.isnan()
 
 
 # --- what every loss must do ---
@@ -143,3 +143,20 @@ class TestContract(LossContract):
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
         return {"one slot": case.mapped(lambda one: one[:, :, :1]), **super().empty_cases(case)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dirt", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("frame", [0, -1])
+def test_slots_that_are_not_finite_make_the_loss_and_its_gradient_nan(
+    frame: int, dirt: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    attention = torch.randn(2, 3, 4, 5).softmax(3).requires_grad_()
+    slots = torch.randn(2, 3, 4, 6).to(dtype)
+    slots[1, frame, 2, 3] = dirt
+    loss = slot_redundancy_loss(attention, slots)
+    loss.backward()
+    assert loss.isnan()
+    assert attention.grad is not None
+    assert attention.grad.isnan().any()

@@ -123,10 +123,10 @@ def test_both_filters_agree(window: int, normalize: str) -> None:
     knobs: dict[str, Any] = {"window": window, "normalize": normalize, "chunk_size": 3}
     expected = step(*(one.double() for one in data), filters="torch", **knobs)
     assert_same(step(*(one.double() for one in data), filters="kornia", **knobs), expected, 1e-12)
-    for filters, tol in (("torch", 2e-6), ("kornia", 5e-5)):
+    for filters, tol in (("kornia", 5e-5), ("torch", 2e-6)):
         loss, gradient = step(*data, filters=filters, **knobs)
         assert_same((loss.double(), gradient.double()), expected, tol)
-    chosen = step(*data, filters="auto", **knobs)
+    chosen = step(*data, **knobs)
     assert all(torch.equal(*both) for both in zip(chosen, (loss, gradient), strict=True))
 
 
@@ -239,8 +239,9 @@ clips = torch.rand(1, 3, 2, 3, 3)
 before = "kornia" in sys.modules
 structure_aware_loss(clips, clips, filters="torch")
 structure_aware_loss(clips[:, :2], clips[:, :2])
-between = "kornia" in sys.modules
 structure_aware_loss(clips, clips)
+between = "kornia" in sys.modules
+structure_aware_loss(clips, clips, filters="kornia")
 print(before, between, "kornia" in sys.modules)
 """
     source = str(Path(__file__).parents[1] / "src")
@@ -298,7 +299,7 @@ class TestContract(LossContract):
     loss = StructureAwareLoss
     function = staticmethod(structure_aware_loss)
     knobs: ClassVar = {"filters": "torch"}
-    settings: ClassVar = {"window": 1, "sigma": 1.0, "k1": 0.02, "k2": 0.05, "eps": 0.1, "normalize": "channel"}
+    settings: ClassVar = {"window": 1, "sigma": 1.0, "k1": 3.0, "k2": 0.5, "eps": 0.1, "normalize": "channel"}
     # kornia's values are those of the others but for rounding
     inert: ClassVar = {"chunk_size": None, "filters": "auto"}
     tolerance = 1e-5
@@ -317,8 +318,9 @@ class TestContract(LossContract):
 
     def case(self, *shape: int) -> Case:
         pred, target = sample(*(shape or (2, 4, 2, 3, 4)))
-        # extremes get no gradient of their own: they are the target's
-        target[:, 0, :, 0, 0], target[:, 0, :, 0, 1] = -9.0, 9.0
+        # extremes get no gradient of their own: they are the target's, and each channel has its own
+        ends = 9.0 - torch.arange(target.shape[2]) / 2
+        target[:, 0, :, 0, 0], target[:, 0, :, 0, 1] = -ends, ends
         return Case(self.make(), {"pred": pred}, {"target": target})
 
     def large_case(self) -> Case:
@@ -332,12 +334,39 @@ class TestContract(LossContract):
 class TestByKornia(TestContract):
     """Without a compiler; under one its own filters are taken."""
 
-    knobs: ClassVar = {"normalize": "channel", "chunk_size": 1}
-    settings: ClassVar = {"window": 1, "sigma": 1.0, "k1": 0.02, "k2": 0.05, "eps": 0.1, "normalize": "joint"}
+    knobs: ClassVar = {"normalize": "channel", "chunk_size": 1, "filters": "kornia"}
+    settings: ClassVar = {**TestContract.settings, "normalize": "joint"}
     inert: ClassVar = {"chunk_size": None, "filters": "torch"}
     tolerance = 1e-4
     not_applicable: ClassVar = TestContract.not_applicable | {
+        "settings": "kornia takes the published ones alone",
+        "function": "kornia takes the published ones alone",
         "default_compiler": "a compiler takes other filters",
         "checkpoint": "torch.func refuses hooks on saved tensors",
         "save_on_cpu": "torch.func refuses hooks on saved tensors",
     }
+
+    def empty_cases(self, case: Case) -> dict[str, Case]:
+        return LossContract.empty_cases(self, case)
+
+
+# --- the default ---
+
+
+def test_own_filters_are_the_default_and_as_exact_as_float32() -> None:
+    data = [one.detach() for one in sample(2, 6, 7, 6, 8)]
+    expected = step(*(one.double() for one in data))
+    loss, gradient = step(*data)
+    assert (loss - expected[0]).abs() <= 1e-6
+    assert (gradient - expected[1]).abs().max() <= 2e-6 * expected[1].abs().max()
+    chosen = step(*data, filters="torch")
+    assert torch.equal(loss, chosen[0])
+    assert torch.equal(gradient, chosen[1])
+
+
+def test_the_default_is_kept_by_hooks_for_saved_tensors() -> None:
+    pred, target = sample(2, 6, 7, 6, 8)
+    expected = step(pred, target)
+    with torch.autograd.graph.save_on_cpu():
+        loss = StructureAwareLoss()(pred, target)
+    assert_same((loss.detach(), torch.autograd.grad(loss, pred)[0]), expected, 0.0)

@@ -48,6 +48,13 @@ def differentiable(
     return call
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """Return a tensor that a backward may keep: of one of inference mode, outside of it, a copy."""
+    # a compiler asks no such thing, and keeps what it likes
+    fits = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
+    return tensor if fits else tensor.clone()
+
+
 def once_differentiable(backward: Backward) -> Backward:
     """Make it an error to differentiate the gradients that a backward returns.
 

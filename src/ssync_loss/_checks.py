@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -38,8 +39,9 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"`{name}` must be a dense tensor; got a {kind} one.")
 
 
-def check_type(name: str, value: object, wanted: type) -> None:
-    if not isinstance(value, wanted):
+def check_type(name: str, value: object, wanted: type, *, optional: bool = False) -> None:
+    """Require an object of a class, or also None."""
+    if not (isinstance(value, wanted) or (optional and value is None)):
         raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
 
@@ -118,6 +120,14 @@ def check_flag(name: str, value: object) -> None:
     """Require True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
+
+
+def check_group(name: str, group: object) -> None:
+    """Require None, or a process group that this rank is in."""
+    in_group = dist.is_available() and dist.is_initialized()
+    if group is not None and not (in_group and isinstance(group, dist.ProcessGroup)):
+        wanted = "a process group of this rank" if in_group else "None where no process group is initialized"
+        raise TypeError(f"`{name}` must be {wanted}; got {group!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class LossModule(nn.Module):
     """A loss that remembers its settings, the keyword arguments of its constructor, as attributes.
 
-    A subclass hands them to ``super().__init__``, and names what checks them: ``class A(LossModule, check=...)``.
+    A subclass hands them to ``super().__init__``, or calls ``self.remember(locals())``, and names what checks them:
+    ``class A(LossModule, check=...)``.
 
     >>> from ssync_loss import TemporalSlotContrastLoss
     >>> criterion = TemporalSlotContrastLoss(temperature=0.2)
@@ -51,6 +52,10 @@ class LossModule(nn.Module):
         self.check_settings(**settings)
         for name, value in settings.items():
             setattr(self, name, value)
+
+    def remember(self, arguments: dict[str, Any]) -> None:
+        """Call ``__init__`` with those of a constructor's arguments, its ``locals()``, that are settings."""
+        LossModule.__init__(self, **{name: arguments[name] for name in self._defaults})
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def slices(size: int, step: int | None) -> list[slice]:
 def soft_cross_entropy(
     queries: Tensor,
     keys: Tensor,
+    center: Tensor,
     targets: Callable[[slice, slice], Targets],
     slopes: tuple[Tensor | None, Tensor | None],
     *,
@@ -53,8 +54,10 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Return the sum of the losses of all rows of all windows, with the scores ``s_ij = q_i k_j / temperature``.
 
-    Queries and keys (W, M, D) are of length 1 or 0; their gradients are added to the ``slopes``. ``targets`` is asked
-    for some windows and some of their rows, ``chunk_size`` at once: windows in whole if they fit, or a part of one.
+    Queries (W, M, D) are of length 1 or 0, and so are keys before their center (W, 1, D) was taken off: no softmax
+    knows it, and of keys that are nearly equal less is lost to rounding. Gradients are added to the ``slopes``, but for
+    what lies along a key, see :func:`through_lengths`. ``targets`` is asked for some windows and some of their rows,
+    ``chunk_size`` at once: windows in whole if they fit, or a part of one.
     """
     num_windows, num_rows, _ = queries.shape
     windows = rows = None
@@ -65,12 +68,19 @@ def soft_cross_entropy(
         for part in slices(num_rows, rows):
             by_query, by_key = (None if one is None else one[some] for one in slopes)
             by_query = None if by_query is None else by_query[:, part]
-            total += _loss(queries[some][:, part], keys[some], targets(some, part), by_query, by_key, temperature)
+            vectors = queries[some][:, part], keys[some], center[some]
+            total += _loss(*vectors, targets(some, part), by_query, by_key, temperature)
     return total
 
 
 def _loss(
-    queries: Tensor, keys: Tensor, wanted: Targets, by_query: Tensor | None, by_key: Tensor | None, temperature: float
+    queries: Tensor,
+    keys: Tensor,
+    center: Tensor,
+    wanted: Targets,
+    by_query: Tensor | None,
+    by_key: Tensor | None,
+    temperature: float,
 ) -> Tensor:
     share, linear, weight, marks, close = wanted
     scores = (queries / temperature) @ keys.mT
@@ -80,7 +90,7 @@ def _loss(
     if marks is not None:
         # as products of rows: no other map is needed
         losses = losses - weight * (marks.unsqueeze(2) @ scores.unsqueeze(3)).squeeze(3)
-    if 1 / temperature > LARGEST_SCORE:
+    if 2 / temperature > LARGEST_SCORE:
         shift = scores.amax(2, keepdim=True)
         scores.sub_(shift)
         losses = losses + share * shift
@@ -93,5 +103,7 @@ def _loss(
         # in place: as an expression, torch 2.13 compiles this and what follows to wrong numbers on a CPU
         by_query.baddbmm_(scores, keys, alpha=1 / temperature)
         if by_key is not None:
-            by_key.baddbmm_(scores.mT, queries, alpha=1 / temperature)
+            by_key.baddbmm_(scores.mT, queries - center, alpha=1 / temperature)
+            # the slope along a key is lost with its length: there the center may be the key
+            by_key.addcmul_(scores.sum(1).unsqueeze(2), keys, value=-1 / temperature)
     return (losses + share * total.log()).sum()

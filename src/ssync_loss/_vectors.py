@@ -9,20 +9,26 @@ from torch import Tensor
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import once_differentiable
 
-# what is shorter has no direction
-SHORTEST = 1e-12
+# between these, largest entries have squares that neither overflow nor underflow
+SQUARABLE = (1e-15, 1e15)
 
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scale vectors (..., D) to length 1, and return beside them the inverse lengths (..., 1).
 
-    A zero vector stays zero, its inverse length is 0 and so is its gradient. NaN and infinity give NaN.
+    A zero vector stays zero, its inverse length is 0 and so is its gradient. Zero is what has no entry from the least
+    normal number on, 1e-38 in float32. NaN and infinity give NaN.
     """
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    known = length > SHORTEST
-    # divide by 1 where unknown: `where` lets 0 * inf through to the gradient
-    inverse = torch.where(known, 1 / torch.where(known, length, 1.0), 0.0)
-    return vectors * inverse, inverse
+    with torch.no_grad():
+        low, high = vectors.aminmax(dim=-1, keepdim=True)
+        largest = torch.maximum(high, -low)
+        zero = largest < torch.finfo(vectors.dtype).tiny
+        plain = (largest > SQUARABLE[0]) & (largest < SQUARABLE[1])
+        # by infinity a vector becomes zero, and so does its gradient
+        scale = torch.where(zero, float("inf"), torch.where(plain, 1.0, largest))
+    vectors = vectors / scale
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).masked_fill(zero, 1.0)
+    return vectors / length, 1 / length / scale
 
 
 def through_lengths(slope: Tensor, units: Tensor, inverse: Tensor) -> Tensor:

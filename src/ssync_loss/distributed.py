@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_loss._checks import check_type
+from ssync_loss._checks import check_group, check_type
 from ssync_loss.ssync.distillation import num_averaged
 from ssync_loss.ssync.modules import SSyncLoss
 
@@ -31,16 +31,13 @@ def global_mean(
     One all-reduce of two integers; before ``start_step`` none. Without an initialized process group it is
     ``criterion(...)``. All ranks must call it at the same step.
 
-    Shape:
-        As :class:`SSyncLoss`; returns a scalar.
+    Shape: As :class:`SSyncLoss`; returns a scalar.
 
     Maps, ``step``, ``valid`` and ``slot_mask`` are as in ``SSyncLoss.forward``, those of this rank. ``group`` is a
     process group; None is the default one.
 
-    Raises:
-        TypeError, ValueError: as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
-            this rank is in.
-
+    Raises: TypeError, ValueError as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
+        this rank is in.
     Source: the global mean of Moon & Heo, ECCV 2026 (arXiv:2606.15527), over all selected patches and slots.
 
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
@@ -50,11 +47,8 @@ def global_mean(
     """
     # one that is compiled stands in a module of torch's
     check_type("criterion", getattr(criterion, "_orig_mod", criterion), SSyncLoss)
-    in_group = dist.is_available() and dist.is_initialized()
-    if group is not None and not (in_group and isinstance(group, dist.ProcessGroup)):
-        wanted = "a process group of this rank" if in_group else "None where no process group is initialized"
-        raise TypeError(f"`group` must be {wanted}; got {group!r}.")
-    if not in_group or not criterion.is_on(step):
+    check_group("group", group)
+    if not (dist.is_available() and dist.is_initialized()) or not criterion.is_on(step):
         return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
     terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
     selected = torch.stack([terms.labels.boundary, terms.labels.interior]).sum((2, 3, 4))

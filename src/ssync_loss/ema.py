@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ssync_loss._checks import check_int, check_number
+from ssync_loss._checks import check_flag, check_int, check_number
+
+# what can hold an average; halves and shorter types cannot, and integers and bools are copied
+AVERAGED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class EmaTeacher(nn.Module):
@@ -25,9 +27,14 @@ class EmaTeacher(nn.Module):
         optimizer.step()
         teacher.update(model)
 
+    What is no floating-point number becomes that of the student. Numbers that a failed step made NaN or infinite are
+    left out: there the teacher stays as it was. ``num_left_out`` counts the tensors that had some, and is not saved.
+
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
     updates, whose number is in the ``state_dict``. There is no collective: under DDP every rank keeps its own, outside
-    of the wrapper. Wrapped and compiled students are looked into. The copy may be compiled, :meth:`update` not.
+    of the wrapper. Wrapped and compiled students are looked into. The copy may be compiled, :meth:`update` not. A
+    student is sharded (FSDP2) after its teacher was made; every update then gathers it, one parameter at a time, on all
+    ranks, unless ``fully_shard(teacher.model)`` has sharded the teacher too.
 
     Args:
         model: the student; a deep copy is taken.
@@ -39,8 +46,9 @@ class EmaTeacher(nn.Module):
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
         ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
-    Raises: TypeError if the model is no module, or has parameters in a half, whose last digit is more than what is
-        added; ValueError on wrong settings, or when the student's parameters are not those of the teacher.
+    Raises: TypeError if the model is no module or cannot be copied, or has parameters in a half that are not skipped,
+        whose last digit is more than what is added; ValueError on wrong settings, or when the student's parameters are
+        not those of the teacher.
 
     >>> student = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(student.weight)
@@ -51,6 +59,8 @@ class EmaTeacher(nn.Module):
     >>> round(teacher(torch.ones(1)).item(), 4)  # 1 - 0.9^2
     0.19
     """
+
+    num_left_out: Tensor
 
     def __init__(
         self,
@@ -72,13 +82,18 @@ class EmaTeacher(nn.Module):
         if final_momentum is not None:
             check_number("final_momentum", final_momentum, 0.0, 1.0)
             check_int("num_steps", num_steps, 1)
+        check_flag("copy_buffers", copy_buffers)
         if isinstance(skip, str):
             raise TypeError(f"`skip` must be a sequence of names; got the string {skip!r}.")
+        if not isinstance(skip, Sequence) or not all(isinstance(one, str) for one in skip):
+            raise TypeError(f"`skip` must be a sequence of names; got {skip!r}.")
         self.momentum, self.final_momentum, self.num_steps = momentum, final_momentum, num_steps
         self.copy_buffers, self.skip = copy_buffers, tuple(skip)
         self.num_updates = 0
-        self.model = deepcopy(_bare(model)).requires_grad_(False).eval()
-        _check_widths(self.model)
+        self.model = _copied(_bare(model))
+        self._check_widths()
+        with torch.inference_mode(False):
+            self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,16 +104,16 @@ class EmaTeacher(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Draw the copy to the student, once for every step of the optimizer."""
         model = _bare(model)
-        _check_widths(self.model)
+        self._check_widths()
         parameters = self._pairs(self.model.named_parameters(), model.named_parameters())
-        buffers = self._pairs(self.model.named_buffers(), model.named_buffers())
-        if parameters:
-            # a student on another device, or in a half, is brought over
-            teachers, students = zip(*((one, other.to(one)) for one, other in parameters), strict=True)
-            get_ema_multi_avg_fn(self.current_momentum())(list(teachers), list(students), None)
-        if self.copy_buffers:
-            for teacher, student in buffers:
-                teacher.copy_(student)
+        buffers = self._pairs(self.model.named_buffers(), model.named_buffers()) if self.copy_buffers else []
+        weight = 1 - self.current_momentum()
+        for pairs, share in ((parameters, weight), (buffers, 1.0)):
+            for teacher, student in pairs:
+                left_out = _move(*_on_this_rank(teacher, student), share)
+                if left_out is not None:
+                    # it goes where the numbers are, so that no device is waited for
+                    self.num_left_out = self.num_left_out.to(left_out.device).add_(left_out)
         self.num_updates += 1
 
     def _pairs(
@@ -113,7 +128,7 @@ class EmaTeacher(nn.Module):
                     f"`model` must have the tensors of the teacher, for {name} shape {wanted.get(name)}; "
                     f"got {given.get(name)}."
                 )
-        return [(one, theirs[name]) for name, one in ours.items() if not any(piece in name for piece in self.skip)]
+        return [(one, theirs[name]) for name, one in ours.items() if not self._is_skipped(name)]
 
     def current_momentum(self) -> float:
         """Return the momentum of the next update."""
@@ -139,6 +154,18 @@ class EmaTeacher(nn.Module):
         names = ("momentum", "final_momentum", "num_steps", "copy_buffers", "skip")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def _is_skipped(self, name: str) -> bool:
+        return any(piece in name for piece in self.skip)
+
+    def _check_widths(self) -> None:
+        for name, one in self.model.named_parameters():
+            is_short = one.is_floating_point() or one.is_complex()
+            if is_short and one.dtype not in AVERAGED and not self._is_skipped(name):
+                raise TypeError(
+                    f"`model` must have parameters of 32 or 64 bits to be averaged; got {one.dtype} in {name}. "
+                    "Keep them in float32 and compute under autocast."
+                )
+
 
 def _bare(model: object) -> nn.Module:
     """Take a module out of what data parallelism and compilation wrap around it."""
@@ -149,10 +176,45 @@ def _bare(model: object) -> nn.Module:
     return model if inner is None else _bare(inner)
 
 
-def _check_widths(model: nn.Module) -> None:
-    for name, one in model.named_parameters():
-        if one.dtype in (torch.float16, torch.bfloat16):
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a module, and what it computes and keeps, such as the weight of a weight norm, as plain numbers."""
+    copies: dict[int, Any] = {}
+    # in inference mode the copy could never be updated
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for one in (*vars(module).values(), *module.buffers(recurse=False)):
+                if isinstance(one, Tensor):
+                    copies[id(one)] = one.detach().clone()
+        try:
+            return deepcopy(model, copies).requires_grad_(False).eval()
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
-                f"`model` must have parameters of 32 or 64 bits to be averaged; got {one.dtype} in {name}. "
-                "Keep them in float32 and compute under autocast."
-            )
+                f"`model` must be a module that can be copied, before it is sharded; {type(model).__name__} cannot: "
+                f"{error}"
+            ) from error
+
+
+def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
+    """Return the numbers of both that this rank averages: of shards, if the teacher is sharded."""
+    if not hasattr(student, "full_tensor"):
+        return teacher, student
+    if not hasattr(teacher, "full_tensor"):
+        return teacher, student.full_tensor()
+    return teacher.to_local(), student.redistribute(placements=teacher.placements).to_local()
+
+
+def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
+    """Draw a tensor to another one by a share, where both are finite, and tell whether they are not."""
+    # one on another device, or in a half, is brought over
+    student = student.to(teacher)
+    if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):
+        teacher.copy_(student)
+        return None
+    way = student if share == 1.0 else student - teacher
+    # a sum takes one pass, and no memory
+    left_out = ~way.sum(dtype=torch.promote_types(way.dtype, torch.float32)).isfinite()
+    if share == 1.0:
+        torch.where(student.isfinite(), student, teacher, out=teacher)
+    else:
+        teacher.add_(way.nan_to_num_(0.0, 0.0, 0.0), alpha=share)
+    return left_out

@@ -20,13 +20,11 @@ def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, vali
     ``SS_total`` is the summed squared distance of all patches of the clip to their mean, ``SS_within`` to the
     mean of their own slot over the whole clip.
 
-    Shape:
-        features: (B, T, D, H, W), floating point; a large common mean does no harm. labels: (B, T, H, W) integers
+    Shape: features: (B, T, D, H, W), floating point; a large common mean does no harm. labels: (B, T, H, W) integers
         within [0, num_slots). valid: (B, T) or (B, T, H, W) bool. Returns (B,), float64, within [0, 1]; 0 where
         features are constant or no patch is valid, NaN where features of a valid patch are not finite.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit, or labels are seen to be out of range.
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit, or labels are seen to be out of range.
 
     >>> features = torch.tensor([0.0, 2.0, 6.0, 8.0]).view(1, 1, 1, 1, 4)
     >>> explained_variance(features, torch.tensor([[[[0, 0, 1, 1]]]]), num_slots=2).tolist()  # 1 - 4/40
@@ -47,13 +45,11 @@ def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = N
     ``P(edge > no edge) + P(edge == no edge) / 2``: 1 when every label edge is a stronger feature edge than
     all the rest, 0.5 for chance.
 
-    Shape:
-        features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool;
+    Shape: features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool;
         a pair counts when both patches do. Returns (B,), float64; 0.5 where there is no pair of one or of the other
         sort, NaN where features of a valid pair are not finite.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit.
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit.
 
     >>> features = torch.tensor([0.0, 1.0, 3.0, 6.0]).view(1, 1, 1, 1, 4)  # steps of 1, 2 and 3
     >>> edge_alignment(features, torch.tensor([[[[0, 0, 1, 1]]]])).tolist()  # 2 > 1, but 2 < 3

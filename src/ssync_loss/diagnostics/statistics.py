@@ -45,14 +45,12 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
     Everything is read from the labels *after* merging. A logger takes the means over the batch as
     ``{f"ssync/{name}": value.float().mean() for name, value in summary(labels)._asdict().items()}``.
 
-    Shape:
-        valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
+    Shape: valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
 
     ``labels`` are what ``pseudo_labels`` or ``SSyncLoss.terms`` returned, ``valid`` and ``slot_mask`` as given there; a
     clip without any slot has no valid patch.
 
-    Raises:
-        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
+    Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
     >>> row = torch.tensor([[[[0, 0, 1, 1]]]])
     >>> everywhere = torch.ones(1, 1, 1, 4, dtype=torch.bool)
@@ -88,12 +86,10 @@ def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Ten
 def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's valid patches that lie in a region: ``(region & valid).sum() / valid.sum()``.
 
-    Shape:
-        region: (B, T, H, W), bool, for example ``PseudoLabels.boundary``. valid: (B, T) or (B, T, H, W) bool. Returns
-        (B,), float32; 0 for a clip without a valid patch.
+    Shape: region: (B, T, H, W), bool, for example ``PseudoLabels.boundary``. valid: (B, T) or (B, T, H, W) bool.
+        Returns (B,), float32; 0 for a clip without a valid patch.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit.
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit.
 
     >>> region_share(torch.tensor([[[[True, False, False, False]]]])).tolist()
     [0.25]
@@ -105,8 +101,7 @@ def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
 def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's valid patches on which both maps carry one label: ``mean(enc == dec)``.
 
-    Shape:
-        enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in
+    Shape: enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in
         :func:`region_share`.
 
     >>> agreement(torch.tensor([[[[0, 0, 1, 1]]]]), torch.tensor([[[[0, 0, 0, 1]]]])).tolist()
@@ -124,12 +119,10 @@ def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     A slot that wins a single patch of the clip is in use. Give labels before merging to count slots, after
     merging to count objects.
 
-    Shape:
-        labels: (B, T, H, W), integer >= 0. valid: (B, T) or (B, T, H, W) bool. Returns (B,), int64; 0 for a clip
+    Shape: labels: (B, T, H, W), integer >= 0. valid: (B, T) or (B, T, H, W) bool. Returns (B,), int64; 0 for a clip
         without a valid patch.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit, or labels are seen to be negative.
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit, or labels are seen to be negative.
 
     >>> slots_in_use(torch.tensor([[[[4, 0, 4, 2]]]])).tolist()
     [3]
@@ -148,12 +141,10 @@ def merges(representative: Tensor) -> Tensor:
 
     Three slots merged into one object are two merges.
 
-    Shape:
-        representative: (B, S), integer, the slot that stands for each slot, from ``merge_slots`` or ``PseudoLabels``.
-        Returns (B,), int64.
+    Shape: representative: (B, S), integer, the slot that stands for each slot, from ``merge_slots`` or
+        ``PseudoLabels``. Returns (B,), int64.
 
-    Raises:
-        TypeError, ValueError: if the dtype or rank does not fit.
+    Raises: TypeError, ValueError if the dtype or rank does not fit.
 
     >>> merges(torch.tensor([[0, 0, 2, 0]])).tolist()
     [2]
@@ -169,9 +160,8 @@ def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     Counted over the pairs (t, t + 1) of one place that are valid in both frames. Objects that move flip
     labels too, so compare maps of the same clips.
 
-    Shape:
-        labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in :func:`region_share`; 0 without a
-        pair, as for T = 1.
+    Shape: labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in :func:`region_share`; 0
+        without a pair, as for T = 1.
 
     >>> label_flips(torch.tensor([[[[0, 0, 1, 1]], [[0, 1, 1, 1]]]])).tolist()
     [0.25]

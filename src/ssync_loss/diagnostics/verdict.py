@@ -85,17 +85,14 @@ def premise(
     NaN or +inf in a valid patch of either map (or -inf for every slot of it), and NaN or infinities in its
     features, make the clip's margin NaN, and then the premise does not hold.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's
-        grid. Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the
-        host.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's grid.
+        Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
 
     ``features`` are what the model encodes, for example backbone features, in any floating point. Other arguments are
     as in ``pseudo_labels``; a clip without any slot present has no valid patch.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape or device does not fit, or features are on another grid than the
-            encoder map.
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit, or features are on another grid than the
+        encoder map.
 
     >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4)
@@ -131,8 +128,7 @@ def pool(parts: Iterable[Premise]) -> Premise:
     The verdict is of all clips, each counted once; it is not a vote of the batches. Parts, one per batch, lie on one
     device; their clips keep the order given.
 
-    Raises:
-        TypeError, ValueError: if there is none, or one is no Premise.
+    Raises: TypeError, ValueError if there is none, or one is no Premise.
 
     >>> nine, yes = [torch.zeros(1)] * 9, torch.tensor([True])
     >>> parts = [Premise(*nine, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, -0.125)]
@@ -156,8 +152,7 @@ def report(premise: Premise) -> str:
     It takes what :func:`premise` or :func:`pool` returned, and gives a few lines to print; the first says what
     :meth:`Premise.verdict` does. This one reads the tensors: call it where a wait for the device does no harm.
 
-    Raises:
-        TypeError: if it is no Premise.
+    Raises: TypeError if it is no Premise.
 
     >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
     >>> margin, measured = torch.tensor([0.375, 0.625]), torch.tensor([True, True])

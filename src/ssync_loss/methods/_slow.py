@@ -12,10 +12,12 @@ from ssync_loss._inputs import widest
 
 
 def unit(vector: Tensor) -> Tensor:
-    """Scale a vector to length 1, in float64; one without a length stays zero, without gradient."""
-    vector = vector.double()
-    length = vector.square().sum().sqrt()
-    return vector * 0 if length <= 1e-12 else vector / length
+    """Scale a vector to length 1, in float64; one without a normal number becomes zero, without gradient."""
+    largest = vector.detach().abs().max().double()
+    if largest < torch.finfo(torch.promote_types(vector.dtype, torch.float32)).tiny:
+        return vector.double() * 0
+    vector = vector.double() / largest
+    return vector / vector.square().sum().sqrt()
 
 
 def mean(values: list[Tensor], like: Tensor) -> Tensor:

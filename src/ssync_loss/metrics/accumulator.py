@@ -23,8 +23,7 @@ class MetricAverage:
 
     ``metric`` is a function of this package, e.g. ``video_fg_ari``, and ``options`` are its keyword arguments.
 
-    Raises:
-        TypeError: if ``metric`` is no function of this package or the options do not fit it.
+    Raises: TypeError if ``metric`` is no function of this package or the options do not fit it.
 
     >>> from ssync_loss.metrics import video_fg_ari
     >>> average = MetricAverage(video_fg_ari, background=0)
@@ -60,8 +59,7 @@ class MetricAverage:
     def update(self, *labels: Tensor) -> None:
         """Add a batch: the tensors that the metric takes, ``pred, target`` for most.
 
-        Raises:
-            TypeError, ValueError: as the metric does, or if there are too few or too many tensors.
+        Raises: TypeError, ValueError as the metric does, or if there are too few or too many tensors.
         """
         total, weight, self._counted = SCORES[self.metric](*labels, **self.options)
         self.state = self.state + torch.stack([total.sum(), weight.sum()]).to(self.state.device)
@@ -69,8 +67,7 @@ class MetricAverage:
     def merge(self, other: "MetricAverage") -> None:
         """Add all batches that another average of the same metric has seen.
 
-        Raises:
-            TypeError, ValueError: if the other one is no average, or averages something else.
+        Raises: TypeError, ValueError if the other one is no average, or averages something else.
         """
         check_type("other", other, MetricAverage)
         if other.metric is not self.metric or other.options != self.options:
@@ -81,8 +78,7 @@ class MetricAverage:
     def compute(self) -> Tensor:
         """Return the mean, a float64 tensor without axes.
 
-        Raises:
-            RuntimeError: if nothing that could be scored was seen, as no number stands for that.
+        Raises: RuntimeError if nothing that could be scored was seen, as no number stands for that.
         """
         if self.state[1] == 0:
             wanted = "call update() first, with at least one video that has something to score"

@@ -21,18 +21,14 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
     This is ``sklearn.metrics.adjusted_rand_score``. It is 1 for equal partitions whatever the names of
     their parts, about 0 for unrelated ones, and may be negative.
 
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an annotated
+    Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an annotated
         pixel.
 
     Labels are any integers, they are only names; a negative target id is a pixel without annotation, which is left out.
     ``per="video"`` pools the pixels of all frames, so that an identity switch costs; "image" scores each frame by
     itself and returns the mean over the frames with an annotated pixel.
 
-    Raises:
-        TypeError: if labels are not integers.
-        ValueError: if shapes differ or ``per`` is unknown.
-
+    Raises: TypeError if labels are not integers; ValueError if shapes differ or ``per`` is unknown.
     Source: L. Hubert and P. Arabie, Comparing partitions, 1985.
 
     >>> target = torch.tensor([[[[1, 1, 2, 2]]]])
@@ -79,15 +75,12 @@ def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "
     delete the first object. It is wrong, and silently gives :func:`ari`, if some id stands for the
     background (MOVi, DAVIS: 0).
 
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an object,
-        as the denominator is 0.
+    Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an object, as
+        the denominator is 0.
 
     Labels and ``per`` are those of :func:`ari`; with ``per="image"`` the mean is over the frames that show an object.
 
-    Raises:
-        TypeError, ValueError: as :func:`ari`, and if ``background`` is neither None nor an integer of at least 0.
-
+    Raises: TypeError, ValueError as :func:`ari`, and if ``background`` is neither None nor an integer of at least 0.
     Source: T. Kipf et al., Conditional object-centric learning from video (SAVi), 2022.
 
     >>> target = torch.tensor([[[[0, 0, 0, 1, 1, 2, 2]]]])

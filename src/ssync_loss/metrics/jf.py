@@ -55,9 +55,8 @@ def j_and_f(
     Pixels without annotation belong to no mask, of truth or prediction, and a frame without any annotation is not
     scored. A score of a data set is the mean over all of its objects, as published; :class:`MetricAverage` takes it.
 
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, the mean over its objects; 0.0
-        for a video without an object, or without an annotated frame to score.
+    Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, the mean over its objects;
+        0.0 for a video without an object, or without an annotated frame to score.
 
     Labels are any integers, which are only names if they are matched; a negative target id is a pixel without
     annotation. ``background`` is the id of the background, or None if every id is an object. The first
@@ -65,12 +64,9 @@ def j_and_f(
     share of the frame's diagonal, rounded up to whole pixels: 8 for frames of 480 x 854. It is idle in J, but for the
     matching of slots.
 
-    Raises:
-        ImportError: if slots are to be matched and scipy is missing.
-        TypeError: if labels, ``background`` or the frames to skip are not integers, or ``tolerance`` is no number.
-        ValueError: if shapes differ, ``background`` is negative, ``matching`` is unknown, no frame is left, or
-            ``tolerance`` is outside [0, 1].
-
+    Raises: ImportError if slots are to be matched and scipy is missing; TypeError if labels, ``background`` or the
+        frames to skip are not integers, or ``tolerance`` is no number; ValueError if shapes differ, ``background`` is
+        negative, ``matching`` is unknown, no frame is left, or ``tolerance`` is outside [0, 1].
     Source: F. Perazzi et al., A benchmark dataset and evaluation methodology for video object segmentation,
     CVPR 2016; several objects and J&F: J. Pont-Tuset et al., The 2017 DAVIS challenge on video object segmentation
     (arXiv:1704.00675); matching by J&F as in the public code of the unsupervised challenge of 2019

@@ -26,17 +26,14 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
     Probabilities are resized, not logits, and before the argmax: both choices move every metric. A tie
     goes to the lowest slot. Frames are resized in blocks, so memory stays bounded on long clips.
 
-    Shape:
-        masks: (B, T, S, h, w). Returns the labels (B, T, *size), int64, in [0, S).
+    Shape: masks: (B, T, S, h, w). Returns the labels (B, T, *size), int64, in [0, S).
 
     ``masks`` are decoder masks, or attention of the slots: probabilities with ``kind="probs"``. Logits of -inf mark
     absent slots; a patch where no slot is present prefers none. ``size`` is height and width of the ground truth.
 
-    Raises:
-        TypeError: if masks are not floating point or ``size`` holds no integers.
-        ValueError: if the rank differs, an axis is empty, ``size`` is no pair of positive numbers, ``kind`` is
-            unknown, or masks hold NaN, +inf or, as probabilities, negative numbers: a label made of them would pass
-            for a prediction.
+    Raises: TypeError if masks are not floating point or ``size`` holds no integers; ValueError if the rank differs, an
+        axis is empty, ``size`` is no pair of positive numbers, ``kind`` is unknown, or masks hold NaN, +inf or, as
+        probabilities, negative numbers: a label made of them would pass for a prediction.
 
     >>> masks = torch.tensor([0.9, 0.2, 0.1, 0.8]).view(1, 1, 2, 1, 2)  # slot 0 fades to the right
     >>> masks_to_labels(masks, (1, 4), kind="probs").tolist()  # .9 .725 .375 .2 against .1 .275 .625 .8
@@ -72,15 +69,13 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
     mask for the background (YouTube-VIS, COCO). If the first mask is the background (MOVi), leave it out:
     ``objects_to_labels(masks[:, :, 1:])``.
 
-    Shape:
-        masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K]: 1 + k for the k-th mask.
+    Shape: masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K]: 1 + k for the k-th mask.
 
     An object may be absent from frames. ``ignore_overlaps`` drops the pixels that several objects claim from truth and
     prediction, instead of refusing them.
 
-    Raises:
-        TypeError: if masks or ``ignore_overlaps`` are not bool.
-        ValueError: if the rank differs, or objects overlap and ``ignore_overlaps`` is False.
+    Raises: TypeError if masks or ``ignore_overlaps`` are not bool; ValueError if the rank differs, or objects overlap
+        and ``ignore_overlaps`` is False.
 
     >>> masks = torch.tensor([[True, True, False, False], [False, True, True, False]]).view(1, 1, 2, 1, 4)
     >>> objects_to_labels(masks, ignore_overlaps=True).tolist()
@@ -108,14 +103,12 @@ def has_objects(target: Tensor, *, background: int | None) -> Tensor:
 
         has_objects = ((target >= 0) & (target != background)).flatten(1).any(1)
 
-    Shape:
-        target: (B, T, H, W), object ids; a negative id is a pixel without annotation. Returns (B,), bool.
+    Shape: target: (B, T, H, W), object ids; a negative id is a pixel without annotation. Returns (B,), bool.
 
     ``background`` is the id of the background, or None if every id is an object.
 
-    Raises:
-        TypeError: if ids or ``background`` are not integers.
-        ValueError: if the rank differs or ``background`` is negative.
+    Raises: TypeError if ids or ``background`` are not integers; ValueError if the rank differs or ``background`` is
+        negative.
 
     >>> target = torch.tensor([[[[0, 0, -1]]], [[[0, 4, -1]]]])
     >>> has_objects(target, background=0).tolist()

@@ -23,18 +23,15 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
     for a background id there too (:func:`objects_to_labels` makes such labels). Whether objects are
     instances (mBO_i) or classes (mBO_c) is up to ``target``.
 
-    Shape:
-        pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
+    Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
         object.
 
     Labels and ``per`` are those of :func:`ari`: "video" overlaps whole space-time tubes, "image" takes the mean over
     the frames that show an object. ``background`` is the id of the background, or None if every id is an object, as
     some code bases count it.
 
-    Raises:
-        TypeError: if labels or ``background`` are not integers.
-        ValueError: if shapes differ, ``background`` is negative or ``per`` is unknown.
-
+    Raises: TypeError if labels or ``background`` are not integers; ValueError if shapes differ, ``background`` is
+        negative or ``per`` is unknown.
     Source: J. Pont-Tuset et al., Multiscale combinatorial grouping, 2016.
 
     >>> target = torch.tensor([[[[0, 1, 1, 2]]]])
@@ -57,9 +54,7 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
     Never above :func:`mean_best_overlap`, which lets slots be used again. Arguments, what is returned and raised are as
     there. Needs scipy: ``pip install "ssync-loss[metrics]"``.
 
-    Raises:
-        ImportError: if scipy is missing.
-
+    Raises: ImportError if scipy is missing.
     Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
 
     >>> target = torch.tensor([[[[0, 1, 1, 2]]]])

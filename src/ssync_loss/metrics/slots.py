@@ -79,15 +79,13 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
 
     Needs no ground truth: a slot that sits on the background is in use.
 
-    Shape:
-        pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
+    Shape: pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
 
     ``num_slots`` is how many slots the model has. ``per="video"`` calls a slot unused if no frame of the video uses it;
     "image" asks in each frame and returns the mean over frames.
 
-    Raises:
-        TypeError: if labels or ``num_slots`` are not integers.
-        ValueError: if the rank differs, a label is out of range, ``num_slots`` is below 1 or ``per`` is unknown.
+    Raises: TypeError if labels or ``num_slots`` are not integers; ValueError if the rank differs, a label is out of
+        range, ``num_slots`` is below 1 or ``per`` is unknown.
 
     >>> pred = torch.tensor([[[[0, 0]], [[0, 3]]]])
     >>> unused_slots(pred, num_slots=4).tolist(), unused_slots(pred, num_slots=4, per="image").tolist()

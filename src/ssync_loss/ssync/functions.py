@@ -35,17 +35,14 @@ def pseudo_labels(
     area of ``e``), and both label maps are rewritten with the representatives. ``boundary`` comes from the
     merged ``e``, ``interior`` from the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
 
-    Shape:
-        enc_logits: (B, T, S, H, W) or (B, T, S, N). dec_logits: the same, on any grid.
+    Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N). dec_logits: the same, on any grid.
 
     Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid`` and ``slot_mask`` are those of its ``forward``.
     Probabilities of the encoder are compared with their mean as log p: a *different* merging rule, which wants its own
     threshold.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
-
-    Raises:
-        TypeError, ValueError: on wrong shapes, dtypes or settings; the message names the argument.
+    Raises: TypeError, ValueError on wrong shapes, dtypes or settings; the message names the argument.
 
     >>> import torch
     >>> maps = torch.tensor([[3.0, 3.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0]]).view(1, 1, 2, 1, 4)
@@ -88,21 +85,17 @@ def selective_distillation_loss(
     gradient. In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32,
     -87.3, without gradient, so that a slot which cannot win costs much, but not infinitely much.
 
-    Shape:
-        logits: (B, T, S, H, W). target: (B, T, H, W) integers within [0, S). region: (B, T, H, W) bool.
-        slot_mask: (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or
-        float64 if the logits are.
+    Shape: logits: (B, T, S, H, W). target: (B, T, H, W) integers within [0, S). region: (B, T, H, W) bool. slot_mask:
+        (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or float64 if the logits
+        are.
 
     ``logits`` is the map to be taught, and the only argument that gets a gradient; ``target`` the slot index of every
     patch, ``region`` the patches that count. Absent slots leave the softmax. ``reduction`` is ``"none"`` (0 where
     unselected), ``"sum"`` or ``"mean"``. Settings are those of :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
-
-    Raises:
-        TypeError: on a wrong dtype.
-        ValueError: on wrong shapes or settings. Labels out of range are found where that needs no waiting for
-            a device: on a CPU, outside compilation.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings. Labels out of range are found where that
+        needs no waiting for a device: on a CPU, outside compilation.
 
     >>> import torch
     >>> logits = torch.tensor([3.0, 1.0]).log().view(1, 1, 2, 1, 1)  # P = (3/4, 1/4)
@@ -150,16 +143,13 @@ def boundary_refinement_loss(
     hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
     exactly 0, attached to the graph.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
 
     ``labels`` were computed before by :func:`pseudo_labels`, and make the settings of merging and of the region idle;
     None computes them. Other arguments are as there and in :func:`selective_distillation_loss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
-
-    Raises:
-        TypeError, ValueError: on wrong shapes, dtypes or settings.
+    Raises: TypeError, ValueError on wrong shapes, dtypes or settings.
 
     >>> import torch
     >>> enc = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 1, 2)

@@ -25,14 +25,11 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
 
     The rule is about logits: log-probabilities differ from them by a shift per patch, which changes it.
 
-    Shape:
-        logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool.
-        Returns (B, S, S) within [0, 1], symmetric; the diagonal is the share of frames a slot is active in.
+    Shape: logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B, S, S) within
+        [0, 1], symmetric; the diagonal is the share of frames a slot is active in.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), spatio-temporal activation consistency.
-
-    Raises:
-        TypeError, ValueError: on a wrong dtype or shape.
+    Raises: TypeError, ValueError on a wrong dtype or shape.
 
     >>> logits = torch.tensor([[4.0, 4.0, 0.0, 0.0], [0.0, 6.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> slot_overlap(logits)[0, 0, 1].item()  # one patch in common, two in the union
@@ -83,9 +80,8 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
     largest area, the lowest index among equals. This is union-find, as repeated
     squaring of a boolean matrix: batched, of fixed length, without a look at the data.
 
-    Shape:
-        overlap: (B, S, S). A link in either direction counts. area: (B, S), integer or floating point.
-        Returns (B, S) int64: the representative of every slot.
+    Shape: overlap: (B, S, S). A link in either direction counts. area: (B, S), integer or floating point. Returns (B,
+        S) int64: the representative of every slot.
 
     Args:
         overlap: how far slots overlap, see :func:`slot_overlap`.
@@ -93,10 +89,8 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
         threshold: within [0, 1], or a scalar tensor; 1 merges nothing. None merges nothing either.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), transitive pseudo-label merging.
-
-    Raises:
-        TypeError: if the threshold is no number, or a tensor of the wrong dtype.
-        ValueError: if the threshold lies outside [0, 1] or a shape does not fit.
+    Raises: TypeError if the threshold is no number, or a tensor of the wrong dtype; ValueError if the threshold lies
+        outside [0, 1] or a shape does not fit.
 
     >>> chain = torch.tensor([[[1.0, 0.8, 0.0], [0.8, 1.0, 0.8], [0.0, 0.8, 1.0]]])
     >>> merge_slots(chain, torch.tensor([[3, 5, 5]]), threshold=0.6).tolist()

@@ -29,7 +29,12 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """What the three have in common: how settings are checked."""
+    """What the three have in common: how settings are checked, and a warning."""
+
+    def remember(self, arguments: dict[str, Any]) -> None:
+        """Begin to warn, too."""
+        super().remember(arguments)
+        self._warn = DetachedWarning()
 
     @staticmethod
     def check_settings(
@@ -50,10 +55,6 @@ class _OneTermLoss(_SSyncModule):
     _function: ClassVar[Callable[..., Tensor]]
     _student: ClassVar[str]
     _term: ClassVar[str]
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._warn = DetachedWarning()
 
     def forward(
         self,
@@ -101,7 +102,7 @@ class BoundaryRefinementLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
+        self.remember(locals())
 
 
 class InteriorDenoisingLoss(_OneTermLoss):
@@ -131,7 +132,7 @@ class InteriorDenoisingLoss(_OneTermLoss):
         grid: Grid = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
+        self.remember(locals())
 
 
 class SSyncLoss(_SSyncModule):
@@ -171,14 +172,11 @@ class SSyncLoss(_SSyncModule):
             ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
             error.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64.
-        Returns a float32 scalar (float64 for float64 maps).
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64. Returns a
+        float32 scalar (float64 for float64 maps).
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
-
-    Raises:
-        TypeError, ValueError: on a wrong setting, or maps that do not fit, already before ``start_step``.
+    Raises: TypeError, ValueError on a wrong setting, or maps that do not fit, already before ``start_step``.
 
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
     >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
@@ -204,8 +202,7 @@ class SSyncLoss(_SSyncModule):
         ramp_steps: int = 0,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name in self._defaults})
-        self._warn = DetachedWarning()
+        self.remember(locals())
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> "Self":
@@ -214,8 +211,7 @@ class SSyncLoss(_SSyncModule):
         The name is ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9). ``settings`` are any
         arguments of the constructor, and win over the preset.
 
-        Raises:
-            ValueError: if the name is unknown.
+        Raises: ValueError if the name is unknown.
 
         >>> SSyncLoss.from_preset("movi_e").merge_threshold
         0.65
@@ -281,8 +277,7 @@ class SSyncLoss(_SSyncModule):
     def is_on(self, step: int | None) -> bool:
         """Tell whether the loss has started, and check the step.
 
-        Raises:
-            TypeError, ValueError: if the step is no integer, or there is a schedule and no step.
+        Raises: TypeError, ValueError if the step is no integer, or there is a schedule and no step.
         """
         if step is None:
             if self.start_step > 0 or self.ramp_steps > 0:

@@ -82,8 +82,7 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
     ``label[b, t, h, w] = argmax_s logits[b, t, s, h, w]``. Invalid patches get 0. A patch whose logits hold
     NaN gets some present slot.
 
-    Shape:
-        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W), int64.
+    Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W), int64.
 
     >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
     1
@@ -106,8 +105,8 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
     averaged. An absent slot overlaps nothing, a clip without a valid patch has overlap 0 throughout. The
     diagonal is the share of frames in which the slot is active at all.
 
-    Shape:
-        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or wider.
+    Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or
+        wider.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> reference_slot_overlap(logits).tolist()
@@ -151,8 +150,7 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
     ``overlap``), and the connected components of that graph are the groups. A group is represented by its
     member of the largest area, the lowest index on ties. ``threshold=None`` links nothing.
 
-    Shape:
-        overlap: (B, S, S), area: (B, S). Returns (B, S), int64.
+    Shape: overlap: (B, S, S), area: (B, S). Returns (B, S), int64.
 
     Args: as :func:`ssync_loss.functional.merge_slots`; the diagonal of the overlap is not read.
 
@@ -190,8 +188,7 @@ def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None
     The neighbors are the eight around it in its frame and itself one frame earlier and later; coordinates
     outside the clip are clamped into it. An invalid neighbor counts as agreeing, an invalid patch has count 0.
 
-    Shape:
-        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
+    Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
 
     >>> reference_neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
@@ -223,8 +220,7 @@ def reference_boundary_region(
     ``different >= min_different and 10 - different >= min_same`` with the count of
     :func:`reference_neighbor_difference`.
 
-    Shape:
-        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
+    Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
 
     >>> reference_boundary_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[False, True, True]]]]
@@ -238,8 +234,7 @@ def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: 
 
     ``different <= max_different`` with the count of :func:`reference_neighbor_difference`.
 
-    Shape:
-        labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
+    Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
 
     >>> reference_interior_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[True, False, False]]]]
@@ -266,9 +261,8 @@ def reference_pseudo_labels(
     merged decoder labels. Invalid patches have label 0 and lie in no region; a clip without a present slot
     is invalid throughout; an absent slot represents itself.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
-        labels and regions (B, T, H, W) and the representatives (B, S).
+    Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns labels and
+        regions (B, T, H, W) and the representatives (B, S).
 
     Args: as :func:`ssync_loss.functional.pseudo_labels`.
 
@@ -328,8 +322,7 @@ def reference_selective_distillation_loss(
     Computed in float64 whatever comes in, so that it can referee faster forms; the result is float32 or
     wider.
 
-    Shape:
-        logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
+    Shape: logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
         Returns a scalar, or (B, T, H, W) for "none".
 
     Args: as :func:`ssync_loss.functional.selective_distillation_loss`.
@@ -413,9 +406,8 @@ def reference_ssync(
     interior denoising the encoder map against the merged decoder labels in the interior region. NaN or +inf
     in a valid patch of a present slot of either map makes both NaN.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns
-        two scalars and the labels.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns two
+        scalars and the labels.
 
     Args: as :class:`ssync_loss.SSyncLoss`.
 

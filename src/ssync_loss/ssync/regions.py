@@ -19,15 +19,10 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
     at an edge a diagonal neighbor falls on the along-edge one, which then counts twice. An invalid patch has
     count 0 and, as a neighbor, agrees with everyone.
 
-    Shape:
-        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within
-        [0, 10].
+    Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within [0, 10].
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), selection of boundary and interior patches.
-
-    Raises:
-        TypeError: if labels are no integers or ``valid`` is not boolean.
-        ValueError: if a shape does not fit.
+    Raises: TypeError if labels are no integers or ``valid`` is not boolean; ValueError if a shape does not fit.
 
     >>> neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
@@ -43,13 +38,10 @@ def boundary_region(
     ``n >= min_different and 10 - n >= min_same`` with n from :func:`neighbor_difference`. A patch that agrees
     with fewer than ``min_same`` neighbors is noise, not a boundary. Invalid patches are never selected.
 
-    Shape:
-        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
+    Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement.
-
-    Raises:
-        TypeError, ValueError: on a count that is no integer within [0, 10], or wrong labels.
+    Raises: TypeError, ValueError on a count that is no integer within [0, 10], or wrong labels.
 
     >>> boundary_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[False, True, True]]]]
@@ -64,13 +56,10 @@ def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | N
 
     ``n <= max_different`` with n from :func:`neighbor_difference`. Invalid patches are never selected.
 
-    Shape:
-        labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
+    Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) bool.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), interior denoising.
-
-    Raises:
-        TypeError, ValueError: on a count that is no integer within [0, 10], or wrong labels.
+    Raises: TypeError, ValueError on a count that is no integer within [0, 10], or wrong labels.
 
     >>> interior_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[True, False, False]]]]

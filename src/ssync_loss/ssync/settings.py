@@ -38,9 +38,7 @@ class Settings:
     def check(self) -> None:
         """Require all settings to be in range.
 
-        Raises:
-            TypeError: if a setting has another type.
-            ValueError: if it is out of range; the message names it.
+        Raises: TypeError if a setting has another type; ValueError if it is out of range; the message names it.
         """
         if self.merge_threshold is not None:
             check_scalar("merge_threshold", self.merge_threshold, 0.0, 1.0)

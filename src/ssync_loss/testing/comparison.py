@@ -15,8 +15,7 @@ def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: T
 
     With ``clips``, (B,) bool, only those clips are looked at (see :func:`decidable_clips`).
 
-    Raises:
-        AssertionError: names the first field that differs, and where.
+    Raises: AssertionError names the first field that differs, and where.
 
     >>> import torch
     >>> zeros, none = torch.zeros(1, 1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 1, 2, dtype=torch.bool)
@@ -44,8 +43,7 @@ def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: T
 def assert_close_loss(actual: Tensor, expected: Tensor, *, rtol: float = LOSS_RTOL, atol: float = LOSS_ATOL) -> None:
     """Require losses of one shape to agree: ``|actual - expected| <= atol + rtol * |expected|``, NaN where expected.
 
-    Raises:
-        AssertionError: when a value, the shape or the dtype differs.
+    Raises: AssertionError when a value, the shape or the dtype differs.
 
     >>> assert_close_loss(torch.tensor(0.5), torch.tensor(0.5000001))
     """
@@ -67,8 +65,7 @@ def gradient_scale(
     number, not of each of its own entries: those that nearly cancel are rounding. Infinite where nothing is
     selected.
 
-    Shape:
-        region: (B, T, H, W), bool, slot_mask: (B, S), bool.
+    Shape: region: (B, T, H, W), bool, slot_mask: (B, S), bool.
 
     >>> gradient_scale(torch.ones(1, 1, 2, 2, dtype=torch.bool), 5)
     0.1
@@ -88,8 +85,7 @@ def assert_close_gradient(
     A gradient that is None fails. ``scale`` is that of :func:`gradient_scale`: infinite when nothing is selected, where
     both must be exactly 0.
 
-    Raises:
-        AssertionError: when a value or the shape differs, or a gradient is missing.
+    Raises: AssertionError when a value or the shape differs, or a gradient is missing.
 
     >>> assert_close_gradient(torch.tensor([0.1]), torch.tensor([0.1000001]), scale=0.1)
     """

@@ -26,8 +26,7 @@ def decidable_clips(
     and 1 are exact anyhow. Without a threshold every clip is decidable. ``dyadic`` logits are all multiples of one not
     too small power of two, as those of :func:`map_pairs` are: means compare exactly, and only overlaps need a margin.
 
-    Shape:
-        enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
+    Shape: enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]
@@ -62,9 +61,8 @@ def untied_clips(
     There, every valid patch of both maps has one strongest present slot, and every group of merged slots
     has one member of the largest area: renaming the slots renames the labels.
 
-    Shape:
-        enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S).
-        Returns (B,), bool.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,),
+        bool.
 
     >>> logits = torch.tensor([[2.0, 2.0], [2.0, 1.0]]).view(2, 1, 2, 1, 1)
     >>> untied_clips(logits, logits, merge_threshold=None).tolist()
@@ -91,8 +89,7 @@ def poison(
 ) -> Tensor:
     """Return a copy that holds ``value`` in every invalid patch and absent slot: nothing may depend on it.
 
-    Shape:
-        logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, S, H, W).
+    Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, S, H, W).
 
     >>> poison(torch.zeros(1, 2, 1, 1, 1), valid=torch.tensor([[True, False]])).flatten().tolist()
     [0.0, nan]

@@ -57,8 +57,7 @@ def palette(num_slots: int) -> Tensor:
 
     Returns (num_slots, 3) uint8, red, green, blue.
 
-    Raises:
-        TypeError, ValueError: if the number is no integer within [1, 256].
+    Raises: TypeError, ValueError if the number is no integer within [1, 256].
 
     >>> palette(2).tolist()
     [[62, 136, 246], [242, 142, 43]]

@@ -51,18 +51,16 @@ def panel(
 
     A slot has one color throughout, a merged one that of its representative; invalid patches are dark.
 
-    Shape:
-        video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), H and W apart from h
-        and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
-        ``width = T * scale * w + (T - 1) * gap``.
+    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), H and W apart from h and w.
+        Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and ``width = T * scale * w + (T
+        - 1) * gap``.
 
     ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
     ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; they are computed when None, with
     ``merge_threshold``. Maps, ``kind``, ``grid``, ``valid`` and ``slot_mask`` are as in ``pseudo_labels``. ``scale``
     enlarges frames by a whole number; small frames are hard to see in a browser.
 
-    Raises:
-        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
+    Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
 
     >>> maps = torch.zeros(2, 4, 3, 6, 6)
     >>> panel(torch.zeros(2, 4, 3, 24, 24), maps, maps, gap=0).shape  # five rows of four frames

@@ -32,15 +32,14 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
 
     Labels are enlarged to the frames by nearest neighbor. Invalid patches go dark.
 
-    Shape:
-        video: (B, T, 3, h, w), floating point within [0, 1] (clamped into it, NaN to 0), or uint8. labels: (B, T, H, W)
-        integers >= 0; from 256 on the colors start over. valid: (B, T) or (B, T, H, W) bool, all when None. Returns
+    Shape: video: (B, T, 3, h, w), floating point within [0, 1] (clamped into it, NaN to 0), or uint8. labels: (B, T, H,
+        W) integers >= 0; from 256 on the colors start over. valid: (B, T) or (B, T, H, W) bool, all when None. Returns
         (B, T, 3, h, w), uint8.
 
     ``alpha`` is the weight of the colors, within [0, 1].
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape, device or ``alpha`` does not fit, or labels are seen to be negative.
+    Raises: TypeError, ValueError if a dtype, shape, device or ``alpha`` does not fit, or labels are seen to be
+        negative.
 
     >>> black = torch.zeros(1, 1, 3, 1, 2)
     >>> overlay(black, torch.tensor([[[[0, 1]]]]), alpha=0.5)[0, 0, :, 0].T.tolist()  # half the palette
@@ -64,14 +63,12 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
     The region is enlarged to the frames by nearest neighbor; a frame's edge counts as outside, so that every
     line closes. An empty region draws nothing.
 
-    Shape:
-        video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool, for example
+    Shape: video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool, for example
         ``PseudoLabels.boundary``. Returns (B, T, 3, h, w), uint8.
 
     ``color`` is red, green and blue within 0..255, ``width`` that of the line in pixels of the video.
 
-    Raises:
-        TypeError, ValueError: if a dtype, shape, device, color or width does not fit.
+    Raises: TypeError, ValueError if a dtype, shape, device, color or width does not fit.
 
     >>> black = torch.zeros(1, 1, 3, 4, 4)
     >>> everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -104,12 +101,10 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     ``ENCODER_TAUGHT`` in the interior, ``DECODER_TAUGHT`` on the boundary, ``BOTH_TAUGHT`` where the two
     overlap, ``NOBODY_TAUGHT`` in neither, ``INVALID`` where no patch is.
 
-    Shape:
-        labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned. valid: (B, T) or (B, T, H, W) bool, as given
+    Shape: labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned. valid: (B, T) or (B, T, H, W) bool, as given
         there. Returns (B, T, 3, H, W), uint8, a pixel per patch.
 
-    Raises:
-        TypeError, ValueError: if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
+    Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
     >>> from ssync_loss.visualize import ENCODER_TAUGHT
     >>> row = torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -130,12 +125,10 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
 def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
     """Lay the frames of every clip side by side.
 
-    Shape:
-        video: (B, T, 3, h, w), as in :func:`overlay`. Returns (B, 3, h, T * w + (T - 1) * gap), uint8, with ``gap``
+    Shape: video: (B, T, 3, h, w), as in :func:`overlay`. Returns (B, 3, h, T * w + (T - 1) * gap), uint8, with ``gap``
         white pixels between two frames.
 
-    Raises:
-        TypeError, ValueError: if the video's dtype or shape does not fit, or ``gap`` is no integer of at least 0.
+    Raises: TypeError, ValueError if the video's dtype or shape does not fit, or ``gap`` is no integer of at least 0.
 
     >>> filmstrip(torch.zeros(2, 4, 3, 8, 8), gap=1).shape
     torch.Size([2, 3, 8, 35])

@@ -91,7 +91,10 @@ def affinity_consistency_loss(
             return Targets(weight, torch.zeros_like(weight), weight, marks, close)
 
         slopes = (torch.zeros_like(here), torch.zeros_like(there)) if with_slope else (None, None)
-        total = soft_cross_entropy(here, there, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size)
+        center = there.mean(1, keepdim=True)
+        total = soft_cross_entropy(
+            here, there - center, center, seen_by_the_teacher, slopes, temperature=tau_s, chunk_size=chunk_size
+        )
         number = counted.sum().clamp_min(1)
         by_here, by_there = slopes
         if by_here is None or by_there is None:
@@ -117,7 +120,7 @@ class AffinityConsistencyLoss(LossModule, check=_check_settings):
     """
 
     def __init__(self, *, tau_s: float = 0.1, tau_t: float = 0.04, chunk_size: int | None = None) -> None:
-        super().__init__(tau_s=tau_s, tau_t=tau_t, chunk_size=chunk_size)
+        self.remember(locals())
 
     def forward(self, s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Return the term; see :func:`affinity_consistency_loss`."""

@@ -5,7 +5,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_bool, check_floating, check_int, check_same_device, check_tensor
+from ssync_loss._checks import (
+    check_bool,
+    check_flag,
+    check_floating,
+    check_group,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, SHARE, check_by
@@ -38,7 +46,10 @@ def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) ->
     return (momentum ** behind.to(sums)).unsqueeze(1) * center + weights @ means
 
 
-class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE)):
+_check_settings = check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE, all_reduce=check_flag)
+
+
+class CenteredCrossEntropy(LossModule, check=_check_settings):
     """Cross-entropy of a student with its teacher's sharpened distribution, whose mean is kept from collapsing.
 
     ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
@@ -49,7 +60,8 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
     make. It has no place in a compiled graph; everything else compiles whole.
 
     ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
-    is; no rows give exactly 0, attached to the graph.
+    is; no rows give exactly 0, attached to the graph. Rows with NaN or infinity do not move the center, although they
+    make the loss NaN: ``num_left_out`` counts them, and is not saved.
 
     Args:
         Kp: number of prototypes.
@@ -72,6 +84,7 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
     """
 
     center: Tensor
+    num_left_out: Tensor
 
     def __init__(
         self,
@@ -83,9 +96,10 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
         all_reduce: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(tau_s=tau_s, tau_t=tau_t, m_c=m_c, all_reduce=all_reduce, group=group)
+        self.remember(locals())
         check_int("Kp", Kp, 1)
         self.register_buffer("center", torch.zeros(Kp))
+        self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the mean cross-entropy of the rows; the center stays where it is."""
@@ -111,29 +125,33 @@ class CenteredCrossEntropy(LossModule, check=check_by(tau_s=POSITIVE, tau_t=POSI
         with no_autocast(t):
             rows = at_least_float32(t)
             if mask is None:
-                counts = torch.full((1,), rows.numel() // len(self.center), device=t.device)
-            else:
-                check_tensor("mask", mask)
-                check_bool("mask", mask)
-                check_same_device("mask", mask, t=t)
-                if mask.shape != t.shape[:-1]:
-                    wanted = tuple(t.shape[:-1])
-                    raise ValueError(f"`mask` must have the shape of the rows, {wanted}; got {tuple(mask.shape)}.")
-                # what does not count may hold anything
-                rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
-                counts = mask.sum().unsqueeze(0)
-            self.move_center(rows.reshape(-1, len(self.center)).sum(0, keepdim=True), counts)
+                mask = torch.ones(t.shape[:-1], dtype=torch.bool, device=t.device)
+            check_tensor("mask", mask)
+            check_bool("mask", mask)
+            check_same_device("mask", mask, t=t)
+            if mask.shape != t.shape[:-1]:
+                wanted = tuple(t.shape[:-1])
+                raise ValueError(f"`mask` must have the shape of the rows, {wanted}; got {tuple(mask.shape)}.")
+            self.move_center(rows.reshape(1, 1, -1, len(self.center)), mask.reshape(1, 1, -1))
 
     @torch.no_grad()
-    def move_center(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Move the center once for each group of rows, in order, and return where it was before each move, (n, Kp).
+    def move_center(self, rows: Tensor, counted: Tensor) -> Tensor:
+        """Move the center once for each of n groups of rows, in order, and return where it was before each, (n, Kp).
 
-        A group has the sum of its teacher's logits, (n, Kp), and the number of its rows, (n,); none move nothing.
+        The rows are the teacher's logits, (B, n, R, Kp). Those that count, (B, n, R), bool, and are finite move it.
         """
+        check_group("group", self.group)
+        low, high = rows.aminmax(dim=-1)
+        used = counted & low.isfinite() & high.isfinite()
+        self.num_left_out += (counted & ~used).sum()
+        sums, counts = torch.where(used.unsqueeze(-1), rows, 0.0).sum((0, 2)), used.sum((0, 2))
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)
             dist.all_reduce(both, group=self.group)
             sums, counts = both[:, :-1], both[:, -1]
+        # finite rows may still overflow together
+        fits = sums.isfinite().all(1)
+        sums, counts = torch.where(fits.unsqueeze(1), sums, 0.0), counts * fits
         dtype = torch.promote_types(self.center.dtype, sums.dtype)
         if self.center.dtype != dtype:
             # of a module that was cast down, or before logits as wide as these

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_same_device
+from ssync_loss._autograd import savable
+from ssync_loss._checks import check_flag, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
+from ssync_loss._settings import check_by
 from ssync_loss.methods.ino._tokens import as_list, check_kept, check_tokens
 from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterion, cross_entropies
 
@@ -46,6 +48,7 @@ def masked_token_loss(
     0.5822
     """
     check_criterion("ce_patch", ce_patch)
+    check_flag("update_center", update_center)
     size = check_tokens("s_pat", s_pat, "Kp", Kp=ce_patch.center.shape[0])
     check_tokens("t_pat", t_pat, "Kp", **size)
     check_kept("mask", mask, size, s_pat=s_pat)
@@ -53,20 +56,20 @@ def masked_token_loss(
     check_same_device("s_pat", s_pat, center=ce_patch.center)
     with no_autocast(s_pat):
         dtype = widest(s_pat, t_pat)
-        masked = mask.flatten(2)
+        masked = savable(mask).flatten(2)
         # what is not masked may hold anything
         s, t = (torch.where(masked.unsqueeze(3), as_list(one).to(dtype), 0.0) for one in (s_pat, t_pat.detach()))
         counts = masked.sum((0, 2))
         center = ce_patch.center
         if update_center and ce_patch.training:
-            center = ce_patch.move_center(t.sum((0, 2)), counts).unsqueeze(1)
+            center = ce_patch.move_center(t, masked).unsqueeze(1)
         rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
         # no mean: of nothing that is NaN
         frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
         return frames.sum() / (counts > 0).sum().clamp_min(1)
 
 
-class MaskedTokenLoss(LossModule):
+class MaskedTokenLoss(LossModule, check=check_by(update_center=check_flag)):
     """Module of :func:`masked_token_loss`: ``forward(s_pat, t_pat, mask)``.
 
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
@@ -77,7 +80,7 @@ class MaskedTokenLoss(LossModule):
     """
 
     def __init__(self, ce_patch: CenteredCrossEntropy, *, update_center: bool = False) -> None:
-        super().__init__(update_center=update_center)
+        self.remember(locals())
         check_criterion("ce_patch", ce_patch)
         self.ce_patch = ce_patch
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._checks import check_flag
 from ssync_loss._inputs import check_floats, widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import check_by, one_of
@@ -17,7 +18,7 @@ from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterio
 Balance: TypeAlias = Literal["flat", "per_term"]
 BALANCES = get_args(Balance)
 
-_check_settings = check_by(balance=one_of(*BALANCES))
+_check_settings = check_by(balance=one_of(*BALANCES), update_center=check_flag)
 
 
 def out_generative_loss(
@@ -62,7 +63,7 @@ def out_generative_loss(
     0.5822
     """
     check_criterion("ce", ce)
-    _check_settings(balance=balance)
+    _check_settings(balance=balance, update_center=update_center)
     size = check_floats("s_glob", s_glob, "B T g Kp", {"Kp": len(ce.center)}, filled="T g", center=ce.center)
     check_floats("s_loc", s_loc, "B T l Kp", size, center=ce.center)
     check_floats("t_glob", t_glob, "B T g Kp", size, center=ce.center)
@@ -75,8 +76,8 @@ def out_generative_loss(
         t = _pairs(t_glob.detach()).to(dtype)
         center = ce.center
         if update_center and ce.training:
-            counts = torch.full((t.shape[1],), t.shape[0] * t.shape[2], device=t.device)
-            center = ce.move_center(t.sum((0, 2)), counts).unsqueeze(1)
+            counted = torch.ones(t.shape[:3], dtype=torch.bool, device=t.device)
+            center = ce.move_center(t, counted).unsqueeze(1)
         q = targets(t, center.to(dtype), ce.tau_t)
         # of every teacher view with every student view, (B, T / 2, 2g, .)
         from_global, from_local = (
@@ -107,7 +108,7 @@ class OutGenerativeLoss(LossModule, check=_check_settings):
     """
 
     def __init__(self, ce: CenteredCrossEntropy, *, balance: Balance = "flat", update_center: bool = False) -> None:
-        super().__init__(balance=balance, update_center=update_center)
+        self.remember(locals())
         check_criterion("ce", ce)
         self.ce = ce
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._checks import check_int, check_not_empty
+from ssync_loss._checks import as_index, check_flag, check_int, check_not_empty
 from ssync_loss._inputs import check_floats, check_labels, widest
 from ssync_loss._rows import slices
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
+from ssync_loss._vectors import directions
 
 # affinities, or pixels of masks, that are held at once: 64 MB in float32
 BLOCK_ELEMENTS = 1 << 24
@@ -69,10 +70,12 @@ def propagate_labels(
     """
     sizes = check_floats("features", features, "B T D H W", filled="T D H W")
     check_not_empty("labels", check_labels("labels", labels, "B h w", sizes, features=features), "h w")
+    labels = as_index("labels", labels)
     if bool((labels < 0).any()):
         raise ValueError(
             f"`labels` must be at least 0; got {int(labels.min())}. Give what is not annotated the background's label."
         )
+    check_flag("normalize", normalize)
     if size is None:
         size = (labels.shape[1], labels.shape[2])
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
@@ -104,7 +107,7 @@ def propagate_labels(
             low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
             pixels = torch.where(high > low, (pixels - low) / (high - low), pixels)
         competing = pixels.view(*some.shape[:3], *size).masked_fill(absent[:, None, :, None, None], -1.0)
-        result[:, frames] = names.long()[competing.argmax(2)]
+        result[:, frames] = names[competing.argmax(2)]
     result[:, 0] = _nearest(labels, size)
     return result
 
@@ -167,7 +170,7 @@ def propagate_masks(
     carried = torch.empty(clips, num_slots, num_places, given["K"], dtype=dtype, device=features.device)
     with no_autocast(features):
         for now in range(frames):
-            units = F.normalize(features[:, now].to(dtype).flatten(2).mT, dim=2)
+            units, _ = directions(features[:, now].to(dtype).flatten(2).mT)
             # of infinity it is NaN, too
             _check_finite("features", units)
             if now > 0:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_floating, check_int, check_same_device, check_tensor
 from ssync_loss._vectors import directions, products
 
@@ -67,7 +68,8 @@ class PrototypeHead(nn.Module):
             raise ValueError(f"`x` must have shape (..., C={self.in_features}); got {tuple(x.shape)}.")
         check_floating("x", x)
         check_same_device("x", x, prototypes=self.prototypes)
-        projected = self.mlp(x)
+        # in the type of the layers, which autocast may cast down
+        projected = self.mlp(savable(x).to(next(self.mlp.parameters()).dtype))
         with no_autocast(x):
             tokens, _ = directions(at_least_float32(projected))
             prototypes, _ = directions(at_least_float32(self.prototypes))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_int, check_number
+from ssync_loss._checks import check_int, check_number, check_type
 
 
 def clip_mask(
@@ -39,6 +39,7 @@ def clip_mask(
     """
     check_int("N", N, 0)
     check_number("prob", prob, 0.0, 1.0)
+    check_type("generator", generator, torch.Generator, optional=True)
     if isinstance(ratio, str) or not isinstance(ratio, Sequence) or len(ratio) != 2:
         raise ValueError(f"`ratio` must be a pair (smallest, largest); got {ratio!r}.")
     low, high = ratio

@@ -72,10 +72,10 @@ def structure_aware_loss(
         normalize: ``"joint"``, as published, takes one lo and hi for all channels of a clip, so that an outlier, which
             large backbones have, hides the others; ``"channel"`` takes a lo and hi per channel.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
-        filters: ``"kornia"`` takes ``kornia.metrics.ssim3d``, which needs published constants, T, H and W of at least
-            ``window``, a CPU, and no hooks for saved tensors, such as those of a checkpoint. ``"torch"`` takes the
-            library's own separable filters, several times faster. ``"auto"`` takes kornia's where it can. The value is
-            the same to rounding.
+        filters: ``"torch"`` takes the library's own separable filters, and so does ``"auto"``. ``"kornia"`` takes
+            ``kornia.metrics.ssim3d``, several times slower and a hundred times less exact in float32, as a check. It
+            needs the published constants, T, H and W of at least ``window``, a CPU, and no hooks for saved tensors,
+            such as those of a checkpoint.
 
     Returns: a scalar in float32, or float64 if one of the features is.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), and its public code.
@@ -92,10 +92,9 @@ def structure_aware_loss(
     size = check_floats("pred", pred, "B T D H W", filled="T D H W")
     check_floats("target", target, "B T D H W", size, pred=pred)
     like = Similarity(window, sigma, k1**2, k2**2)
-    missing = why_not_kornia(pred, like)
-    if filters == "kornia" and missing is not None:
+    if filters == "kornia" and (missing := why_not_kornia(pred, like)) is not None:
         raise ValueError(f"filters='kornia' needs {missing}; got {tuple(pred.shape)} on {pred.device}, {like}.")
-    dissimilarity = own_dissimilarity if filters == "torch" or missing is not None else kornia_dissimilarity
+    dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
     with_slope = torch.is_grad_enabled() and pred.requires_grad
     # not times a mean: without clips that is NaN
@@ -137,16 +136,7 @@ class StructureAwareLoss(LossModule, check=_check_settings):
         chunk_size: int | None = 64,
         filters: Filters = "auto",
     ) -> None:
-        super().__init__(
-            window=window,
-            sigma=sigma,
-            k1=k1,
-            k2=k2,
-            eps=eps,
-            normalize=normalize,
-            chunk_size=chunk_size,
-            filters=filters,
-        )
+        self.remember(locals())
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the term; see :func:`structure_aware_loss`."""

@@ -21,8 +21,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
     the others are empty alike; 0 where they are hard and disjoint. Consistency over time alone is satisfied by a
     single slot that takes everything. A single slot, and no clips, give exactly 0, attached to the graph.
 
-    Shape:
-        logits: (B, T, S, H, W), before the softmax. Returns a scalar in float32, or float64 if the logits are.
+    Shape: logits: (B, T, S, H, W), before the softmax. Returns a scalar in float32, or float64 if the logits are.
 
     Source: the public code of Qian et al., ICCV 2023 (arXiv:2308.09951), where it is an option with weight 1.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule
@@ -26,7 +27,7 @@ _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_
 
 
 def _check_settings(*, margin: object, metric: object, same_frame: object) -> None:
-    """Check settings; the range of the margin is that of the metric."""
+    """Check the settings of the loss; the margin is a cosine, or a distance."""
     check_choice("metric", metric, METRICS)
     check_number("margin", margin, *((-1.0, 1.0) if metric == "cosine" else (0.0, 2.0)))
     check_flag("same_frame", same_frame)
@@ -132,6 +133,7 @@ def instance_consistency_loss(
         ours, theirs = (
             rearrange(one, "b t s p d -> b s (t p) d").to(dtype) for one in (embeddings, teacher_embeddings.detach())
         )
+        theirs, valid, teacher_valid = map(savable, (theirs, valid, teacher_valid))
         cosines = _by_frames(products(ours, theirs), size["P"])
         # as bools: who is assigned to whom
         matched = best_assignment(cosines.detach()).unsqueeze(5) == torch.arange(size["P"], device=cosines.device)
@@ -171,7 +173,7 @@ class InstanceConsistencyLoss(LossModule, check=_check_settings):
     """
 
     def __init__(self, *, margin: float = 0.5, metric: Metric = "cosine", same_frame: bool = True) -> None:
-        super().__init__(margin=margin, metric=metric, same_frame=same_frame)
+        self.remember(locals())
 
     def forward(self, embeddings: Tensor, teacher_embeddings: Tensor, valid: Tensor, teacher_valid: Tensor) -> Tensor:
         """Return the term; see :func:`instance_consistency_loss`."""

@@ -152,7 +152,7 @@ class SemanticConsistencyLoss(LossModule, check=_check_settings):
         pool: int = 1,
         chunk_size: int | None = 1,
     ) -> None:
-        super().__init__(eps=eps, iters=iters, marginals=marginals, pool=pool, chunk_size=chunk_size)
+        self.remember(locals())
 
     def forward(self, logits: Tensor, teacher_logits: Tensor, feats: Tensor) -> Tensor:
         """Return the term; see :func:`semantic_consistency_loss`."""

@@ -35,16 +35,20 @@ def align(
         units, inverse = directions(_windows(features, group_frames).to(dtype))
         aims, _ = directions(_windows(anchors, group_frames).to(dtype))
         to_anchors = num_neighbors is None
-        sums, counts = _sums_of_labels(aims if to_anchors else units, _windows(labels.unsqueeze(2), group_frames))
+        center = units.mean(1, keepdim=True)
+        # anchors keep theirs: without it torch 2.13 compiles wrong gradients on a CPU
+        keys = aims if to_anchors else units - center
+        sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
             # every patch is drawn to its own anchor, and as much to those of its label
-            linear = (sums / counts + aims) / 2
+            linear = (sums / counts + keys) / 2
         else:
             # to the others of its label; these point back at it with the same weight
             counts -= 1
-            linear = (sums - units) * _half_of(counts)
+            linear = (sums - keys) * _half_of(counts)
 
-        hits = (units * linear).sum(2, keepdim=True) / temperature
+        # rounded as scores are
+        hits = (units / temperature * linear).sum(2, keepdim=True)
 
         def wanted(some: slice, rows: slice) -> Targets:
             part = hits[some][:, rows]
@@ -55,7 +59,8 @@ def align(
         slope = torch.zeros_like(units) if with_slope else None
         total = soft_cross_entropy(
             units,
-            aims if to_anchors else units,
+            keys,
+            center,
             wanted,
             (slope, None if to_anchors else slope),
             temperature=temperature,
@@ -66,6 +71,9 @@ def align(
         if slope is None:
             return total * scale
         slope.sub_(linear, alpha=(1 if to_anchors else 2) / temperature)
+        if not to_anchors:
+            # as for keys in all: the center in place of what lies along them
+            slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         slope = through_lengths(slope, units, inverse * scale)
         # by the windows of a clip: the number of clips may be 0
         per_clip = num_frames // group_frames

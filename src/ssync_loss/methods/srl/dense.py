@@ -56,15 +56,13 @@ def dense_decoder_alignment_loss(
     >>> round(loss.item(), 4)
     0.5633
     """
-    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
-    _check_settings(group_frames=group_frames, temperature=temperature, **settings)
+    knobs: dict[str, Any] = {"temperature": temperature, "base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, **knobs)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T D H W", size, features=features)
     check_labels("enc_labels", enc_labels, "B T H W", size, features=features)
     frames = _frames_of_a_window(group_frames, size["T"])
-    return align(
-        features, anchors, enc_labels, num_neighbors=None, group_frames=frames, temperature=temperature, **settings
-    )
+    return align(features, anchors, enc_labels, num_neighbors=None, group_frames=frames, **knobs)
 
 
 def dense_encoder_alignment_loss(
@@ -111,8 +109,8 @@ def dense_encoder_alignment_loss(
     >>> round(loss.item(), 4)  # (0.1566 + 0.1566 + 0.3466) / 3
     0.2199
     """
-    settings: dict[str, Any] = {"base_temperature": base_temperature, "chunk_size": chunk_size}
-    _check_settings(group_frames=group_frames, top_k=top_k, temperature=temperature, **settings)
+    knobs: dict[str, Any] = {"temperature": temperature, "base_temperature": base_temperature, "chunk_size": chunk_size}
+    _check_settings(group_frames=group_frames, top_k=top_k, **knobs)
     size = check_floats("features", features, "B T D H W", filled="T D H W")
     check_floats("anchors", anchors, "B T C H W", size, features=features)
     check_labels("dec_labels", dec_labels, "B T H W", size, features=features)
@@ -123,15 +121,7 @@ def dense_encoder_alignment_loss(
             f"`top_k` must be at most {per_frame}, the patches of a frame; got {top_k}, "
             f"which asks for {top_k * frames} neighbors among the {frames * per_frame} patches of a window."
         )
-    return align(
-        features,
-        anchors,
-        dec_labels,
-        num_neighbors=top_k * frames,
-        group_frames=frames,
-        temperature=temperature,
-        **settings,
-    )
+    return align(features, anchors, dec_labels, num_neighbors=top_k * frames, group_frames=frames, **knobs)
 
 
 class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
@@ -152,9 +142,7 @@ class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
         base_temperature: float = 0.07,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__(
-            group_frames=group_frames, temperature=temperature, base_temperature=base_temperature, chunk_size=chunk_size
-        )
+        self.remember(locals())
 
     def forward(self, features: Tensor, anchors: Tensor, enc_labels: Tensor) -> Tensor:
         """Return the decoder's term; see :func:`dense_decoder_alignment_loss`."""
@@ -180,13 +168,7 @@ class DenseEncoderAlignmentLoss(LossModule, check=_check_settings):
         base_temperature: float = 0.07,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__(
-            group_frames=group_frames,
-            top_k=top_k,
-            temperature=temperature,
-            base_temperature=base_temperature,
-            chunk_size=chunk_size,
-        )
+        self.remember(locals())
 
     def forward(self, features: Tensor, anchors: Tensor, dec_labels: Tensor) -> Tensor:
         """Return the encoder's term; see :func:`dense_encoder_alignment_loss`."""

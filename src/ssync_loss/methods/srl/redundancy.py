@@ -51,7 +51,9 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
         attention = at_least_float32(attention)
         from_uniform = (attention * ((attention + EPSILON).log() + log(size["N"]))).sum(3).mean(1)
         picks = redundant_slots(from_uniform, slots[:, -1], num_picked=num_picked)
-        return from_uniform.gather(1, picks).sum() / max(picks.numel(), 1)
+        # what is NaN among the slots must not pass for a similarity
+        clean = 1 + (slots.detach() * 0).sum(dtype=from_uniform.dtype)
+        return clean * from_uniform.gather(1, picks).sum() / max(picks.numel(), 1)
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ class SlotRedundancyLoss(LossModule, check=_check_settings):
     """
 
     def __init__(self, *, num_picked: int = 5) -> None:
-        super().__init__(num_picked=num_picked)
+        self.remember(locals())
 
     def forward(self, attention: Tensor, slots: Tensor) -> Tensor:
         """Return the term; see :func:`slot_redundancy_loss`."""

@@ -100,7 +100,7 @@ class TemporalSlotContrastLoss(LossModule, check=_check_settings):
     def __init__(
         self, *, temperature: float = 0.1, kind: Contrast = "adjacent", negatives: Negatives = "batch"
     ) -> None:
-        super().__init__(temperature=temperature, kind=kind, negatives=negatives)
+        self.remember(locals())
 
     def forward(self, slots: Tensor) -> Tensor:
         """Return the term; see :func:`temporal_slot_contrast_loss`."""

@@ -35,8 +35,7 @@ FAST = {"cpu": "cpu", "cuda": "triton"}
 def check_backend(backend: object) -> None:
     """Require a known name, and what can be asked of the machine before there are maps.
 
-    Raises:
-        ValueError: if the name is unknown, or the engine cannot be had here.
+    Raises: ValueError if the name is unknown, or the engine cannot be had here.
     """
     check_choice("backend", backend, BACKENDS)
     if backend != "auto":
@@ -49,8 +48,7 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     ``"auto"`` takes a fast engine where it can take the maps and has agreed with torch on a small case, once a process
     and device; torch everywhere else. What is asked for by name is not second-guessed.
 
-    Raises:
-        ValueError: if the name is unknown, or the engine cannot take the maps.
+    Raises: ValueError if the name is unknown, or the engine cannot take the maps.
 
     >>> type(resolve("auto", torch.zeros(1, 1, 2, 1, 1, device="meta"))).__name__
     'TorchEngine'

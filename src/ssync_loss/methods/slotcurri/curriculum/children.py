@@ -3,12 +3,13 @@
 from typing import Literal, TypeAlias, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import as_index, check_type
 from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss._settings import NOT_NEGATIVE, check_by, one_of
+from ssync_loss._vectors import directions
 
 Neighbors: TypeAlias = Literal["active", "all"]
 NEIGHBORS = get_args(Neighbors)
@@ -60,8 +61,10 @@ def spawn_children(
     1.1429
     """
     check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
+    check_type("generator", generator, torch.Generator, optional=True)
     size = check_floats("slots_active", slots_active, "K D", filled="K D")
     check_labels("counts", counts, "K", size, slots_active=slots_active)
+    counts = as_index("counts", counts)
     if counts.min() < 0:
         raise ValueError(f"`counts` must be at least 0; got {counts.tolist()}.")
     if unborn is not None:
@@ -74,10 +77,10 @@ def spawn_children(
     like = at_least_float32(slots_active)
     # a generator draws on its own device
     device = like.device if generator is None else generator.device
-    directions = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
-    directions = F.normalize(directions, dim=1)
+    ways = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    ways, _ = directions(ways)
     return place_children(
-        slots_active, counts, directions, beta=beta, neighbors=neighbors, min_radius=min_radius, unborn=unborn
+        slots_active, counts, ways, beta=beta, neighbors=neighbors, min_radius=min_radius, unborn=unborn
     )
 
 
@@ -118,13 +121,20 @@ def place_children(
 
 def _most_similar(rows: Tensor) -> Tensor:
     """Return the index of the row most similar to each, which is its own where there is no other."""
-    units = F.normalize(rows, dim=1)
+    units, _ = directions(rows)
     return (units @ units.mT).fill_diagonal_(float("-inf")).argmax(1)
 
 
 def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Tensor:
     """Return how far from each row its children lie."""
-    length = torch.linalg.vector_norm(rows, dim=1)
-    distance = torch.linalg.vector_norm(rows - rows[nearest], dim=1) if len(rows) > 1 else length
-    mean = length.mean() + EPSILON
-    return torch.maximum(beta * distance * length / mean, min_radius * mean)
+    length = _length(rows)
+    distance = _length(rows - rows[nearest]) if len(rows) > 1 else length
+    # a sum of lengths may overflow
+    mean = (length / len(rows)).sum() + EPSILON
+    return torch.maximum(beta * distance * (length / mean), min_radius * mean)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Return the lengths (K,) of rows (K, D), whose squares may overflow or underflow."""
+    units, _ = directions(rows)
+    return (rows * units).sum(1)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssync_loss._checks import check_floating, check_int, check_shape, check_tensor
+from ssync_loss._checks import check_floating, check_group, check_int, check_shape, check_tensor, check_type
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
 from ssync_loss.methods.slotcurri.curriculum.error import slot_error
@@ -32,12 +32,14 @@ class SlotCurriculum(nn.Module):
     Only ``take`` may be compiled. The rows are written after the milestone's own step, which is the last with the old
     budget. A milestone that a resumed training has gone past is made up for. With a process group the errors are
     averaged over all ranks and all get the newborn rows of the first: all ranks must call both methods at the same
-    steps, and load the checkpoint, as state is in buffers. A teacher of the model begins anew where ``maybe_expand``
-    returns True, by ``teacher.model.load_state_dict(model.state_dict())``.
+    steps, and load the checkpoint, as state is in buffers. A batch whose errors are NaN or infinite is left out;
+    ``num_left_out`` counts these, and is not saved. Where nothing is left, slots take turns. A teacher of the model
+    begins anew where ``maybe_expand`` returns True, by ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
         budgets: slots of each stage, which grow, see :func:`slot_schedule`.
-        milestones: the steps after which slots are added, one fewer, which grow too, see :func:`milestones`.
+        milestones: the steps after which slots are added, one fewer, see :func:`milestones`. They never fall: of stages
+            that begin at the same step the last one does. More than needed are dropped from the end.
         beta: jitter of the clones, see :func:`spawn_children`.
         neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
         min_radius: least radius of a clone, in units of the mean length; 0 as published.
@@ -62,6 +64,7 @@ class SlotCurriculum(nn.Module):
     stage: Tensor
     num_observed: Tensor
     errors: Tensor
+    num_left_out: Tensor
 
     def __init__(
         self,
@@ -77,20 +80,23 @@ class SlotCurriculum(nn.Module):
         _check_growing("budgets", budgets, 1)
         if not budgets:
             raise ValueError(f"`budgets` must have at least one entry; got {list(budgets)}.")
-        _check_growing("milestones", milestones, 0)
-        if len(milestones) != len(budgets) - 1:
+        _check_growing("milestones", milestones, 0, strictly=False)
+        if len(milestones) < len(budgets) - 1:
             raise ValueError(
                 f"`milestones` must have {len(budgets) - 1} entries, one fewer than budgets={list(budgets)}; "
                 f"got {list(milestones)}."
             )
         check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
         check_int("window", window, 1)
-        self.budgets, self.milestones, self.window = tuple(budgets), tuple(milestones), window
+        # of equal steps the later stage overwrites the earlier one
+        stages = dict(zip(milestones, budgets[1:], strict=False))
+        self.budgets, self.milestones, self.window = (budgets[0], *stages.values()), tuple(stages), window
         self.beta, self.min_radius = beta, min_radius
         self.neighbors: Neighbors = neighbors
         for name in ("stage", "num_observed"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(self.budgets[-1]))
+        self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
         # the same as numbers, so that no step waits for a device
         self._stage = self._num_observed = 0
         nn.Module.register_load_state_dict_post_hook(self, _read_buffers)
@@ -120,17 +126,21 @@ class SlotCurriculum(nn.Module):
             RuntimeError if the buffers were written over, rather than loaded.
         """
         check_int("step", step, 0)
+        check_group("group", group)
         if not self._is_watching(step):
             return
         check_shape("masks", masks, "B T S H W", S=self.n_active())
         error = slot_error(recon, target, masks)
+        known = error.float().isfinite().all()
+        error = torch.where(known, error, 0.0)
         if _has_ranks():
             # all patches of all ranks count alike
-            weight = recon[:, :, 0].numel()
-            sums = torch.cat([error * weight, error.new_full((1,), weight)])
+            weight = known * recon[:, :, 0].numel()
+            sums = torch.cat([error * weight, weight.to(error).view(1)])
             dist.all_reduce(sums, group=group)
             error = sums[:-1] / sums[-1].clamp_min(1)
         self.errors[: len(error)] += error.to(self.errors)
+        self.num_left_out += (~known).to(self.errors.device)
         self._num_observed += 1
         self.num_observed.fill_(self._num_observed)
 
@@ -154,12 +164,15 @@ class SlotCurriculum(nn.Module):
             generator: of the jitter; None for torch's own.
             group: as in :meth:`observe`.
 
-        Raises: TypeError if the placeholders are no parameter of floating point; ValueError if they are too few, the
-            optimizer does not hold them, or observed errors are negative; RuntimeError if a milestone is reached and
-            nothing was observed.
+        Raises: TypeError if the placeholders are no parameter of floating point, or another argument is of another
+            type; ValueError if they are too few, or an expanded row, if the optimizer does not hold them, or observed
+            errors are negative; RuntimeError if a milestone is reached and nothing was observed.
         """
         self._check_placeholders(slots_param)
         check_int("step", step, 0)
+        check_type("optimizer", optimizer, Optimizer, optional=True)
+        check_type("generator", generator, torch.Generator, optional=True)
+        check_group("group", group)
         if self._stage == len(self.milestones) or step < self.milestones[self._stage]:
             return False
         if self._num_observed == 0:
@@ -237,6 +250,8 @@ class SlotCurriculum(nn.Module):
                 f"`slots_param` must have at least {self.budgets[-1]} rows, the last of budgets={list(self.budgets)}; "
                 f"got {shape[-2]}."
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(shape, slots_param.stride(), strict=True)):
+            raise ValueError("`slots_param` must have memory of its own for every row; got an expanded tensor.")
 
 
 def _has_ranks() -> bool:
@@ -250,10 +265,10 @@ def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG
     curriculum._stage, curriculum._num_observed = stage, int(curriculum.num_observed)
 
 
-def _check_growing(name: str, values: object, low: int) -> None:
+def _check_growing(name: str, values: object, low: int, *, strictly: bool = True) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"`{name}` must be a sequence of integers; got {type(values).__name__}.")
     for one in values:
         check_int(name, one, low)
-    if list(values) != sorted(set(values)):
+    if list(values) != sorted(set(values) if strictly else values):
         raise ValueError(f"`{name}` must grow; got {list(values)}.")

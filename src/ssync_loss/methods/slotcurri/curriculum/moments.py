@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ssync_loss._checks import as_index, check_type
+
 
 @torch.no_grad()
 def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Tensor, first: int) -> None:
@@ -21,7 +23,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
         parents: row of the parent of each newborn row, (n_new,), integers.
         first: the first newborn row.
 
-    Raises: ValueError if the optimizer does not hold the parameter.
+    Raises: TypeError if that is no optimizer; ValueError if it does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]]))
     >>> optimizer = torch.optim.Adam([slots])
@@ -31,6 +33,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
     >>> optimizer.state[slots]["exp_avg"].flatten().tolist()  # 0.1 * gradient
     [0.20000000298023224, 0.30000001192092896, 0.30000001192092896]
     """
+    parents = as_index("parents", parents)
     for rows in _row_states(optimizer, slots_param):
         rows[first : first + len(parents)] = rows[parents.to(rows.device)]
 
@@ -45,7 +48,7 @@ def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[
         slots_param: the placeholders.
         first: asked at every step for the first row to hold.
 
-    Raises: ValueError if the optimizer does not hold the parameter.
+    Raises: TypeError if that is no optimizer; ValueError if it does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.ones(3, 1))
     >>> optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=1.0)
@@ -79,6 +82,7 @@ def rows_of(slots: Tensor) -> Tensor:
 
 def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]:
     """Return what the optimizer keeps of every row."""
+    check_type("optimizer", optimizer, Optimizer)
     if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
         raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
     # no lookup by item: that would make a state

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import savable
 from ssync_loss._checks import check_int
 from ssync_loss._inputs import check_floats, widest
 
@@ -48,7 +49,7 @@ class CorrelationFusion(nn.Module):
         check_floats("keys", keys, "B T C H W", {"C": self.dim}, filled="T H W")
         dtype = widest(keys, self.project.weight)
         with no_autocast(keys):
-            weight, bias, now = (one.to(dtype) for one in (self.project.weight, self.project.bias, keys))
+            weight, bias, now = (one.to(dtype) for one in (self.project.weight, self.project.bias, savable(keys)))
             before = now.roll(1, 1)
             if keys.shape[3:] != self.grid:
                 frames = F.interpolate(before.flatten(0, 1), self.grid, mode="bilinear", align_corners=False)

@@ -5,11 +5,12 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._autograd import savable
+from ssync_loss._checks import check_choice, check_flag, check_int, check_number
 from ssync_loss._inputs import check_floats
+from ssync_loss._vectors import directions
 
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
 GATES = get_args(Gate)
@@ -41,7 +42,7 @@ class SemanticSlots(NamedTuple):
 
     def scores(self) -> Tensor:
         """Return the cosines of instances with their semantics, (B, T, S, P); published results keep 1/2 and more."""
-        units, kind = (F.normalize(one, dim=-1) for one in (self.instances, self.slots))
+        (units, _), (kind, _) = (directions(at_least_float32(one)) for one in (self.instances, self.slots))
         return (units * kind.unsqueeze(3)).sum(4)
 
 
@@ -103,6 +104,7 @@ class SemanticAwareSlotAttention(nn.Module):
         for name, value in counts.items():
             check_int(name, value, 1)
         check_choice("gate", gate, GATES)
+        check_flag("reparam", reparam)
         check_number("gate_thr", gate_thr, float("-inf") if gate == "logit" else 0.0)
         self.dim, self.num_slots, self.num_instances, self.iters = dim, num_slots, num_instances, iters
         self.gate: Gate = gate
@@ -127,12 +129,12 @@ class SemanticAwareSlotAttention(nn.Module):
         check_floats("noise", noise, "B T S P D", wanted, features=features)
         # autocast would keep the weights it cast for the steps without gradient, and there would be none
         with no_autocast(features):
-            frames = self.norm_features(rearrange(features, "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
+            frames = self.norm_features(rearrange(savable(features), "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
             keys, values = at_least_float32(self.to_k(frames)), at_least_float32(self.to_v(frames))
             # one group of S slots, then S groups of P
             start = mu.expand(len(frames), 1, -1, -1)
             slots, logits = self._iterate(start, keys, values, None, iters)
-            draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise.flatten(0, 1).to(mu.dtype)
+            draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * savable(noise).flatten(0, 1).to(mu.dtype)
             draws = draws if self.reparam else draws.detach()
             instances, instance_logits = self._iterate(draws, keys, values, self._gate(logits), iters)
         clips, grid = (size["B"], size["T"]), (size["H"], size["W"])

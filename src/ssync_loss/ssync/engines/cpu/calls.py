@@ -45,8 +45,7 @@ def call(function: str, shape: torch.Size, dtype: torch.dtype, **fields: Any) ->
         dtype: what is computed in.
         **fields: of the call; tensors as pointers, those with any strides as ``(tensor,)``.
 
-    Raises:
-        MemoryError: if there is no memory for what the function works with.
+    Raises: MemoryError if there is no memory for what the function works with.
     """
     made = _Call(*shape, torch.get_num_threads())
     for name, value in fields.items():

@@ -33,10 +33,8 @@ class BrokenError(Exception):
 def load() -> CDLL:
     """Return the engine's library, compiled if it is not in the cache yet.
 
-    Raises:
-        UnavailableError: without a compiler, without a cache folder that can be trusted and written, or where
-            libraries of that folder cannot be loaded.
-        BrokenError: if the compiler fails, or takes more than 10 seconds.
+    Raises: UnavailableError without a compiler, without a cache folder that can be trusted and written, or where
+        libraries of that folder cannot be loaded; BrokenError if the compiler fails, or takes more than 10 seconds.
     """
     if sys.platform == "win32":
         raise UnavailableError("a POSIX system")
