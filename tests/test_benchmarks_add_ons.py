@@ -12,14 +12,14 @@ from benchmarks import gate
 from benchmarks.add_on_tables import costs, growth_of
 from benchmarks.add_ons import ADD_ONS, BY_NAME, AddOn, Inputs, Step
 from benchmarks.counting import count
-from benchmarks.results import Results, RowId, values_from_json
+from benchmarks.results import Results, values_from_json
 from benchmarks.suites import add_ons
 from benchmarks.tables import section
 from benchmarks.weak_spots import weak_spots
 from torch import Tensor, nn
 
 import ssync_loss
-from benchmark_results import Machine, measured, options
+from benchmark_results import Machine, measured
 from ssync_loss import attention, curriculum, functional
 
 SUITE = ("add_ons",)
@@ -174,41 +174,6 @@ def _off(outputs: Any) -> Tensor:
     return wrong
 
 
-class TestPlan:
-    @pytest.mark.parametrize("axis", add_ons.UNITS)
-    def test_every_axis_goes_through_one_shape_and_alone_changes(self, axis: Any) -> None:
-        shapes = [add_ons.shape_of(axis, size) for size in add_ons.sizes(axis, quick=False)]
-        assert add_ons.REFERENCE in shapes
-        assert [add_ons.size_of(axis, shape) for shape in shapes] == add_ons.sizes(axis, quick=False)
-        assert len(shapes) > 5
-        for name in add_ons.REFERENCE.keys() - set(axis.split("*")):
-            assert {shape[name] for shape in shapes} == {add_ons.REFERENCE[name]}
-
-    @pytest.mark.parametrize("quick", [False, True])
-    def test_everyone_is_measured_beside_ssync_at_every_size(self, quick: bool) -> None:
-        chosen = options(suites=SUITE, quick=quick)
-        for task in add_ons.plan(chosen):
-            axis = task.rows[0].case
-            names = ["SSync cpu", *(one.name for one in ADD_ONS if one.axis == axis)]
-            assert [row.contender for row in task.rows] == 2 * names
-            assert [row.measure for row in task.rows] == ["memory"] * len(names) + ["time"] * len(names)
-        cases = [task.rows[0].case for task in add_ons.plan(chosen)]
-        assert {cases.count(axis) for axis in add_ons.UNITS} == ({2} if quick else {6, 7, 10})
-
-    def test_a_gpu_does_without_what_it_cannot_have(self) -> None:
-        chosen = options(suites=SUITE, device="cuda", backends=("triton", "torch"))
-        rows = [row for task in add_ons.plan(chosen) for row in task.rows]
-        assert not any("kornia" in row.contender for row in rows)
-        assert {row.contender for row in rows} >= {"SSync triton", "StructureAwareLoss, own filters"}
-
-    def test_no_step_longer_than_two_seconds(self, made: Results) -> None:
-        rows = made.select(contender="sinkhorn", measure="time")
-        status = {add_ons.size_of("H*W", row.id.sizes): (row.status, row.note) for row in rows[1:]}
-        assert status[2304] == ("measured", "")
-        note = "a step should take 2.12 s after 0.531 s at 2,304 patches a frame; the cap is 2 s"
-        assert status[4608] == ("time", note)
-
-
 class TestMeasure:
     @pytest.mark.parametrize("axis", add_ons.UNITS)
     def test_everyone_is_timed(self, axis: str) -> None:
@@ -295,59 +260,6 @@ class TestTables:
         assert lines["SlotCurriculum, elsewhere"][0] == "0.0001 (<0.01x)"
         assert "- sinkhorn, H·W, at 4,608 patches a frame, for time: a step should take 2.12 s" in text
         assert "29 rows of add-ons agree." in text
-
-    def test_the_bound_of_the_semantic_loss_has_a_table(self, made: Results) -> None:
-        text = section(made, "abacus", "x.png").split("How the quadratic cost")[1].split("In a few words")[0]
-        lines = [cells for cells in map(_cells, text.splitlines()) if len(cells) == 5]
-        assert lines[0] == ["patches", "pair by pair", "all pairs at once", "pooled 2x2", "pooled to 144"]
-        assert [line[0] for line in lines[2:]] == [f"{size:,}" for size in add_ons.sizes("H*W", quick=False)]
-        assert lines[-1][1:] == ["time", "time", "time", "3.69, 0.295"]
-
-    def test_costs_in_a_few_words(self, made: Results) -> None:
-        said = costs(made)
-        assert set(said) == set(BY_NAME)
-        assert said["MaskDiversityLoss"] == "0.0125x SSync, linear in patches a frame (1.00)"
-        assert said["TemporalSlotContrastLoss"] == "<0.01x SSync, quadratic in slots (2.00)"
-        assert said["SlotCurriculum, elsewhere"] == "<0.01x SSync, constant"
-
-    def test_nothing_is_said_in_steps_of_what_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        results = measured(monkeypatch, Machine(wrong="SSync cpu"), quick=True, suites=SUITE)
-        assert costs(results) == {}
-        table = [_cells(line) for line in section(results, "x", "x.png").splitlines()]
-        assert ["slot_error", "0.0576", "0.00461", "H·W"] in [cells[:4] for cells in table]
-
-    def test_what_grows_too_fast_is_a_weak_spot(self, made: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Steep(Machine):
-            def seconds(self, contender: str, shape: dict[str, int]) -> float:
-                usual = super().seconds(contender, shape)
-                return usual**1.2 if contender == "slot_error" else usual
-
-            def bytes(self, contender: str, shape: dict[str, int]) -> int:
-                usual = super().bytes(contender, shape)
-                return round(usual**1.1) if contender == "PrototypeHead" else usual
-
-        assert not any("and should be" in line for line in weak_spots(made))
-        lines = weak_spots(measured(monkeypatch, Steep(), suites=SUITE))
-        assert [line for line in lines if "and should be" in line] == [
-            "slot_error: the slope of time in H·W is 1.20 from 2,304 to 36,864, and should be 1.",
-            "PrototypeHead: the slope of memory in Kp is 1.10 from 4,096 to 65,536, and should be 1.",
-        ]
-
-    def test_noise_is_named_by_its_axis(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        results = measured(monkeypatch, Machine(noise=0.4), quick=True, suites=SUITE)
-        line = weak_spots(results)[-1]
-        assert "H*W, SSync cpu, 288 patches a frame (40%)" in line
-        assert "S, InstanceConsistencyLoss, P=4, 22 slots (40%)" in line
-
-    def test_results_without_the_suite_are_still_read(self) -> None:
-        without = Results.load(COMMITTED)
-        without.rows = {key: row for key, row in without.rows.items() if not _is_add_on(key)}
-        assert "### Add-ons" not in section(without, "cpu", "x.png")
-        assert costs(without) == {}
-
-
-def _is_add_on(key: RowId) -> bool:
-    return key.suite == "add_ons" or key.contender in BY_NAME
 
 
 def _cells(line: str) -> list[str]:

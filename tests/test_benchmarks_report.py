@@ -18,7 +18,6 @@ from benchmarks.session import Options
 from benchmarks.suites import add_ons, kernels, linear_vs_quadratic, training_step
 from benchmarks.suites.linear_vs_quadratic import num_patches
 from benchmarks.tables import section
-from benchmarks.weak_spots import weak_spots
 from matplotlib.image import imread
 
 from benchmark_results import ENVIRONMENT, Machine, fresh, measured, options, spread
@@ -206,47 +205,6 @@ class TestBars:
         assert found["SSync triton: µs of a replayed step, MOVi-C, 64 clips, float16"] == ("50", "met")
         assert found["SSync triton: replayed step over its bandwidth floor, large maps"] == ("1.40", "met")
         assert not any("torch.exp" in claim for claim in found)
-
-
-class TestWeakSpots:
-    def test_are_what_is_missed_and_who_is_faster(self, made: Results) -> None:
-        assert weak_spots(made) == [
-            "Missed: SSync cpu: faster than full dense alignment at 16,384 patches, 164x (≥ 1,000x).",
-            "dense in windows of 2 takes less time than SSync cpu at 256 (H·W, 0.32x), 512 (H·W, 0.64x) patches.",
-            "dense in windows of 4 takes less time than SSync cpu at 256 (H·W, 0.64x) patches.",
-        ]
-
-    def test_what_is_faster_is_named_with_its_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Fast(Machine):
-            def seconds(self, contender: str, shape: dict[str, int]) -> float:
-                return (1e-4 if contender == "SSync cpu" else 0.0) + super().seconds(contender, shape)
-
-        lines = weak_spots(measured(monkeypatch, Fast(), suites=("linear_vs_quadratic",)))
-        assert any(
-            line.startswith("dense in windows of 2 takes less time than SSync cpu at 256 (H·W, 0.23x)")
-            for line in lines
-        )
-        assert any(line.startswith("SSync torch takes less time than SSync cpu at 256 (H·W, 0.72x)") for line in lines)
-
-    def test_noise_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        lines = weak_spots(measured(monkeypatch, Machine(noise=0.4), suites=("linear_vs_quadratic",), quick=True))
-        assert re.search(r"(\d+) of \1 timed rows have an interquartile range above 25% .*\(40%\)", lines[-1])
-
-    def test_page_faults_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Faulting(Machine):
-            def measure_times(self, contenders: list[str], shape: dict[str, int], **more: Any) -> dict[str, Any]:
-                answer = super().measure_times(contenders, shape)
-                return {
-                    name: one | {"step": vars(spread(one["step"]["median"] ** 1.3))} for name, one in answer.items()
-                }
-
-        lines = weak_spots(measured(monkeypatch, Faulting(), suites=("linear_vs_quadratic",)))
-        assert "With malloc as it comes, the slope of SSync cpu in H·W is 1.30: page faults." in lines
-        assert "Missed: SSync cpu: slope of time in T, 1.30 (≤ 1.15)." in lines
-
-    def test_what_is_wrong_is_named_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        lines = weak_spots(measured(monkeypatch, Machine(wrong="dense"), quick=True))
-        assert lines.count("dense is wrong: the loss is another.") == 1
 
 
 class TestReport:

@@ -114,13 +114,6 @@ def test_a_run_does_not_go_on_elsewhere(part: str, name: str, value: Any, tmp_pa
     assert path.read_bytes() == before
 
 
-def test_another_date_is_no_reason_to_start_again(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    written(path, ROW)
-    later = ENVIRONMENT | {"date": "2027-01-01T00:00:00+00:00"}
-    assert Results.resume(path, later, options().settings()).rows == {ROW.id: ROW}
-
-
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     written(path, ROW, Row(RowId.of("gate", "x", "dense", "gate", {"B": 1}), "failed", "once"))
