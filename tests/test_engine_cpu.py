@@ -82,7 +82,7 @@ class TestLibrary:
         elif part == "flags":
             monkeypatch.setattr(library, "FLAGS", ("-O2",))
         elif part == "compiler":
-            compiler = fake_compiler(tmp_path, "exit 0")
+            compiler = [fake_compiler(tmp_path, "exit 0")]
         else:
             monkeypatch.setattr(library, "_processor", lambda: "another")
         assert library._key(compiler) != before
@@ -341,7 +341,7 @@ def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "cases"
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
     built = subprocess.run(
-        [compiler, *flags, f"-I{SOURCE.parent}", str(TESTS / "engine_cases.c"), "-o", str(program), "-lm"],
+        [*compiler, *flags, f"-I{SOURCE.parent}", str(TESTS / "engine_cases.c"), "-o", str(program), "-lm"],
         capture_output=True,
         text=True,
         check=False,

@@ -17,8 +17,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Give an operator of torch a gradient, and return what is to be called in its place.
 
-    Of an operator's gradient ``torch.func.grad`` knows nothing, and a forward derivative would silently be 0. A
-    function's it takes, and the derivative is an error. A compiler takes the operator, and traces no backward.
+    ``torch.func.grad`` ignores the gradient of an operator, and its forward derivative would silently be 0. An autograd
+    function works with ``torch.func.grad``, and refuses the forward derivative. A compiler takes the operator.
 
     Args:
         operator: what compilers and fake tensors see.
@@ -31,12 +31,12 @@ def differentiable(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return compute(*inputs) if type(inputs[0]) is Tensor else operator(*inputs)
+            return compute(*inputs) if _are_plain(inputs) else operator(*inputs)
 
         setup_context = staticmethod(save)
         backward = staticmethod(derive)
 
-    # torch binds the inputs of every call to it, and would put it together each time
+    # torch asks for this signature at every call; without this line it is rebuilt each time
     forward: Any = Differentiable.forward
     forward.__signature__ = signature(forward)
     # typed: autograd's own `apply` is not
@@ -53,6 +53,13 @@ def savable(tensor: Tensor) -> Tensor:
     # a compiler asks no such thing, and keeps what it likes
     fits = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
     return tensor if fits else tensor.clone()
+
+
+def _are_plain(inputs: tuple[Any, ...]) -> bool:
+    """Tell whether all tensors hold their numbers as they are, and nobody watches what is called."""
+    tensors = [one for one in inputs if isinstance(one, Tensor)]
+    plain = all(type(one) is Tensor and not one.is_neg() and not one._is_zerotensor() for one in tensors)
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
 def once_differentiable(backward: Backward) -> Backward:

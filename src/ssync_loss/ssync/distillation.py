@@ -88,7 +88,7 @@ def cross_entropy(
     A logit of -inf has the log-probability of the smallest normal float32, and no gradient.
     """
     scores = below / temperature
-    # the largest exponential is a constant 1: the others are not added to it, which would round them off
+    # the largest exponential is 1: to add the others to it would round them off, so `log1p` adds the 1
     peak = first_largest(scores).unsqueeze(2)
     scores = scores - scores.gather(2, peak)
     log_total = scores.exp().scatter(2, peak, 0.0).sum(2, keepdim=True).log1p()
@@ -108,7 +108,7 @@ def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Ten
     gradient. What they hold is not read.
     """
     if slot_mask is not None:
-        # a clip without slots selects nothing, and may keep all of them
+        # a clip without slots selects nothing: with all of them present no softmax is over nothing
         slot_mask = slot_mask | ~slot_mask.any(1, keepdim=True)
     scores = only_present(logits, slot_mask)
     decided = region.unsqueeze(2) & (scores.amax(2, keepdim=True) != float("-inf"))

@@ -110,7 +110,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
         overlap = at_least_float32(overlap)
         area = area if area.is_floating_point() else as_index("area", area)
         numbers = ~area.isnan()
-        # how many slots are smaller says the same of any numbers
+        # areas decide an order alone: how many slots are smaller is an integer for any of them
         smaller = (area.unsqueeze(-1) > area.unsqueeze(-2)) | (numbers.unsqueeze(-1) & ~numbers.unsqueeze(-2))
         return representatives(torch.fmax(overlap, overlap.mT), smaller.sum(-1), threshold)
 
@@ -121,7 +121,7 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | Tensor) ->
     itself = torch.eye(num_slots, dtype=torch.bool, device=overlap.device)
     linked = (overlap > threshold) | itself
     # a path has at most S - 1 links, and every squaring doubles its length
-    for _ in range((num_slots - 1).bit_length()):
+    for _ in range((int(num_slots) - 1).bit_length()):
         linked = linked.float() @ linked.float() > 0
     return area.unsqueeze(-2).masked_fill(~linked, -1).argmax(-1)
 

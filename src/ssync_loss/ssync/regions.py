@@ -91,17 +91,9 @@ def _check(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
-        return sum_bytes(neighbor != labels for neighbor in _neighbors(labels))
+        return torch.stack([neighbor != labels for neighbor in _neighbors(labels)]).sum(0, dtype=torch.uint8)
     pairs = zip(_neighbors(labels), _neighbors(valid), strict=True)
-    return sum_bytes((neighbor != labels) & counts for neighbor, counts in pairs) * valid
-
-
-def sum_bytes(differences: Iterator[Tensor]) -> Tensor:
-    """Count how many of some boolean tensors are true, as uint8."""
-    total = next(differences).to(torch.uint8)
-    for one in differences:
-        total = total + one
-    return total
+    return torch.stack([(neighbor != labels) & counts for neighbor, counts in pairs]).sum(0, dtype=torch.uint8) * valid
 
 
 def _neighbors(cells: Tensor) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Compute the weighted sum of both terms."""
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels; each part can be differentiated."""
+        """Compute that sum with its parts and labels; parts can be differentiated, and may share one graph."""
 
 
 def compose(engine: Engine, maps: Maps, settings: Settings) -> SSyncTerms:

@@ -48,8 +48,11 @@ class CpuEngine:
 
     def loss(self, maps: Maps, settings: Settings) -> Tensor:
         """Compute the weighted sum of both terms; the weights are in the gradients that the forward writes."""
-        boundary, interior, _ = operators.step(maps, settings, with_weights=True)
-        return boundary + interior
+        weights = settings.boundary_weight, settings.interior_weight
+        # the gradient of a weight is the term itself
+        learned = any(isinstance(one, Tensor) and one.requires_grad for one in weights)
+        boundary, interior, _ = operators.step(maps, settings, with_weights=not learned)
+        return weigh(boundary, interior, settings) if learned else boundary + interior
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""

@@ -209,7 +209,7 @@ static void write_region(const int8_t *targets, uint8_t *to, int64_t size) {
     for (int64_t i = 0; to && i < size; i++) to[i] = targets[i] >= 0;
 }
 
-/* What a mean divides by, and how many patches were selected. */
+/* Returns what a mean divides by; writes the number of selected patches. */
 static double divisor(const Call *call, int map, int64_t *selected) {
     double by = 0;
     int slots[MAX_SLOTS];
@@ -524,13 +524,13 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
                                         int num_present, int size, double smoothing, double temperature, REAL scale,
                                         REAL *error, REAL *grad) {
     REAL aim = (REAL)(1 - smoothing), share = (REAL)(smoothing / num_present), log_tiny = (REAL)-87.33654475055310;
-    REAL log_total[BLOCK], aims[BLOCK], possible[BLOCK];
+    REAL log_total[BLOCK], aims[BLOCK], possible[BLOCK], unmet[BLOCK];
     for (int i = 0; i < size; i++) {
         REAL total = in->own[i] + in->others[i];
         /* beside a target with exponential 1 the loss is all in the others: to add them to 1 would round it off */
         log_total[i] = (REAL)(in->own[i] == 1 ? log1p((double)in->others[i]) : log((double)total));
         error[i] = aims[i] = 0;
-        possible[i] = total > 0;
+        possible[i] = total > 0, unmet[i] = aim;
     }
     for (int k = 0; k < num_present; k++) {
         const REAL *row = block + slots[k] * N;
@@ -540,9 +540,12 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
             REAL log_prob = is_possible ? below - log_total[i] : log_tiny;
             REAL aimed = (in->target[i] == slots[k] ? aim : 0) + share;
             error[i] -= aimed > 0 ? aimed * log_prob : 0;
+            unmet[i] = in->target[i] == slots[k] ? 0 : unmet[i];
             aims[i] += is_possible ? aimed : 0;
         }
     }
+    /* an absent slot cannot win either */
+    for (int i = 0; i < size; i++) error[i] -= unmet[i] * log_tiny;
     for (int i = 0; i < size; i++) error[i] = possible[i] > 0 ? error[i] : (REAL)log((double)num_present);
     for (int k = 0; grad && k < num_present; k++) {
         const REAL *row = block + slots[k] * N, *exps = in->exps[slots[k]];
@@ -661,7 +664,7 @@ static int TYPED(target_task)(const Call *call, int64_t frame, void *memory) {
             targets[i] = !region[i] || !has_slots ? NOT_TAUGHT : in_range ? (int8_t)label : NO_SLOT;
             number += targets[i] != NOT_TAUGHT;
         }
-    /* counted by frame, as frames are shared out */
+    /* a count for each frame: threads must not add to one */
     call->sums[frame] = (double)number;
     return 0;
 }

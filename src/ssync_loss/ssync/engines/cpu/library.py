@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from ctypes import CDLL
 from functools import lru_cache
 from pathlib import Path
@@ -40,19 +41,23 @@ def load() -> CDLL:
         raise UnavailableError("a POSIX system")
     folder = _cache_folder()
     compiler = _compiler()
-    path = _find(folder, _key(compiler)) or _build(folder, compiler)
+    try:
+        path = _find(folder, _key(compiler)) or _build(folder, compiler)
+    except OSError as error:
+        raise BrokenError(str(error)) from None
     try:
         return CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"a cache folder that libraries can be loaded from ({error})") from None
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """Return the command of the system's compiler; a variable CC may hold arguments, too."""
     wanted = os.environ.get("CC", "").split()
     for name in (*wanted[:1], *COMPILERS):
         path = shutil.which(name)
         if path is not None:
-            return os.path.realpath(path)
+            return [path, *wanted[1:]] if wanted and name == wanted[0] else [path]
     raise UnavailableError(f"a C compiler; none of {', '.join(COMPILERS)} is on the PATH")
 
 
@@ -62,19 +67,20 @@ def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "ssync-loss"
+        folder = folder.absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.lstat()
+        status = folder.lstat()
     except (OSError, RuntimeError) as error:
         raise UnavailableError(f"a cache folder; {CACHE_VARIABLE} names one ({error})") from None
     wrong = (
         "is a link"
-        if stat.S_ISLNK(facts.st_mode)
+        if stat.S_ISLNK(status.st_mode)
         else "is no folder"
-        if not stat.S_ISDIR(facts.st_mode)
+        if not stat.S_ISDIR(status.st_mode)
         else "belongs to another user"
-        if facts.st_uid != os.geteuid()
+        if status.st_uid != os.geteuid()
         else "can be written by others"
-        if facts.st_mode & 0o022
+        if status.st_mode & 0o022
         else None
     )
     if wrong is not None:
@@ -82,10 +88,18 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """Hash what a library depends on: source, flags, compiler and processor."""
-    facts = os.stat(compiler)
-    parts = (SOURCE.read_bytes(), FLAGS, compiler, facts.st_size, facts.st_mtime_ns, platform.machine(), _processor())
+    program = os.stat(compiler[0])
+    parts = (
+        SOURCE.read_bytes(),
+        FLAGS,
+        compiler,
+        program.st_size,
+        program.st_mtime_ns,
+        platform.machine(),
+        _processor(),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -100,10 +114,10 @@ def _processor() -> str:
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """Return a library whose name still says what is in it: a truncated one is never loaded."""
+    """Return a library whose content still has the hash in its name: a truncated one is never loaded."""
     for path in folder.glob(f"engine-{key}-*.so"):
-        facts = path.lstat()
-        ours = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
+        status = path.lstat()
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
         if ours and path.name == _name(key, path):
             return path
     return None
@@ -113,7 +127,7 @@ def _name(key: str, path: Path) -> str:
     return f"engine-{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:24]}.so"
 
 
-def _build(folder: Path, compiler: str) -> Path:
+def _build(folder: Path, compiler: list[str]) -> Path:
     """Compile beside, and rename: several processes may do so at once."""
     try:
         handle, beside = tempfile.mkstemp(dir=folder, suffix=".so.part")
@@ -121,7 +135,13 @@ def _build(folder: Path, compiler: str) -> Path:
         raise UnavailableError(f"a cache folder that can be written; {CACHE_VARIABLE} names one ({error})") from None
     os.close(handle)
     try:
-        _compile([compiler, *FLAGS, str(SOURCE), "-o", beside, "-lm"])
+        # not every compiler knows its machine
+        for flags in (FLAGS, [flag for flag in FLAGS if flag != "-march=native"]):
+            complaint = _compile([*compiler, *flags, str(SOURCE), "-o", beside, "-lm"])
+            if complaint is None:
+                break
+        else:
+            raise BrokenError(complaint)
         os.chmod(beside, 0o700)
         path = folder / _name(_key(compiler), Path(beside))
         os.replace(beside, path)
@@ -130,7 +150,7 @@ def _build(folder: Path, compiler: str) -> Path:
     return path
 
 
-def _compile(command: list[str]) -> None:
+def _compile(command: list[str]) -> str | None:
     # a session of its own, so that the parts of a compiler that hangs end with it
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -138,8 +158,8 @@ def _compile(command: list[str]) -> None:
         try:
             said, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise BrokenError(f"`{' '.join(command)}` took more than {SECONDS:g} s") from None
-    if process.returncode != 0:
-        text = said.decode(errors="replace").strip()[-2000:]
-        raise BrokenError(f"`{' '.join(command)}` failed with {process.returncode}: {text}")
+    text = said.decode(errors="replace").strip()[-2000:]
+    return f"`{' '.join(command)}` failed with {process.returncode}: {text}" if process.returncode else None

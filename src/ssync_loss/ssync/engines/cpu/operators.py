@@ -79,7 +79,7 @@ def distill(
 
 
 def _learns(logits: Tensor) -> bool:
-    """Tell whether the forward has to write a gradient; a level of ``torch.func`` does not see what others need."""
+    """Tell whether to write a gradient; within ``torch.func`` always, as ``requires_grad`` tells of one level only."""
     return torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active())
 
 
@@ -148,7 +148,7 @@ def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
 
 def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool) -> Step:
     dtype = _dtype_of(enc, dec)
-    # both gradients in one piece: of two, malloc gives the memory back, and every page is faulted in again
+    # one allocation for both gradients: two smaller ones go back to the system, and every page faults at the next step
     return (
         enc.new_empty((), dtype=dtype),
         enc.new_empty((), dtype=dtype),
@@ -186,7 +186,7 @@ _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive
 
 
 def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply a gradient that the forward wrote, never in place; by a 1 it is handed on as it is, if only once."""
+    """Multiply a gradient that the forward wrote, never in place; by 1 return it as it is, unless the graph is kept."""
     if grad.dtype == dtype and incoming.dim() == 0 and not _may_come_again():
         number = read_numbers(incoming)
         if number is not None and number == 1:
