@@ -1,6 +1,7 @@
 /* Draws cases for the CPU engine, to be compiled with sanitizers: every array is as large as it has to be, so that a
    read or a write beside it is seen. Compares one thread with several to the bit. */
 
+#define CELLS_PER_THREAD 1
 #include "engine.c"
 
 #include <stdio.h>

@@ -26,6 +26,11 @@ enum { MAX_SLOTS = 64, MAX_THREADS = 64, BLOCK = 64, LANES = 16, RUN = 1024 };
 enum { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT = 3 };
 enum { NOT_TAUGHT = -1, NO_SLOT = -2 };
 
+/* To start a thread takes as long as the work on some tens of thousands of cells. */
+#ifndef CELLS_PER_THREAD
+#define CELLS_PER_THREAD 131072
+#endif
+
 typedef struct {
     void *data; /* NULL: absent */
     int64_t kind;
@@ -84,7 +89,9 @@ static void *work(void *argument) {
 static int run(Task *task, const Call *call, int64_t num_tasks, size_t scratch_size) {
     Crew crew = {.task = task, .call = call, .num_tasks = num_tasks, .scratch_size = scratch_size};
     pthread_t threads[MAX_THREADS];
-    int64_t wanted = call->num_threads < num_tasks ? call->num_threads : num_tasks, helpers = 0;
+    int64_t cells = call->num_clips * call->num_frames * call->num_slots * call->height * call->width, helpers = 0;
+    int64_t wanted = call->num_threads < num_tasks ? call->num_threads : num_tasks;
+    if (wanted > 1 + cells / CELLS_PER_THREAD) wanted = 1 + cells / CELLS_PER_THREAD;
     if (wanted > MAX_THREADS) wanted = MAX_THREADS;
     while (helpers < wanted - 1 && !pthread_create(&threads[helpers], NULL, work, &crew)) helpers++;
     work(&crew);
