@@ -1,9 +1,5 @@
 """Two processes over gloo give the gradients of one process with the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,40 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import two_processes
-from ranks import WORLD_SIZE
+from ranks import run_ranks
 from refusals import refuses
 from sample_maps import sample_maps
 from ssync_loss import BoundaryRefinementLoss, SSyncLoss
 from ssync_loss.distributed import global_mean
 from two_processes import CASES, Host, scene, whole_batch
 
-TESTS = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # gloo looks up the machine's name unless it is told an interface
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, two_processes.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output.decode()
-    finally:
-        # where one has failed the other waits for it
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_ranks(two_processes.__file__, folder)
 
 
 @pytest.fixture(scope="module")

@@ -395,7 +395,7 @@ class TestChoice:
 
     def test_without_triton_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps = torch.zeros(1, 1, 2, 1, 1)
-        monkeypatch.setattr("ssync_loss.ssync.engines.triton._facts.INSTALLED", False)
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INSTALLED", False)
         on_cuda(monkeypatch)
         assert resolve("auto", maps) is ENGINES["torch"]
         for ask in (
@@ -407,7 +407,7 @@ class TestChoice:
                 ask()
 
     def test_what_an_engine_cannot_take_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ssync_loss.ssync.engines.triton._facts.INTERPRETED", False)
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INTERPRETED", False)
         enc, dec = torch.zeros(2, 1, 1, 2, 2, 2).unbind(0)
         target, region = torch.zeros(1, 1, 2, 2).long(), torch.ones(1, 1, 2, 2).bool()
         for call in (

@@ -18,7 +18,7 @@ from kernel_runs import DEVICE, KERNELS, Run, quick_interpreter
 from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.ssync.engines import triton as kernels
-from ssync_loss.ssync.engines.triton import _distill, _facts, _labels, _launch, _loss
+from ssync_loss.ssync.engines.triton import _distill, _labels, _launch, _limits, _loss
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Settings
 from ssync_loss.testing import SSyncCase, assert_close_loss, assert_same_labels
@@ -426,7 +426,7 @@ class TestFacts:
         assert kernels.missing(fine, lacking) == message
 
     def test_the_other_maker_of_cuda_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_facts, "IS_ROCM", True)
+        monkeypatch.setattr(_limits, "IS_ROCM", True)
         with FakeTensorMode():
             assert kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda")) == "a CUDA tensor; got one of ROCm"
 

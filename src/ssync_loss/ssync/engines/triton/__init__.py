@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ssync_loss.ssync.engines.contract import weigh
 from ssync_loss.ssync.engines.triton._distill import differentiable_distill
-from ssync_loss.ssync.engines.triton._facts import MAX_SLOTS, missing
 from ssync_loss.ssync.engines.triton._labels import label
+from ssync_loss.ssync.engines.triton._limits import MAX_SLOTS, missing
 from ssync_loss.ssync.engines.triton._loss import differentiable_loss
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ssync_loss.ssync.engines.triton._facts import triton_version
+from ssync_loss.ssync.engines.triton._limits import triton_version
 
 # cells of a tile for each of 32 threads of a warp, all of them in registers; fewer where there are many slots, as
 # a thread keeps more than cells for each of its slots. Triton 3.6 would spill hundreds of bytes of more cells.

@@ -1,4 +1,4 @@
-"""Whether the kernels can take a tensor: facts that are known without its data, and to a compiler."""
+"""What the kernels can take: known of a tensor without its data, and to a compiler."""
 
 import os
 import re
