@@ -16,6 +16,7 @@ Sizes: TypeAlias = dict[str, int]
 
 # the axes of maps, and of features; only b and t may be left out
 MAPS, FEATURES = "btshw", "btdhw"
+_ARGUMENTS = {MAPS: "axes", FEATURES: "features_axes"}
 
 
 def arrange(
@@ -82,20 +83,23 @@ def check_axes(axes: object) -> tuple[str, str]:
             f"`axes` must be a pattern such as 'b t s (h w)', or a pair of them (encoder, decoder); got {axes!r}."
         )
     for one in both:
-        parse("axes", one)
+        parse(one)
     return both[0], both[1]
 
 
 @constant
-def parse(name: str, axes: object, letters: str = MAPS) -> Groups:
+def parse(axes: object, letters: str = MAPS) -> Groups:
     """Return the letters on every axis of a pattern: of ``"b (h w) 1"`` (("b",), ("h", "w"), ())."""
     if not isinstance(axes, str):
-        raise TypeError(f"`{name}` must be a pattern such as 'b t s (h w)'; got {type(axes).__name__}.")
-    return _parse(name, axes, letters)
+        raise TypeError(
+            f"`{_ARGUMENTS[letters]}` must be a pattern such as 'b t {letters[2]} (h w)'; got {type(axes).__name__}."
+        )
+    return _parse(axes, letters)
 
 
 @lru_cache
-def _parse(name: str, axes: str, letters: str) -> Groups:
+def _parse(axes: str, letters: str) -> Groups:
+    name = _ARGUMENTS[letters]
     groups: list[list[str]] = []
     merged = False
     for word in axes.replace("(", " ( ").replace(")", " ) ").split():
@@ -124,7 +128,7 @@ def _parse(name: str, axes: str, letters: str) -> Groups:
 def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAPS) -> Sizes:
     """Return by letter the sizes known and those a tensor's shape shows; where only h * w is shown, that as "n"."""
     check_tensor(name, tensor)
-    groups, shape = parse("axes", axes, letters), tensor.shape
+    groups, shape = parse(axes, letters), tensor.shape
     named = [letter for group in groups for letter in group]
     sizes = {letter: size for letter, size in known.items() if letter != "n"}
     for letter in "bt":
@@ -157,7 +161,7 @@ def place(name: str, tensor: Tensor, axes: str, sizes: Sizes, letters: str = MAP
 
     Axes are only split and reordered, which is a view whatever the strides.
     """
-    named = "".join([letter for group in parse("axes", axes, letters) for letter in group])
+    named = "".join([letter for group in parse(axes, letters) for letter in group])
     if "n" in sizes and "hw" in named:
         named, letters = named.replace("hw", "n"), letters.replace("hw", "n")
     unknown = [letter for letter in letters if letter not in sizes]
