@@ -575,6 +575,20 @@ def test_a_grid_that_does_not_fit_is_refused() -> None:
     refuses(ValueError, wanted, pseudo_labels, *maps, axes="b t s (h w)", grid=((4, 6), (4, 5)))
 
 
+def test_a_grid_for_the_encoder_is_one_for_a_flat_decoder_map() -> None:
+    maps = torch.zeros(2, 3, 4, 24), torch.zeros(24, 25)
+    wanted = "`dec_logits` must have shape (b*t*s, h*w) with b=2, t=3, s=4, h=4, w=6, as axes '(b t s) (h w)' say; got"
+    refuses(ValueError, wanted, pseudo_labels, *maps, axes=("b t s (h w)", "(b t s) (h w)"), grid=(4, 6))
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    maps = torch.zeros(7, 4, 5, 5)
+    wanted = "`enc_logits` must have shape (b*t, s, h, w) with t=3, as axes '(b t) s h w' say; got (7, 4, 5, 5)."
+    refuses(ValueError, wanted, pseudo_labels, maps, maps, axes="(b t) s h w", num_frames=3)
+    wanted = "`maps` must have shape (s*b, t, h*w) with s=3, as axes '(s b) t (h w)' say; got (7, 2, 25)."
+    refuses(ValueError, wanted, arrange, "maps", torch.zeros(7, 2, 25), "(s b) t (h w)", num_slots=3)
+
+
 def test_what_is_no_dense_tensor_is_refused() -> None:
     maps = torch.zeros(2, 3, 4, 24)
     for name, given_ones in (("enc_logits", (None, maps)), ("dec_logits", (maps, None))):
