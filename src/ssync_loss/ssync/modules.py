@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
 from ssync_loss._module import DetachedWarning, LossModule
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
@@ -38,12 +39,21 @@ class _SSyncModule(LossModule):
 
     @staticmethod
     def check_settings(
-        *, kind: object, grid: object, backend: object, start_step: object = 0, ramp_steps: object = 0, **settings: Any
+        *,
+        kind: object,
+        grid: object,
+        axes: object,
+        backend: object,
+        start_step: object = 0,
+        ramp_steps: object = 0,
+        **settings: Any,
     ) -> None:
         """Check the arguments of a constructor."""
         Settings(**settings).check()
         check_kind(kind)
         check_grid(grid)
+        if axes is not None:
+            check_axes(axes)
         check_int("start_step", start_step, 0)
         check_int("ramp_steps", ramp_steps, 0)
         check_backend(backend)
@@ -64,20 +74,20 @@ class _OneTermLoss(_SSyncModule):
         labels: PseudoLabels | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> Tensor:
         """Return the term; arguments as those of the function."""
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
-        return type(self)._function(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
+        given = {"labels": labels, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        return type(self)._function(enc_logits, dec_logits, **given, **self.settings)
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
     """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``; pass one
+    ``PseudoLabels`` as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -100,6 +110,7 @@ class BoundaryRefinementLoss(_OneTermLoss):
         temperature: float = 1.0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         backend: Backend = "auto",
     ) -> None:
         self.remember(locals())
@@ -130,6 +141,7 @@ class InteriorDenoisingLoss(_OneTermLoss):
         temperature: float = 1.0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         backend: Backend = "auto",
     ) -> None:
         self.remember(locals())
@@ -162,6 +174,12 @@ class SSyncLoss(_SSyncModule):
             encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
         grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes the grid of
             the other map where that has as many patches, and else N for a square.
+        axes: layout of the maps in einops' words, one or a pair (encoder, decoder): b, t, s, h and w in any order, any
+            of them merged, b or t left out where there is one. An image is ``"b s h w"``, slots in the last axis are
+            ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. What one map does not show is taken from the
+            other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N); without ``grid`` two
+            (B, T, S, N) maps are refused where N is a square and S and N could be height and width of an image, neither
+            more than twice the other.
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
@@ -172,8 +190,8 @@ class SSyncLoss(_SSyncModule):
             ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
             error.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64. Returns a
-        float32 scalar (float64 for float64 maps).
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, float16, bfloat16, float32 or
+        float64. Returns a float32 scalar (float64 for float64 maps).
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
     Raises: TypeError, ValueError on a wrong setting, or maps that do not fit, already before ``start_step``.
@@ -181,6 +199,8 @@ class SSyncLoss(_SSyncModule):
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
     >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
     >>> SSyncLoss(interior_weight=0.0)(sharp, blurred).item()
+    0.25
+    >>> SSyncLoss(interior_weight=0.0, axes="b s h w")(sharp[:, 0], blurred[:, 0]).item()  # as images
     0.25
     """
 
@@ -198,6 +218,7 @@ class SSyncLoss(_SSyncModule):
         max_different: int = 0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         start_step: int = 0,
         ramp_steps: int = 0,
         backend: Backend = "auto",
@@ -227,6 +248,7 @@ class SSyncLoss(_SSyncModule):
         step: int | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> Tensor:
         """Return the loss to add to a model's own.
 
@@ -241,15 +263,17 @@ class SSyncLoss(_SSyncModule):
                 step as a CUDA graph freezes the ramp at the step of capture: capture once it has ended.
             valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
             slot_mask: (B, S) bool, slots that are present.
+            num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
         self._warn_if_detached(enc_logits, dec_logits)
+        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         if not self.is_on(step):
-            bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
+            bound = bind_maps(enc_logits, dec_logits, **given)
             if self.backend != "auto":
                 # what cannot be had is said now, and not when the loss starts
                 resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
         with no_autocast(maps.enc):
             return resolve(self.backend, maps.enc, maps.dec).loss(maps, self._settings_at(step, maps.enc))
 
@@ -261,13 +285,15 @@ class SSyncLoss(_SSyncModule):
         step: int | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> SSyncTerms:
         """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
 
         Before ``start_step`` all but ``total``, which is 0, are what they would be: NaN for maps with NaN, too.
         """
         is_on = self.is_on(step)
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
+        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
         self._warn_if_detached(enc_logits, dec_logits)
         settings = self._settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
