@@ -433,7 +433,7 @@ class TestCalls:
     def test_of_a_forward_with_several_clips_are_told(self, make: Any) -> None:
         model = make()
         host = nn.ModuleList([model])
-        host.forward = lambda clip: (model(clip), model(clip))  # type: ignore[assignment]
+        host.forward = lambda clip: (model(clip), model(clip))
         tap = tap_of(model, host=host)
         host(features())
         with pytest.raises(RuntimeError, match=r"gave 2 clips.*does one forward of `host` make several clips\?"):
