@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_choice, check_tensor
 from ssync_loss._module import DetachedWarning
-from ssync_loss.adapters.hosts import EXAMPLE, HOSTS, DecKind, Dots, Found, Host, Mask, Output, lacks
+from ssync_loss.adapters.hosts import EXAMPLE, HOSTS, DecKind, Dots, Found, Host, Output, Seen, lacks
 from ssync_loss.adapters.logit_tap import HeadSoftmax, LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 from ssync_loss.adapters.slot_maps import SlotMaps
@@ -131,14 +131,15 @@ class AttachedMaps:
         self._enc = _tap(enc)
         self._dec_source = dec
         self._dec = _tap(dec) if isinstance(dec, (Dots, Output)) else dec
+        self._own = dec if isinstance(dec, (LogitTap, OutputTap)) else None
         self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
         if isinstance(dec, (Dots, Output)):
             self._handles.append(dec.covers.register_forward_hook(self._on_decoder))
-        for name in ("valid", "slot_mask"):
-            mask: Mask | None = getattr(found, name)
-            if mask is not None:
-                hook = partial(self._on_mask, name)
-                self._handles.append(mask.module.register_forward_hook(hook, with_kwargs=True))
+        for name in ("valid", "slot_mask", "grid"):
+            seen: Seen | None = getattr(found, name)
+            if seen is not None:
+                hook = partial(self._on_seen, name)
+                self._handles.append(seen.module.register_forward_hook(hook, with_kwargs=True))
 
     def __call__(self) -> SlotMaps:
         """Return the maps of the last forward, (B, T, S, H, W), or (B, T, S, N) where N shows no grid, and its masks.
@@ -156,14 +157,16 @@ class AttachedMaps:
         enc, dec = SlotMaps.join(enc, dec)
         if self._kind == "probs":
             dec = _log(dec)
-        slot_mask = caught["slot_mask"] if "slot_mask" in caught else None
         present: Tensor | None = None
-        if slot_mask is not None:
+        if "slot_mask" in caught:
             # the host masks after the tap: (B, S) once, or frame by frame
-            by_frame = torch.stack(slot_mask, 1)
+            by_frame = torch.stack(caught["slot_mask"], 1)
             enc = enc.masked_fill(~by_frame.unsqueeze(-1), float("-inf"))
             present = by_frame.any(1)
         enc_grid, dec_grid = self._grids
+        if enc_grid is None and "grid" in caught:
+            height, width = caught["grid"][-1].shape[1:]
+            enc_grid = (height, width)
         if dec_grid is None and dec.shape[3:] == enc.shape[3:]:
             dec_grid = enc_grid
         enc, dec = _on_grid("enc_logits", enc, enc_grid), _on_grid("dec_logits", dec, dec_grid)
@@ -212,17 +215,20 @@ class AttachedMaps:
         if self._alive:
             self._ran = ["encoder"]
             self._caught = {}
+            if self._own is not None:
+                # a tap of the user's may have no host, and then keeps what nobody asked for
+                self._own.reset()
 
     def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if self._alive:
             self._ran.append("decoder")
 
-    def _on_mask(
+    def _on_seen(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        mask = getattr(self._found, name).pick(args, kwargs, output) if self._alive else None
-        if mask is not None:
-            self._caught.setdefault(name, []).append(mask)
+        tensor = getattr(self._found, name).pick(args, kwargs, output) if self._alive else None
+        if tensor is not None:
+            self._caught.setdefault(name, []).append(tensor)
 
     def _check_forward(self) -> None:
         if not self._alive:

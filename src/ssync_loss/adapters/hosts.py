@@ -1,7 +1,7 @@
 """Where slot models of others keep their two maps: one table, an entry a family.
 
-A host is recognized by its attributes, and none is imported. To add one, write an entry like those at the end of this
-file and hand it over: ``attach(model, host=entry)``.
+A host is recognized by its attributes, and none is imported. To add one, write an entry like those in `HOSTS` and hand
+it over, ``attach(model, host=entry)``.
 """
 
 from collections.abc import Callable
@@ -55,12 +55,12 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A mask that passes through a module.
+class Seen:
+    """A mask, or a grid, that a module takes or gives.
 
     Attributes:
         module: the module; a call is a clip, or a frame.
-        pick: takes its arguments, its keyword arguments and its output, and returns the mask, or None without one.
+        pick: takes its arguments, its keyword arguments and its output, and returns the tensor, or None without one.
     """
 
     module: nn.Module
@@ -77,14 +77,16 @@ class Found:
         valid: (B, T) bool, frames whose two maps belong together.
         slot_mask: (B, S) bool, slots that are present, in each frame or once.
         shuffled: modules whose patches do not stand in the order of the encoder's.
+        grid: any tensor whose last two axes are those of the patches.
         pick_frames: takes both maps as they were tapped, and returns the encoder's frames that were decoded.
     """
 
     enc: Dots
     dec: Dots | Output | str
-    valid: Mask | None = None
-    slot_mask: Mask | None = None
+    valid: Seen | None = None
+    slot_mask: Seen | None = None
     shuffled: tuple[nn.Module, ...] = ()
+    grid: Seen | None = None
     pick_frames: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -113,11 +115,10 @@ def reach(module: Any, path: str) -> Any:
     3
     """
     for name in path.split("."):
-        module = uncompiled(module)
         while not hasattr(module, name):
             module = uncompiled(module.module)
-        module = getattr(module, name)
-    return uncompiled(module)
+        module = uncompiled(getattr(module, name))
+    return module
 
 
 def uncompiled(module: Any) -> Any:
@@ -131,10 +132,11 @@ def inner(module: Any) -> Any:
 
 
 def lacks(module: nn.Module, host: Host) -> list[str]:
-    """Return the marks of a host that a module does not have."""
+    """Return the marks of a host that a module does not have, or only inside of a wrapper of its own."""
     missing = []
     for path in host.marks:
         try:
+            getattr(module, path.partition(".")[0])
             reach(module, path)
         except AttributeError:
             missing.append(path)
@@ -204,9 +206,10 @@ def _genera1z(model: Any) -> Found:
     return Found(
         Dots(attention.proj_q, attention.proj_k, scale, model),
         Output(decode, _second, decode, "probs"),
-        valid=Mask(decode, _same_frame),
-        slot_mask=Mask(attention, _smask),
+        valid=Seen(decode, _same_frame),
+        slot_mask=Seen(attention, _smask),
         shuffled=tuple(layers),
+        grid=Seen(model, _feature_grid),
     )
 
 
@@ -216,6 +219,13 @@ def _same_frame(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) ->
         return None
     source: Tensor = output[2]
     return source == torch.arange(source.shape[1], device=source.device)
+
+
+def _feature_grid(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor:
+    # of the feature only the shape is kept
+    height, width = output[0].shape[-2:]
+    grid: Tensor = output[0].new_empty(0, height, width)
+    return grid
 
 
 def _smask(args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Tensor | None:
@@ -241,7 +251,7 @@ def _oclf(model: Any) -> Found:
     return Found(
         Dots(attention.to_q, attention.to_k, attention.scale, grouping, heads=heads, head_softmax="joint"),
         dec,
-        slot_mask=Mask(inner(grouping), _not_empty),
+        slot_mask=Seen(inner(grouping), _not_empty),
     )
 
 
@@ -263,7 +273,7 @@ def _spot(model: Any) -> Found:
     return Found(
         Dots(attention.project_q, attention.project_k, scale, encoder, heads=heads, head_softmax="joint"),
         Output(model, _third, model, "probs"),
-        shuffled=() if getattr(model, "train_permutations", None) == "standard" else (reach(model, "dec"),),
+        shuffled=tuple(getattr(reach(model, "dec"), "blocks", ())),
     )
 
 
@@ -282,7 +292,7 @@ HOSTS: tuple[Host, ...] = (
     Host("steve", ("steve_encoder.savi.project_q", "steve_decoder.tf.blocks"), _steve),
     Host("oclf", ("perceptual_grouping.slot_attention.to_q", "object_decoder"), _oclf),
     Host("spot", ("slot_attn.slot_attention.project_q", "forward_decoder", "dec"), _spot),
-    Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu", "norm_slots"), _lucidrains),
+    Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 
 EXAMPLE = '''\
