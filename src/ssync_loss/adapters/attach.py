@@ -73,7 +73,7 @@ def attach(
         found = entry.find(module)
     except AttributeError as error:
         raise ValueError(
-            f"`model` has the marks of {entry.name}, but its maps are not where they should be: {error}."
+            f"`model` has the marks of {entry.name}, but not what its maps are made of: {error}."
         ) from error
     enc = found.enc
     enc = replace(

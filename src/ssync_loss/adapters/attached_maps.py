@@ -169,14 +169,14 @@ class AttachedMaps:
     def _check_forward(self) -> None:
         self._check_alive()
         ran, enc = self._ran, self._found.enc
-        if not ran:
+        if ran[:1] == ["given"]:
+            raise RuntimeError("the maps of this forward were given already: keep what the first call returned.")
+        if ran[:1] != ["encoder"]:
             raise RuntimeError(
                 f"no forward of {self._title} has been seen. Call the model first, and attach before its first call "
                 "if it is compiled. A copy (deepcopy, an average, a pickle) is not tapped: attach to the copy. "
                 f"What must be called, and not its `.forward`, is {self._name(enc.covers)}."
             )
-        if ran[0] == "given":
-            raise RuntimeError("the maps of this forward were given already: keep what the first call returned.")
         if not isinstance(self._dec_source, (Dots, Output)):
             return
         decoder, times = self._name(self._dec_source.covers), len(ran) - 1
@@ -250,8 +250,7 @@ def _log(probs: Tensor) -> Tensor:
     with no_autocast(probs):
         probs = at_least_float32(probs)
         probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
-        logits: Tensor = probs.clamp_min(TINY).log()
-        return logits
+        return probs.clamp_min(TINY).log()
 
 
 def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
@@ -262,7 +261,7 @@ def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
     num_patches = maps.shape[3]
     height, width = (isqrt(num_patches),) * 2 if size is None else size
     if height * width == num_patches:
-        return maps.unflatten(3, (height, width))
+        return maps.reshape(*maps.shape[:3], height, width)
     if size is None:
         return maps
     raise ValueError(f"`grid` must have the N={num_patches} patches of `{name}`; got {size}.")
