@@ -759,23 +759,6 @@ class TestOutputTap:
 
 
 class TestJoin:
-    @pytest.mark.parametrize("dec_shape", [(B, T, S, N), (B, T, S, 5, 5), (B * T, S, N), (B * T, S, 5, 5)])
-    @pytest.mark.parametrize("enc_shape", [(B, T, S, N), (B, T, S, 2, 3)])
-    def test_reads_the_decoder_as_the_encoder_says(
-        self, enc_shape: tuple[int, ...], dec_shape: tuple[int, ...]
-    ) -> None:
-        enc, dec = torch.randn(enc_shape), torch.randn(dec_shape)
-        maps = SlotMaps.join(enc, dec)
-        assert maps.enc_logits is enc
-        wanted = dec.reshape(B, T, S, *dec_shape[3 if dec_shape[:3] == (B, T, S) else 2 :])
-        assert torch.equal(maps.dec_logits, wanted)
-
-    def test_takes_flattened_tensors_apart(self) -> None:
-        enc, dec = torch.randn(B * T, S, N), torch.randn(B * T, S, 5, 5)
-        maps = SlotMaps.join(enc, dec, num_frames=T)
-        assert torch.equal(maps.enc_logits, enc.reshape(B, T, S, N))
-        assert torch.equal(maps.dec_logits, dec.reshape(B, T, S, 5, 5))
-
     def test_of_a_video_model_feeds_a_criterion(self) -> None:
         model = VideoModel()
         enc, dec = tap_of(model, host=model), OutputTap(model.decoder.mlp, last_channel, host=model)
@@ -787,36 +770,6 @@ class TestJoin:
         assert model.corrector.to_q.weight.grad is not None
         assert model.corrector.to_k.weight.grad is not None
         assert model.decoder.position.grad is not None
-
-    @pytest.mark.parametrize(
-        ("enc_shape", "num_frames", "message"),
-        [
-            ((B * T, S, N), None, r"`enc` must have shape \(B, T, S, N\) or .* got \(6, 4, 6\)"),
-            ((B * T, S, N), 4, r"`enc` must have shape \(B, T=4, S, N\) or .* got \(6, 4, 6\)"),
-            ((B, T, S, N), 2, r"`enc` must have shape \(B, T=2, S, N\) or .* got \(2, 3, 4, 6\)"),
-            ((B, T), None, r"`enc` must have shape .* got \(2, 3\)"),
-        ],
-    )
-    def test_refuses_other_encoders(self, enc_shape: tuple[int, ...], num_frames: int | None, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            SlotMaps.join(torch.zeros(enc_shape), torch.zeros(B, T, S, N), num_frames=num_frames)
-
-    @pytest.mark.parametrize(
-        "dec_shape",
-        [(B, T, S + 1, N), (B * T + 1, S, N), (B * T, S + 1, N), (B, S, N), (B, T, S), (B, T, S, 1, 2, 3)],
-    )
-    def test_refuses_other_decoders(self, dec_shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"`dec` must have shape \(B=2, T=3, S=4, .* or \(B\*T=6, S=4"):
-            SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(dec_shape))
-
-    def test_refuses_what_is_no_map(self) -> None:
-        wrong: Any = "masks"
-        with pytest.raises(TypeError, match="`enc` must be a tensor; got str"):
-            SlotMaps.join(wrong, torch.zeros(B, T, S, N))
-        with pytest.raises(TypeError, match="`dec` must be a tensor; got str"):
-            SlotMaps.join(torch.zeros(B, T, S, N), wrong)
-        with pytest.raises(ValueError, match="`num_frames` must be at least 1; got 0"):
-            SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(B, T, S, N), num_frames=0)
 
 
 class TestArguments:

@@ -4,8 +4,9 @@
 them the two arguments of a criterion.
 """
 
+from ssync_loss.adapters.attach import AttachedMaps, attach
 from ssync_loss.adapters.logit_tap import HeadSoftmax, LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 from ssync_loss.adapters.slot_maps import SlotMaps
 
-__all__ = ["HeadSoftmax", "LogitTap", "OutputTap", "SlotMaps"]
+__all__ = ["AttachedMaps", "HeadSoftmax", "LogitTap", "OutputTap", "SlotMaps", "attach"]

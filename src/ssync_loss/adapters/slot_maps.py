@@ -1,6 +1,7 @@
 """The two maps of a model, in the form a criterion takes."""
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, overload
 
 from einops import rearrange
 from torch import Tensor
@@ -15,16 +16,76 @@ if TYPE_CHECKING:
 Source: TypeAlias = Tensor | LogitTap | OutputTap
 
 
-class SlotMaps(NamedTuple):
-    """Encoder and decoder maps of one forward: ``criterion(*maps)``.
+class SlotMaps(tuple[Tensor, Tensor]):
+    """The maps of one forward: ``criterion(*maps)``, or ``criterion(**maps)`` with the masks of the host.
 
-    Attributes:
+    A tuple of the two maps. As a mapping it has the masks too, where there are any.
+
+    Args:
         enc_logits: (B, T, S, N) or (B, T, S, H, W), of slot attention.
         dec_logits: likewise, of the decoder, perhaps on another grid.
+        valid: (B, T) or (B, T, H, W), where the maps count.
+        slot_mask: (B, S), which slots there are.
+
+    >>> import torch
+    >>> maps = SlotMaps(torch.zeros(2, 3, 4, 25), torch.zeros(2, 3, 4, 25), valid=torch.ones(2, 3, dtype=torch.bool))
+    >>> len(maps), list(dict(**maps))
+    (2, ['enc_logits', 'dec_logits', 'valid'])
     """
 
-    enc_logits: Tensor
-    dec_logits: Tensor
+    # a named tuple by hand, which torch's compiler takes for one: typing's have no room for masks
+    _fields = "enc_logits", "dec_logits"
+    _field_defaults: ClassVar[dict[str, Any]] = {}
+    valid: Tensor | None
+    slot_mask: Tensor | None
+
+    def __new__(
+        cls, enc_logits: Tensor, dec_logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None
+    ) -> "Self":
+        """Put two maps together, and masks by name."""
+        maps = tuple.__new__(cls, (enc_logits, dec_logits))
+        maps.valid, maps.slot_mask = valid, slot_mask
+        return maps
+
+    def __getnewargs__(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+    @classmethod
+    def _make(cls, maps: Iterable[Tensor]) -> "Self":
+        return cls(*maps)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {**self}
+
+    @property
+    def enc_logits(self) -> Tensor:
+        """The encoder's map."""
+        return self[0]
+
+    @property
+    def dec_logits(self) -> Tensor:
+        """The decoder's map."""
+        return self[1]
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of what is there."""
+        masks = tuple(name for name in ("valid", "slot_mask") if getattr(self, name) is not None)
+        return "enc_logits", "dec_logits", *masks
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, key: SupportsIndex | slice | str) -> Tensor | tuple[Tensor, ...]:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key not in self.keys():
+            raise KeyError(key)
+        found: Tensor = getattr(self, key)
+        return found
+
+    def _replace(self, **changes: Any) -> "Self":
+        return type(self)(**{**self, **changes})
 
     @classmethod
     def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> "Self":
