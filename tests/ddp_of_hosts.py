@@ -1,0 +1,47 @@
+"""Started by torchrun: ``ddp_of_hosts.py FOLDER AMP`` trains a miniature on this rank's clips, and writes its weights."""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder only
+
+from examples.hosts import ddp
+
+from miniatures import genera1z
+
+Batches = list[list[Tensor]]
+
+
+def scene() -> tuple[nn.Module, Batches]:
+    """The model, and two steps of two parts of four clips."""
+    torch.manual_seed(0)
+    model = genera1z.build(genera1z.BroadcastMLPDecoder)
+    return model, [[torch.randn(4, 3, 8, 3, 4) for _ in range(2)] for _ in range(2)]
+
+
+def host_loss(model: nn.Module, video: Tensor) -> Tensor:
+    output = model(batch={"video": video, "smask": None})
+    loss: Tensor = (output["recon"] - output["feature"]).square().mean()
+    return loss
+
+
+def main(folder: str, amp: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model, batches = scene()
+    mine: Any = [[part.chunk(size)[rank] for part in parts] for parts in batches]
+    ddp.train(model, mine, host_loss, amp=amp == "amp")
+    torch.save(model.state_dict(), Path(folder) / f"{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
