@@ -201,7 +201,7 @@ def _last_pass(enc: Tensor, dec: Tensor) -> Tensor:
 
 def _genera1z(model: Any) -> Found:
     attention, decode = reach(model, "aggregat"), reach(model, "decode")
-    scale = attention.proj_q.out_features ** -0.5
+    scale = attention.proj_q.out_features**-0.5
     layers = getattr(getattr(decode, "backbone", None), "layers", ())
     return Found(
         Dots(attention.proj_q, attention.proj_k, scale, model),
@@ -221,10 +221,12 @@ def _same_frame(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) ->
     return source == torch.arange(source.shape[1], device=source.device)
 
 
-def _feature_grid(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor:
-    # of the feature only the shape is kept
-    height, width = output[0].shape[-2:]
-    grid: Tensor = output[0].new_empty(0, height, width)
+def _feature_grid(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    feature = output[0]
+    if feature.dim() not in (4, 5):
+        return None
+    # (B, [T,] C, H, W), of which only the shape is kept
+    grid: Tensor = feature.new_empty(0, *feature.shape[-2:])
     return grid
 
 
@@ -295,7 +297,7 @@ HOSTS: tuple[Host, ...] = (
     Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 
-EXAMPLE = '''\
+EXAMPLE = """\
 from ssync_loss.adapters.hosts import Dots, Found, Host, Output
 
 def find(model):
@@ -307,4 +309,4 @@ def find(model):
         dec=Output(decoder.mlp, lambda out: out[..., -1], covers=decoder),
     )
 
-maps = attach(model, host=Host("mine", ("slot_attention.to_q", "decoder.mlp"), find))'''
+maps = attach(model, host=Host("mine", ("slot_attention.to_q", "decoder.mlp"), find))"""
