@@ -1,4 +1,4 @@
-"""Started by torchrun: ``ddp_of_hosts.py FOLDER AMP`` trains a miniature on this rank's clips, and writes its weights."""
+"""Started by torchrun: ``ddp_of_hosts.py FOLDER PRECISION`` trains a miniature on this rank's clips."""
 
 import os
 import sys
@@ -19,11 +19,12 @@ from miniatures import genera1z
 Batches = list[list[Tensor]]
 
 
-def scene() -> tuple[nn.Module, Batches]:
+def scene(precision: str) -> tuple[nn.Module, Batches]:
     """The model, and two steps of two parts of four clips."""
     torch.manual_seed(0)
-    model = genera1z.build(genera1z.BroadcastMLPDecoder)
-    return model, [[torch.randn(4, 3, 8, 3, 4) for _ in range(2)] for _ in range(2)]
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = genera1z.build(genera1z.BroadcastMLPDecoder).to(dtype)
+    return model, [[torch.randn(4, 3, 8, 3, 4, dtype=dtype) for _ in range(2)] for _ in range(2)]
 
 
 def host_loss(model: nn.Module, video: Tensor) -> Tensor:
@@ -32,13 +33,13 @@ def host_loss(model: nn.Module, video: Tensor) -> Tensor:
     return loss
 
 
-def main(folder: str, amp: str) -> None:
+def main(folder: str, precision: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, batches = scene()
+    model, batches = scene(precision)
     mine: Any = [[part.chunk(size)[rank] for part in parts] for parts in batches]
-    ddp.train(model, mine, host_loss, amp=amp == "amp")
+    ddp.train(model, mine, host_loss, amp=precision == "amp")
     torch.save(model.state_dict(), Path(folder) / f"{os.environ['RANK']}.pt")
     dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ class Trainer:
         self._validate(model, val_dataloaders)
         for _ in range(self.max_epochs):
             for index, batch in enumerate(train_dataloaders):
-                (model.train().training_step(batch, index) / self.accumulate).backward()
+                (model.train().training_step(batch) / self.accumulate).backward()
                 if (index + 1) % self.accumulate == 0:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -41,5 +41,5 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, model: Any, batches: Iterable[Any]) -> None:
         model.eval()
-        for index, batch in enumerate(batches):
-            model.validation_step(batch, index)
+        for batch in batches:
+            model.validation_step(batch)

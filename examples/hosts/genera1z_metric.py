@@ -43,7 +43,7 @@ def for_host(learn: Any) -> tuple[type, type]:
         def after_forward(self, **pack: Any) -> None:
             pack["output"].update(**self.maps())
 
-        def after_epoch(self, **pack: Any) -> None:
+        def after_epoch(self, **_: Any) -> None:
             self.maps.remove()
 
     return SSyncMetric, SSyncMaps

@@ -7,7 +7,7 @@ maps are attached when fitting starts, before the sanity validation; nothing of 
 from collections.abc import Callable
 from typing import Any
 
-import lightning
+import lightning  # type: ignore[import-not-found, unused-ignore]
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ssync_loss import SSyncLoss
 from ssync_loss.adapters import attach
 
 
-class SSyncModule(lightning.LightningModule):
+class SSyncModule(lightning.LightningModule):  # type: ignore[misc, unused-ignore]
     """Trains ``model`` with ``host_loss(model, batch)``, the loss it had before, and the line."""
 
     def __init__(self, model: nn.Module, host_loss: Callable[[nn.Module, Any], Tensor], **settings: Any) -> None:
@@ -31,12 +31,12 @@ class SSyncModule(lightning.LightningModule):
         """Let the model go."""
         self.maps.remove()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any) -> Tensor:
         """Return the loss of the host and the line."""
         loss = self.host_loss(self.model, batch)
         return loss + self.criterion(**self.maps(), step=self.global_step)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any) -> None:
         """Validate as before; maps that nobody asks for are forgotten at the next forward."""
         self.log("val/loss", self.host_loss(self.model, batch))
 

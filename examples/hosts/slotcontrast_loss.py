@@ -46,7 +46,7 @@ def register(package: str) -> None:
             target_transform: Any = None,
             **settings: Any,
         ) -> None:
-            super().__init__(pred_key, target_key, video_inputs=video_inputs, patch_inputs=patch_inputs)
+            super().__init__(pred_key, target_key, video_inputs, patch_inputs, target_transform=target_transform)
             self.criterion = SSyncLoss(**settings)
 
         def get_target(self, *_: Any) -> None: ...
