@@ -182,7 +182,7 @@ class TestSlotContrastLoss:
     def test_their_script_from_a_command_line(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config_of("MLPDecoder", "video", {**MSE, **SSYNC})))
-        environment = {**os.environ, **PATHS, "HOST": "miniatures.slotcontrast", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **PATHS, "RUN": "miniatures.slotcontrast.train", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(HOSTS / "slotcontrast_loss.py"), str(path)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert ran.returncode == 0, ran.stderr
@@ -281,6 +281,8 @@ class TestOCLFConfiguration:
         config = parsed((HOSTS / "oclf.yaml").read_text())[input_type]["losses"]
         trainer = SimpleNamespace(global_step=29_999)
         is_video = input_type == "video"
+        if is_video and decoder is not None:
+            config["ssync"]["axes"] = ["b t s (h w)", "(b t) s (h w)"]
         model = oclf.build(video=is_video, n_heads=n_heads, decoder=decoder, losses=config, trainer=trainer)
         data = MINIATURES[f"oclf {input_type}"].batch(2, 3)
         outputs = model(data)
@@ -288,8 +290,7 @@ class TestOCLFConfiguration:
         trainer.global_step = 30_000
         value = model.losses["ssync"](inputs=outputs)
         enc, dec = outputs["perceptual_grouping"].feature_attributions, outputs["object_decoder"].masks
-        if not is_video:
-            enc, dec = enc[:, None], dec[:, None]
+        enc, dec = (one.reshape(2, 3 if is_video else 1, 4, 16) for one in (enc, dec))
         expected = SSyncLoss(kind="probs", merge_threshold=config["ssync"]["merge_threshold"])(enc, dec)
         assert torch.equal(value, expected)
         assert value > 0

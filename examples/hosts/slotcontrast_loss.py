@@ -2,9 +2,9 @@
 
 ::
 
-    HOST=slotcontrast python examples/hosts/slotcontrast_loss.py configs/slotcontrast/ytvis.yaml
+    RUN=slotcontrast.train python examples/hosts/slotcontrast_loss.py configs/slotcontrast/ytvis.yaml
 
-runs the ``train.py`` of the package HOST after the loss has been put among its losses, so that a configuration can say
+runs that module after the loss has been put among the losses of its package, so that a configuration can say
 
 .. code-block:: yaml
 
@@ -53,7 +53,7 @@ def register(package: str) -> None:
 
         def get_prediction(self, *_: Any) -> None: ...
 
-        def forward(self, *_: Any) -> Tensor:
+        def forward(self, *_: Any, **__: Any) -> Tensor:
             return self.criterion(**self.maps(), step=self.step())
 
     def build_attached(*args: Any, **kwargs: Any) -> Any:
@@ -68,6 +68,6 @@ def register(package: str) -> None:
 
 if __name__ == "__main__":
     # from the environment, which the processes that Lightning starts for other GPUs inherit
-    host = os.environ.get("HOST", "slotcontrast")
-    register(host)
-    runpy.run_module(f"{host}.train", run_name="__main__")
+    module = os.environ.get("RUN", "slotcontrast.train")
+    register(module.rpartition(".")[0])
+    runpy.run_module(module, run_name="__main__")
