@@ -1,6 +1,5 @@
-"""Started by torchrun: ``ddp_of_hosts.py FOLDER PRECISION`` trains a miniature on this rank's clips."""
+"""Started by torchrun: ``ddp_of_hosts.py FOLDER`` trains a miniature on this rank's clips, in each precision."""
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own fol
 from examples.hosts import ddp
 
 from miniatures import genera1z
+
+PRECISIONS = ("amp", "float64")
 
 Batches = list[list[Tensor]]
 
@@ -33,14 +34,16 @@ def host_loss(model: nn.Module, video: Tensor) -> Tensor:
     return loss
 
 
-def main(folder: str, precision: str) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, batches = scene(precision)
-    mine: Any = [[part.chunk(size)[rank] for part in parts] for parts in batches]
-    ddp.train(model, mine, host_loss, amp=precision == "amp")
-    torch.save(model.state_dict(), Path(folder) / f"{os.environ['RANK']}.pt")
+    trained = {}
+    for precision in PRECISIONS:
+        model, batches = scene(precision)
+        mine: Any = [[part.chunk(size)[rank] for part in parts] for parts in batches]
+        trained[precision] = ddp.train(model, mine, host_loss, amp=precision == "amp").state_dict()
+    torch.save(trained, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ import lightning_stand_in
 from miniatures import MINIATURES, Miniature, genera1z, oclf
 from miniatures.slotcontrast import losses, models, train
 from ssync_loss import SSyncLoss
-from ssync_loss.adapters import OutputTap
+from ssync_loss.adapters import OutputTap, attach
 
 HOSTS = Path(plain_loop.__file__).parent
 ROOT = HOSTS.parents[1]
@@ -341,37 +341,38 @@ def loader(batches: Any) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The weights of two processes, by precision."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1", ddp_of_hosts.__file__, str(folder)]
+    environment = {**os.environ, **PATHS, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=180)
+    assert ran.returncode == 0, ran.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 class TestDataParallel:
-    @pytest.mark.parametrize("amp", ["amp", "float64"])
-    def test_two_processes_train_as_one(self, amp: str, tmp_path: Path) -> None:
-        script = Path(ddp_of_hosts.__file__)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-        launch += ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1", str(script), str(tmp_path), amp]
-        environment = {**os.environ, **PATHS, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=180)
-        assert ran.returncode == 0, ran.stderr
-        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-        model, batches = ddp_of_hosts.scene(amp)
-        before = copy.deepcopy(model.state_dict())
+    @pytest.mark.parametrize("precision", ddp_of_hosts.PRECISIONS)
+    def test_ranks_stay_together(self, precision: str, ranks: list[Any]) -> None:
+        first, second = (rank[precision] for rank in ranks)
+        before = ddp_of_hosts.scene(precision)[0].state_dict()
         for name, one in first.items():
             assert torch.equal(one, second[name])
         assert any(not torch.equal(one, before[name]) for name, one in first.items())
-        if amp == "float64":
-            alone(model, batches)
-            for name, one in model.state_dict().items():
-                torch.testing.assert_close(first[name], one, rtol=0, atol=1e-12)
 
-
-def alone(model: nn.Module, batches: list[list[Tensor]]) -> None:
-    """Train one process with the whole batch, by hand."""
-    from ssync_loss.adapters import attach
-
-    maps, criterion = attach(model), SSyncLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
-    for parts in batches:
-        for part in parts:
-            loss = ddp_of_hosts.host_loss(model, part)
-            ((loss + criterion(**maps())) / len(parts)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        optimizer.step()
-        optimizer.zero_grad()
+    def test_two_processes_train_as_one(self, ranks: list[Any]) -> None:
+        """With the whole batch, by hand."""
+        model, batches = ddp_of_hosts.scene("float64")
+        maps, criterion = attach(model), SSyncLoss()
+        optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
+        for parts in batches:
+            for part in parts:
+                loss = ddp_of_hosts.host_loss(model, part)
+                ((loss + criterion(**maps())) / len(parts)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, one in model.state_dict().items():
+            torch.testing.assert_close(ranks[0]["float64"][name], one, rtol=0, atol=1e-12)
