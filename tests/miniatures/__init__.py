@@ -107,7 +107,7 @@ def _oclf(*, video: bool, masked: bool = False, **settings: Any) -> Miniature:
         outputs = model(data)
         loss = model.losses["mse"](inputs=outputs)
         enc = outputs["perceptual_grouping"].feature_attributions * settings.get("n_heads", 1)
-        return loss, _clips(enc, outputs["object_decoder"].masks, has_time=video)
+        return loss, _clips(enc, outputs["object_decoder"].masks.view_as(enc), has_time=video)
 
     return Miniature(lambda: oclf.build(video=video, **settings), batch, step, video)
 
@@ -163,6 +163,7 @@ MINIATURES: dict[str, Miniature] = {
     "oclf image heads": _oclf(video=False, n_heads=2),
     "oclf image autoregressive": _oclf(video=False, decoder=oclf.AUTOREGRESSIVE),
     "oclf video": _oclf(video=True),
+    "oclf video autoregressive": _oclf(video=True, decoder=oclf.AUTOREGRESSIVE),
     "oclf video heads": _oclf(video=True, n_heads=2),
     "oclf video masked": _oclf(video=True, masked=True),
     "lucidrains": _lucidrains(lambda: lucidrains.SlotAttention(4, 8)),

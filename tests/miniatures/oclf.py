@@ -101,6 +101,8 @@ class PatchDecoder(nn.Module):
 
 
 class AutoregressivePatchDecoder(nn.Module):
+    """The frames of its own masks stay in the batch."""
+
     def __init__(self, dim: int, num_patches: int, *, use_decoder_masks: bool) -> None:
         super().__init__()
         self.use_decoder_masks = use_decoder_masks
@@ -111,7 +113,7 @@ class AutoregressivePatchDecoder(nn.Module):
         slots, seen = object_features.flatten(0, -3), (target.roll(1, -2) + self.pos_embed).flatten(0, -3)
         decoded, attention = self.decoder(seen, slots, slots)
         if self.use_decoder_masks:
-            masks = attention.mT.view_as(masks)
+            masks = attention.mT
         return PatchReconstructionOutput(decoded.view_as(target), masks, target)
 
 

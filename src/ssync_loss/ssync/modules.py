@@ -1,7 +1,9 @@
 """The three modules of SSync: each remembers settings, and calls the functions."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -86,8 +88,8 @@ class _OneTermLoss(_SSyncModule):
 class BoundaryRefinementLoss(_OneTermLoss):
     """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``; pass one
+    ``PseudoLabels`` as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -174,6 +176,12 @@ class SSyncLoss(_SSyncModule):
             encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
         grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes the grid of
             the other map where that has as many patches, and else N for a square.
+        axes: layout of the maps in einops' words, one or a pair (encoder, decoder): b, t, s, h and w in any order, any
+            of them merged, b or t left out where there is one. An image is ``"b s h w"``, slots in the last axis are
+            ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. What one map does not show is taken from the
+            other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N); without ``grid`` two
+            (B, T, S, N) maps are refused where N is a square and S and N could be height and width of an image, neither
+            more than twice the other.
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
@@ -184,8 +192,8 @@ class SSyncLoss(_SSyncModule):
             ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
             error.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64. Returns a
-        float32 scalar (float64 for float64 maps).
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, float16, bfloat16, float32 or
+        float64. Returns a float32 scalar (float64 for float64 maps).
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
     Raises: TypeError, ValueError on a wrong setting, or maps that do not fit, already before ``start_step``.
@@ -193,6 +201,8 @@ class SSyncLoss(_SSyncModule):
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
     >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
     >>> SSyncLoss(interior_weight=0.0)(sharp, blurred).item()
+    0.25
+    >>> SSyncLoss(interior_weight=0.0, axes="b s h w")(sharp[:, 0], blurred[:, 0]).item()  # as images
     0.25
     """
 
@@ -251,8 +261,9 @@ class SSyncLoss(_SSyncModule):
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
             dec_logits: alpha logits of the decoder, before the softmax over slots.
-            step: the training step, a Python int; needed with ``start_step`` or ``ramp_steps``. Capturing a
-                step as a CUDA graph freezes the ramp at the step of capture: capture once it has ended.
+            step: the training step, a Python int or, outside of compiled code, NumPy's; needed with ``start_step``
+                or ``ramp_steps``. Capturing a step as a CUDA graph freezes the ramp at the step of capture: capture
+                once it has ended.
             valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
@@ -302,10 +313,8 @@ class SSyncLoss(_SSyncModule):
                 schedule = f"(start_step={self.start_step}, ramp_steps={self.ramp_steps})"
                 raise ValueError(f"`step` must be given with a schedule {schedule}; got None.")
             return True
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
         start_step: int = self.start_step
-        return step >= start_step
+        return _integer(step) >= start_step
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
@@ -317,7 +326,7 @@ class SSyncLoss(_SSyncModule):
         if step is not None and self.ramp_steps > 0:
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
             dtype = torch.promote_types(like.dtype, torch.float32)
-            progress = torch.full((), step - self.start_step, device=like.device, dtype=dtype)
+            progress = torch.full((), _integer(step) - self.start_step, device=like.device, dtype=dtype)
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
@@ -331,3 +340,14 @@ class SSyncLoss(_SSyncModule):
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
+
+
+def _integer(step: object) -> int:
+    """Return a step as a Python int: hosts count with NumPy's integers, too."""
+    if isinstance(step, int) and not isinstance(step, bool):
+        return step
+    # reading a tensor would wait for its device
+    if not isinstance(step, (bool, Tensor)):
+        with suppress(TypeError):
+            return index(step)  # type: ignore[arg-type]
+    raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
