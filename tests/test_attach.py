@@ -49,7 +49,7 @@ def attached(name: str) -> tuple[Miniature, Any, AttachedMaps]:
 def attach_to(host: Miniature, model: Any) -> AttachedMaps:
     if host.decoder_is_linked:
         return attach(model)
-    return attach(model, dec=Output(model.decoder, last_channel, covers=model.decoder))
+    return attach(model, dec=Output(model.decoder, last_channel))
 
 
 def run(host: Miniature, model: Any, *, clips: int = B, frames: int = T) -> tuple[Tensor, Maps]:
@@ -268,9 +268,7 @@ class Loner(nn.Module):
 LONER = Host(
     "loner",
     ("ask", "answer", "out"),
-    lambda model: Found(
-        Dots(model.ask, model.answer, 1.0, model), Output(model.out, lambda output: output, covers=model.out)
-    ),
+    lambda model: Found(Dots(model.ask, model.answer, 1.0, model), Output(model.out)),
 )
 
 
@@ -604,7 +602,7 @@ class TestOverrides:
     def test_scale_and_heads(self) -> None:
         host = MINIATURES["lucidrains heads"]
         model: Any = host.build()
-        dec = Output(model.decoder, last_channel, covers=model.decoder)
+        dec = Output(model.decoder, last_channel)
         for settings in ({"scale": 2.0}, {"heads": 2}, {"head_softmax": "joint"}):
             attention = model.slot_attn
             kept: Any = {"scale": attention.scale, "heads": 4, "head_softmax": "per_head", **settings}

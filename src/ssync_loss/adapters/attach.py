@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from ssync_loss._checks import check_choice
 from ssync_loss.adapters.attached_maps import AttachedMaps, Source
@@ -88,7 +88,7 @@ def attach(
             raise ValueError(f"`dec_kind` must be None without `dec`; got {dec_kind!r}.")
     tapped: Source | str = found.dec
     if dec is not None:
-        tapped = Output(dec, _itself, dec) if isinstance(dec, nn.Module) else dec
+        tapped = Output(dec) if isinstance(dec, nn.Module) else dec
     if isinstance(tapped, str):
         if dec is None:
             raise ValueError(f"`model`, a {type(module).__name__}, shows no map of the decoder: {tapped}.")
@@ -159,7 +159,3 @@ def _reads(dec: Source, module: nn.Module) -> bool:
     if isinstance(dec, Dots):
         return dec.slots is module or dec.patches is module
     return any(getattr(hook, "__self__", None) is dec for hook in module._forward_hooks.values())
-
-
-def _itself(output: Tensor) -> Tensor:
-    return output

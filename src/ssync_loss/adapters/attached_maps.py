@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_tensor
 from ssync_loss._module import DetachedWarning
+from ssync_loss.adapters._tap import _in_backward as in_backward
 from ssync_loss.adapters.hosts import DecKind, Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
@@ -30,6 +31,18 @@ class AttachedMaps:
     A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
     asks about is forgotten at the next. Copies of the model, deep or unpickled, are not tapped, and a copy of this
     gives nothing. It is a context manager, which takes the hooks off in the end.
+
+    >>> from slot_attention import SlotAttention
+    >>> from ssync_loss.adapters import attach
+    >>> model = nn.ModuleDict({"slots": SlotAttention(num_slots=3, dim=4), "alpha": nn.Linear(4, 16)})
+    >>> with attach(model, dec=model["alpha"]) as maps:
+    ...     _ = model["alpha"](model["slots"](torch.randn(2, 16, 4)))
+    ...     dec_logits = maps().dec_logits
+    ...     print(maps.describe())
+    SlotAttention (lucidrains, at `slots`)
+    encoder: dots of `slots.to_q` (slots) and `slots.to_k` (patches), scale 0.5, 1 head
+    decoder: output of `alpha`: logits
+    last call: encoder (2, 1, 3, 4, 4) with gradient, decoder (2, 1, 3, 4, 4) with gradient
     """
 
     def __init__(
@@ -62,7 +75,7 @@ class AttachedMaps:
         self._own = dec if isinstance(dec, (LogitTap, OutputTap)) else None
         self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
         if isinstance(dec, (Dots, Output)):
-            self._handles.append(dec.covers.register_forward_hook(self._on_decoder))
+            self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
         for name in ("valid", "slot_mask", "grid"):
             seen: Seen | None = getattr(found, name)
             if seen is not None:
@@ -144,7 +157,7 @@ class AttachedMaps:
         self._caught = {}
 
     def _on_encoder(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-        if self._alive:
+        if self._alive and not in_backward():
             self._ran = ["encoder"]
             self._caught = {}
             if self._own is not None:
@@ -152,7 +165,7 @@ class AttachedMaps:
                 self._own.reset()
 
     def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        if self._alive:
+        if self._alive and not in_backward():
             self._ran.append("decoder")
 
     def _on_seen(
@@ -179,7 +192,7 @@ class AttachedMaps:
             )
         if not isinstance(self._dec_source, (Dots, Output)):
             return
-        decoder, times = self._name(self._dec_source.covers), len(ran) - 1
+        decoder, times = self._name(_covered(self._dec_source)), len(ran) - 1
         if times == 0:
             raise RuntimeError(
                 f"{decoder} has not run since {self._name(enc.covers)} began: encoder and decoder must be of one "
@@ -192,11 +205,7 @@ class AttachedMaps:
             )
 
     def _pop_decoder(self) -> Tensor:
-        if isinstance(self._dec, LogitTap):
-            maps = self._dec.pop()
-            # frames in the batch
-            return maps.squeeze(1) if maps.shape[1] == 1 else maps
-        maps = self._dec.pop() if isinstance(self._dec, OutputTap) else self._dec()
+        maps = self._dec.pop() if isinstance(self._dec, (LogitTap, OutputTap)) else self._dec()
         check_tensor("dec", maps)
         return maps
 
@@ -231,9 +240,16 @@ class AttachedMaps:
         return f"`{self._names.get(id(module)) or type(module).__name__}`"
 
 
+def _covered(source: Dots | Output) -> nn.Module:
+    """Return the module whose call is one clip."""
+    if isinstance(source, Dots):
+        return source.covers
+    return source.module if source.covers is None else source.covers
+
+
 def _tap(source: Dots | Output) -> LogitTap | OutputTap:
     if isinstance(source, Output):
-        return OutputTap(source.module, source.select, host=source.covers)
+        return OutputTap(source.module, source.select, host=_covered(source))
     return LogitTap(
         source.slots,
         source.patches,

@@ -43,15 +43,15 @@ class Output:
 
     Attributes:
         module: the module with the output.
-        select: takes the map out of it, in an order that `SlotMaps.join` reads.
-        covers: the module whose forward makes the maps of one whole clip.
+        select: takes the map out of it, in an order that `SlotMaps.join` reads; None where it is all of it.
         kind: whether these are ``"logits"`` or ``"probs"``, probabilities over slots.
+        covers: the module whose forward makes the maps of one whole clip, if it is not this one.
     """
 
     module: nn.Module
-    select: Callable[[Any], Tensor]
-    covers: nn.Module
+    select: Callable[[Any], Tensor] | None = None
     kind: DecKind = "logits"
+    covers: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class Host:
         marks: paths of attributes that every member has. Wrappers that keep a module as ``module`` or ``_orig_mod``
             are looked through.
         find: takes a model with these marks and says where its maps are.
+
+    >>> entry = next(host for host in HOSTS if host.name == "steve")
+    >>> entry.marks
+    ('steve_encoder.savi.project_q', 'steve_decoder.tf.blocks')
     """
 
     name: str
@@ -178,9 +182,9 @@ def _alpha(decoder: Any) -> Dots | Output | str:
         # a slot mixer: patches ask, slots answer
         return Dots(within.to_k, within.to_q, within.scale, decoder)
     if hasattr(within, "mlp"):
-        return Output(within.mlp, _last_channel, decoder)
+        return Output(within.mlp, _last_channel)
     if hasattr(within, "output_transform"):
-        return Output(within.output_transform, _last_plane, decoder)
+        return Output(within.output_transform, _last_plane)
     return (
         f"the decoder, a {type(within).__name__}, has neither `to_q` and `to_k` (a slot mixer), nor `mlp`, nor "
         "`output_transform` (spatial broadcast)"
@@ -205,7 +209,7 @@ def _genera1z(model: Any) -> Found:
     layers = getattr(getattr(decode, "backbone", None), "layers", ())
     return Found(
         Dots(attention.proj_q, attention.proj_k, scale, model),
-        Output(decode, _second, decode, "probs"),
+        Output(decode, _second, "probs"),
         valid=Seen(decode, _same_frame),
         slot_mask=Seen(attention, _smask),
         shuffled=tuple(layers),
@@ -246,7 +250,7 @@ def _steve(model: Any) -> Found:
 def _oclf(model: Any) -> Found:
     grouping, decoder = reach(model, "perceptual_grouping"), reach(model, "object_decoder")
     attention = reach(grouping, "slot_attention")
-    dec: Output | str = Output(decoder, _masks, decoder, "probs")
+    dec: Output | str = Output(decoder, _masks, "probs")
     if not getattr(inner(decoder), "use_decoder_masks", True):
         dec = "with use_decoder_masks=False the masks that the decoder gives are the encoder's map"
     heads = attention.n_heads
@@ -258,6 +262,8 @@ def _oclf(model: Any) -> Found:
 
 
 def _masks(output: Any) -> Tensor:
+    if not hasattr(output, "masks"):
+        raise TypeError(f"`object_decoder` gives a {type(output).__name__} without masks: attach() with `dec`.")
     # amodal masks compete over no slots, their visible parts do
     taken: Tensor = getattr(output, "masks_vis", output.masks)
     return taken
@@ -274,7 +280,7 @@ def _spot(model: Any) -> Found:
     scale = (attention.slot_size // heads) ** -0.5
     return Found(
         Dots(attention.project_q, attention.project_k, scale, encoder, heads=heads, head_softmax="joint"),
-        Output(model, _third, model, "probs"),
+        Output(model, _third, "probs"),
         shuffled=tuple(getattr(reach(model, "dec"), "blocks", ())),
     )
 
@@ -306,7 +312,7 @@ def find(model):
         # projections of slots and of patches, the scale, and the module whose call is one whole clip
         enc=Dots(attention.to_q, attention.to_k, attention.scale, covers=model.encoder),
         # the module with the alpha logits, and how to take them out; kind="probs" for probabilities
-        dec=Output(decoder.mlp, lambda out: out[..., -1], covers=decoder),
+        dec=Output(decoder.mlp, lambda out: out[..., -1]),
     )
 
 maps = attach(model, host=Host("mine", ("slot_attention.to_q", "decoder.mlp"), find))"""
