@@ -350,7 +350,14 @@ ONE, TWO = [(B, T)], [(B, T), (B, T)]
         (VideoModel, {"heads": 3}, ONE, None, ValueError, r"`heads` must divide D=8; got 3"),
         (VideoModel, {}, ONE, 2, RuntimeError, "gave 3 frames of 2 samples"),
         # what earlier forwards left
-        (VideoModel, {}, [(1, T), (B, T)], None, RuntimeError, r"shapes \[\(1, 4, 6\), \(2, 4, 6\)\].*earlier"),
+        (
+            VideoModel,
+            {},
+            [(1, T), (B, T)],
+            None,
+            RuntimeError,
+            r"3 calls of shape \(1, 4, 6\) and 3 calls of .*\(2, 4, 6\).*earlier",
+        ),
         (VideoModel, {}, TWO, T, RuntimeError, r"gave 6 frames of 2 samples.*`num_frames`=3.*earlier"),
         (ImageModel, {}, TWO, None, RuntimeError, r"gave 2 clips, one is wanted"),
     ],
@@ -377,7 +384,7 @@ class TestCalls:
         tap = OutputTap(model.decoder.mlp, last_channel)
         model(features(batch=1))
         model(features())
-        with pytest.raises(RuntimeError, match=r"`module` \(Sequential\) made frames of shapes.*earlier"):
+        with pytest.raises(RuntimeError, match=r"`module` \(Sequential\) made no clip of 1 call of.*earlier"):
             tap.pop()
 
     def test_pop_empties(self) -> None:
@@ -578,18 +585,23 @@ class Step(nn.Module):
         return loss
 
 
+def pop_of(tap: LogitTap) -> Callable[[], Tensor]:
+    # torch 2.6 does not trace the tap's own method where it is an attribute of a module
+    return lambda: tap.pop()  # noqa: PLW0108
+
+
 def tapped_host(kind: str) -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
     """A host, a function that pops its taps, and a short clip."""
     clip = features(frames=2)
     if kind == "keys_once":
         keys_once = KeysOnceModel(first=2, later=1)
-        return keys_once, tap_of(keys_once, iterations=1, host=keys_once).pop, clip
+        return keys_once, pop_of(tap_of(keys_once, iterations=1, host=keys_once)), clip
     if kind == "package":
         package = MultiHeadSlotAttention(num_slots=S, dim=D, heads=2, dim_head=4, iters=2)
         # its first slots are drawn; without spread they are the mean
         nn.init.constant_(package.slots_logsigma, -1e4)
         tap = LogitTap(package.to_q, package.to_k, package.scale, heads=2, host=package)
-        return package, tap.pop, clip[:, 0]
+        return package, pop_of(tap), clip[:, 0]
     model = VideoModel(first=2, later=1)
     host = model if kind == "reset_by_host" else None
     enc, dec = tap_of(model, host=host), OutputTap(model.decoder.mlp, last_channel, host=host)
@@ -608,6 +620,8 @@ def num_graphs() -> int:
 def _fresh_compiler() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    # einops looks for torch at its first call, which graphs depend on
+    rearrange(torch.zeros(1), "one -> one 1")
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -645,7 +659,7 @@ class TestCompile:
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_whole_step_with_inductor(self) -> None:
         model = KeysOnceModel(first=1, later=1)
-        step = Step(model, tap_of(model, host=model).pop)
+        step = Step(model, pop_of(tap_of(model, host=model)))
         compiled = torch.compile(step, fullgraph=True)
         for clip in (features(frames=1), features(frames=1)):
             torch.testing.assert_close(compiled(clip), step(clip), rtol=1e-4, atol=1e-5)
@@ -679,10 +693,10 @@ class TestCompile:
         tap = OutputTap(mlp, last_channel)
         compiled = compile_whole(mlp)
         compiled(torch.randn(B, D))
-        assert len(tap._outputs) == 1
+        assert len(tap._calls) == 1
         tap.remove()
         compiled(torch.randn(B, D))
-        assert tap._outputs == []
+        assert tap._calls == []
 
 
 class TestCheckpointing:
@@ -703,16 +717,8 @@ class TestCheckpointing:
             model.zero_grad()
             torch.autograd.backward(self.run(model, tap, clip, False))
             assert_same_gradients([parameter.grad for parameter in model.parameters()], wanted)
-            if not hosted:
-                tap.reset()
-
-    def test_fills_the_tap_during_backward(self) -> None:
-        model = VideoModel()
-        tap = tap_of(model)
-        torch.autograd.backward(self.run(model, tap, features(), False))
-        model(features())
-        with pytest.raises(RuntimeError, match=r"frames of 2 samples.*earlier forward"):
-            tap.pop(num_frames=T)
+            with pytest.raises(RuntimeError, match="has not run since the last pop"):
+                tap.pop()
 
     def test_with_reentry_gives_no_gradient(self) -> None:
         model = VideoModel()

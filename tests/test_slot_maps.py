@@ -60,7 +60,7 @@ class TestPair:
         assert dict(**changed) == {**maps, "dec_logits": maps[0]}
         assert maps._replace(valid=None).valid is None
 
-    def test_feeds_a_criterion(self, masks: dict[str, Tensor]) -> None:
+    def test_feeds_a_criterion(self, masks: dict[str, Any]) -> None:
         maps, criterion = pair(**masks), SSyncLoss().eval()
         assert torch.equal(criterion(**maps, step=3), criterion(*maps, step=3, **masks))
 
