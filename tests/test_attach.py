@@ -5,7 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,15 @@ def assert_are(maps: SlotMaps, own: Maps) -> None:
         )
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """The collector leaves alone what is there, which is most of what there is."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live_tensors() -> int:
     gc.collect()
     # some objects of torch warn when they are asked for their class
@@ -85,6 +94,7 @@ class TestEveryHost:
             masks = {"xssc": "valid", "smoothsa masked": "slot_mask", "oclf video masked": "slot_mask"}
             assert set(got.keys()) == {"enc_logits", "dec_logits"} | ({masks[name]} if name in masks else set())
 
+    @pytest.mark.usefixtures("only_new_objects")
     def test_trains_for_twenty_steps_with_validation_between(self, name: str) -> None:
         host, model, maps = attached(name)
         criterion, optimizer = SSyncLoss(), torch.optim.Adam(model.parameters(), 1e-3)
@@ -131,6 +141,7 @@ class TestEveryHost:
             assert any(grad is not None and grad.abs().sum() > 0 for grad in grads)
             assert all(grad is None or grad.isfinite().all() for grad in grads)
 
+    @pytest.mark.usefixtures("only_new_objects")
     def test_forgets_a_forward_that_nobody_asks_about(self, name: str) -> None:
         host, model, maps = attached(name)
         run(host, model)
@@ -149,7 +160,7 @@ class TestEveryHost:
         said = maps.describe()
         assert f"encoder {tuple(got.enc_logits.shape)} with gradient" in said
         assert f"decoder {tuple(got.dec_logits.shape)} with gradient" in said
-        assert ("choose `merge_threshold` anew" in said) == ("heads" in name or "adaptive" in name)
+        assert ("Choose `merge_threshold` anew" in said) == ("heads" in name or "adaptive" in name)
         with torch.no_grad():
             run(host, model)
             maps()
@@ -306,7 +317,7 @@ class TestAsTrainingDoes:
 
     @NO_GRAD_OF
     @pytest.mark.usefixtures("fresh_compiler")
-    @pytest.mark.parametrize("name", ["slotcontrast mlp", "slotcontrast mixer", "xssc", "steve", "lucidrains", "spot"])
+    @pytest.mark.parametrize("name", ["slotcontrast mixer", "xssc", "steve", "lucidrains", "spot"])
     def test_compiled_in_one_graph_once(self, name: str) -> None:
         host = MINIATURES[name]
         model: Any = host.build()
@@ -317,7 +328,7 @@ class TestAsTrainingDoes:
             # its steps call forward
             model.forward, compiled = torch.compile(model.forward, backend=counter, fullgraph=True), model
         for step in range(4):
-            _, own = run(host, compiled)
+            _, own = run(host, compiled, frames=2)
             if step != 1:
                 assert_are(maps(), own)
         assert counter.frame_count == 1
@@ -449,7 +460,7 @@ class TestWhatIsNotOneForward:
         host, model, maps = attached("slotcontrast mlp")
         run(host, model)
         model.decoder(torch.randn(B, T, S, 8))
-        refuses(RuntimeError, "`decoder` has run 2 times since `processor` began", maps)
+        refuses(RuntimeError, "`decoder.module.mlp` has run 2 times since `processor` began", maps)
 
     @pytest.mark.parametrize("shape", [(B + 1, T, S), (B, T + 1, S), (B, T, S + 1)])
     def test_other_clips_frames_or_slots(self, shape: tuple[int, ...]) -> None:
@@ -467,6 +478,15 @@ class TestRefusals:
         said = str(caught.value)
         assert all(f"{host.name}: {', '.join(host.marks)}" in said for host in HOSTS)
         assert said.endswith(EXAMPLE)
+        assert "Closest" not in said
+
+    def test_a_model_that_is_almost_known(self) -> None:
+        model = oclf.build(video=True)
+        model.models["perceptual_grouping"] = nn.Linear(2, 2)
+        with pytest.raises(
+            ValueError, match=r"Closest is oclf, but `models` lacks perceptual_grouping.slot_attention.to_q\."
+        ):
+            attach(model)
 
     def test_the_example_runs(self) -> None:
         model: Any = nn.Module()

@@ -129,9 +129,14 @@ def _find(model: nn.Module, entries: tuple[Host, ...]) -> tuple[str, nn.Module, 
 
 def _unknown(model: nn.Module, entries: tuple[Host, ...]) -> str:
     looked = "\n".join(f"    {one.name}: {', '.join(one.marks)}" for one in entries)
+    near = [(lacks(module, one), name, one) for name, module in model.named_modules() for one in entries]
+    missing, name, closest = min(near, key=lambda one: len(one[0]) / len(one[2].marks))
+    hint = ""
+    if len(missing) < len(closest.marks):
+        hint = f"\nClosest is {closest.name}, but {f'`{name}`' if name else 'the model'} lacks {', '.join(missing)}."
     return (
         f"`model` must be or contain a known host; got {type(model).__name__}, and no module in it has the attributes "
-        f"of one:\n{looked}\nTo attach to another, write where its maps are:\n\n{EXAMPLE}"
+        f"of one:\n{looked}{hint}\nTo attach to another, write where its maps are:\n\n{EXAMPLE}"
     )
 
 

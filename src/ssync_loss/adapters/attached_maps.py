@@ -125,7 +125,7 @@ class AttachedMaps:
         if enc.heads > 1:
             lines.append(
                 f"    {enc.heads} heads are merged into one map: its softmax is the host's attention, but these are no "
-                "dots. More slots merge: choose `merge_threshold` anew."
+                "dots, so slots merge by another rule, and more do. Choose `merge_threshold` anew."
             )
         lines.append(f"decoder: {self._tell(self._dec_source)}")
         lines.append(f"last call: {self._seen}")
