@@ -16,6 +16,7 @@ import torch.distributed as dist
 from slot_attention import AdaptiveSlotWrapper, MultiHeadSlotAttention, SlotAttention
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -334,6 +335,32 @@ class TestAsTrainingDoes:
         assert counter.frame_count == 1
         assert "_orig_mod" not in maps.describe()
 
+    @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.parametrize("name", ["slotcontrast broadcast", "smoothsa masked", "xssc"])
+    def test_a_compiled_step(self, name: str) -> None:
+        host, model, maps = attached(name)
+        criterion, counter = SSyncLoss(), CompileCounter()
+
+        @torch.compile(backend=counter, fullgraph=True)
+        def step(batch: Any) -> Tensor:
+            _ = model.forward(batch) if "slotcontrast" in name else model(**batch)
+            return criterion(**maps())
+
+        for _ in range(3):
+            batch = host.batch(B, T)
+            state = torch.get_rng_state()
+            loss = step(batch)
+            torch.set_rng_state(state)
+            host.step(model, batch)
+            assert loss.item() == pytest.approx(criterion(**maps()).item(), abs=1e-6)
+        assert counter.frame_count == 1
+
+    def test_fake_tensors(self) -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            host, model, maps = attached("slotcontrast mlp")
+            run(host, model)
+            assert maps().enc_logits.shape == (B, T, S, 4, 4)
+
     @NO_GRAD_OF
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compiled_parts(self) -> None:
@@ -532,6 +559,19 @@ class TestRefusals:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
             run(host, model)
             refuses(ValueError, "`dec` must be a map of the decoder; got the encoder's own", maps)
+
+    def test_probabilities_for_logits_and_the_reverse(self) -> None:
+        host = MINIATURES["lucidrains"]
+        model: Any = host.build()
+        given = nn.Identity()
+        for kind, other, values in (
+            ("logits", "probs", torch.randn(B, S, 16).softmax(1)),
+            ("probs", "logits", torch.randn(B, S, 16)),
+        ):
+            with attach(model, dec=given, dec_kind=kind) as maps:  # type: ignore[arg-type]
+                run(host, model)
+                given(values.requires_grad_())
+                refuses(ValueError, f"`dec_kind` must be '{other}' for this `dec`; got '{kind}', but the map", maps)
 
     def test_projections_of_the_encoder_as_decoder(self) -> None:
         model: Any = MINIATURES["slotcontrast mlp"].build()

@@ -95,9 +95,8 @@ class AttachedMaps:
         dec = self._pop_decoder()
         if self._found.pick_frames is not None:
             enc = self._found.pick_frames(enc, dec)
-        enc, dec = SlotMaps.join(enc, dec)
-        if self._kind == "probs":
-            dec = _log(dec)
+        enc, given = SlotMaps.join(enc, dec)
+        dec = _log(given) if self._kind == "probs" else given
         present: Tensor | None = None
         if "slot_mask" in caught:
             # the host masks after the tap: (B, S) once, or frame by frame
@@ -114,7 +113,7 @@ class AttachedMaps:
         enc, dec = _on_grid("enc_logits", enc, enc_grid), _on_grid("dec_logits", dec, dec_grid)
         maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
         if not torch.compiler.is_compiling():
-            self._look_at(maps)
+            self._look_at(maps, given)
         return maps
 
     def describe(self) -> str:
@@ -209,7 +208,7 @@ class AttachedMaps:
         check_tensor("dec", maps)
         return maps
 
-    def _look_at(self, maps: SlotMaps) -> None:
+    def _look_at(self, maps: SlotMaps, given: Tensor) -> None:
         enc, dec = maps
         self._warn(self._module, enc_logits=(enc, "interior"), dec_logits=(dec, "boundary"))
         gradient = [f"with{'' if one.requires_grad else 'out'} gradient" for one in maps]
@@ -217,14 +216,13 @@ class AttachedMaps:
         self._seen += "".join(f", {name}" for name in maps.keys()[2:])
         if enc.dim() == 4:
             self._seen += f"; N={enc.shape[3]} shows no grid: give `grid`"
-        # one look in training and one in evaluation, since it waits for the device
-        if enc.shape == dec.shape and self._module.training not in self._compared:
+        # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see
+        real = type(enc) is type(dec) is Tensor and not enc.is_meta
+        if real and self._module.training not in self._compared:
             self._compared.add(self._module.training)
-            if _same(enc.detach(), dec.detach()):
-                raise ValueError(
-                    "`dec` must be a map of the decoder; got the encoder's own: both have the same probabilities, so "
-                    "neither has anything to learn."
-                )
+            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind)
+            if problem is not None:
+                raise ValueError(problem)
 
     def _tell(self, source: Source) -> str:
         if isinstance(source, Dots):
@@ -283,8 +281,21 @@ def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
     raise ValueError(f"`grid` must have the N={num_patches} patches of `{name}`; got {size}.")
 
 
-def _same(enc: Tensor, dec: Tensor) -> bool:
-    """Tell whether two maps have the same softmax, up to what half precision costs."""
+def _problem(enc: Tensor, dec: Tensor, given: Tensor, kind: DecKind) -> str | None:
+    """Say what is wrong with a decoder map that is not what it was said to be."""
+    sums = given.float().sum(2)
+    if kind == "probs" and (given < 0).any():
+        return "`dec_kind` must be 'logits' for this `dec`; got 'probs', but the map has negative values."
+    if kind == "logits" and given.shape[2] > 1 and (given >= 0).all() and ((sums - 1).abs() < 1e-2).all():
+        return "`dec_kind` must be 'probs' for this `dec`; got 'logits', but the map sums to 1 over slots."
+    if enc.shape != dec.shape:
+        return None
     enc, dec = (at_least_float32(one).softmax(2) for one in (enc, dec))
     spread = (enc.amax(2) - enc.amin(2)).max()
-    return bool(((enc - dec).abs().max() <= 0.02 * spread) & (spread > 1e-6))
+    # up to what half precision costs
+    if (enc - dec).abs().max() <= 0.02 * spread and spread > 1e-6:
+        return (
+            "`dec` must be a map of the decoder; got the encoder's own: both have the same probabilities, so neither "
+            "has anything to learn."
+        )
+    return None
