@@ -405,6 +405,40 @@ class TestCalls:
         with pytest.raises(RuntimeError, match=r"`query_projection` \(Identity\) has not .* call 2 of 2"):
             tap.pop()
 
+    @pytest.mark.parametrize("make", [VideoModel, KeysOnceModel])
+    def test_a_swap_is_asked_about(self, make: Any) -> None:
+        model = make()
+        q, k = (
+            (model.corrector.to_q, model.corrector.to_k) if make is VideoModel else (model.project_q, model.project_k)
+        )
+        tap = LogitTap(k, q, 1.0, frames_in_key=make is KeysOnceModel)
+        model(features())
+        with pytest.raises(RuntimeError, match=r"queries slots\. Are the two the other way round\? Swap them\."):
+            tap.pop()
+
+    def test_many_are_counted_and_not_listed(self) -> None:
+        module = nn.Identity()
+        tap = OutputTap(module)
+        for length in range(1, 65):
+            module(torch.zeros(2, 7, length))
+        with pytest.raises(RuntimeError) as error:
+            tap.pop()
+        assert "made no clip of 64 calls of 64 shapes, (2, 7, 1) to (2, 7, 64): is an earlier" in str(error.value)
+        whole = OutputTap(module, axes="b t s (h w)", host=(host := nn.Sequential(*[module] * 64)))
+        host(torch.zeros(2, 3, 7, 24))
+        with pytest.raises(RuntimeError, match=r"gave 64 clips, one is wanted \(64 calls of shape \(2, 3, 7, 24\)\)"):
+            whole.pop()
+
+    @pytest.mark.parametrize("make", [KeysOnceModel, ImageModel])
+    def test_of_a_forward_with_several_clips_are_told(self, make: Any) -> None:
+        model = make()
+        host = nn.ModuleList([model])
+        host.forward = lambda clip: (model(clip), model(clip))
+        tap = tap_of(model, host=host)
+        host(features())
+        with pytest.raises(RuntimeError, match=r"gave 2 clips.*does one forward of `host` make several clips\?"):
+            tap.pop()
+
     @pytest.mark.parametrize(
         ("query", "key"), [((2, 4, 8), (2, 6, 7)), ((2, 4, 8), (3, 6, 8)), ((2, 4, 8), (2, 3, 6, 8)), ((4, 8), (6, 8))]
     )
@@ -822,6 +856,119 @@ class TestArguments:
 def test_a_wrong_number_of_frames_is_named(num_frames: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="`num_frames` must be"):
         fed(torch.ones(1, 1, 2), torch.ones(1, 1, 2)).pop(num_frames=num_frames)
+
+
+class TestNumFrames:
+    """Of a tap without a host."""
+
+    def test_keeps_the_last_frames(self) -> None:
+        model = VideoModel()
+        taps = tap_of(model, num_frames=T), tap_of(model, num_frames=T - 1)
+        for _ in range(3):
+            model(features())
+        for tap in taps:
+            assert [len(tap._calls), len(tap._queries)] == [tap._num_frames] * 2
+        torch.testing.assert_close(taps[0].pop(num_frames=T), model.dots(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(taps[1].pop(), model.dots()[:, 1:], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("make", [KeysOnceModel, ImageModel])
+    def test_keeps_the_last_call_that_is_a_clip(self, make: Any) -> None:
+        model = make()
+        tap = tap_of(model, num_frames=T)
+        for _ in range(3):
+            model(features())
+        assert len(tap._calls) == len(tap._queries) == 1
+        own = model.dots() if make is KeysOnceModel else model.corrector.dots[0].squeeze(-3)
+        torch.testing.assert_close(tap.pop(), own, rtol=0, atol=1e-6)
+        model(features(frames=2))
+        with pytest.raises(RuntimeError, match=r"gave 2 frames where `num_frames`=3\.$"):
+            tap.pop()
+
+    def test_of_flattened_frames_is_one(self) -> None:
+        model = ImageModel()
+        tap, wrong = tap_of(model, num_frames=1), tap_of(model, num_frames=T)
+        model(rearrange(features(), "b t n d -> (b t) n d"))
+        with pytest.raises(RuntimeError, match=r"gave 1 frames where `num_frames`=3.*in the batch.*`num_frames`=1"):
+            wrong.pop(num_frames=T)
+        model(rearrange(features(), "b t n d -> (b t) n d"))
+        own = model.corrector.dots[0].reshape(B, T, S, N)
+        torch.testing.assert_close(tap.pop(num_frames=T), own, rtol=0, atol=1e-6)
+
+    def test_of_outputs(self) -> None:
+        module = nn.Identity()
+        tap, whole = OutputTap(module, num_frames=2), OutputTap(module, axes="(b t) s (h w)", num_frames=3)
+        frames = torch.randn(5, B * T, S, N)
+        for frame in frames:
+            module(frame)
+        assert len(tap._calls) == 2
+        assert torch.equal(tap.pop(), frames[3:].transpose(0, 1))
+        assert len(whole._calls) == 1
+        assert torch.equal(whole.pop(), frames[4].reshape(B, T, S, N))
+        module(frames[0])
+        with pytest.raises(RuntimeError, match=r"`module` \(Identity\) gave 1 frames where `num_frames`=2"):
+            tap.pop()
+
+    @pytest.mark.parametrize(
+        "make", [OutputTap, lambda module, **settings: LogitTap(module[0], module[1], 1.0, **settings)]
+    )
+    def test_is_wrong_beside_a_host_or_below_one(self, make: Any) -> None:
+        module = nn.Sequential(nn.Identity(), nn.Identity())
+        with pytest.raises(ValueError, match="`num_frames` must be None with `host`, whose forward is a clip; got 3"):
+            make(module, host=module, num_frames=3)
+        with pytest.raises(ValueError, match="`num_frames` must be at least 1; got 0"):
+            make(module, num_frames=0)
+        assert not any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
+
+
+class TestAxes:
+    @pytest.mark.parametrize(
+        ("axes", "written", "num_frames", "num_slots"),
+        [
+            ("(b t) s (h w)", "b t s n -> (b t) s n", T, None),
+            ("b (h w) t s", "b t s n -> b n t s", None, None),
+            ("(b t s) h w", "b t s h w -> (b t s) h w", T, S),
+            ("b t h w s", "b t s h w -> b t h w s", T, S),
+            ("t s h w", "1 t s h w -> t s h w", None, None),
+        ],
+    )
+    def test_are_read(self, axes: str, written: str, num_frames: int | None, num_slots: int | None) -> None:
+        module = nn.Identity()
+        tap = OutputTap(module, axes=axes)
+        wanted = torch.randn(1 if written[0] == "1" else B, T, S, *((N,) if " n " in written else (2, 3)))
+        module(rearrange(wanted, written))
+        assert torch.equal(tap.pop(num_frames=num_frames, num_slots=num_slots), wanted)
+
+    def test_without_t_make_calls_frames(self) -> None:
+        module = nn.Identity()
+        frames = torch.randn(T, B, S, 2, 3)
+        tap = OutputTap(module, lambda out: out.mT, axes="b s w h", host=(host := nn.Sequential(module)))
+        with pytest.raises(RuntimeError, match="has not run"):
+            tap.pop()
+        host.append(module)
+        host(frames[0])
+        assert torch.equal(tap.pop(num_frames=2, num_slots=S), frames[0][:, None].expand(-1, 2, -1, -1, -1))
+        host(frames[1])
+        with pytest.raises(RuntimeError, match=r"gave 2 frames where `num_frames`=3"):
+            tap.pop(num_frames=3)
+
+    def test_that_are_wrong_are_named(self) -> None:
+        module: Any = nn.Identity()
+        with pytest.raises(ValueError, match=r"`axes` must name .*got 'b t h w', with no 's'"):
+            OutputTap(module, axes="b t h w")
+        wrong: Any = 3
+        with pytest.raises(TypeError, match="`axes` must be a pattern"):
+            OutputTap(module, axes=wrong)
+        tap = OutputTap(module, axes="(b t) s h w")
+        module(torch.zeros(B * T, S, 2, 3))
+        with pytest.raises(ValueError, match=r"`module` of shape \(6, 4, 2, 3\) .* Give `num_frames`"):
+            tap.pop()
+        module(torch.zeros(B * T, S, 6))
+        with pytest.raises(ValueError, match=r"`module` must have shape \(b\*t, s, h, w\).*got \(6, 4, 6\)"):
+            tap.pop(num_frames=T)
+        plain = OutputTap(module)
+        for size in ({"num_frames": 3}, {"num_slots": 3}):
+            with pytest.raises(ValueError, match=r"`num_\w+` must be None without `axes`; got 3"):
+                plain.pop(**size)
 
 
 def test_taps_on_the_model_of_the_examples_give_its_own_maps() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from ssync_loss import SSyncLoss
-from ssync_loss.adapters import SlotMaps
+from ssync_loss.adapters import LogitTap, OutputTap, SlotMaps
 
 B, T, S, N = 2, 3, 4, 6
 
@@ -93,6 +94,82 @@ class TestJoin:
         wanted = dec.reshape(B, T, S, *dec_shape[3 if dec_shape[:3] == (B, T, S) else 2 :])
         assert torch.equal(maps.dec_logits, wanted)
 
+    @pytest.mark.parametrize("rest", [(N,), (5, 5)])
+    @pytest.mark.parametrize(("frames", "slots"), [(T, S), (1, S), (3, 3), (T, 1)])
+    def test_takes_slots_out_of_the_batch(self, frames: int, slots: int, rest: tuple[int, ...]) -> None:
+        enc, dec = torch.randn(B, frames, slots, N), torch.randn(B * frames * slots, *rest)
+        maps = SlotMaps.join(enc, dec)
+        assert torch.equal(maps.dec_logits, dec.reshape(B, frames, slots, *rest))
+        assert maps.dec_logits._base is dec
+
+    @pytest.mark.parametrize("lead", ["b t s", "(b t) s", "(b t s)"])
+    @pytest.mark.parametrize("rest", ["n", "h w"])
+    @pytest.mark.parametrize("frames", [1, T, S])
+    def test_puts_what_a_tap_has_in_order(self, lead: str, rest: str, frames: int) -> None:
+        wanted = torch.randn(B, frames, S, *((N,) if rest == "n" else (2, 3)))
+        decoder = nn.Identity()
+        enc, dec = torch.randn(B, frames, S, N), OutputTap(decoder)
+        decoder(rearrange(wanted, f"b t s {rest} -> {lead} {rest}"))
+        assert torch.equal(SlotMaps.join(enc, dec).dec_logits, wanted)
+
+    @pytest.mark.parametrize("lead", ["b s", "(b s)"])
+    @pytest.mark.parametrize("frames", [T, S])
+    def test_stacks_frames(self, lead: str, frames: int) -> None:
+        wanted = torch.randn(B, frames, S, 2, 3)
+        decoder = nn.Identity()
+        enc, dec = torch.randn(B, frames, S, N), OutputTap(decoder)
+        for frame in wanted.unbind(1):
+            decoder(rearrange(frame, f"b s h w -> {lead} h w"))
+        assert torch.equal(SlotMaps.join(enc, dec).dec_logits, wanted)
+
+    @pytest.mark.parametrize(
+        "axes", ["(b t) (h w) s", "b t s (h w)", "(b t s) h w", "(s t) h w b", "b (h w) s", "(b s) h w"]
+    )
+    def test_reads_axes_of_both(self, axes: str) -> None:
+        wanted, encoder, decoder = torch.randn(B, T, S, 2, 3), nn.Identity(), nn.Identity()
+        enc, dec = OutputTap(encoder, axes="(b t) s (h w)"), OutputTap(decoder, axes=axes)
+        for _ in range(2):
+            encoder(wanted.reshape(B * T, S, 6))
+            for one in wanted.split(T if "t" in axes else 1, 1):
+                decoder(rearrange(one, f"b t s h w -> {axes}" if "t" in axes else f"b 1 s h w -> {axes}"))
+            maps = SlotMaps.join(enc, dec, num_frames=T)
+            assert torch.equal(maps.enc_logits, wanted.flatten(3))
+            assert torch.equal(maps.dec_logits.flatten(3), wanted.flatten(3))
+            assert maps.dec_logits.dim() == (4 if "(h w)" in axes else 5)
+
+    @pytest.mark.parametrize("num_frames", [None, T])
+    def test_takes_a_decoders_dots_apart(self, num_frames: int | None) -> None:
+        to_q, to_k = nn.Identity(), nn.Identity()
+        dec = LogitTap(to_q, to_k, 1.0)
+        key, query = to_k(torch.randn(B * T, N, 8)), to_q(torch.randn(B * T, S, 8))
+        maps = SlotMaps.join(torch.randn(B, T, S, N), dec, num_frames=num_frames)
+        torch.testing.assert_close(maps.dec_logits, (query @ key.mT).reshape(B, T, S, N))
+
+    def test_refuses_maps_of_two_forwards(self) -> None:
+        encoder, decoder = nn.Identity(), nn.Identity()
+        for settings in ({"num_frames": 1}, {"host": None}):
+            enc, dec = OutputTap(encoder, **settings), OutputTap(decoder, host=decoder)
+            clip = torch.randn(B, T, S, N)
+            for module in (encoder, decoder):
+                module(clip)
+            if settings == {"host": None}:
+                enc.reset()
+            encoder(clip)
+            with pytest.raises(RuntimeError, match="`dec` must hold a map of the forward that `enc` holds; got an ear"):
+                SlotMaps.join(enc, dec)
+            with pytest.raises(RuntimeError, match="has not run since the last pop"):
+                SlotMaps.join(enc, dec)
+            for module in (encoder, decoder):
+                module(clip)
+            SlotMaps.join(enc, dec)
+            encoder(clip)
+            with pytest.raises(RuntimeError, match=r"`module` \(Identity\) has not run since the last pop"):
+                SlotMaps.join(enc, dec)
+
+    def test_asks_whether_slots_are_last(self) -> None:
+        with pytest.raises(ValueError, match=r"to go with `enc`; got \(2, 3, 6, 4\)\. Are its last two axes the other"):
+            SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(B, T, N, S))
+
     def test_takes_flattened_tensors_apart(self) -> None:
         enc, dec = torch.randn(B * T, S, N), torch.randn(B * T, S, 5, 5)
         maps = SlotMaps.join(enc, dec, num_frames=T)
@@ -114,10 +191,20 @@ class TestJoin:
 
     @pytest.mark.parametrize(
         "dec_shape",
-        [(B, T, S + 1, N), (B * T + 1, S, N), (B * T, S + 1, N), (B, S, N), (B, T, S), (B, T, S, 1, 2, 3)],
+        [
+            (B, T, S + 1, N),
+            (B * T + 1, S, N),
+            (B * T, S + 1, N),
+            (B, S, N),
+            (B, T, S),
+            (B, T, S, 1, 2, 3),
+            (B * T * S + 1, N),
+        ],
     )
     def test_refuses_other_decoders(self, dec_shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"`dec` must have shape \(B=2, T=3, S=4, .* or \(B\*T=6, S=4"):
+        with pytest.raises(
+            ValueError, match=r"`dec` must have shape \(B=2, T=3, S=4, .* or \(B\*T=6, S=4.* or \(B\*T\*S=24"
+        ):
             SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(dec_shape))
 
     def test_refuses_what_is_no_map(self) -> None:

@@ -370,9 +370,9 @@ class TestCopies:
         twins = pickle.loads(pickle.dumps(setup)), copy.deepcopy(setup)
         for twin in twins:
             twin.step()
-            for tap in (twin.enc, twin.dec):
+            for pop in (twin.enc.pop, twin.dec.pop, lambda: SlotMaps.join(twin.enc, twin.dec)):  # noqa: B023
                 with pytest.raises(RuntimeError, match="hangs on no module: it was removed or is a copy"):
-                    tap.pop()
+                    pop()
 
     def test_that_share_modules_and_no_hooks_are_named(self, frames: int) -> None:
         setup = set_up("call", frames)
@@ -446,6 +446,13 @@ class TestCompile:
             out = compiled(features(B, frames))
             setup.backward(out, setup.assert_pops(out))
         assert num_graphs() == 1
+
+    def test_of_a_model_with_checkpointing(self, frames: int) -> None:
+        setup = set_up("call", frames, Model(not_reentrant))
+        compiled = torch.compile(setup.model, backend="aot_eager")
+        for _ in range(2):
+            out = compiled(features(B, frames))
+            setup.backward(out, setup.assert_pops(out))
 
     @pytest.mark.parametrize("way", ["forward", "methods"])
     def test_of_parts(self, way: str, frames: int) -> None:

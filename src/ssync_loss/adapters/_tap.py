@@ -145,13 +145,14 @@ class Tap:
         """Keep an output, and of all no more than the last ``limit``."""
         self._calls.append(Held.now(place, output))
         if limit is not None and len(self._calls) > limit:
-            del self._calls[0]
+            self._calls.pop(0)
 
-    def _began(self) -> int | None:
-        return self._calls[0].when if self._calls else None
-
-    def _ended(self) -> int | None:
-        return self._calls[-1].when if self._calls else None
+    def _before(self, other: "Tap") -> bool:
+        """Say whether all that is held was made before what another tap holds, where that is known."""
+        if torch.compiler.is_compiling() or not (self._calls and other._calls):
+            return False
+        ended, began = self._calls[-1].when, other._calls[0].when
+        return ended is not None and began is not None and ended < began
 
     def _take(self, name: str) -> list[Held]:
         """Empty the tap and return what it held, which is one forward's."""
@@ -181,9 +182,9 @@ class Tap:
 
     def _check_frames(self, name: str, number: int) -> None:
         if self._num_frames not in (None, number):
+            hint = " If one call holds all frames in the batch, give the tap `num_frames`=1." if number == 1 else ""
             raise RuntimeError(
-                f"{self._places[name]} gave {number} frames where `num_frames`={self._num_frames}. If one call of it "
-                "holds all frames in the batch, give the tap `num_frames`=1."
+                f"{self._places[name]} gave {number} frames where `num_frames`={self._num_frames}.{hint}"
             )
 
     def _leftovers(self) -> str:

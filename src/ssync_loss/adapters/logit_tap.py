@@ -39,9 +39,9 @@ class LogitTap(Tap):
     an error or a warning where they can be told from frames. Until then the tap holds what the projections gave, and
     the graph.
 
-    Attach before the first call of a compiled model. What activation checkpointing computes again is ignored (with
-    ``use_reentrant=True`` maps carry no gradient). Copies of a host are not tapped. Replicas of ``nn.DataParallel``
-    would all write to one tap.
+    Attach before the first call of a compiled model. What activation checkpointing computes again is ignored; with
+    ``use_reentrant=True`` maps carry no gradient, and with ``fullgraph=True`` torch's compiler refuses it around what
+    is tapped. Copies of a host are not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
 
     Args:
         query_projection: the module whose output is q, (B, S, D).
@@ -52,7 +52,7 @@ class LogitTap(Tap):
         frames_in_key: whether one key call holds all frames.
         iterations: queries of each frame but the first, with ``frames_in_key``.
         host: the module whose call starts the tap afresh and ends it; contains both projections.
-        num_frames: in place of ``host``, T, of which the tap keeps no more; 1 if frames are flattened into the batch.
+        num_frames: in place of ``host``, T of what is popped: the tap keeps no more; 1 if frames are flattened.
 
     Raises: TypeError on an argument of another type; ValueError on a setting out of range, or a host that does not
         contain the projections.
@@ -195,7 +195,7 @@ class LogitTap(Tap):
             self._hold(self._places["key_projection"], output, 1 if one_call and self._num_frames else self._num_frames)
             self._queries.append([])
             if len(self._queries) > len(self._calls):
-                del self._queries[0]
+                self._queries.pop(0)
 
     def _on_query(self, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
         # a query before all keys belongs to none

@@ -24,8 +24,8 @@ class OutputTap(Tap):
         axes: which axis of the tensor is which, in einops' notation over b, t, s, h, w: ``"(b t) s (h w)"``, say, or
             ``"(b t s) h w"``. Without, slots come before patches: select attention (B, N, S) by ``lambda out: out.mT``.
         host: the module whose call starts the tap afresh and ends it; contains ``module``, or is it.
-        num_frames: in place of ``host``, T, of which the tap keeps no more. Without ``axes`` that is calls: 1 if one
-            holds all frames.
+        num_frames: in place of ``host``, T of what is popped: the tap keeps no more. Without ``axes`` it counts calls,
+            so it is 1 if one holds all frames.
 
     Raises: TypeError on an argument of another type, or a ``select`` that cannot be called; ValueError on a setting
         out of range, or a host that does not contain the module.
@@ -41,6 +41,9 @@ class OutputTap(Tap):
     >>> tap.pop(num_frames=3).shape
     torch.Size([2, 3, 4, 25])
     """
+
+    # of a copy, too
+    _axes: str | None = None
 
     def __init__(
         self,

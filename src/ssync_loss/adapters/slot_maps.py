@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import check_int, check_tensor
+from ssync_loss.adapters._tap import Tap
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 
@@ -108,7 +109,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
         if num_frames is not None:
             check_int("num_frames", num_frames, 1)
         for name, source in (("enc", enc), ("dec", dec)):
-            if not isinstance(source, (LogitTap, OutputTap)):
+            if not isinstance(source, Tap):
                 check_tensor(name, source)
         _check_order(enc, dec)
         by_frame = isinstance(dec, OutputTap) and dec._axes is None and len(dec._calls) > 1
@@ -129,10 +130,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
 
 def _check_order(enc: Source, dec: Source) -> None:
     """Refuse a decoder's map that is older than the encoder's: it belongs to an earlier forward."""
-    if isinstance(enc, Tensor) or isinstance(dec, Tensor):
-        return
-    began, ended = enc._began(), dec._ended()
-    if began is not None and ended is not None and ended < began:
+    if isinstance(enc, Tap) and isinstance(dec, Tap) and dec._before(enc):
         enc.reset()
         dec.reset()
         raise RuntimeError(
