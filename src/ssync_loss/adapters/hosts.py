@@ -147,6 +147,9 @@ def lacks(module: nn.Module, host: Host) -> list[str]:
     return missing
 
 
+# functions, which torch's compiler follows; it does not follow an `operator.itemgetter`
+
+
 def _last_channel(output: Tensor) -> Tensor:
     return output[..., -1]
 
