@@ -1,0 +1,158 @@
+"""Tensors that may be maps: by their values, their names, and what else is there."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ssync_loss._checks import FLOATS
+from ssync_loss.adapters._readings import Hints, Reading, readings_of
+from ssync_loss.adapters._values import MAX_SAMPLE, Values, read_values
+from ssync_loss.adapters._walk import Found
+from ssync_loss.ssync.maps import Kind
+
+Role: TypeAlias = Literal["encoder", "decoder", "unknown"]
+
+MAX_TENSORS = 200
+# names are hints: what a map may be called, what it may not, and the roles they speak for, first strong then weak
+_MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment")
+_OTHER = re.compile(r"feat|slots?$|hidden|state|recon|video|image|rgb|pixel|target|loss|hard|slot_?mask")
+_LOGITS, _PROBS = re.compile(r"logit|dots"), re.compile(r"prob|softmax")
+_ENCODER = (r"(^|_)enc|corrector|processor|grouping|grouper|slot_att|aggregat", r"attn|attent|attribut|dots")
+_DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
+
+
+@dataclass
+class Suspect:
+    """A tensor that may be a map, and all its readings."""
+
+    found: Found
+    values: Values | None
+    readings: list[Reading]
+    role: Role
+
+    @property
+    def path(self) -> str:
+        return self.found.path
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.found.tensor
+
+    @property
+    def tail(self) -> str:
+        return self.found.names[-1] if self.found.names else ""
+
+    @property
+    def sure(self) -> bool:
+        """Whether its values show a map, and not only its name or its shape."""
+        return self.values is not None and bool(self.values.sums or self.values.groups)
+
+    @property
+    def kind(self) -> Kind:
+        probs = self.values is not None and self.values.probs and (self.sure or not _LOGITS.search(self.tail))
+        return "probs" if probs else "logits"
+
+    @property
+    def misnamed(self) -> bool:
+        """Whether its name says logits where its values are probabilities, or the reverse."""
+        return bool((_LOGITS if self.kind == "probs" else _PROBS).search(self.tail)) and self.values is not None
+
+    @property
+    def best(self) -> list[Reading]:
+        least = min((one.cost for one in self.readings), default=0)
+        return [one for one in self.readings if one.cost == least]
+
+
+def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[str, str]]:
+    """Return the tensors that may be maps, and why the others are none, by path."""
+    reasons: dict[str, str] = {}
+    floats: list[tuple[Found, Values | None]] = []
+    for one in found:
+        tensor = one.tensor
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in FLOATS:
+            continue
+        if len(floats) == MAX_TENSORS:
+            reasons[one.path] = f"not looked at, after {MAX_TENSORS} others"
+        elif 2 <= tensor.dim() <= 6:
+            floats.append((one, read_values(tensor)))
+    slots = {hints.slots} if hints.slots else {size for _, values in floats if values for size in values.groups}
+    suspects = _read(floats, hints, frozenset(slots))
+    slots |= {reading.slots for one in suspects if one.sure or _MAP.search(one.tail) for reading in one.best}
+    suspects = _read(floats, hints, frozenset(slots))
+    kept = _keep(suspects, reasons)
+    return kept, reasons
+
+
+def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozenset[int]) -> list[Suspect]:
+    return [
+        Suspect(one, values, readings_of(tuple(one.tensor.shape), values, hints, slots), role_of(one.names))
+        for one, values in floats
+    ]
+
+
+def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
+    kept = []
+    shown = {_sizes(reading) for one in suspects if one.sure for reading in one.best}
+    patches = {sizes[2] for sizes in shown}
+    nameless = []
+    for one in suspects:
+        shape = tuple(one.tensor.shape)
+        other = _OTHER.search(one.tail)
+        fits = any(_sizes(reading) in shown for reading in one.readings)
+        if one.values is not None and one.values.hard and not one.tensor.requires_grad:
+            reasons[one.path] = "all 0 or 1: labels, not scores"
+        elif one.readings and not other and (one.sure or fits or _MAP.search(one.tail)):
+            kept.append(one)
+        elif one.sure and one.readings:
+            reasons[one.path] = f"sums to one as a map does, but its name says {one.tail!r}"
+        elif len(shape) > 2 and shape[-2] in patches and not one.sure:
+            reasons[one.path] = f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
+        else:
+            reasons[one.path] = "no layout of a map fits its shape and values" if not one.readings else "no sign of a map"
+            if one.readings and not one.tail:
+                nameless.append(one)
+    if kept:
+        return kept
+    # nothing but shapes is left to go by: two tensors without a name that fit each other
+    sizes = [{_sizes(reading) for reading in one.readings} for one in nameless]
+    pairs = [(i, j) for i in range(len(sizes)) for j in range(i) if sizes[i] & sizes[j]]
+    kept = [nameless[i] for i in sorted({i for pair in pairs for i in pair})]
+    for one in kept:
+        del reasons[one.path]
+    return kept
+
+
+def _sizes(reading: Reading) -> tuple[int, int, int]:
+    return reading.total, reading.slots, reading.patches
+
+
+def role_of(names: tuple[str, ...]) -> Role:
+    """Return the role that names speak for; the innermost name that speaks for one alone decides."""
+    for enc, dec in zip(_ENCODER, _DECODER, strict=True):
+        for name in reversed(names):
+            is_enc, is_dec = bool(re.search(enc, name)), bool(re.search(dec, name))
+            if is_enc != is_dec:
+                return "encoder" if is_enc else "decoder"
+    return "unknown"
+
+
+def probabilities_of(one: Suspect, reading: Reading) -> Tensor:
+    """Return the first frames of a map as float32 probabilities (frames, S, patches), on the CPU, thinned out."""
+    tensor, axes = one.tensor.detach(), reading.axes
+    if axes.startswith(("b", "(b")):
+        rows = max(1, MAX_SAMPLE * 16 // max(1, tensor[:1].numel()))
+        # slots of a frame stay together
+        tensor = tensor[: rows if "(b t s)" not in axes else -(-rows // reading.slots) * reading.slots]
+    if reading.heads is not None:
+        tensor = tensor.mean(reading.heads) if one.kind == "probs" else tensor.logsumexp(reading.heads)
+        axes = axes.replace("heads ", "")
+    axes = axes.replace("(h w)", "n").replace("(b t s)", "(f s)").replace("(b t)", "f")
+    frames = "f" if "f" in axes else "(b t)" if "t" in axes else "b" if "b" in axes else "1"
+    known = {"s": reading.slots} if "(f s)" in axes else {}
+    maps = rearrange(tensor, f"{axes} -> {frames} s {'n' if 'n' in axes else '(h w)'}", **known)
+    maps = maps[..., :: max(1, maps.numel() // (MAX_SAMPLE * 4))].to("cpu", torch.float32)
+    return maps.softmax(1) if one.kind == "logits" else maps / maps.sum(1, keepdim=True).clamp_min(1e-30)
