@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ssync_loss._checks import check_int
 from ssync_loss.adapters._values import Values
@@ -56,6 +56,9 @@ class Hints:
         for name, value in (("num_frames", self.frames), ("num_slots", self.slots)):
             if value is not None:
                 check_int(name, value, 1)
+
+
+Size: TypeAlias = tuple[int, int]
 
 
 class Reading(NamedTuple):

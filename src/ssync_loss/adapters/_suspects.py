@@ -1,7 +1,7 @@
 """Tensors that may be maps: by their values, their names, and what else is there."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,14 +25,16 @@ _ENCODER = (r"(^|_)enc|corrector|processor|grouping|grouper|slot_att|aggregat", 
 _DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
 
 
-@dataclass
+@dataclass(eq=False)
 class Suspect:
-    """A tensor that may be a map, and all its readings."""
+    """A tensor that may be a map, and all its readings; ``times`` the frames that went in."""
 
     found: Found
     values: Values | None
     readings: list[Reading]
     role: Role
+    times: int = 1
+    same_as: str | None = None
 
     @property
     def path(self) -> str:
@@ -88,10 +90,19 @@ def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[s
 
 
 def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozenset[int]) -> list[Suspect]:
-    return [
-        Suspect(one, values, readings_of(tuple(one.tensor.shape), values, hints, slots), role_of(one.names))
-        for one, values in floats
-    ]
+    suspects = []
+    for one, values in floats:
+        shape, times = tuple(one.tensor.shape), 1
+        readings = readings_of(shape, values, hints, slots)
+        if not readings and hints.frames is not None:
+            # taps that were told nothing join forwards, in time or in the batch
+            num_frames = hints.frames * (hints.batch or 1)
+            more = readings_of(shape, values, replace(hints, batch=None, frames=None), slots)
+            counts = [each.total if hints.batch else each.frames or 1 for each in more]
+            readings = [each for each, count in zip(more, counts, strict=True) if count % num_frames == 0]
+            times = min((count // num_frames for count in counts if count % num_frames == 0), default=1)
+        suspects.append(Suspect(one, values, readings, role_of(one.names), times))
+    return suspects
 
 
 def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
@@ -112,7 +123,9 @@ def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
         elif len(shape) > 2 and shape[-2] in patches and not one.sure:
             reasons[one.path] = f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
         else:
-            reasons[one.path] = "no layout of a map fits its shape and values" if not one.readings else "no sign of a map"
+            reasons[one.path] = (
+                "no layout of a map fits its shape and values" if not one.readings else "no sign of a map"
+            )
             if one.readings and not one.tail:
                 nameless.append(one)
     if kept:
@@ -130,9 +143,9 @@ def _sizes(reading: Reading) -> tuple[int, int, int]:
     return reading.total, reading.slots, reading.patches
 
 
-def role_of(names: tuple[str, ...]) -> Role:
+def role_of(names: tuple[str, ...], *, strong: bool = False) -> Role:
     """Return the role that names speak for; the innermost name that speaks for one alone decides."""
-    for enc, dec in zip(_ENCODER, _DECODER, strict=True):
+    for enc, dec in list(zip(_ENCODER, _DECODER, strict=True))[: 1 if strong else 2]:
         for name in reversed(names):
             is_enc, is_dec = bool(re.search(enc, name)), bool(re.search(dec, name))
             if is_enc != is_dec:

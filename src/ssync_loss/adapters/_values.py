@@ -105,4 +105,3 @@ def _groups(tensor: Tensor) -> tuple[int, ...]:
     sizes = [size for size in range(2, 65) if len(some) % size == 0]
     sums = {size: some.view(-1, size, some.shape[1]).sum(1) for size in sizes}
     return tuple(size for size, total in sums.items() if total.numel() and ((total - 1).abs() <= ABOUT).all())
-

@@ -1,117 +1,22 @@
 """Which of the tensors that a model returned are the two maps, how they lie, and what is wrong with them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssync_loss._checks import check_type
-from ssync_loss.adapters._readings import Hints, Reading, grid_of
-from ssync_loss.adapters._suspects import Role, Suspect, probabilities_of, suspects_in
-from ssync_loss.adapters._values import sums_over
-from ssync_loss.adapters._walk import Found, tensors_in
-from ssync_loss.ssync.maps import Grid, Kind, check_grid
+from ssync_loss.adapters._diagnosis import Candidate, Diagnosis
+from ssync_loss.adapters._pairs import Pair, line_of, pairs_of, same_map, same_memory
+from ssync_loss.adapters._readings import Hints
+from ssync_loss.adapters._suspects import Suspect, role_of, suspects_in
+from ssync_loss.adapters._traps import notes_on, problems_of, problems_of_pairs, slot_mask_of, unlike
+from ssync_loss.adapters._walk import tensors_in
+from ssync_loss.ssync.maps import Grid, check_grid
 from ssync_loss.ssync.modules import SSyncLoss
 
 MAX_SUSPECTS = 16
 MAX_LINES = 6
-# layouts that the losses read without being told
-_PLAIN = ("b t s h w", "b t s (h w)")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A tensor that may be a map.
-
-    Attributes:
-        path: code that reaches it, such as ``outputs["decoder"]["masks"]``.
-        shape: its shape.
-        axes: the einops patterns that fit it; several where neither values nor other tensors decide. An axis "heads"
-            has to go first, as the line shows.
-        kind: "logits" or "probs".
-        sums_over: what sums to a constant: "s", "heads s", or "h w", which is attention normalized over patches. None
-            for logits, and where nothing does.
-        requires_grad: whether it carries a gradient.
-        role: "encoder" or "decoder" where its names or the other map tell, or "unknown".
-        notes: sentences about it that ask for nothing.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    kind: Kind
-    sums_over: str | None
-    requires_grad: bool
-    role: Role
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        axes = " or ".join(f'"{one}"' for one in self.axes)
-        sums = f", sums over {self.sums_over} are constant" if self.sums_over else ""
-        grad = "gradient" if self.requires_grad else "no gradient"
-        head = f"{self.role}: {self.path} {self.shape}, axes {axes}, {self.kind}{sums}, {grad}"
-        return "\n".join([head, *(f"    {note}" for note in self.notes)])
-
-
-class Line(NamedTuple):
-    """Two lines of code: ``criterion`` builds the loss, and ``call`` computes it of the outputs."""
-
-    criterion: str
-    call: str
-
-    def __str__(self) -> str:
-        return f"criterion = {self.criterion}\nloss = loss + {self.call}"
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What :func:`doctor` says; ``str()`` puts it in words.
-
-    Attributes:
-        candidates: tensors that may be maps.
-        lines: what to write. Several where the outputs cannot tell which; none where a map is missing.
-        problems: sentences, each with what to do.
-        left_out: path and reason of the other floating-point tensors.
-    """
-
-    candidates: tuple[Candidate, ...]
-    lines: tuple[Line, ...]
-    problems: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
-
-    @property
-    def line(self) -> Line | None:
-        """The line to write where there is only one."""
-        return self.lines[0] if len(self.lines) == 1 else None
-
-    def __str__(self) -> str:
-        parts = ["Maps:" if self.candidates else "No maps."]
-        parts += [_indent(one) for one in self.candidates]
-        if self.left_out:
-            parts += ["Not maps:", *(_indent(f"{path}: {reason}") for path, reason in self.left_out)]
-        if self.problems:
-            parts += ["Problems:", *(_indent(f"- {one}") for one in self.problems)]
-        if self.lines:
-            parts.append("Write:" if self.line else "Write one of these:")
-            parts += [_indent(one) for one in self.lines]
-        return "\n".join(parts)
-
-
-def _indent(text: object) -> str:
-    return "    " + str(text).replace("\n", "\n    ")
-
-
-class _Pair(NamedTuple):
-    """Readings of an encoder's and a decoder's map that go together."""
-
-    enc: Suspect
-    dec: Suspect
-    enc_reading: Reading
-    dec_reading: Reading
-    frames: int | None
-    cost: float
 
 
 def doctor(
@@ -156,12 +61,62 @@ def doctor(
     hints = _hints(video, num_frames, num_slots, grid)
     check_type("name", name, str)
     check_type("criterion", criterion, SSyncLoss, optional=True)
+    training = torch.is_grad_enabled()
     with torch.no_grad():
         found = [one for one in tensors_in(outputs, name) if not isinstance(one.tensor, nn.Parameter)]
         suspects, reasons = suspects_in(found, hints)
         for one in suspects[MAX_SUSPECTS:]:
             reasons[one.path] = f"not looked at, after {MAX_SUSPECTS} others"
-        return _Examination(found, suspects[:MAX_SUSPECTS], reasons, hints, criterion).diagnose()
+        suspects = suspects[:MAX_SUSPECTS]
+        maps, problems = _distinct(suspects)
+        if len(maps) > 1 and len({one.role for one in maps}) == 1:
+            # a weak name shared by all says nothing
+            for one in maps:
+                one.role = role_of(one.found.names, strong=True)
+        pairs = pairs_of(maps, hints)
+        slot_mask, wrong = slot_mask_of(found, pairs[0]) if pairs else (None, None)
+        problems += [*problems_of(suspects, found, training), *problems_of_pairs(pairs, maps)]
+        problems += [*([wrong] if wrong else []), *(unlike(criterion, pairs[0]) if criterion and pairs else [])]
+        candidates = tuple(_candidate(one, pairs) for one in suspects)
+    lines = tuple(dict.fromkeys(line_of(one, slot_mask) for one in pairs))[:MAX_LINES]
+    return Diagnosis(candidates, lines, tuple(problems), tuple(reasons.items()))
+
+
+def _distinct(suspects: list[Suspect]) -> tuple[list[Suspect], list[str]]:
+    """Return one of each map, its logits before its probabilities, and what is wrong with there being several."""
+    kept: list[Suspect] = []
+    problems = []
+    for one in sorted(suspects, key=lambda one: (one.kind == "probs", not one.tensor.requires_grad)):
+        twin = next((other for other in kept if same_map(other, one)), None)
+        if twin is None:
+            kept.append(one)
+        elif {twin.role, one.role} == {"encoder", "decoder"}:
+            problems.append(f"{one.path} is the same map as {twin.path}: a decoder's has to be its own.")
+        elif same_memory(twin.tensor, one.tensor):
+            problems.append(f"{one.path} and {twin.path} are one tensor: they cannot be both maps.")
+        else:
+            one.same_as = twin.path
+    return [one for one in suspects if one in kept], problems
+
+
+def _candidate(one: Suspect, pairs: list[Pair]) -> Candidate:
+    as_enc = [pair.enc_reading for pair in pairs if pair.enc is one]
+    as_dec = [pair.dec_reading for pair in pairs if pair.dec is one]
+    readings = as_enc + as_dec or one.best
+    role = one.role
+    if role == "unknown" and bool(as_enc) != bool(as_dec):
+        role = "encoder" if as_enc else "decoder"
+    sums = {reading.sums_over for reading in readings}
+    return Candidate(
+        one.path,
+        tuple(one.tensor.shape),
+        tuple(dict.fromkeys(reading.axes for reading in readings)),
+        one.kind,
+        sums.pop() if len(sums) == 1 else None,
+        one.tensor.requires_grad,
+        role,
+        tuple(notes_on(one, readings)),
+    )
 
 
 def _hints(video: Tensor | Sequence[int] | None, num_frames: int | None, num_slots: int | None, grid: Grid) -> Hints:
@@ -174,4 +129,6 @@ def _hints(video: Tensor | Sequence[int] | None, num_frames: int | None, num_slo
     frames = shape[1] if len(shape) == 5 else 1
     if num_frames not in (None, frames):
         raise ValueError(f"`num_frames` must be that of `video`, {frames}; got {num_frames}.")
-    return Hints(shape[0], frames, num_slots, grids, (shape[-2], shape[-1]))
+    # channels last are few
+    size = (shape[-3], shape[-2]) if shape[-1] <= 4 else (shape[-2], shape[-1])
+    return Hints(shape[0], frames, num_slots, grids, size)
