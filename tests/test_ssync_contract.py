@@ -26,7 +26,7 @@ class SSyncContract(LossContract):
     backend: ClassVar[str] = "torch"
     twice_differentiable: ClassVar = True
     knobs: ClassVar = {"criterion": "cross_entropy"}
-    inert: ClassVar = {"grid": (3, 4), "backend": "auto"}
+    inert: ClassVar = {"grid": (3, 4), "axes": "b t s h w", "backend": "auto"}
     # arguments that get gradients, and others than maps and masks
     taught: ClassVar[tuple[str, ...]]
     more: ClassVar[dict[str, Any]] = {}

@@ -17,6 +17,7 @@ def global_mean(
     step: int | None = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Compute the loss so that data parallelism optimizes the mean over the selection of *all* ranks.
@@ -33,8 +34,8 @@ def global_mean(
 
     Shape: As :class:`SSyncLoss`; returns a scalar.
 
-    Maps, ``step``, ``valid`` and ``slot_mask`` are as in ``SSyncLoss.forward``, those of this rank. ``group`` is a
-    process group; None is the default one.
+    Maps, ``step``, ``valid``, ``slot_mask`` and ``num_frames`` are as in ``SSyncLoss.forward``, those of this rank.
+    ``group`` is a process group; None is the default one.
 
     Raises: TypeError, ValueError as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
         this rank is in.
@@ -49,8 +50,8 @@ def global_mean(
     check_type("criterion", getattr(criterion, "_orig_mod", criterion), SSyncLoss)
     check_group("group", group)
     if not (dist.is_available() and dist.is_initialized()) or not criterion.is_on(step):
-        return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
-    terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask)
+        return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask, num_frames=num_frames)
+    terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask, num_frames=num_frames)
     selected = torch.stack([terms.labels.boundary, terms.labels.interior]).sum((2, 3, 4))
     local = num_averaged(selected, terms.labels.representative.shape[1], slot_mask, criterion.criterion)
     everywhere = local.clone()

@@ -7,11 +7,12 @@ better than the decoder's. Fit is measured on the features both maps are made fr
 
 from collections.abc import Iterable
 from math import isfinite, nan, sqrt
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ssync_loss._axes import FEATURES, Axes, place, solve
 from ssync_loss._checks import check_type
 from ssync_loss._inputs import check_floats
 from ssync_loss.diagnostics.fit import edge_alignment, explained_of
@@ -71,8 +72,11 @@ def premise(
     *,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
+    features_axes: str | None = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
 ) -> Premise:
     """Ask whether the encoder's partition explains more of the features than the decoder's.
 
@@ -88,8 +92,9 @@ def premise(
     Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's grid.
         Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
 
-    ``features`` are what the model encodes, for example backbone features, in any floating point. Other arguments are
-    as in ``pseudo_labels``; a clip without any slot present has no valid patch.
+    ``features`` are what the model encodes, for example backbone features, in any floating point. ``features_axes`` is
+    their layout in einops' words, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``. Other arguments are as in
+    ``pseudo_labels``; a clip without any slot present has no valid patch.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit, or features are on another grid than the
         encoder map.
@@ -102,9 +107,18 @@ def premise(
     (0.6667, True)
     """
     with torch.no_grad():
-        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
         B, T, S, H, W = maps.enc.shape
         size = {"B": B, "T": T, "H": H, "W": W}
+        if features_axes is not None:
+            shown = solve("features", features, features_axes, {"b": B, "t": T, "h": H, "w": W}, FEATURES)
+            features = place("features", features, features_axes, shown, FEATURES)
+        elif isinstance(features, Tensor) and features.dim() == 4:
+            raise ValueError(
+                f"`features` must have shape (B={B}, T={T}, D, H={H}, W={W}), or another that `features_axes` tells, "
+                f"such as 'b t (h w) d'; got {tuple(features.shape)}."
+            )
         check_floats("features", features, "B T D H W", size, filled="D", enc_logits=enc_logits)
         enc, dec = hard_labels(maps)
         patches = torch.ones_like(enc, dtype=torch.bool) if maps.counted is None else maps.counted

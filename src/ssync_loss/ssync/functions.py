@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, no_grad
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._axes import Axes
 from ssync_loss._checks import as_index, check_choice, check_label_range, check_labels_present, check_type
 from ssync_loss._inputs import check_floats, check_labels, check_mask
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
@@ -24,8 +25,10 @@ def pseudo_labels(
     max_different: int = 0,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
     backend: Backend = "auto",
 ) -> PseudoLabels:
     """Compute the targets and regions of both SSync losses, in time linear in the patches.
@@ -53,8 +56,9 @@ def pseudo_labels(
     settings = Settings(merge_threshold, min_different, min_same, max_different)
     settings.check()
     check_backend(backend)
+    given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with no_grad():
-        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
         return labels_of(maps, settings, backend)
 
 
@@ -133,8 +137,10 @@ def boundary_refinement_loss(
     temperature: float = 1.0,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Teach the decoder the encoder's labels at boundaries.
@@ -158,7 +164,7 @@ def boundary_refinement_loss(
     0.25
     """
     settings = Settings(merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature)
-    given = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
+    given = {"kind": kind, "grid": grid, "axes": axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     return _term("boundary", enc_logits, dec_logits, labels, settings, backend, given)
 
 
@@ -174,8 +180,10 @@ def interior_denoising_loss(
     temperature: float = 1.0,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Teach the encoder the decoder's labels in interiors.
@@ -196,7 +204,7 @@ def interior_denoising_loss(
     0.25
     """
     settings = Settings(merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature)
-    given = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
+    given = {"kind": kind, "grid": grid, "axes": axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     return _term("interior", enc_logits, dec_logits, labels, settings, backend, given)
 
 

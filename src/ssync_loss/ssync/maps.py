@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._axes import Axes, arrange_maps
 from ssync_loss._checks import (
     check_choice,
     check_floating,
+    check_int,
     check_nonnegative,
     check_not_empty,
     check_same_device,
@@ -111,15 +113,22 @@ def bind_maps(
     dec_logits: Tensor,
     *,
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
 ) -> Maps:
     """Check shapes, dtypes and devices, and view both maps as (B, T, S, H, W), each on a grid of its own."""
     enc_grid, dec_grid = check_grid(grid)
-    if grid is None:
+    if num_frames is not None:
+        check_int("num_frames", num_frames, 1)
+    if axes is not None:
+        enc_logits, dec_logits = arrange_maps(enc_logits, dec_logits, axes, (enc_grid, dec_grid), num_frames)
+    elif grid is None:
+        _refuse_images(enc_logits, dec_logits)
         enc_grid, dec_grid = _grid_beside(enc_logits, dec_logits), _grid_beside(dec_logits, enc_logits)
     enc = _on_grid("enc_logits", enc_logits, enc_grid)
-    size = check_shape("enc_logits", enc, "B T S H W")
+    size = check_shape("enc_logits", enc, "B T S H W", **({} if num_frames is None else {"T": num_frames}))
     check_not_empty("enc_logits", size, "T S H W")
     # a grid for the encoder speaks for a flat decoder map too; a decoder map with H, W speaks for itself
     if dec_grid is None and isinstance(dec_logits, Tensor) and dec_logits.dim() == 4:
@@ -133,6 +142,21 @@ def bind_maps(
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, enc_logits=enc)
     return Maps(enc, dec, valid, slot_mask)
+
+
+def _refuse_images(*maps: Tensor) -> None:
+    """Refuse flat maps that may be images (B, S, H, W), and would be read as clips without a word."""
+    if any(not isinstance(one, Tensor) or one.dim() != 4 for one in maps):
+        return
+    sizes = [(one.shape[2], one.shape[3]) for one in maps]
+    like_images = all(height <= 2 * width and width <= 2 * height for height, width in sizes)
+    if like_images and any(isqrt(num_patches) ** 2 == num_patches for _, num_patches in sizes):
+        enc, dec = (tuple(one.shape) for one in maps)
+        raise ValueError(
+            f"`axes` must tell whether maps of four axes are images: 'b s h w' reads {enc} as S={enc[1]} slots on a "
+            f"grid of {enc[2]} x {enc[3]}, 'b t s (h w)' as T={enc[1]} frames of S={enc[2]} slots on N={enc[3]} "
+            f"patches; got enc_logits of shape {enc} and dec_logits of shape {dec}."
+        )
 
 
 def _grid_beside(flat: Tensor, whole: Tensor) -> Size | None:
@@ -184,8 +208,10 @@ def prepare_maps(
     *,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
 ) -> Maps:
     """Bring both maps to logits on the encoder's grid; logits that are there already stay as they are.
 
@@ -194,7 +220,9 @@ def prepare_maps(
     cell of a decoder grid of its own is invalid when no valid patch of the encoder overlaps it.
     """
     enc_kind, dec_kind = check_kind(kind)
-    maps = bind_maps(enc_logits, dec_logits, grid=grid, valid=valid, slot_mask=slot_mask)
+    maps = bind_maps(
+        enc_logits, dec_logits, grid=grid, axes=axes, valid=valid, slot_mask=slot_mask, num_frames=num_frames
+    )
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         # nothing to do, and nothing is launched

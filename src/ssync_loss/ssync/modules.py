@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
 from ssync_loss._module import DetachedWarning, LossModule
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
@@ -38,12 +39,21 @@ class _SSyncModule(LossModule):
 
     @staticmethod
     def check_settings(
-        *, kind: object, grid: object, backend: object, start_step: object = 0, ramp_steps: object = 0, **settings: Any
+        *,
+        kind: object,
+        grid: object,
+        axes: object,
+        backend: object,
+        start_step: object = 0,
+        ramp_steps: object = 0,
+        **settings: Any,
     ) -> None:
         """Check the arguments of a constructor."""
         Settings(**settings).check()
         check_kind(kind)
         check_grid(grid)
+        if axes is not None:
+            check_axes(axes)
         check_int("start_step", start_step, 0)
         check_int("ramp_steps", ramp_steps, 0)
         check_backend(backend)
@@ -64,13 +74,13 @@ class _OneTermLoss(_SSyncModule):
         labels: PseudoLabels | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> Tensor:
         """Return the term; arguments as those of the function."""
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
-        return type(self)._function(
-            enc_logits, dec_logits, labels=labels, valid=valid, slot_mask=slot_mask, **self.settings
-        )
+        given = {"labels": labels, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        return type(self)._function(enc_logits, dec_logits, **given, **self.settings)
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
@@ -100,6 +110,7 @@ class BoundaryRefinementLoss(_OneTermLoss):
         temperature: float = 1.0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         backend: Backend = "auto",
     ) -> None:
         self.remember(locals())
@@ -130,6 +141,7 @@ class InteriorDenoisingLoss(_OneTermLoss):
         temperature: float = 1.0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         backend: Backend = "auto",
     ) -> None:
         self.remember(locals())
@@ -198,6 +210,7 @@ class SSyncLoss(_SSyncModule):
         max_different: int = 0,
         kind: KindArgument = "logits",
         grid: Grid = None,
+        axes: Axes = None,
         start_step: int = 0,
         ramp_steps: int = 0,
         backend: Backend = "auto",
@@ -227,6 +240,7 @@ class SSyncLoss(_SSyncModule):
         step: int | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> Tensor:
         """Return the loss to add to a model's own.
 
@@ -241,15 +255,17 @@ class SSyncLoss(_SSyncModule):
                 step as a CUDA graph freezes the ramp at the step of capture: capture once it has ended.
             valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
             slot_mask: (B, S) bool, slots that are present.
+            num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
         self._warn_if_detached(enc_logits, dec_logits)
+        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         if not self.is_on(step):
-            bound = bind_maps(enc_logits, dec_logits, grid=self.grid, valid=valid, slot_mask=slot_mask)
+            bound = bind_maps(enc_logits, dec_logits, **given)
             if self.backend != "auto":
                 # what cannot be had is said now, and not when the loss starts
                 resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
         with no_autocast(maps.enc):
             return resolve(self.backend, maps.enc, maps.dec).loss(maps, self._settings_at(step, maps.enc))
 
@@ -261,13 +277,15 @@ class SSyncLoss(_SSyncModule):
         step: int | None = None,
         valid: Tensor | None = None,
         slot_mask: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> SSyncTerms:
         """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
 
         Before ``start_step`` all but ``total``, which is 0, are what they would be: NaN for maps with NaN, too.
         """
         is_on = self.is_on(step)
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, valid=valid, slot_mask=slot_mask)
+        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
         self._warn_if_detached(enc_logits, dec_logits)
         settings = self._settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssync_loss._axes import Axes
 from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
 from ssync_loss.ssync.functions import pseudo_labels
 from ssync_loss.ssync.labels import hard_labels
@@ -34,8 +35,10 @@ def panel(
     merge_threshold: float | None = 0.6,
     kind: KindArgument = "logits",
     grid: Grid = None,
+    axes: Axes = None,
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
     alpha: float = 0.6,
     scale: int = 1,
     gap: int = 2,
@@ -57,8 +60,8 @@ def panel(
 
     ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
     ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; they are computed when None, with
-    ``merge_threshold``. Maps, ``kind``, ``grid``, ``valid`` and ``slot_mask`` are as in ``pseudo_labels``. ``scale``
-    enlarges frames by a whole number; small frames are hard to see in a browser.
+    ``merge_threshold``. Maps, ``kind``, ``grid``, ``axes``, ``valid``, ``slot_mask`` and ``num_frames`` are as in
+    ``pseudo_labels``. ``scale`` enlarges frames by a whole number; small frames are hard to see in a browser.
 
     Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
 
@@ -72,7 +75,8 @@ def panel(
     check_int("gap", gap, 0)
     if merge_threshold is not None:
         check_number("merge_threshold", merge_threshold, 0.0, 1.0)
-    given: dict[str, Any] = {"kind": kind, "grid": grid, "valid": valid, "slot_mask": slot_mask}
+    given: dict[str, Any] = {"kind": kind, "grid": grid, "axes": axes}
+    given |= {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, **given)
         B, T, _, H, W = maps.enc.shape

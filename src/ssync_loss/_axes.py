@@ -1,0 +1,176 @@
+"""Layouts in einops' words: which axis of a tensor is which, and a view of it in the library's own order."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ssync_loss._checks import check_tensor
+from ssync_loss._compilers import constant
+
+Axes: TypeAlias = str | tuple[str, str] | None
+Groups: TypeAlias = tuple[tuple[str, ...], ...]
+Sizes: TypeAlias = dict[str, int]
+
+# the axes of maps, and of features; only b and t may be left out
+MAPS, FEATURES = "btshw", "btdhw"
+_ARGUMENTS = {MAPS: "axes", FEATURES: "features_axes"}
+
+
+def arrange(
+    name: str,
+    tensor: Tensor,
+    axes: str,
+    *,
+    grid: tuple[int, int] | None = None,
+    num_frames: int | None = None,
+    num_slots: int | None = None,
+) -> Tensor:
+    """View a tensor that is laid out as ``axes`` says as (B, T, S, H, W), or (B, T, S, N) without a grid for ``(h w)``.
+
+    ``axes`` names b, t, s, h and w in einops' notation, in any order, any of them merged. Without b there is one clip,
+    without t one frame.
+
+    Raises: TypeError, ValueError if ``axes`` is no such pattern, does not fit the tensor, or leaves a size open.
+
+    >>> import torch
+    >>> arrange("masks", torch.zeros(6, 25, 4), "(b t) (h w) s", num_frames=3).shape
+    torch.Size([2, 3, 4, 25])
+    """
+    height, width = grid or (None, None)
+    given = {"t": num_frames, "s": num_slots, "h": height, "w": width}
+    sizes = solve(name, tensor, axes, {letter: size for letter, size in given.items() if size is not None})
+    return place(name, tensor, axes, sizes)
+
+
+def arrange_maps(
+    enc: Tensor, dec: Tensor, axes: object, grids: Sequence[tuple[int, int] | None], num_frames: int | None
+) -> tuple[Tensor, Tensor]:
+    """View both maps as (B, T, S, H, W), each on its grid: what one does not show is taken from the other.
+
+    A grid that is neither shown nor given is the other map's where N agrees, or else a square.
+    """
+    maps = list(zip(("enc_logits", "dec_logits"), (enc, dec), check_axes(axes), strict=True))
+    sizes: list[Sizes] = [{} if grid is None else {"h": grid[0], "w": grid[1]} for grid in grids]
+    shared = {} if num_frames is None else {"t": num_frames}
+    # b, t and s may be learned one by one, each from the other map
+    for turn in (0, 1, 0, 1, 0):
+        if [letter for letter in "bts" if letter not in sizes[turn]]:
+            sizes[turn] = solve(*maps[turn], {**sizes[turn], **shared})
+            shared = {letter: sizes[turn][letter] for letter in "bts" if letter in sizes[turn]}
+    for turn, (one, other) in enumerate(((sizes[0], sizes[1]), (sizes[1], sizes[0]))):
+        if "h" in one and "w" in one:
+            continue
+        num_patches = one.get("n")
+        grid = grids[0] if turn else None
+        if grid is None and num_patches is not None:
+            root = isqrt(num_patches)
+            shown = other.get("h", 0), other.get("w", 0)
+            grid = shown if shown[0] * shown[1] == num_patches else (root, root) if root**2 == num_patches else None
+        if grid is not None:
+            sizes[turn] = solve(*maps[turn], {**one, "h": grid[0], "w": grid[1]})
+    enc, dec = (place(*one, known) for one, known in zip(maps, sizes, strict=True))
+    return enc, dec
+
+
+def check_axes(axes: object) -> tuple[str, str]:
+    """Return the patterns of the encoder's and the decoder's map."""
+    both = (axes, axes) if isinstance(axes, str) else axes
+    if not isinstance(both, Sequence) or len(both) != 2:
+        raise ValueError(
+            f"`axes` must be a pattern such as 'b t s (h w)', or a pair of them (encoder, decoder); got {axes!r}."
+        )
+    for one in both:
+        parse(one)
+    return both[0], both[1]
+
+
+@constant
+def parse(axes: object, letters: str = MAPS) -> Groups:
+    """Return the letters on every axis of a pattern: of ``"b (h w) 1"`` (("b",), ("h", "w"), ())."""
+    if not isinstance(axes, str):
+        raise TypeError(
+            f"`{_ARGUMENTS[letters]}` must be a pattern such as 'b t {letters[2]} (h w)'; got {type(axes).__name__}."
+        )
+    return _parse(axes, letters)
+
+
+@lru_cache
+def _parse(axes: str, letters: str) -> Groups:
+    name = _ARGUMENTS[letters]
+    groups: list[list[str]] = []
+    merged = False
+    for word in axes.replace("(", " ( ").replace(")", " ) ").split():
+        if word == "(" or not (merged or word == ")"):
+            groups.append([])
+        if word in ("(", ")"):
+            if merged == (word == "("):
+                raise ValueError(f"`{name}` must close each parenthesis before the next; got {axes!r}.")
+            merged = not merged
+        elif word != "1":
+            groups[-1].append(word)
+    if merged:
+        raise ValueError(f"`{name}` must close each parenthesis; got {axes!r}.")
+    named = [letter for group in groups for letter in group]
+    wrong = [f"an unknown {one!r}" for one in named if one not in tuple(letters)]
+    wrong += [f"{one!r} twice" for one in letters if named.count(one) > 1]
+    wrong += [f"no {one!r}" for one in letters[2:] if one not in named]
+    if wrong:
+        raise ValueError(
+            f"`{name}` must name {', '.join(letters)} once each, of which b and t may be left out; "
+            f"got {axes!r}, with {' and '.join(wrong)}."
+        )
+    return tuple(map(tuple, groups))
+
+
+def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAPS) -> Sizes:
+    """Return by letter the sizes known and those a tensor's shape shows; where only h * w is shown, that as "n"."""
+    check_tensor(name, tensor)
+    groups, shape = parse(axes, letters), tensor.shape
+    named = [letter for group in groups for letter in group]
+    sizes = {letter: size for letter, size in known.items() if letter != "n"}
+    for letter in "bt":
+        if letter not in named and sizes.setdefault(letter, 1) != 1:
+            raise ValueError(f"`{name}` must have {letter}={sizes[letter]}; got axes {axes!r} without {letter!r}.")
+    fits = len(shape) == len(groups)
+    # no letter stands on two axes, so one look at each is enough
+    for group, size in zip(groups, shape, strict=False):
+        unknown = [letter for letter in group if letter not in sizes]
+        rest = 1
+        for letter in group:
+            rest *= sizes.get(letter, 1)
+        if not unknown:
+            fits = fits and rest == size
+        elif len(unknown) == 1 or sorted(unknown) == ["h", "w"]:
+            fits = fits and rest > 0 and size % rest == 0
+            if fits:
+                sizes[unknown[0] if len(unknown) == 1 else "n"] = size // rest
+    if not fits:
+        wanted = ", ".join("*".join(group) or "1" for group in groups)
+        given = ", ".join(f"{letter}={known[letter]}" for letter in letters if letter in known)
+        raise ValueError(
+            f"`{name}` must have shape ({wanted}){given and ' with '}{given}, as axes {axes!r} say; got {tuple(shape)}."
+        )
+    return sizes
+
+
+def place(name: str, tensor: Tensor, axes: str, sizes: Sizes, letters: str = MAPS) -> Tensor:
+    """View a tensor in the order of the letters, by sizes that are solved; ``(h w)`` of an unknown grid stays as it is.
+
+    Axes are only split and reordered, which is a view whatever the strides.
+    """
+    named = "".join([letter for group in parse(axes, letters) for letter in group])
+    if "n" in sizes and "hw" in named:
+        named, letters = named.replace("hw", "n"), letters.replace("hw", "n")
+    unknown = [letter for letter in letters if letter not in sizes]
+    if unknown:
+        remedies = {"t": " Give `num_frames`.", "h": " Give `grid`."}
+        raise ValueError(
+            f"`{name}` of shape {tuple(tensor.shape)} and axes {axes!r} leaves {' and '.join(unknown)} open."
+            + "".join(remedies.get(letter, "") for letter in unknown)
+        )
+    order = named + "".join([letter for letter in letters if letter not in named])
+    split = tensor.reshape([sizes[letter] for letter in order])
+    return split.permute([order.index(letter) for letter in letters])
