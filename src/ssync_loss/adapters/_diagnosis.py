@@ -6,6 +6,8 @@ from typing import NamedTuple
 from ssync_loss.adapters._suspects import Role
 from ssync_loss.ssync.maps import Kind
 
+SHOWN = 8
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -81,7 +83,8 @@ class Diagnosis:
             parts += ["Problems:", *(_indent(f"- {one}") for one in self.problems)]
         if self.lines:
             parts.append("Write:" if self.line else "Write one of these:")
-            parts += [_indent(one) for one in self.lines]
+            parts += [_indent(one) for one in self.lines[:SHOWN]]
+            parts += [f"and {len(self.lines) - SHOWN} more."] if len(self.lines) > SHOWN else []
         return "\n".join(parts)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ssync_loss.adapters._diagnosis import Line
@@ -56,7 +55,9 @@ def _readings_together(enc: Suspect, dec: Suspect, hints: Hints) -> Iterator[Pai
             fits = fits and not ("s)" in one.axes and "s)" in two.axes)
             if fits and (frames is None or one.total % frames == 0):
                 grids = grid_of(one, two, hints), grid_of(two, one, hints)
-                cost = one.cost + two.cost + unsure / 2 + _differ(*grids)
+                # tensors of one shape rarely lie differently
+                mixed = enc.tensor.shape == dec.tensor.shape and one.axes != two.axes
+                cost = one.cost + two.cost + unsure / 2 + _differ(*grids) + mixed / 4
                 yield Pair(enc, dec, one, two, frames, grids, cost)
 
 
@@ -110,10 +111,9 @@ def settings_of(pair: Pair) -> dict[str, Any]:
         settings["axes"] = _one_if_equal(axes)
     flat = tuple(one.size is None for one in (pair.enc_reading, pair.dec_reading))
     enc, dec = pair.grids
-    if flat[1] and not (flat[0] and enc == dec):
-        settings["grid"] = (enc, dec)
-    elif flat[0]:
-        settings["grid"] = enc
+    if any(flat):
+        # the encoder's grid speaks for a flat decoder map, too
+        settings["grid"] = (enc, dec) if flat[1] and enc != dec else enc
     return settings
 
 

@@ -19,7 +19,7 @@ Role: TypeAlias = Literal["encoder", "decoder", "unknown"]
 MAX_TENSORS = 200
 # names are hints: what a map may be called, what it may not, and the roles they speak for, first strong then weak
 _MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment")
-_OTHER = re.compile(r"feat|slots?$|hidden|state|recon|video|image|rgb|pixel|target|loss|hard|slot_?mask")
+_OTHER = re.compile(r"feat(?!ure_attrib)|slots?$|hidden|state|recon|video|image|rgb|pixel|target|loss|hard|slot_?mask")
 _LOGITS, _PROBS = re.compile(r"logit|dots"), re.compile(r"prob|softmax")
 _ENCODER = (r"(^|_)enc|corrector|processor|grouping|grouper|slot_att|aggregat", r"attn|attent|attribut|dots")
 _DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
@@ -126,12 +126,12 @@ def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
             reasons[one.path] = (
                 "no layout of a map fits its shape and values" if not one.readings else "no sign of a map"
             )
-            if one.readings and not one.tail:
+            if one.readings and not one.tail and one.kind == "logits":
                 nameless.append(one)
     if kept:
         return kept
     # nothing but shapes is left to go by: two tensors without a name that fit each other
-    sizes = [{_sizes(reading) for reading in one.readings} for one in nameless]
+    sizes = [{_sizes(reading) for reading in one.readings if reading.heads is None} for one in nameless]
     pairs = [(i, j) for i in range(len(sizes)) for j in range(i) if sizes[i] & sizes[j]]
     kept = [nameless[i] for i in sorted({i for pair in pairs for i in pair})]
     for one in kept:

@@ -22,8 +22,10 @@ def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
     shape, values = tuple(one.tensor.shape), one.values
     if one.same_as is not None:
         yield f"the same map as {one.same_as}"
-    if not one.sure:
-        yield "its values do not show that it is a map: its name or its shape does"
+    if not one.sure and one.kind == "probs":
+        yield "within [0, 1], but sums to nothing in particular: probabilities, or logits by chance"
+    elif not one.sure and not one.tail:
+        yield "only its shape speaks for a map: features may look the same"
     if values is not None and one.kind == "probs":
         if values.low == 0:
             yield 'holds exact zeros: a log() of your own gives NaN gradients there, kind="probs" does not'
@@ -41,7 +43,7 @@ def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
         yield f"has an axis of heads, which the line takes away ({how})"
     if any(reading.axes != "b t s (h w)" for reading in readings) and len(shape) == 4 and _is_square(shape[3]):
         T, S, N = shape[1:]
-        yield f"without axes it could be taken for a clip (B, T, S, N) of T={T} frames with S={S} slots on N={N} patches"
+        yield f"without `axes` it could pass for a clip (B, T, S, N) of T={T} frames, S={S} slots and N={N} patches"
 
 
 def _slot_sums(one: Suspect, readings: Sequence[Reading]) -> tuple[float, float] | None:
@@ -83,34 +85,36 @@ def problems_of(suspects: list[Suspect], found: list[Found], training: bool) -> 
 
 def problems_of_pairs(pairs: list[Pair], suspects: list[Suspect]) -> Iterator[str]:
     """Say what is missing or open between maps."""
-    if not suspects:
-        yield "No map is among the outputs. A model that keeps its maps to itself gives them up to LogitTap and OutputTap."
+    if pairs:
+        yield from _open_questions(pairs)
+    elif not suspects:
+        yield "No map is among the outputs: what a model keeps to itself it gives up to LogitTap and OutputTap."
     elif len(suspects) == 1:
         missing = {"encoder": "decoder's", "decoder": "encoder's", "unknown": "other"}[suspects[0].role]
-        yield f"Only one map is among the outputs, {suspects[0].path}: the {missing} has to be tapped (LogitTap, OutputTap)."
-    elif not pairs:
+        yield f"{suspects[0].path} is the only map: the {missing} has to be tapped (LogitTap, OutputTap)."
+    else:
         shapes = ", ".join(f"{one.path} {tuple(one.tensor.shape)}" for one in suspects)
         yield f"No two maps go together, an encoder's and a decoder's of the same B, T and S: {shapes}."
+
+
+def _open_questions(pairs: list[Pair]) -> Iterator[str]:
     together = {(id(pair.enc), id(pair.dec)) for pair in pairs}
     if any(pair[::-1] in together for pair in together):
         paths = dict.fromkeys(pair.enc.path for pair in pairs)
         yield f"Cannot tell encoder from decoder: {' and '.join(paths)} could be either. Only you know."
     elif len(together) > 1:
         yield "Cannot tell which maps are meant: several go together. Take those that the model itself learns from."
-    for role in ("enc", "dec"):
-        axes: dict[str, dict[str, None]] = {}
-        for pair in pairs:
-            axes.setdefault(getattr(pair, role).path, {})[getattr(pair, f"{role}_reading").axes] = None
-        for path, patterns in axes.items():
-            if len(patterns) > 1:
-                quoted = " or ".join(f'"{one}"' for one in patterns)
-                yield f"Cannot tell the axes of {path}: {quoted}. Pass video=, num_frames= or num_slots=."
-    if any(pair.frames is None for pair in pairs):
-        yield "Frames may lie in the batch, and nothing shows T: pass video= or num_frames=."
-    for pair in pairs[:1]:
-        for one, reading, grid in zip(pair[:2], pair[2:4], pair.grids, strict=True):
-            if grid is None:
-                yield f"{one.path} has N={reading.patches} patches, which is no square: pass grid=(H, W)."
+    axes: dict[str, dict[str, None]] = {}
+    for pair in pairs:
+        for one, reading in zip(pair[:2], pair[2:4], strict=True):
+            axes.setdefault(one.path, {})[reading.axes] = None
+    for path, patterns in axes.items():
+        if len(patterns) > 1:
+            quoted = " or ".join(f'"{one}"' for one in patterns)
+            yield f"Cannot tell the axes of {path}: {quoted}. Pass video=, num_frames= or num_slots=."
+    for one, reading, grid in zip(pairs[0][:2], pairs[0][2:4], pairs[0].grids, strict=True):
+        if grid is None:
+            yield f"{one.path} has N={reading.patches} patches, which is no square: pass grid=(H, W)."
 
 
 def slot_mask_of(found: list[Found], pair: Pair) -> tuple[str | None, str | None]:
@@ -144,7 +148,7 @@ def _kept(mask: Tensor, one: Suspect, reading: Reading, frames: int | None) -> f
     if clips == 0:
         clips, frames = 1, maps.shape[0]
     mass = maps[: clips * (frames or 1)].mean(2).unflatten(0, (clips, -1)).mean(1)
-    return (mass * mask[:clips]).sum().item() / max(mass.sum().item(), 1e-30)
+    return float((mass * mask[:clips]).sum() / mass.sum().clamp_min(1e-30))
 
 
 def unlike(criterion: SSyncLoss, pair: Pair) -> Iterator[str]:

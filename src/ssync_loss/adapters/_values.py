@@ -93,8 +93,10 @@ def _constant(tensor: Tensor, *, exponentials: bool, flat: bool) -> dict[tuple[i
                 found[some] = total
     ones = {axes: total for axes, total in found.items() if max(abs(one - 1) for one in total) <= ABOUT}
     # means over heads sum to one over their number, and sums over heads to their number
-    others = {axes: total for axes, total in found.items() if len(axes) == 1 and not (flat or exponentials)}
-    found = ones or others
+    if not ones and (flat or exponentials):
+        return {}
+    # means over heads sum to one over their number, and sums over heads to their number
+    found = ones or {axes: total for axes, total in found.items() if len(axes) == 1}
     # nearly uniform maps sum to nearly the same over every axis
     least = min(((high - low) / high for low, high in found.values()), default=0.0)
     return {axes: (low, high) for axes, (low, high) in found.items() if (high - low) / high <= 3 * least + 1e-6}

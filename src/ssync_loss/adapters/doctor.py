@@ -16,7 +16,6 @@ from ssync_loss.ssync.maps import Grid, check_grid
 from ssync_loss.ssync.modules import SSyncLoss
 
 MAX_SUSPECTS = 16
-MAX_LINES = 6
 
 
 def doctor(
@@ -78,7 +77,7 @@ def doctor(
         problems += [*problems_of(suspects, found, training), *problems_of_pairs(pairs, maps)]
         problems += [*([wrong] if wrong else []), *(unlike(criterion, pairs[0]) if criterion and pairs else [])]
         candidates = tuple(_candidate(one, pairs) for one in suspects)
-    lines = tuple(dict.fromkeys(line_of(one, slot_mask) for one in pairs))[:MAX_LINES]
+    lines = tuple(dict.fromkeys(line_of(one, slot_mask) for one in pairs))
     return Diagnosis(candidates, lines, tuple(problems), tuple(reasons.items()))
 
 
