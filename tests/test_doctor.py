@@ -226,7 +226,7 @@ LAYOUTS = [
     "b t s 1 h w",
     "(b t) s (h w) 1",
 ]
-IMAGES = ["b s h w", "b h w s", "b s (h w)", "b (h w) s", "b 1 s h w"]
+IMAGES = ["b s h w", "b h w s", "b s (h w)", "b (h w) s", "b t s h w", "b t s (h w)"]
 ENC_NAMES = ["encoder.attn", "processor.corrector.masks", "output.attenta", "perceptual_grouping.feature_attributions"]
 DEC_NAMES = ["decoder.masks", "alpha", "output.attentd", "object_decoder.masks"]
 
@@ -238,9 +238,21 @@ def plant(tree: dict[str, Any], name: str, value: Tensor) -> None:
     tree[last] = value
 
 
-@st.composite
-def outputs_with_maps(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[str, Tensor]]]:
+@dataclass(repr=False)
+class Case:
     """Outputs, hints, and for both roles the pattern and the map (B, T, S, H, W)."""
+
+    outputs: dict[str, Any]
+    hints: dict[str, Any]
+    planted: dict[str, tuple[str, Tensor]]
+
+    def __repr__(self) -> str:
+        maps = [(role, axes, one.shape, one.dtype) for role, (axes, one) in self.planted.items()]
+        return f"{maps} of {self.hints}"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
     num_frames = draw(st.sampled_from([1, 2, 3]))
     sizes = draw(st.integers(1, 3)), num_frames, draw(st.integers(2, 9))
     torch.manual_seed(draw(st.integers(0, 1000)))
@@ -254,50 +266,51 @@ def outputs_with_maps(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any], 
         ("decoder", DEC_NAMES, (scale * enc_grid[0], scale * enc_grid[1])),
     ):
         axes = draw(layouts)
-        kind = draw(st.sampled_from(["probs", "logits", "log-probs"]))
+        # raw logits are taken to have frames before slots
+        kinds = ["probs", "log-probs", *(["logits"] if axes != "b s t h w" else [])]
+        kind = draw(st.sampled_from(kinds))
         maps = scores(*sizes, *grid) * draw(st.sampled_from([0.1, 1.0, 5.0]))
         maps = maps.softmax(2) if kind == "probs" else maps.log_softmax(2) if kind == "log-probs" else maps
         if draw(st.booleans()):
             maps = maps.to(draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float64])))
-        plant(outputs, draw(st.sampled_from(names)), rearrange(maps, f"b t s h w -> {axes}"))
+        plant(outputs, draw(st.sampled_from(names)), rearrange(maps, f"b {'t' if 't' in axes else '1'} s h w -> {axes}"))
         planted[role] = axes, maps
     batch, _, slots = sizes
     outputs["slots"] = scores(batch, num_frames, slots, 11)
     outputs["features"] = scores(batch, num_frames, enc_grid[0] * enc_grid[1], 13)
     video = (batch, num_frames, 3, 8 * enc_grid[0], 8 * enc_grid[1])
-    return outputs, {"video": video, "num_slots": slots}, planted
+    return Case(outputs, {"video": video, "num_slots": slots}, planted)
 
 
-def check_planted(found: Diagnosis, outputs: object, planted: Mapping[str, tuple[str, Tensor]]) -> None:
-    both = [candidate(found, one.path) for one in found.candidates if one.role != "unknown"]
+def check_planted(found: Diagnosis, case: Case) -> None:
+    both = [one for one in found.candidates if one.role != "unknown"]
     assert {one.role for one in both} == {"encoder", "decoder"}
     for one in both:
-        assert planted[one.role][0] in one.axes, found
-    kinds = tuple("probs" if (maps.detach() >= 0).all() else "logits" for _, maps in planted.values())
-    expected = expect(*(maps for _, maps in planted.values()), kind=kinds)
-    losses = [loss_of(one, outputs) for one in found.lines if "..." not in str(one)]
-    assert any(torch.allclose(loss, expected, rtol=1e-5, atol=1e-7) for loss in losses), found
+        assert case.planted[one.role][0] in one.axes, str(found)
+    maps = [one for _, one in case.planted.values()]
+    kinds = ["probs" if (one.detach() >= 0).all() else "logits" for one in maps]
+    expected = expect(*maps, kind=kinds)
+    losses = [loss_of(one, case.outputs) for one in found.lines if "..." not in str(one)]
+    assert any(torch.allclose(loss, expected, rtol=1e-5, atol=1e-7) for loss in losses), str(found)
 
 
-@given(outputs_with_maps())
-def test_with_hints_planted_maps_are_found_and_the_line_computes_their_loss(drawn: Any) -> None:
-    outputs, hints, planted = drawn
-    if all("(b t s)" in axes for axes, _ in planted.values()):
+@given(cases())
+def test_with_hints_planted_maps_are_found_and_the_line_computes_their_loss(case: Case) -> None:
+    if all("(b t s)" in axes for axes, _ in case.planted.values()):
         return
-    found = doctor(outputs, **hints)
-    assert found.line is not None, found
-    check_planted(found, outputs, planted)
+    found = doctor(case.outputs, **case.hints)
+    assert found.line is not None, str(found)
+    check_planted(found, case)
 
 
-@given(outputs_with_maps())
+@given(cases())
 @settings(max_examples=80)
-def test_without_hints_the_right_line_is_among_those_that_cannot_be_told_apart(drawn: Any) -> None:
-    outputs, _, planted = drawn
-    patterns = [axes for axes, _ in planted.values()]
-    sides = [maps.shape[3] == maps.shape[4] for _, maps in planted.values()]
-    if all("(b t" in axes for axes in patterns) or not all(sides) and all("(h w)" in axes for axes in patterns):
+def test_without_hints_the_right_line_is_among_those_that_cannot_be_told_apart(case: Case) -> None:
+    patterns = [axes for axes, _ in case.planted.values()]
+    squares = all(one.shape[3] == one.shape[4] for _, one in case.planted.values())
+    found = doctor(case.outputs)
+    if all("(b t" in axes for axes in patterns) or (not squares and all("(h w)" in axes for axes in patterns)):
         # nothing shows T, or H and W
-        found = doctor(outputs)
         assert found.line is None or "..." in str(found.line) or found.problems
-        return
-    check_planted(doctor(outputs), outputs, planted)
+    else:
+        check_planted(found, case)

@@ -39,7 +39,11 @@ PATTERNS = {
 }
 # a reading that costs more is none
 IMPLAUSIBLE = 4
-_AXES = re.compile(r"\([^)]*\)|\S+")
+
+
+def axes_in(pattern: str) -> list[str]:
+    """Return the axes of a pattern: of ``"b (h w)"``, ``["b", "(h w)"]``."""
+    return re.findall(r"\([^)]*\)|\S+", pattern)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def readings_of(shape: tuple[int, ...], values: Values | None, hints: Hints, slo
     readings = []
     for axes, cost in _patterns(shape):
         for one in _bind(axes, shape, hints, slots):
-            evidence = _evidence(_AXES.findall(axes), one.slots, values)
+            evidence = _evidence(axes_in(axes), one.slots, values)
             if evidence is not None:
                 cost_of_values, over = evidence
                 cost_of_sizes = _implausible(one, hints)
@@ -109,7 +113,7 @@ def _scaled(patches: int, like: tuple[int, int]) -> tuple[int, int] | None:
 
 def _patterns(shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
     for axes, cost in PATTERNS.items():
-        names = _AXES.findall(axes)
+        names = axes_in(axes)
         if len(names) == len(shape):
             yield axes, cost
         elif len(names) == len(shape) - 1 and "heads" not in names:
@@ -119,11 +123,11 @@ def _patterns(shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
 
 
 def _bind(axes: str, shape: tuple[int, ...], hints: Hints, slots: frozenset[int]) -> Iterator[Reading]:
-    size = dict(zip(_AXES.findall(axes), shape, strict=True))
+    size = dict(zip(axes_in(axes), shape, strict=True))
     height, width = size.get("h"), size.get("w")
     grid = None if height is None or width is None else (height, width)
     patches = size["(h w)"] if grid is None else grid[0] * grid[1]
-    heads = _AXES.findall(axes).index("heads") if "heads" in size else None
+    heads = axes_in(axes).index("heads") if "heads" in size else None
     for num_slots in [size["s"]] if "s" in size else sorted(slots):
         merged = size.get("(b t s)", size.get("(b t)"))
         if merged is None:

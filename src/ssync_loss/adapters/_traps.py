@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss.adapters._pairs import Pair, settings_of
-from ssync_loss.adapters._readings import Reading
+from ssync_loss.adapters._readings import Reading, axes_in
 from ssync_loss.adapters._suspects import Suspect, probabilities_of
 from ssync_loss.adapters._values import sums_over
 from ssync_loss.adapters._walk import Found
@@ -48,7 +48,7 @@ def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
 
 def _slot_sums(one: Suspect, readings: Sequence[Reading]) -> tuple[float, float] | None:
     for reading in readings:
-        names = reading.axes.replace("(h w)", "n").split()
+        names = axes_in(reading.axes)
         if "s" in names:
             return sums_over(one.tensor, (names.index("s"),))
     return None
