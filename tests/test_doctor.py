@@ -3,7 +3,7 @@
 import re
 import time
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refuses
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from refusals import refuses
 from ssync_loss import SSyncLoss
 from ssync_loss.adapters import SlotMaps, doctor
 from ssync_loss.adapters._diagnosis import Candidate, Diagnosis, Line
@@ -173,7 +173,7 @@ class Output(dict[str, Any]):
         self.__dict__.update(given)
 
 
-Part = namedtuple("Part", "attn rest")  # noqa: PYI024
+Part = namedtuple("Part", "attn rest")
 
 
 def test_containers_of_all_kinds_and_circles() -> None:
@@ -273,7 +273,9 @@ def cases(draw: st.DrawFn) -> Case:
         maps = maps.softmax(2) if kind == "probs" else maps.log_softmax(2) if kind == "log-probs" else maps
         if draw(st.booleans()):
             maps = maps.to(draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float64])))
-        plant(outputs, draw(st.sampled_from(names)), rearrange(maps, f"b {'t' if 't' in axes else '1'} s h w -> {axes}"))
+        plant(
+            outputs, draw(st.sampled_from(names)), rearrange(maps, f"b {'t' if 't' in axes else '1'} s h w -> {axes}")
+        )
         planted[role] = axes, maps
     batch, _, slots = sizes
     outputs["slots"] = scores(batch, num_frames, slots, 11)
@@ -314,3 +316,344 @@ def test_without_hints_the_right_line_is_among_those_that_cannot_be_told_apart(c
         assert found.line is None or "..." in str(found.line) or found.problems
     else:
         check_planted(found, case)
+
+
+# --- traps ---
+
+
+def pair(**more: Tensor) -> dict[str, Tensor]:
+    return {"attn": scores(B, T, S, N).softmax(2), "alpha": scores(B, T, S, N).softmax(2), **more}
+
+
+def notes_of(found: Diagnosis) -> str:
+    return "\n".join(note for one in found.candidates for note in one.notes)
+
+
+def test_healthy_maps_have_no_problems() -> None:
+    assert doctor(pair()).problems == ()
+    assert doctor({"enc_logits": scores(B, T, S, N), "dec_logits": scores(B, T, S, N)}).problems == ()
+
+
+def test_images_that_could_be_read_as_a_clip() -> None:
+    maps = {"attn": scores(2, 7, 16, 16).softmax(1), "alpha": scores(2, 7, 16, 16).softmax(1)}
+    found = doctor(maps, num_frames=1)
+    assert "without `axes` it could pass for a clip (B, T, S, N) of T=7 frames, S=16 slots and N=16" in notes_of(found)
+    assert found.line is not None
+    assert found.line.criterion == 'SSyncLoss(kind="probs", axes="b s h w")'
+    # of logits nothing shows it
+    maps = {name: one.log() + torch.randn(2, 1, 16, 16) for name, one in maps.items()}
+    found = doctor(maps)
+    assert set(candidate(found, 'outputs["attn"]').axes) >= {"b s h w", "b t s (h w)"}
+    assert found.line is None
+    assert says(found, 'Cannot tell the axes of outputs["attn"]')
+    found = doctor(maps, num_slots=7, num_frames=1)
+    assert found.line is not None
+    torch.testing.assert_close(loss_of(found.line, maps), expect(*(one.unsqueeze(1) for one in maps.values())))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda one: one,
+        lambda one: one.view(B, T, S, H, W),
+        lambda one: one.clone(),
+        lambda one: one.detach(),
+        lambda one: one.transpose(2, 3).contiguous(),
+        lambda one: one.to(torch.bfloat16).view(B * T, S, H, W),
+        lambda one: one.log(),
+    ],
+)
+def test_a_decoder_map_that_is_the_encoders(other: Callable[[Tensor], Tensor]) -> None:
+    one = scores(B, T, S, N).softmax(2)
+    found = doctor({"encoder": {"attn": one}, "decoder": {"masks": other(one)}})
+    assert says(found, "is the same map as outputs["), str(found)
+    assert found.lines == ()
+
+
+def test_one_tensor_without_names_is_given_twice() -> None:
+    one = scores(B, T, S, N).softmax(2)
+    found = doctor((one, one))
+    assert found.problems[0] == "outputs[1] and outputs[0] are one tensor: they cannot be both maps."
+    assert found.lines == ()
+
+
+def test_two_maps_that_say_nothing_are_not_taken_for_one() -> None:
+    maps = {"attn": torch.full((B, T, S, N), 1 / S), "alpha": torch.full((B, T, S, N), 1 / S)}
+    assert doctor(maps).line is not None
+    close = 1e-3 * torch.randn(2, B, T, S, N)
+    found = doctor({"attn": close[0].softmax(2), "alpha": close[1].softmax(2)})
+    assert found.line is not None
+
+
+def test_a_slot_mask_is_passed_or_found_inverted() -> None:
+    present = torch.arange(S) < torch.tensor([[3], [5]])
+    logits = scores(2, B, T, S, N).masked_fill(~present[:, None, :, None], float("-inf"))
+    enc, dec = logits.softmax(3)
+    right = {"attn": enc, "alpha": dec, "smask": present}
+    found = doctor(right)
+    assert found.line is not None
+    assert found.line.call == 'criterion(outputs["attn"], outputs["alpha"], slot_mask=outputs["smask"])'
+    whole = [one.unflatten(3, (H, W)) for one in (enc, dec)]
+    expected = SSyncLoss(kind="probs")(*whole, slot_mask=present)
+    torch.testing.assert_close(loss_of(found.line, right), expected)
+    assert found.problems == ()
+
+    found = doctor({**right, "smask": ~present})
+    assert says(found, "`slot_mask` is True where a slot is present; pass ~outputs")
+    assert says(found, "would keep the slots with 0% of the mass")
+    assert found.line is not None
+    assert "slot_mask" not in found.line.call
+    assert SSyncLoss(kind="probs")(*whole, slot_mask=torch.zeros_like(present)) == 0
+    assert says(doctor({**right, "smask": torch.zeros_like(present)}), "would keep the slots with 0% of the mass")
+    assert says(doctor({**right, "smask": present.roll(1, 1)}), "if it is no slot mask")
+    # (B, T) and (B, S) look the same: a name has to say which
+    square = {"attn": scores(2, S, S, N).softmax(2), "alpha": scores(2, S, S, N).softmax(2)}
+    assert doctor({**square, "padded": ~present}).problems == ()
+    assert says(doctor({**square, "slot_mask": ~present}), "would keep")
+
+
+def test_probabilities_as_logits_and_the_reverse() -> None:
+    probs, logits = scores(B, T, S, N).softmax(2), scores(B, T, S, N)
+    found = doctor({"enc_logits": probs, "dec_logits": logits})
+    assert says(found, 'outputs["enc_logits"] holds probabilities, whatever its name says: pass kind="probs" for it.')
+    assert found.line is not None
+    assert found.line.criterion.startswith('SSyncLoss(kind=("probs", "logits")')
+    found = doctor({"enc_probs": logits, "dec_softmax": 3 * logits.detach()})
+    assert says(found, 'outputs["enc_probs"] holds logits')
+    assert says(found, 'outputs["dec_softmax"] holds logits')
+
+    found = doctor(pair(), criterion=SSyncLoss())
+    assert says(found, "`criterion` has kind='logits', and these maps need kind='probs'.")
+    logits_twice = {"attn": scores(B, T, S, N), "alpha": scores(B, T, S, N)}
+    assert says(doctor(logits_twice, criterion=SSyncLoss(kind="probs")), "these maps need kind='logits'.")
+    assert doctor(logits_twice, criterion=SSyncLoss()).problems == ()
+    assert doctor(logits_twice, criterion=SSyncLoss(kind=("logits", "logits"), grid=(8, 8))).problems == ()
+    last = {name: one.transpose(2, 3) for name, one in pair().items()}
+    assert says(doctor(last, criterion=SSyncLoss(kind="probs")), "these maps need axes='b t (h w) s'.")
+
+
+def test_logits_that_happen_to_lie_within_zero_and_one() -> None:
+    low = torch.rand(B, T, S, N, requires_grad=True)
+    assert candidate(doctor(pair(dec_logits=low)), 'outputs["dec_logits"]').kind == "logits"
+    found = doctor({"attn": scores(B, T, S, N).softmax(2), "alpha": low})
+    assert "probabilities, or logits by chance" in notes_of(found)
+
+
+def test_forgotten_heads() -> None:
+    logits, dec = scores(B, T, 4, S, N), scores(B, T, S, H, W)
+    joint = logits.transpose(2, 3).flatten(2, 3).softmax(2).unflatten(2, (S, 4)).transpose(2, 3)
+    for attention, enc, kind in (
+        (logits.softmax(3), logits.softmax(3).mean(2), "probs"),
+        (joint, joint.mean(2), "probs"),
+        (logits, logits.logsumexp(2), "logits"),
+    ):
+        outputs = {"attn": attention, "alpha": dec}
+        found = doctor(outputs)
+        one = candidate(found, 'outputs["attn"]')
+        assert one.axes == ("b t heads s (h w)",)
+        assert any("has an axis of heads" in note for note in one.notes)
+        expected = expect(enc.unflatten(3, (H, W)), dec, kind=(kind, "logits"))
+        torch.testing.assert_close(loss_of(found.line, outputs), expected)
+    assert candidate(doctor({"attn": joint, "alpha": dec}), 'outputs["attn"]').sums_over == "heads s"
+    image = {"attn": logits[:, 0].softmax(2), "alpha": dec[:, 0].softmax(1)}
+    assert candidate(doctor(image, num_frames=1), 'outputs["attn"]').axes == ("b heads s (h w)",)
+
+
+def test_detached_maps() -> None:
+    maps = pair()
+    found = doctor({**maps, "attn": maps["attn"].detach()})
+    assert says(found, 'outputs["attn"] is detached: a loss of it trains nothing.')
+    assert not says(found, 'outputs["alpha"] is detached')
+    gone = {name: one.detach() for name, one in maps.items()}
+    assert says(doctor(gone), "Nothing here carries a gradient")
+    with torch.no_grad():
+        assert doctor(gone).problems == ()
+    assert not candidate(doctor(gone), 'outputs["attn"]').requires_grad
+
+
+def test_exact_zeros_and_numbers_that_are_none() -> None:
+    maps = pair()
+    sparse = torch.where(maps["alpha"] < 0.05, 0.0, maps["alpha"])
+    sparse = sparse / sparse.sum(2, keepdim=True)
+    assert "holds exact zeros: a log() of your own gives NaN gradients there" in notes_of(
+        doctor({**maps, "alpha": sparse})
+    )
+    assert "exact zeros" not in notes_of(doctor(maps))
+    for wrong in (float("nan"), float("inf")):
+        broken = maps["alpha"].detach().clone()
+        broken[1, 2, 3, 4] = wrong
+        found = doctor({**maps, "alpha": broken})
+        assert says(found, 'outputs["alpha"] holds NaN or +inf')
+        assert found.line is not None
+    absent = scores(B, T, S, N).index_fill(2, torch.tensor([1]), float("-inf"))
+    assert doctor({"enc_logits": absent, "dec_logits": scores(B, T, S, N)}).problems == ()
+
+
+@pytest.mark.parametrize("axes", ["b t s h w", "b t s (h w)", "(b t) s h w", "b t (h w) s"])
+def test_attention_normalized_over_tokens(axes: str) -> None:
+    attention = rearrange(scores(B, T, S, N).softmax(3), f"b t s (h w) -> {axes}", h=H)
+    found = doctor({"attn": attention, "alpha": scores(B, T, S, N).softmax(2)})
+    one = candidate(found, 'outputs["attn"]')
+    assert (one.axes, one.sums_over) == ((axes,), "h w")
+    assert says(found, 'outputs["attn"] is normalized over patches, not over slots')
+
+
+def test_grids_that_differ_and_are_not_square() -> None:
+    outputs = {"attn": scores(B, T, S, 24).softmax(2), "alpha": scores(B, T, S, 8, 12).softmax(2)}
+    found = doctor(outputs)
+    assert found.line is not None
+    assert found.line.criterion == 'SSyncLoss(kind="probs", grid=(4, 6))'
+    assert "on a grid of its own, 8 x 12: resized to the encoder's, 4 x 6" in notes_of(found)
+    flat = {name: one.flatten(3) for name, one in outputs.items()}
+    found = doctor(flat)
+    assert says(found, 'outputs["attn"] has N=24 patches, which is no square: pass grid=(H, W)')
+    assert found.line is not None
+    assert "grid=(..., ...)" in found.line.criterion
+    for hint in (
+        {"grid": ((4, 6), (8, 12))},
+        {"grid": (4, 6)},
+        {"video": (B, T, 3, 64, 96)},
+        {"video": (B, T, 64, 96, 3)},
+    ):
+        found = doctor(flat, **hint)
+        assert found.line is not None
+        assert found.line.criterion == 'SSyncLoss(kind="probs", grid=((4, 6), (8, 12)))'
+        assert found.problems == ()
+        expected = expect(outputs["attn"].unflatten(3, (4, 6)), outputs["alpha"], kind="probs")
+        torch.testing.assert_close(loss_of(found.line, flat), expected)
+
+
+def test_features_and_slots_are_no_maps() -> None:
+    found = doctor({"enc_logits": scores(B, T, N, D), "dec_logits": scores(B, T, S, N).softmax(2)})
+    assert dict(found.left_out) == {'outputs["enc_logits"]': "features? axis 2 has the 64 patches, 32 values each"}
+    assert says(found, 'outputs["dec_logits"] is the only map')
+    found = doctor(pair(attention_slots=scores(B, T, S, D)))
+    assert len(found.candidates) == 2
+    assert dict(found.left_out) == {'outputs["attention_slots"]': "no map, as its name says 'attention_slots'"}
+    # nothing but shapes: said to be open
+    found = doctor((scores(B, T, N, 25), scores(B, T, N, 25)))
+    assert "only its shape speaks for a map: features may look the same" in notes_of(found)
+
+
+def test_labels_and_attention_between_patches_are_no_maps() -> None:
+    hard = torch.nn.functional.one_hot(torch.randint(S, (B, T, N)), S).float().transpose(2, 3)
+    among = scores(B, 4, 100, 100).softmax(3)
+    found = doctor(pair(decoder_masks_hard=hard, backbone_attention=among, labels=torch.randint(S, (B, T, N))))
+    assert len(found.candidates) == 2
+    assert dict(found.left_out)['outputs["decoder_masks_hard"]'] == "all 0 or 1: labels, not scores"
+    assert 'outputs["backbone_attention"]' in dict(found.left_out)
+
+
+def test_two_forwards_joined() -> None:
+    # in time, as taps join them, or in the batch
+    joined = {"attn": scores(B, 2 * T, S, N).softmax(2), "alpha": scores(2 * B * T, S, N).softmax(1)}
+    found = doctor(joined, video=(B, T, 3, 64, 64))
+    for name in joined:
+        assert says(found, f'outputs["{name}"] has 2 times the frames that went in: were several forwards joined?')
+    assert says(doctor(joined, num_frames=T), 'outputs["attn"] has 2 times the frames that went in')
+    # without a hint it is a longer clip
+    assert doctor(joined).problems == ()
+    # two images cannot be told from two heads
+    images = {"attn": scores(B, 2, S, N).softmax(2), "alpha": scores(B, 2, S, N).softmax(2)}
+    assert "has an axis of heads, or of forwards that were joined" in notes_of(doctor(images, video=(B, 3, 64, 64)))
+
+
+def test_maps_that_do_not_go_together() -> None:
+    found = doctor({"attn": scores(B, T, S, N).softmax(2), "alpha": scores(B, T, S + 1, N).softmax(2)})
+    assert found.lines == ()
+    assert says(found, "No two maps go together, an encoder's and a decoder's of the same B, T and S")
+
+
+def test_several_candidates_for_a_role() -> None:
+    found = doctor(pair(recon_masks=scores(B, T, S, N).softmax(2), decoder_masks=scores(B, T, S, N).softmax(2)))
+    assert len(found.lines) == 2
+    assert says(found, "Cannot tell which maps are meant")
+    assert "Write one of these:" in str(found)
+
+
+# --- a tool that harms nothing ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_outputs_stay_as_they_are(dtype: torch.dtype) -> None:
+    maps = {name: one.to(dtype) for name, one in pair().items()}
+    before = {name: (one.detach().clone(), one._version, one.grad_fn) for name, one in maps.items()}
+    found = doctor(maps)
+    assert [(one.kind, one.sums_over) for one in found.candidates] == [("probs", "s")] * 2
+    for name, (values, version, grad_fn) in before.items():
+        assert torch.equal(maps[name], values)
+        assert (maps[name]._version, maps[name].grad_fn) == (version, grad_fn)
+    loss_of(found.line, maps).backward()
+
+
+def test_tensors_of_other_kinds_are_passed_over() -> None:
+    odd = {
+        "mask": torch.eye(4).to_sparse(),
+        "attn_nested": torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=torch.jagged),
+        "attn_complex": torch.zeros(B, T, S, N, dtype=torch.complex64),
+        "attn_empty": torch.zeros(B, 0, S, N),
+        "attn_scalar": torch.zeros(()),
+        "attn_ints": torch.zeros(B, T, S, N, dtype=torch.int64),
+    }
+    assert len(doctor({**pair(), **odd}).candidates) == 2
+    assert len(doctor(odd).lines) == 0
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_without_values_names_and_shapes_speak(where: str) -> None:
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        maps = {"attn": torch.zeros(B, T, S, N), "alpha": torch.zeros(B, T, S, N)}
+        found = doctor(maps)
+    assert [one.role for one in found.candidates] == ["encoder", "decoder"]
+    assert says(found, 'outputs["attn"] has no values to read')
+
+
+def test_large_outputs_take_little_time_and_no_copy() -> None:
+    wide = torch.randn(1, 1, 15, 64, 64).softmax(2)
+    large = {
+        # of 400 GB, if it were one
+        "attn": wide.expand(2000, 3200, 15, 64, 64),
+        "alpha": torch.rand(2, 8, 15, 256, 256),
+        "many": [torch.zeros(3, 4) for _ in range(50_000)],
+    }
+    start = time.perf_counter()
+    found = doctor(large)
+    assert time.perf_counter() - start < 20
+    assert candidate(found, 'outputs["attn"]').sums_over == "s"
+
+
+def test_hints_are_checked() -> None:
+    maps = pair()
+    refuses(
+        ValueError,
+        "`video` must have shape (B, T, ., H, W), or (B, ., H, W) for images; got (2, 3)",
+        doctor,
+        maps,
+        video=(2, 3),
+    )
+    refuses(
+        ValueError, "`num_frames` must be that of `video`, 3; got 4", doctor, maps, video=(2, 3, 3, 8, 8), num_frames=4
+    )
+    refuses(ValueError, "`num_slots` must be at least 1; got 0", doctor, maps, num_slots=0)
+    refuses(TypeError, "`num_frames` must be an integer; got str", doctor, maps, num_frames="3")
+    refuses(ValueError, "`grid` must be (H, W)", doctor, maps, grid=(0, 3))
+    refuses(TypeError, "`criterion` must be SSyncLoss; got str", doctor, maps, criterion="ssync")
+
+
+def test_the_text() -> None:
+    enc, dec = scores(B, T, N, S).softmax(3), scores(B, T, S, N).softmax(2).detach()
+    text = str(doctor({"attn": enc, "masks": dec, "feature": scores(B, T, N, D)}, name="out"))
+    assert (
+        re.sub(r" {8}.*\n", "", text)
+        == """\
+Maps:
+    encoder: out["attn"] (2, 3, 64, 7), axes "b t (h w) s", probs, sums over s are constant, gradient
+    decoder: out["masks"] (2, 3, 7, 64), axes "b t s (h w)", probs, sums over s are constant, no gradient
+Not maps:
+    out["feature"]: features? axis 2 has the 64 patches, 32 values each
+Problems:
+    - out["masks"] is detached: a loss of it trains nothing. Take it before the model's detach().
+Write:
+    criterion = SSyncLoss(kind="probs", axes=("b t (h w) s", "b t s (h w)"), grid=(8, 8))
+    loss = loss + criterion(out["attn"], out["masks"])"""
+    )

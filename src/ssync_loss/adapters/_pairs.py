@@ -71,10 +71,10 @@ def _differ(enc: Size | None, dec: Size | None) -> int:
 
 def same_map(one: Suspect, two: Suspect) -> bool:
     """Tell whether two tensors are one, or hold one map: as a copy, in another layout, as logits of probabilities."""
+    if one.values is None or two.values is None:
+        return one.tensor is two.tensor
     if same_memory(one.tensor, two.tensor):
         return True
-    if one.values is None or two.values is None:
-        return False
     for reading in one.best:
         for other in two.best:
             sizes = (reading.total, reading.slots, reading.patches)
@@ -90,14 +90,14 @@ def same_map(one: Suspect, two: Suspect) -> bool:
 
 
 def same_memory(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are views of the same numbers."""
+    """Tell whether two tensors are one, or, where they have memory of their own, views of the same numbers."""
     if one is two:
         return True
     try:
         pointers = one.data_ptr(), two.data_ptr()
     except RuntimeError:
         return False
-    return pointers[0] == pointers[1] != 0 and one.numel() == two.numel() and one.device == two.device
+    return pointers[0] == pointers[1] != 0 and one.numel() == two.numel()
 
 
 def settings_of(pair: Pair) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def settings_of(pair: Pair) -> dict[str, Any]:
     enc, dec = pair.grids
     if any(flat):
         # the encoder's grid speaks for a flat decoder map, too
-        settings["grid"] = (enc, dec) if flat[1] and enc != dec else enc
+        same = enc == dec and pair.enc_reading.patches == pair.dec_reading.patches
+        settings["grid"] = enc if same or not flat[1] else (enc, dec)
     return settings
 
 

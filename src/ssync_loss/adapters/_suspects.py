@@ -18,7 +18,7 @@ Role: TypeAlias = Literal["encoder", "decoder", "unknown"]
 
 MAX_TENSORS = 200
 # names are hints: what a map may be called, what it may not, and the roles they speak for, first strong then weak
-_MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment")
+_MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment|prob|softmax")
 _OTHER = re.compile(r"feat(?!ure_attrib)|slots?$|hidden|state|recon|video|image|rgb|pixel|target|loss|hard|slot_?mask")
 _LOGITS, _PROBS = re.compile(r"logit|dots"), re.compile(r"prob|softmax")
 _ENCODER = (r"(^|_)enc|corrector|processor|grouping|grouper|slot_att|aggregat", r"attn|attent|attribut|dots")
@@ -79,7 +79,7 @@ def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[s
             continue
         if len(floats) == MAX_TENSORS:
             reasons[one.path] = f"not looked at, after {MAX_TENSORS} others"
-        elif 2 <= tensor.dim() <= 6:
+        elif 2 <= tensor.dim() <= 6 and tensor.numel() > 0:
             floats.append((one, read_values(tensor)))
     slots = {hints.slots} if hints.slots else {size for _, values in floats if values for size in values.groups}
     suspects = _read(floats, hints, frozenset(slots))
@@ -106,26 +106,14 @@ def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozen
 
 
 def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
-    kept = []
     shown = {_sizes(reading) for one in suspects if one.sure for reading in one.best}
-    patches = {sizes[2] for sizes in shown}
-    nameless = []
+    kept, nameless = [], []
     for one in suspects:
-        shape = tuple(one.tensor.shape)
-        other = _OTHER.search(one.tail)
-        fits = any(_sizes(reading) in shown for reading in one.readings)
-        if one.values is not None and one.values.hard and not one.tensor.requires_grad:
-            reasons[one.path] = "all 0 or 1: labels, not scores"
-        elif one.readings and not other and (one.sure or fits or _MAP.search(one.tail)):
+        reason = _reason_against(one, shown)
+        if reason is None:
             kept.append(one)
-        elif one.sure and one.readings:
-            reasons[one.path] = f"sums to one as a map does, but its name says {one.tail!r}"
-        elif len(shape) > 2 and shape[-2] in patches and not one.sure:
-            reasons[one.path] = f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
         else:
-            reasons[one.path] = (
-                "no layout of a map fits its shape and values" if not one.readings else "no sign of a map"
-            )
+            reasons[one.path] = reason
             if one.readings and not one.tail and one.kind == "logits":
                 nameless.append(one)
     if kept:
@@ -137,6 +125,22 @@ def _keep(suspects: list[Suspect], reasons: dict[str, str]) -> list[Suspect]:
     for one in kept:
         del reasons[one.path]
     return kept
+
+
+def _reason_against(one: Suspect, shown: set[tuple[int, int, int]]) -> str | None:
+    """Return why a tensor is no map beside maps of the sizes shown (frames in all, S, patches); None if it may be."""
+    shape = tuple(one.tensor.shape)
+    if one.values is not None and one.values.hard and not one.tensor.requires_grad:
+        return "all 0 or 1: labels, not scores"
+    fits_slots = {each[:2] for each in map(_sizes, one.readings)} & {each[:2] for each in shown}
+    if len(shape) in (3, 4) and not (one.sure or fits_slots) and shape[-2] in {each[2] for each in shown}:
+        return f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
+    if not one.readings:
+        return "no layout of a map fits its shape and values"
+    if _OTHER.search(one.tail):
+        return f"{'sums to one as a map does, but' if one.sure else 'no map, as'} its name says {one.tail!r}"
+    fits = any(_sizes(reading) in shown for reading in one.readings)
+    return None if one.sure or fits or _MAP.search(one.tail) else "no sign of a map"
 
 
 def _sizes(reading: Reading) -> tuple[int, int, int]:

@@ -40,10 +40,17 @@ def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
         yield "log-probabilities: merging follows another rule with them than with an encoder's logits"
     if any(reading.heads is not None for reading in readings):
         how = "mean" if one.kind == "probs" else "logsumexp, right for a softmax over heads and slots together"
-        yield f"has an axis of heads, which the line takes away ({how})"
+        yield f"has an axis of heads, or of forwards that were joined; the line takes heads away ({how})"
     if any(reading.axes != "b t s (h w)" for reading in readings) and len(shape) == 4 and _is_square(shape[3]):
         T, S, N = shape[1:]
         yield f"without `axes` it could pass for a clip (B, T, S, N) of T={T} frames, S={S} slots and N={N} patches"
+
+
+def notes_on_grids(pairs: list[Pair]) -> Iterator[str]:
+    """Say of a decoder map whether it is resized."""
+    for enc, dec in dict.fromkeys(pair.grids for pair in pairs):
+        if enc is not None and dec is not None and enc != dec:
+            yield f"on a grid of its own, {dec[0]} x {dec[1]}: resized to the encoder's, {enc[0]} x {enc[1]}"
 
 
 def _slot_sums(one: Suspect, readings: Sequence[Reading]) -> tuple[float, float] | None:

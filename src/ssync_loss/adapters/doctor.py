@@ -10,7 +10,7 @@ from ssync_loss.adapters._diagnosis import Candidate, Diagnosis
 from ssync_loss.adapters._pairs import Pair, line_of, pairs_of, same_map, same_memory
 from ssync_loss.adapters._readings import Hints
 from ssync_loss.adapters._suspects import Suspect, role_of, suspects_in
-from ssync_loss.adapters._traps import notes_on, problems_of, problems_of_pairs, slot_mask_of, unlike
+from ssync_loss.adapters._traps import notes_on, notes_on_grids, problems_of, problems_of_pairs, slot_mask_of, unlike
 from ssync_loss.adapters._walk import tensors_in
 from ssync_loss.ssync.maps import Grid, check_grid
 from ssync_loss.ssync.modules import SSyncLoss
@@ -106,6 +106,7 @@ def _candidate(one: Suspect, pairs: list[Pair]) -> Candidate:
     if role == "unknown" and bool(as_enc) != bool(as_dec):
         role = "encoder" if as_enc else "decoder"
     sums = {reading.sums_over for reading in readings}
+    notes = [*notes_on(one, readings), *notes_on_grids([pair for pair in pairs if pair.dec is one])]
     return Candidate(
         one.path,
         tuple(one.tensor.shape),
@@ -114,7 +115,7 @@ def _candidate(one: Suspect, pairs: list[Pair]) -> Candidate:
         sums.pop() if len(sums) == 1 else None,
         one.tensor.requires_grad,
         role,
-        tuple(notes_on(one, readings)),
+        tuple(notes),
     )
 
 
