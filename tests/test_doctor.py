@@ -226,7 +226,7 @@ LAYOUTS = [
     "b t s 1 h w",
     "(b t) s (h w) 1",
 ]
-IMAGES = ["b s h w", "b h w s", "b s (h w)", "b (h w) s", "b t s h w", "b t s (h w)"]
+IMAGES = ["b s h w", "b h w s", "b s (h w)", "b (h w) s", "b t s h w", "b t s (h w)", "(b t s) h w"]
 ENC_NAMES = ["encoder.attn", "processor.corrector.masks", "output.attenta", "perceptual_grouping.feature_attributions"]
 DEC_NAMES = ["decoder.masks", "alpha", "output.attentd", "object_decoder.masks"]
 

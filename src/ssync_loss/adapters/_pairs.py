@@ -50,7 +50,7 @@ def _readings_together(enc: Suspect, dec: Suspect, hints: Hints) -> Iterator[Pai
             frames = one.frames or two.frames
             fits = (one.total, one.slots) == (two.total, two.slots) and two.frames in (None, frames)
             # frames that lie in the batch are more than one
-            fits = fits and not (frames == 1 and None in (one.frames, two.frames))
+            fits = fits and not (frames == 1 and "(b t)" in one.axes + two.axes)
             # S has to show in one of them
             fits = fits and not ("s)" in one.axes and "s)" in two.axes)
             if fits and (frames is None or one.total % frames == 0):

@@ -13,12 +13,12 @@ from ssync_loss.adapters._values import Values
 PATTERNS = {
     "b t s h w": 0,
     "b t h w s": 0,
-    "b s t h w": 1,
+    "b s t h w": 2,
     "b t s (h w)": 0,
     "b t (h w) s": 0,
     "b s h w": 0,
     "b h w s": 0,
-    "b s t (h w)": 1,
+    "b s t (h w)": 2,
     "(b t) s h w": 0,
     "(b t) h w s": 0,
     "b s (h w)": 0,
@@ -128,16 +128,18 @@ def _bind(axes: str, shape: tuple[int, ...], hints: Hints, slots: frozenset[int]
     grid = None if height is None or width is None else (height, width)
     patches = size["(h w)"] if grid is None else grid[0] * grid[1]
     heads = axes_in(axes).index("heads") if "heads" in size else None
+    merged = size.get("(b t s)", size.get("(b t)"))
     for num_slots in [size["s"]] if "s" in size else sorted(slots):
-        merged = size.get("(b t s)", size.get("(b t)"))
         if merged is None:
-            frames, total = size.get("t", 1), size.get("b", 1) * size.get("t", 1)
-        elif "(b t s)" in size and merged % num_slots:
-            continue
+            total = size.get("b", 1) * size.get("t", 1)
         else:
-            total = merged if "(b t)" in size else merged // num_slots
-            frames = hints.frames or (total // hints.batch if hints.batch and total % hints.batch == 0 else None)
-        fits = frames is None or (hints.frames in (None, frames) and total and total % frames == 0)
+            total, rest = divmod(merged, 1 if "s" in size else num_slots)
+            if rest:
+                continue
+        frames = hints.frames if merged else size.get("t", 1)
+        if merged and frames is None and hints.batch:
+            frames = max(1, total // hints.batch)
+        fits = frames is None or (hints.frames in (None, frames) and total % frames == 0)
         fits = fits and (hints.batch is None or frames is None or hints.batch * frames == total)
         # frames in the batch of images are images
         fits = fits and not (frames == 1 and "(b t)" in size) and hints.slots in (None, num_slots)
