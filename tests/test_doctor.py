@@ -406,6 +406,9 @@ def test_a_slot_mask_is_passed_or_found_inverted() -> None:
     assert SSyncLoss(kind="probs")(*whole, slot_mask=torch.zeros_like(present)) == 0
     assert says(doctor({**right, "smask": torch.zeros_like(present)}), "would keep the slots with 0% of the mass")
     assert says(doctor({**right, "smask": present.roll(1, 1)}), "if it is no slot mask")
+    unaware = {**right, "alpha": scores(B, T, S, N).softmax(2)}
+    assert "slot_mask=" in str(doctor(unaware).line)
+    assert says(doctor({**unaware, "smask": ~present}), "pass ~outputs")
     # (B, T) and (B, S) look the same: a name has to say which
     square = {"attn": scores(2, S, S, N).softmax(2), "alpha": scores(2, S, S, N).softmax(2)}
     assert doctor({**square, "padded": ~present}).problems == ()
@@ -427,7 +430,7 @@ def test_probabilities_as_logits_and_the_reverse() -> None:
     logits_twice = {"attn": scores(B, T, S, N), "alpha": scores(B, T, S, N)}
     assert says(doctor(logits_twice, criterion=SSyncLoss(kind="probs")), "these maps need kind='logits'.")
     assert doctor(logits_twice, criterion=SSyncLoss()).problems == ()
-    assert doctor(logits_twice, criterion=SSyncLoss(kind=("logits", "logits"), grid=(8, 8))).problems == ()
+    assert doctor(logits_twice, criterion=SSyncLoss(kind=("logits", "logits"), grid=((8, 8), (8, 8)))).problems == ()
     last = {name: one.transpose(2, 3) for name, one in pair().items()}
     assert says(doctor(last, criterion=SSyncLoss(kind="probs")), "these maps need axes='b t (h w) s'.")
 
@@ -566,9 +569,17 @@ def test_maps_that_do_not_go_together() -> None:
 
 def test_several_candidates_for_a_role() -> None:
     found = doctor(pair(recon_masks=scores(B, T, S, N).softmax(2), decoder_masks=scores(B, T, S, N).softmax(2)))
-    assert len(found.lines) == 2
+    assert len(found.lines) == 3
     assert says(found, "Cannot tell which maps are meant")
     assert "Write one of these:" in str(found)
+
+
+def test_a_clip_axis_that_was_squeezed_away() -> None:
+    outputs = {"attn": scores(N, S).softmax(1), "alpha": scores(1, S, H, W).softmax(1)}
+    found = doctor(outputs)
+    assert candidate(found, 'outputs["attn"]').axes == ("(h w) s",)
+    expected = expect(outputs["attn"].t().view(1, 1, S, H, W), outputs["alpha"].unsqueeze(1), kind="probs")
+    torch.testing.assert_close(loss_of(found.line, outputs), expected)
 
 
 # --- a tool that harms nothing ---

@@ -27,7 +27,7 @@ _DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
 
 @dataclass(eq=False)
 class Suspect:
-    """A tensor that may be a map, and all its readings; ``times`` the frames that went in."""
+    """A tensor that may be a map, all its readings, and how many times the frames that went in it has."""
 
     found: Found
     values: Values | None
@@ -85,8 +85,7 @@ def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[s
     suspects = _read(floats, hints, frozenset(slots))
     slots |= {reading.slots for one in suspects if one.sure or _MAP.search(one.tail) for reading in one.best}
     suspects = _read(floats, hints, frozenset(slots))
-    kept = _keep(suspects, reasons)
-    return kept, reasons
+    return _keep(suspects, reasons), reasons
 
 
 def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozenset[int]) -> list[Suspect]:
@@ -137,10 +136,10 @@ def _reason_against(one: Suspect, shown: set[tuple[int, int, int]]) -> str | Non
         return f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
     if not one.readings:
         return "no layout of a map fits its shape and values"
-    if _OTHER.search(one.tail):
+    named, fits = _MAP.search(one.tail), any(_sizes(reading) in shown for reading in one.readings)
+    if _OTHER.search(one.tail) and not (one.sure and named):
         return f"{'sums to one as a map does, but' if one.sure else 'no map, as'} its name says {one.tail!r}"
-    fits = any(_sizes(reading) in shown for reading in one.readings)
-    return None if one.sure or fits or _MAP.search(one.tail) else "no sign of a map"
+    return None if one.sure or named or fits else "no sign of a map"
 
 
 def _sizes(reading: Reading) -> tuple[int, int, int]:

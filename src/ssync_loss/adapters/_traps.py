@@ -125,51 +125,42 @@ def _open_questions(pairs: list[Pair]) -> Iterator[str]:
 
 
 def slot_mask_of(found: list[Found], pair: Pair) -> tuple[str | None, str | None]:
-    """Return the code of a slot mask among the outputs, if it keeps what has mass, and what is wrong with it else."""
-    reading = pair.enc_reading
-    B, S = reading.total // (pair.frames or 1), reading.slots
+    """Return the code of a slot mask among the outputs that keeps what has mass in a map, or what is wrong with it."""
+    B, S = pair.enc_reading.total // (pair.frames or 1), pair.enc_reading.slots
     for one in found:
         mask = one.tensor
         named = bool(one.names) and "slot" in one.names[-1]
         if mask.dtype != torch.bool or tuple(mask.shape) != (B, S) or (pair.frames == S and not named):
             continue
-        try:
-            mask = mask.detach().cpu()
-            if mask.all():
-                continue
-        except RuntimeError:
-            return None, None
-        kept = min(_kept(mask, pair.enc, reading, pair.frames), _kept(mask, pair.dec, pair.dec_reading, pair.frames))
-        if kept >= 1 - _NEGLIGIBLE:
+        if mask.is_meta or pair.enc.values is None or pair.dec.values is None or mask.all():
+            continue
+        mask = mask.detach().cpu()
+        kept = _kept(mask, pair.enc, pair.enc_reading, B), _kept(mask, pair.dec, pair.dec_reading, B)
+        # a decoder need not know of the mask
+        if max(kept) >= 1 - _NEGLIGIBLE:
             return one.path, None
-        share = f"{one.path} would keep the slots with {kept:.0%} of the mass"
-        if kept <= _NEGLIGIBLE:
+        share = f"{one.path} would keep the slots with {min(kept):.0%} of the mass"
+        if min(kept) <= _NEGLIGIBLE:
             return None, f"{share}: `slot_mask` is True where a slot is present; pass ~{one.path}."
         return None, f"{share}: if it is no slot mask, or True where a slot is absent, do not pass it as it is."
     return None, None
 
 
-def _kept(mask: Tensor, one: Suspect, reading: Reading, frames: int | None) -> float:
-    maps = probabilities_of(one, reading).nan_to_num()
-    clips = maps.shape[0] // (frames or 1)
-    if clips == 0:
-        clips, frames = 1, maps.shape[0]
-    mass = maps[: clips * (frames or 1)].mean(2).unflatten(0, (clips, -1)).mean(1)
-    return float((mass * mask[:clips]).sum() / mass.sum().clamp_min(1e-30))
+def _kept(mask: Tensor, one: Suspect, reading: Reading, num_clips: int) -> float:
+    """Return the share of a map's mass that lies in the slots of a mask (B, S)."""
+    mass = probabilities_of(one, reading).nan_to_num().mean(2)
+    clip = torch.arange(len(mass)) // (reading.total // num_clips)
+    return float((mass * mask[clip]).sum() / mass.sum().clamp_min(1e-30))
 
 
 def unlike(criterion: SSyncLoss, pair: Pair) -> Iterator[str]:
     """Say which settings of a loss are not those that a pair needs."""
+    squares = all(grid is not None and grid[0] == grid[1] for grid in pair.grids)
     wanted = {"kind": "logits", "axes": None, "grid": None, **settings_of(pair)}
     for name, value in wanted.items():
-        given = getattr(criterion, name, None)
-        if not isinstance(given, str) and isinstance(given, Sequence) and len(given) == 2 and given[0] == given[1]:
-            given = given[0] if isinstance(given[0], str) else given
+        given = getattr(criterion, name)
+        if isinstance(given, (tuple, list)) and given[0] == given[1] and not isinstance(given[0], int):
+            given = given[0]
         # a loss finds the grid of squares itself, and may be told what it would take anyway
-        ignored = (name == "grid" and given is None and _square(pair)) or (name != "kind" and value is None)
-        if given != value and not ignored:
+        if given != value and value is not None and not (name == "grid" and given is None and squares):
             yield f"`criterion` has {name}={given!r}, and these maps need {name}={value!r}."
-
-
-def _square(pair: Pair) -> bool:
-    return all(grid is not None and grid[0] == grid[1] for grid in pair.grids)
