@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,16 +238,14 @@ def plant(tree: dict[str, Any], name: str, value: Tensor) -> None:
     tree[last] = value
 
 
-@dataclass(repr=False)
 class Case:
     """Outputs, hints, and for both roles the pattern and the map (B, T, S, H, W)."""
 
-    outputs: dict[str, Any]
-    hints: dict[str, Any]
-    planted: dict[str, tuple[str, Tensor]]
+    def __init__(self, outputs: dict[str, Any], hints: dict[str, Any], planted: dict[str, tuple[str, Tensor]]) -> None:
+        self.outputs, self.hints, self.planted = outputs, hints, planted
 
     def __repr__(self) -> str:
-        maps = [(role, axes, one.shape, one.dtype) for role, (axes, one) in self.planted.items()]
+        maps = [(role, axes, tuple(one.shape), one.dtype) for role, (axes, one) in self.planted.items()]
         return f"{maps} of {self.hints}"
 
 
@@ -258,6 +256,8 @@ def cases(draw: st.DrawFn) -> Case:
     torch.manual_seed(draw(st.integers(0, 1000)))
     enc_grid = draw(st.sampled_from(GRIDS))
     scale = draw(st.sampled_from([1, 2]))
+    # 8 slots on a grid of 8 x 8 lie either way, and are taken to lie as the other map does
+    assume(sizes[2] not in (*enc_grid, scale * enc_grid[0], scale * enc_grid[1]))
     layouts = st.sampled_from(IMAGES if num_frames == 1 else LAYOUTS)
     outputs: dict[str, Any] = {"loss": torch.zeros(()), "frames": 3}
     planted = {}
@@ -306,7 +306,6 @@ def test_with_hints_planted_maps_are_found_and_the_line_computes_their_loss(case
 
 
 @given(cases())
-@settings(max_examples=80)
 def test_without_hints_the_right_line_is_among_those_that_cannot_be_told_apart(case: Case) -> None:
     patterns = [axes for axes, _ in case.planted.values()]
     squares = all(one.shape[3] == one.shape[4] for _, one in case.planted.values())

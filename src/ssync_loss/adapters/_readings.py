@@ -85,7 +85,8 @@ def readings_of(shape: tuple[int, ...], values: Values | None, hints: Hints, slo
     for axes, cost in _patterns(shape):
         for one in _bind(axes, shape, hints, slots):
             evidence = _evidence(axes_in(axes), one.slots, values)
-            if evidence is not None:
+            # of two axes without a clip's only values can tell
+            if evidence is not None and (evidence[1] is not None or "b" in axes):
                 cost_of_values, over = evidence
                 cost_of_sizes = _implausible(one, hints)
                 readings.append(one._replace(cost=cost + cost_of_values + cost_of_sizes, sums_over=over))

@@ -24,7 +24,7 @@ class Values(NamedTuple):
         low, high: least and largest number; NaN if one is.
         probs: whether the numbers, apart from those not finite, can be probabilities.
         sums: axes over which they sum to a constant, with the least and the largest sum; of logits, their exponentials.
-        groups: S, where every S consecutive entries of axis 0 sum to one.
+        groups: S, where every S consecutive entries of axis 0 sum to one; of logits, their exponentials.
         hard: whether all are 0 or 1.
     """
 
@@ -52,7 +52,10 @@ def read_values(tensor: Tensor) -> Values | None:
     least, largest = (bound.item() for bound in some.aminmax()) if some.numel() else (0.0, 0.0)
     least = low if isfinite(low) else least
     sums = _constant(tensor, exponentials=least < 0, flat=low == high)
-    groups = _groups(tensor) if tensor.dim() in (2, 3) and len(tensor) <= MAX_TERMS and least >= 0 else ()
+    groups = _groups(tensor, exponentials=least < 0) if tensor.dim() in (2, 3) and len(tensor) <= MAX_TERMS else ()
+    if groups and not _all_one(sums):
+        # what sums to one in groups sums to their number as a whole
+        sums = {}
     within = least >= 0 and largest <= 1 + ABOUT and least < largest
     probs = least >= 0 and (within or bool(sums or groups))
     hard = within and bool(((some == 0) | (some == 1)).all())
@@ -91,8 +94,7 @@ def _constant(tensor: Tensor, *, exponentials: bool, flat: bool) -> dict[tuple[i
             total = sums_over(tensor, some, exponentials=exponentials)
             if total is not None and total[1] - total[0] <= 2 * ABOUT * total[1]:
                 found[some] = total
-    ones = {axes: total for axes, total in found.items() if max(abs(one - 1) for one in total) <= ABOUT}
-    # means over heads sum to one over their number, and sums over heads to their number
+    ones = {axes: total for axes, total in found.items() if _all_one({axes: total})}
     if not ones and (flat or exponentials):
         return {}
     # means over heads sum to one over their number, and sums over heads to their number
@@ -102,8 +104,13 @@ def _constant(tensor: Tensor, *, exponentials: bool, flat: bool) -> dict[tuple[i
     return {axes: (low, high) for axes, (low, high) in found.items() if (high - low) / high <= 3 * least + 1e-6}
 
 
-def _groups(tensor: Tensor) -> tuple[int, ...]:
+def _all_one(sums: dict[tuple[int, ...], Range]) -> bool:
+    return bool(sums) and all(abs(end - 1) <= ABOUT for total in sums.values() for end in total)
+
+
+def _groups(tensor: Tensor, *, exponentials: bool) -> tuple[int, ...]:
     some = sample(tensor, (0,)).to("cpu", torch.float64).flatten(1)
+    some = some.exp() if exponentials else some
     sizes = [size for size in range(2, 65) if len(some) % size == 0]
     sums = {size: some.view(-1, size, some.shape[1]).sum(1) for size in sizes}
-    return tuple(size for size, total in sums.items() if total.numel() and ((total - 1).abs() <= ABOUT).all())
+    return tuple(size for size, total in sums.items() if bool(((total - 1).abs() <= ABOUT).all()))

@@ -35,7 +35,8 @@ def doctor(
 
     Shapes and values decide; names such as ``attn``, ``masks`` or ``decoder`` are hints. What sums to one over an axis
     has its slots there. Logits show no such thing: their layout follows from the other map, from what is given here,
-    or is said to be open. Which map is the encoder's only names can tell.
+    or is said to be open; frames are taken to come before slots, and tensors of one shape to lie alike. Which map is
+    the encoder's only names can tell. Lists of frames are not put together, nor labels or one-hot maps used.
 
     Args:
         outputs: tensors in mappings, sequences, named tuples, dataclasses or attributes of objects, to any sensible
