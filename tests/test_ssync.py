@@ -40,6 +40,7 @@ def test_the_signature_is_the_documented_one() -> None:
         "max_different": 0,
         "kind": "logits",
         "grid": None,
+        "axes": None,
         "start_step": 0,
         "ramp_steps": 0,
         "backend": "auto",
@@ -55,7 +56,8 @@ def test_the_signature_is_the_documented_one() -> None:
 @pytest.mark.parametrize("method", [SSyncLoss.forward, SSyncLoss.terms])
 def test_maps_are_positional_and_the_rest_is_by_name(method: Any) -> None:
     parameters = list(inspect.signature(method).parameters.values())
-    assert [one.name for one in parameters] == ["self", "enc_logits", "dec_logits", "step", "valid", "slot_mask"]
+    names = ["self", "enc_logits", "dec_logits", "step", "valid", "slot_mask", "num_frames"]
+    assert [one.name for one in parameters] == names
     assert all(one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is None for one in parameters[3:])
     assert all(one.default is inspect.Parameter.empty for one in parameters[:3])
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
+from operator import index
 from typing import TypeAlias
 
 from torch import Tensor
@@ -66,13 +67,19 @@ def arrange_maps(
         num_patches = one.get("n")
         grid = grids[0] if turn else None
         if grid is None and num_patches is not None:
-            root = isqrt(num_patches)
             shown = other.get("h", 0), other.get("w", 0)
-            grid = shown if shown[0] * shown[1] == num_patches else (root, root) if root**2 == num_patches else None
+            grid = shown if shown[0] * shown[1] == num_patches else square(num_patches)
         if grid is not None:
             sizes[turn] = solve(*maps[turn], {**one, "h": grid[0], "w": grid[1]})
     enc, dec = (place(*one, known) for one, known in zip(maps, sizes, strict=True))
     return enc, dec
+
+
+def square(num_patches: int) -> tuple[int, int] | None:
+    """Return the grid of a square number of patches; None of another."""
+    # a size that a compiler left open becomes a constant: it has no symbol for a root
+    root = isqrt(index(num_patches))
+    return (root, root) if root * root == num_patches else None
 
 
 def check_axes(axes: object) -> tuple[str, str]:

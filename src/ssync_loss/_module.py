@@ -71,9 +71,12 @@ class LossModule(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a pickle; version 0.1.0 kept the settings of some losses in a dictionary."""
+        """Load a pickle; version 0.1.0 kept the settings of some losses in a dictionary, and lacked later ones."""
         super().__setstate__({**state, **state.get("settings", {})})  # type: ignore[no-untyped-call]
         self.__dict__.pop("settings", None)
+        for name, value in self._defaults.items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
 
     # nn.Module types calls and attributes as anything, or as tensors and modules
     if TYPE_CHECKING:

@@ -89,8 +89,9 @@ def premise(
     NaN or +inf in a valid patch of either map (or -inf for every slot of it), and NaN or infinities in its
     features, make the clip's margin NaN, and then the premise does not hold.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). features: (B, T, D, H, W) on the encoder's grid.
-        Returns (B,) tensors in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. features: (B, T, D, H, W) on
+        the encoder's grid, or what ``features_axes`` says. Returns (B,) tensors in float64, ``measured`` (B,) bool,
+        ``holds`` scalar bool: nothing is read on the host.
 
     ``features`` are what the model encodes, for example backbone features, in any floating point. ``features_axes`` is
     their layout in einops' words, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``. Other arguments are as in

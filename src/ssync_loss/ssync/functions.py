@@ -38,9 +38,10 @@ def pseudo_labels(
     area of ``e``), and both label maps are rewritten with the representatives. ``boundary`` comes from the
     merged ``e``, ``interior`` from the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
 
-    Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N). dec_logits: the same, on any grid.
+    Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. dec_logits: the same, on any grid.
 
-    Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid`` and ``slot_mask`` are those of its ``forward``.
+    Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid``, ``slot_mask`` and ``num_frames`` are those of
+    its ``forward``.
     Probabilities of the encoder are compared with their mean as log p: a *different* merging rule, which wants its own
     threshold.
 
@@ -149,7 +150,7 @@ def boundary_refinement_loss(
     hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
     exactly 0, attached to the graph.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N). Returns a scalar.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. Returns a scalar.
 
     ``labels`` were computed before by :func:`pseudo_labels`, and make the settings of merging and of the region idle;
     None computes them. Other arguments are as there and in :func:`selective_distillation_loss`.

@@ -5,7 +5,6 @@ Everything behind this file sees logits (B, T, S, H, W).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Literal, TypeAlias
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._axes import Axes, arrange_maps
+from ssync_loss._axes import Axes, arrange_maps, square
 from ssync_loss._checks import (
     check_choice,
     check_floating,
@@ -150,7 +149,7 @@ def _refuse_images(*maps: Tensor) -> None:
         return
     sizes = [(one.shape[2], one.shape[3]) for one in maps]
     like_images = all(height <= 2 * width and width <= 2 * height for height, width in sizes)
-    if like_images and any(isqrt(num_patches) ** 2 == num_patches for _, num_patches in sizes):
+    if like_images and any(square(num_patches) for _, num_patches in sizes):
         enc, dec = (tuple(one.shape) for one in maps)
         raise ValueError(
             f"`axes` must tell whether maps of four axes are images: 'b s h w' reads {enc} as S={enc[1]} slots on a "
@@ -178,13 +177,13 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
     if logits.dim() != 4:
         raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.")
     num_patches = shape[3]
-    height, width = (isqrt(num_patches),) * 2 if grid is None else grid
+    size = square(num_patches) if grid is None else grid
+    if size is None:
+        raise ValueError(f"`{name}` has N={num_patches} patches, which is no square: pass grid=(H, W); got {shape}.")
+    height, width = size
     if height * width != num_patches:
-        if grid is None:
-            wrong = f"has N={num_patches} patches, which is no square: pass grid=(H, W)"
-        else:
-            wrong = f"must have N = H*W = {height}*{width} = {height * width} patches as `grid` says"
-        raise ValueError(f"`{name}` {wrong}; got {shape}.")
+        wanted = f"N = H*W = {height}*{width} = {height * width} patches as `grid` says"
+        raise ValueError(f"`{name}` must have {wanted}; got {shape}.")
     return logits.reshape(*shape[:3], height, width)
 
 

@@ -86,8 +86,8 @@ class _OneTermLoss(_SSyncModule):
 class BoundaryRefinementLoss(_OneTermLoss):
     """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None)``; pass one ``PseudoLabels``
-    as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``; pass one
+    ``PseudoLabels`` as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -174,6 +174,12 @@ class SSyncLoss(_SSyncModule):
             encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
         grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes the grid of
             the other map where that has as many patches, and else N for a square.
+        axes: layout of the maps in einops' words, one or a pair (encoder, decoder): b, t, s, h and w in any order, any
+            of them merged, b or t left out where there is one. An image is ``"b s h w"``, slots in the last axis are
+            ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. What one map does not show is taken from the
+            other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N); without ``grid`` two
+            (B, T, S, N) maps are refused where N is a square and S and N could be height and width of an image, neither
+            more than twice the other.
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
@@ -184,8 +190,8 @@ class SSyncLoss(_SSyncModule):
             ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
             error.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), float16, bfloat16, float32 or float64. Returns a
-        float32 scalar (float64 for float64 maps).
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, float16, bfloat16, float32 or
+        float64. Returns a float32 scalar (float64 for float64 maps).
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
     Raises: TypeError, ValueError on a wrong setting, or maps that do not fit, already before ``start_step``.
@@ -193,6 +199,8 @@ class SSyncLoss(_SSyncModule):
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
     >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
     >>> SSyncLoss(interior_weight=0.0)(sharp, blurred).item()
+    0.25
+    >>> SSyncLoss(interior_weight=0.0, axes="b s h w")(sharp[:, 0], blurred[:, 0]).item()  # as images
     0.25
     """
 

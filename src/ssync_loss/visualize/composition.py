@@ -54,9 +54,9 @@ def panel(
 
     A slot has one color throughout, a merged one that of its representative; invalid patches are dark.
 
-    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), H and W apart from h and w.
-        Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and ``width = T * scale * w + (T
-        - 1) * gap``.
+    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, H and
+        W apart from h and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
+        ``width = T * scale * w + (T - 1) * gap``.
 
     ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
     ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; they are computed when None, with
