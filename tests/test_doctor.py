@@ -102,7 +102,7 @@ def test_steve_gives_an_encoder_alone_and_blended_frames() -> None:
     found = doctor({"attns": scores(B, T, N, S).softmax(3), "slots": scores(B, T, S, D)})
     (one,) = found.candidates
     assert (one.role, one.axes, found.lines) == ("encoder", ("b t (h w) s",), ())
-    assert says(found, "the decoder's has to be tapped")
+    assert says(found, "the map of the decoder has to be tapped")
     # what forward returns instead: attention multiplied with the video
     blended = doctor((torch.rand(B, T, 3, 32, 32), torch.rand(()), torch.rand(B, T, S, 3, 32, 32)))
     assert (blended.candidates, blended.lines) == ((), ())
@@ -298,9 +298,11 @@ def check_planted(found: Diagnosis, case: Case) -> None:
 
 @given(cases())
 def test_with_hints_planted_maps_are_found_and_the_line_computes_their_loss(case: Case) -> None:
-    if all("(b t s)" in axes for axes, _ in case.planted.values()):
-        return
     found = doctor(case.outputs, **case.hints)
+    if all("(b t s)" in axes for axes, _ in case.planted.values()):
+        # `axes` cannot say S then
+        assert found.lines == ()
+        return
     assert found.line is not None, str(found)
     check_planted(found, case)
 
@@ -345,6 +347,8 @@ def test_images_that_could_be_read_as_a_clip() -> None:
     assert set(candidate(found, 'outputs["attn"]').axes) >= {"b s h w", "b t s (h w)"}
     assert found.line is None
     assert says(found, 'Cannot tell the axes of outputs["attn"]')
+    # maps of one shape lie alike
+    assert not any("axes=(" in one.criterion for one in found.lines)
     found = doctor(maps, num_slots=7, num_frames=1)
     assert found.line is not None
     torch.testing.assert_close(loss_of(found.line, maps), expect(*(one.unsqueeze(1) for one in maps.values())))
@@ -373,7 +377,10 @@ def test_one_tensor_without_names_is_given_twice() -> None:
     one = scores(B, T, S, N).softmax(2)
     found = doctor((one, one))
     assert found.problems[0] == "outputs[1] and outputs[0] are one tensor: they cannot be both maps."
+    assert says(found, "There is only outputs[0]: the map of the decoder or the encoder has to be tapped")
     assert found.lines == ()
+    flat = torch.full((B, T, S, N), 1 / S, requires_grad=True)
+    assert says(doctor((flat, flat.view(B, T, S, H, W))), "outputs[1] and outputs[0] are one tensor")
 
 
 def test_two_maps_that_say_nothing_are_not_taken_for_one() -> None:
@@ -528,7 +535,7 @@ def test_grids_that_differ_and_are_not_square() -> None:
 def test_features_and_slots_are_no_maps() -> None:
     found = doctor({"enc_logits": scores(B, T, N, D), "dec_logits": scores(B, T, S, N).softmax(2)})
     assert dict(found.left_out) == {'outputs["enc_logits"]': "features? axis 2 has the 64 patches, 32 values each"}
-    assert says(found, 'outputs["dec_logits"] is the only map')
+    assert says(found, 'There is only outputs["dec_logits"]: the map of the encoder has to be tapped')
     found = doctor(pair(attention_slots=scores(B, T, S, D)))
     assert len(found.candidates) == 2
     assert dict(found.left_out) == {'outputs["attention_slots"]': "no map, as its name says 'attention_slots'"}
@@ -564,6 +571,27 @@ def test_maps_that_do_not_go_together() -> None:
     found = doctor({"attn": scores(B, T, S, N).softmax(2), "alpha": scores(B, T, S + 1, N).softmax(2)})
     assert found.lines == ()
     assert says(found, "No two maps go together, an encoder's and a decoder's of the same B, T and S")
+
+
+def test_slots_in_the_batch_of_both_maps_are_not_taken_for_other_slots() -> None:
+    # B*T*S = 1*2*2, which is no map of four slots
+    outputs = {"encoder": {"attn": scores(4, 4, 4)}, "alpha": scores(2, 2, 16).softmax(1).flatten(0, 1)}
+    assert doctor(outputs).lines == ()
+
+
+def test_nearly_uniform_maps_sum_to_a_constant_over_one_axis_more_exactly() -> None:
+    logits = 1e-3 * scores(B, 8, 8, S * 4)
+    found = doctor({"attn": logits.softmax(3).unflatten(3, (S, 4)).mean(4)}, num_frames=1)
+    assert [one.axes for one in found.candidates] == [("b h w s",)]
+
+
+def test_weak_names_shared_by_all_say_nothing_and_strong_ones_do() -> None:
+    maps = {"attn_1": scores(B, T, S, N).softmax(2), "attn_2": scores(B, T, S, N).softmax(2)}
+    assert says(doctor(maps), "Cannot tell encoder from decoder")
+    assert len(doctor(maps).lines) == 2
+    found = doctor({"encoder": maps})
+    assert found.lines == ()
+    assert says(found, "the map of the decoder has to be tapped")
 
 
 def test_several_candidates_for_a_role() -> None:
@@ -623,13 +651,16 @@ def test_large_outputs_take_little_time_and_no_copy() -> None:
     large = {
         # of 400 GB, if it were one
         "attn": wide.expand(2000, 3200, 15, 64, 64),
+        "masks": torch.randn(1, 1, 15, 64, 64).softmax(2).expand(2000, 3200, 15, 64, 64),
         "alpha": torch.rand(2, 8, 15, 256, 256),
+        **{f"attn{i}": torch.rand(B, T, S, 16) for i in range(300)},
         "many": [torch.zeros(3, 4) for _ in range(50_000)],
     }
     start = time.perf_counter()
     found = doctor(large)
     assert time.perf_counter() - start < 20
     assert candidate(found, 'outputs["attn"]').sums_over == "s"
+    assert sum(reason.startswith("not looked at") for _, reason in found.left_out) > 250
 
 
 def test_hints_are_checked() -> None:

@@ -57,16 +57,8 @@ def _readings_together(enc: Suspect, dec: Suspect, hints: Hints) -> Iterator[Pai
                 grids = grid_of(one, two, hints), grid_of(two, one, hints)
                 # tensors of one shape rarely lie differently
                 mixed = enc.tensor.shape == dec.tensor.shape and one.axes != two.axes
-                cost = one.cost + two.cost + unsure / 2 + _differ(*grids) + mixed / 4
+                cost = one.cost + two.cost + unsure / 2 + mixed / 4
                 yield Pair(enc, dec, one, two, frames, grids, cost)
-
-
-def _differ(enc: Size | None, dec: Size | None) -> int:
-    """Tell whether two grids cannot show one picture: their ratios differ by more than a tenth."""
-    if enc is None or dec is None:
-        return 1
-    ratio = enc[0] * dec[1] / (enc[1] * dec[0])
-    return int(not 1 / 1.1 < ratio < 1.1)
 
 
 def same_map(one: Suspect, two: Suspect) -> bool:

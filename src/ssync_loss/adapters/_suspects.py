@@ -81,7 +81,7 @@ def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[s
             reasons[one.path] = f"not looked at, after {MAX_TENSORS} others"
         elif 2 <= tensor.dim() <= 6 and tensor.numel() > 0:
             floats.append((one, read_values(tensor)))
-    slots = {hints.slots} if hints.slots else {size for _, values in floats if values for size in values.groups}
+    slots = {size for _, values in floats if values for size in values.groups}
     suspects = _read(floats, hints, frozenset(slots))
     slots |= {reading.slots for one in suspects if one.sure or _MAP.search(one.tail) for reading in one.best}
     suspects = _read(floats, hints, frozenset(slots))

@@ -92,13 +92,15 @@ def problems_of(suspects: list[Suspect], found: list[Found], training: bool) -> 
 
 def problems_of_pairs(pairs: list[Pair], suspects: list[Suspect]) -> Iterator[str]:
     """Say what is missing or open between maps."""
+    roles = {one.role for one in suspects}
+    missing = sorted({"encoder", "decoder"} - roles if "unknown" not in roles or len(suspects) == 1 else ())
     if pairs:
         yield from _open_questions(pairs)
     elif not suspects:
-        yield "No map is among the outputs: what a model keeps to itself it gives up to LogitTap and OutputTap."
-    elif len(suspects) == 1:
-        missing = {"encoder": "decoder's", "decoder": "encoder's", "unknown": "other"}[suspects[0].role]
-        yield f"{suspects[0].path} is the only map: the {missing} has to be tapped (LogitTap, OutputTap)."
+        yield "No map is among the outputs: what a model keeps to itself has to be tapped (LogitTap, OutputTap)."
+    elif len(suspects) == 1 or len(missing) == 1:
+        paths = " and ".join(one.path for one in suspects)
+        yield f"There is only {paths}: the map of the {' or the '.join(missing)} has to be tapped."
     else:
         shapes = ", ".join(f"{one.path} {tuple(one.tensor.shape)}" for one in suspects)
         yield f"No two maps go together, an encoder's and a decoder's of the same B, T and S: {shapes}."

@@ -67,9 +67,6 @@ def sample(tensor: Tensor, whole: tuple[int, ...] = (), budget: int = MAX_SAMPLE
     tensor = tensor.detach()
     counts = list(tensor.shape)
     others = [axis for axis in range(tensor.dim()) if axis not in whole]
-    for axis in others:
-        # an expanded axis says the same again and again
-        counts[axis] = 1 if tensor.stride(axis) == 0 and counts[axis] else counts[axis]
     while others and prod(counts) > budget and max(counts[axis] for axis in others) > 1:
         longest = max(others, key=counts.__getitem__)
         counts[longest] = (counts[longest] + 1) // 2

@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 MAX_DEPTH = 12
 MAX_NODES = 20_000
@@ -51,7 +51,7 @@ def _children(node: object) -> Iterator[tuple[str, str, object]]:
     elif isinstance(node, (list, tuple)):
         for index, child in enumerate(node):
             yield f"[{index}]", "", child
-    elif not isinstance(node, (type, nn.Module, ModuleType, FunctionType, MethodType)):
+    elif not isinstance(node, (type, ModuleType, FunctionType, MethodType)):
         # a property may compute: only what is stored is looked at
         named = [one.name for one in fields(node)] if is_dataclass(node) else list(getattr(node, "__dict__", ()))
         for name in named:
