@@ -20,6 +20,9 @@ from refusals import refuses
 from ssync_loss import SSyncLoss
 from ssync_loss.adapters import SlotMaps, doctor
 from ssync_loss.adapters._diagnosis import Candidate, Diagnosis, Line
+from ssync_loss.adapters._readings import Hints
+from ssync_loss.adapters._suspects import probabilities_of, suspects_in
+from ssync_loss.adapters._walk import Found
 
 B, T, S, H, W, D = 2, 3, 7, 8, 8, 32
 N = H * W
@@ -571,6 +574,8 @@ def test_maps_that_do_not_go_together() -> None:
     found = doctor({"attn": scores(B, T, S, N).softmax(2), "alpha": scores(B, T, S + 1, N).softmax(2)})
     assert found.lines == ()
     assert says(found, "No two maps go together, an encoder's and a decoder's of the same B, T and S")
+    found = doctor({"attn": scores(B, T, S, N).softmax(2), "other": scores(B, T, S + 1, N).softmax(2)})
+    assert says(found, "No two maps go together")
 
 
 def test_slots_in_the_batch_of_both_maps_are_not_taken_for_other_slots() -> None:
@@ -599,6 +604,10 @@ def test_several_candidates_for_a_role() -> None:
     assert len(found.lines) == 3
     assert says(found, "Cannot tell which maps are meant")
     assert "Write one of these:" in str(found)
+    # a map that its values show comes before one that only its name does
+    maps = pair(decoder_masks=torch.rand(B, T, S, N, requires_grad=True))
+    assert doctor(maps).line == doctor(pair()).line
+    assert len(doctor(maps).candidates) == 3
 
 
 def test_a_clip_axis_that_was_squeezed_away() -> None:
@@ -648,7 +657,7 @@ def test_without_values_names_and_shapes_speak(where: str) -> None:
 
 def test_large_outputs_take_little_time_and_no_copy() -> None:
     wide = torch.randn(1, 1, 15, 64, 64).softmax(2)
-    large = {
+    large: dict[str, Any] = {
         # of 400 GB, if it were one
         "attn": wide.expand(2000, 3200, 15, 64, 64),
         "masks": torch.randn(1, 1, 15, 64, 64).softmax(2).expand(2000, 3200, 15, 64, 64),
@@ -660,6 +669,8 @@ def test_large_outputs_take_little_time_and_no_copy() -> None:
     found = doctor(large)
     assert time.perf_counter() - start < 20
     assert candidate(found, 'outputs["attn"]').sums_over == "s"
+    (one, *_), _ = suspects_in([Found(large["attn"], "attn", ("attn",))], Hints())
+    assert probabilities_of(one, one.best[0]).numel() < 2**21
     assert sum(reason.startswith("not looked at") for _, reason in found.left_out) > 250
 
 
