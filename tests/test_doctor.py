@@ -434,14 +434,14 @@ def test_probabilities_as_logits_and_the_reverse() -> None:
     assert says(found, 'outputs["enc_probs"] holds logits')
     assert says(found, 'outputs["dec_softmax"] holds logits')
 
-    found = doctor(pair(), criterion=SSyncLoss())
-    assert says(found, "`criterion` has kind='logits', and these maps need kind='probs'.")
+    found = doctor(pair(), loss=SSyncLoss())
+    assert says(found, "`loss` has kind='logits', and these maps need kind='probs'.")
     logits_twice = {"attn": scores(B, T, S, N), "alpha": scores(B, T, S, N)}
-    assert says(doctor(logits_twice, criterion=SSyncLoss(kind="probs")), "these maps need kind='logits'.")
-    assert doctor(logits_twice, criterion=SSyncLoss()).problems == ()
-    assert doctor(logits_twice, criterion=SSyncLoss(kind=("logits", "logits"), grid=((8, 8), (8, 8)))).problems == ()
+    assert says(doctor(logits_twice, loss=SSyncLoss(kind="probs")), "these maps need kind='logits'.")
+    assert doctor(logits_twice, loss=SSyncLoss()).problems == ()
+    assert doctor(logits_twice, loss=SSyncLoss(kind=("logits", "logits"), grid=((8, 8), (8, 8)))).problems == ()
     last = {name: one.transpose(2, 3) for name, one in pair().items()}
-    assert says(doctor(last, criterion=SSyncLoss(kind="probs")), "these maps need axes='b t (h w) s'.")
+    assert says(doctor(last, loss=SSyncLoss(kind="probs")), "these maps need axes='b t (h w) s'.")
 
 
 def test_logits_that_happen_to_lie_within_zero_and_one() -> None:
@@ -689,7 +689,7 @@ def test_hints_are_checked() -> None:
     refuses(ValueError, "`num_slots` must be at least 1; got 0", doctor, maps, num_slots=0)
     refuses(TypeError, "`num_frames` must be an integer; got str", doctor, maps, num_frames="3")
     refuses(ValueError, "`grid` must be (H, W)", doctor, maps, grid=(0, 3))
-    refuses(TypeError, "`criterion` must be SSyncLoss; got str", doctor, maps, criterion="ssync")
+    refuses(TypeError, "`loss` must be SSyncLoss; got str", doctor, maps, loss="ssync")
 
 
 def test_the_text() -> None:

@@ -155,14 +155,14 @@ def _kept(mask: Tensor, one: Suspect, reading: Reading, num_clips: int) -> float
     return float((mass * mask[clip]).sum() / mass.sum().clamp_min(1e-30))
 
 
-def unlike(criterion: SSyncLoss, pair: Pair) -> Iterator[str]:
+def unlike(loss: SSyncLoss, pair: Pair) -> Iterator[str]:
     """Say which settings of a loss are not those that a pair needs."""
     squares = all(grid is not None and grid[0] == grid[1] for grid in pair.grids)
     wanted = {"kind": "logits", "axes": None, "grid": None, **settings_of(pair)}
     for name, value in wanted.items():
-        given = getattr(criterion, name)
+        given = getattr(loss, name)
         if isinstance(given, (tuple, list)) and given[0] == given[1] and not isinstance(given[0], int):
             given = given[0]
         # a loss finds the grid of squares itself, and may be told what it would take anyway
         if given != value and value is not None and not (name == "grid" and given is None and squares):
-            yield f"`criterion` has {name}={given!r}, and these maps need {name}={value!r}."
+            yield f"`loss` has {name}={given!r}, and these maps need {name}={value!r}."

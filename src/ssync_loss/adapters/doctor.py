@@ -25,7 +25,7 @@ def doctor(
     num_frames: int | None = None,
     num_slots: int | None = None,
     grid: Grid = None,
-    criterion: SSyncLoss | None = None,
+    loss: SSyncLoss | None = None,
     name: str = "outputs",
 ) -> Diagnosis:
     """Say which tensors of a model's outputs may be its maps, what is wrong with them, and the line to write.
@@ -45,7 +45,7 @@ def doctor(
         num_frames: T.
         num_slots: S.
         grid: (H, W), or ((H, W), (H_d, W_d)), as for :class:`SSyncLoss`.
-        criterion: the loss to be called; its ``kind``, ``axes`` and ``grid`` are compared with what is needed.
+        loss: the loss to be called; its ``kind``, ``axes`` and ``grid`` are compared with what is needed.
         name: of the outputs, in the code.
 
     Raises: TypeError, ValueError if a hint is none.
@@ -60,7 +60,7 @@ def doctor(
     """
     hints = _hints(video, num_frames, num_slots, grid)
     check_type("name", name, str)
-    check_type("criterion", criterion, SSyncLoss, optional=True)
+    check_type("loss", loss, SSyncLoss, optional=True)
     training = torch.is_grad_enabled()
     with torch.no_grad():
         found = [one for one in tensors_in(outputs, name) if not isinstance(one.tensor, nn.Parameter)]
@@ -76,7 +76,7 @@ def doctor(
         pairs = pairs_of(maps, hints)
         slot_mask, wrong = slot_mask_of(found, pairs[0]) if pairs else (None, None)
         problems += [*problems_of(suspects, found, training), *problems_of_pairs(pairs, maps)]
-        problems += [*([wrong] if wrong else []), *(unlike(criterion, pairs[0]) if criterion and pairs else [])]
+        problems += [*([wrong] if wrong else []), *(unlike(loss, pairs[0]) if loss is not None and pairs else [])]
         candidates = tuple(_candidate(one, pairs) for one in suspects)
     lines = tuple(dict.fromkeys(line_of(one, slot_mask) for one in pairs))
     return Diagnosis(candidates, lines, tuple(problems), tuple(reasons.items()))
