@@ -126,10 +126,11 @@ class Reconstruction:
     parts: list[Tensor] = field(default_factory=list)
 
 
+@pytest.mark.parametrize("num_heads", [B, 4])
 @pytest.mark.parametrize("frames", [(B, T), (B,)])
-def test_oclf_averages_heads_after_a_softmax_over_heads_and_slots(frames: tuple[int, ...]) -> None:
-    joint = scores(*frames, S * 4, N).softmax(-2)
-    enc = joint.unflatten(-2, (S, 4)).mean(-2)
+def test_oclf_averages_heads_after_a_softmax_over_heads_and_slots(frames: tuple[int, ...], num_heads: int) -> None:
+    joint = scores(*frames, S * num_heads, N).softmax(-2)
+    enc = joint.unflatten(-2, (S, num_heads)).mean(-2)
     dec = scores(*frames, S, N).softmax(-2)
     outputs = {
         "perceptual_grouping": Grouping(scores(*frames, S, D), enc),
@@ -138,7 +139,7 @@ def test_oclf_averages_heads_after_a_softmax_over_heads_and_slots(frames: tuple[
     found = doctor(outputs, video=(*frames, 3, 64, 64))
     one = candidate(found, 'outputs["perceptual_grouping"].feature_attributions')
     assert (one.role, one.sums_over) == ("encoder", "s")
-    assert 'sums over slots are 0.25, not 1: kind="probs" renormalizes them' in one.notes
+    assert f'sums over slots are {1 / num_heads}, not 1: kind="probs" renormalizes them' in one.notes
     whole = [each.view(B, -1, S, H, W) for each in (enc, dec)]
     torch.testing.assert_close(loss_of(found.line, outputs), expect(*whole, kind="probs"))
 

@@ -94,11 +94,15 @@ def _constant(tensor: Tensor, *, exponentials: bool, flat: bool) -> dict[tuple[i
     ones = {axes: total for axes, total in found.items() if _all_one({axes: total})}
     if not ones and (flat or exponentials):
         return {}
-    # means over heads sum to one over their number, and sums over heads to their number
-    found = ones or {axes: total for axes, total in found.items() if len(axes) == 1}
+    if all(len(axes) == 2 for axes in ones):
+        # means over heads sum to one over their number, and sums over heads to their number
+        ones |= {axes: total for axes, total in found.items() if len(axes) == 1}
     # nearly uniform maps sum to nearly the same over every axis
-    least = min(((high - low) / high for low, high in found.values()), default=0.0)
-    return {axes: (low, high) for axes, (low, high) in found.items() if (high - low) / high <= 3 * least + 1e-6}
+    spread = {axes: (high - low) / high for axes, (low, high) in ones.items()}
+    least = min(spread.values(), default=0.0)
+    exact = {axes: total for axes, total in ones.items() if spread[axes] <= 3 * least + 1e-6}
+    # two clips of means over two heads sum to one, too
+    return {axes: total for axes, total in exact.items() if len(axes) == min(map(len, exact))}
 
 
 def _all_one(sums: dict[tuple[int, ...], Range]) -> bool:
