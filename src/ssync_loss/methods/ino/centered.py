@@ -143,7 +143,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         check_group("group", self.group)
         low, high = rows.aminmax(dim=-1)
         used = counted & low.isfinite() & high.isfinite()
-        self.num_left_out += (counted & ~used).sum()
+        self.num_left_out.add_((counted & ~used).sum())
         sums, counts = torch.where(used.unsqueeze(-1), rows, 0.0).sum((0, 2)), used.sum((0, 2))
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)
