@@ -19,6 +19,12 @@ def constant(function: Function) -> Function:
 
 
 @constant
+def is_recomputing() -> bool:
+    """Tell whether a backward is running: a forward is then one that an activation checkpoint repeats."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@constant
 def is_exporting() -> bool:
     """Tell whether ``torch.export`` traces: of an autograd function it keeps what is computed, but no gradient."""
     if hasattr(torch.compiler, "is_exporting"):
