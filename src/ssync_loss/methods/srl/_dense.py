@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import learns
 from ssync_loss._inputs import widest
 from ssync_loss._rows import Targets, lowest, soft_cross_entropy
 from ssync_loss._vectors import directions, known_gradient, through_lengths
@@ -29,15 +30,15 @@ def align(
     Only the features get a gradient.
     """
     _, num_frames, _, height, _ = features.shape
-    with_slope = torch.is_grad_enabled() and features.requires_grad
+    with_slope = learns(features)
     with torch.no_grad(), no_autocast(features):
         dtype = widest(features, anchors)
         units, inverse = directions(_windows(features, group_frames).to(dtype))
         aims, _ = directions(_windows(anchors, group_frames).to(dtype))
         to_anchors = num_neighbors is None
-        center = units.mean(1, keepdim=True)
-        # anchors keep theirs: without it torch 2.13 compiles wrong gradients on a CPU
-        keys = aims if to_anchors else units - center
+        keys = aims if to_anchors else units
+        center = keys.mean(1, keepdim=True)
+        keys = keys - center
         sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
             # every patch is drawn to its own anchor, and as much to those of its label
@@ -56,7 +57,12 @@ def align(
                 return Targets(torch.ones_like(part), part, torch.zeros_like(part))
             return _neighbors(aims[some], counts[some][:, rows] > 0, part, rows, num_neighbors)
 
-        slope = torch.zeros_like(units) if with_slope else None
+        slope = None
+        if with_slope:
+            slope = linear * (-(1 if to_anchors else 2) / temperature)
+            if not to_anchors:
+                # as for keys in all: the center in place of what lies along them
+                slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         total = soft_cross_entropy(
             units,
             keys,
@@ -70,10 +76,6 @@ def align(
         scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale
-        slope.sub_(linear, alpha=(1 if to_anchors else 2) / temperature)
-        if not to_anchors:
-            # as for keys in all: the center in place of what lies along them
-            slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         slope = through_lengths(slope, units, inverse * scale)
         # by the windows of a clip: the number of clips may be 0
         per_clip = num_frames // group_frames
