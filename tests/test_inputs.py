@@ -557,7 +557,7 @@ class TestGradcheck:
         if kind == "probs":
             # unnormalized, so that the way through the normalization is seen
             enc, dec = enc.exp(), dec.exp()
-        hide = {
+        hide: dict[str, Any] = {
             "valid": torch.rand(2, 1, 3, 3) < 0.8,
             "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
         }

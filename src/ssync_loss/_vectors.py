@@ -84,8 +84,9 @@ products: Callable[[Tensor, Tensor], Tensor] = exportable(_Products)
 def known_gradient(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Attach a value to the tensor with respect to which its gradient is known already."""
     if not is_exporting():
-        attached: Tensor = _KnownGradient.apply(source, value, slope)
-        return attached
+        # typed: autograd's own `apply` is not
+        apply: Callable[..., Tensor] = _KnownGradient.apply
+        return apply(source, value, slope)
     # what has no slope may hold anything
     source = torch.where(slope == 0, 0.0, source.to(slope.dtype))
     return value + ((source - source.detach()) * slope).sum()
