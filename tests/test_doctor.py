@@ -387,6 +387,14 @@ def test_one_tensor_without_names_is_given_twice() -> None:
     assert says(doctor((flat, flat.view(B, T, S, H, W))), "outputs[1] and outputs[0] are one tensor")
 
 
+def test_one_map_under_two_names_is_no_problem() -> None:
+    maps = pair()
+    found = doctor({"processor": {"masks": maps["attn"], "again": {"masks": maps["attn"]}}, "alpha": maps["alpha"]})
+    assert found.problems == ()
+    assert found.line is not None
+    assert 'the same map as outputs["processor"]["masks"]' in notes_of(found)
+
+
 def test_two_maps_that_say_nothing_are_not_taken_for_one() -> None:
     maps = {"attn": torch.full((B, T, S, N), 1 / S), "alpha": torch.full((B, T, S, N), 1 / S)}
     assert doctor(maps).line is not None

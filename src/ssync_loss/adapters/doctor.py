@@ -48,7 +48,7 @@ def doctor(
         loss: the loss to be called; its ``kind``, ``axes`` and ``grid`` are compared with what is needed.
         name: of the outputs, in the code.
 
-    Raises: TypeError, ValueError if a hint is none.
+    Raises: TypeError, ValueError if a hint is of a wrong type or size.
 
     >>> attention = torch.randn(2, 3, 16, 5).softmax(-1)  # slots last
     >>> found = doctor({"encoder": {"attn": attention}, "decoder": {"masks": torch.rand(6, 5, 8, 8).softmax(1)}})
@@ -92,7 +92,7 @@ def _distinct(suspects: list[Suspect]) -> tuple[list[Suspect], list[str]]:
             kept.append(one)
         elif {twin.role, one.role} == {"encoder", "decoder"}:
             problems.append(f"{one.path} is the same map as {twin.path}: a decoder's has to be its own.")
-        elif same_memory(twin.tensor, one.tensor):
+        elif twin.role == one.role == "unknown" and same_memory(twin.tensor, one.tensor):
             problems.append(f"{one.path} and {twin.path} are one tensor: they cannot be both maps.")
         else:
             one.same_as = twin.path
