@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from refusals import refuses
 from ssync_loss import SSyncLoss
 from ssync_loss.adapters import SlotMaps, doctor
-from ssync_loss.adapters._diagnosis import Candidate, Diagnosis, Line
-from ssync_loss.adapters._readings import Hints
-from ssync_loss.adapters._suspects import probabilities_of, suspects_in
-from ssync_loss.adapters._walk import Found
+from ssync_loss.adapters._doctor.diagnosis import Candidate, Diagnosis, Line
+from ssync_loss.adapters._doctor.readings import Hints
+from ssync_loss.adapters._doctor.suspects import probabilities_of, suspects_in
+from ssync_loss.adapters._doctor.walk import Found
 
 B, T, S, H, W, D = 2, 3, 7, 8, 8, 32
 N = H * W

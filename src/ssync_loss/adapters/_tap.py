@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssync_loss._checks import check_int
+from ssync_loss._compilers import is_recomputing, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +36,7 @@ class Held(NamedTuple):
         """Hold what a module has just given."""
         if not isinstance(output, Tensor):
             raise TypeError(f"{place} must give a tensor; got {type(output).__name__}.")
-        if torch.compiler.is_compiling():
+        if is_traced():
             return cls(place, output, None, None)
         # tensors of inference mode do not count writes
         return cls(place, output, None if output.is_inference() else output._version, next(_CLOCK))
@@ -125,7 +126,7 @@ class Tap:
     def _on_host(self, *call: object) -> None:
         # a compiler that takes this for a function of its own would look at all that is left
         del call
-        if self._attached and not _in_backward():
+        if self._attached and not is_recomputing():
             self.reset()
             self._listening = True
 
@@ -135,7 +136,7 @@ class Tap:
 
     def _listens(self) -> bool:
         """Say whether a call that a hook sees is part of a forward, and remember if one is missed."""
-        if not self._attached or _in_backward():
+        if not self._attached or is_recomputing():
             return False
         if not self._listening:
             self._missed = True
@@ -149,7 +150,7 @@ class Tap:
 
     def _before(self, other: "Tap") -> bool:
         """Say whether all that is held was made before what another tap holds, where that is known."""
-        if torch.compiler.is_compiling() or not (self._calls and other._calls):
+        if is_traced() or not (self._calls and other._calls):
             return False
         ended, began = self._calls[-1].when, other._calls[0].when
         return ended is not None and began is not None and ended < began
@@ -197,7 +198,7 @@ class Tap:
         if any(frame.shape != frames[0].shape for frame in frames):
             raise RuntimeError(f"{self._places[name]} made no clip of {count(frames)}: {self._leftovers()}.")
         num_detached = sum(not frame.requires_grad for frame in frames)
-        if 0 < num_detached < len(frames) and not torch.compiler.is_compiling():
+        if 0 < num_detached < len(frames) and not is_traced():
             warnings.warn(
                 f"{num_detached} of {len(frames)} frames of {self._places[name]} carry no gradient. Unless "
                 f"the host means that, {self._leftovers()}.",
@@ -217,11 +218,6 @@ def count(tensors: Sequence[Tensor]) -> str:
         first, *_, last = shapes
         return f"{len(tensors)} calls of {len(shapes)} shapes, {first} to {last}"
     return " and ".join(f"{number} call{'s' * (number > 1)} of shape {shape}" for shape, number in shapes.items())
-
-
-def _in_backward() -> bool:
-    """Whether this is no forward but what activation checkpointing computes again, which traced code cannot tell."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _places(host: nn.Module | None, modules: dict[str, nn.Module]) -> dict[str, str]:

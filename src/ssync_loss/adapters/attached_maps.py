@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_tensor
+from ssync_loss._compilers import is_recomputing, is_traced
 from ssync_loss._module import DetachedWarning
-from ssync_loss.adapters._tap import _in_backward as in_backward
 from ssync_loss.adapters.hosts import DecKind, Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
@@ -112,7 +112,7 @@ class AttachedMaps:
             dec_grid = enc_grid
         enc, dec = _on_grid("enc_logits", enc, enc_grid), _on_grid("dec_logits", dec, dec_grid)
         maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._look_at(maps, given)
         return maps
 
@@ -156,7 +156,7 @@ class AttachedMaps:
         self._caught = {}
 
     def _on_encoder(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-        if self._alive and not in_backward():
+        if self._alive and not is_recomputing():
             self._ran = ["encoder"]
             self._caught = {}
             if self._own is not None:
@@ -164,7 +164,7 @@ class AttachedMaps:
                 self._own.reset()
 
     def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        if self._alive and not in_backward():
+        if self._alive and not is_recomputing():
             self._ran.append("decoder")
 
     def _on_seen(

@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from ssync_loss._checks import check_type
-from ssync_loss.adapters._diagnosis import Candidate, Diagnosis
-from ssync_loss.adapters._pairs import Pair, line_of, pairs_of, same_map, same_memory
-from ssync_loss.adapters._readings import Hints
-from ssync_loss.adapters._suspects import Suspect, role_of, suspects_in
-from ssync_loss.adapters._traps import notes_on, notes_on_grids, problems_of, problems_of_pairs, slot_mask_of, unlike
-from ssync_loss.adapters._walk import tensors_in
+from ssync_loss.adapters._doctor.diagnosis import Candidate, Diagnosis
+from ssync_loss.adapters._doctor.pairs import Pair, line_of, pairs_of, same_map, same_memory
+from ssync_loss.adapters._doctor.readings import Hints
+from ssync_loss.adapters._doctor.suspects import Suspect, role_of, suspects_in
+from ssync_loss.adapters._doctor.traps import (
+    notes_on,
+    notes_on_grids,
+    problems_of,
+    problems_of_pairs,
+    slot_mask_of,
+    unlike,
+)
+from ssync_loss.adapters._doctor.walk import tensors_in
 from ssync_loss.ssync.maps import Grid, check_grid
 from ssync_loss.ssync.modules import SSyncLoss
 

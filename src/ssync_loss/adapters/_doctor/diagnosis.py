@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ssync_loss.adapters._suspects import Role
+from ssync_loss.adapters._doctor.suspects import Role
 from ssync_loss.ssync.maps import Kind
 
 SHOWN = 8

@@ -6,11 +6,11 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from ssync_loss.adapters._pairs import Pair, settings_of
-from ssync_loss.adapters._readings import Reading, axes_in
-from ssync_loss.adapters._suspects import Suspect, probabilities_of
-from ssync_loss.adapters._values import sums_over
-from ssync_loss.adapters._walk import Found
+from ssync_loss.adapters._doctor.pairs import Pair, settings_of
+from ssync_loss.adapters._doctor.readings import Reading, axes_in
+from ssync_loss.adapters._doctor.suspects import Suspect, probabilities_of
+from ssync_loss.adapters._doctor.values import sums_over
+from ssync_loss.adapters._doctor.walk import Found
 from ssync_loss.ssync.modules import SSyncLoss
 
 # a share of a slot mask's mass that is next to nothing

@@ -9,9 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import FLOATS
-from ssync_loss.adapters._readings import Hints, Reading, readings_of
-from ssync_loss.adapters._values import MAX_SAMPLE, Values, read_values
-from ssync_loss.adapters._walk import Found
+from ssync_loss.adapters._doctor.readings import Hints, Reading, readings_of
+from ssync_loss.adapters._doctor.values import MAX_SAMPLE, Values, read_values
+from ssync_loss.adapters._doctor.walk import Found
 from ssync_loss.ssync.maps import Kind
 
 Role: TypeAlias = Literal["encoder", "decoder", "unknown"]

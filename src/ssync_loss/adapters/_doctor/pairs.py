@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ssync_loss.adapters._diagnosis import Line
-from ssync_loss.adapters._readings import Hints, Reading, Size, grid_of
-from ssync_loss.adapters._suspects import Suspect, probabilities_of
+from ssync_loss.adapters._doctor.diagnosis import Line
+from ssync_loss.adapters._doctor.readings import Hints, Reading, Size, grid_of
+from ssync_loss.adapters._doctor.suspects import Suspect, probabilities_of
 
 # what the losses read without being told
 _PLAIN = ("b t s h w", "b t s (h w)")

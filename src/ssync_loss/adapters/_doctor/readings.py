@@ -7,7 +7,7 @@ from math import isqrt
 from typing import NamedTuple, TypeAlias
 
 from ssync_loss._checks import check_int
-from ssync_loss.adapters._values import Values
+from ssync_loss.adapters._doctor.values import Values
 
 # einops patterns of maps, with what speaks against each; "heads" is the only axis the losses do not know
 PATTERNS = {
