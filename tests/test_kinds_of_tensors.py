@@ -221,7 +221,8 @@ with warnings.catch_warnings():
 
 @cases(CALLS)
 def test_sparse_nested_quantized_and_mkldnn_tensors_are_refused_by_name(name: str, argument: str) -> None:
-    for kind, tensor in NOT_DENSE.items():
+    own = {"torch.sparse_coo, with the axes of its own": CALLS[name].tensors[argument].to_sparse()}
+    for kind, tensor in (NOT_DENSE | own).items():
         message = f"`{argument}` must be a dense tensor; got a {kind.partition(',')[0]} one."
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             CALLS[name](**{argument: tensor})
@@ -245,7 +246,7 @@ def test_a_wrong_type_is_refused_by_name(name: str, argument: str) -> None:
         with pytest.raises(TypeError, match=f"^`{argument}` must be a tensor; got {type(wrong).__name__}"):
             call(**{argument: wrong})
     wanted, *dtypes = TYPES[right.dtype]
-    for dtype in dtypes if argument != "area" else [torch.bool, torch.complex64]:
+    for dtype in dtypes if argument != "area" else [torch.bool, torch.complex64, torch.float8_e5m2]:
         with pytest.raises(TypeError, match=rf"^`{argument}` must {wanted}.*; got {dtype}\.$"):
             call(**{argument: right.to(dtype)})
 
