@@ -48,8 +48,9 @@ class TestPair:
 
     @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda maps: pickle.loads(pickle.dumps(maps))])
     def test_copies_keep_all(self, masks: dict[str, Tensor], duplicate: Callable[[Any], Any]) -> None:
-        maps = pair(**masks)
+        maps, other = pair(**masks), pair(valid=~VALID)
         twin = duplicate(maps)
+        assert other.slot_mask is None
         assert type(twin) is SlotMaps
         assert twin.keys() == maps.keys()
         for name, one in {**maps}.items():
