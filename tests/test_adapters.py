@@ -549,6 +549,21 @@ class TestRemoval:
             with pytest.raises(RuntimeError, match="this tap hangs on no module: it was removed"):
                 tap.pop()
 
+    def test_reaches_code_that_was_compiled_before(self) -> None:
+        model = VideoModel()
+        enc, dec = tap_of(model), OutputTap(model.decoder.mlp, last_channel, host=model.decoder)
+        mlp, out = model.decoder.mlp, torch.zeros(2, 3)
+        hooks = [*model.corrector.to_k._forward_hooks.values(), *mlp._forward_hooks.values()]
+        starts: Any = list(model.decoder._forward_pre_hooks.values())
+        enc.remove()
+        dec.remove()
+        # as such code would
+        starts[0](model, ())
+        for hook in hooks:
+            hook(mlp, (), out)
+        assert not enc._calls
+        assert not dec._calls
+
     def test_leaves_other_taps(self) -> None:
         model = VideoModel()
         first, second = tap_of(model), tap_of(model)

@@ -48,11 +48,12 @@ class TestPair:
 
     @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda maps: pickle.loads(pickle.dumps(maps))])
     def test_copies_keep_all(self, masks: dict[str, Tensor], duplicate: Callable[[Any], Any]) -> None:
-        maps = pair(**masks)
+        maps, other = pair(**masks), pair(valid=~VALID)
         twin = duplicate(maps)
+        assert other.slot_mask is None
         assert type(twin) is SlotMaps
         assert twin.keys() == maps.keys()
-        for name, one in {**maps}.items():
+        for name, one in {"enc_logits": maps[0], "dec_logits": maps[1], **masks}.items():
             assert torch.equal(twin[name], one)
 
     def test_replaces_one_and_keeps_the_rest(self, masks: dict[str, Tensor]) -> None:
@@ -144,6 +145,14 @@ class TestJoin:
         key, query = to_k(torch.randn(B * T, N, 8)), to_q(torch.randn(B * T, S, 8))
         maps = SlotMaps.join(torch.randn(B, T, S, N), dec, num_frames=num_frames)
         torch.testing.assert_close(maps.dec_logits, (query @ key.mT).reshape(B, T, S, N))
+
+    def test_refuses_a_decoders_dots_of_another_length(self) -> None:
+        to_q, to_k = nn.Identity(), nn.Identity()
+        dec = LogitTap(to_q, to_k, 1.0)
+        for _ in range(2):
+            to_k(torch.randn(B, N, 8)), to_q(torch.randn(B, S, 8))
+        with pytest.raises(ValueError, match=r"`dec` must have shape \(B=2, T=3, S=4.*got \(2, 2, 4, 6\)"):
+            SlotMaps.join(torch.randn(B, T, S, N), dec)
 
     def test_refuses_maps_of_two_forwards(self) -> None:
         encoder, decoder = nn.Identity(), nn.Identity()

@@ -276,7 +276,10 @@ class TestHostThatIsNotCalled:
         set_up(way, frames, setup.model).train()
 
     def test_and_no_other_that_sees_both(self, frames: int) -> None:
-        model, enc, dec, *_ = set_up("forward", frames, hosts="model")
+        setup = set_up("forward", frames, hosts="model")
+        model, enc, dec, *_ = setup
+        # what was called before the last pop does not count
+        setup.assert_pops(model(features(B, frames)))
         corrector = model.processor.corrector
         for frame in features(B, frames).unbind(1):
             corrector.to_q(torch.randn(B, S, D)), corrector.to_k(frame)

@@ -103,7 +103,7 @@ class Tap:
     def remove(self) -> None:
         """Take the hooks off the host and forget what was collected; a second call does nothing."""
         # code compiled before this goes on calling the hooks, so they look at the flag
-        self._attached = False
+        self._attached = self._listening = False
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -136,7 +136,7 @@ class Tap:
 
     def _listens(self) -> bool:
         """Say whether a call that a hook sees is part of a forward, and remember if one is missed."""
-        if not self._attached or is_recomputing():
+        if is_recomputing():
             return False
         if not self._listening:
             self._missed = True
