@@ -109,9 +109,10 @@ def structure_aware_loss(
             scale = 1 / (high - low + eps)
             x, y = ((one.to(dtype) - low) * scale for one in parts)
             value, gradient = dissimilarity(x, y, like, with_slope=with_slope)
-            total += value * share
             if slope is not None and gradient is not None:
                 slope[:, :, some] = gradient * scale * share
+            # last: on Python 3.13 torch.compile does not follow the jump of an `if` that ends a loop in two contexts
+            total += value * share
     return total if slope is None else known_gradient(pred, total, slope)
 
 
