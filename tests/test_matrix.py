@@ -1,5 +1,6 @@
 """The table of versions is the one of versions.json, and a row holds what pytest found."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,35 @@ def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=suite, check=True, capture_output=True, text=True).stdout
     # not the one of this repository; a file of bytecode is no commit's
     assert found["commit"].rstrip("+") == head[:7]
+
+
+COMPILING = '''
+import pytest
+import torch
+
+
+def compiled():
+    torch.compile(lambda one: one + 1, backend="eager")(torch.zeros(1))
+
+
+def test_unmarked():
+    compiled()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_marked():
+    compiled()
+'''
+
+
+def test_a_test_that_compiles_is_marked(suite: Path) -> None:
+    shutil.copy(Path(__file__).with_name("conftest.py"), suite)
+    (suite / "test_broken.py").unlink()
+    (suite / "test_tiny.py").write_text(COMPILING)
+    found = matrix.measured(sys.executable, suite, "-o", f"pythonpath={matrix.ROOT / 'src'}")
+    assert found["eager"] == counts(failed=1)
+    assert found["compile"] == counts(passed=1)
+    assert found["failures"] == ["test_tiny.py::test_unmarked"]
 
 
 def test_a_commit_with_changes_says_so(suite: Path) -> None:
