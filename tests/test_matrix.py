@@ -97,7 +97,7 @@ def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
     assert found["commit"].rstrip("+") == head[:7]
 
 
-COMPILING = '''
+COMPILING = """
 import pytest
 import torch
 
@@ -113,7 +113,7 @@ def test_unmarked():
 @pytest.mark.usefixtures("fresh_compiler")
 def test_marked():
     compiled()
-'''
+"""
 
 
 def test_a_test_that_compiles_is_marked(suite: Path) -> None:
