@@ -25,6 +25,7 @@ from ssync_loss.functional import (
 )
 from ssync_loss.ssync import engines
 from ssync_loss.ssync.engines import ENGINES, check_backend, resolve
+from ssync_loss.ssync.engines.triton._limits import MIN_VERSION
 from ssync_loss.testing import (
     SSyncCase,
     assert_close_gradient,
@@ -417,6 +418,7 @@ class TestChoice:
         assert resolve("auto", maps) is ENGINES["triton"]
 
     def test_what_an_engine_cannot_take_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INTERPRETED", False)
         enc, dec = torch.zeros(2, 1, 1, 2, 2, 2).unbind(0)
         target, region = torch.zeros(1, 1, 2, 2).long(), torch.ones(1, 1, 2, 2).bool()
@@ -443,7 +445,8 @@ class TestChoice:
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make maps say that they are on a CUDA device that is trusted."""
+    """Make maps say that they are on a CUDA device that is trusted, and Triton that it is new enough."""
+    monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
     monkeypatch.setattr(Tensor, "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(engines, "_answers", {("triton", "cuda:0"): True})
 
