@@ -141,6 +141,15 @@ def test_what_did_not_run_is_no_row(suite: Path, arguments: list[str]) -> None:
         matrix.measured(sys.executable, suite, *arguments)
 
 
+def test_an_environment_without_the_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "installed", lambda _: None)
+    assert matrix.main(["--record", str(tmp_path / "row.json"), "--", "-q"]) == 4
+    assert "lacks the package: -m pip install --no-deps -e ." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 class TestRows:
     def test_a_rerun_replaces_its_row_and_versions_are_in_order(self) -> None:
         rows: list[matrix.Row] = []
