@@ -1,8 +1,9 @@
 """Which versions the suite passes on: one run is one row of the table in README.md, beside this file.
 
 ``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package;
-``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the run; a row of the same
-Python and torch, up to patches, is replaced. Without either the table is written again from versions.json.
+``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the
+run; a row of the same Python and torch, up to patches, is replaced. Without either the table is written again from
+versions.json.
 """
 
 import argparse
