@@ -27,7 +27,7 @@ settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "compiles: uses torch.compile, and so the fixture fresh_compiler")
+    config.addinivalue_line("markers", "compiles: uses torch.compile; given with the fixture fresh_compiler")
     config.addinivalue_line("markers", "kernels: runs Triton's kernels, or its compiler")
 
 
@@ -57,7 +57,7 @@ def _marked_if_it_compiles(request: pytest.FixtureRequest) -> Iterator[None]:
     before = frames_compiled()
     yield
     if frames_compiled() > before:
-        assert request.node.get_closest_marker("compiles"), "a test that compiles needs the fixture fresh_compiler"
+        assert request.node.get_closest_marker("compiles"), "use the fixture fresh_compiler, or mark it: compiles"
 
 
 @pytest.fixture(autouse=True)
