@@ -281,6 +281,7 @@ class TestProbabilities:
         for hide in ({"valid": valid}, {"slot_mask": torch.tensor([[True] * 3, [True, True, False]])}):
             call(*given, kind="probs", **hide)
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_negative_ones_that_cannot_be_looked_at_are_nan(self) -> None:
         enc, dec = (shares(one).detach() for one in maps())
         enc[1, 1, 2, -1, -1] = -0.5

@@ -345,6 +345,7 @@ def test_an_integer_beyond_int64_is_refused_by_name(name: str, argument: str) ->
         CALLS[name](**{argument: large})
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_as_index_is_for_compilers_too() -> None:
     def index(labels: Tensor) -> Tensor:
         return _checks.as_index("labels", labels) + 1
@@ -444,7 +445,7 @@ def traced(mode: Any) -> Callable[[Tensor], Any]:
         torch.vmap(torch.vmap(look)),
         torch.func.grad(lambda x: look(x).sum()),
         torch.func.jacfwd(look),
-        torch.compile(look, fullgraph=True, backend="eager"),
+        pytest.param(torch.compile(look, fullgraph=True, backend="eager"), marks=pytest.mark.compiles),
         lambda x: torch.jit.trace(lambda y: look(y) + 1, x, check_trace=False),
     ],
 )
