@@ -341,6 +341,26 @@ def test_which_maps_may_be_images(enc: Sequence[int], dec: Sequence[int], refuse
         assert all(one[:3] == tuple(enc[:3]) for one in actual)
 
 
+def test_an_image_beside_a_clip_of_one_frame_is_decided_by_it() -> None:
+    clip, image = torch.randn(2, 1, 7, 16, 16), torch.randn(2, 7, 16, 16)
+    assert_close_loss(SSyncLoss().eval()(clip, image), SSyncLoss().eval()(clip, image[:, None]))
+    assert_close_loss(SSyncLoss().eval()(image, clip), SSyncLoss().eval()(image[:, None], clip))
+    # of another grid, and no square
+    assert shapes((2, 7, 4, 6), (2, 1, 7, 8, 12), None) == [(2, 1, 7, 4, 6), (2, 1, 7, 8, 12)]
+    # flat clips of one frame, and of one slot, are as they were
+    assert shapes((2, 1, 7, 24), (2, 1, 7, 4, 6), None) == [(2, 1, 7, 4, 6)] * 2
+    assert shapes((2, 1, 1, 24), (2, 1, 1, 4, 6), None) == [(2, 1, 1, 4, 6)] * 2
+
+
+def test_one_tensor_as_both_maps_is_refused() -> None:
+    one = torch.randn(2, 3, 4, 5, 5, requires_grad=True)
+    wanted = "`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`."
+    for criterion in (SSyncLoss(), SSyncLoss(start_step=9), BoundaryRefinementLoss(), InteriorDenoisingLoss()):
+        refuses(ValueError, wanted, criterion, one, one, **({"step": 0} if isinstance(criterion, SSyncLoss) else {}))
+    refuses(ValueError, wanted, SSyncLoss().terms, one, one)
+    assert SSyncLoss()(one, one.clone()) >= 0
+
+
 def test_no_square_says_that_it_may_be_an_image() -> None:
     with pytest.raises(ValueError, match=r"no square: pass grid=\(H, W\); got \(2, 7, 8, 12\).*axes='b s h w'"):
         SSyncLoss().eval()(torch.zeros(2, 7, 8, 12), torch.zeros(2, 7, 8, 12))

@@ -123,9 +123,11 @@ def bind_maps(
         check_int("num_frames", num_frames, 1)
     if axes is not None:
         enc_logits, dec_logits = arrange_maps(enc_logits, dec_logits, axes, (enc_grid, dec_grid), num_frames)
-    elif grid is None:
-        _refuse_images(enc_logits, dec_logits)
-        enc_grid, dec_grid = _grid_beside(enc_logits, dec_logits), _grid_beside(dec_logits, enc_logits)
+    else:
+        enc_logits, dec_logits = _image_beside(enc_logits, dec_logits), _image_beside(dec_logits, enc_logits)
+        if grid is None:
+            _refuse_images(enc_logits, dec_logits)
+            enc_grid, dec_grid = _grid_beside(enc_logits, dec_logits), _grid_beside(dec_logits, enc_logits)
     enc = _on_grid("enc_logits", enc_logits, enc_grid)
     size = check_shape("enc_logits", enc, "B T S H W", **({} if num_frames is None else {"T": num_frames}))
     check_not_empty("enc_logits", size, "T S H W")
@@ -156,6 +158,14 @@ def _refuse_images(*maps: Tensor) -> None:
             f"grid of {enc[2]} x {enc[3]}, 'b t s (h w)' as T={enc[1]} frames of S={enc[2]} slots on N={enc[3]} "
             f"patches; got enc_logits of shape {enc} and dec_logits of shape {dec}."
         )
+
+
+def _image_beside(image: Tensor, clip: Tensor) -> Tensor:
+    """View an image (B, S, H, W) as a clip of one frame, beside one of S slots."""
+    if not (isinstance(image, Tensor) and isinstance(clip, Tensor)) or (image.dim(), clip.dim()) != (4, 5):
+        return image
+    B, T, S = clip.shape[:3]
+    return image.unsqueeze(1) if T == 1 < S and image.shape[:2] == (B, S) else image
 
 
 def _grid_beside(flat: Tensor, whole: Tensor) -> Size | None:

@@ -79,6 +79,7 @@ class _OneTermLoss(_SSyncModule):
         num_frames: int | None = None,
     ) -> Tensor:
         """Return the term; arguments as those of the function."""
+        _check_two(enc_logits, dec_logits)
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
         given = {"labels": labels, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
@@ -333,6 +334,7 @@ class SSyncLoss(_SSyncModule):
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
     def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
+        _check_two(enc_logits, dec_logits)
         taught = {}
         # a weight that is a tensor may be anything
         if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:
@@ -340,6 +342,12 @@ class SSyncLoss(_SSyncModule):
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
+
+
+def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:
+    """Refuse one tensor as both maps, which then have nothing to teach each other."""
+    if enc_logits is dec_logits:
+        raise ValueError("`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`.")
 
 
 def _integer(step: object) -> int:
