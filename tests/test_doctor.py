@@ -695,6 +695,9 @@ def test_hints_are_checked() -> None:
     refuses(
         ValueError, "`num_frames` must be that of `video`, 3; got 4", doctor, maps, video=(2, 3, 3, 8, 8), num_frames=4
     )
+    refuses(
+        ValueError, "`video` must have shape (B, T, ., H, W), or (B, ., H, W) for images; got 3", doctor, maps, video=3
+    )
     refuses(ValueError, "`num_slots` must be at least 1; got 0", doctor, maps, num_slots=0)
     refuses(TypeError, "`num_frames` must be an integer; got str", doctor, maps, num_frames="3")
     refuses(ValueError, "`grid` must be (H, W)", doctor, maps, grid=(0, 3))
@@ -718,3 +721,9 @@ Write:
     criterion = SSyncLoss(kind="probs", axes=("b t (h w) s", "b t s (h w)"), grid=(8, 8))
     loss = loss + criterion(out["attn"], out["masks"])"""
     )
+
+
+def test_the_text_is_short_however_much_there_is() -> None:
+    text = str(doctor({f"attn{i}": torch.rand(B, T, S, 16) for i in range(300)}))
+    assert text.count("\n") < 120
+    assert "    and 268 more." in text.splitlines()

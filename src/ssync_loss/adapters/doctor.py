@@ -131,9 +131,10 @@ def _hints(video: Tensor | Sequence[int] | None, num_frames: int | None, num_slo
     grids = tuple(one for one in check_grid(grid) if one is not None)
     if video is None:
         return Hints(None, num_frames, num_slots, grids)
-    shape = tuple(video.shape) if isinstance(video, Tensor) else tuple(video)
+    given: object = video.shape if isinstance(video, Tensor) else video
+    shape = tuple(given) if isinstance(given, Sequence) else ()
     if len(shape) not in (4, 5) or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"`video` must have shape (B, T, ., H, W), or (B, ., H, W) for images; got {shape}.")
+        raise ValueError(f"`video` must have shape (B, T, ., H, W), or (B, ., H, W) for images; got {shape or given}.")
     frames = shape[1] if len(shape) == 5 else 1
     if num_frames not in (None, frames):
         raise ValueError(f"`num_frames` must be that of `video`, {frames}; got {num_frames}.")

@@ -1,12 +1,14 @@
 """What :func:`ssync_loss.adapters.doctor` returns, and its text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ssync_loss.adapters._doctor.suspects import Role
 from ssync_loss.ssync.maps import Kind
 
-SHOWN = 8
+# of a kind, in the text
+SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,18 @@ class Diagnosis:
         return self.lines[0] if len(self.lines) == 1 else None
 
     def __str__(self) -> str:
-        parts = ["Maps:" if self.candidates else "No maps."]
-        parts += [_indent(one) for one in self.candidates]
-        if self.left_out:
-            parts += ["Not maps:", *(_indent(f"{path}: {reason}") for path, reason in self.left_out)]
-        if self.problems:
-            parts += ["Problems:", *(_indent(f"- {one}") for one in self.problems)]
-        if self.lines:
-            parts.append("Write:" if self.line else "Write one of these:")
-            parts += [_indent(one) for one in self.lines[:SHOWN]]
-            parts += [f"and {len(self.lines) - SHOWN} more."] if len(self.lines) > SHOWN else []
+        sections: dict[str, Sequence[object]] = {
+            "Maps:": self.candidates,
+            # what was not even looked at comes last
+            "Not maps:": [": ".join(one) for one in sorted(self.left_out, key=lambda one: one[1].startswith("not "))],
+            "Problems:": [f"- {one}" for one in self.problems],
+            "Write:" if self.line else "Write one of these:": self.lines,
+        }
+        parts = [] if self.candidates else ["No maps."]
+        for title, items in sections.items():
+            if items:
+                more = [f"and {len(items) - SHOWN} more."] if len(items) > SHOWN else []
+                parts += [title, *map(_indent, [*items[:SHOWN], *more])]
         return "\n".join(parts)
 
 
