@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from miniatures import MINIATURES, Maps, Miniature, oclf
 from refusals import refuses
@@ -387,6 +387,16 @@ class TestAsTrainingDoes:
             # what is recomputed in the backward is of no forward
         refuses(RuntimeError, "the maps of this forward were given already", maps)
 
+    def test_masks_of_what_is_computed_again_are_of_no_forward(self) -> None:
+        host, model, maps = attached("smoothsa masked")
+        model.m.forward = checkpointed(model.m.forward, reentrant=False)
+        loss, own = run(host, model)
+        with set_checkpoint_early_stop(False):
+            loss.backward()
+        got = maps()
+        assert_are(got, own)
+        assert got["slot_mask"].tolist() == [[True, True, True, False]] * B
+
     def test_distributed(self, tmp_path: Path) -> None:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         try:
@@ -445,7 +455,8 @@ class TestAsTrainingDoes:
         refuses(
             RuntimeError,
             "`steve_decoder.tf` has run 16 times since `steve_encoder.savi` began, so its last map is not of the "
-            "encoder's forward. Take the maps right after the model's own forward.",
+            "encoder's forward. Take the maps right after the model's own forward. If it runs frame by frame, write an "
+            "entry whose `covers` is the module that decodes the whole clip.",
             maps,
         )
         _, own = run(host, model)
@@ -607,6 +618,29 @@ class TestRefusals:
         message = "`model` has the marks of steve, but not what its maps are made of: 'Linear' object has no attribute"
         refuses(ValueError, message, attach, model)
 
+    def test_an_entry_that_finds_nothing_or_covers_another(self) -> None:
+        model: Any = MINIATURES["lucidrains"].build()
+        attention = model.slot_attn
+        nothing: Any = lambda _: None  # noqa: E731
+        refuses(TypeError, "`find` must be Found; got NoneType", attach, model, Host("x", ("slot_attn",), nothing))
+        dots = Dots(attention.to_q, attention.to_k, 1.0, covers=model.decoder)
+        entry = Host("x", ("slot_attn",), lambda _: Found(dots, Output(model.decoder)))
+        refuses(ValueError, "`covers` must contain `slots`; this ", attach, model, entry)
+
+    @pytest.mark.parametrize(
+        "third", [torch.zeros(B, T), torch.zeros(B, T, 5), torch.tensor(1.0), torch.zeros(B, 4, dtype=torch.long), None]
+    )
+    def test_what_else_a_decoder_of_the_family_returns_is_no_mask(self, third: Tensor | None) -> None:
+        host = MINIATURES["smoothsa"]
+        model: Any = host.build()
+        decode = model.m.decode.forward
+        model.m.decode.forward = lambda *args: (*decode(*args), third)
+        maps = attach(model)
+        # the rest of the miniature takes two; the hooks of the maps see three
+        model.m.decode.register_forward_hook(lambda _module, _args, output: output[:2])
+        host.step(model, host.batch(B, T))
+        assert maps().valid is None
+
     def test_arguments(self) -> None:
         model: Any = MINIATURES["lucidrains"].build()
         wrong: Any = "decoder"
@@ -623,7 +657,7 @@ class TestRefusals:
         refuses(ValueError, "`heads` must be at least 1; got 0", attach, model, dec=list, heads=0)
         refuses(ValueError, "`head_softmax` must be one of", attach, model, dec=list, head_softmax="both")
         stray = Output(nn.Linear(2, 2), last_channel, covers=model)
-        refuses(ValueError, "`host` must contain `module`", attach, model, dec=stray)
+        refuses(ValueError, "`covers` must contain `module`; this UsersModel does", attach, model, dec=stray)
         assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
         with attach(model, dec=lambda: wrong) as maps:
             run(MINIATURES["lucidrains"], model)
@@ -701,6 +735,35 @@ class TestWarning:
             run(host, model)
             maps()
         assert "without gradient, decoder" in maps.describe()
+
+    def test_of_frames_that_are_forwards_of_their_own(self) -> None:
+        host = MINIATURES["lucidrains"]
+        model: Any = host.build()
+        maps = attach_to(host, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # steps before the loss starts, with validation between; then accumulation
+            for _ in range(3):
+                with torch.no_grad():
+                    run(host, model)
+                run(host, model)[0].backward()
+                optimizer.step()
+            for _ in range(3):
+                run(host, model)
+                maps()
+            # what does not learn at all may run as often as it likes
+            frozen: Any = host.build().requires_grad_(False)
+            frozen_maps = attach_to(host, frozen.eval())
+            run(host, frozen), run(host, frozen)
+            frozen_maps()
+            # a forward or two beside a step
+            run(host, model), run(host, model)
+            maps()
+        for _ in range(3):
+            run(host, model)
+        with pytest.warns(UserWarning, match=r"`slot_attn` has run 3 times since the last step, and these maps are of"):
+            assert maps().enc_logits.shape[:2] == (B, 1)
 
 
 class TestThePackage:

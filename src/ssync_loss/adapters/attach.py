@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from ssync_loss._checks import check_choice
+from ssync_loss._checks import check_choice, check_type
 from ssync_loss.adapters.attached_maps import AttachedMaps, Source
 from ssync_loss.adapters.hosts import EXAMPLE, HOSTS, DecKind, Dots, Found, Host, Output, lacks
 from ssync_loss.adapters.logit_tap import HeadSoftmax, LogitTap
@@ -75,6 +75,7 @@ def attach(
         raise ValueError(
             f"`model` has the marks of {entry.name}, but not what its maps are made of: {error}."
         ) from error
+    check_type("find", found, Found)
     enc = found.enc
     enc = replace(
         enc,

@@ -1,5 +1,6 @@
 """A handle on a tapped model, which gives the two maps after every forward."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from math import isqrt
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import check_tensor
 from ssync_loss._compilers import is_recomputing, is_traced
-from ssync_loss._module import DetachedWarning
+from ssync_loss._module import DetachedWarning, _callers_stacklevel
 from ssync_loss.adapters.hosts import DecKind, Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
@@ -61,6 +62,8 @@ class AttachedMaps:
         self._warn = DetachedWarning()
         self._compared: set[bool] = set()
         self._seen = "not called yet"
+        # how many forwards learned since the last call, by the weights that they found; whether so at the call before
+        self._begun, self._weights, self._repeats = 0, [-1], False
         # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
@@ -113,6 +116,7 @@ class AttachedMaps:
         enc, dec = _on_grid("enc_logits", enc, enc_grid), _on_grid("dec_logits", dec, dec_grid)
         maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
         if not is_traced():
+            self._say_if_last_of_many()
             self._look_at(maps, given)
         return maps
 
@@ -159,9 +163,18 @@ class AttachedMaps:
         if self._alive and not is_recomputing():
             self._ran = ["encoder"]
             self._caught = {}
+            if not is_traced() and torch.is_grad_enabled():
+                self._count()
             if self._own is not None:
                 # a tap of the user's may have no host, and then keeps what nobody asked for
                 self._own.reset()
+
+    def _count(self) -> None:
+        """Count the forwards that learn since the last call, or since the weights were last written to."""
+        learned = [one for one in self._found.enc.slots.parameters() if one.requires_grad and not one.is_inference()]
+        weights = [one._version for one in learned]
+        self._begun = self._begun + 1 if weights == self._weights else min(1, len(learned))
+        self._weights = weights
 
     def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if self._alive and not is_recomputing():
@@ -170,7 +183,9 @@ class AttachedMaps:
     def _on_seen(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        tensor = getattr(self._found, name).pick(args, kwargs, output) if self._alive else None
+        if not self._alive or is_recomputing():
+            return
+        tensor = getattr(self._found, name).pick(args, kwargs, output)
         if tensor is not None:
             self._caught.setdefault(name, []).append(tensor)
 
@@ -200,13 +215,26 @@ class AttachedMaps:
         if times > 1:
             raise RuntimeError(
                 f"{decoder} has run {times} times since {self._name(enc.covers)} began, so its last map is not of the "
-                "encoder's forward. Take the maps right after the model's own forward."
+                "encoder's forward. Take the maps right after the model's own forward. If it runs frame by frame, "
+                "write an entry whose `covers` is the module that decodes the whole clip."
             )
 
     def _pop_decoder(self) -> Tensor:
         maps = self._dec.pop() if isinstance(self._dec, (LogitTap, OutputTap)) else self._dec()
         check_tensor("dec", maps)
         return maps
+
+    def _say_if_last_of_many(self) -> None:
+        times, self._begun, self._weights = self._begun, 0, [-1]
+        # once may be a start, or a look; twice in a row is a loop
+        if times > 1 and self._repeats:
+            warnings.warn(
+                f"{self._name(self._found.enc.covers)} has run {times} times since the last step, and these maps are "
+                "of the last run alone. If the runs are frames of a clip, put the frames into the batch, or write an "
+                "entry whose `covers` is the module that sees whole clips.",
+                stacklevel=_callers_stacklevel(),
+            )
+        self._repeats = times > 1
 
     def _look_at(self, maps: SlotMaps, given: Tensor) -> None:
         enc, dec = maps
@@ -246,6 +274,11 @@ def _covered(source: Dots | Output) -> nn.Module:
 
 
 def _tap(source: Dots | Output) -> LogitTap | OutputTap:
+    covers = _covered(source)
+    for name in ("slots", "patches", "module"):
+        one = getattr(source, name, covers)
+        if isinstance(covers, nn.Module) and isinstance(one, nn.Module) and one not in set(covers.modules()):
+            raise ValueError(f"`covers` must contain `{name}`; this {type(covers).__name__} does not.")
     if isinstance(source, Output):
         return OutputTap(source.module, source.select, host=_covered(source))
     return LogitTap(

@@ -222,15 +222,19 @@ def _genera1z(model: Any) -> Found:
 
 def _same_frame(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor | None:
     """Frames that were decoded from their own slots; xSSC decodes others from an earlier frame's."""
-    if len(output) < 3:
+    source = output[2] if len(output) > 2 else None
+    # others of the family give something else in this place
+    if not isinstance(source, Tensor) or source.is_floating_point() or source.dim() != 2:
         return None
-    source: Tensor = output[2]
+    maps: Tensor = output[1]
+    if maps.shape[:2] != source.shape and len(maps) != source.numel():
+        return None
     return source == torch.arange(source.shape[1], device=source.device)
 
 
 def _feature_grid(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor | None:
-    feature = output[0]
-    if feature.dim() not in (4, 5):
+    feature = output[0] if isinstance(output, (tuple, list)) else None
+    if not isinstance(feature, Tensor) or feature.dim() not in (4, 5):
         return None
     # (B, [T,] C, H, W), of which only the shape is kept
     grid: Tensor = feature.new_empty(0, *feature.shape[-2:])
@@ -273,7 +277,8 @@ def _masks(output: Any) -> Tensor:
 
 
 def _not_empty(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor | None:
-    return None if output.is_empty is None else ~output.is_empty.bool()
+    is_empty = getattr(output, "is_empty", None)
+    return None if is_empty is None else ~is_empty.bool()
 
 
 def _spot(model: Any) -> Found:
