@@ -481,7 +481,31 @@ class TestWhatIsNotOneForward:
         model: Any = host.build()
         maps = attach(model)
         model.m.forward(host.batch(B, T)["batch"]["video"])
-        with pytest.raises(RuntimeError, match=r"What must be called, and not its `.forward`, is `m`\.$"):
+        with pytest.raises(
+            RuntimeError, match=r"What must be called, and not its `.forward`, is `m`\. Or, if `m.aggregat` sees"
+        ):
+            maps()
+
+    def test_a_step_that_is_a_method_is_told_what_it_called(self) -> None:
+        host = MINIATURES["slotcontrast mlp"]
+        model: Any = host.build()
+
+        def find(model: Any) -> Found:
+            attention = model.processor.module.corrector
+            dots = Dots(attention.to_q, attention.to_k, attention.scale, covers=model)
+            return Found(dots, Output(model.decoder.module.mlp, last_channel))
+
+        maps = attach(model, Host("mine", ("processor",), find))
+        batch = host.batch(B, T)
+        wanted = (
+            r"is `ObjectCentricModel`. Or, if `processor` sees whole clips, write an entry whose `covers` is that: it"
+        )
+        for _ in range(2):
+            model.training_step(batch)
+            with pytest.raises(RuntimeError, match=wanted):
+                maps()
+            # a call that is one changes nothing
+            model(batch)
             maps()
 
     def test_an_encoder_without_its_decoder(self) -> None:

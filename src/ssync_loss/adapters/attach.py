@@ -7,10 +7,10 @@ from torch import nn
 
 from ssync_loss._checks import check_choice, check_type
 from ssync_loss.adapters.attached_maps import AttachedMaps, Source
-from ssync_loss.adapters.hosts import EXAMPLE, HOSTS, DecKind, Dots, Found, Host, Output, lacks
+from ssync_loss.adapters.hosts import EXAMPLE, HOSTS, Dots, Found, Host, Output, lacks
 from ssync_loss.adapters.logit_tap import HeadSoftmax, LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
-from ssync_loss.ssync.maps import KINDS, Grid, check_grid
+from ssync_loss.ssync.maps import KINDS, Grid, Kind, check_grid
 
 DecoderArgument: TypeAlias = nn.Module | Source
 
@@ -21,7 +21,7 @@ def attach(
     *,
     grid: Grid = None,
     dec: DecoderArgument | None = None,
-    dec_kind: DecKind | None = None,
+    dec_kind: Kind | None = None,
     scale: float | None = None,
     heads: int | None = None,
     head_softmax: HeadSoftmax | None = None,

@@ -3,21 +3,21 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from math import isqrt
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._axes import square
 from ssync_loss._checks import check_tensor
 from ssync_loss._compilers import is_recomputing, is_traced
 from ssync_loss._module import DetachedWarning, _callers_stacklevel
-from ssync_loss.adapters.hosts import DecKind, Dots, Found, Output, Seen
+from ssync_loss.adapters.hosts import Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 from ssync_loss.adapters.slot_maps import SlotMaps
-from ssync_loss.ssync.maps import Size
+from ssync_loss.ssync.maps import Kind, Size
 from ssync_loss.ssync.settings import TINY
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class AttachedMaps:
         module: nn.Module,
         found: Found,
         dec: Source,
-        kind: DecKind,
+        kind: Kind,
         grids: tuple[Size | None, Size | None],
         names: dict[int, str],
     ) -> None:
@@ -139,7 +139,7 @@ class AttachedMaps:
         self._alive = False
         if self._handles:
             self._enc.remove()
-            if isinstance(self._dec_source, (Dots, Output)) and isinstance(self._dec, (LogitTap, OutputTap)):
+            if self._own is None and isinstance(self._dec, (LogitTap, OutputTap)):
                 self._dec.remove()
         for handle in self._handles:
             handle.remove()
@@ -196,13 +196,13 @@ class AttachedMaps:
     def _check_forward(self) -> None:
         self._check_alive()
         ran, enc = self._ran, self._found.enc
-        if ran[:1] == ["given"]:
+        if ran[:1] == ["given"] and not self._enc._missed:
             raise RuntimeError("the maps of this forward were given already: keep what the first call returned.")
         if ran[:1] != ["encoder"]:
             raise RuntimeError(
                 f"no forward of {self._title} has been seen. Call the model first, and attach before its first call "
                 "if it is compiled. A copy (deepcopy, an average, a pickle) is not tapped: attach to the copy. "
-                f"What must be called, and not its `.forward`, is {self._name(enc.covers)}."
+                f"What must be called, and not its `.forward`, is {self._name(enc.covers)}.{self._instead()}"
             )
         if not isinstance(self._dec_source, (Dots, Output)):
             return
@@ -218,6 +218,14 @@ class AttachedMaps:
                 "encoder's forward. Take the maps right after the model's own forward. If it runs frame by frame, "
                 "write an entry whose `covers` is the module that decodes the whole clip."
             )
+
+    def _instead(self) -> str:
+        """Name a module that was called in place of what covers a clip."""
+        called = [mark.place for mark in self._enc._marks if mark.called]
+        if not called:
+            return ""
+        one = self._name(self._found.enc.covers.get_submodule(called[0]))
+        return f" Or, if {one} sees whole clips, write an entry whose `covers` is that: it was called."
 
     def _pop_decoder(self) -> Tensor:
         maps = self._dec.pop() if isinstance(self._dec, (LogitTap, OutputTap)) else self._dec()
@@ -306,15 +314,15 @@ def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
             raise ValueError(f"`grid` must be that of `{name}`, {tuple(maps.shape[3:])}; got {size}.")
         return maps
     num_patches = maps.shape[3]
-    height, width = (isqrt(num_patches),) * 2 if size is None else size
-    if height * width == num_patches:
-        return maps.reshape(*maps.shape[:3], height, width)
+    size = size or square(num_patches)
     if size is None:
         return maps
+    if size[0] * size[1] == num_patches:
+        return maps.reshape(*maps.shape[:3], *size)
     raise ValueError(f"`grid` must have the N={num_patches} patches of `{name}`; got {size}.")
 
 
-def _problem(enc: Tensor, dec: Tensor, given: Tensor, kind: DecKind) -> str | None:
+def _problem(enc: Tensor, dec: Tensor, given: Tensor, kind: Kind) -> str | None:
     """Say what is wrong with a decoder map that is not what it was said to be."""
     sums = given.float().sum(2)
     if kind == "probs" and (given < 0).any():

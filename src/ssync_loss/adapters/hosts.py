@@ -6,14 +6,13 @@ it over, ``attach(model, host=entry)``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssync_loss.adapters.logit_tap import HeadSoftmax
-
-DecKind: TypeAlias = Literal["logits", "probs"]
+from ssync_loss.ssync.maps import Kind
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Output:
 
     module: nn.Module
     select: Callable[[Any], Tensor] | None = None
-    kind: DecKind = "logits"
+    kind: Kind = "logits"
     covers: nn.Module | None = None
 
 
