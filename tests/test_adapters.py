@@ -812,6 +812,39 @@ class TestOutputTap:
             decoder(torch.randn(B, S, D))
         assert torch.equal(tap.pop(), torch.stack(decoder.alpha, 1))
 
+    @pytest.mark.parametrize(
+        "select", [lambda out: out.log(), lambda out: out.log().mT.mT, lambda out: out.log().unsqueeze(1)[:, 0]]
+    )
+    def test_refuses_the_logarithm_of_a_zero(self, select: Any) -> None:
+        """Its gradient is NaN, though the loss is finite."""
+        relu = nn.ReLU()
+        tap = OutputTap(relu, select)
+        positive = torch.rand(2, 3, 4, requires_grad=True) + 0.1
+        relu(positive)
+        assert tap.pop().isfinite().all()
+        with_zero = positive.clone()
+        with_zero[0, 0, 0] = 0.0
+        relu(with_zero)
+        with pytest.raises(
+            ValueError, match=r"^`select` on `module` \(ReLU\) must give .* log\(\) of a probability of 0"
+        ):
+            tap.pop()
+        # without a gradient there is none to be NaN
+        with torch.no_grad():
+            relu(with_zero)
+        assert tap.pop().isneginf().any()
+
+    def test_takes_absent_slots_and_the_logarithm_of_a_softmax(self) -> None:
+        def absent(out: Tensor) -> Tensor:
+            return out.log_softmax(1).masked_fill(torch.tensor([False, False, True])[:, None], float("-inf"))
+
+        module = nn.Identity()
+        for select in (absent, lambda out: out.clamp_min(1e-30).log()):
+            tap = OutputTap(module, select)
+            module(torch.zeros(2, 3, 4, requires_grad=True))
+            tap.pop()
+            tap.remove()
+
 
 class TestJoin:
     def test_of_a_video_model_feeds_a_criterion(self) -> None:

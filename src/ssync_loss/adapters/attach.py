@@ -36,7 +36,8 @@ def attach(
     Known are ``"slotcontrast"`` (SlotContrast, VideoSAUR, SSync, SRL, SlotCurri), ``"genera1z"`` (RandSF.Q, SmoothSA,
     xSSC), ``"steve"``, ``"oclf"``, ``"spot"`` and ``"lucidrains"``; they are recognized by their attributes, also
     inside of DDP, ``torch.compile``, ``AveragedModel``, a LightningModule or whatever module holds one. Any other
-    model needs an entry of its own, see :mod:`ssync_loss.adapters.hosts`.
+    model needs an entry of its own, see :mod:`ssync_loss.adapters.hosts`. A call of lucidrains' slot attention is one
+    forward: put the frames of a clip into its batch, since of a loop only the last frame would be taken.
 
     The encoder's map is the dots of slot attention, before the softmax, of the last iteration. Several heads are
     merged as `LogitTap` says, and then more slots merge: choose ``merge_threshold`` anew. The decoder's is its alpha

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from ssync_loss._axes import arrange, parse
 from ssync_loss._checks import check_int
+from ssync_loss._compilers import is_traced
 from ssync_loss.adapters._tap import Tap, count
+
+_VIEWS = "Transpose", "Permute", "Select", "Slice", "Squeeze", "Unsqueeze", "View", "UnsafeView"
 
 
 class OutputTap(Tap):
@@ -67,7 +70,7 @@ class OutputTap(Tap):
         ``num_frames``, T, and ``num_slots``, S, are for ``axes``: sizes that an output does not show, and checks.
 
         Raises: RuntimeError if nothing was collected, or the calls do not make one clip; ValueError if an output is
-            not as ``axes`` say.
+            not as ``axes`` say, or has NaN for its gradient.
         """
         for name, size in (("num_frames", num_frames), ("num_slots", num_slots)):
             if size is not None:
@@ -75,6 +78,11 @@ class OutputTap(Tap):
                 if self._axes is None:
                     raise ValueError(f"`{name}` must be None without `axes`; got {size}.")
         frames = [call.get() for call in self._take("module")]
+        if not is_traced() and any(map(_is_log_of_zero, frames)):
+            raise ValueError(
+                f"`select` on {self._places['module']} must give logits or probabilities; got the log() of a "
+                "probability of 0, whose gradient is NaN. Leave the log() out, and give the loss kind='probs'."
+            )
         if self._whole and len(frames) > 1:
             raise RuntimeError(
                 f"{self._places['module']} gave {len(frames)} clips, one is wanted ({count(frames)}): "
@@ -97,3 +105,11 @@ class OutputTap(Tap):
             selected = output if self._select is None else self._select(output)
             limit = 1 if self._whole and not self._hosted else self._num_frames
             self._hold(f"`select` on {self._places['module']}", selected, limit)
+
+
+def _is_log_of_zero(selected: Tensor) -> bool:
+    """Say whether a tensor is a logarithm, or a view of one, and -inf somewhere; another's values are not read."""
+    made_by = selected.grad_fn
+    while made_by is not None and made_by.name().startswith(_VIEWS):
+        made_by = made_by.next_functions[0][0]
+    return made_by is not None and made_by.name() == "LogBackward0" and bool(selected.isneginf().any())
