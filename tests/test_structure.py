@@ -350,6 +350,7 @@ class TestByKornia(TestContract):
         return LossContract.empty_cases(self, case)
 
     @EXPORTS
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_export(self, strict: bool) -> None:
         with pytest.raises((RuntimeError, ValueError), match=r"filters='kornia' needs no torch\.export"):
             super().test_export(strict)
