@@ -2,6 +2,7 @@
    read or a write beside it is seen. Compares one thread with several to the bit. */
 
 #define CELLS_PER_THREAD 1
+#define CELLS_FOR_A_TEAM 1
 #include "engine.c"
 
 #include <stdio.h>
@@ -61,6 +62,25 @@ static void allocate(Call *call, size_t real, void *outputs[OUTPUTS], size_t siz
     call->interior = outputs[9], call->values = outputs[10];
 }
 
+typedef struct {
+    void (*function)(void *);
+    void *data;
+} Job;
+
+static void *do_job(void *job) {
+    ((Job *)job)->function(((Job *)job)->data);
+    return NULL;
+}
+
+static void team(void (*function)(void *), void *data, unsigned num_threads, unsigned flags) {
+    pthread_t members[MAX_THREADS];
+    Job job = {function, data};
+    (void)flags;
+    for (unsigned i = 1; i < num_threads; i++) pthread_create(&members[i], NULL, do_job, &job);
+    do_job(&job);
+    for (unsigned i = 1; i < num_threads; i++) pthread_join(members[i], NULL);
+}
+
 static int run_case(uint64_t seed) {
     state = seed * 2654435761u + 1;
     for (int i = 0; i < 8; i++) draw();
@@ -85,12 +105,15 @@ static int run_case(uint64_t seed) {
 
     int wrong = 0;
     int64_t function = below(3);
+    int64_t summed = below(2);
     void *first[OUTPUTS], *second[OUTPUTS];
     size_t sizes[OUTPUTS];
     for (int pass = 0; pass < 2; pass++) {
         if (function == 2) call.reduction = 1;
         allocate(&call, real, pass ? second : first, sizes);
+        if (summed) call.interior_mean = NULL;
         call.num_threads = pass ? 2 + below(4) : 1;
+        call.team = below(2) ? team : NULL;
         if (function == 0) wrong |= is_double ? ssync_step_f64(&call) : ssync_step_f32(&call);
         if (function == 1) {
             /* of the encoder's map alone */

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.functional import selective_distillation_loss
 from ssync_loss.ssync.engines import ENGINES, cpu
-from ssync_loss.ssync.engines.cpu import library, operators
+from ssync_loss.ssync.engines.cpu import library, operators, team
 from ssync_loss.ssync.engines.self_check import complaint_about
 from ssync_loss.testing import assert_close_loss
 
@@ -257,6 +258,38 @@ class TestThreads:
         assert not alive
         assert queue.get() == [float(one) if one.dim() == 0 else one.flatten()[:50].tolist() for one in wanted]
 
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells of forks")
+    def test_a_child_that_imports_the_library_after_the_fork_may_call_it(self) -> None:
+        program = """
+            import os, signal, torch
+            torch.set_num_threads(2)
+            maps = [torch.randn(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
+            torch.randn(1 << 20).exp().sum()
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(60)
+                from ssync_loss import SSyncLoss
+                from ssync_loss.ssync.engines.cpu.team import address_of_team
+                assert address_of_team() is None
+                SSyncLoss(backend="cpu")(*maps).backward()
+                os._exit(0)
+            print(os.waitpid(pid, 0)[1])
+            from ssync_loss.ssync.engines.cpu.team import address_of_team
+            assert address_of_team() is not None
+        """
+        done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+    @pytest.mark.parametrize("number", [2, 3])
+    def test_without_a_team_there_are_threads_and_the_same_bits(
+        self, threads: Any, number: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        maps = [torch.randn(4, 4, 11, 40, 41).requires_grad_() for _ in range(2)]
+        wanted = step(*maps)
+        threads(number)
+        monkeypatch.setattr(team, "_addresses", [])
+        assert all(torch.equal(one, other) for one, other in zip(step(*maps), wanted, strict=True))
+
 
 class TestNumbers:
     """What only the library does by hand."""
@@ -307,7 +340,7 @@ class TestNumbers:
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
         # of uninitialized counts and labels there is nothing to compare twice: all are written
         cases: list[tuple[Any, tuple[Any, ...]]] = [
-            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True)),
+            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True)),
             (
                 operators._step_operator,
                 (
@@ -323,6 +356,7 @@ class TestNumbers:
                     True,
                     0.1,
                     0.5,
+                    False,
                     True,
                     True,
                 ),

@@ -51,12 +51,12 @@ class CpuEngine:
         weights = settings.boundary_weight, settings.interior_weight
         # the gradient of a weight is the term itself
         learned = any(isinstance(one, Tensor) and one.requires_grad for one in weights)
-        boundary, interior, _ = operators.step(maps, settings, with_weights=not learned)
-        return weigh(boundary, interior, settings) if learned else boundary + interior
+        boundary, interior, _ = operators.step(maps, settings, summed=not learned)
+        return weigh(boundary, interior, settings) if learned else boundary
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
-        boundary, interior, counts = operators.step(maps, settings, with_weights=False)
+        boundary, interior, counts = operators.step(maps, settings, summed=False)
         labels = operators.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)

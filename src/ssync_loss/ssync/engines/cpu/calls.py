@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss.ssync.engines.cpu.library import load
+from ssync_loss.ssync.engines.cpu.team import address_of_team
 
 MAX_SLOTS = 64
 KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -23,6 +24,7 @@ class _Call(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("num_clips", "num_frames", "num_slots", "height", "width", "num_threads")),
+        ("team", c_void_p),
         *((name, _Tensor) for name in ("enc", "dec", "valid")),
         *((name, c_void_p) for name in ("slot_mask", "clean", "knobs")),
         *((name, c_int64) for name in ("min_different", "min_same", "max_different", "cross_entropy")),
@@ -36,33 +38,35 @@ class _Call(Structure):
     )
 
 
-def call(function: str, shape: torch.Size, dtype: torch.dtype, **fields: Any) -> None:
+def call(
+    function: str, shape: torch.Size, dtype: torch.dtype, strided: dict[str, Tensor | None], **fields: Any
+) -> None:
     """Run a function of the library, in float32 or float64.
 
     Args:
         function: its name, without the type.
         shape: (B, T, S, H, W).
         dtype: what is computed in.
-        **fields: of the call; tensors as pointers, those with any strides as ``(tensor,)``.
+        strided: fields of the call that are tensors with any strides.
+        **fields: all other fields; of a contiguous tensor the call gets the address.
 
     Raises: MemoryError if there is no memory for what the function works with.
     """
-    made = _Call(*shape, torch.get_num_threads())
-    for name, value in fields.items():
-        if value is None:
-            continue
-        if isinstance(value, tuple):
-            _describe(getattr(made, name), value[0])
-        else:
-            setattr(made, name, value.data_ptr() if isinstance(value, Tensor) else KINDS.get(value, value))
+    values = {
+        name: value.data_ptr() if isinstance(value, Tensor) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+    made = _Call(*shape, torch.get_num_threads(), address_of_team(), **values)
+    for name, tensor in strided.items():
+        if tensor is not None:
+            _describe(getattr(made, name), tensor)
     suffix = "f64" if dtype == torch.float64 else "f32"
     if getattr(load(), f"ssync_{function}_{suffix}")(ctypes.byref(made)):
         raise MemoryError(f"no memory for engine 'cpu' on maps of shape {tuple(shape)}.")
 
 
-def _describe(field: _Tensor, tensor: Tensor | None) -> None:
-    if tensor is None:
-        return
+def _describe(field: _Tensor, tensor: Tensor) -> None:
     field.data, field.kind = tensor.data_ptr(), KINDS.get(tensor.dtype, -1)
     *outer, height, width = tensor.stride()
-    field.strides = (c_int64 * 5)(*outer[:2], outer[2] if len(outer) == 3 else 0, height, width)
+    field.strides = outer[0], outer[1], outer[2] if len(outer) == 3 else 0, height, width

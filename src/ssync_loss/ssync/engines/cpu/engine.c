@@ -10,8 +10,7 @@
 
    Maps are (B, T, S, H, W) with any strides. The file includes itself twice, for float and for double. A task is a
    clip (steps 1 to 4) or a frame (step 5). Every task writes to a place of its own, and one thread adds the places up
-   in order: the bits do not depend on the number of threads. Threads live as long as one call, so that a forked child
-   can call, too. */
+   in order: the bits do not depend on the number of threads. */
 
 #ifndef REAL
 
@@ -26,9 +25,12 @@ enum { MAX_SLOTS = 64, MAX_THREADS = 64, BLOCK = 64, LANES = 16, RUN = 1024 };
 enum { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT = 3 };
 enum { NOT_TAUGHT = -1, NO_SLOT = -2 };
 
-/* To start a thread takes as long as the work on some tens of thousands of cells. */
+/* To start a thread takes as long as the work on some tens of thousands of cells; a team waits for work already. */
 #ifndef CELLS_PER_THREAD
 #define CELLS_PER_THREAD 131072
+#endif
+#ifndef CELLS_FOR_A_TEAM
+#define CELLS_FOR_A_TEAM 32768
 #endif
 
 typedef struct {
@@ -37,9 +39,13 @@ typedef struct {
     int64_t strides[5]; /* in elements; of (B, T, S, H, W), or of (B, T, -, H, W) */
 } Tensor;
 
+/* Runs a function on every thread of a team: `GOMP_parallel` of an OpenMP library. */
+typedef void Team(void (*function)(void *), void *data, unsigned num_threads, unsigned flags);
+
 /* What a call reads and writes; ctypes fills in the same fields. */
 typedef struct {
     int64_t num_clips, num_frames, num_slots, height, width, num_threads;
+    Team *team;                 /* NULL: threads live as long as one call, which a forked child can rely on */
     Tensor enc, dec, valid;     /* of one map alone: `enc` */
     const uint8_t *slot_mask;   /* (B, S), or NULL */
     const uint8_t *clean;       /* one bool, or NULL */
@@ -48,7 +54,8 @@ typedef struct {
     int64_t cross_entropy;
     double label_smoothing, temperature;
     Tensor target, region;      /* of one map alone: int64 and bool */
-    void *boundary_mean, *interior_mean; /* weighted; NULL if labels alone are wanted */
+    void *boundary_mean;        /* weighted; NULL if labels alone are wanted */
+    void *interior_mean;        /* weighted; NULL if the first is to be the sum of both */
     void *values;               /* of one map alone: the loss, or that of every patch */
     int64_t *counts;            /* selected patches of both regions */
     void *grad_enc, *grad_dec;  /* contiguous, NULL where they are not wanted */
@@ -76,26 +83,40 @@ typedef struct {
     atomic_int failed;
 } Crew;
 
-static void *work(void *argument) {
+static void work(void *argument) {
     Crew *crew = argument;
     void *scratch = malloc(crew->scratch_size);
     if (!scratch) atomic_store(&crew->failed, 1);
     for (int64_t task; scratch && (task = atomic_fetch_add(&crew->next, 1)) < crew->num_tasks;)
         if (crew->task(crew->call, task, scratch)) atomic_store(&crew->failed, 1);
     free(scratch);
+}
+
+static void *work_in_thread(void *crew) {
+    work(crew);
     return NULL;
+}
+
+static void work_with_helpers(Crew *crew, int64_t wanted) {
+    pthread_t threads[MAX_THREADS];
+    int64_t helpers = 0;
+    if (wanted > MAX_THREADS) wanted = MAX_THREADS;
+    while (helpers < wanted - 1 && !pthread_create(&threads[helpers], NULL, work_in_thread, crew)) helpers++;
+    work(crew);
+    while (helpers > 0) pthread_join(threads[--helpers], NULL);
 }
 
 static int run(Task *task, const Call *call, int64_t num_tasks, size_t scratch_size) {
     Crew crew = {.task = task, .call = call, .num_tasks = num_tasks, .scratch_size = scratch_size};
-    pthread_t threads[MAX_THREADS];
-    int64_t cells = call->num_clips * call->num_frames * call->num_slots * call->height * call->width, helpers = 0;
-    int64_t wanted = call->num_threads < num_tasks ? call->num_threads : num_tasks;
-    if (wanted > 1 + cells / CELLS_PER_THREAD) wanted = 1 + cells / CELLS_PER_THREAD;
-    if (wanted > MAX_THREADS) wanted = MAX_THREADS;
-    while (helpers < wanted - 1 && !pthread_create(&threads[helpers], NULL, work, &crew)) helpers++;
-    work(&crew);
-    while (helpers > 0) pthread_join(threads[--helpers], NULL);
+    int64_t cells = call->num_clips * call->num_frames * call->num_slots * call->height * call->width;
+    int64_t useful = 1 + cells / (call->team ? CELLS_FOR_A_TEAM : CELLS_PER_THREAD);
+    if (useful > num_tasks) useful = num_tasks;
+    if (useful < 2 || call->num_threads < 2)
+        work(&crew);
+    else if (call->team) /* as many as torch takes: a team of another size would be made anew at every change */
+        call->team(work, &crew, (unsigned)call->num_threads, 0);
+    else
+        work_with_helpers(&crew, call->num_threads < useful ? call->num_threads : useful);
     return crew.failed;
 }
 
@@ -140,8 +161,12 @@ static int64_t frame_offset(const Tensor *tensor, int64_t b, int64_t t) {
     return b * tensor->strides[0] + t * tensor->strides[1];
 }
 
-/* Which patches of a frame count, one byte each. */
+/* Which patches of a frame count, one byte each: all, where nothing is said. */
 static void read_bytes(const Call *call, const Tensor *tensor, int64_t b, int64_t t, uint8_t *bytes) {
+    if (!tensor->data) {
+        memset(bytes, 1, call->height * call->width);
+        return;
+    }
     const uint8_t *first = (const uint8_t *)tensor->data + frame_offset(tensor, b, t);
     for (int64_t h = 0; h < call->height; h++)
         for (int64_t w = 0; w < call->width; w++)
@@ -329,7 +354,7 @@ static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *sl
             }
         }
         for (int i = 0; i < size; i++) {
-            int counts = !valid || valid[start + i];
+            int counts = valid[start + i];
             labels[start + i] = counts ? (int8_t)label[i] : NOT_TAUGHT;
             dirty |= counts & illegal[i];
         }
@@ -348,8 +373,8 @@ static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slo
             REAL lanes[LANES] = {0};
             for (; i + LANES <= end; i += LANES)
                 for (int lane = 0; lane < LANES; lane++)
-                    lanes[lane] += !valid || valid[i + lane] ? row[i + lane] : 0;
-            for (int lane = 0; i < end; i++, lane++) lanes[lane] += !valid || valid[i] ? row[i] : 0;
+                    lanes[lane] += valid[i + lane] ? row[i + lane] : 0;
+            for (int lane = 0; i < end; i++, lane++) lanes[lane] += valid[i] ? row[i] : 0;
             double total = 0;
             for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
             totals[slots[k]] += total;
@@ -369,8 +394,7 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
         for (int64_t word = 0; word < words; word++) {
             int size = (int)(N - word * 64 < 64 ? N - word * 64 : 64);
             uint8_t active[64] = {0};
-            for (int i = 0; i < size; i++) active[i] = row[word * 64 + i] > level;
-            for (int i = 0; valid && i < size; i++) active[i] &= valid[word * 64 + i];
+            for (int i = 0; i < size; i++) active[i] = (row[word * 64 + i] > level) & valid[word * 64 + i];
             uint64_t bits = 0;
             for (int byte = 0; byte < 8; byte++) {
                 uint64_t eight;
@@ -415,8 +439,8 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
 
     if (!num_present) memset(enc_labels, NOT_TAUGHT, 2 * T * N);
     for (int64_t t = 0; t < T && num_present; t++) {
-        uint8_t *counted = call->valid.data ? valid + t * N : NULL;
-        if (counted) read_bytes(call, &call->valid, b, t, counted);
+        uint8_t *counted = valid + t * N;
+        read_bytes(call, &call->valid, b, t, counted);
         const REAL *enc = TYPED(read_frame)(call, &call->enc, b, t, scratch);
         dirty |= TYPED(hard_labels)(call, enc, slots, num_present, counted, enc_labels + t * N);
         TYPED(add_slots)(call, enc, slots, num_present, counted, totals);
@@ -436,8 +460,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
         for (int s = 0; s < S; s++) mean[s] = (REAL)(totals[s] / (double)num_valid);
         for (int64_t t = 0; t < T; t++) {
             const REAL *enc = TYPED(read_frame)(call, &call->enc, b, t, scratch);
-            const uint8_t *counted = call->valid.data ? valid + t * N : NULL;
-            TYPED(count_overlap)(call, enc, slots, num_present, counted, mean, planes, overlap);
+            TYPED(count_overlap)(call, enc, slots, num_present, valid + t * N, mean, planes, overlap);
         }
         for (int i = 0; i < S * S; i++) overlap[i] = (REAL)(overlap[i] / (double)num_frames);
     }
@@ -644,12 +667,14 @@ int TYPED(ssync_step)(Call *call) {
             call->scales[map] = dirty ? NAN : call->knobs[1 + map] * steepness / by[map];
         }
         failed = run(TYPED(teach_task), call, 2 * frames, sizeof(REAL) * call->num_slots * N + 1);
+        REAL means[2];
         for (int map = 0; map < 2; map++) {
             double sum = 0;
             for (int64_t i = 0; i < frames; i++) sum += call->sums[map * frames + i];
-            *(REAL *)(map ? call->interior_mean : call->boundary_mean) =
-                (REAL)(dirty ? NAN : call->knobs[1 + map] * (sum / by[map]));
+            means[map] = (REAL)(dirty ? NAN : call->knobs[1 + map] * (sum / by[map]));
         }
+        *(REAL *)call->boundary_mean = call->interior_mean ? means[0] : means[0] + means[1];
+        if (call->interior_mean) *(REAL *)call->interior_mean = means[1];
     }
     free(call->targets), free(call->sums), free(call->selected), free(call->dirty);
     return failed;

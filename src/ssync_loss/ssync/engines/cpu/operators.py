@@ -11,20 +11,21 @@ from torch import Tensor
 
 from ssync_loss._autograd import differentiable, once_differentiable
 from ssync_loss._checks import read_numbers
-from ssync_loss.ssync.engines.cpu.calls import REDUCTIONS, call
+from ssync_loss.ssync.engines.cpu.calls import KINDS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
 from ssync_loss.ssync.types import PseudoLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-# means of boundary and interior, how many patches they are of, gradients of decoder and encoder (those wanted), anchor
+# means of boundary and interior, or their sum and nothing, how many patches they are of, gradients of decoder and
+# encoder (those wanted), anchor
 Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def step(maps: Maps, settings: Settings, *, with_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute both means, times their weights if wanted, and both counts of patches."""
-    weights = (settings.boundary_weight, settings.interior_weight) if with_weights else (1.0, 1.0)
+def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute both means, or their weighted sum and nothing, and both counts of patches."""
+    weights = (settings.boundary_weight, settings.interior_weight) if summed else (1.0, 1.0)
     boundary, interior, counts, *_ = _differentiable_step(
         maps.enc,
         maps.dec,
@@ -38,6 +39,7 @@ def step(maps: Maps, settings: Settings, *, with_weights: bool) -> tuple[Tensor,
         settings.criterion == "cross_entropy",
         settings.label_smoothing,
         settings.temperature,
+        summed,
         _learns(maps.dec),
         _learns(maps.enc),
     )
@@ -108,17 +110,16 @@ def _step(
     cross_entropy: bool,
     label_smoothing: float,
     temperature: float,
+    summed: bool,
     for_dec: bool,
     for_enc: bool,
 ) -> Step:
-    boundary, interior, counts, grads, _ = outputs = _new_step(enc, dec, for_dec, for_enc)
+    boundary, interior, counts, grads, _ = outputs = _new_step(enc, dec, summed, for_dec, for_enc)
     call(
         "step",
         enc.shape,
         _dtype_of(enc, dec),
-        enc=(enc,),
-        dec=(dec,),
-        valid=(valid,),
+        {"enc": enc, "dec": dec, "valid": valid},
         slot_mask=None if slot_mask is None else slot_mask.contiguous(),
         clean=clean,
         knobs=knobs,
@@ -129,7 +130,7 @@ def _step(
         label_smoothing=label_smoothing,
         temperature=temperature,
         boundary_mean=boundary,
-        interior_mean=interior,
+        interior_mean=None if summed else interior,
         counts=counts,
         grad_dec=grads[0] if for_dec else None,
         grad_enc=grads[-1] if for_enc else None,
@@ -142,16 +143,15 @@ _step_operator = torch.library.custom_op("ssync_loss::cpu_step", _step, mutates_
 
 @_step_operator.register_fake
 def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
-    *_, for_dec, for_enc = settings
-    return _new_step(enc, dec, for_dec, for_enc)
+    return _new_step(enc, dec, *settings[-3:])
 
 
-def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool) -> Step:
+def _new_step(enc: Tensor, dec: Tensor, summed: bool, for_dec: bool, for_enc: bool) -> Step:
     dtype = _dtype_of(enc, dec)
     # one allocation for both gradients: two smaller ones go back to the system, and every page faults at the next step
     return (
         enc.new_empty((), dtype=dtype),
-        enc.new_empty((), dtype=dtype),
+        enc.new_empty(0 if summed else (), dtype=dtype),
         enc.new_empty(2, dtype=torch.int64),
         enc.new_empty((for_dec + for_enc, *enc.shape), dtype=dtype),
         enc.new_empty(0, dtype=dtype),
@@ -160,8 +160,8 @@ def _new_step(enc: Tensor, dec: Tensor, for_dec: bool, for_enc: bool) -> Step:
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
     enc, dec, *_ = inputs
-    _, _, counts, grads, anchor = output
-    ctx.dtypes = dec.dtype, enc.dtype
+    _, interior, counts, grads, anchor = output
+    ctx.dtypes, ctx.summed = (dec.dtype, enc.dtype), interior.dim() == 1
     ctx.mark_non_differentiable(counts, grads)
     # or autograd fills zeros for what nobody differentiates
     ctx.set_materialize_grads(False)
@@ -171,15 +171,17 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
 
 @once_differentiable
 def _derive_step(
-    ctx: Any, grad_boundary: Tensor | None, grad_interior: Tensor | None, *_: Tensor | None
+    ctx: Any, of_boundary: Tensor | None, of_interior: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     grads, _ = ctx.saved_tensors
+    if ctx.summed:
+        of_interior = of_boundary
     grad_enc = grad_dec = None
-    if grad_boundary is not None and ctx.needs_input_grad[1]:
-        grad_dec = _times(grads[0], grad_boundary, ctx.dtypes[0])
-    if grad_interior is not None and ctx.needs_input_grad[0]:
-        grad_enc = _times(grads[-1], grad_interior, ctx.dtypes[1])
-    return grad_enc, grad_dec, *(None,) * 12
+    if of_boundary is not None and ctx.needs_input_grad[1]:
+        grad_dec = _times(grads[0], of_boundary, ctx.dtypes[0])
+    if of_interior is not None and ctx.needs_input_grad[0]:
+        grad_enc = _times(grads[-1], of_interior, ctx.dtypes[1])
+    return grad_enc, grad_dec, *(None,) * 13
 
 
 _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive_step)
@@ -189,7 +191,7 @@ def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a gradient that the forward wrote, never in place; by 1 return it as it is, unless the graph is kept."""
     if grad.dtype == dtype and incoming.dim() == 0 and not _may_come_again():
         number = read_numbers(incoming)
-        if number is not None and number == 1:
+        if number is not None and number.item() == 1:
             return grad
     result: Tensor = _scale_operator(grad, incoming, dtype)
     return result
@@ -209,8 +211,8 @@ def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
         "scale",
         grad.shape,
         grad.dtype,
-        enc=(grad,),
-        kind=dtype,
+        {"enc": grad},
+        kind=KINDS[dtype],
         values=factor,
         reduction=int(incoming.dim() == 0),
         grad_enc=scaled,
@@ -241,9 +243,7 @@ def _label(
         "step",
         enc.shape,
         _dtype_of(enc, dec),
-        enc=(enc,),
-        dec=(dec,),
-        valid=(valid,),
+        {"enc": enc, "dec": dec, "valid": valid},
         slot_mask=None if slot_mask is None else slot_mask.contiguous(),
         knobs=knobs,
         min_different=min_different,
@@ -290,9 +290,7 @@ def _distill(
         "distill",
         logits.shape,
         _dtype_of(logits),
-        enc=(logits,),
-        target=(target.long(),),
-        region=(region,),
+        {"enc": logits, "target": target.long(), "region": region},
         slot_mask=None if slot_mask is None else slot_mask.contiguous(),
         cross_entropy=cross_entropy,
         label_smoothing=label_smoothing,
