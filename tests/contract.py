@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 NAN, INF = float("nan"), float("inf")
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
 HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+EXPORTS = pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 # the same values in another memory; the last one makes all clips the first
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda one: one.mT.contiguous().mT,
@@ -320,6 +321,14 @@ class LossContract:
                 torch._dynamo.mark_dynamic(one, 0)
             assert_same(run(batch, compiled), expected, self.tolerance)
         assert counter.frame_count == 1
+
+    @EXPORTS
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_export(self, strict: bool) -> None:
+        """A program learns, whether or not what it was made of asked for a gradient."""
+        case = self.fresh()
+        program = torch.export.export(case.module, (), case.inputs | case.others, strict=strict).module()
+        assert_same(run(self.fresh().owned()._replace(module=program)), step(self.fresh()), self.tolerance)
 
     # deprecations and hints of the compiler's own modules: nothing a loss can change
     @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

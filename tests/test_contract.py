@@ -168,6 +168,7 @@ BROKEN: list[tuple[str, type[Toy], tuple[Any, ...]]] = [
     ("compile", formula(lambda x, t, keep: toy(x, t, keep) * (2 if torch.compiler.is_compiling() else 1)), ()),
     ("compile", formula(lambda x, t, keep: toy(x, t, keep) if keep.any() else x.sum()), ()),
     ("default_compiler", formula(lambda x, t, keep: toy(x, t, keep) if keep.any() else x.sum()), ()),
+    ("export", formula(lambda x, t, keep: toy(x, t, keep) * (2 if torch.compiler.is_compiling() else 1)), (False,)),
     ("fake_tensors", formula(lambda x, t, keep: toy(x, t, keep) * keep.sum().item()), ()),
     ("empty", formula(mean), (torch.float32,)),
     ("poison", formula(lambda x, t, keep: ((x - t.detach()) * keep).square().sum()), (float("nan"),)),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import curriculum_ranks
 from curriculum_ranks import MILESTONES, NUM_CLIPS, NUM_STEPS
@@ -99,6 +100,19 @@ def test_errors_are_those_of_the_window_before_the_milestone(window: int) -> Non
     torch.testing.assert_close(curriculum.errors[:2], expected)
     assert not curriculum.errors[2:].any()
     assert curriculum.num_observed == len(watched)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_is_observed_once(*, use_reentrant: bool) -> None:
+    curriculum, (recon, *others) = SlotCurriculum([2, 3], [5]), scene(2)
+
+    def host(recon: Tensor) -> Tensor:
+        curriculum.observe(recon, *others, 4)
+        return recon.square().sum()
+
+    checkpoint(host, recon.requires_grad_(), use_reentrant=use_reentrant).backward()
+    assert curriculum.num_observed == 1
+    assert torch.equal(curriculum.errors[:2], slot_error(recon, *others))
 
 
 def test_every_stage_begins_without_errors() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from contract import NAN, Case, LossContract
+from contract import EXPORTS, NAN, Case, LossContract
 from golden_neighbors import Golden, golden_names
 from ssync_loss import InstanceConsistencyLoss
 from ssync_loss.functional import instance_consistency_loss, valid_instances
@@ -304,3 +304,8 @@ class TestByScipy(TestContract):
         ("compile", "default_compiler", "fake_tensors"), "scipy assigns on the host"
     )
     shape = (2, 2, 2, 7, 5)
+
+    @EXPORTS
+    def test_export(self, strict: bool) -> None:
+        with pytest.raises(RuntimeError, match=r"assigned by scipy, which torch\.export cannot follow"):
+            super().test_export(strict)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from contract import Case, LossContract
+from contract import EXPORTS, Case, LossContract
 from golden_neighbors import Golden, deviation, golden_names
 from ssync_loss import StructureAwareLoss
 from ssync_loss.functional import structure_aware_loss
@@ -348,6 +348,11 @@ class TestByKornia(TestContract):
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
         return LossContract.empty_cases(self, case)
+
+    @EXPORTS
+    def test_export(self, strict: bool) -> None:
+        with pytest.raises((RuntimeError, ValueError), match=r"filters='kornia' needs no torch\.export"):
+            super().test_export(strict)
 
 
 # --- the default ---

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from ssync_loss._compilers import is_exporting
+
 Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
 
 
@@ -52,6 +54,25 @@ def differentiable(
         # typed: autograd's own `apply` is not
         function: Callable[..., Any] = Plain.apply if _are_plain(inputs) else Differentiable.apply
         return function(*inputs)
+
+    return call
+
+
+def learns(tensor: Tensor) -> bool:
+    """Tell whether a forward must write a gradient.
+
+    Within ``torch.func`` always, as ``requires_grad`` tells of one level only; and in a program that is exported.
+    """
+    anyway = torch._C._are_functorch_transforms_active() or is_exporting()
+    return torch.is_grad_enabled() and (tensor.requires_grad or anyway)
+
+
+def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """Return what is to be called in place of ``apply``: a program that is exported differentiates the forward."""
+
+    def call(*inputs: Any) -> Tensor:
+        output: Tensor = function.forward(*inputs) if is_exporting() else function.apply(*inputs)
+        return output
 
     return call
 

@@ -1,7 +1,10 @@
-"""What the library tells torch's compiler."""
+"""What the library tells torch's compiler, and asks it."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -13,3 +16,18 @@ def constant(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant
+def is_recomputing() -> bool:
+    """Tell whether a backward is running: a forward is then one that an activation checkpoint repeats."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@constant
+def is_exporting() -> bool:
+    """Tell whether ``torch.export`` traces: of an autograd function it keeps what is computed, but no gradient."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6
+    return getattr(sys.modules.get("torch.export._trace"), "_EXPORT_FLAGS", None) is not None

@@ -60,7 +60,7 @@ class LossModule(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings by name, as they are now."""
-        return {name: getattr(self, name) for name in self._defaults}
+        return {name: getattr(self, name) for name in type(self)._defaults}
 
     def extra_repr(self) -> str:
         """Show the settings that differ from the defaults, and the merge threshold always."""

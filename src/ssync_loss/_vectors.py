@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import once_differentiable
+from ssync_loss._autograd import exportable, once_differentiable
+from ssync_loss._compilers import is_exporting
 
 # between these, largest entries have squares that neither overflow nor underflow
 SQUARABLE = (1e-15, 1e15)
@@ -77,6 +78,14 @@ class _KnownGradient(torch.autograd.Function):
         return (grad * slope).to(source.dtype), None, None
 
 
-# typed: autograd's own `apply` is not
-products: Callable[[Tensor, Tensor], Tensor] = _Products.apply
-known_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = _KnownGradient.apply
+products: Callable[[Tensor, Tensor], Tensor] = exportable(_Products)
+
+
+def known_gradient(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Attach a value to the tensor with respect to which its gradient is known already."""
+    if not is_exporting():
+        attached: Tensor = _KnownGradient.apply(source, value, slope)
+        return attached
+    # what has no slope may hold anything
+    source = torch.where(slope == 0, 0.0, source.to(slope.dtype))
+    return value + ((source - source.detach()) * slope).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ssync_loss._checks import check_flag, check_int, check_number
+from ssync_loss._checks import check_flag, check_int, check_number, read_numbers
 
 # what can hold an average; halves and shorter types cannot, and integers and bools are copied
 AVERAGED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -204,17 +204,20 @@ def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
 
 
 def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
-    """Draw a tensor to another one by a share, where both are finite, and tell whether they are not."""
+    """Draw a tensor to another one by a share, where both are finite; where they are not, return that, a scalar."""
     # one on another device, or in a half, is brought over
     student = student.to(teacher)
     if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):
         teacher.copy_(student)
         return None
-    way = student if share == 1.0 else student - teacher
     # a sum takes one pass, and no memory
-    left_out = ~way.sum(dtype=torch.promote_types(way.dtype, torch.float32)).isfinite()
+    finite = student.sum(dtype=torch.promote_types(student.dtype, torch.float32)).isfinite()
+    # where a look waits for no device, the rule needs no memory either
+    if read_numbers(finite):
+        teacher.lerp_(student, share) if share < 1.0 else teacher.copy_(student)
+        return None
     if share == 1.0:
         torch.where(student.isfinite(), student, teacher, out=teacher)
     else:
-        teacher.add_(way.nan_to_num_(0.0, 0.0, 0.0), alpha=share)
-    return left_out
+        teacher.add_((student - teacher).nan_to_num_(0.0, 0.0, 0.0), alpha=share)
+    return ~finite

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32
+from ssync_loss._autograd import exportable
 from ssync_loss.ssync.maps import first_largest, only_present
 from ssync_loss.ssync.settings import TINY, Criterion, Reduction, Settings
 
@@ -76,8 +77,7 @@ def _wrong_probabilities(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     return probs.gather(2, target), wrong, wrong.sum(2, keepdim=True), wrong.square().sum(2, keepdim=True)
 
 
-# typed: autograd's own `apply` is not
-squared_error: Callable[[Tensor, Tensor], Tensor] = _SquaredError.apply
+squared_error: Callable[[Tensor, Tensor], Tensor] = exportable(_SquaredError)
 
 
 def cross_entropy(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import learns
 from ssync_loss._checks import check_equal_counts, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
@@ -70,7 +71,7 @@ def affinity_consistency_loss(
         check_equal_counts("mask", kept)
     if size["T"] == 1 or tokens.shape[0] == 0 or tokens.shape[2] == 0:
         return attached_zero(s, t.detach())
-    with_slope = torch.is_grad_enabled() and s.requires_grad
+    with_slope = learns(s)
     with torch.no_grad(), no_autocast(s):
         # what is dropped may hold anything
         vectors, aims = (torch.where(kept.unsqueeze(3), one.to(widest(s, t)), 0.0) for one in (tokens, targets))

@@ -14,6 +14,7 @@ from ssync_loss._checks import (
     check_same_device,
     check_tensor,
 )
+from ssync_loss._compilers import is_recomputing
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, SHARE, check_by
@@ -54,10 +55,11 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
 
     ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
     asks for the loss, ``criterion(s, t)``, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over
-    rows of t``, ``criterion.update_center(t)``. ``forward`` never moves the center (the authors' code moves it in every
-    call), which is a buffer in float32, or float64 once logits are. Class and patch tokens have a center each: two of
-    these modules. With ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must
-    make. It has no place in a compiled graph; everything else compiles whole.
+    rows of t``, ``criterion.update_center(t)``; where the loss is in an activation checkpoint, after the backward.
+    ``forward`` never moves the center (the authors' code moves it in every call), which is a buffer in float32, or
+    float64 once logits are. Class and patch tokens have a center each: two of these modules. With ``all_reduce``, as
+    published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. It has no place in a compiled
+    graph; everything else compiles whole.
 
     ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
     is; no rows give exactly 0, attached to the graph. Rows with NaN or infinity do not move the center, although they
@@ -141,9 +143,14 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         The rows are the teacher's logits, (B, n, R, Kp). Those that count, (B, n, R), bool, and are finite move it.
         """
         check_group("group", self.group)
+        if is_recomputing():
+            raise RuntimeError(
+                "`center` would move twice, as a checkpoint computes this forward again: call `update_center` outside "
+                "of what is checkpointed."
+            )
         low, high = rows.aminmax(dim=-1)
         used = counted & low.isfinite() & high.isfinite()
-        self.num_left_out += (counted & ~used).sum()
+        self.num_left_out.add_((counted & ~used).sum())
         sums, counts = torch.where(used.unsqueeze(-1), rows, 0.0).sum((0, 2)), used.sum((0, 2))
         if self.all_reduce and dist.is_available() and dist.is_initialized():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)

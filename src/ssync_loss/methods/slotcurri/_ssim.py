@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssync_loss._compilers import is_exporting
+
 # axes of time, height and width
 AXES = (1, 3, 4)
 
@@ -114,6 +116,8 @@ def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
     if volumes.device.type != "cpu":
         # by default cuDNN convolves float32 with 10 bits, and differences of squares keep none of them
         return "a CPU tensor"
+    if is_exporting():
+        return "no torch.export"
     try:
         # torch.func differentiates kornia's index, and enters this
         with torch.autograd.graph.disable_saved_tensors_hooks(""):

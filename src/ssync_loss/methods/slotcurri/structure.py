@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import learns
 from ssync_loss._checks import check_int
 from ssync_loss._inputs import check_floats, widest
 from ssync_loss._module import LossModule
@@ -96,7 +97,7 @@ def structure_aware_loss(
         raise ValueError(f"filters='kornia' needs {missing}; got {tuple(pred.shape)} on {pred.device}, {like}.")
     dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
-    with_slope = torch.is_grad_enabled() and pred.requires_grad
+    with_slope = learns(pred)
     # not times a mean: without clips that is NaN
     share = 1 / max(size["B"] * size["D"] * like.num_cubes(pred), 1)
     with torch.no_grad(), no_autocast(pred):
@@ -109,9 +110,10 @@ def structure_aware_loss(
             scale = 1 / (high - low + eps)
             x, y = ((one.to(dtype) - low) * scale for one in parts)
             value, gradient = dissimilarity(x, y, like, with_slope=with_slope)
-            total += value * share
             if slope is not None and gradient is not None:
                 slope[:, :, some] = gradient * scale * share
+            # last: torch 2.14 does not trace a loop that ends in a condition, on Python 3.13
+            total += value * share
     return total if slope is None else known_gradient(pred, total, slope)
 
 

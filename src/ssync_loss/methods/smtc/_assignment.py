@@ -6,6 +6,8 @@ from math import factorial
 import torch
 from torch import Tensor
 
+from ssync_loss._compilers import is_exporting
+
 # 720 permutations; of 7 there are 5040
 MOST_ENUMERATED = 6
 
@@ -19,6 +21,10 @@ def best_assignment(scores: Tensor) -> Tensor:
     """
     num_things = scores.shape[-1]
     if num_things > MOST_ENUMERATED:
+        if is_exporting():
+            raise RuntimeError(
+                f"More than {MOST_ENUMERATED} instances are assigned by scipy, which torch.export cannot follow."
+            )
         # made where it is called: the decorator imports the whole compiler
         assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
         return assign(scores)

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import learns
 from ssync_loss._inputs import widest
 from ssync_loss._rows import Targets, lowest, soft_cross_entropy
 from ssync_loss._vectors import directions, known_gradient, through_lengths
@@ -29,7 +30,7 @@ def align(
     Only the features get a gradient.
     """
     _, num_frames, _, height, _ = features.shape
-    with_slope = torch.is_grad_enabled() and features.requires_grad
+    with_slope = learns(features)
     with torch.no_grad(), no_autocast(features):
         dtype = widest(features, anchors)
         units, inverse = directions(_windows(features, group_frames).to(dtype))

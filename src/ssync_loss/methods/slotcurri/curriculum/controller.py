@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssync_loss._checks import check_floating, check_group, check_int, check_shape, check_tensor, check_type
+from ssync_loss._compilers import is_recomputing
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
 from ssync_loss.methods.slotcurri.curriculum.error import slot_error
@@ -120,14 +121,15 @@ class SlotCurriculum(nn.Module):
     ) -> None:
         """Take down the :func:`slot_error` of the slots in use, if a milestone is near; else nothing is done.
 
-        The step of the training is counted from 0; no group is the default one.
+        The step of the training is counted from 0; no group is the default one. What an activation checkpoint computes
+        again is not taken down again.
 
         Raises: TypeError on a wrong dtype; ValueError on wrong shapes, as masks of another number of slots;
             RuntimeError if the buffers were written over, rather than loaded.
         """
         check_int("step", step, 0)
         check_group("group", group)
-        if not self._is_watching(step):
+        if is_recomputing() or not self._is_watching(step):
             return
         check_shape("masks", masks, "B T S H W", S=self.n_active())
         error = slot_error(recon, target, masks)

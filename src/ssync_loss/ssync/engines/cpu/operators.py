@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._autograd import differentiable, once_differentiable
+from ssync_loss._autograd import differentiable, learns, once_differentiable
 from ssync_loss._checks import read_numbers
 from ssync_loss.ssync.engines.cpu.calls import KINDS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
@@ -40,8 +40,8 @@ def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tenso
         settings.label_smoothing,
         settings.temperature,
         summed,
-        _learns(maps.dec),
-        _learns(maps.enc),
+        learns(maps.dec),
+        learns(maps.enc),
     )
     return boundary, interior, counts
 
@@ -75,14 +75,9 @@ def distill(
         settings.label_smoothing,
         settings.temperature,
         reduction,
-        _learns(logits),
+        learns(logits),
     )
     return value
-
-
-def _learns(logits: Tensor) -> bool:
-    """Tell whether to write a gradient; within ``torch.func`` always, as ``requires_grad`` tells of one level only."""
-    return torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active())
 
 
 def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> Tensor:
