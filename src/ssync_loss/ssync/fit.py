@@ -56,8 +56,8 @@ def explained_shares(
         first, second = (one & counted.unsqueeze(3) for one in (first, second))
         num_patches = counted.flatten(1).sum(1)
         chosen = counted.flatten(1).to(torch.uint8).argmax(1)
-        frame, place = chosen // counted.shape[2], chosen % counted.shape[2]
-        origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, place]
+        frame, cell = chosen // counted.shape[2], chosen % counted.shape[2]
+        origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, cell]
     first, second = first.to(dtype), second.to(dtype)
     # as sum and difference: the same labels explain the same, and swapped ones the swapped, to the last bit
     member = torch.cat([first + second, first - second], 3)
@@ -69,7 +69,7 @@ def explained_shares(
             if counted is not None:
                 values = values.masked_fill_(~counted.unsqueeze(2), 0.0)
             parts.append((values @ member).double().sum(1))
-            total = total + values.double().square().sum((1, 2, 3))
+            total = total + values.double().square_().sum((1, 2, 3))
     both, apart = torch.cat(parts, 1).chunk(2, 2)
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
