@@ -54,7 +54,7 @@ def reference_margins(
     >>> reference_margins(enc, torch.zeros_like(enc), features, merge_threshold=None)
     [(1.0, 1.0)]
     """
-    masks = {"valid": valid, "slot_mask": slot_mask}
+    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask}
     enc, dec = (reference_hard_labels(one, **masks) for one in (enc_logits, dec_logits))
     merging = reference_pseudo_labels(enc_logits, dec_logits, merge_threshold=merge_threshold, **masks)
     found = []
@@ -101,7 +101,7 @@ def reference_adaptive_step(
     >>> loss.item() > 0, state, level
     (True, ReferenceAdaptiveState(margin=0.5, merged_margin=0.5, questions=1), 'full')
     """
-    masks = {"valid": valid, "slot_mask": slot_mask}
+    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask}
     clips = reference_margins(enc_logits, dec_logits, features, merge_threshold=merge_threshold, **masks)
     plain = reference_ssync(enc_logits, dec_logits, merge_threshold=None, **masks, **settings)
     merged = reference_ssync(enc_logits, dec_logits, merge_threshold=merge_threshold, **masks, **settings)
