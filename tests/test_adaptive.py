@@ -82,11 +82,11 @@ def test_sequences_equal_loops(
     backend: Any, cases: list[SSyncCase], kinds: list[str], threshold: float | None, knobs: dict[str, Any], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    weights = {"boundary_weight": 2.0, "interior_weight": 0.5}
+    weights: dict[str, Any] = {"boundary_weight": 2.0, "interior_weight": 0.5}
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=threshold, backend=backend, **weights), **knobs)
     state = ReferenceAdaptiveState()
     for case, kind in zip(cases, kinds, strict=False):
-        masks = {"valid": case.valid, "slot_mask": case.slot_mask}
+        masks: dict[str, Any] = {"valid": case.valid, "slot_mask": case.slot_mask}
         assume(decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks).all())
         B, T, _, H, W = case.enc_logits.shape
         features = torch.randint(-4, 5, (B, T, 3, H, W)) / 2
@@ -96,11 +96,12 @@ def test_sequences_equal_loops(
             features[0] = 0.1
         elif kind == "broken":
             features[-1, 0, 0, 0, 0] = NAN
-        fast, slow = ([one.clone().requires_grad_() for one in case[:2]] for _ in range(2))
+        maps = case.enc_logits, case.dec_logits
+        fast, slow = ([one.clone().requires_grad_() for one in maps] for _ in range(2))
         expected, state, level = reference_adaptive_step(
-            state, *slow, features, merge_threshold=threshold, **weights, **knobs, **masks
+            state, slow[0], slow[1], features, merge_threshold=threshold, **weights, **knobs, **masks
         )
-        actual = loss(*fast, features, **masks)
+        actual = loss(fast[0], fast[1], features, **masks)
         told = loss.describe()
         debias = 1 - knobs["momentum"] ** state.questions if state.questions else 1.0
         assert told["questions"] == state.questions
@@ -319,22 +320,20 @@ def test_what_is_computed_again_is_not_asked_again(accumulated: int) -> None:
 
 
 def test_the_state_is_in_the_checkpoint_and_an_old_one_lacks_it() -> None:
-    host = torch.nn.Module()
-    host.add_module("loss", adaptive("unmerged"))
+    host = torch.nn.ModuleDict({"loss": adaptive("unmerged")})
     state = host.state_dict()
     assert list(state) == ["loss.margins", "loss.levels"]
-    other = torch.nn.Module()
-    other.add_module("loss", AdaptiveSSyncLoss(SSyncLoss()))
-    other.load_state_dict(state)
-    assert other.loss.describe() == host.loss.describe()
-    assert other.loss.describe()["level"] == "unmerged"
+    loss = AdaptiveSSyncLoss(SSyncLoss())
+    torch.nn.ModuleDict({"loss": loss}).load_state_dict(state)
+    assert loss.describe() == adaptive("unmerged").describe()
+    assert loss.describe()["level"] == "unmerged"
     # of a host that had plain SSync
-    fresh = torch.nn.Module()
-    fresh.add_module("loss", AdaptiveSSyncLoss(SSyncLoss()))
+    loss = AdaptiveSSyncLoss(SSyncLoss())
+    fresh = torch.nn.ModuleDict({"loss": loss})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "loss.margins", "loss.levels"'):
         fresh.load_state_dict({})
     assert fresh.load_state_dict({}, strict=False).missing_keys == ["loss.margins", "loss.levels"]
-    assert fresh.loss.describe()["level"] == "listening"
+    assert loss.describe()["level"] == "listening"
 
 
 def test_a_module_cast_down_goes_on_in_float32() -> None:
@@ -382,7 +381,7 @@ def test_maps_and_features_are_laid_out_as_axes_say() -> None:
         adaptive(criterion={"axes": "(b t) (h w) s", "grid": (5, 12)}, features_axes="b t (h w) d"),
     )
     flat = [one.movedim(2, -1).flatten(0, 1).flatten(1, 2) for one in (enc, dec)]
-    value = loss(*flat, features.movedim(2, -1).flatten(2, 3), num_frames=2)
+    value = loss(flat[0], flat[1], features.movedim(2, -1).flatten(2, 3), num_frames=2)
     assert torch.equal(value, wanted(enc, dec, features))
     torch.testing.assert_close(loss.margins, wanted.margins)
 
