@@ -20,13 +20,13 @@ from refusals import refuses
 from sample_maps import sample_maps
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 from ssync_loss.ssync.adaptive import LEVELS
+from ssync_loss.ssync.engines.triton._limits import INSTALLED
 from ssync_loss.ssync.reference_adaptive import ReferenceAdaptiveState, reference_adaptive_step
 from ssync_loss.testing import SSyncCase, decidable_clips, map_pairs, ssync_cases, thresholds
 from test_ssync_contract import SSyncContract
 
 # questions before a test begins: so many that the means are no longer debiased
 ASKED = 10_000
-ENGINES = pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
 
 
 def adaptive(level: str = "full", *, criterion: dict[str, Any] | None = None, **given: Any) -> AdaptiveSSyncLoss:
@@ -121,9 +121,14 @@ def test_sequences_equal_loops(
 # --- levels ---
 
 
-@ENGINES
 @pytest.mark.parametrize("is_tensor", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((name, dtype) for name in ("torch", "cpu", "reference") for dtype in (torch.float32, torch.float64)),
+        pytest.param("triton", torch.float32, marks=pytest.mark.skipif(not INSTALLED, reason="there is no triton")),
+    ],
+)
 def test_every_level_is_a_loss_that_is_there(backend: Any, is_tensor: bool, dtype: torch.dtype) -> None:
     enc, dec = sample_maps(dtype=dtype)
     # the third slot as the second: they merge

@@ -104,9 +104,8 @@ that learn it collapse. Raise the threshold, or switch the loss on later in trai
     "unexplained": """\
 No partition explains anything: are the features constant, or is everything in one slot?""",
 }
-_MEMORIZED = """\
-: it
-has memorized them. On clips like these the decoder is the better map; take more of them."""
+_MEMORIZED = """:
+it has memorized them. On clips it knows by heart the decoder is the better map; take more of them."""
 _CAUTION = """\
 How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,
 and on photographs that move. Ask the clips trained on, some 160 or more, of many videos."""
