@@ -451,8 +451,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks_decide_together(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     whole = two_adaptive.train(slice(None))
     for rank in ranks:
-        torch.testing.assert_close(rank["together"]["margins"], whole["margins"])
-        assert torch.equal(rank["together"]["levels"], whole["levels"])
+        for way in ("together", "compiled"):
+            torch.testing.assert_close(rank[way]["margins"], whole["margins"])
+            assert torch.equal(rank[way]["levels"], whole["levels"])
         # one collective of three numbers a question
         assert rank["sent"] == [3] * two_adaptive.STEPS
     assert len(set(whole["levels"].tolist())) > 1

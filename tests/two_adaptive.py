@@ -35,12 +35,13 @@ def scene(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return enc, dec, features, valid
 
 
-def train(share: slice) -> dict[str, Any]:
+def train(share: slice, *, compiled: bool = False) -> dict[str, Any]:
     """Take the steps with some of the clips, and return the state."""
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=None), momentum=0.5, warmup=1)
+    step_of: Any = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
     for step in range(STEPS):
         enc, dec, features, valid = (one[share] for one in scene(step))
-        loss(enc, dec, features, valid=valid).backward()
+        step_of(enc, dec, features, valid=valid).backward()
     return dict(loss.state_dict())
 
 
@@ -53,7 +54,9 @@ def of_rank(rank: int) -> dict[str, Any]:
         return all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
-    return {"together": train(SHARES[rank]), "sent": sent}
+    together = train(SHARES[rank])
+    dist.all_reduce = all_reduce
+    return {"together": together, "sent": sent, "compiled": train(SHARES[rank], compiled=True)}
 
 
 if __name__ == "__main__":

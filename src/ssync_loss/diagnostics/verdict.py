@@ -89,8 +89,9 @@ class Premise(NamedTuple):
 
         The last is ``"encoder"`` or ``"decoder"``, whose partition explains more; ``"undecided"`` within two standard
         errors; ``"one video"`` without one; ``"no clip"`` or ``"not finite"`` where there is no margin. Before it stand
-        ``"one slot"``, where merging leaves one in most clips; ``"unexplained"``, where no partition explains anything,
-        as of constant features; ``"merging"``, where the plain margin holds and the merged one does not.
+        ``"unexplained"``, where no partition explains anything, as of constant features; and ``"merging"``, where the
+        plain margin holds and the merged one does not. Where merging leaves one slot in most clips, ``"one slot"``
+        stands in place of the last.
 
         >>> clips, yes = torch.tensor([0.5, 0.5]), torch.tensor([True, True])
         >>> Premise(*[clips] * 9, margin=clips, measured=yes, holds=yes[0], merged_margin=-clips).reasons()
@@ -101,13 +102,13 @@ class Premise(NamedTuple):
             return ("not finite" if margin.num_clips else "no clip",)
         found: list[Reason] = []
         explained = (self.enc_explained > 0) & self.measured
-        if self.target_slots is not None and 2 * int((explained & (self.target_slots == 1)).sum()) > margin.num_clips:
-            found.append("one slot")
         if not explained.any() and not (self.dec_explained > 0)[self.measured].any():
             found.append("unexplained")
         verdict = margin.verdict()
         if verdict != "holds" and self.over_clips(self.margin).verdict() == "holds":
             found.append("merging")
+        if self.target_slots is not None and 2 * int((explained & (self.target_slots == 1)).sum()) > margin.num_clips:
+            return *found, "one slot"
         last: dict[Verdict, Reason] = {"holds": "encoder", "fails": "decoder", "cannot tell": "undecided"}
         return *found, "one video" if margin.num_videos == 1 else last[verdict]
 

@@ -63,10 +63,11 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     ``interior``  else                        the interior term alone, nothing merged: the decoder teaches the encoder
     ============= =========================== =======================================================================
 
-    Not in any paper: the rule comes from two studies on small models. Of thirteen settings of the second, it kept the
-    gain where SSync gains, and took away all or more than half of the harm where SSync harms. In one, the merged margin
-    crept to .007, and the full form harmed; wherever that helped, G was .016 or more. A ``dead_zone`` near .01 is
-    therefore a candidate, as is a longer ``warmup``; neither was tried. ``every`` above 1 was not, either.
+    Not in any paper: the rule comes from two studies on small models. In thirteen settings of the second, a run each,
+    it kept the gain on moving sprites, and on fresh clips it took away all or more than half of the harm elsewhere. In
+    one, the merged margin crept to .007, and the full form harmed; wherever that helped, G was .016 or more. A
+    ``dead_zone`` near .01 is therefore a candidate, as is a longer ``warmup``; neither was tried, nor was ``every``
+    above 1.
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
