@@ -10,7 +10,8 @@ def number(value: float, digits: int, sign: str = "") -> str:
     >>> number(0.25, 3, "+"), number(float("nan"), 3)
     ('+0.250', '-')
     """
-    return "-" if isnan(value) else f"{value:{sign}z.{digits}f}"
+    # rounded by itself, and without the sign of a zero: Python 3.11 has a format for that
+    return "-" if isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def mean_sd(values: list[float], digits: int, sign: str = "") -> str:

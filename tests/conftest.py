@@ -5,6 +5,7 @@
 """
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,40 @@ settings.register_profile(
     "slow", max_examples=1250, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET
 )
 settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiles: uses torch.compile; given with the fixture fresh_compiler")
+    config.addinivalue_line("markers", "kernels: runs Triton's kernels, or its compiler")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what compiles and what runs kernels: `matrix.py` counts them by themselves."""
+    # once it is known below whether kernels are interpreted
+    from ssync_loss.ssync.engines.triton._limits import MIN_VERSION, VERSION
+
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if item.path.name.startswith("test_kernels") or (parameters and "triton" in parameters.params.values()):
+            item.add_marker("kernels")
+            if VERSION < MIN_VERSION:
+                item.add_marker(pytest.mark.skip("needs Triton {}.{} or above".format(*MIN_VERSION)))
+        if any(name.endswith("fresh_compiler") for name in getattr(item, "fixturenames", ())):
+            item.add_marker("compiles")
+
+
+def frames_compiled() -> int:
+    # not imported for this: it takes a second
+    module = sys.modules.get("torch._dynamo.convert_frame")
+    return module.FRAME_COUNTER if module else 0
+
+
+@pytest.fixture(autouse=True)
+def _marked_if_it_compiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = frames_compiled()
+    yield
+    if frames_compiled() > before:
+        assert request.node.get_closest_marker("compiles"), "use the fixture fresh_compiler, or mark it: compiles"
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def cases() -> dict[str, Case]:
         "boundary alone": (BoundaryRefinementLoss(), (enc, dec), {"valid": valid}),
         "interior alone": (InteriorDenoisingLoss(**smoothed), (enc, dec), {"slot_mask": masks["slot_mask"]}),
         "given labels": (BoundaryRefinementLoss(), (enc, dec), {"labels": pseudo_labels(enc, dec)}),
-        "no process group": (lambda *maps: global_mean(SSyncLoss(), *maps), (enc, dec), {}),
+        "no process group": (partial(global_mean, SSyncLoss()), (enc, dec), {}),
     }
 
 

@@ -104,15 +104,15 @@ def test_errors_are_those_of_the_window_before_the_milestone(window: int) -> Non
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_what_a_checkpoint_computes_again_is_observed_once(*, use_reentrant: bool) -> None:
-    curriculum, (recon, *others) = SlotCurriculum([2, 3], [5]), scene(2)
+    curriculum, (recon, target, masks) = SlotCurriculum([2, 3], [5]), scene(2)
 
     def host(recon: Tensor) -> Tensor:
-        curriculum.observe(recon, *others, 4)
+        curriculum.observe(recon, target, masks, 4)
         return recon.square().sum()
 
     checkpoint(host, recon.requires_grad_(), use_reentrant=use_reentrant).backward()
     assert curriculum.num_observed == 1
-    assert torch.equal(curriculum.errors[:2], slot_error(recon, *others))
+    assert torch.equal(curriculum.errors[:2], slot_error(recon, target, masks))
 
 
 def test_every_stage_begins_without_errors() -> None:

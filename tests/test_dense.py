@@ -224,7 +224,8 @@ def test_a_chunk_is_all_that_is_held(loss_of: Loss) -> None:
 def test_clips_and_frames_are_not_walked_through(loss_of: Loss) -> None:
     numbers = {cost(loss_of, clips, 2, None).number for clips in (1, 2, 9)}
     assert len(numbers) == 1
-    assert cost(loss_of, 9, 2, 9 * 8).number == numbers.pop()
+    # torch 2.6 has a few operators less for a slice of all
+    assert cost(loss_of, 9, 2, 9 * 8).number <= numbers.pop()
 
 
 @BOTH
@@ -302,6 +303,18 @@ def test_of_features_that_are_nearly_equal_gradients_lose_less_than_those_of_aut
     )
     assert ours < 0.5 * theirs
     assert ours < 3e-7 / spread
+
+
+@pytest.mark.parametrize("offset", [10, 100, 1000])
+def test_what_all_anchors_share_costs_no_digits_of_the_gradient(offset: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shared = offset * torch.randn(2, 1, 1, 16, 1, 1, generator=generator)
+    features, anchors = torch.randn(2, 2, 4, 16, 6, 6, generator=generator) + shared
+    labels = torch.randint(4, (2, 4, 6, 6), generator=generator)
+    (_, exact), (_, actual) = (
+        step_of(DECODER, features.to(dtype), anchors.to(dtype), labels) for dtype in (torch.float64, torch.float32)
+    )
+    assert (actual - exact).abs().max() < 2.5e-7 * offset * exact.abs().max()
 
 
 # --- what every loss must do ---

@@ -109,6 +109,7 @@ class Renamed(SSyncLoss):
     """A subclass is a criterion, too."""
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [Renamed, lambda: torch.compile(SSyncLoss(), backend="eager")])
 def test_subclasses_and_compiled_losses_are_taken(make: Any) -> None:
     maps = sample_maps(requires_grad=False)

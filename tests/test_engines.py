@@ -25,6 +25,7 @@ from ssync_loss.functional import (
 )
 from ssync_loss.ssync import engines
 from ssync_loss.ssync.engines import ENGINES, check_backend, resolve
+from ssync_loss.ssync.engines.triton._limits import MIN_VERSION
 from ssync_loss.testing import (
     SSyncCase,
     assert_close_gradient,
@@ -336,9 +337,9 @@ class TestEveryEngine:
 
     # torch's compiler looks at the .grad of all it is given
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("knobs", [{}, {"criterion": "cross_entropy", "boundary_weight": 0.5}])
     def test_one_graph(self, backend: str, knobs: dict[str, Any]) -> None:
-        torch._dynamo.reset()
         maps = [leaf(one.detach().to(DEVICES[backend])) for one in sample_maps()]
         criterion = SSyncLoss(backend=backend, **knobs)  # type: ignore[arg-type]
         compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
@@ -346,7 +347,6 @@ class TestEveryEngine:
         actual, wanted = (torch.autograd.grad(call(*maps), maps) for call in (compiled, criterion))
         for one, other in zip(actual, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
-        torch._dynamo.reset()
 
 
 def test_the_second_derivative_of_a_function_is_refused_by_the_library() -> None:
@@ -406,7 +406,19 @@ class TestChoice:
             with pytest.raises(ValueError, match="`backend`='triton' needs the package triton, which is not installed"):
                 ask()
 
+    def test_with_an_old_triton_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        maps = torch.zeros(1, 1, 2, 1, 1)
+        on_cuda(monkeypatch)
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (3, 5))
+        assert resolve("auto", maps) is ENGINES["torch"]
+        with pytest.raises(ValueError, match=r"`backend`='triton' needs Triton 3.6 or above; got 3.5"):
+            check_backend("triton")
+        # of a package by another name the version is not known
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (0, 0))
+        assert resolve("auto", maps) is ENGINES["triton"]
+
     def test_what_an_engine_cannot_take_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INTERPRETED", False)
         enc, dec = torch.zeros(2, 1, 1, 2, 2, 2).unbind(0)
         target, region = torch.zeros(1, 1, 2, 2).long(), torch.ones(1, 1, 2, 2).bool()
@@ -433,7 +445,8 @@ class TestChoice:
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make maps say that they are on a CUDA device that is trusted."""
+    """Make maps say that they are on a CUDA device that is trusted, and Triton that it is new enough."""
+    monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
     monkeypatch.setattr(Tensor, "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(engines, "_answers", {("triton", "cuda:0"): True})
 
@@ -478,13 +491,12 @@ class TestTrust:
             # what is asked for by name is not second-guessed
             assert resolve("cpu", enc, dec) is ENGINES["cpu"]
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_the_question_is_answered_while_a_compiler_traces(self) -> None:
-        torch._dynamo.reset()
         maps = sample_maps()
         compiled = torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")
         assert_close_loss(compiled(*maps), SSyncLoss(backend="torch")(*maps))
         assert engines._answers == {("cpu", "cpu"): True}
-        torch._dynamo.reset()
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode])
     def test_the_question_may_be_asked_in_any_mode(self, mode: Any) -> None:

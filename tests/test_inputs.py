@@ -5,12 +5,14 @@ import math
 from fractions import Fraction
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refusals import refuses
+from sample_maps import sample_maps
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, PseudoLabels, SSyncLoss, SSyncTerms
 from ssync_loss.distributed import global_mean
 from ssync_loss.functional import (
@@ -279,6 +281,7 @@ class TestProbabilities:
         for hide in ({"valid": valid}, {"slot_mask": torch.tensor([[True] * 3, [True, True, False]])}):
             call(*given, kind="probs", **hide)
 
+    @pytest.mark.usefixtures("fresh_compiler")
     def test_negative_ones_that_cannot_be_looked_at_are_nan(self) -> None:
         enc, dec = (shares(one).detach() for one in maps())
         enc[1, 1, 2, -1, -1] = -0.5
@@ -555,7 +558,7 @@ class TestGradcheck:
         if kind == "probs":
             # unnormalized, so that the way through the normalization is seen
             enc, dec = enc.exp(), dec.exp()
-        hide = {
+        hide: dict[str, Any] = {
             "valid": torch.rand(2, 1, 3, 3) < 0.8,
             "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
         }
@@ -760,7 +763,7 @@ class TestRefusedSettings:
             refuses(ValueError, message, call, LOGITS, LOGITS)
         refuses(ValueError, message, global_mean, criterion, LOGITS, LOGITS)
 
-    @pytest.mark.parametrize("step", [1.0, True, torch.tensor(1), "1"])
+    @pytest.mark.parametrize("step", [1.0, True, torch.tensor(1), "1", np.float64(1), np.bool_(True), np.array([1])])
     @pytest.mark.parametrize("settings", [{}, {"start_step": 3}])
     def test_a_step_that_is_no_integer(self, step: Any, settings: Settings) -> None:
         criterion = SSyncLoss(**settings).eval()
@@ -768,6 +771,21 @@ class TestRefusedSettings:
         for call in (criterion, criterion.terms):
             refuses(TypeError, message, call, LOGITS, LOGITS, step=step)
         refuses(TypeError, message, global_mean, criterion, LOGITS, LOGITS, step=step)
+
+    @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.array])
+    def test_a_step_of_numpy(self, kind: Any) -> None:
+        """Unsigned ones too, in which a difference would wrap around."""
+        criterion = SSyncLoss(start_step=3, ramp_steps=4)
+        enc, dec = sample_maps()
+        for step in (2, 3, 5, 9):
+            value = criterion(enc, dec, step=kind(step))
+            assert torch.equal(value, criterion(enc, dec, step=step))
+            terms = criterion.terms(enc, dec, step=kind(step))
+            assert torch.equal(value, terms.total)
+            assert torch.equal(value, global_mean(criterion, enc, dec, step=kind(step)))
+            if step >= 3:
+                weighed = criterion.weigh(terms.boundary, terms.interior, kind(step))
+                torch.testing.assert_close(weighed, value)
 
 
 @pytest.mark.parametrize(

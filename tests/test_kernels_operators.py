@@ -30,11 +30,7 @@ REGION = PATCHES == 0
 ONES = torch.ones(PATCHES.shape, device=DEVICE)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def maps(num_clips: int = 2) -> tuple[Tensor, Tensor]:

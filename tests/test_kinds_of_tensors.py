@@ -223,7 +223,8 @@ with warnings.catch_warnings():
 
 @cases(CALLS)
 def test_sparse_nested_quantized_and_mkldnn_tensors_are_refused_by_name(name: str, argument: str) -> None:
-    for kind, tensor in NOT_DENSE.items():
+    own = {"torch.sparse_coo, with the axes of its own": CALLS[name].tensors[argument].to_sparse()}
+    for kind, tensor in (NOT_DENSE | own).items():
         message = f"`{argument}` must be a dense tensor; got a {kind.partition(',')[0]} one."
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             CALLS[name](**{argument: tensor})
@@ -247,7 +248,7 @@ def test_a_wrong_type_is_refused_by_name(name: str, argument: str) -> None:
         with pytest.raises(TypeError, match=f"^`{argument}` must be a tensor; got {type(wrong).__name__}"):
             call(**{argument: wrong})
     wanted, *dtypes = TYPES[right.dtype]
-    for dtype in dtypes if argument != "area" else [torch.bool, torch.complex64]:
+    for dtype in dtypes if argument != "area" else [torch.bool, torch.complex64, torch.float8_e5m2]:
         with pytest.raises(TypeError, match=rf"^`{argument}` must {wanted}.*; got {dtype}\.$"):
             call(**{argument: right.to(dtype)})
 
@@ -347,6 +348,7 @@ def test_an_integer_beyond_int64_is_refused_by_name(name: str, argument: str) ->
         CALLS[name](**{argument: large})
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_as_index_is_for_compilers_too() -> None:
     def index(labels: Tensor) -> Tensor:
         return _checks.as_index("labels", labels) + 1
@@ -446,7 +448,7 @@ def traced(mode: Any) -> Callable[[Tensor], Any]:
         torch.vmap(torch.vmap(look)),
         torch.func.grad(lambda x: look(x).sum()),
         torch.func.jacfwd(look),
-        torch.compile(look, fullgraph=True, backend="eager"),
+        pytest.param(torch.compile(look, fullgraph=True, backend="eager"), marks=pytest.mark.compiles),
         lambda x: torch.jit.trace(lambda y: look(y) + 1, x, check_trace=False),
     ],
 )

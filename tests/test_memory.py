@@ -179,7 +179,10 @@ def test_of_the_library_a_gradient_that_nobody_wants_is_not_made(taught: str) ->
 @pytest.mark.parametrize("kind", ["logits", "probs"])
 def test_before_the_start_nothing_is_allocated_or_read(kind: Any) -> None:
     enc, dec = random_maps(8, 4, *MOVI_C)
-    masks = {"valid": torch.ones(8, 4, dtype=torch.bool), "slot_mask": torch.ones(8, 11, dtype=torch.bool)}
+    masks: dict[str, Any] = {
+        "valid": torch.ones(8, 4, dtype=torch.bool),
+        "slot_mask": torch.ones(8, 11, dtype=torch.bool),
+    }
     with Meter([enc, dec, *masks.values()]) as meter:
         loss = SSyncLoss(start_step=1, kind=kind)(enc, dec, step=0, **masks)
     assert loss == 0

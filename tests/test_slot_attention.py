@@ -294,6 +294,7 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
     ("wrong", "error", "message"),
     [
         ({"dim": 0}, ValueError, r"`dim` must be at least 1; got 0"),
+        ({"dim": "4"}, TypeError, r"`dim` must be an integer; got str"),
         ({"num_slots": 0}, ValueError, r"`num_slots` must be at least 1; got 0"),
         ({"iters": 0}, ValueError, r"`iters` must be at least 1; got 0"),
         ({"hidden": 0}, ValueError, r"`hidden` must be at least 1; got 0"),
@@ -416,6 +417,7 @@ def test_a_wrong_fusion_is_named(given_: Any, error: type[Exception], message: s
     [
         (torch.zeros(2, 3, 5, 2, 3), ValueError, r"`keys` must have shape \(B, T, C=4, H, W\); got"),
         (torch.zeros(2, 0, 4, 2, 3), ValueError, r"`keys` must have T >= 1; got T=0"),
+        (torch.zeros(2, 3, 4, 2, 3, device="meta"), ValueError, r"`keys` must be on the device of `weight` \(cpu\)"),
     ],
 )
 def test_wrong_keys_are_named(given_: Any, error: type[Exception], message: str) -> None:

@@ -404,7 +404,7 @@ def test_labels_are_there_to_be_written_into() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_comes_out_in_inference_mode(masked: bool, knobs: dict[str, Any], tracked: bool) -> None:
     enc, dec = sample_maps()
-    masks = {}
+    masks: dict[str, Any] = {}
     if masked:
         B, T, S, H, W = enc.shape
         masks = {"valid": torch.rand(B, T, H, W) > 0.1, "slot_mask": torch.arange(S).expand(B, S) < S - 1}

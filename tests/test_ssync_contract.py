@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from contract import Case, LossContract
+from contract import NAN, Case, LossContract
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss
 
@@ -60,7 +60,11 @@ class TestSSync(SSyncContract):
     loss = SSyncLoss
     knobs: ClassVar = SSyncContract.knobs | {"max_different": 4}
     settings: ClassVar = LABELS | BOUNDARY | INTERIOR | CRITERIA | SCHEDULE
-    refused: ClassVar = [({"boundary_weight": torch.ones(1)}, ValueError, "`boundary_weight` must be .* without axes")]
+    refused: ClassVar = [
+        ({"boundary_weight": torch.ones(1)}, ValueError, "`boundary_weight` must be .* without axes"),
+        ({"merge_threshold": torch.tensor(NAN)}, ValueError, r"`merge_threshold` must be at least 0.0; got nan"),
+        ({"temperature": 10**400}, ValueError, r"`temperature` must be finite and above 0.0; got 1000"),
+    ]
     taught = ("enc_logits", "dec_logits")
     more: ClassVar = {"step": 3}
 

@@ -27,7 +27,7 @@ SLOTS = torch.tensor([[True] * 4, [True, True, False, False], [True, True, True,
 SMOOTHED = {"criterion": "cross_entropy", "label_smoothing": 0.1}
 
 # settings of the loss, masks of the whole batch, step
-CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor], int | None]] = {
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "plain": ({}, {}, None),
     "slot mask": ({}, {"slot_mask": SLOTS}, None),
     "valid patches": ({}, {"valid": MASKED}, None),

@@ -54,12 +54,13 @@ def arrange_maps(
     A grid that is neither shown nor given is the other map's where N agrees, or else a square.
     """
     maps = list(zip(("enc_logits", "dec_logits"), (enc, dec), check_axes(axes), strict=True))
-    sizes: list[Sizes] = [{} if grid is None else {"h": grid[0], "w": grid[1]} for grid in grids]
+    own: list[Sizes] = [{} if grid is None else {"h": grid[0], "w": grid[1]} for grid in grids]
+    sizes: list[Sizes] = [{}, {}]
     shared = {} if num_frames is None else {"t": num_frames}
     # b, t and s may be learned one by one, each from the other map
     for turn in (0, 1, 0, 1, 0):
         if [letter for letter in "bts" if letter not in sizes[turn]]:
-            sizes[turn] = solve(*maps[turn], {**sizes[turn], **shared})
+            sizes[turn] = solve(*maps[turn], {**own[turn], **shared})
             shared = {letter: sizes[turn][letter] for letter in "bts" if letter in sizes[turn]}
     for turn, (one, other) in enumerate(((sizes[0], sizes[1]), (sizes[1], sizes[0]))):
         if "h" in one and "w" in one:
@@ -69,8 +70,14 @@ def arrange_maps(
         if grid is None and num_patches is not None:
             shown = other.get("h", 0), other.get("w", 0)
             grid = shown if shown[0] * shown[1] == num_patches else square(num_patches)
+            if grid is None:
+                name, tensor, pattern = maps[turn]
+                raise ValueError(
+                    f"`{name}` has h*w={num_patches} patches, which is no square: pass grid=(H, W); "
+                    f"got {tuple(tensor.shape)} with axes {pattern!r}."
+                )
         if grid is not None:
-            sizes[turn] = solve(*maps[turn], {**one, "h": grid[0], "w": grid[1]})
+            sizes[turn] = solve(*maps[turn], {**shared, "h": grid[0], "w": grid[1]})
     enc, dec = (place(*one, known) for one, known in zip(maps, sizes, strict=True))
     return enc, dec
 
@@ -137,7 +144,7 @@ def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAP
     check_tensor(name, tensor)
     groups, shape = parse(axes, letters), tensor.shape
     named = [letter for group in groups for letter in group]
-    sizes = {letter: size for letter, size in known.items() if letter != "n"}
+    sizes = dict(known)
     for letter in "bt":
         if letter not in named and sizes.setdefault(letter, 1) != 1:
             raise ValueError(f"`{name}` must have {letter}={sizes[letter]}; got axes {axes!r} without {letter!r}.")

@@ -1,5 +1,6 @@
 """Argument checks: every message names the argument, what was wanted and what came."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -109,7 +110,8 @@ def check_number(name: str, value: object, low: float, high: float | None = None
     """Require a finite Python number within [low, high], or above low when ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
-    inside = (value > low if open_low else value >= low) and value < float("inf")
+    # an integer may be finite, and more than any float
+    inside = (value > low if open_low else value >= low) and value <= sys.float_info.max
     if not inside or (high is not None and value > high):
         above = f"finite and {'above' if open_low else 'at least'} {low}"
         wanted = above if high is None else f"within [{low}, {high}]"

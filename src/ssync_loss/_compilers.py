@@ -18,10 +18,17 @@ def constant(function: Function) -> Function:
     return function
 
 
-@constant
+def is_traced() -> bool:
+    """Tell whether a compiler reads the code, rather than runs it."""
+    return torch.compiler.is_compiling()
+
+
 def is_recomputing() -> bool:
-    """Tell whether a backward is running: a forward is then one that an activation checkpoint repeats."""
-    return torch._C._current_graph_task_id() != -1
+    """Tell whether a backward is running: a forward is then one that an activation checkpoint repeats.
+
+    What is compiled cannot tell: its code is read once, and runs in both.
+    """
+    return not is_traced() and torch._C._current_graph_task_id() != -1
 
 
 @constant

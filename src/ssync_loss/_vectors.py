@@ -79,13 +79,14 @@ class _KnownGradient(torch.autograd.Function):
 
 
 products: Callable[[Tensor, Tensor], Tensor] = exportable(_Products)
+# typed: autograd's own `apply` is not
+_known_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = _KnownGradient.apply
 
 
 def known_gradient(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """Attach a value to the tensor with respect to which its gradient is known already."""
     if not is_exporting():
-        attached: Tensor = _KnownGradient.apply(source, value, slope)
-        return attached
+        return _known_gradient(source, value, slope)
     # what has no slope may hold anything
     source = torch.where(slope == 0, 0.0, source.to(slope.dtype))
     return value + ((source - source.detach()) * slope).sum()

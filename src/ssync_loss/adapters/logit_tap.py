@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssync_loss._autocast import no_autocast
 from ssync_loss._checks import check_choice, check_int, check_number
 from ssync_loss._inputs import widest
-from ssync_loss.adapters._tap import LEFTOVERS, Held, Tap
+from ssync_loss.adapters._tap import Held, Tap, count
 
 HeadSoftmax: TypeAlias = Literal["per_head", "joint"]
 HEAD_SOFTMAXES = get_args(HeadSoftmax)
@@ -32,13 +32,16 @@ class LogitTap(Tap):
       ``logsumexp_h(log_softmax_s(dots)) - log(heads)``, with one over slots and heads (``"joint"``) the sum,
       ``logsumexp_h(dots)``. These are no dots, and more slots merge: choose a threshold anew.
 
-    A tap must see one forward at a time. With ``host``, the module whose forward covers whole clips, each forward
-    starts the tap afresh. Without, ``pop()`` or ``reset()`` must follow every forward; leftovers are an error or a
-    warning where they can be told from frames. Until then the tap holds what the projections gave, and the graph.
+    A tap must see one forward at a time. With ``host``, the module whose call covers whole clips, it keeps the last
+    one's and ignores what runs outside. It must be called, ``host(...)``: where a step calls the model's ``forward``
+    or another method, name the module that the step does call; `pop` says which. Without a host, ``num_frames`` keeps
+    that many frames, the last ones. Without either, ``pop()`` or ``reset()`` must follow every forward; leftovers are
+    an error or a warning where they can be told from frames. Until then the tap holds what the projections gave, and
+    the graph.
 
-    Attach before the first call of a compiled model. Activation checkpointing runs the hooks again in the backward:
-    give ``host``, or ``reset()`` after it (with ``use_reentrant=True`` maps carry no gradient). Copies of a host are
-    not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
+    Attach before the first call of a compiled model. What activation checkpointing computes again is ignored; with
+    ``use_reentrant=True`` maps carry no gradient, and with ``fullgraph=True`` torch's compiler refuses it around what
+    is tapped. Copies of a host are not tapped. Replicas of ``nn.DataParallel`` would all write to one tap.
 
     Args:
         query_projection: the module whose output is q, (B, S, D).
@@ -48,7 +51,8 @@ class LogitTap(Tap):
         head_softmax: ``"per_head"`` or ``"joint"``.
         frames_in_key: whether one key call holds all frames.
         iterations: queries of each frame but the first, with ``frames_in_key``.
-        host: the module whose forward starts the tap afresh; contains both projections.
+        host: the module whose call starts the tap afresh and ends it; contains both projections.
+        num_frames: in place of ``host``, T of what is popped: the tap keeps no more; 1 if frames are flattened.
 
     Raises: TypeError on an argument of another type; ValueError on a setting out of range, or a host that does not
         contain the projections.
@@ -75,6 +79,7 @@ class LogitTap(Tap):
         frames_in_key: bool = False,
         iterations: int | None = None,
         host: nn.Module | None = None,
+        num_frames: int | None = None,
     ) -> None:
         check_number("scale", scale, 0.0, open_low=True)
         check_int("heads", heads, 1)
@@ -85,15 +90,18 @@ class LogitTap(Tap):
                 raise ValueError(f"`iterations` must be None without `frames_in_key`; got {iterations}.")
         if query_projection is key_projection:
             raise ValueError("`query_projection` and `key_projection` must be two modules; got one twice.")
-        super().__init__(host, query_projection=query_projection, key_projection=key_projection)
+        super().__init__(
+            host,
+            num_frames,
+            query_projection=(query_projection, self._on_query),
+            key_projection=(key_projection, self._on_key),
+        )
         self._scale, self._heads, self._head_softmax = scale, heads, head_softmax
         self._frames_in_key, self._iterations = frames_in_key, iterations
-        self._handles.append(query_projection.register_forward_hook(self._on_query))
-        self._handles.append(key_projection.register_forward_hook(self._on_key))
 
     def reset(self) -> None:
         """Forget what was collected, and with it the graph."""
-        self._keys: list[Held] = []
+        super().reset()
         # the queries that came after each key
         self._queries: list[list[Held]] = []
 
@@ -108,31 +116,34 @@ class LogitTap(Tap):
         """
         if num_frames is not None:
             check_int("num_frames", num_frames, 1)
-        keys, queries = self._keys, self._queries
-        self.reset()
-        self._require("key_projection", keys)
+        queries, keys = self._queries, self._take("key_projection")
         place = self._places["key_projection"]
         for call, after in enumerate(queries, 1):
             if not after:
                 raise RuntimeError(
                     f"{self._places['query_projection']} has not run after call {call} of {len(keys)} of "
-                    f"{place}: a frame is one key call and then its queries."
+                    f"{place}: a frame is one key call and then its queries, and keys are patches, queries slots. "
+                    "Are the two the other way round? Swap them."
                 )
         if len(keys) > 1 and (self._frames_in_key or keys[0].tensor.dim() == 4):
-            raise RuntimeError(f"{place} gave {len(keys)} clips, one is wanted: {LEFTOVERS}.")
+            raise RuntimeError(
+                f"{place} gave {len(keys)} clips, one is wanted ({count([key.tensor for key in keys])}): "
+                f"{self._leftovers()}."
+            )
         if self._frames_in_key:
             clip = self._dots(self._last_queries(queries[0], keys[0].tensor), keys[0].get())
         else:
             pairs = zip(queries, keys, strict=True)
             frames = [self._dots(after[-1].get(), key.get()) for after, key in pairs]
             clip = frames[0] if frames[0].dim() == 4 else self._stack("key_projection", frames)
+        self._check_frames("key_projection", clip.shape[1])
         if num_frames in (None, clip.shape[1]):
             return clip
         if not self._frames_in_key and clip.shape[1] == 1 and clip.shape[0] % num_frames == 0:
             return rearrange(clip, "(b t) 1 s n -> b t s n", t=num_frames)
         raise RuntimeError(
             f"{place} gave {clip.shape[1]} frames of {clip.shape[0]} samples, which do not make clips of "
-            f"`num_frames`={num_frames}. If there are too many, {LEFTOVERS}."
+            f"`num_frames`={num_frames}. If there are too many, {self._leftovers()}."
         )
 
     def _last_queries(self, queries: list[Held], key: Tensor) -> Tensor:
@@ -179,13 +190,16 @@ class LogitTap(Tap):
             return dots.log_softmax(-2).logsumexp(-3) - log(self._heads)
 
     def _on_key(self, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
-        if self._attached:
-            self._keys.append(Held.now(self._places["key_projection"], output))
+        if self._listens():
+            one_call = self._frames_in_key or (isinstance(output, Tensor) and output.dim() == 4)
+            self._hold(self._places["key_projection"], output, 1 if one_call and self._num_frames else self._num_frames)
             self._queries.append([])
+            if len(self._queries) > len(self._calls):
+                self._queries.pop(0)
 
     def _on_query(self, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
-        # a removed tap has no keys, and a query before all keys belongs to none
-        if not self._queries:
+        # a query before all keys belongs to none
+        if not self._listens() or not self._queries:
             return
         if not self._frames_in_key:
             # a frame's last iteration replaces those before. with one key for all frames only the end tells

@@ -1,11 +1,13 @@
 """The two maps of a model, in the form a criterion takes."""
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, overload
 
 from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import check_int, check_tensor
+from ssync_loss.adapters._tap import Tap
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 
@@ -15,28 +17,89 @@ if TYPE_CHECKING:
 Source: TypeAlias = Tensor | LogitTap | OutputTap
 
 
-class SlotMaps(NamedTuple):
-    """Encoder and decoder maps of one forward: ``criterion(*maps)``.
+class SlotMaps(tuple[Tensor, Tensor]):
+    """The maps of one forward: ``criterion(*maps)``, or ``criterion(**maps)`` with the masks of the host.
 
-    Attributes:
+    A tuple of the two maps. As a mapping it has the masks too, where there are any.
+
+    Args:
         enc_logits: (B, T, S, N) or (B, T, S, H, W), of slot attention.
         dec_logits: likewise, of the decoder, perhaps on another grid.
+        valid: (B, T) or (B, T, H, W), where the maps count.
+        slot_mask: (B, S), which slots there are.
+
+    >>> import torch
+    >>> maps = SlotMaps(torch.zeros(2, 3, 4, 25), torch.zeros(2, 3, 4, 25), valid=torch.ones(2, 3, dtype=torch.bool))
+    >>> len(maps), list(dict(**maps))
+    (2, ['enc_logits', 'dec_logits', 'valid'])
     """
 
-    enc_logits: Tensor
-    dec_logits: Tensor
+    # a named tuple by hand, which torch's compiler takes for one: typing's have no room for masks
+    _fields = "enc_logits", "dec_logits"
+    _field_defaults: ClassVar[dict[str, Any]] = {}
+    valid: Tensor | None
+    slot_mask: Tensor | None
+
+    def __new__(
+        cls, enc_logits: Tensor, dec_logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None
+    ) -> "Self":
+        """Put two maps together, and masks by name."""
+        maps = tuple.__new__(cls, (enc_logits, dec_logits))
+        maps.valid, maps.slot_mask = valid, slot_mask
+        return maps
+
+    def __getnewargs__(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+    @classmethod
+    def _make(cls, maps: Iterable[Tensor]) -> "Self":
+        return cls(*maps)
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {**self}
+
+    @property
+    def enc_logits(self) -> Tensor:
+        """The encoder's map."""
+        return self[0]
+
+    @property
+    def dec_logits(self) -> Tensor:
+        """The decoder's map."""
+        return self[1]
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of what is there."""
+        masks = tuple(name for name in ("valid", "slot_mask") if getattr(self, name) is not None)
+        return "enc_logits", "dec_logits", *masks
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, key: SupportsIndex | slice | str) -> Tensor | tuple[Tensor, ...]:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key not in self.keys():
+            raise KeyError(key)
+        found: Tensor = getattr(self, key)
+        return found
+
+    def _replace(self, **changes: Any) -> "Self":
+        return type(self)(**{**self, **changes})
 
     @classmethod
     def join(cls, enc: Source, dec: Source, *, num_frames: int | None = None) -> "Self":
-        """Empty the taps, and put clips and frames on axes of their own; values are untouched.
+        """Empty the taps, and put clips, frames and slots on axes of their own; values are untouched.
 
         Args:
             enc: (B, T, S, N) or (B, T, S, H, W), with ``num_frames`` also (B*T, S, N), or the tap that has it.
-            dec: (B, T, S, ...) or (B*T, S, ...), ending in N_d or H_d, W_d, or its tap. A still image is T=1.
+            dec: likewise on its own grid, or with frames, or frames and slots, in the batch: (B*T, S, ...) or
+                (B*T*S, ...). A still image is T=1.
             num_frames: T. Needed where the encoder's frames are flattened into the batch; elsewhere it is checked.
 
-        Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward;
-            ValueError if the shapes do not go together.
+        Raises: TypeError if a map is neither a tensor nor a tap; RuntimeError if a tap has not collected one forward,
+            or the decoder's has an earlier one; ValueError if the shapes do not go together.
 
         >>> import torch
         >>> maps = SlotMaps.join(torch.zeros(2, 3, 4, 25), torch.zeros(6, 4, 10, 10))
@@ -45,8 +108,12 @@ class SlotMaps(NamedTuple):
         """
         if num_frames is not None:
             check_int("num_frames", num_frames, 1)
-        enc_logits = enc.pop(num_frames=num_frames) if isinstance(enc, LogitTap) else _take("enc", enc)
-        dec_logits = _take("dec", dec)
+        for name, source in (("enc", enc), ("dec", dec)):
+            if not isinstance(source, Tap):
+                check_tensor(name, source)
+        _check_order(enc, dec)
+        by_frame = isinstance(dec, OutputTap) and dec._axes is None and len(dec._calls) > 1
+        enc_logits = _take(enc, num_frames)
         if num_frames is not None and enc_logits.dim() == 3 and len(enc_logits) % num_frames == 0:
             enc_logits = rearrange(enc_logits, "(b t) s n -> b t s n", t=num_frames)
         shape = tuple(enc_logits.shape)
@@ -57,18 +124,41 @@ class SlotMaps(NamedTuple):
                 f"`num_frames` gives T; got {shape}."
             )
         B, T, S = shape[:3]
-        if dec_logits.dim() in (3, 4) and dec_logits.shape[:2] == (B * T, S):
-            dec_logits = rearrange(dec_logits, "(b t) s ... -> b t s ...", b=B)
-        if dec_logits.dim() not in (4, 5) or dec_logits.shape[:3] != (B, T, S):
-            raise ValueError(
-                f"`dec` must have shape (B={B}, T={T}, S={S}, ...) or (B*T={B * T}, S={S}, ...), ending in "
-                f"N or H, W, to go with `enc`; got {tuple(dec_logits.shape)}."
-            )
-        return cls(enc_logits, dec_logits)
+        dec_logits = _take(dec, T, S)
+        return cls(enc_logits, _ordered(dec_logits, B, T, S, by_frame=by_frame))
 
 
-def _take(name: str, source: Source) -> Tensor:
-    if isinstance(source, (LogitTap, OutputTap)):
-        return source.pop()
-    check_tensor(name, source)
+def _check_order(enc: Source, dec: Source) -> None:
+    """Refuse a decoder's map that is older than the encoder's: it belongs to an earlier forward."""
+    if isinstance(enc, Tap) and isinstance(dec, Tap) and dec._before(enc):
+        enc.reset()
+        dec.reset()
+        raise RuntimeError(
+            "`dec` must hold a map of the forward that `enc` holds; got an earlier one. Did the encoder run again "
+            "without the decoder? Pop or reset() both taps after each forward."
+        )
+
+
+def _ordered(dec: Tensor, B: int, T: int, S: int, *, by_frame: bool) -> Tensor:
+    """Put clips, frames and slots in order: whatever the map leads with, it ends in N or H, W."""
+    if by_frame and dec.shape[:2] == (B * S, T) and dec.dim() in (3, 4):
+        return rearrange(dec, "(b s) t ... -> b t s ...", s=S)
+    for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
+        if dec.shape[: len(lead)] == lead and dec.dim() - len(lead) in (1, 2):
+            return dec.reshape(B, T, S, *dec.shape[len(lead) :])
+    hint = ""
+    if dec.dim() == 4 and dec.shape[-1] == S:
+        hint = " Are its last two axes the other way round? Swap a tap's projections, or say so by `axes`."
+    raise ValueError(
+        f"`dec` must have shape (B={B}, T={T}, S={S}, ...) or (B*T={B * T}, S={S}, ...) or (B*T*S={B * T * S}, ...), "
+        f"ending in N or H, W, to go with `enc`; got {tuple(dec.shape)}.{hint}"
+    )
+
+
+def _take(source: Source, num_frames: int | None, num_slots: int | None = None) -> Tensor:
+    if isinstance(source, LogitTap):
+        # a decoder's frames are put in order by what the encoder gave
+        return source.pop(num_frames=None if num_slots else num_frames)
+    if isinstance(source, OutputTap):
+        return source.pop(num_frames=num_frames, num_slots=num_slots) if source._axes else source.pop()
     return source

@@ -179,7 +179,10 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
     num_patches = shape[3]
     size = square(num_patches) if grid is None else grid
     if size is None:
-        raise ValueError(f"`{name}` has N={num_patches} patches, which is no square: pass grid=(H, W); got {shape}.")
+        raise ValueError(
+            f"`{name}` has N={num_patches} patches, which is no square: pass grid=(H, W); got {shape}. "
+            "Of another layout, such as images (B, S, H, W), name the axes: axes='b s h w'."
+        )
     height, width = size
     if height * width != num_patches:
         wanted = f"N = H*W = {height}*{width} = {height * width} patches as `grid` says"

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._checks import (
+    FLOATS,
+    INTEGERS,
     as_index,
     check_floating,
     check_not_empty,
@@ -100,7 +102,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
     check_not_empty("overlap", size, "S")
     check_floating("overlap", overlap)
     check_shape("area", area, "B S", **size)
-    if area.dtype == torch.bool or area.is_complex():
+    if area.dtype not in (*FLOATS, *INTEGERS):
         raise TypeError(f"`area` must hold integers or floating-point numbers; got {area.dtype}.")
     check_same_device("area", area, overlap=overlap)
     if threshold is None:

@@ -1,7 +1,9 @@
 """The three modules of SSync: each remembers settings, and calls the functions."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -259,8 +261,9 @@ class SSyncLoss(_SSyncModule):
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
             dec_logits: alpha logits of the decoder, before the softmax over slots.
-            step: the training step, a Python int; needed with ``start_step`` or ``ramp_steps``. Capturing a
-                step as a CUDA graph freezes the ramp at the step of capture: capture once it has ended.
+            step: the training step, a Python int or, outside of compiled code, NumPy's; needed with ``start_step``
+                or ``ramp_steps``. Capturing a step as a CUDA graph freezes the ramp at the step of capture: capture
+                once it has ended.
             valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
@@ -310,10 +313,8 @@ class SSyncLoss(_SSyncModule):
                 schedule = f"(start_step={self.start_step}, ramp_steps={self.ramp_steps})"
                 raise ValueError(f"`step` must be given with a schedule {schedule}; got None.")
             return True
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
         start_step: int = self.start_step
-        return step >= start_step
+        return _integer(step) >= start_step
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
@@ -325,7 +326,7 @@ class SSyncLoss(_SSyncModule):
         if step is not None and self.ramp_steps > 0:
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
             dtype = torch.promote_types(like.dtype, torch.float32)
-            progress = torch.full((), step - self.start_step, device=like.device, dtype=dtype)
+            progress = torch.full((), _integer(step) - self.start_step, device=like.device, dtype=dtype)
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
@@ -340,3 +341,14 @@ class SSyncLoss(_SSyncModule):
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
+
+
+def _integer(step: object) -> int:
+    """Return a step as a Python int: hosts count with NumPy's integers, too."""
+    if isinstance(step, int) and not isinstance(step, bool):
+        return step
+    # reading a tensor would wait for its device
+    if not isinstance(step, (bool, Tensor)):
+        with suppress(TypeError):
+            return index(step)  # type: ignore[arg-type]
+    raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")

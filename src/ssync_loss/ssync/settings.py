@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ssync_loss._checks import check_choice, check_int, check_number
+from ssync_loss._checks import check_choice, check_int, check_number, read_numbers
 
 Criterion: TypeAlias = Literal["mse", "cross_entropy"]
 Reduction: TypeAlias = Literal["none", "sum", "mean"]
@@ -59,7 +59,10 @@ class Settings:
 
 
 def check_scalar(name: str, value: object, low: float, high: float | None = None) -> None:
-    """Require a number within [low, high], or a floating-point tensor without axes, which is not read."""
+    """Require a number within [low, high], or a floating-point tensor without axes.
+
+    A tensor is read where nothing waits for it, and may be infinite: a caller can turn merging off by it.
+    """
     if not isinstance(value, Tensor):
         check_number(name, value, low, high)
     elif value.dim() != 0 or not value.is_floating_point():
@@ -67,3 +70,5 @@ def check_scalar(name: str, value: object, low: float, high: float | None = None
             f"`{name}` must be a number or a floating-point tensor without axes; "
             f"got a tensor of {value.dtype} and shape {tuple(value.shape)}."
         )
+    elif (number := read_numbers(value)) is not None and not number >= low:
+        raise ValueError(f"`{name}` must be at least {low}; got {number.item()}.")

@@ -29,11 +29,13 @@ def best_assignment(scores: Tensor) -> Tensor:
         assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
         return assign(scores)
     orders = _permutations(num_things, scores.device)
-    sums = scores[..., 0, :].index_select(-1, orders[:, 0])
+    # all problems beside each other, where picking a column copies a whole row
+    columns = scores.reshape(-1, num_things, num_things).permute(1, 2, 0).contiguous()
+    sums = columns[0].index_select(0, orders[:, 0])
     for row in range(1, num_things):
-        sums += scores[..., row, :].index_select(-1, orders[:, row])
-    best: Tensor = orders[sums.argmax(-1)]
-    return best
+        sums += columns[row].index_select(0, orders[:, row])
+    best: Tensor = orders[sums.mT.contiguous().argmax(1)]
+    return best.view(scores.shape[:-1])
 
 
 def _permutations(size: int, device: torch.device) -> Tensor:

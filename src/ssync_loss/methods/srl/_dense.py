@@ -36,9 +36,9 @@ def align(
         units, inverse = directions(_windows(features, group_frames).to(dtype))
         aims, _ = directions(_windows(anchors, group_frames).to(dtype))
         to_anchors = num_neighbors is None
-        center = units.mean(1, keepdim=True)
-        # anchors keep theirs: without it torch 2.13 compiles wrong gradients on a CPU
-        keys = aims if to_anchors else units - center
+        keys = aims if to_anchors else units
+        center = keys.mean(1, keepdim=True)
+        keys = keys - center
         sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
             # every patch is drawn to its own anchor, and as much to those of its label
@@ -57,7 +57,12 @@ def align(
                 return Targets(torch.ones_like(part), part, torch.zeros_like(part))
             return _neighbors(aims[some], counts[some][:, rows] > 0, part, rows, num_neighbors)
 
-        slope = torch.zeros_like(units) if with_slope else None
+        slope = None
+        if with_slope:
+            slope = linear * (-(1 if to_anchors else 2) / temperature)
+            if not to_anchors:
+                # as for keys in all: the center in place of what lies along them
+                slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         total = soft_cross_entropy(
             units,
             keys,
@@ -71,10 +76,6 @@ def align(
         scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale
-        slope.sub_(linear, alpha=(1 if to_anchors else 2) / temperature)
-        if not to_anchors:
-            # as for keys in all: the center in place of what lies along them
-            slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         slope = through_lengths(slope, units, inverse * scale)
         # by the windows of a clip: the number of clips may be 0
         per_clip = num_frames // group_frames

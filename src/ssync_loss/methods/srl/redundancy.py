@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_tensor
 from ssync_loss._inputs import check_floats
 from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, check_by
@@ -43,7 +44,8 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
     0.0654
     """
     _check_settings(num_picked=num_picked)
-    if isinstance(attention, Tensor) and attention.ndim == 5:
+    check_tensor("attention", attention)
+    if attention.ndim == 5:
         attention = attention.flatten(3)
     size = check_floats("attention", attention, "B T S N", filled="T S N")
     check_floats("slots", slots, "B T S D", size, filled="D", attention=attention)

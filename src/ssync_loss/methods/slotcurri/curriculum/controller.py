@@ -268,7 +268,7 @@ def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG
 
 
 def _check_growing(name: str, values: object, low: int, *, strictly: bool = True) -> None:
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"`{name}` must be a sequence of integers; got {type(values).__name__}.")
     for one in values:
         check_int(name, one, low)

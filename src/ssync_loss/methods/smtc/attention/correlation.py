@@ -46,7 +46,7 @@ class CorrelationFusion(nn.Module):
 
     def forward(self, keys: Tensor) -> Tensor:
         """Return the fused features."""
-        check_floats("keys", keys, "B T C H W", {"C": self.dim}, filled="T H W")
+        check_floats("keys", keys, "B T C H W", {"C": self.dim}, filled="T H W", weight=self.project.weight)
         dtype = widest(keys, self.project.weight)
         with no_autocast(keys):
             weight, bias, now = (one.to(dtype) for one in (self.project.weight, self.project.bias, savable(keys)))

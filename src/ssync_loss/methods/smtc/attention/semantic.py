@@ -99,8 +99,9 @@ class SemanticAwareSlotAttention(nn.Module):
         reparam: bool = True,
     ) -> None:
         super().__init__()
+        check_int("dim", dim, 1)
         hidden = max(dim, 128) if hidden is None else hidden
-        counts = {"dim": dim, "num_slots": num_slots, "num_instances": num_instances, "iters": iters, "hidden": hidden}
+        counts = {"num_slots": num_slots, "num_instances": num_instances, "iters": iters, "hidden": hidden}
         for name, value in counts.items():
             check_int(name, value, 1)
         check_choice("gate", gate, GATES)

@@ -16,6 +16,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # of GPUs; torch's own compiler asks for as much
 MIN_CAPABILITY = 7
 
+# the first that the kernels were run and compiled with; torch 2.10 brings it
+MIN_VERSION = (3, 6)
+NO_VERSION = (0, 0)
 INSTALLED = find_spec("triton") is not None
 # torch calls the devices of both makers "cuda"
 IS_ROCM = torch.version.hip is not None
@@ -29,7 +32,11 @@ def triton_version() -> tuple[int, int]:
         with suppress(PackageNotFoundError):
             major, minor = re.findall(r"\d+", version(name))[:2]
             return int(major), int(minor)
-    return 0, 0
+    return NO_VERSION
+
+
+# asked once: a compiler cannot
+VERSION = triton_version()
 
 
 def missing(*maps: Tensor) -> str | None:
@@ -40,6 +47,8 @@ def missing(*maps: Tensor) -> str | None:
     """
     if not INSTALLED:
         return "the package triton, which is not installed"
+    if NO_VERSION < VERSION < MIN_VERSION:
+        return "Triton {}.{} or above; got {}.{}".format(*MIN_VERSION, *VERSION)
     for one in maps:
         lack = _lack_of_device(one.device) or _lack_of_form(one)
         if lack is not None:

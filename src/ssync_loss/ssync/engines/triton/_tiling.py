@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ssync_loss.ssync.engines.triton._limits import triton_version
+from ssync_loss.ssync.engines.triton._limits import VERSION
 
 # cells of a tile for each of 32 threads of a warp, all of them in registers; fewer where there are many slots, as
 # a thread keeps more than cells for each of its slots. Triton 3.6 would spill hundreds of bytes of more cells.
-THREAD_CELLS = 32 if triton_version() >= (3, 7) else 16
+THREAD_CELLS = 32 if VERSION >= (3, 7) else 16
 MANY_SLOTS = 64
 # warps of a program, if a frame has that many tiles then; small frames are cut more finely
 NUM_WARPS = 4

@@ -1,0 +1,52 @@
+"""Data parallelism with gradient accumulation and mixed precision: what a script started by ``torchrun`` does.
+
+::
+
+    torchrun --nproc-per-node 2 train.py      # which calls `train` after it has built the model and its data
+
+`global_mean` makes the gradients those of the mean over the patches of *all* ranks, as if one process had the whole
+batch; with ``criterion(...)`` in its place each rank's mean counts the same. A schedule counts the optimizer's steps.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssync_loss import SSyncLoss
+from ssync_loss.adapters import attach
+from ssync_loss.distributed import global_mean
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Sequence[Any]],
+    host_loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    device: str = "cpu",
+    amp: bool = True,
+) -> nn.Module:
+    """Train this rank's replica; a batch is the parts whose gradients are accumulated to one step."""
+    maps = attach(model)
+    replica = DistributedDataParallel(model)
+    criterion = SSyncLoss.from_preset("ytvis")
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
+    scaler = torch.amp.GradScaler(device, enabled=amp)
+    for step, parts in enumerate(batches):
+        for part in parts:
+            # gradients travel with the last part
+            with nullcontext() if part is parts[-1] else replica.no_sync():
+                with torch.autocast(device, enabled=amp):
+                    loss = host_loss(replica, part)
+                    loss = loss + global_mean(criterion, **maps(), step=step)  # the line
+                scaler.scale(loss / len(parts)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    maps.remove()
+    return model

@@ -1,0 +1,1 @@
+"""What `doctor` is made of, in the order of its work: walk, values, readings, suspects, pairs, traps, diagnosis."""

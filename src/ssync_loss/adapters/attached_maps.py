@@ -1,0 +1,301 @@
+"""A handle on a tapped model, which gives the two maps after every forward."""
+
+from collections.abc import Callable
+from functools import partial
+from math import isqrt
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._checks import check_tensor
+from ssync_loss._compilers import is_recomputing, is_traced
+from ssync_loss._module import DetachedWarning
+from ssync_loss.adapters.hosts import DecKind, Dots, Found, Output, Seen
+from ssync_loss.adapters.logit_tap import LogitTap
+from ssync_loss.adapters.output_tap import OutputTap
+from ssync_loss.adapters.slot_maps import SlotMaps
+from ssync_loss.ssync.maps import Size
+from ssync_loss.ssync.settings import TINY
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Source: TypeAlias = Dots | Output | LogitTap | OutputTap | Callable[[], Tensor]
+
+
+class AttachedMaps:
+    """The maps of a model's last forward, as ``criterion(**maps())`` takes them; made by ``attach``.
+
+    A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
+    asks about is forgotten at the next. Copies of the model, deep or unpickled, are not tapped, and a copy of this
+    gives nothing. It is a context manager, which takes the hooks off in the end.
+
+    >>> from slot_attention import SlotAttention
+    >>> from ssync_loss.adapters import attach
+    >>> model = nn.ModuleDict({"slots": SlotAttention(num_slots=3, dim=4), "alpha": nn.Linear(4, 16)})
+    >>> with attach(model, dec=model["alpha"]) as maps:
+    ...     _ = model["alpha"](model["slots"](torch.randn(2, 16, 4)))
+    ...     dec_logits = maps().dec_logits
+    ...     print(maps.describe())
+    SlotAttention (lucidrains, at `slots`)
+    encoder: dots of `slots.to_q` (slots) and `slots.to_k` (patches), scale 0.5, 1 head
+    decoder: output of `alpha`: logits
+    last call: encoder (2, 1, 3, 4, 4) with gradient, decoder (2, 1, 3, 4, 4) with gradient
+    """
+
+    def __init__(
+        self,
+        title: str,
+        module: nn.Module,
+        found: Found,
+        dec: Source,
+        kind: DecKind,
+        grids: tuple[Size | None, Size | None],
+        names: dict[int, str],
+    ) -> None:
+        self._alive = True
+        self._title, self._module, self._found = title, module, found
+        self._kind, self._grids, self._names = kind, grids, names
+        self._warn = DetachedWarning()
+        self._compared: set[bool] = set()
+        self._seen = "not called yet"
+        # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
+        self._ran: list[str] = []
+        self._caught: dict[str, list[Tensor]] = {}
+        enc = found.enc
+        self._dec_source = dec
+        self._enc = _tap(enc)
+        try:
+            self._dec = _tap(dec) if isinstance(dec, (Dots, Output)) else dec
+        except (TypeError, ValueError):
+            self._enc.remove()
+            raise
+        self._own = dec if isinstance(dec, (LogitTap, OutputTap)) else None
+        self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
+        if isinstance(dec, (Dots, Output)):
+            self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
+        for name in ("valid", "slot_mask", "grid"):
+            seen: Seen | None = getattr(found, name)
+            if seen is not None:
+                hook = partial(self._on_seen, name)
+                self._handles.append(seen.module.register_forward_hook(hook, with_kwargs=True))
+
+    def __call__(self) -> SlotMaps:
+        """Return the maps of the last forward, (B, T, S, H, W), or (B, T, S, N) where N shows no grid, and its masks.
+
+        Raises: RuntimeError if there is no forward whose maps have not been given, or encoder and decoder are not of
+            one forward; ValueError if the maps do not go together, or are one and the same.
+        """
+        self._check_forward()
+        self._ran = ["given"]
+        caught, self._caught = self._caught, {}
+        enc = self._enc.pop()
+        dec = self._pop_decoder()
+        if self._found.pick_frames is not None:
+            enc = self._found.pick_frames(enc, dec)
+        enc, given = SlotMaps.join(enc, dec)
+        dec = _log(given) if self._kind == "probs" else given
+        present: Tensor | None = None
+        if "slot_mask" in caught:
+            # the host masks after the tap: (B, S) once, or frame by frame
+            by_frame = torch.stack(caught["slot_mask"], 1)
+            enc = enc.masked_fill(~by_frame.unsqueeze(-1), float("-inf"))
+            present = by_frame.any(1)
+        enc_grid, dec_grid = self._grids
+        for shown in (*caught.get("grid", [])[-1:], dec):
+            # 18 x 32 is a square number, too
+            if enc_grid is None and enc.dim() == 4 and shown.dim() != 4 and shown.shape[-2:].numel() == enc.shape[3]:
+                enc_grid = (shown.shape[-2], shown.shape[-1])
+        if dec_grid is None and dec.shape[3:] == enc.shape[3:]:
+            dec_grid = enc_grid
+        enc, dec = _on_grid("enc_logits", enc, enc_grid), _on_grid("dec_logits", dec, dec_grid)
+        maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
+        if not is_traced():
+            self._look_at(maps, given)
+        return maps
+
+    def describe(self) -> str:
+        """Say what is tapped, and what the last call gave: shapes, grids, masks, and who carries a gradient."""
+        self._check_alive()
+        enc, lines = self._found.enc, [self._title]
+        lines.append(f"encoder: {self._tell(enc)}")
+        if enc.heads > 1:
+            lines.append(
+                f"    {enc.heads} heads are merged into one map: its softmax is the host's attention, but these are no "
+                "dots, so slots merge by another rule, and more do. Choose `merge_threshold` anew."
+            )
+        lines.append(f"decoder: {self._tell(self._dec_source)}")
+        lines.append(f"last call: {self._seen}")
+        return "\n".join(lines)
+
+    def remove(self) -> None:
+        """Take the hooks off the model; a second call does nothing. A tap that was given as ``dec`` stays."""
+        self._alive = False
+        if self._handles:
+            self._enc.remove()
+            if isinstance(self._dec_source, (Dots, Output)) and isinstance(self._dec, (LogitTap, OutputTap)):
+                self._dec.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._caught = [], {}
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._alive = False
+        self._handles = []
+        self._caught = {}
+
+    def _on_encoder(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if self._alive and not is_recomputing():
+            self._ran = ["encoder"]
+            self._caught = {}
+            if self._own is not None:
+                # a tap of the user's may have no host, and then keeps what nobody asked for
+                self._own.reset()
+
+    def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self._alive and not is_recomputing():
+            self._ran.append("decoder")
+
+    def _on_seen(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        tensor = getattr(self._found, name).pick(args, kwargs, output) if self._alive else None
+        if tensor is not None:
+            self._caught.setdefault(name, []).append(tensor)
+
+    def _check_alive(self) -> None:
+        if not self._alive:
+            raise RuntimeError("these maps hang on no model: they were removed, or are a copy. attach() again.")
+
+    def _check_forward(self) -> None:
+        self._check_alive()
+        ran, enc = self._ran, self._found.enc
+        if ran[:1] == ["given"]:
+            raise RuntimeError("the maps of this forward were given already: keep what the first call returned.")
+        if ran[:1] != ["encoder"]:
+            raise RuntimeError(
+                f"no forward of {self._title} has been seen. Call the model first, and attach before its first call "
+                "if it is compiled. A copy (deepcopy, an average, a pickle) is not tapped: attach to the copy. "
+                f"What must be called, and not its `.forward`, is {self._name(enc.covers)}."
+            )
+        if not isinstance(self._dec_source, (Dots, Output)):
+            return
+        decoder, times = self._name(_covered(self._dec_source)), len(ran) - 1
+        if times == 0:
+            raise RuntimeError(
+                f"{decoder} has not run since {self._name(enc.covers)} began: encoder and decoder must be of one "
+                "forward."
+            )
+        if times > 1:
+            raise RuntimeError(
+                f"{decoder} has run {times} times since {self._name(enc.covers)} began, so its last map is not of the "
+                "encoder's forward. Take the maps right after the model's own forward."
+            )
+
+    def _pop_decoder(self) -> Tensor:
+        maps = self._dec.pop() if isinstance(self._dec, (LogitTap, OutputTap)) else self._dec()
+        check_tensor("dec", maps)
+        return maps
+
+    def _look_at(self, maps: SlotMaps, given: Tensor) -> None:
+        enc, dec = maps
+        self._warn(self._module, enc_logits=(enc, "interior"), dec_logits=(dec, "boundary"))
+        gradient = [f"with{'' if one.requires_grad else 'out'} gradient" for one in maps]
+        self._seen = f"encoder {tuple(enc.shape)} {gradient[0]}, decoder {tuple(dec.shape)} {gradient[1]}"
+        self._seen += "".join(f", {name}" for name in maps.keys()[2:])
+        if enc.dim() == 4:
+            self._seen += f"; N={enc.shape[3]} shows no grid: give `grid`"
+        # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see
+        real = type(enc) is type(dec) is Tensor and not enc.is_meta
+        if real and self._module.training not in self._compared:
+            self._compared.add(self._module.training)
+            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind)
+            if problem is not None:
+                raise ValueError(problem)
+
+    def _tell(self, source: Source) -> str:
+        if isinstance(source, Dots):
+            heads = "1 head" if source.heads == 1 else f"{source.heads} heads, {source.head_softmax} softmax"
+            slots, patches = self._name(source.slots), self._name(source.patches)
+            return f"dots of {slots} (slots) and {patches} (patches), scale {source.scale:.4g}, {heads}"
+        if isinstance(source, Output):
+            what = "logits" if self._kind == "logits" else "probabilities, renormalized and logged"
+            return f"output of {self._name(source.module)}: {what}"
+        return f"your own {type(source).__name__}: {self._kind}"
+
+    def _name(self, module: nn.Module) -> str:
+        return f"`{self._names.get(id(module)) or type(module).__name__}`"
+
+
+def _covered(source: Dots | Output) -> nn.Module:
+    """Return the module whose call is one clip."""
+    if isinstance(source, Dots):
+        return source.covers
+    return source.module if source.covers is None else source.covers
+
+
+def _tap(source: Dots | Output) -> LogitTap | OutputTap:
+    if isinstance(source, Output):
+        return OutputTap(source.module, source.select, host=_covered(source))
+    return LogitTap(
+        source.slots,
+        source.patches,
+        source.scale,
+        heads=source.heads,
+        head_softmax=source.head_softmax,
+        frames_in_key=source.frames_in_key,
+        host=source.covers,
+    )
+
+
+def _log(probs: Tensor) -> Tensor:
+    """Probabilities (B, T, S, ...) as logits; the gradient of a probability of 0 is 0."""
+    with no_autocast(probs):
+        probs = at_least_float32(probs)
+        probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
+        return probs.clamp_min(TINY).log()
+
+
+def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
+    if maps.dim() == 5:
+        if size is not None and tuple(maps.shape[3:]) != size:
+            raise ValueError(f"`grid` must be that of `{name}`, {tuple(maps.shape[3:])}; got {size}.")
+        return maps
+    num_patches = maps.shape[3]
+    height, width = (isqrt(num_patches),) * 2 if size is None else size
+    if height * width == num_patches:
+        return maps.reshape(*maps.shape[:3], height, width)
+    if size is None:
+        return maps
+    raise ValueError(f"`grid` must have the N={num_patches} patches of `{name}`; got {size}.")
+
+
+def _problem(enc: Tensor, dec: Tensor, given: Tensor, kind: DecKind) -> str | None:
+    """Say what is wrong with a decoder map that is not what it was said to be."""
+    sums = given.float().sum(2)
+    if kind == "probs" and (given < 0).any():
+        return "`dec_kind` must be 'logits' for this `dec`; got 'probs', but the map has negative values."
+    if kind == "logits" and given.shape[2] > 1 and (given >= 0).all() and ((sums - 1).abs() < 1e-2).all():
+        return "`dec_kind` must be 'probs' for this `dec`; got 'logits', but the map sums to 1 over slots."
+    if enc.shape != dec.shape:
+        return None
+    enc, dec = (at_least_float32(one).softmax(2) for one in (enc, dec))
+    spread = (enc.amax(2) - enc.amin(2)).max()
+    # up to what half precision costs
+    if (enc - dec).abs().max() <= 0.02 * spread and spread > 1e-6:
+        return (
+            "`dec` must be a map of the decoder; got the encoder's own: both have the same probabilities, so neither "
+            "has anything to learn."
+        )
+    return None

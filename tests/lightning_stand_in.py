@@ -1,0 +1,45 @@
+"""As much of ``lightning`` as a training needs, where it is not installed: the order of calls is Lightning's."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LightningModule(nn.Module):
+    """What a module of a user inherits."""
+
+    global_step = 0
+
+    def log(self, name: str, value: Any) -> None:
+        """Keep the last value."""
+        self.logged = {name: float(value)}
+
+
+class Trainer:
+    """Fits as Lightning does: ``on_fit_start``, a sanity validation, training, and a validation after an epoch."""
+
+    def __init__(self, *, max_epochs: int, accumulate_grad_batches: int = 1, **_: Any) -> None:
+        self.max_epochs, self.accumulate = max_epochs, accumulate_grad_batches
+
+    def fit(self, model: Any, train_dataloaders: Iterable[Any], val_dataloaders: Iterable[Any]) -> None:
+        """Train the module."""
+        optimizer = model.configure_optimizers()
+        model.on_fit_start()
+        self._validate(model, val_dataloaders)
+        for _ in range(self.max_epochs):
+            for index, batch in enumerate(train_dataloaders):
+                (model.train().training_step(batch) / self.accumulate).backward()
+                if (index + 1) % self.accumulate == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    model.global_step += 1
+            self._validate(model, val_dataloaders)
+        model.on_fit_end()
+
+    @torch.no_grad()
+    def _validate(self, model: Any, batches: Iterable[Any]) -> None:
+        model.eval()
+        for batch in batches:
+            model.validation_step(batch)

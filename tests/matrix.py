@@ -1,0 +1,227 @@
+"""Which versions the suite passes on: one run is one row of the table in README.md, beside this file.
+
+``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package;
+``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the
+run; a row of the same Python and torch, up to patches, is replaced. Without either the table is written again from
+versions.json.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+START = "<!-- versions: python -m tests.matrix -->"
+END = "<!-- end of versions -->"
+# the mark of a test, and the column it counts in; the first that it has
+COLUMNS = {"kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
+# from best to worst: of a test's setup, call and teardown the worst counts
+OUTCOMES = ("passed", "skipped", "untested", "failed")
+
+
+class Recorder:
+    """A plugin of pytest: how every test ended, and in which column it counts."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, tuple[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note a setup, a call or a teardown."""
+        column = next(name for mark, name in COLUMNS.items() if not mark or mark in report.keywords)
+        self._note(report.nodeid, column, outcome(report))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Note a file that could not be imported, as one test."""
+        if report.failed:
+            self._note(report.nodeid, "eager", "failed")
+
+    def _note(self, test: str, column: str, end: str) -> None:
+        _, before = self.ends.get(test, (column, end))
+        self.ends[test] = column, max(before, end, key=OUTCOMES.index)
+
+    def row(self) -> Row:
+        """Return the counts by column, and the names of what failed."""
+        counts = Counter(self.ends.values())
+        return {column: {end: counts[column, end] for end in OUTCOMES} for column in sorted(COLUMNS.values())} | {
+            "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed")
+        }
+
+
+def outcome(report: Any) -> str:
+    """Tell how a part of a test ended; what is skipped as it needs what is not there is untested."""
+    if report.skipped and isinstance(report.longrepr, tuple | list):
+        return "untested" if str(report.longrepr[2]).startswith("Skipped: needs ") else "skipped"
+    return str(report.outcome)
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, without what says how it was built."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def record(out: Path, arguments: Sequence[str]) -> int:
+    """Run pytest in this process, and write what ran; return pytest's exit status."""
+    import pytest
+
+    if installed("ssync-loss") is None:
+        # tests of the package as a stranger has it
+        print(f"{sys.executable} lacks the package: -m pip install --no-deps -e .", file=sys.stderr)
+        return 4
+    recorder = Recorder()
+    status = int(pytest.main(list(arguments), plugins=[recorder]))
+    versions = {"python": platform.python_version()} | {name: installed(name) for name in ("torch", "triton")}
+    out.write_text(json.dumps(versions | recorder.row()), encoding="utf-8")
+    return status
+
+
+def measured(python: str, root: Path, *arguments: str) -> Row:
+    """Run the tests of a folder with an interpreter, and return the row.
+
+    Raises:
+        ValueError: if they were not run to their end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        # warnings are those of other versions, and fail no test
+        command = [python, __file__, "--record", str(out), "--", "-q", "-W", "default", "-p", "no:cacheprovider"]
+        command += ["--continue-on-collection-errors"]
+        status = subprocess.run([*command, *arguments], cwd=root, check=False).returncode
+        # 1: some failed
+        if status not in (0, 1) or not out.exists():
+            raise ValueError(f"no row: pytest with {python} ended with exit status {status}.")
+        row: Row = json.loads(out.read_text(encoding="utf-8"))
+    return {"date": date.today().isoformat(), "commit": commit(root)} | row
+
+
+def commit(root: Path) -> str:
+    """Return the commit that is checked out; a + says that files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    # what this command writes is no change of what it runs
+    own = [f":!{path.relative_to(ROOT).as_posix()}" for path in (HERE / "versions.json", HERE / "README.md")]
+    return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "--", ".", *own))
+
+
+def environment(python: str, torch: str, folder: Path) -> str:
+    """Make an environment with a version of torch and the newest of all else, and return its interpreter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pin = folder / "constraints.txt"
+    pin.write_text(f"torch=={torch}\n", encoding="utf-8")
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    made = str(folder / "bin" / "python")
+    subprocess.run([made, "-m", "pip", "install", "-q", "-c", str(pin), "-e", f"{ROOT}[test]"], check=True)
+    return made
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version.
+
+    >>> numbers("2.14.1")
+    (2, 14)
+    """
+    return tuple(int(one) for one in text.split(".")[:2])
+
+
+def key(row: Row) -> tuple[tuple[int, ...], ...]:
+    """Return what a row is of, by which rows are in order: torch and Python, up to patches."""
+    return numbers(row["torch"]), numbers(row["python"])
+
+
+def replaced(rows: Sequence[Row], row: Row) -> list[Row]:
+    """Return rows with one more, or another in its place."""
+    return sorted([*(one for one in rows if key(one) != key(row)), row], key=key)
+
+
+def cell(counts: dict[str, int]) -> str:
+    """Write counts, failures first, and only those there are.
+
+    >>> cell({"passed": 1200, "skipped": 3, "untested": 0, "failed": 1})
+    '**1 failed**, 1,200 passed, 3 skipped'
+    """
+    said = {end: f"{counts[end]:,} {end}" for end in ("failed", "passed", "skipped", "untested") if counts[end]}
+    return ", ".join(f"**{text}**" if end == "failed" else text for end, text in said.items()) or "none"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Write rows as Markdown, and below them what failed."""
+    columns = list(COLUMNS.values())[::-1]
+    lines = [f"| Python | torch | Triton | {' | '.join(columns)} | run |", "|---" * (4 + len(columns)) + "|"]
+    for row in rows:
+        versions = [row["python"], row["torch"], row["triton"] or "none"]
+        cells = [*versions, *(cell(row[column]) for column in columns), f"{row['date']}, {row['commit']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for row in rows:
+        if row["failures"]:
+            lines += ["", f"Failed with Python {row['python']}, torch {row['torch']}:", ""]
+            lines += [f"- `{test}`" for test in row["failures"]]
+    return "\n".join(lines)
+
+
+def between_markers(text: str, content: str) -> str:
+    """Replace what stands between the markers of a text.
+
+    Raises:
+        ValueError: if it has not both, once.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"README.md must have one line {START!r} and after it one line {END!r}.")
+    before, rest = text.split(START)
+    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def load(folder: Path) -> list[Row]:
+    """Read the rows there are."""
+    rows: list[Row] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def save(folder: Path, rows: Sequence[Row]) -> None:
+    """Write rows and their table."""
+    page = folder / "README.md"
+    text = between_markers(page.read_text(encoding="utf-8"), table(rows))
+    (folder / "versions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("--python", help="an interpreter; with --torch, what the environment is made of")
+    parser.add_argument("--torch", help="make an environment with this version of torch, in runs/")
+    parser.add_argument("--processes", type=int, default=1, help="processes to test in")
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.record:
+        return record(options.record, options.rest)
+    python = options.python
+    if options.torch:
+        name = f"torch-{options.torch}-{Path(python or sys.executable).resolve().name}"
+        python = environment(python or sys.executable, options.torch, ROOT / "runs" / "versions" / name)
+    rows = load(HERE)
+    if python:
+        several = ["-n", str(options.processes), "--dist", "loadfile"] if options.processes > 1 else []
+        rows = replaced(rows, measured(python, ROOT, *several))
+    save(HERE, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""SlotContrast and its forks in small: a package with ``models``, ``losses`` and ``train``, as theirs."""
