@@ -71,8 +71,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
-    What a checkpoint computes again is not asked again (a reentrant one computes first without gradients: that asks
-    nothing). A question counts a clip unless its features are constant or it has no valid patch, and counts itself if
+    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled; a reentrant one
+    computes first without gradients, and asks nothing. A question counts a clip unless its features are constant or it has no valid patch, and counts itself if
     it counts a clip; one whose mean is not finite is left out whole. It comes before the loss of its own step. The
     criterion's schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
 
