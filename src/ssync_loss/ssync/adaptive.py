@@ -72,9 +72,10 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
     What an activation checkpoint computes again is not asked again, unless the loss in it is compiled; a reentrant one
-    computes first without gradients, and asks nothing. A question counts a clip unless its features are constant or it has no valid patch, and counts itself if
-    it counts a clip; one whose mean is not finite is left out whole. It comes before the loss of its own step. The
-    criterion's schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
+    computes first without gradients, and asks nothing. A question counts a clip unless its features are constant or it
+    has no valid patch, and counts itself if it counts a clip; one whose mean is not finite is left out whole. It comes
+    before the loss of its own step. The criterion's schedule goes on meanwhile: a ramp begins at ``start_step``, not
+    when listening ends.
 
     With an initialized process group a question is one all-reduce of three numbers, which all ranks must make, so that
     all are at one level; the loss remains that of each rank. Levels are tensors: nothing is read on the host, and all
