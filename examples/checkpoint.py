@@ -11,6 +11,8 @@ from examples.files import written_whole
 from examples.slot_model import SlotModel
 from torch import Tensor, nn
 
+from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+
 PARTS = ("settings", "model", "optimizer", "scheduler")
 
 
@@ -49,6 +51,14 @@ class Settings:
         """The step at which the loss is switched on."""
         return round(self.start_fraction * self.steps)
 
+    def criterion(self) -> SSyncLoss:
+        """Make the loss of a run."""
+        return SSyncLoss(merge_threshold=self.threshold, start_step=self.start_step)
+
+    def adaptive(self) -> AdaptiveSSyncLoss:
+        """Make the loss that asks; in a short run it listens for no more than a quarter of its steps."""
+        return AdaptiveSSyncLoss(self.criterion(), warmup=min(50, (self.steps - self.start_step) // 4))
+
 
 @dataclass
 class TrainingState:
@@ -58,6 +68,7 @@ class TrainingState:
 
     Attributes:
         alignment: dense alignment with its projections, in the run that trains with it.
+        adaptive: the loss that asks, with what it has learned, likewise.
         times: seconds that every step took.
         history: losses of every step.
     """
@@ -71,6 +82,7 @@ class TrainingState:
     step: int = 0
     times: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+    adaptive: AdaptiveSSyncLoss | None = None
 
     @classmethod
     def fresh(cls, settings: Settings, seed: int, *, dense: bool = False) -> "TrainingState":
@@ -92,6 +104,7 @@ class TrainingState:
             "seed": self.seed,
             "model": self.model.state_dict(),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
+            "adaptive": None if self.adaptive is None else self.adaptive.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -158,6 +171,9 @@ class TrainingState:
         self.model.load_state_dict(content["model"])
         if self.alignment is not None:
             self.alignment.load_state_dict(content["alignment"])
+        if content.get("adaptive") is not None:
+            self.adaptive = self.settings.adaptive()
+            self.adaptive.load_state_dict(content["adaptive"])
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.scheduler.load_state_dict(rates)
         torch.set_rng_state(content["rng"])

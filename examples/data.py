@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from examples.clips import load_clips, shown
-from examples.evaluation import EvaluationSet
+from examples.evaluation import Asked, EvaluationSet
 from examples.features import FrozenFeatures
 from examples.moving_objects import SPEED, moving_objects
 from torch import Tensor
@@ -15,23 +15,25 @@ DESCRIPTION = f"moving objects, seed {TRAIN_SEED}"
 
 
 class Data(NamedTuple):
-    """Training features, and the clips that the premise and the scores are taken from."""
+    """Training features, the clips that the premise is asked of, and those that are scored.
+
+    The premise is asked of clips that are trained on, where the loss acts, and of fresh ones of other videos, if there
+    are any.
+    """
 
     description: str
     features: Tensor
-    premise: EvaluationSet
+    trained: Asked
+    fresh: Asked | None
     test: EvaluationSet
 
 
 def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
     """Make the moving objects: three sets from three seeds."""
     features, featurize = training_clips(num_train)
-    return Data(
-        DESCRIPTION,
-        features,
-        held_out(featurize, num_premise, seed=PREMISE_SEED),
-        held_out(featurize, num_test, seed=TEST_SEED),
-    )
+    fresh = held_out(featurize, num_premise, seed=PREMISE_SEED)
+    test = held_out(featurize, num_test, seed=TEST_SEED)
+    return Data(DESCRIPTION, features, Asked(features[:num_premise]), Asked(fresh.features), test)
 
 
 def training_clips(num_clips: int, *, speed: float = SPEED) -> tuple[Tensor, FrozenFeatures]:
@@ -49,14 +51,35 @@ def held_out(
     return EvaluationSet(clips.video, featurize(clips.video), clips.ids)
 
 
-def read_data(directory: Path, *, match: str, stride: int, num_test: int) -> Data:
-    """Read the user's clips; without ground truth they are trained on and looked at."""
+def read_data(directory: Path, *, match: str, stride: int, num_premise: int, num_test: int) -> Data:
+    """Read the user's clips; without ground truth they are trained on and looked at.
+
+    Every fifth video is kept fresh, or the last one of fewer: none of its clips are trained on. One video is not split.
+    """
     video, sources, skipped = load_clips(directory, match=match, stride=stride)
-    features = FrozenFeatures().fit(video)(video)
-    spread = torch.linspace(0, len(video) - 1, min(num_test, len(video))).round().long()
-    looked_at = EvaluationSet(video[spread], features[spread], None)
+    names = list(dict.fromkeys(sources))
+    groups = torch.tensor([names.index(one) for one in sources])
+    kept = groups % 5 == min(len(names), 5) - 1
+    if len(names) == 1:
+        kept = torch.zeros_like(kept)
+    featurize = FrozenFeatures().fit(video[~kept])
+    features, fresh = featurize(video[~kept]), None
+    spread = _spread(num_test, len(features))
+    looked_at = EvaluationSet(video[~kept][spread], features[spread], None)
+    asked = _spread(num_premise, len(features))
+    trained = Asked(features[asked], groups[~kept][asked])
+    if kept.any():
+        asked = _spread(num_premise, int(kept.sum()))
+        fresh = Asked(featurize(video[kept][asked]), groups[kept][asked])
     where = shown(directory)
     print(*skipped.lines(), sep="\n", end="\n" if skipped else "")
     left_out = f"; {len(skipped)} skipped" if skipped else ""
     print(f"{len(video)} clips of {video.shape[1]} frames from {len(set(sources))} videos in {where}{left_out}")
-    return Data(f"{where}, {match}, stride {stride}", features, looked_at, looked_at)
+    if kept.any():
+        print(f"{int(kept.sum())} clips from {len(groups[kept].unique())} of them are kept fresh, for the premise")
+    return Data(f"{where}, {match}, stride {stride}", features, trained, fresh, looked_at)
+
+
+def _spread(number: int, of: int) -> Tensor:
+    """Choose so many of all clips, evenly; all of fewer."""
+    return torch.linspace(0, of - 1, min(number, of)).round().long()

@@ -1,6 +1,7 @@
 """What a trained model is asked: how good its masks are, and whether the premise of the loss holds."""
 
 from collections.abc import Callable
+from math import isnan
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,18 @@ class EvaluationSet(NamedTuple):
     video: Tensor
     features: Tensor
     ids: Tensor | None
+
+
+class Asked(NamedTuple):
+    """Clips that the premise is asked of.
+
+    Shape:
+        features: (B, T, D, h, w).
+        groups: (B,), the video of every clip, or None where each is one.
+    """
+
+    features: Tensor
+    groups: Tensor | None = None
 
 
 @torch.no_grad()
@@ -83,23 +96,26 @@ def evaluate(model: SlotModel, data: EvaluationSet, threshold: float | None) -> 
     }
 
 
-def ask_premise(model: SlotModel, data: EvaluationSet) -> Premise:
+def ask_premise(model: SlotModel, asked: Asked, threshold: float | None) -> Premise:
     """Ask whether SSync's premise holds for the model, of clips and without their ground truth."""
-    enc, dec = maps_of(model, data.features)
-    return premise(enc, dec, data.features)
+    enc, dec = maps_of(model, asked.features)
+    return premise(enc, dec, asked.features, merge_threshold=threshold, groups=asked.groups)
 
 
-def premise_summary(verdict: Premise) -> dict[str, float]:
-    """Reduce a verdict to means over clips, with the standard error of the margin."""
-    means = {
-        name: values.double().mean().item()
-        for name, values in verdict._asdict().items()
-        if name not in {"holds", "measured"}
-    }
-    error = verdict.margin.std().item() / len(verdict.margin) ** 0.5 if len(verdict.margin) > 1 else 0.0
+def premise_summary(verdict: Premise) -> dict[str, Any]:
+    """Reduce a verdict to means over clips, with the standard errors of both margins over videos."""
+    summary: dict[str, Any] = {}
+    for name, values in verdict._asdict().items():
+        if name not in {"holds", "measured", "groups"}:
+            mean = verdict.over_clips(values)
+            summary[name] = mean.value
+            if name.endswith("margin"):
+                summary[f"{name}_standard_error"] = 0.0 if isnan(mean.error) else mean.error
+    mean = verdict.over_clips(verdict.margin)
     return {
-        **means,
-        "margin_standard_error": error,
-        "num_clips": len(verdict.margin),
+        **summary,
+        "num_clips": mean.num_clips,
+        "num_videos": mean.num_videos,
         "holds": bool(verdict.holds),
+        "verdict": verdict.verdict(),
     }

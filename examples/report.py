@@ -24,6 +24,7 @@ RUN_NAMES = {
     "shared": "shared part only",
     "baseline": "own losses",
     "ssync": "+ SSync",
+    "adaptive": "+ SSync, adaptive",
     "dense": "+ dense alignment (SRL)",
 }
 # title, score, digits
@@ -48,10 +49,15 @@ COLUMNS_WITHOUT_TRUTH = (
 TIME_COLUMN = ("ms per step", "step_ms", 1)
 HISTORY_WINDOW = 50
 FIGURE_CLIPS, SCALE = 3, 2
+VERDICTS = {"holds": "holds", "fails": "does not hold", "cannot tell": "cannot tell"}
 # what a file of results must hold
 NUMBER = (int, float)
 DENSE = dict.fromkeys(("weight", "start_step", "group_frames", "top_k", "redundancy_weight", "redundancy_end"), NUMBER)
 PREMISE: Fields = {"holds": bool, **dict.fromkeys(("margin", "margin_standard_error", "num_clips"), NUMBER)}
+MERGED_PREMISE: Fields = {
+    "verdict": str,
+    **dict.fromkeys(("merged_margin", "merged_margin_standard_error", "num_videos"), NUMBER),
+}
 RUN: Fields = {"step": int, "seconds": NUMBER, "scores": dict, "history": list, "step_ms": (*NUMBER, type(None))}
 
 
@@ -97,11 +103,16 @@ class Run:
 
 @dataclass
 class SeedReport:
-    """The runs of one seed, and what the premise was when the loss was about to start."""
+    """The runs of one seed, and what the premise was when the loss was about to start.
+
+    It is that of clips that are trained on, and of ``fresh`` ones. Files from before both were asked hold fresh ones
+    as ``premise``, without a merged margin, and only for clips of the user those trained on.
+    """
 
     seed: int
-    premise: dict[str, float] | None = None
+    premise: dict[str, Any] | None = None
     runs: dict[str, Run] = field(default_factory=dict)
+    fresh: dict[str, Any] | None = None
 
 
 @dataclass
@@ -134,17 +145,21 @@ class Report:
             ValueError: if it is another file; it names the file and what was found.
         """
         content = read_json(path)
-        parts = {"settings": dict, "machine": dict, "complete": bool, "seeds": list}
-        check_fields(content, parts, f"{path}, a file of results,")
+        whole = {"settings": dict, "machine": dict, "complete": bool, "seeds": list}
+        check_fields(content, whole, f"{path}, a file of results,")
         check_origin(content["settings"], content["machine"], f"{path}")
         if "dense" in content["settings"]:
             check_fields(content["settings"]["dense"], DENSE, f"{path}: `settings.dense`", more=True)
         seeds = []
         for place, seed in enumerate(content["seeds"]):
             where = f"{path}: `seeds[{place}]`"
-            check_fields(seed, {"seed": int, "premise": (dict, type(None)), "runs": dict}, where)
-            if seed["premise"] is not None:
-                check_fields(seed["premise"], PREMISE, f"{where}: `premise`", more=True)
+            parts: Fields = {"seed": int, "premise": (dict, type(None)), "runs": dict, "fresh": (dict, type(None))}
+            check_fields(seed, parts, where, optional=["fresh"])
+            for name in ("premise", "fresh"):
+                found = seed.get(name)
+                if found is not None:
+                    merged = MERGED_PREMISE if name == "fresh" or "merged_margin" in found else {}
+                    check_fields(found, {**PREMISE, **merged}, f"{where}: `{name}`", more=True)
             check_fields(seed["runs"], dict.fromkeys(RUN_NAMES, dict), f"{where}: `runs`", optional=RUN_NAMES)
             for name, run in seed["runs"].items():
                 check_fields(run, RUN, f"{where}: `runs.{name}`", optional=["step_ms"])
@@ -180,11 +195,12 @@ def table(report: Report) -> str:
         unfinished = "" if steps == [_last_step(report, name)] else f" (step {', '.join(map(str, steps))})"
         cells = [mean_sd([run.value(key) for run in runs], digits) for _, key, digits in columns]
         rows.append([RUN_NAMES[name] + unfinished, *cells])
-    for name in ("ssync", "dense"):
+    compared = [name for name in ("ssync", "adaptive", "dense") if name in names]
+    for name in compared:
         paired = [seed for seed in report.seeds if {"baseline", name} <= seed.runs.keys()]
         if not paired:
             continue
-        title = f"{RUN_NAMES[name]}: difference" if "dense" in names else "difference"
+        title = f"{RUN_NAMES[name]}: difference" if len(compared) > 1 else "difference"
         gains = {key: [_gain(seed, name, key) for seed in paired] for _, key, _ in columns}
         rows.append([title, *(mean_sd(gains[key], digits, sign="+") for _, key, digits in columns)])
         if len(paired) > 1:
@@ -242,15 +258,28 @@ def _threads(number: int) -> str:
 
 
 def _premise_lines(report: Report) -> list[str]:
-    def line(seed: int, premise: dict[str, float]) -> str:
-        verb = "holds" if premise["holds"] else "does not hold"
-        margin = f"{premise['margin']:+.3f} ± {premise['margin_standard_error']:.3f}"
+    def margin(premise: dict[str, Any], name: str) -> str:
+        return f"{name.replace('_', ' ')} {premise[name]:+.3f} ± {premise[f'{name}_standard_error']:.3f}"
+
+    def line(seed: int, premise: dict[str, Any], whose: str) -> str:
+        verdict = premise.get("verdict", "holds" if premise["holds"] else "fails")
+        verb = VERDICTS.get(verdict, verdict)
+        margins = [margin(premise, name) for name in ("margin", "merged_margin") if name in premise]
+        clips = f"{premise['num_clips']} {whose}clips"
+        videos = premise.get("num_videos", premise["num_clips"])
+        of = "" if videos == premise["num_clips"] else f" of {videos} videos"
         return (
             f"Premise at step {report.settings['start_step']}, seed {seed}: {verb}, "
-            f"margin {margin} (standard error over {premise['num_clips']} clips)."
+            f"{', '.join(margins)} (standard error over {clips}{of})."
         )
 
-    return [line(seed.seed, seed.premise) for seed in report.seeds if seed.premise is not None]
+    lines = []
+    for seed in report.seeds:
+        if seed.premise is not None:
+            lines.append(line(seed.seed, seed.premise, "training " if "merged_margin" in seed.premise else ""))
+        if seed.fresh is not None:
+            lines.append(line(seed.seed, seed.fresh, "fresh "))
+    return lines
 
 
 def _time_lines(report: Report) -> list[str]:

@@ -4,10 +4,12 @@
     python examples/train_moving_objects.py --seeds 0 1 2      # mean ± sd over three
     python examples/train_moving_objects.py --clips my_videos  # your own mp4 files or folders of frames
     python examples/train_moving_objects.py --compare dense    # a third run, with dense alignment; takes its time
+    python examples/train_moving_objects.py --compare adaptive # a third run, that asks which form of SSync it may use
     python examples/train_moving_objects.py --table runs/moving_objects/results.json
 
 Both runs share the first 30 % of the steps: the same weights, optimizer state and order of the data. Then one
 goes on with the model's own losses, reconstruction and slot contrast, and the other with `SSyncLoss` added.
+With `--compare adaptive` a third run branches off, too, with `AdaptiveSSyncLoss`.
 With `--compare dense` a third run adds what SSync replaces. It begins at the first step, as its terms do, and shares
 the weights that the seed gives and the order of the data.
 Ctrl-C stops after the current step and keeps what was trained; `--resume` goes on from there.
@@ -38,11 +40,11 @@ from examples.files import must_be_ours, must_be_writable
 from examples.report import Report, Run, SeedReport, save_figure, table
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 
-from ssync_loss import SSyncLoss
+from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 from ssync_loss.diagnostics import report as premise_report
 
 SAVE_EVERY = 100
-STAGES = ("shared", "baseline", "ssync", "dense")
+STAGES = ("shared", "baseline", "ssync")
 CHECKPOINT_BYTES = 2_000_000
 
 
@@ -63,9 +65,10 @@ def compute_losses(
     *,
     contrast_weight: float,
     criterion: SSyncLoss | None,
+    adaptive: AdaptiveSSyncLoss | None = None,
     alignment: DenseAlignment | None = None,
 ) -> Losses:
-    """Compute the losses of a batch: the model's own two, and SSync or dense alignment where it is given."""
+    """Compute the losses of a batch: the model's own two, and SSync or what it is compared with where it is given."""
     output: SlotOutput = model(features)
     reconstruction = reconstruction_loss(output, features)
     contrast = slot_contrast_loss(output.slots)
@@ -75,6 +78,10 @@ def compute_losses(
         # ------------------------------- the one line -------------------------------
         loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
         # -----------------------------------------------------------------------------
+
+    if adaptive is not None:
+        # the same, but that it asks the features
+        loss = loss + adaptive(output.enc_logits, output.dec_logits, features, step=step)
 
     ssync = (loss - own).detach()
     dense: Tensor | None = None
@@ -108,6 +115,7 @@ def train(
                 state.step,
                 contrast_weight=settings.contrast_weight,
                 criterion=criterion,
+                adaptive=state.adaptive,
                 alignment=state.alignment,
             )
             state.optimizer.zero_grad()
@@ -152,7 +160,7 @@ def train_one_seed(
 
     When stopped, report what there is.
     """
-    criterion = SSyncLoss(merge_threshold=settings.threshold, start_step=settings.start_step)
+    criterion = settings.criterion()
     report = SeedReport(seed)
 
     def run(stage: str, start: Path | None, criterion: SSyncLoss | None, until: int) -> TrainingState:
@@ -163,6 +171,8 @@ def train_one_seed(
             state = TrainingState.load(start, settings, seed)
         else:
             state = TrainingState.fresh(settings, seed, dense=stage == "dense")
+        if stage == "adaptive" and state.adaptive is None:
+            state.adaptive = settings.adaptive()
         title = f"seed {seed}, {stage}"
         train(
             state,
@@ -173,6 +183,8 @@ def train_one_seed(
             stop=stop,
             title=title,
         )
+        if state.adaptive is not None:
+            print(f"{title}: {state.adaptive.describe()}")
         return state
 
     # before its start step the criterion is exactly zero: this part belongs to both runs
@@ -180,15 +192,22 @@ def train_one_seed(
     if stop.is_set():
         report.runs["shared"] = Run.of(shared, evaluate(shared.model, data.test, settings.threshold))
         return report
-    verdict = ask_premise(shared.model, data.premise)
-    print(f"\n{premise_report(verdict)}\n")
-    report.premise = premise_summary(verdict)
+    # of the clips trained on, where the loss acts; fresh ones tell whether those are known by heart
+    trained, fresh = (
+        None if asked is None else ask_premise(shared.model, asked, settings.threshold)
+        for asked in (data.trained, data.fresh)
+    )
+    assert trained is not None
+    print(f"\n{premise_report(trained, fresh=fresh)}\n")
+    report.premise = premise_summary(trained)
+    report.fresh = None if fresh is None else premise_summary(fresh)
 
     branching = checkpoint_path(checkpoints, seed, "shared")
     stages: list[tuple[str, Path | None, SSyncLoss | None]]
     stages = [("baseline", branching, None), ("ssync", branching, criterion)]
-    if compare == "dense":
-        stages.append(("dense", None, None))
+    if compare is not None:
+        # dense alignment begins at the first step
+        stages.append((compare, branching if compare == "adaptive" else None, None))
     for stage, start, line in stages:
         state = run(stage, start, line, settings.steps)
         report.runs[stage] = Run.of(state, evaluate(state.model, data.test, settings.threshold))
@@ -198,7 +217,7 @@ def train_one_seed(
 
 
 def checkpoint_path(checkpoints: Path, seed: int, stage: str) -> Path:
-    """Name the checkpoint of a seed's shared part, baseline, ssync or dense run."""
+    """Name the checkpoint of a seed's shared part, or of one of its runs."""
     return checkpoints / f"seed{seed}_{stage}.pt"
 
 
@@ -213,7 +232,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threshold", type=float, default=0.6, action=Bounded, rules=[within(0, 1)], help="merge threshold of the loss"
     )
-    add("--compare", choices=["dense"], help="a third run, with dense alignment (SRL): several times as long")
+    third = "a third run: with the adaptive loss, or with dense alignment (SRL), several times as long"
+    add("--compare", choices=["adaptive", "dense"], help=third)
     add("--clips", type=Path, help="your own videos or folders of frames instead of the moving objects")
     add("--match", default="*", help="with --clips: pattern for the names of videos and folders")
     every = "with --clips: take every n-th frame"
@@ -233,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with explained():
             print(table(Report.load(options.table)))
         return 0
-    stages = STAGES[: None if options.compare else -1]
+    stages = STAGES if options.compare is None else (*STAGES, options.compare)
     with explained():
         look_into(options.out, resume=options.resume, num_checkpoints=len(stages) * len(options.seeds))
     torch.set_num_threads(options.threads)
@@ -245,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = make_data(num_train=num_train, num_premise=num_held_out, num_test=num_test)
     else:
         with explained():
-            data = read_data(options.clips, match=options.match, stride=options.stride, num_test=num_test)
+            data = read_data(
+                options.clips, match=options.match, stride=options.stride, num_premise=num_held_out, num_test=num_test
+            )
     settings = Settings(
         data=data.description,
         num_clips=len(data.features),

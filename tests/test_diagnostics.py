@@ -1,6 +1,7 @@
 """Statistics by hand and against loops, the verdict on maps whose answer is known, and its words."""
 
 import math
+import pickle
 from collections import Counter
 from itertools import product
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
@@ -23,6 +24,7 @@ from ssync_loss.diagnostics import (
     agreement,
     edge_alignment,
     explained_variance,
+    memorization,
     pool,
     premise,
     report,
@@ -33,10 +35,13 @@ from ssync_loss.functional import pseudo_labels
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.testing import (
     SSyncCase,
+    decidable_clips,
     label_videos,
     poison,
     reference_hard_labels,
+    reference_pseudo_labels,
     ssync_cases,
+    thresholds,
     valid_masks,
 )
 
@@ -195,6 +200,25 @@ def test_channels_are_summed_over_blocks_of_any_number(channels: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("kind", ["plain", "common mean", "outlier", "large", "small"])
+def test_products_in_single_precision_are_good_to_six_digits(dtype: torch.dtype, off: float, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (2, 4, 24, 24), generator=generator)
+    features = torch.randn(2, 4, 70, 24, 24, generator=generator, dtype=torch.float64)
+    features = features + 0.1 * labels.unsqueeze(2)
+    if kind == "common mean":
+        features = features + 100 * torch.randn(2, 1, 70, 1, 1, generator=generator)
+    elif kind == "outlier":
+        # what stands first is what all others are compared with
+        features[:, 0, :, 0, 0] *= 30
+    features = (features * {"large": 1e25, "small": 1e-25}.get(kind, 1.0)).to(dtype)
+    valid = torch.rand(labels.shape, generator=generator) < 0.9
+    valid[:, 0, 0, 0] = True
+    wanted = slow_explained(features, labels, valid)
+    assert explained_variance(features, labels, num_slots=4, valid=valid).tolist() == pytest.approx(wanted, abs=off)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_features_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> None:
     labels = torch.randint(4, (2, 2, 4, 5), generator=torch.Generator().manual_seed(0))
@@ -253,6 +277,31 @@ def test_premise_equals_loops(case: SSyncCase, seed: int) -> None:
 
 
 @few
+@given(ssync_cases(), SEEDS, thresholds(tied=False))
+def test_the_merged_margin_equals_loops(case: SSyncCase, seed: int, threshold: float | None) -> None:
+    masks: dict[str, Any] = {"valid": case.valid, "slot_mask": case.slot_mask}
+    assume(decidable_clips(case.enc_logits, merge_threshold=threshold, dyadic=True, **masks).all())
+    labels = reference_pseudo_labels(case.enc_logits, case.dec_logits, merge_threshold=threshold, **masks)
+    features = features_of(labels.enc_labels, seed)
+    actual = premise(case.enc_logits, case.dec_logits, features, merge_threshold=threshold, **masks)
+    valid = valid_of(labels.enc_labels, case.valid)
+    if case.slot_mask is not None:
+        valid = valid & case.slot_mask.any(1)[:, None, None, None]
+    explained = slow_explained(features, labels.enc_labels, valid)
+    assert actual.merged_explained is not None
+    assert actual.merged_margin is not None
+    assert actual.target_slots is not None
+    assert actual.merged_explained.tolist() == pytest.approx(explained, abs=1e-12)
+    assert torch.equal(actual.merged_margin, actual.merged_explained - actual.dec_explained)
+    in_use = [len(set(one[ok].tolist())) for one, ok in zip(labels.enc_labels, valid, strict=True)]
+    assert actual.target_slots.tolist() == in_use
+    plain = premise(case.enc_logits, case.dec_logits, features, **masks)
+    assert torch.equal(actual.margin, plain.margin)
+    if threshold is None:
+        assert torch.equal(actual.merged_margin, plain.margin)
+
+
+@few
 @given(ssync_cases(), SEEDS, st.sampled_from([math.nan, math.inf, 7.0]))
 def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value: float) -> None:
     enc, dec, valid, slot_mask = case
@@ -266,7 +315,7 @@ def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value
         valid=valid,
         slot_mask=slot_mask,
     )
-    for one, other in zip(before, after, strict=True):
+    for one, other in zip(before._asdict().values(), after._asdict().values(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -336,7 +385,7 @@ def test_premise_makes_no_graph_and_leaves_its_inputs_alone() -> None:
     before = [one.clone() for one in (sharp, blurred, features)]
     given_maps = [one.requires_grad_() for one in (sharp, blurred, features)]
     verdict = premise(*given_maps)
-    assert not any(value.requires_grad for value in verdict)
+    assert not any(value.requires_grad for value in verdict._asdict().values())
     assert all(torch.equal(one, two) for one, two in zip(before, given_maps, strict=True))
 
 
@@ -345,7 +394,7 @@ def test_pooled_batches_equal_one_batch() -> None:
     parts = [premise(sharp[i:j], blurred[i:j], features[i:j]) for i, j in ((0, 2), (2, 3), (3, 5))]
     pooled, whole = pool(parts), premise(sharp, blurred, features)
     assert type(pooled) is Premise
-    for one, other in zip(pooled, whole, strict=True):
+    for one, other in zip(pooled._asdict().values(), whole._asdict().values(), strict=True):
         assert torch.allclose(one.double(), other.double())
     assert torch.equal(pooled.holds, whole.holds)
 
@@ -359,13 +408,95 @@ def test_a_pool_is_judged_anew() -> None:
         pool([])
 
 
+def test_a_premise_of_an_earlier_version_is_read_pooled_and_reported() -> None:
+    features, sharp, blurred = blobs(0)
+    whole = premise(sharp, blurred, features, merge_threshold=0.6)
+    # so a pickle makes it
+    old = Premise.__new__(Premise, *whole[:12])
+    assert old.merged_margin is None
+    assert old.verdict() == whole.verdict() == "holds"
+    pooled = pool([old, whole])
+    for one, other in zip(pooled[:12], pool([whole, whole])[:12], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert pooled.target_slots is None
+    assert report(pooled).startswith("SSync's premise holds on these 8 clips")
+    assert pickle.loads(pickle.dumps(whole)).reasons() == ("encoder",)
+
+
+def test_standard_errors_count_videos() -> None:
+    features, sharp, blurred = blobs(0)
+    # nearly the same clip again and again says nothing new
+    apart = premise(sharp, blurred, features)
+    again = torch.arange(4).repeat(5)
+    named = premise(sharp[again], blurred[again], features[again], groups=again)
+    unnamed = premise(sharp[again], blurred[again], features[again])
+    errors = [one.over_clips(one.margin).error for one in (apart, named, unnamed)]
+    assert errors[1] == pytest.approx(errors[0])
+    assert errors[2] < errors[0] / 2
+    assert report(named).startswith("SSync's premise holds on these 20 clips of 4 videos: margin")
+    assert report(unnamed).startswith("SSync's premise holds on these 20 clips: margin")
+    # videos keep their names in a pool, and clips without one stand for themselves
+    pooled = pool([named, named, apart])
+    mean = pooled.over_clips(pooled.margin)
+    assert (mean.num_clips, mean.num_videos) == (44, 8)
+    one = premise(sharp, blurred, features, groups=torch.zeros(4, dtype=torch.int64))
+    assert (one.verdict(), one.reasons()) == ("cannot tell", ("one video",))
+    assert report(one).startswith("SSync's premise: cannot tell from these 4 clips of one video, margin")
+
+
+def test_merging_what_differs_is_told_from_a_bad_encoder() -> None:
+    features, sharp, blurred = blobs(0)
+    # the object and its ground are active in the same places
+    everywhere = sharp + 8 * torch.ones(12, 12).tril()
+    given_maps = everywhere, blurred, features
+    assert premise(*given_maps).verdict() == "holds"
+    bad = premise(*given_maps, merge_threshold=0.2)
+    assert bad.holds
+    assert bad.verdict() == "fails"
+    assert bad.reasons() == ("merging", "one slot")
+    text = report(bad)
+    assert text.startswith("SSync's premise does not hold on these 4 clips: merged margin -")
+    for words in ("leaves one slot", "Do not merge, or raise the threshold", "slots of the merged target"):
+        assert words in text
+    assert "expected to help" not in text
+    # nothing merges at the highest threshold
+    assert premise(*given_maps, merge_threshold=1.0).reasons() == ("encoder",)
+
+
+def test_constant_features_are_named() -> None:
+    _, sharp, blurred = blobs(0)
+    constant = premise(sharp, blurred, torch.full((4, 3, 8, 12, 12), 0.1))
+    assert constant.reasons() == ("unexplained", "undecided")
+    assert "are the features constant" in report(constant)
+
+
+def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
+    features, sharp, blurred = blobs(0)
+    trained, fresh = premise(blurred, sharp, features), premise(blurred, sharp, features.flip(0).roll(5, -1))
+    found = memorization(trained, fresh)
+    assert found.trained == pytest.approx(float(trained.dec_explained.mean()))
+    assert found.fresh == pytest.approx(float(fresh.dec_explained.mean()))
+    error = math.hypot(*(float(one.dec_explained.std()) / 2 for one in (trained, fresh)))
+    assert found.standard_error == pytest.approx(error)
+    assert found.is_alarming
+    text = report(trained, fresh=fresh)
+    assert text.startswith(report(trained).splitlines()[0])
+    assert f"explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones" in text
+    assert "has memorized them" in text
+    assert "memorized" not in report(trained, fresh=trained)
+    # of one clip nothing is sure
+    assert not memorization(premise(blurred[:1], sharp[:1], features[:1]), fresh).is_alarming
+
+
 def test_nothing_is_read_on_the_host() -> None:
     with FakeTensorMode():
         enc, dec = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 7, 9)
         valid, slot_mask = torch.rand(2, 3, 5, 6) > 0.2, torch.rand(2, 4) > 0.2
         features = torch.randn(2, 3, 70, 5, 6, dtype=torch.float16)
         verdict = premise(enc, dec, features, valid=valid, slot_mask=slot_mask)
-        assert [tuple(value.shape) for value in verdict] == [(2,)] * 11 + [()]
+        assert [tuple(value.shape) for value in verdict._asdict().values()] == [(2,)] * 11 + [()] + [(2,)] * 4
         assert premise(enc.softmax(2), dec.softmax(2), features, kind="probs").holds.shape == ()
         assert pool([verdict, verdict]).margin.shape == (4,)
         labels = pseudo_labels(enc, dec, valid=valid, slot_mask=slot_mask)
@@ -395,7 +526,7 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
     assert "feature variance explained" in text
     assert f"0.150 ± {0.05 / math.sqrt(3):.3f}" in text
     assert "one family of synthetic clips and one set of real ones" in text
-    assert "Take a whole, varied evaluation set" in text
+    assert "Ask the clips trained on, some 160 or more" in text
 
 
 @pytest.mark.parametrize(
@@ -482,6 +613,8 @@ PSEUDO = PseudoLabels(LABELS, LABELS, LABELS == 0, LABELS == 0, torch.zeros(2, 4
     [
         (premise, {"features": FEATURES.mT}, "`features` must have shape (B=2, T=3, D, H=5, W=6); got (2, 3, 7, 6, 5)"),
         (premise, {"features": FEATURES[:, :, :0]}, "`features` must have D >= 1; got D=0."),
+        (premise, {"groups": torch.zeros(3, dtype=torch.int64)}, "`groups` must have shape (B=2); got (3,)."),
+        (premise, {"merge_threshold": 1.5}, "`merge_threshold` must be within [0.0, 1.0]; got 1.5."),
         (explained_variance, {"labels": LABELS + 2}, "`labels` must lie within [0, 1]; got values from 2 to 2."),
         (explained_variance, {"num_slots": 0}, "`num_slots` must be at least 1; got 0."),
         (edge_alignment, {"valid": torch.ones(2, 4) > 0}, "`valid` must have shape (B=2, T=3); got (2, 4)."),
@@ -508,5 +641,7 @@ def test_other_things_are_refused_by_name(wrong: Any) -> None:
     kind = type(wrong).__name__
     refuses(TypeError, f"`labels` must be PseudoLabels; got {kind}.", summary, wrong)
     refuses(TypeError, f"`premise` must be Premise; got {kind}.", report, wrong)
+    refuses(TypeError, f"`trained` must be Premise; got {kind}.", memorization, wrong, verdict_of(0.5))
+    refuses(TypeError, f"`fresh` must be Premise; got {kind}.", memorization, verdict_of(0.5), wrong)
     refuses(TypeError, f"`parts` must be Premise; got {kind}.", pool, [verdict_of(0.5), wrong])
     refuses(TypeError, "`parts` must be Premise; got Tensor.", pool, verdict_of(0.5))

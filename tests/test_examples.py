@@ -341,10 +341,12 @@ def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path
     settings = Settings(data=data.description, num_clips=1500, slots=9, steps=1500, threshold=0.6)
     state = TrainingState.fresh(settings, seed=0)
     train(state, data.features, settings.start_step, tmp_path)
-    verdict = ask_premise(state.model, data.premise)
-    assert verdict.holds
-    # and not by a hair: over three seeds the example finds +0.06 to +0.09
-    assert verdict.margin.mean() > 0.01
+    assert data.fresh is not None
+    for asked in (data.trained, data.fresh):
+        verdict = ask_premise(state.model, asked, settings.threshold)
+        assert verdict.holds
+        # and not by a hair: over three seeds the example finds +0.06 to +0.09 on fresh clips
+        assert verdict.margin.mean() > 0.01
 
 
 def saved(out: Path, *stages: str) -> list[dict[str, Any]]:
@@ -399,8 +401,11 @@ class TestTheCommand:
         assert {"cpu", "torch", "commit", "date", "threads"} <= results["machine"].keys()
         assert results["settings"]["start_step"] == 3
         for seed in results["seeds"]:
-            assert seed["premise"]["num_clips"] == 8
-            assert isinstance(seed["premise"]["holds"], bool)
+            for premise in (seed["premise"], seed["fresh"]):
+                assert premise["num_clips"] == premise["num_videos"] == 8
+                assert isinstance(premise["holds"], bool)
+                assert all(math.isfinite(premise[name]) for name in ("margin", "merged_margin", "target_slots"))
+            assert seed["premise"] != seed["fresh"]
             for run in ("baseline", "ssync"):
                 assert seed["runs"][run]["step"] == 10
                 assert all(map(math.isfinite, seed["runs"][run]["scores"].values()))
@@ -559,6 +564,31 @@ class TestCompareDense:
         lines, cells = laid_out([(0.5, 40.0), (0.5, 42.0), (0.5, 160.0)], [(0.5, 40.0), (0.5, 42.0), (0.5, None)])
         assert sum(line.startswith("Median step") for line in lines) == 1
         assert cells["+ dense alignment (SRL)"][-1] == "-"
+
+
+def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out in (whole, cut):
+        shutil.copytree(finished, out)
+    arguments = [*QUICK, "--compare", "adaptive", "--resume", "--out"]
+    assert train_moving_objects.main([*arguments, str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert "seed 0, adaptive: {'margin':" in printed
+    assert "+ SSync, adaptive: difference" in printed
+    (baseline,), (adaptive,) = saved(whole, "baseline"), saved(whole, "adaptive")
+    assert baseline["history"][:3] == adaptive["history"][:3]
+    # of so few steps it listens to none
+    assert [losses["ssync"] > 0 for losses in adaptive["history"][:4]] == [False] * 3 + [True]
+    assert adaptive["adaptive"]["levels"].sum() == 7
+    assert adaptive["adaptive"]["levels"][0] == 0
+    stopped(3, [*arguments, str(cut)], monkeypatch, capsys)
+    assert train_moving_objects.main([*arguments, str(cut)]) == 0
+    (resumed,) = saved(cut, "adaptive")
+    assert len(resumed.pop("times")) == len(adaptive.pop("times"))
+    assert _same(adaptive, resumed)
+    assert report.Report.load(cut / "results.json").seeds[0].runs["adaptive"].step == 10
 
 
 def test_the_readme_s_table_is_the_one_that_the_script_prints() -> None:

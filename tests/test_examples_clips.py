@@ -222,6 +222,27 @@ def _audio(path: Path) -> None:
         container.mux(stream.encode())
 
 
+@pytest.mark.parametrize(("num_videos", "kept"), [(1, []), (2, [1]), (4, [3]), (11, [4, 9])])
+def test_videos_are_trained_on_or_fresh_and_never_cut_in_two(num_videos: int, kept: list[int], tmp_path: Path) -> None:
+    for video in range(num_videos):
+        # two clips of a gray each, by which they are told apart
+        grays = [np.full((48, 48, 3), 20 * video + clip, np.uint8) for clip in (3, 7) for _ in range(4)]
+        write_frames(tmp_path / f"{video:02}", [encoded(gray, kind="PNG") for gray in grays], count=8)
+    data = read_data(tmp_path, match="*", stride=1, num_premise=9, num_test=99)
+    trained = [video for video in range(num_videos) if video not in kept]
+    assert len(data.features) == 2 * len(trained)
+    assert data.trained.groups is not None
+    assert set(data.trained.groups.tolist()) <= set(trained)
+    assert len(data.trained.features) == min(9, 2 * len(trained))
+    assert data.test.video[:, 0, 0, 0, 0].mul(255).round().tolist() == [
+        20 * one + clip for one in trained for clip in (3, 7)
+    ]
+    assert (data.fresh is None) == (kept == [])
+    if data.fresh is not None:
+        assert data.fresh.groups is not None
+        assert data.fresh.groups.tolist() == [one for one in kept for _ in range(2)]
+
+
 def _cut_video(path: Path) -> None:
     write_video(path, colored([0.1, 0.2, 0.3, 0.4]))
     path.write_bytes(path.read_bytes()[:60])
@@ -263,7 +284,7 @@ class TestBadFiles:
         write_frames(tmp_path / "a", gray_frames(4), name="{}²0.png")
         alone = load_clips(tmp_path).video
         make(tmp_path / "a" / name)
-        data = read_data(tmp_path, match="*", stride=1, num_test=1)
+        data = read_data(tmp_path, match="*", stride=1, num_premise=1, num_test=1)
         assert torch.equal(data.test.video, alone)
         line, summary = capsys.readouterr().out.splitlines()
         assert re.fullmatch(f"a/{re.escape(repr(name)[1:-1])} is skipped: {reason}", line)

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssync_loss import (
+    AdaptiveSSyncLoss,
     BoundaryRefinementLoss,
     CenteredCrossEntropy,
     InteriorDenoisingLoss,
@@ -168,7 +169,8 @@ CALLS = {
         diagnostics.explained_variance, {"features": FEATURES, "labels": LABELS} | VALID, {"num_slots": 3}
     ),
     "edge_alignment": Call(diagnostics.edge_alignment, {"features": FEATURES, "labels": LABELS} | VALID),
-    "premise": Call(diagnostics.premise, MAPS | MASKS | {"features": FEATURES}),
+    "premise": Call(diagnostics.premise, MAPS | MASKS | {"features": FEATURES, "groups": integers(2, 2)}),
+    "AdaptiveSSyncLoss": Call(AdaptiveSSyncLoss(SSyncLoss()).eval(), MAPS | MASKS | {"features": FEATURES}),
     "overlay": Call(overlay, {"video": VIDEO, "labels": LABELS} | VALID),
     "outline": Call(outline, {"video": VIDEO, "region": REGION}),
     "filmstrip": Call(filmstrip, {"video": VIDEO}),
@@ -279,6 +281,7 @@ SETTINGS: dict[type, list[tuple[object, type[Exception], str]]] = {
 
 
 MADE = {
+    "AdaptiveSSyncLoss": Call(AdaptiveSSyncLoss, {}, {"criterion": SSyncLoss()}),
     "SSyncLoss": Call(SSyncLoss, {}),
     "BoundaryRefinementLoss": Call(BoundaryRefinementLoss, {}),
     "InteriorDenoisingLoss": Call(InteriorDenoisingLoss, {}),

@@ -216,7 +216,7 @@ class TestUnpopped:
         before = num_alive()
         for _ in range(100):
             setup.step()
-        assert num_alive() == before
+        assert num_alive() <= before
         setup.train()
 
     def test_forwards_of_no_host_hold_no_more_than_one(self, frames: int) -> None:
@@ -225,7 +225,7 @@ class TestUnpopped:
         before = num_alive()
         for _ in range(100):
             setup.step()
-        assert num_alive() == before
+        assert num_alive() <= before
         setup.train()
 
     @pytest.mark.parametrize("way", ["forward", "methods"])
@@ -234,7 +234,7 @@ class TestUnpopped:
         before = num_alive()
         for _ in range(100):
             setup.step()
-        assert num_alive() == before
+        assert num_alive() <= before
 
     def test_images_make_no_clip(self, setup: Setup) -> None:
         for unpopped in (1, 0, 2, 0):
@@ -408,7 +408,7 @@ class TestSteps:
             setup.train()
         before = num_alive()
         setup.model.generate(features())
-        assert num_alive() == before
+        assert num_alive() <= before
 
     def test_with_generation_between_forward_and_pop_are_refused(self, setup: Setup) -> None:
         setup.step()

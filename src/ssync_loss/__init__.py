@@ -6,6 +6,7 @@
 
 from ssync_loss import _moved
 from ssync_loss.losses import (
+    AdaptiveSSyncLoss,
     AffinityConsistencyLoss,
     BoundaryRefinementLoss,
     CenteredCrossEntropy,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _moved.install()
 
 __all__ = [
+    "AdaptiveSSyncLoss",
     "AffinityConsistencyLoss",
     "BoundaryRefinementLoss",
     "CenteredCrossEntropy",

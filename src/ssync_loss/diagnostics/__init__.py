@@ -10,15 +10,18 @@ from ssync_loss.diagnostics.statistics import (
     slots_in_use,
     summary,
 )
-from ssync_loss.diagnostics.verdict import Premise, pool, premise, report
+from ssync_loss.diagnostics.verdict import Memorization, Premise, memorization, pool, premise
+from ssync_loss.diagnostics.words import report
 
 __all__ = [
+    "Memorization",
     "Premise",
     "Summary",
     "agreement",
     "edge_alignment",
     "explained_variance",
     "label_flips",
+    "memorization",
     "merges",
     "pool",
     "premise",

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import as_index, check_int, check_label_range, check_not_empty
 from ssync_loss._inputs import check_floats, check_labels
 from ssync_loss.diagnostics.statistics import valid_patches
+from ssync_loss.ssync.fit import explained_shares
+from ssync_loss.ssync.merging import unmerged
 
 # features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
 _CHANNELS = 64
@@ -33,8 +34,11 @@ def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, vali
     labels, patches = _check_labeled_features(features, labels, valid)
     check_int("num_slots", num_slots, 1)
     check_label_range("labels", labels, num_slots)
-    with torch.no_grad():
-        return explained_of(features, labels, num_slots, patches)
+    counted = None if valid is None else patches
+    shares, _ = explained_shares(
+        features, labels, labels, num_slots, counted, unmerged(len(labels), num_slots, labels.device)
+    )
+    return shares[0]
 
 
 def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -70,28 +74,6 @@ def _check_labeled_features(features: Tensor, labels: Tensor, valid: Tensor | No
     check_not_empty("labels", size, "T H W")
     check_floats("features", features, "B T D H W", size, filled="D", labels=labels)
     return index, valid_patches(valid, labels)
-
-
-def explained_of(features: Tensor, labels: Tensor, num_slots: int, patches: Tensor) -> Tensor:
-    """Measure as :func:`explained_variance` does, without checks."""
-    slots = torch.arange(num_slots, device=labels.device)
-    counted = patches.flatten(1)
-    member = ((labels.flatten(1)[:, None] == slots[:, None]) & counted[:, None]).double()
-    area = member.sum(2).clamp_min(1.0)
-    # any valid patch does as the origin: features that are all the same become exactly 0
-    origin = counted.to(torch.uint8).argmax(1)[:, None, None]
-    total = features.new_zeros(features.shape[0], dtype=torch.float64)
-    between = torch.zeros_like(total)
-    for block in features.split(_CHANNELS, dim=2):
-        values = rearrange(block, "b t d h w -> b (t h w) d").double()
-        values = values - values.take_along_dim(origin, 1)
-        values = torch.where(counted[:, :, None], values, 0.0)
-        mean = values.sum(1, keepdim=True) / counted.sum(1).clamp_min(1)[:, None, None]
-        values = torch.where(counted[:, :, None], values - mean, 0.0)
-        total = total + values.square().sum((1, 2))
-        # SS_within = SS_total - SS_between; with the mean taken out first, nothing cancels
-        between = between + ((member @ values).square().sum(2) / area).sum(1)
-    return (between / torch.where(total == 0, 1.0, total)).clamp_max(1.0)
 
 
 def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -12,10 +12,12 @@ from ssync_loss.methods.smtc.semantic import SemanticConsistencyLoss
 from ssync_loss.methods.srl.dense import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss
 from ssync_loss.methods.srl.redundancy import SlotRedundancyLoss
 from ssync_loss.methods.srl.temporal import TemporalSlotContrastLoss
+from ssync_loss.ssync.adaptive import AdaptiveSSyncLoss
 from ssync_loss.ssync.modules import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss.ssync.types import SSyncTerms
 
 __all__ = [
+    "AdaptiveSSyncLoss",
     "AffinityConsistencyLoss",
     "BoundaryRefinementLoss",
     "CenteredCrossEntropy",

@@ -269,7 +269,8 @@ class SSyncLoss(_SSyncModule):
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
-        self._warn_if_detached(enc_logits, dec_logits)
+        _check_two(enc_logits, dec_logits)
+        self.warn_if_detached(enc_logits, dec_logits)
         given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, **given)
@@ -279,7 +280,7 @@ class SSyncLoss(_SSyncModule):
             return attached_zero(bound.enc, bound.dec)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
         with no_autocast(maps.enc):
-            return resolve(self.backend, maps.enc, maps.dec).loss(maps, self._settings_at(step, maps.enc))
+            return resolve(self.backend, maps.enc, maps.dec).loss(maps, self.settings_at(step, maps.enc))
 
     def terms(
         self,
@@ -298,8 +299,9 @@ class SSyncLoss(_SSyncModule):
         is_on = self.is_on(step)
         given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
-        self._warn_if_detached(enc_logits, dec_logits)
-        settings = self._settings_at(step if is_on else None, maps.enc)
+        _check_two(enc_logits, dec_logits)
+        self.warn_if_detached(enc_logits, dec_logits)
+        settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
         return terms if is_on else terms._replace(total=attached_zero(enc_logits, dec_logits))
@@ -319,9 +321,9 @@ class SSyncLoss(_SSyncModule):
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
-        return weigh(boundary, interior, self._settings_at(step, boundary))
+        return weigh(boundary, interior, self.settings_at(step, boundary))
 
-    def _settings_at(self, step: int | None, like: Tensor) -> Settings:
+    def settings_at(self, step: int | None, like: Tensor) -> Settings:
         """Return the settings of a step, the ramp in the weights."""
         weights = self.boundary_weight, self.interior_weight
         if step is not None and self.ramp_steps > 0:
@@ -333,8 +335,8 @@ class SSyncLoss(_SSyncModule):
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
-    def _warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        _check_two(enc_logits, dec_logits)
+    def warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
+        """Warn, once, of a map that a term should teach and that carries no gradient."""
         taught = {}
         # a weight that is a tensor may be anything
         if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:

@@ -1,0 +1,111 @@
+"""A verdict on the premise, in words."""
+
+from math import isfinite
+
+import torch
+
+from ssync_loss._checks import check_type
+from ssync_loss.diagnostics.verdict import MeanOverClips, Premise, Reason, memorization
+
+
+def report(premise: Premise, *, fresh: Premise | None = None) -> str:
+    """Put a verdict in words, with mean ± standard error over clips and with its limits.
+
+    It takes what :func:`premise` or :func:`pool` returned of clips that the model is trained on, and gives a few lines
+    to print; the first says what :meth:`Premise.verdict` does, and those below what :meth:`Premise.reasons` are. Given
+    ``fresh`` clips too, it says whether the model has memorized the others, by :func:`memorization`. This one reads
+    the tensors: call it where a wait for the device does no harm.
+
+    Raises: TypeError if it is no Premise.
+
+    >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
+    >>> margin, measured = torch.tensor([0.375, 0.625]), torch.tensor([True, True])
+    >>> print(report(Premise(**clips, margin=margin, measured=measured, holds=torch.tensor(True))))
+    ... # doctest: +ELLIPSIS
+    SSync's premise holds on these 2 clips: margin +0.500 ± 0.125 (mean ± standard error).
+    ...
+    """
+    check_type("premise", premise, Premise)
+    check_type("fresh", fresh, Premise, optional=True)
+    margin, reasons = premise.over_clips(premise.decisive), premise.reasons()
+    is_merged = premise.merged_explained is not None and not torch.equal(
+        premise.merged_explained, premise.enc_explained
+    )
+    if isfinite(margin.value):
+        words = _HEADLINES[premise.verdict()].format(_clips(margin))
+        error = "no standard error" if margin.num_videos == 1 else "mean ± standard error"
+        headline = f"{words} {'merged ' if is_merged else ''}margin {_text(margin, '+')} ({error})."
+        reading = [*(_READINGS[one] for one in reasons), _CAUTION]
+    else:
+        headline, reading = f" cannot be judged: {_READINGS[reasons[0]]}.", []
+    lines = [f"SSync's premise{headline}", "", f"{'':<32}{'encoder':>16}{'decoder':>16}"]
+    for title, enc, dec in (
+        ("feature variance explained", premise.enc_explained, premise.dec_explained),
+        ("the same, merged", premise.merged_explained if is_merged else None, None),
+        ("slots of the merged target", premise.target_slots if is_merged else None, None),
+        ("confidence", premise.enc_confidence, premise.dec_confidence),
+        ("edge alignment (AUC)", premise.enc_edge_alignment, premise.dec_edge_alignment),
+        ("label flips over time", premise.enc_flicker, premise.dec_flicker),
+        ("same label in both maps", premise.agreement, None),
+    ):
+        cells = [_text(premise.over_clips(values)) for values in (enc, dec) if values is not None]
+        if cells:
+            lines.append(f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells))
+    num_left_out = len(premise.measured) - margin.num_clips
+    if margin.num_clips and num_left_out:
+        clips, were = ("clip", "was") if num_left_out == 1 else ("clips", "were")
+        lines.append(f"{num_left_out} {clips} without a valid patch {were} left out.")
+    if fresh is not None:
+        reading.insert(0, _compare(premise, fresh))
+    return "\n".join([*lines, "", *reading])
+
+
+def _compare(premise: Premise, fresh: Premise) -> str:
+    found = memorization(premise, fresh)
+    told = f"The decoder explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones"
+    return f"{told}{_MEMORIZED if found.is_alarming else '.'}"
+
+
+def _clips(mean: MeanOverClips) -> str:
+    clips = "one clip" if mean.num_clips == 1 else f"these {mean.num_clips} clips"
+    if mean.num_videos == mean.num_clips:
+        return clips
+    return f"{clips} of {'one video' if mean.num_videos == 1 else f'{mean.num_videos} videos'}"
+
+
+def _text(mean: MeanOverClips, sign: str = "") -> str:
+    if mean.num_clips == 0:
+        return "-"
+    value = f"{mean.value:{sign}.3f}"
+    return value if mean.num_videos < 2 else f"{value} ± {mean.error:.3f}"
+
+
+_HEADLINES = {"holds": " holds on {}:", "fails": " does not hold on {}:", "cannot tell": ": cannot tell from {},"}
+
+_READINGS: dict[Reason, str] = {
+    "no clip": "no clip has a valid patch",
+    "not finite": "maps or features of some clips hold NaN or infinities",
+    "encoder": """\
+The encoder's partition explains more of the features than the decoder's: at boundaries it has
+something to teach, and the loss can be expected to help.""",
+    "decoder": """\
+The encoder's partition explains no more of the features than the decoder's: copied into the
+decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.""",
+    "undecided": """\
+Both partitions explain about as much of the features: the margin is within two standard errors of
+zero, so its sign is open. Take more clips.""",
+    "one video": "One clip says next to nothing: ask many videos.",
+    "merging": """\
+Unmerged, the encoder's partition is the better one; merged at this threshold it is not: slots are
+joined that differ. Do not merge, or raise the threshold.""",
+    "one slot": """\
+In most clips merging at this threshold leaves one slot: the target would be a single slot, and maps
+that learn it collapse. Raise the threshold, or switch the loss on later in training.""",
+    "unexplained": """\
+No partition explains anything: are the features constant, or is everything in one slot?""",
+}
+_MEMORIZED = """:
+it has memorized them. On clips it knows by heart the decoder is the better map; take more of them."""
+_CAUTION = """\
+How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,
+and on photographs that move. Ask the clips trained on, some 160 or more, of many videos."""

@@ -1,0 +1,85 @@
+"""How well partitions into slots fit the features that both maps are made from."""
+
+import torch
+from torch import Tensor
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._axes import FEATURES, place, solve
+from ssync_loss._inputs import check_floats, widest
+
+# channels at once: what lies between features and sums stays in a processor's cache
+_CHANNELS = 64
+
+
+def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
+    """View features, laid out as ``axes`` says, as (B, T, D, H, W) on the grid of the encoder's map (B, T, S, H, W)."""
+    B, T, _, H, W = enc.shape
+    if axes is not None:
+        shown = solve("features", features, axes, {"b": B, "t": T, "h": H, "w": W}, FEATURES)
+        features = place("features", features, axes, shown, FEATURES)
+    elif isinstance(features, Tensor) and features.dim() == 4:
+        raise ValueError(
+            f"`features` must have shape (B={B}, T={T}, D, H={H}, W={W}), or another that `features_axes` tells, "
+            f"such as 'b t (h w) d'; got {tuple(features.shape)}."
+        )
+    check_floats("features", features, "B T D H W", {"B": B, "T": T, "H": H, "W": W}, filled="D", enc_logits=enc)
+    return features
+
+
+@torch.no_grad()
+def explained_shares(
+    features: Tensor,
+    labels: Tensor,
+    others: Tensor,
+    num_slots: int,
+    valid: Tensor | None,
+    representative: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the shares of the variance that two partitions and the first one merged explain, and the variance.
+
+    With ``x_p`` a patch's features less their mean over the clip, ``R = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2``.
+    Labels and ``valid`` are (B, T, H, W), int64 and bool; ``valid`` is None where all patches count. A slot is merged
+    into its ``representative``, (B, S). Returns (3, B) and ``sum_p |x_p|^2`` (B,), in float64: a share is 0 where
+    features are constant, NaN where they are not finite.
+
+    Features are read once. They are multiplied in float32, or float64 if they are, per frame, and added up in float64.
+    """
+    dtype = widest(features)
+    patches = features.flatten(3)
+    slots = torch.arange(num_slots, device=features.device)
+    first, second = (one.flatten(2).unsqueeze(3) == slots for one in (labels, others))
+    num_patches = torch.full_like(slots[:1], first.shape[1] * first.shape[2])
+    counted = None if valid is None else valid.flatten(2)
+    # any valid patch does as the origin: features that are all the same become exactly 0
+    origin = patches[:, 0, :, 0]
+    if counted is not None:
+        first, second = (one & counted.unsqueeze(3) for one in (first, second))
+        num_patches = counted.flatten(1).sum(1)
+        chosen = counted.flatten(1).to(torch.uint8).argmax(1)
+        frame, cell = chosen // counted.shape[2], chosen % counted.shape[2]
+        origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, cell]
+    first, second = first.to(dtype), second.to(dtype)
+    # as sum and difference: the same labels explain the same, and swapped ones the swapped, to the last bit
+    member = torch.cat([first + second, first - second], 3)
+    area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
+    parts, total = [], area.new_zeros(area.shape[0])
+    with no_autocast(features):
+        for block, start in zip(patches.split(_CHANNELS, 2), origin.split(_CHANNELS, 1), strict=True):
+            values = block.to(dtype) - start[:, None, :, None].to(dtype)
+            if counted is not None:
+                values = values.masked_fill_(~counted.unsqueeze(2), 0.0)
+            parts.append((values @ member).double().sum(1))
+            total = total + values.double().square_().sum((1, 2, 3))
+    both, apart = torch.cat(parts, 1).chunk(2, 2)
+    joined = (representative.unsqueeze(2) == slots).double()
+    sums = torch.stack([both + apart, both - apart], 1) / 2
+    sums, area = torch.cat([sums, sums[:, :1] @ joined.unsqueeze(1)], 1), torch.cat([area, area[:, :1] @ joined], 1)
+    # the mean comes off both; it is no longer than the features spread, so that little cancels
+    of_mean = sums[:, 0].sum(2).square().sum(1) / num_patches.clamp_min(1)
+    total = total - of_mean
+    between = (sums.square().sum(2) / area.clamp_min(1)).sum(2) - of_mean.unsqueeze(1)
+    # one slot explains nothing, and not what is left by rounding
+    between = between.masked_fill((area > 0).sum(2) < 2, 0.0)
+    shares = between / torch.where(total == 0, 1.0, total).unsqueeze(1)
+    shares = torch.where(total.isfinite().unsqueeze(1), shares, torch.nan)
+    return shares.clamp(0.0, 1.0).mT, total

@@ -1,0 +1,63 @@
+"""Asks in two processes: python two_adaptive.py RANK FOLDER.
+
+Each rank writes FOLDER/RANK.pt: the state it ends with, and how many numbers were sent.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ranks import meet
+from sample_maps import sample_maps
+from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+
+STEPS = 4
+# clips of each rank
+SHARES = [slice(0, 1), slice(1, 4)]
+
+
+def scene(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maps, features and valid patches of a step: in the first clip the encoder is right, in the others the decoder.
+
+    Later the second rank's features are constant, then NaN, then nothing is valid there.
+    """
+    enc, dec = sample_maps(4)
+    features = torch.stack([enc[0], *dec[1:]]).detach().clone()
+    valid = torch.ones(4, 2, dtype=torch.bool)
+    if step == 1:
+        features[1:] = 0.5
+    if step == 2:
+        features[3, 0, 0, 0, 0] = float("nan")
+    if step == 3:
+        valid[1:] = False
+    return enc, dec, features, valid
+
+
+def train(share: slice, *, compiled: bool = False) -> dict[str, Any]:
+    """Take the steps with some of the clips, and return the state."""
+    loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=None), momentum=0.5, warmup=1)
+    step_of: Any = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    for step in range(STEPS):
+        enc, dec, features, valid = (one[share] for one in scene(step))
+        step_of(enc, dec, features, valid=valid).backward()
+    return dict(loss.state_dict())
+
+
+def of_rank(rank: int) -> dict[str, Any]:
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    together = train(SHARES[rank])
+    dist.all_reduce = all_reduce
+    return {"together": together, "sent": sent, "compiled": train(SHARES[rank], compiled=True)}
+
+
+if __name__ == "__main__":
+    meet(of_rank)
