@@ -90,10 +90,14 @@ def _check(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None:
-        return torch.stack([neighbor != labels for neighbor in _neighbors(labels)]).sum(0, dtype=torch.uint8)
-    pairs = zip(_neighbors(labels), _neighbors(valid), strict=True)
-    return torch.stack([(neighbor != labels) & counts for neighbor, counts in pairs]).sum(0, dtype=torch.uint8) * valid
+    differs = [neighbor != labels for neighbor in _neighbors(labels)]
+    if valid is not None:
+        differs = [one & counts for one, counts in zip(differs, _neighbors(valid), strict=True)]
+    # added one by one: torch 2.6 compiles a sum in uint8 to C++ that no compiler takes
+    count = differs[0].to(torch.uint8)
+    for one in differs[1:]:
+        count += one
+    return count if valid is None else count * valid
 
 
 def _neighbors(cells: Tensor) -> Iterator[Tensor]:

@@ -74,9 +74,10 @@ def structure_aware_loss(
             large backbones have, hides the others; ``"channel"`` takes a lo and hi per channel.
         chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
         filters: ``"torch"`` takes the library's own separable filters, and so does ``"auto"``. ``"kornia"`` takes
-            ``kornia.metrics.ssim3d``, several times slower and a hundred times less exact in float32, as a check. It
-            needs the published constants, T, H and W of at least ``window``, a CPU, and no hooks for saved tensors,
-            such as those of a checkpoint.
+            ``kornia.metrics.ssim3d``, several times slower and a hundred times less exact in float32, as a check;
+            before kornia 0.9 its window is rounded to float32, which costs 1e-6 in float64 too. It needs the published
+            constants, T, H and W of at least ``window``, a CPU, and no hooks for saved tensors, such as those of a
+            checkpoint.
 
     Returns: a scalar in float32, or float64 if one of the features is.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), and its public code.
