@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusals import refuses
-from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
+from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss._axes import arrange
 from ssync_loss.diagnostics import premise
 from ssync_loss.distributed import global_mean
@@ -358,6 +358,7 @@ def test_one_tensor_as_both_maps_is_refused() -> None:
     for criterion in (SSyncLoss(), SSyncLoss(start_step=9), BoundaryRefinementLoss(), InteriorDenoisingLoss()):
         refuses(ValueError, wanted, criterion, one, one, **({"step": 0} if isinstance(criterion, SSyncLoss) else {}))
     refuses(ValueError, wanted, SSyncLoss().terms, one, one)
+    refuses(ValueError, wanted, AdaptiveSSyncLoss(SSyncLoss()), one, one, features=torch.randn(2, 3, 8, 5, 5))
     assert SSyncLoss()(one, one.clone()) >= 0
 
 

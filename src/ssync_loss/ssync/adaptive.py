@@ -147,7 +147,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         if not criterion.is_on(step):
             place_features(features, self.features_axes, bind_maps(enc_logits, dec_logits, **layout, **masks).enc)
             return criterion(enc_logits, dec_logits, step=step, **masks)
-        criterion.warn_if_detached(enc_logits, dec_logits)
+        criterion.look_at(enc_logits, dec_logits)
         maps = prepare_maps(enc_logits, dec_logits, kind=criterion.kind, **layout, **masks)
         features = place_features(features, self.features_axes, maps.enc)
         settings = criterion.settings_at(step, maps.enc)

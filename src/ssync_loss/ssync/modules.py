@@ -269,8 +269,7 @@ class SSyncLoss(_SSyncModule):
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
-        _check_two(enc_logits, dec_logits)
-        self.warn_if_detached(enc_logits, dec_logits)
+        self.look_at(enc_logits, dec_logits)
         given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, **given)
@@ -299,8 +298,7 @@ class SSyncLoss(_SSyncModule):
         is_on = self.is_on(step)
         given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
-        _check_two(enc_logits, dec_logits)
-        self.warn_if_detached(enc_logits, dec_logits)
+        self.look_at(enc_logits, dec_logits)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
@@ -335,8 +333,9 @@ class SSyncLoss(_SSyncModule):
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
-    def warn_if_detached(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        """Warn, once, of a map that a term should teach and that carries no gradient."""
+    def look_at(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
+        """Refuse one tensor as both maps; warn, once, of one that a term should teach and that carries no gradient."""
+        _check_two(enc_logits, dec_logits)
         taught = {}
         # a weight that is a tensor may be anything
         if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:
