@@ -65,7 +65,7 @@ class Monitor:
     - ``agreement``, ``enc_flips``, ``dec_flips``, ``boundary_share``, ``interior_share``, ``untaught_share``: those of
       ``diagnostics.summary``, of merged labels;
     - ``margin``, ``merged_margin``: those of ``diagnostics.premise``, given ``features``. A merged margin below 0 says
-      that the encoder has nothing to teach at this threshold;
+      that the target explains less than the decoder does, at this threshold;
     - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's gradient at each map, and
       ``host_enc_gradient``, ``host_dec_gradient`` that of the host's loss. Where this loss's is more than ten times the
       host's it says, once, which weight to lower; ten is a rule of thumb, not measured.
@@ -78,7 +78,8 @@ class Monitor:
     A logged step takes two more backward passes from the losses to the maps, which keep their graph, and waits for the
     device; ``.grad`` of parameters stays as it is. Where torch refuses them (after ``backward()``, of a compiled model
     with donated buffers, under reentrant checkpoints) a warning says so, once, and gradients are left out. In a process
-    group, rank 0 writes, of its own clips. Of an ``AdaptiveSSyncLoss`` labels and merging are those of its criterion.
+    group all ranks must call it, and rank 0 writes, of its own clips. Of an ``AdaptiveSSyncLoss`` labels and merging
+    are those of its criterion.
 
     Args:
         criterion: the loss that is watched; its merge threshold, layout and settings are taken.
@@ -153,7 +154,7 @@ class Monitor:
             video: (B, T, 3, h, w), floating point within [0, 1], or uint8.
             num_frames: as in the criterion.
         """
-        if not self.is_due(step) or not _is_first_rank():
+        if not self.is_due(step):
             return None
         for name, one in (("loss", loss), ("host_loss", host_loss)):
             if one is not None:
@@ -174,7 +175,7 @@ class Monitor:
         self, maps: SlotMaps | tuple[Tensor, Tensor], video: Tensor, *, step: int, num_frames: int | None = None
     ) -> None:
         """Write the panel of a batch's first clip, if it is time to; arguments as in a call."""
-        if self.is_due(step) and _is_first_rank():
+        if self.is_due(step):
             enc, dec, given = self._take_apart(maps, num_frames)
             labels = self._look(enc, dec, given)[1]
             self._write({}, panel(video, enc, dec, labels=labels, **given)[0].cpu(), int(step))
@@ -241,6 +242,9 @@ class Monitor:
                 )
 
     def _write(self, values: dict[str, float], picture: Tensor | None, step: int) -> None:
+        # a backward pass may hold collectives, and so every rank has come this far
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return
         try:
             self._sink(values, picture, step)
         except OSError as error:
@@ -250,10 +254,6 @@ class Monitor:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(words, stacklevel=4)
-
-
-def _is_first_rank() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _sink_of(to: Any) -> Sink:
