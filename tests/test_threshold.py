@@ -198,3 +198,13 @@ def test_bad_arguments_are_named() -> None:
     refuses(ValueError, "`features` must have shape (B=1, T=1, D, H=1, W=6)", slot_statistics, *maps, STEPS[..., :3])
     for broken in ((*maps, STEPS / 0), (CHAIN * torch.nan, CHAIN, STEPS)):
         refuses(ValueError, "`statistics` must be of finite maps and features;", advise, *broken)
+
+
+def test_autocast_changes_nothing() -> None:
+    # more patches than bfloat16 can count
+    enc, features = torch.randn(1, 1, 3, 20, 20), torch.randn(1, 1, 3, 20, 20)
+    plain = slot_statistics(enc, enc.clone(), features)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = slot_statistics(enc, enc.clone(), features)
+        assert suggest_merge_threshold([other]).threshold == suggest_merge_threshold([plain]).threshold
+    assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))

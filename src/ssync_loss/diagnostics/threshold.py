@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes
 from ssync_loss._checks import check_number, check_type
 from ssync_loss.ssync.fit import place_features
@@ -91,7 +92,7 @@ def slot_statistics(
     labels = hard_labels(maps)[0].flatten(1)
     counted = torch.ones_like(labels, dtype=torch.bool) if maps.counted is None else maps.counted.flatten(1)
     measured = counted.any(1, keepdim=True)
-    member = F.one_hot(labels, num_slots) * counted.unsqueeze(2)
+    member = (F.one_hot(labels, num_slots) * counted.unsqueeze(2)).double()
     products = torch.zeros(len(labels), num_slots, num_slots, dtype=torch.float64, device=labels.device)
     variance = products.new_zeros(len(labels))
     number, clips = counted.sum(1)[:, None, None].clamp_min(1), torch.arange(len(labels), device=labels.device)
@@ -101,11 +102,13 @@ def slot_statistics(
         values = values - values[clips, :, counted.to(torch.uint8).argmax(1)].unsqueeze(2)
         values = values.masked_fill(~counted.unsqueeze(1), 0.0)
         values = (values - values.sum(2, keepdim=True) / number).masked_fill(~counted.unsqueeze(1), 0.0)
-        sums = values @ member.double()
+        sums = values @ member
         products, variance = products + sums.mT @ sums, variance + values.square().sum((1, 2))
+    with no_autocast(maps.enc):
+        overlap = mean_overlap(maps.enc.to(maps.dtype), maps.counted, maps.slot_mask)
     return SlotStatistics(
-        overlap=mean_overlap(maps.enc.to(maps.dtype), maps.counted, maps.slot_mask),
-        area=member.sum(1),
+        overlap=overlap,
+        area=member.sum(1).long(),
         present=measured.expand(-1, num_slots) if maps.slot_mask is None else maps.slot_mask & measured,
         products=products,
         variance=variance * maps.spoil(),
