@@ -1,14 +1,16 @@
-"""Draw a run that `ssync_loss.monitor.Monitor` watched: numbers over steps, and panels from its start to its end.
+"""Draw a run that a monitor watched: numbers over steps, and panels from its start to its end.
 
     python examples/monitored_run.py ssync_monitor             # writes ssync_monitor/run.png
     python examples/monitored_run.py ssync_monitor --out a.png
+
+The folder is what `ssync_loss.monitor.Monitor` wrote.
 """
 
 import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ def save_figure(values: dict[str, list[float]], panels: Sequence[Path], path: Pa
         axis = figure.add_subplot(grid[0, column])
         for name in names:
             # what was never measured has no line
-            if any(value == value for value in values[name]):
+            if not all(map(isnan, values[name])):
                 axis.plot(values["step"], values[name], label=name, marker="." if len(values["step"]) < 30 else "")
         axis.set_title(title)
         axis.set_xlabel("step")

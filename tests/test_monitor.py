@@ -130,12 +130,10 @@ def test_training_is_the_same_with_it_and_without(tmp_path: Path) -> None:
         for step in range(4):
             enc = layer(inputs)
             dec = torch.tanh(layer(enc))
-            loss, host_loss = criterion(enc, dec), dec.square().mean()
+            loss, host_loss = criterion(enc, dec), dec.square().sum()
             if monitor is not None:
                 features, video = torch.randn(2, 3, 7, 5, 6, generator=torch.Generator()), torch.zeros(2, 3, 3, 10, 12)
-                monitor(
-                    SlotMaps(enc, dec), step=step, loss=loss, host_loss=host_loss, features=features, video=video
-                )
+                monitor(SlotMaps(enc, dec), step=step, loss=loss, host_loss=host_loss, features=features, video=video)
             optimizer.zero_grad()
             (host_loss + loss).backward()
             optimizer.step()

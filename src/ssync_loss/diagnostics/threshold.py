@@ -126,8 +126,9 @@ def suggest_merge_threshold(statistics: Iterable[SlotStatistics], *, keep: float
     which merges nothing.
 
     A rule of thumb: no study has compared it with fixed thresholds (the published ones are 0.6, 0.65, 0.7 and 0.9,
-    see ``SSyncLoss.from_preset``), and ``keep=0.95`` was chosen, not tuned. Look at the histogram
-    (``visualize.histogram`` draws it): a gap that the threshold falls into speaks for it. Take clips of many videos, of a model trained with its own losses.
+    see ``SSyncLoss.from_preset``), and ``keep=0.95`` was chosen, not tuned. Look at the histogram, which
+    ``visualize.histogram`` draws: a gap that the threshold falls into speaks for it. Take clips of many videos, of a
+    model trained with its own losses.
 
     Args:
         statistics: of the batches of an evaluation set, by :func:`slot_statistics`. They are read on the host.
