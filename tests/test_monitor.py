@@ -121,6 +121,32 @@ def test_gradients_are_those_of_both_losses_at_both_maps(tmp_path: Path) -> None
     assert values["host_loss"] == pytest.approx(host_loss.item())
 
 
+def test_a_map_that_is_stacked_of_frames_is_traced_back_to_them(tmp_path: Path) -> None:
+    # as most hosts make it: (B, S, N) a frame, of which the host's own loss sees each by itself
+    leaf = torch.randn(3, 2, 4, 30, requires_grad=True)
+    frames = [2 * one for one in leaf]
+    enc = torch.stack(frames, 1).unflatten(3, (5, 6)).to(torch.float64)
+    dec = torch.cat([one.mT.unsqueeze(1) for one in frames], 1).permute(0, 1, 3, 2).reshape(2, 3, 4, 5, 6)
+    criterion = SSyncLoss()
+    loss, host_loss = criterion(enc, dec), 5 * (frames[0].sum() + frames[2].sum())
+    values = Monitor(criterion, to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=host_loss)
+    assert values is not None
+    # at two frames of three, of 240 numbers each
+    for side in ("enc", "dec"):
+        assert values[f"host_{side}_gradient"] == pytest.approx(5 * 480**0.5)
+    by_hand = torch.autograd.grad(loss, [*frames])
+    assert values["enc_gradient"] == pytest.approx(torch.stack(by_hand).norm().item())
+
+
+def test_a_map_that_is_part_of_another_is_not(tmp_path: Path) -> None:
+    whole = torch.randn(2, 3, 8, 5, 6, requires_grad=True) * 1
+    enc, dec = whole[:, :, :4], whole[:, :, 4:]
+    values = Monitor(SSyncLoss(), to=tmp_path)((enc, dec), step=0, loss=2 * enc.sum(), host_loss=whole.sum())
+    assert values is not None
+    assert values["enc_gradient"] == pytest.approx(2 * enc.numel() ** 0.5)
+    assert GRADIENTS & values.keys() == {"enc_gradient"}
+
+
 def test_training_is_the_same_with_it_and_without(tmp_path: Path) -> None:
     def train(monitor: Monitor | None) -> Tensor:
         torch.manual_seed(0)

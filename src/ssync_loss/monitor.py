@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ssync_loss._checks import check_floating, check_int, check_shape, check_type
 from ssync_loss.adapters.slot_maps import SlotMaps
@@ -37,10 +38,17 @@ VALUES = (
 )
 # by how much this loss's gradient may exceed the host's at a map without a word; a rule of thumb
 DWARFS = 10.0
+# nodes of a graph that hand every number on, and so leave the norm of a gradient as it is
+_REARRANGES = frozenset(
+    (
+        *("AliasBackward", "CatBackward", "CloneBackward", "PermuteBackward", "ReshapeAliasBackward"),
+        *("SqueezeBackward", "StackBackward", "TBackward", "ToCopyBackward", "TransposeBackward"),
+        *("UnsafeViewBackward", "UnsqueezeBackward", "ViewBackward"),
+    )
+)
 _NO_GRADIENT = """\
 The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set
 torch._functorch.config.donated_buffer = False; checkpoint with use_reentrant=False."""
-
 
 # writes the values of a step, and a picture (3, h, w) uint8 on the CPU where there is one
 Sink: TypeAlias = Callable[[dict[str, float], Tensor | None, int], None]
@@ -71,7 +79,9 @@ class Monitor:
       host's it says, once, which weight to lower; ten is a rule of thumb, not measured.
 
     What is not given or cannot be had is left out, and empty in the file: so is a gradient of a loss that does not
-    reach a map, as where a tap computes the map beside the host's own. Both losses must be scaled alike.
+    reach a map, as where a tap computes the map beside the host's own. A map that is stacked, joined or reshaped of
+    others is traced back to them. Both losses must be scaled alike.
+
     The picture is ``visualize.panel`` of the first clip of the batch, given ``video``. To watch one fixed clip, run
     the model on it where ``is_due(step)``, and hand its maps and video to :meth:`picture`.
 
@@ -218,16 +228,19 @@ class Monitor:
     def _gradients(self, prefix: str, loss: Tensor, enc: Tensor, dec: Tensor) -> dict[str, float]:
         """Return a loss, and the norms of its gradient at the maps that it reaches."""
         values = {f"{prefix}loss": loss.item()}
-        maps = {side: one for side, one in (("enc", enc), ("dec", dec)) if one.requires_grad}
-        if loss.requires_grad and maps:
+        edges = {side: _sources(one) for side, one in (("enc", enc), ("dec", dec)) if one.requires_grad}
+        if loss.requires_grad and edges:
             try:
-                found = torch.autograd.grad(loss, list(maps.values()), retain_graph=True, allow_unused=True)
+                flat = [one for at in edges.values() for one in at]
+                found = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 self._say("gradient", f"{_NO_GRADIENT} Torch says: {error} (Said once.)")
                 return values
-            for side, one in zip(maps, found, strict=True):
-                if one is not None:
-                    values[f"{prefix}{side}_gradient"] = one.double().norm().item()
+            gradients = iter(found)
+            for side, at in edges.items():
+                parts = [one.double().square().sum() for _, one in zip(at, gradients, strict=False) if one is not None]
+                if parts:
+                    values[f"{prefix}{side}_gradient"] = torch.stack(parts).sum().sqrt().item()
         return values
 
     def _compare(self, values: dict[str, float]) -> None:
@@ -254,6 +267,18 @@ class Monitor:
         if what not in self._said:
             self._said.add(what)
             warnings.warn(words, stacklevel=4)
+
+
+def _sources(maps: Tensor) -> list[GradientEdge]:
+    """Return where the numbers of a map come from: a stack of frames lies beside the path of the host's loss."""
+    found, left = {}, [get_gradient_edge(maps)]
+    while left:
+        edge = left.pop()
+        if edge.node.name().rstrip("0123456789") in _REARRANGES:
+            left += [GradientEdge(*one) for one in edge.node.next_functions if one[0] is not None]
+        else:
+            found[edge] = None
+    return list(found)
 
 
 def _sink_of(to: Any) -> Sink:
