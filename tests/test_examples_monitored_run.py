@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from examples import monitored_run
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ssync_loss import SSyncLoss
@@ -23,10 +24,13 @@ def watch(folder: Path, *, steps: int, **given: Any) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are written."""
     figures: list[Any] = []
-    whole = monitored_run.Figure.savefig
-    monkeypatch.setattr(
-        monitored_run.Figure, "savefig", lambda self, *a, **k: (figures.append(self), whole(self, *a, **k))
-    )
+    whole = Figure.savefig
+
+    def save(figure: Any, *given: Any, **named: Any) -> None:
+        figures.append(figure)
+        whole(figure, *given, **named)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     return figures
 
 

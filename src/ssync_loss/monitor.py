@@ -74,9 +74,9 @@ class Monitor:
       ``diagnostics.summary``, of merged labels;
     - ``margin``, ``merged_margin``: those of ``diagnostics.premise``, given ``features``. A merged margin below 0 says
       that the target explains less than the decoder does, at this threshold;
-    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's gradient at each map, and
-      ``host_enc_gradient``, ``host_dec_gradient`` that of the host's loss. Where this loss's is more than ten times the
-      host's it says, once, which weight to lower; ten is a rule of thumb, not measured.
+    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's gradient at each map, on
+      all its ways through the model, and ``host_enc_gradient``, ``host_dec_gradient`` that of the host's loss. Where
+      this loss's is more than ten times the host's it says, once, what to lower; ten is a rule of thumb.
 
     What is not given or cannot be had is left out, and empty in the file: so is a gradient of a loss that does not
     reach a map, as where a tap computes the map beside the host's own. A map that is stacked, joined or reshaped of
@@ -245,13 +245,15 @@ class Monitor:
 
     def _compare(self, values: dict[str, float]) -> None:
         """Say, once a map, that the gradient of this loss dwarfs that of the host's."""
-        for side, name, term in (("enc", "encoder", "interior"), ("dec", "decoder", "boundary")):
+        # the boundary term reaches the encoder, too, through the slots that are decoded
+        both, boundary = "`interior_weight` and `boundary_weight`", "`boundary_weight`"
+        for side, name, weights in (("enc", "encoder", both), ("dec", "decoder", boundary)):
             ours, theirs = values.get(f"{side}_gradient", 0.0), values.get(f"host_{side}_gradient", 0.0)
             if ours > DWARFS * theirs > 0:
                 self._say(
                     side,
                     f"At the {name}'s map the gradient of SSync is {ours / theirs:.0f} times that of the host's loss: "
-                    f"lower `{term}_weight`, start later (`start_step`) or more slowly (`ramp_steps`). (Said once.)",
+                    f"lower {weights}, start later (`start_step`) or more slowly (`ramp_steps`). (Said once.)",
                 )
 
     def _write(self, values: dict[str, float], picture: Tensor | None, step: int) -> None:
@@ -271,11 +273,12 @@ class Monitor:
 
 def _sources(maps: Tensor) -> list[GradientEdge]:
     """Return where the numbers of a map come from: a stack of frames lies beside the path of the host's loss."""
-    found, left = {}, [get_gradient_edge(maps)]
+    found: dict[GradientEdge, None] = {}
+    left = [get_gradient_edge(maps)]
     while left:
         edge = left.pop()
         if edge.node.name().rstrip("0123456789") in _REARRANGES:
-            left += [GradientEdge(*one) for one in edge.node.next_functions if one[0] is not None]
+            left += [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
         else:
             found[edge] = None
     return list(found)
