@@ -32,11 +32,12 @@ PUBLIC = [
     "ssync_loss.functional",
     "ssync_loss.losses",
     "ssync_loss.metrics",
+    "ssync_loss.monitor",
     "ssync_loss.testing",
     "ssync_loss.visualize",
 ]
 # each defines one thing, which is imported by its full name
-WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher"}
+WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher", "ssync_loss.monitor": "Monitor"}
 
 
 def all_modules() -> list[str]:
@@ -264,6 +265,7 @@ LAYERS: list[set[str]] = [
     {"attention", "curriculum", "ema", "losses", "reference"},
     {"distributed", "functional", "ssync_loss"},
     {"adapters", "diagnostics", "metrics", "testing", "visualize"},
+    {"monitor"},
 ]
 
 

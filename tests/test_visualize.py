@@ -24,6 +24,7 @@ from ssync_loss.visualize import (
     PANEL_ROWS,
     ROLE_COLORS,
     filmstrip,
+    histogram,
     outline,
     overlay,
     palette,
@@ -165,6 +166,27 @@ def test_a_filmstrip_lays_frames_side_by_side() -> None:
     assert (strip[..., 5:7] == 255).all()
     assert filmstrip(video).shape == (2, 3, 4, 15)
     assert torch.equal(filmstrip(video[:, :1], gap=9), filmstrip(video[:, :1]))
+
+
+def test_a_histogram_has_bars_like_roots_and_a_line() -> None:
+    picture = histogram(torch.tensor([16, 4, 0, 1], dtype=torch.uint8), at=0.5, height=8, width=2)
+    blue, orange = (torch.tensor(one, dtype=torch.uint8)[:, None] for one in (ENCODER_TAUGHT, DECODER_TAUGHT))
+    # the line of 0.5 is the first column of the third bin
+    assert (picture[:, :, 4] == orange).all()
+    filled = (picture == blue.unsqueeze(2)).all(0)
+    assert filled.sum(0).tolist() == [8, 8, 4, 4, 0, 0, 2, 2]
+    # bars stand on the ground
+    assert (filled.int().diff(dim=0) >= 0).all()
+    assert (picture[:, ~filled][:, picture[1, ~filled] != DECODER_TAUGHT[1]] == 255).all()
+    assert (histogram(torch.zeros(3, dtype=torch.int64)) == 255).all()
+    assert (histogram(torch.ones(3, dtype=torch.int64), at=1.0)[:, :, -1] == orange).all()
+
+
+def test_a_histogram_names_bad_arguments() -> None:
+    refuses(TypeError, "`counts` must hold integers; got torch.float32.", histogram, torch.ones(3))
+    refuses(ValueError, "`counts` must have N >= 1; got N=0.", histogram, torch.ones(0, dtype=torch.int64))
+    refuses(ValueError, "`counts` must be at least 0; got -1", histogram, torch.tensor([-1]))
+    refuses(ValueError, "`at` must be within [0.0, 1.0]; got 2.", histogram, torch.tensor([1]), at=2)
 
 
 def test_a_panel_has_a_row_per_view_and_a_column_per_frame() -> None:

@@ -10,12 +10,15 @@ from ssync_loss.diagnostics.statistics import (
     slots_in_use,
     summary,
 )
+from ssync_loss.diagnostics.threshold import MergeAdvice, SlotStatistics, slot_statistics, suggest_merge_threshold
 from ssync_loss.diagnostics.verdict import Memorization, Premise, memorization, pool, premise
 from ssync_loss.diagnostics.words import report
 
 __all__ = [
     "Memorization",
+    "MergeAdvice",
     "Premise",
+    "SlotStatistics",
     "Summary",
     "agreement",
     "edge_alignment",
@@ -27,6 +30,8 @@ __all__ = [
     "premise",
     "region_share",
     "report",
+    "slot_statistics",
     "slots_in_use",
+    "suggest_merge_threshold",
     "summary",
 ]

@@ -24,7 +24,7 @@ from ssync_loss.visualize.colors import (
     palette,
 )
 from ssync_loss.visualize.composition import PANEL_ROWS, panel
-from ssync_loss.visualize.pictures import filmstrip, outline, overlay, roles
+from ssync_loss.visualize.pictures import filmstrip, histogram, outline, overlay, roles
 
 __all__ = [
     "BOTH_TAUGHT",
@@ -35,6 +35,7 @@ __all__ = [
     "PANEL_ROWS",
     "ROLE_COLORS",
     "filmstrip",
+    "histogram",
     "outline",
     "overlay",
     "palette",

@@ -23,7 +23,15 @@ from ssync_loss._checks import (
 from ssync_loss._inputs import check_labels, check_mask
 from ssync_loss.ssync.maps import check_valid
 from ssync_loss.ssync.types import PseudoLabels
-from ssync_loss.visualize.colors import BY_ROLE, INVALID, NUM_COLORS, WHITE, palette
+from ssync_loss.visualize.colors import (
+    BY_ROLE,
+    DECODER_TAUGHT,
+    ENCODER_TAUGHT,
+    INVALID,
+    NUM_COLORS,
+    WHITE,
+    palette,
+)
 
 _GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
@@ -144,6 +152,37 @@ def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
         frames = F.pad(as_bytes(video), [0, gap], value=255)
         strip = rearrange(frames, "b t c h w -> b c h (t w)")
         return strip[..., : size["T"] * (size["w"] + gap) - gap]
+
+
+def histogram(counts: Tensor, *, at: float | None = None, height: int = 64, width: int = 8) -> Tensor:
+    """Draw counts in bins of equal width from 0 to 1 as bars, and a line at a value.
+
+    A bar is as high as the square root of its count, the highest as high as the picture: rare ones are seen beside
+    frequent ones. With ``MergeAdvice.histogram`` and its threshold it shows what merging joins, right of the line.
+
+    Shape: counts: (N,) integers >= 0. Returns (3, height, N * width), uint8.
+
+    Raises: TypeError, ValueError if a dtype, shape or number does not fit.
+
+    >>> histogram(torch.tensor([4, 1, 0]), height=4, width=1)[0].tolist()  # bars of 4, 2 and 0, of little red
+    [[58, 255, 255], [58, 255, 255], [58, 58, 255], [58, 58, 255]]
+    """
+    size = check_shape("counts", counts, "N")
+    check_not_empty("counts", size, "N")
+    counts = as_index("counts", counts)
+    check_nonnegative("counts", counts)
+    check_int("height", height, 1)
+    check_int("width", width, 1)
+    levels = counts.double().sqrt()
+    bars = (height * levels / levels.amax().clamp_min(1)).round().repeat_interleave(width)
+    filled = bars >= torch.arange(height, 0, -1, device=bars.device).unsqueeze(1)
+    blue, white, line = (_color(one, bars.device)[:, None, None] for one in (ENCODER_TAUGHT, WHITE, DECODER_TAUGHT))
+    picture = torch.where(filled, blue, white)
+    if at is not None:
+        check_number("at", at, 0.0, 1.0)
+        column = min(int(at * len(bars)), len(bars) - 1)
+        picture[:, :, column] = line.squeeze(2)
+    return picture
 
 
 def check_video(video: Tensor) -> dict[str, int]:

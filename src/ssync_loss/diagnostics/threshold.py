@@ -1,0 +1,206 @@
+"""Which merge threshold a model's own maps and features suggest."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssync_loss._autocast import no_autocast
+from ssync_loss._axes import Axes
+from ssync_loss._checks import check_number, check_type
+from ssync_loss.ssync.fit import place_features
+from ssync_loss.ssync.labels import hard_labels
+from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
+from ssync_loss.ssync.merging import mean_overlap, representatives
+
+NUM_BINS = 20
+# channels at once: exact sums at the memory of a thin slice
+_CHANNELS = 64
+
+
+class SlotStatistics(NamedTuple):
+    """What merging the slots of a batch depends on, by :func:`slot_statistics`: small, and without the maps.
+
+    Attributes:
+        overlap: (B, S, S), how far two slots are active in the same places, as ``functional.slot_overlap`` says.
+        area: (B, S) int64, valid patches that a slot wins in the encoder's map.
+        present: (B, S) bool, slots that there are; none in a clip without a valid patch.
+        products: (B, S, S) float64, products of the slots' summed features, which are centered per clip.
+        variance: (B,) float64, the summed square of the centered features; NaN where something is not finite.
+    """
+
+    overlap: Tensor
+    area: Tensor
+    present: Tensor
+    products: Tensor
+    variance: Tensor
+
+
+class MergeAdvice(NamedTuple):
+    """A merge threshold, and what it would merge, by :func:`suggest_merge_threshold`.
+
+    Attributes:
+        threshold: for the criterion's ``merge_threshold``.
+        explained: mean over clips of the feature variance that the encoder's hard labels explain.
+        merged_explained: the same of its merged labels.
+        pairs: (B,) int64, pairs of slots that overlap by more than the threshold.
+        groups: (B,) int64, what the present slots are merged into: as many as there are if nothing is merged.
+        histogram: (20,) int64, how many pairs of present slots overlap by how much, in equal steps from 0 to 1. The
+            first bin holds 0, the last one 1.
+    """
+
+    threshold: float
+    explained: float
+    merged_explained: float
+    pairs: Tensor
+    groups: Tensor
+    histogram: Tensor
+
+
+@torch.no_grad()
+def slot_statistics(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    features: Tensor,
+    *,
+    kind: KindArgument = "logits",
+    grid: Grid = None,
+    axes: Axes = None,
+    features_axes: str | None = None,
+    valid: Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    num_frames: int | None = None,
+) -> SlotStatistics:
+    """Measure on a batch what :func:`suggest_merge_threshold` needs; arguments as in :func:`premise`.
+
+    Merging and fit are of the encoder's map. Of the decoder's one only the layout counts, and that it is finite.
+
+    Raises: TypeError, ValueError if a dtype, shape or device does not fit.
+
+    >>> features = torch.tensor([0.0, 1.0, 5.0, 6.0]).view(1, 1, 1, 1, 4)
+    >>> enc = torch.tensor([[9.0, 0.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 3, 1, 4)
+    >>> statistics = slot_statistics(enc, enc.clone(), features)
+    >>> statistics.overlap[0, 0].tolist(), statistics.area.tolist()  # of the first two slots, one patch in two
+    ([1.0, 0.5, 0.0], [[1, 1, 2]])
+    """
+    given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
+    features = place_features(features, features_axes, maps.enc)
+    num_slots = maps.enc.shape[2]
+    labels = hard_labels(maps)[0].flatten(1)
+    counted = torch.ones_like(labels, dtype=torch.bool) if maps.counted is None else maps.counted.flatten(1)
+    measured = counted.any(1, keepdim=True)
+    member = (F.one_hot(labels, num_slots) * counted.unsqueeze(2)).double()
+    products = torch.zeros(len(labels), num_slots, num_slots, dtype=torch.float64, device=labels.device)
+    variance = products.new_zeros(len(labels))
+    number, clips = counted.sum(1)[:, None, None].clamp_min(1), torch.arange(len(labels), device=labels.device)
+    for block in features.split(_CHANNELS, 2):
+        values = block.double().transpose(1, 2).flatten(2)
+        # any valid patch does as the origin: features that are all the same become exactly 0
+        values = values - values[clips, :, counted.to(torch.uint8).argmax(1)].unsqueeze(2)
+        values = values.masked_fill(~counted.unsqueeze(1), 0.0)
+        values = (values - values.sum(2, keepdim=True) / number).masked_fill(~counted.unsqueeze(1), 0.0)
+        sums = values @ member
+        products, variance = products + sums.mT @ sums, variance + values.square().sum((1, 2))
+    with no_autocast(maps.enc):
+        overlap = mean_overlap(maps.enc.to(maps.dtype), maps.counted, maps.slot_mask)
+    return SlotStatistics(
+        overlap=overlap,
+        area=member.sum(1).long(),
+        present=measured.expand(-1, num_slots) if maps.slot_mask is None else maps.slot_mask & measured,
+        products=products,
+        variance=variance * maps.spoil(),
+    )
+
+
+@torch.no_grad()
+def suggest_merge_threshold(statistics: Iterable[SlotStatistics], *, keep: float = 0.95) -> MergeAdvice:
+    """Suggest the merge threshold that merges most, and loses little of what the slots explain of the features.
+
+    The lowest threshold at which the encoder's merged labels explain at least ``keep`` of what its labels explain
+    unmerged, both as means over clips of :func:`explained_variance`. A lower threshold merges more and explains no
+    more, so that there is one. Between two overlaps that occur every threshold merges the same: the middle is taken.
+    Where nothing is explained (constant features, one slot in use, no clip), there is nothing to go by, and it is 1,
+    which merges nothing.
+
+    A rule of thumb: no study has compared it with fixed thresholds (the published ones are 0.6, 0.65, 0.7 and 0.9,
+    see ``SSyncLoss.from_preset``), and ``keep=0.95`` was chosen, not tuned. Look at the histogram, which
+    ``visualize.histogram`` draws: a gap that the threshold falls into speaks for it. Take clips of many videos, of a
+    model trained with its own losses.
+
+    Args:
+        statistics: of the batches of an evaluation set, by :func:`slot_statistics`. They are read on the host.
+        keep: share of the explained variance to keep, within [0, 1].
+
+    Returns: the threshold and what it would merge; tensors are on the CPU.
+
+    Raises: TypeError if there is anything but SlotStatistics; ValueError if there is none, if maps or features of a
+        clip were not finite, or ``keep`` is out of range.
+
+    >>> features = torch.tensor([0.0, 1.0, 5.0, 6.0]).view(1, 1, 1, 1, 4)
+    >>> enc = torch.tensor([[9.0, 0.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 3, 1, 4)
+    >>> advice = suggest_merge_threshold([slot_statistics(enc, enc.clone(), features)])
+    >>> advice.threshold, advice.groups.tolist()  # overlaps are 0 and 0.5: the middle
+    (0.25, [2])
+    >>> round(advice.explained, 4), round(advice.merged_explained, 4)  # 25.5/26, and 25/26: 98 % of it
+    (0.9808, 0.9615)
+    """
+    check_number("keep", keep, 0.0, 1.0)
+    parts = tuple(statistics)
+    if not parts:
+        raise ValueError("`statistics` must hold those of at least one batch; got none.")
+    for part in parts:
+        check_type("statistics", part, SlotStatistics)
+    parts = tuple(SlotStatistics(*(one.cpu() for one in part)) for part in parts)
+    if not all(bool(part.variance.isfinite().all()) for part in parts):
+        raise ValueError("`statistics` must be of finite maps and features; got NaN or infinities.")
+    overlaps = torch.cat([part.overlap[_pairs(part)] for part in parts])
+    # a threshold merges what lies above it: all but pairs without any overlap at 0, nothing at the largest overlap
+    levels = torch.cat([overlaps, overlaps.new_zeros(1)]).unique()
+    wanted = keep * (explained := _explained(parts, None))
+    threshold = 1.0
+    if explained > 0:
+        low, high = 0, len(levels) - 1
+        while low < high:
+            middle = (low + high) // 2
+            enough = _explained(parts, levels[middle].item()) >= wanted
+            low, high = (low, middle) if enough else (middle + 1, high)
+        above = levels[low + 1].item() if low + 1 < len(levels) else 1.0
+        threshold = (levels[low].item() + above) / 2
+    groups = []
+    for part in parts:
+        slots = torch.arange(part.overlap.shape[1])
+        groups.append((part.present & (representatives(part.overlap, part.area, threshold) == slots)).sum(1))
+    return MergeAdvice(
+        threshold,
+        explained,
+        _explained(parts, threshold),
+        pairs=torch.cat([(_pairs(part) & (part.overlap > threshold)).sum((1, 2)) for part in parts]),
+        groups=torch.cat(groups),
+        histogram=torch.bincount((overlaps * NUM_BINS).long().clamp_max(NUM_BINS - 1), minlength=NUM_BINS),
+    )
+
+
+def _pairs(part: SlotStatistics) -> Tensor:
+    """Return the pairs i < j of present slots: (B, S, S) bool."""
+    return (part.present.unsqueeze(1) & part.present.unsqueeze(2)).triu(1)
+
+
+def _explained(parts: Iterable[SlotStatistics], threshold: float | None) -> float:
+    """Average over clips what the labels explain, merged at a threshold."""
+    shares = []
+    for part in parts:
+        slots = torch.arange(part.overlap.shape[1])
+        group = slots.expand_as(part.area)
+        if threshold is not None:
+            group = representatives(part.overlap, part.area, threshold)
+        joined = (group.unsqueeze(2) == slots).double()
+        area = (part.area.double().unsqueeze(1) @ joined).squeeze(1)
+        between = ((joined.mT @ part.products @ joined).diagonal(dim1=1, dim2=2) / area.clamp_min(1)).sum(1)
+        # one slot explains nothing, and not what is left by rounding
+        between = between.masked_fill((area > 0).sum(1) < 2, 0.0)
+        shares.append(between / torch.where(part.variance == 0, 1.0, part.variance))
+    whole = torch.cat(shares)
+    return whole.sum().item() / max(len(whole), 1)
