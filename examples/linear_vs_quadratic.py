@@ -13,12 +13,14 @@ LARGEST = 64  # side of a frame for dense alignment: at twice of it one map of a
 
 
 def ssync(side: int) -> float:
+    """Time SSync: two maps of logits over slots."""
     criterion = SSyncLoss(merge_threshold=0.7)
     maps = torch.randn(2, 1, 1, SLOTS, side, side).requires_grad_()
     return milliseconds(lambda: criterion(*maps), maps)
 
 
 def dense(side: int) -> float:
+    """Time dense alignment: both terms, on features."""
     decoder, encoder = DenseDecoderAlignmentLoss(group_frames=1), DenseEncoderAlignmentLoss(group_frames=1)
     features = torch.randn(2, 1, 1, DIM, side, side).requires_grad_()
     anchors, labels = torch.randn(1, 1, DIM, side, side), torch.randint(SLOTS, (1, 1, side, side))
@@ -26,14 +28,15 @@ def dense(side: int) -> float:
 
 
 def milliseconds(forward: Callable[[], Tensor], learned: Tensor) -> float:
+    """Return the shortest of four steps, forward and backward, after one that warms up."""
     times = []
-    for _ in range(5):  # the first call warms up
+    for _ in range(5):
         start = perf_counter()
         torch.autograd.grad(forward(), learned)
         times.append(perf_counter() - start)
     return 1e3 * min(times[1:])
 
 
-print(f"a step of one frame in ms, {torch.get_num_threads()} threads\n{'patches':>8}{'SSync':>10}{'dense':>10}")
+print(f"a step of one frame in ms, threads: {torch.get_num_threads()}\n{'patches':>8}{'SSync':>10}{'dense':>10}")
 for side in (16, 32, 64, 128, 256):
     print(f"{side**2:8,}{ssync(side):10.2f}" + (f"{dense(side):10.2f}" if side <= LARGEST else "         -"))

@@ -8,7 +8,7 @@ from ssync_loss.testing import SlotGraph, reference_merge_slots, slot_graphs, th
 
 
 def my_merging(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor:
-    """Name the slot that stands for each slot's group, (B, S), by squaring the graph of overlaps until it is closed."""
+    """Name the slot that stands for the group of each slot, (B, S); a graph is squared until it is closed."""
     slots = area.shape[1]
     joined = torch.eye(slots, dtype=torch.bool).expand_as(overlap)
     if threshold is not None:
@@ -23,6 +23,7 @@ def my_merging(overlap: Tensor, area: Tensor, threshold: float | None) -> Tensor
 @settings(deadline=None)
 @given(slot_graphs(), thresholds())
 def test_it_merges_as_the_slow_definition(graph: SlotGraph, threshold: float | None) -> None:
+    """On drawn graphs: chains, cliques, ties, overlaps that equal the threshold."""
     wanted = reference_merge_slots(graph.overlap, graph.area, threshold=threshold)
     assert torch.equal(my_merging(graph.overlap, graph.area, threshold), wanted)
 
@@ -30,5 +31,6 @@ def test_it_merges_as_the_slow_definition(graph: SlotGraph, threshold: float | N
 @settings(deadline=None)
 @given(slot_graphs(), thresholds())
 def test_merging_twice_changes_nothing(graph: SlotGraph, threshold: float | None) -> None:
+    """Every slot that stands for others stands for itself."""
     merged = my_merging(graph.overlap, graph.area, threshold)
     assert torch.equal(merged.gather(1, merged), merged)
