@@ -2,7 +2,8 @@
 
 A worker imports torch once and runs nothing itself. Every job gets a fork of it: no tensor, no cache and no heap
 is left from the job before, and no second is spent on importing. What malloc does is read from the environment at
-the start of a process, so there is a worker for every setting of it.
+the start of a process, so there is a worker for every setting of it. A fork must not use the threads that torch may
+have started before: where more than one is timed, the job is a program of its own, as a host is.
 """
 
 import gc
@@ -62,11 +63,14 @@ class Worker:
         self._limits = {"device": device, "threads": threads, "memory_cap": memory_cap}
         self._process: subprocess.Popen[str] | None = None
 
-    def call(self, function: str, *, threads: int | None = None, **arguments: Any) -> Outcome:
-        """Run ``"module:function"`` of this package with arguments that JSON can hold, in a fresh process."""
+    def call(self, function: str, *, threads: int | None = None, alone: bool = False, **arguments: Any) -> Outcome:
+        """Run ``"module:function"`` of this package with arguments that JSON can hold, in a fresh process.
+
+        That is a fork, or, ``alone``, a program of its own.
+        """
         process = self._started()
         limits = self._limits | ({} if threads is None else {"threads": threads})
-        job = {"function": function, "arguments": arguments, "limits": limits}
+        job = {"function": function, "arguments": arguments, "limits": limits, "alone": alone}
         stdin, stdout = _pipes(process)
         stdin.write(json.dumps(job) + "\n")
         stdin.flush()
@@ -136,7 +140,9 @@ def serve(*, prepared: bool) -> None:
         if prepared:
             _prepare()
         for line in sys.stdin:
-            channel.write(json.dumps(_in_a_fork(json.loads(line)), allow_nan=False) + "\n")
+            job = json.loads(line)
+            outcome = _in_a_program(job) if job["alone"] else _in_a_fork(job)
+            channel.write(json.dumps(outcome, allow_nan=False) + "\n")
             channel.flush()
 
 
@@ -151,6 +157,26 @@ def _prepare() -> None:
     # a fork that collects its garbage would otherwise copy every page that an object lies on
     gc.collect()
     gc.freeze()
+
+
+def _in_a_program(job: dict[str, Any]) -> Outcome:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.child", "once"],
+        input=json.dumps({**job, "alone": False}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.stdout:
+        return Outcome(*json.loads(done.stdout))
+    return _broken(done.returncode)
+
+
+def run_once() -> None:
+    """Run the job on standard input, here and now; whatever else is printed goes to the errors."""
+    with os.fdopen(os.dup(1), "w") as channel:
+        os.dup2(2, 1)
+        channel.write(json.dumps(run(json.load(sys.stdin)), allow_nan=False))
 
 
 def _in_a_fork(job: dict[str, Any]) -> Outcome:
@@ -168,7 +194,10 @@ def _in_a_fork(job: dict[str, Any]) -> Outcome:
     _, status = os.waitpid(child, 0)
     if text:
         return Outcome(*json.loads(text))
-    code = os.waitstatus_to_exitcode(status)
+    return _broken(os.waitstatus_to_exitcode(status))
+
+
+def _broken(code: int) -> Outcome:
     if code == -signal.SIGKILL:
         return Outcome("memory", "killed by the system, as when memory runs out", None)
     return Outcome("failed", f"the process ended with code {code}", None)
@@ -207,4 +236,7 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(prepared="prepared" in sys.argv[1:])
+    if "once" in sys.argv[1:]:
+        run_once()
+    else:
+        serve(prepared="prepared" in sys.argv[1:])

@@ -72,10 +72,10 @@ class Session:
         self._plain = Worker({}, **limits)
         self._bar = bar
 
-    def call(self, function: str, *, plain: bool = False, threads: int | None = None, **arguments: Any) -> Outcome:
-        """Run a function in a fresh process, with a raised or with the usual malloc."""
+    def call(self, function: str, *, plain: bool = False, **how: Any) -> Outcome:
+        """Run a function in a fresh process, with a raised or with the usual malloc, as :class:`Worker` does."""
         worker = self._plain if plain else self._raised
-        return worker.call(function, threads=threads, **arguments)
+        return worker.call(function, **how)
 
     def missing(self, rows: Iterable[RowId]) -> list[RowId]:
         """Return the rows that are not in the file."""

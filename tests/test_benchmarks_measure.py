@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmark_results import Machine, measured
 from ssync_loss.functional import pseudo_labels
+from ssync_loss.ssync.engines.cpu.team import address_of_team
 
 SMALL = {"B": 2, "T": 4, "S": 4, "H": 4, "W": 6}
 
@@ -364,6 +365,11 @@ def settings_of_malloc() -> str | None:
     return os.environ.get("MALLOC_MMAP_THRESHOLD_")
 
 
+def has_a_team() -> bool:
+    """Whether the CPU engine may use torch's threads here."""
+    return address_of_team() is not None
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
     one = Worker({"MALLOC_MMAP_THRESHOLD_": "77777"}, device="cpu", threads=1, memory_cap=1 << 30)
@@ -378,6 +384,10 @@ class TestWorker:
         assert len({os.getpid(), *(one.value for one in outcomes)}) == 3
         assert worker.call("test_benchmarks_measure:settings_of_malloc").value == "77777"
 
+    def test_alone_it_may_use_torchs_threads(self, worker: Worker) -> None:
+        asked = [worker.call("test_benchmarks_measure:has_a_team", alone=alone).value for alone in (False, True)]
+        assert asked == [False, True]
+
     @pytest.mark.parametrize(
         ("kind", "status", "note"),
         [
@@ -387,9 +397,10 @@ class TestWorker:
             ("code", "failed", "the process ended with code 3"),
         ],
     )
+    @pytest.mark.parametrize("alone", [False, True])
     def test_a_job_that_fails_says_how_and_the_next_one_runs(
-        self, kind: str, status: str, note: str, worker: Worker
+        self, kind: str, status: str, note: str, alone: bool, worker: Worker
     ) -> None:
-        outcome = worker.call("test_benchmarks_measure:fails", kind=kind)
+        outcome = worker.call("test_benchmarks_measure:fails", kind=kind, alone=alone)
         assert (outcome.status, outcome.note) == (status, note)
         assert worker.call("test_benchmarks_measure:process").status == "measured"

@@ -305,6 +305,7 @@ class TestByScipy(TestContract):
     )
     shape = (2, 2, 2, 7, 5)
 
+    @pytest.mark.compiles
     @EXPORTS
     def test_export(self, strict: bool) -> None:
         with pytest.raises(RuntimeError, match=r"assigned by scipy, which torch\.export cannot follow"):

@@ -161,6 +161,8 @@ def unpickled() -> dict[str, nn.Module]:
 
 def test_every_loss_is_among_the_old_pickles(unpickled: dict[str, nn.Module]) -> None:
     classes = {name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)}
+    # there was none of it then
+    classes.remove("AdaptiveSSyncLoss")
     assert unpickled.keys() == classes | {"CorrelationFusion", "SlotCurriculum"}
 
 

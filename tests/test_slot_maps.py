@@ -69,6 +69,7 @@ class TestPair:
     @pytest.mark.skipif(
         not hasattr(torch._dynamo.variables, "UserDefinedTupleVariable"), reason="this compiler makes no such tuples"
     )
+    @pytest.mark.compiles
     def test_traces(self, masks: dict[str, Tensor]) -> None:
         def function(enc_logits: Tensor, dec_logits: Tensor, **masks: Tensor) -> tuple[dict[str, Tensor], SlotMaps]:
             maps = SlotMaps(enc_logits + 1, dec_logits, **masks)

@@ -169,7 +169,7 @@ def _task(workload: Workload, contenders: list[str], options: Options) -> Task:
         for keys, function, more in jobs:
             missing = session.missing(keys)
             if missing:
-                outcome = session.call(f"{MODULE}:{function}", plain=True, threads=1, **arguments, **more)
+                outcome = session.call(f"{MODULE}:{function}", plain=True, threads=1, alone=True, **arguments, **more)
                 for key in missing:
                     value = None
                     if outcome.status == "measured":

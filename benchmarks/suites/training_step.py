@@ -78,6 +78,7 @@ def _task(case: str, name: str, options: Options) -> Task:
         outcome = session.call(
             f"{MODULE}:measure",
             plain=True,
+            alone=True,
             threads=2 if name.endswith(TWO_THREADS) else None,
             case=case,
             contender=contender,

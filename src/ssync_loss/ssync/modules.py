@@ -346,8 +346,8 @@ class SSyncLoss(_SSyncModule):
 
 
 def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:
-    """Refuse one tensor as both maps, which then have nothing to teach each other."""
-    if enc_logits is dec_logits:
+    """Refuse to train one tensor as both maps, which have nothing to teach each other."""
+    if enc_logits is dec_logits and isinstance(enc_logits, Tensor) and enc_logits.requires_grad:
         raise ValueError("`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`.")
 
 
