@@ -28,6 +28,9 @@ PUBLIC = [
 ]
 # each defines one thing, which is imported by its full name
 WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher"}
+# what an entry for a host of one's own is made of
+HOSTS = "ssync_loss.adapters.hosts"
+PAGES = [*PUBLIC, HOSTS]
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "api"
 ROLE = re.compile(r":(?:mod|func|class|meth|attr):`([^`]+)`")
 # sections of one line, which are no sections to pdoc
@@ -36,46 +39,59 @@ SECTION = re.compile(r"^(Shape|Returns|Source|Raises|Args): (?=\S)", flags=re.MU
 
 def public_names(module: str) -> list[str]:
     """Return the names that a module offers."""
-    return getattr(importlib.import_module(module), "__all__", None) or [WITHOUT_ALL[module]]
+    there = importlib.import_module(module)
+    if module == HOSTS:
+        return [
+            name for name, one in vars(there).items() if name[0] != "_" and getattr(one, "__module__", "") == module
+        ]
+    return getattr(there, "__all__", None) or [WITHOUT_ALL[module]]
 
 
-def places_of_names() -> dict[str, str]:
-    """Return where a page has a name, in full: the first page that has it."""
-    places: dict[str, str] = {}
-    for module in PUBLIC:
-        for name in public_names(module):
-            places.setdefault(name, f"{module}.{name}")
-    return places
+class Names:
+    """What has a place on a page.
 
-
-def members_of_classes() -> set[str]:
-    """Return what may be referred to by its own name in the docstring of its class."""
-    objects = [getattr(importlib.import_module(module), name) for module in PUBLIC for name in public_names(module)]
-    return {name for one in objects if isinstance(one, type) for name in vars(one)}
-
-
-def prepared(docstring: str, places: dict[str, str]) -> str:
-    """Write references in full, so that pdoc links them from every page, and sections of one line as paragraphs.
-
-    Raises:
-        ValueError: if a name is referred to that has no page.
+    Attributes:
+        places: a public name, and its full name on the first page that has it.
+        full: every full name: of modules, of their names, of members of classes.
+        members: what a class's own docstring may call by one word; pdoc finds it there.
     """
 
-    members = members_of_classes()
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.full = set(PAGES)
+        self.members: set[str] = set()
+        for module in PAGES:
+            for name in public_names(module):
+                one = getattr(importlib.import_module(module), name)
+                members = {member for member in vars(one) if member[0] != "_"} if isinstance(one, type) else set()
+                self.places.setdefault(name, f"{module}.{name}")
+                self.full |= {f"{module}.{name}", *(f"{module}.{name}.{member}" for member in members)}
+                self.members |= members
 
-    def in_full(match: re.Match[str]) -> str:
-        said = match[1]
-        module, _, last = said.rpartition(".")
-        if said in PUBLIC or (module in PUBLIC and last in public_names(module)):
-            return f"`{said}`"
+    def prepared(self, docstring: str) -> str:
+        """Write references in full, so that pdoc links them from every page, and sections of one line as paragraphs.
+
+        Raises:
+            ValueError: if a name is referred to that has no page.
+        """
+        return SECTION.sub(r"\n**\1.** ", ROLE.sub(lambda match: f"`{self._in_full(match[1])}`", docstring))
+
+    def _in_full(self, said: str) -> str:
         name, dot, member = said.partition(".")
-        if name in members:
-            return f"`{said}`"
-        if name not in places:
-            raise ValueError(f"a docstring refers to {said!r}, which has no page:\n{docstring}")
-        return f"`{places[name]}{dot}{member}`"
+        for full in (said, f"{self.places.get(name)}{dot}{member}"):
+            if full in self.full:
+                return full
+        if said in self.members:
+            return said
+        raise ValueError(f"a docstring refers to {said!r}, which has no page")
 
-    return SECTION.sub(r"\n**\1.** ", ROLE.sub(in_full, docstring))
+
+def to_classes(page: str) -> str:
+    """Let links to a member that a class inherits, and that pdoc does not show, lead to the class."""
+    anchors = set(re.findall(r'id="([\w.]+)"', page))
+    return re.sub(
+        r'href="#(\w+)\.(\w+)"', lambda link: link[0] if link[0][7:-1] in anchors else f'href="#{link[1]}"', page
+    )
 
 
 def build(folder: Path) -> None:
@@ -86,11 +102,11 @@ def build(folder: Path) -> None:
     """
     from pdoc import doc, docstrings, render
 
-    places = places_of_names()
-    for module in map(importlib.import_module, PUBLIC):
+    names = Names()
+    for module in map(importlib.import_module, PAGES):
         # some names are imported when they are first asked for; pdoc does not ask
         vars(module).update({name: getattr(module, name) for name in public_names(module.__name__)})
-    modules = {name: doc.Module.from_name(name) for name in PUBLIC}
+    modules = {name: doc.Module.from_name(name) for name in PAGES}
     top, *others = modules.values()
     # `__all__` has no modules in it; and a module behind a public one is no page
     vars(top)["submodules"] = others
@@ -100,12 +116,15 @@ def build(folder: Path) -> None:
     convert = docstrings.convert
 
     def convert_prepared(docstring: str, *where: Any) -> str:
-        return str(convert(prepared(docstring, places), *where))
+        return str(convert(names.prepared(docstring), *where))
 
     render.configure(docformat="google", show_source=False)
     with patch.object(docstrings, "convert", convert_prepared), warnings.catch_warnings():
         warnings.simplefilter("error")
-        pages = {f"{name.replace('.', '/')}.html": render.html_module(one, modules) for name, one in modules.items()}
+        pages = {
+            f"{name.replace('.', '/')}.html": to_classes(render.html_module(one, modules))
+            for name, one in modules.items()
+        }
         pages |= {"index.html": render.html_index(modules), "search.js": render.search_index(modules)}
     for name, text in pages.items():
         path = folder / name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api_pages import PUBLIC, build, places_of_names, prepared, public_names
+from api_pages import PAGES, Names, build, public_names
 
 pytestmark = pytest.mark.skipif(find_spec("pdoc") is None, reason="needs pdoc")
 
@@ -24,15 +24,15 @@ def place(module: str) -> Path:
 
 
 def test_every_public_name_has_its_place(pages: dict[Path, str]) -> None:
-    assert set(pages) == {*map(place, PUBLIC), Path("index.html")}
-    for module in PUBLIC:
+    assert set(pages) == {*map(place, PAGES), Path("index.html")}
+    for module in PAGES:
         anchors = re.findall(r'id="([\w.]+)"', pages[place(module)])
         assert set(public_names(module)) - {"__version__"} <= set(anchors), module
 
 
 def test_every_page_is_linked_from_the_first_and_fits_a_phone(pages: dict[Path, str]) -> None:
     assert "./ssync_loss.html" in pages[Path("index.html")]
-    for module in PUBLIC[1:]:
+    for module in PAGES[1:]:
         assert f'href="{place(module)}"' in pages[place("ssync_loss")]
         assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in pages[place(module)]
 
@@ -41,7 +41,7 @@ def test_no_link_leads_nowhere(pages: dict[Path, str]) -> None:
     anchors = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in pages.items()}
     count = 0
     for path, text in pages.items():
-        for target, _, anchor in (one.partition("#") for one in re.findall(r'href="([^":]+)"', text)):
+        for target, _, anchor in (one.partition("#") for one in re.findall(r'href="([^":$]+)"', text)):
             parts: list[str] = []
             for part in (path.parent / target).parts if target else path.parts:
                 parts = parts[:-1] if part == ".." else [*parts, part]
@@ -62,14 +62,14 @@ def test_references_are_links(pages: dict[Path, str]) -> None:
 
 
 def test_what_is_written_in_full() -> None:
-    places = places_of_names()
+    names = Names()
     text = (
         "See :func:`slot_overlap`, :class:`ssync_loss.SSyncLoss`, :meth:`SSyncLoss.terms`, :mod:`ssync_loss.testing`."
     )
-    assert prepared(text, places) == (
+    assert names.prepared(text) == (
         "See `ssync_loss.functional.slot_overlap`, `ssync_loss.SSyncLoss`, `ssync_loss.SSyncLoss.terms`, "
         "`ssync_loss.testing`."
     )
-    assert prepared("Shape: x: (B,).\nReturns: y.", places) == "\n**Shape.** x: (B,).\n\n**Returns.** y."
+    assert names.prepared("Shape: x: (B,).\nReturns: y.") == "\n**Shape.** x: (B,).\n\n**Returns.** y."
     with pytest.raises(ValueError, match="refers to 'no_such_name', which has no page"):
-        prepared("See :func:`no_such_name`.", places)
+        names.prepared("See :func:`no_such_name`.")
