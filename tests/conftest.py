@@ -1,7 +1,7 @@
 """Seeds and hypothesis profiles.
 
 ``ci`` (the default) draws 130 examples of 16 clips each: 2,080 cases a property. ``slow`` draws 1,250, so
-20,000 cases: ``python -m pytest --hypothesis-profile=slow tests/test_against_reference.py``.
+20,000 cases: ``python -m pytest --hypothesis-profile=slow tests/test_against_reference.py``. ``quick`` draws 10.
 """
 
 import os
@@ -19,6 +19,9 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_bas
 
 settings.register_profile(
     "ci", max_examples=130, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET
+)
+settings.register_profile(
+    "quick", max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET
 )
 settings.register_profile(
     "slow", max_examples=1250, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET

@@ -65,16 +65,16 @@ class TestLibrary:
     def test_the_cache_follows_xdg_and_the_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(library.CACHE_VARIABLE, raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert library._cache_folder() == tmp_path / "xdg" / "ssync-loss"
+        assert library.cache_folder() == tmp_path / "xdg" / "ssync-loss"
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert library._cache_folder() == tmp_path / ".cache" / "ssync-loss"
+        assert library.cache_folder() == tmp_path / ".cache" / "ssync-loss"
 
     @pytest.mark.parametrize("part", ["source", "flags", "compiler", "processor"])
     def test_another_source_flag_compiler_or_processor_is_another_file(
         self, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        compiler = library._compiler()
+        compiler = library.find_compiler()
         before = library._key(compiler)
         if part == "source":
             changed = tmp_path / "engine.c"
@@ -371,7 +371,7 @@ class TestNumbers:
 
 def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
     """A program of its own draws cases: addresses, leaks, undefined behavior, and the same bits for any threads."""
-    compiler = library._compiler()
+    compiler = library.find_compiler()
     program = tmp_path / "cases"
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
     built = subprocess.run(

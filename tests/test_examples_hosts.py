@@ -1,15 +1,12 @@
 """Every way of registering the loss runs on the host that it is for, in small."""
 
-import ast
 import copy
 import importlib
-import io
 import json
 import os
 import runpy
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,30 +22,13 @@ import ddp_of_hosts
 import lightning_stand_in
 from miniatures import MINIATURES, Miniature, genera1z, oclf
 from miniatures.slotcontrast import losses, models, train
+from own_code import own_code
 from ssync_loss import SSyncLoss
 from ssync_loss.adapters import OutputTap, attach
 
 HOSTS = Path(plain_loop.__file__).parent
 ROOT = HOSTS.parents[1]
 PATHS = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", ROOT)))}
-
-
-def own_code(path: Path) -> int:
-    """Count the lines that hold code: no blank ones, comments or docstrings."""
-    text = path.read_text()
-    if path.suffix != ".py":
-        return sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = {
-        line
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, documented) and ast.get_docstring(node) is not None
-        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
-    }
-    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    code = {line for one in tokens if one.type not in nothing for line in range(one.start[0], one.end[0] + 1)}
-    return len(code - docstrings)
 
 
 @pytest.mark.parametrize("name", sorted(one.name for one in HOSTS.iterdir() if one.suffix in {".py", ".yaml"}))

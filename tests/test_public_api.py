@@ -16,28 +16,11 @@ import pytest
 import torch
 
 import ssync_loss
+from api_pages import PUBLIC, WITHOUT_ALL, public_names
 from ssync_loss import functional, losses
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ssync_loss"
-
-PUBLIC = [
-    "ssync_loss",
-    "ssync_loss.adapters",
-    "ssync_loss.attention",
-    "ssync_loss.curriculum",
-    "ssync_loss.diagnostics",
-    "ssync_loss.distributed",
-    "ssync_loss.ema",
-    "ssync_loss.functional",
-    "ssync_loss.losses",
-    "ssync_loss.metrics",
-    "ssync_loss.monitor",
-    "ssync_loss.testing",
-    "ssync_loss.visualize",
-]
-# each defines one thing, which is imported by its full name
-WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher", "ssync_loss.monitor": "Monitor"}
 
 
 def all_modules() -> list[str]:
@@ -49,7 +32,7 @@ def public_objects() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for module in PUBLIC:
         there = importlib.import_module(module)
-        for name in getattr(there, "__all__", None) or [WITHOUT_ALL[module]]:
+        for name in public_names(module):
             one = getattr(there, name)
             if inspect.isclass(one) or inspect.isfunction(one):
                 found[f"{one.__module__}.{name}"] = one
@@ -264,7 +247,7 @@ LAYERS: list[set[str]] = [
     {"ssync", "methods"},
     {"attention", "curriculum", "ema", "losses", "reference"},
     {"distributed", "functional", "ssync_loss"},
-    {"adapters", "diagnostics", "metrics", "testing", "visualize"},
+    {"adapters", "diagnostics", "env", "metrics", "testing", "visualize"},
     {"monitor"},
 ]
 

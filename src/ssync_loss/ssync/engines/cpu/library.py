@@ -43,8 +43,8 @@ def load() -> CDLL:
     """
     if sys.platform == "win32":
         raise UnavailableError("a POSIX system")
-    folder = _cache_folder()
-    compiler = _compiler()
+    folder = cache_folder()
+    compiler = find_compiler()
     try:
         path = _find(folder, _key(compiler)) or _build(folder, compiler)
     except OSError as error:
@@ -55,7 +55,7 @@ def load() -> CDLL:
         raise UnavailableError(f"a cache folder that libraries can be loaded from ({error})") from None
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
     """Return the command of the system's compiler; a variable CC may hold arguments, too."""
     wanted = os.environ.get("CC", "").split()
     for name in (*wanted[:1], *COMPILERS):
@@ -65,7 +65,7 @@ def _compiler() -> list[str]:
     raise UnavailableError(f"a C compiler; none of {', '.join(COMPILERS)} is on the PATH")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Make the cache folder, and require that nobody but this user can have put anything into it."""
     chosen = os.environ.get(CACHE_VARIABLE)
     base = os.environ.get("XDG_CACHE_HOME")

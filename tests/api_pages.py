@@ -1,0 +1,138 @@
+"""The API reference, built from the docstrings: ``python -m tests.api_pages`` writes it to build/api.
+
+Warnings are errors, and so is a reference to a name that has no page.
+"""
+
+import importlib
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+# these have a page, and what is on it is public
+PUBLIC = [
+    "ssync_loss",
+    "ssync_loss.adapters",
+    "ssync_loss.attention",
+    "ssync_loss.curriculum",
+    "ssync_loss.diagnostics",
+    "ssync_loss.distributed",
+    "ssync_loss.ema",
+    "ssync_loss.env",
+    "ssync_loss.functional",
+    "ssync_loss.losses",
+    "ssync_loss.metrics",
+    "ssync_loss.monitor",
+    "ssync_loss.testing",
+    "ssync_loss.visualize",
+]
+# each defines one thing, which is imported by its full name
+WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher", "ssync_loss.monitor": "Monitor"}
+# what an entry for a host of one's own is made of
+HOSTS = "ssync_loss.adapters.hosts"
+PAGES = [*PUBLIC, HOSTS]
+FOLDER = Path(__file__).resolve().parents[1] / "build" / "api"
+ROLE = re.compile(r":(?:mod|func|class|meth|attr):`([^`]+)`")
+# sections of one line, which are no sections to pdoc
+SECTION = re.compile(r"^(Shape|Returns|Source|Raises|Args): (?=\S)", flags=re.MULTILINE)
+
+
+def public_names(module: str) -> list[str]:
+    """Return the names that a module offers."""
+    there = importlib.import_module(module)
+    if module == HOSTS:
+        return [
+            name for name, one in vars(there).items() if name[0] != "_" and getattr(one, "__module__", "") == module
+        ]
+    return getattr(there, "__all__", None) or [WITHOUT_ALL[module]]
+
+
+class Names:
+    """What has a place on a page.
+
+    Attributes:
+        places: a public name, and its full name on the first page that has it.
+        full: every full name: of modules, of their names, of members of classes.
+        members: what a class's own docstring may call by one word; pdoc finds it there.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.full = set(PAGES)
+        self.members: set[str] = set()
+        for module in PAGES:
+            for name in public_names(module):
+                one = getattr(importlib.import_module(module), name)
+                members = {member for member in vars(one) if member[0] != "_"} if isinstance(one, type) else set()
+                self.places.setdefault(name, f"{module}.{name}")
+                self.full |= {f"{module}.{name}", *(f"{module}.{name}.{member}" for member in members)}
+                self.members |= members
+
+    def prepared(self, docstring: str) -> str:
+        """Write references in full, so that pdoc links them from every page, and sections of one line as paragraphs.
+
+        Raises:
+            ValueError: if a name is referred to that has no page.
+        """
+        return SECTION.sub(r"\n**\1.** ", ROLE.sub(lambda match: f"`{self._in_full(match[1])}`", docstring))
+
+    def _in_full(self, said: str) -> str:
+        name, dot, member = said.partition(".")
+        for full in (said, f"{self.places.get(name)}{dot}{member}"):
+            if full in self.full:
+                return full
+        if said in self.members:
+            return said
+        raise ValueError(f"a docstring refers to {said!r}, which has no page")
+
+
+def to_classes(page: str) -> str:
+    """Let links to a member that a class inherits, and that pdoc does not show, lead to the class."""
+    anchors = set(re.findall(r'id="([\w.]+)"', page))
+    return re.sub(
+        r'href="#(\w+)\.(\w+)"', lambda link: link[0] if link[0][7:-1] in anchors else f'href="#{link[1]}"', page
+    )
+
+
+def build(folder: Path) -> None:
+    """Write a page for every public module, with search, to a folder.
+
+    Raises:
+        UserWarning: whatever pdoc warns about.
+    """
+    from pdoc import doc, docstrings, render
+
+    names = Names()
+    for module in map(importlib.import_module, PAGES):
+        # some names are imported when they are first asked for; pdoc does not ask
+        vars(module).update({name: getattr(module, name) for name in public_names(module.__name__)})
+    modules = {name: doc.Module.from_name(name) for name in PAGES}
+    top, *others = modules.values()
+    # `__all__` has no modules in it; and a module behind a public one is no page
+    vars(top)["submodules"] = others
+    for one in others:
+        vars(one)["submodules"] = []
+
+    convert = docstrings.convert
+
+    def convert_prepared(docstring: str, *where: Any) -> str:
+        return str(convert(names.prepared(docstring), *where))
+
+    render.configure(docformat="google", show_source=False)
+    with patch.object(docstrings, "convert", convert_prepared), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pages = {
+            f"{name.replace('.', '/')}.html": to_classes(render.html_module(one, modules))
+            for name, one in modules.items()
+        }
+        pages |= {"index.html": render.html_index(modules), "search.js": render.search_index(modules)}
+    for name, text in pages.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    build(FOLDER)
+    print(FOLDER / "index.html")
