@@ -47,7 +47,7 @@ _REARRANGES = frozenset(
     )
 )
 _NO_GRADIENT = """\
-The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set
+The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set \
 torch._functorch.config.donated_buffer = False; checkpoint with use_reentrant=False."""
 
 # writes the values of a step, and a picture (3, h, w) uint8 on the CPU where there is one
@@ -79,8 +79,8 @@ class Monitor:
       this loss's is more than ten times the host's it says, once, what to lower; ten is a rule of thumb.
 
     What is not given or cannot be had is left out, and empty in the file: so is a gradient of a loss that does not
-    reach a map, as where a tap computes the map beside the host's own. A map that is stacked, joined or reshaped of
-    others is traced back to them. Both losses must be scaled alike.
+    reach a map, as where a tap computes the map beside the host's own, or a compiled model hands both maps out. A map
+    that is stacked, joined or reshaped of others is traced back to them. Both losses must be scaled alike.
 
     The picture is ``visualize.panel`` of the first clip of the batch, given ``video``. To watch one fixed clip, run
     the model on it where ``is_due(step)``, and hand its maps and video to :meth:`picture`.
