@@ -79,7 +79,7 @@ def is_trusted(name: str, device: str) -> bool:
         if complaint is not None:
             warnings.warn(
                 f"Engine {name!r} does not agree with plain torch on {device}, so backend='auto' takes torch there. "
-                f"Please report this with the output of `python -m torch.utils.collect_env`: {complaint} (Said once.)",
+                f"Please report this with the output of `python -m ssync_loss.env`: {complaint} (Said once.)",
                 stacklevel=2,
             )
     return _answers[name, device]
