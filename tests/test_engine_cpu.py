@@ -290,6 +290,22 @@ class TestThreads:
         monkeypatch.setattr(team, "_addresses", [])
         assert all(torch.equal(one, other) for one, other in zip(step(*maps), wanted, strict=True))
 
+    @pytest.mark.skipif(not team._find(), reason="there is no team")
+    def test_a_process_may_have_any_name(self) -> None:
+        wanted, place = team._find(), Path("/proc/self/comm")
+        before = place.read_bytes()
+        try:
+            # the system cuts a name within a letter
+            place.write_bytes("обучение".encode()[:15])
+            assert team._find() == wanted
+        finally:
+            place.write_bytes(before)
+
+    @pytest.mark.parametrize("told", [b"", b"1 (python) S 1", b"1 (python) S 1 1 1 0 -1 0 0 0 0 0"])
+    def test_without_a_word_about_forks_there_is_no_team(self, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Path, "read_bytes", lambda _: told)
+        assert team._find() == []
+
 
 class TestNumbers:
     """What only the library does by hand."""

@@ -25,7 +25,7 @@ enum { MAX_SLOTS = 64, MAX_THREADS = 64, BLOCK = 64, LANES = 16, RUN = 1024 };
 enum { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT = 3 };
 enum { NOT_TAUGHT = -1, NO_SLOT = -2 };
 
-/* To start a thread takes as long as the work on some tens of thousands of cells; a team waits for work already. */
+/* Cells from which on another thread pays: to start one takes longer than to wake one of a team. */
 #ifndef CELLS_PER_THREAD
 #define CELLS_PER_THREAD 131072
 #endif
@@ -45,7 +45,7 @@ typedef void Team(void (*function)(void *), void *data, unsigned num_threads, un
 /* What a call reads and writes; ctypes fills in the same fields. */
 typedef struct {
     int64_t num_clips, num_frames, num_slots, height, width, num_threads;
-    Team *team;                 /* NULL: threads live as long as one call, which a forked child can rely on */
+    Team *team;                 /* NULL, as in a forked child: threads are started for this call, and end with it */
     Tensor enc, dec, valid;     /* of one map alone: `enc` */
     const uint8_t *slot_mask;   /* (B, S), or NULL */
     const uint8_t *clean;       /* one bool, or NULL */

@@ -18,13 +18,13 @@ from ssync_loss.ssync.types import PseudoLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-# means of boundary and interior, or their sum and nothing, how many patches they are of, gradients of decoder and
-# encoder (those wanted), anchor
+# means of boundary and interior (or their weighted sum, and an empty tensor), how many patches they are of, gradients
+# of decoder and encoder (those wanted), anchor
 Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute both means, or their weighted sum and nothing, and both counts of patches."""
+    """Compute both means, and both counts of patches. If summed, the first is their weighted sum, the second empty."""
     weights = (settings.boundary_weight, settings.interior_weight) if summed else (1.0, 1.0)
     boundary, interior, counts, *_ = _differentiable_step(
         maps.enc,
