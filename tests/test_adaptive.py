@@ -174,6 +174,15 @@ def test_margins_are_debiased() -> None:
     assert loss.levels.tolist() == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.98, 1 - 1e-9])
+def test_one_question_is_its_own_mean_whatever_the_momentum(momentum: float) -> None:
+    features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
+    loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=1.0), momentum=momentum, warmup=1)
+    loss(maps_of([[0, 0, 1, 1]]), maps_of([[0, 0, 0, 1]]), features)
+    assert loss.describe()["margin"] == pytest.approx(2 / 3)
+    assert loss.describe()["level"] == "full"
+
+
 def test_merging_what_differs_costs_the_merged_margin_alone() -> None:
     # three objects, of which the encoder's logits of the first two overlap
     enc = torch.tensor([[9.0, 0, 9, 8, 0, 0], [8, 0, 8, 9, 0, 9], [0, 9, 0, 0, 9, 0]]).view(1, 1, 3, 1, 6)
@@ -351,6 +360,14 @@ def test_a_module_cast_down_goes_on_in_float32() -> None:
         assert loss.describe()["questions"] == ASKED + 1
 
 
+def test_one_made_in_inference_mode_learns() -> None:
+    enc, dec = sample_maps()
+    with torch.inference_mode():
+        loss, features = AdaptiveSSyncLoss(SSyncLoss()), of_decoder(dec)
+    loss(enc, dec, features).backward()
+    assert loss.describe()["questions"] == 1
+
+
 def test_copies_go_their_own_way() -> None:
     enc, dec = sample_maps()
     loss = adaptive(criterion={"merge_threshold": 0.7}, momentum=0.9)
@@ -399,6 +416,14 @@ def test_features_on_another_grid_are_refused_before_the_start_too(step: int) ->
     refuses(ValueError, message, loss, enc, dec, torch.randn(2, 2, 5, 12, 5), step=step)
     message = "`features` must have shape (B=2, T=2, D, H=5, W=12), or another that `features_axes` tells"
     refuses(ValueError, message, loss, enc, dec, torch.randn(2, 2, 60, 5), step=step)
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_maps_away_from_the_margins_are_refused_before_the_start_too(step: int) -> None:
+    enc, dec = (one.to("meta") for one in sample_maps())
+    loss = adaptive(criterion={"start_step": 5})
+    message = "`enc_logits` must be on the device of `margins` (cpu); got meta."
+    refuses(ValueError, message, loss, enc, dec, torch.randn(2, 2, 5, 5, 12, device="meta"), step=step)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import FEATURES, parse
-from ssync_loss._checks import check_int, check_number, check_type
+from ssync_loss._checks import check_int, check_number, check_same_device, check_type
 from ssync_loss._compilers import is_recomputing
 from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, NOT_NEGATIVE, check_by, optional
@@ -65,17 +65,18 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     Not in any paper: the rule comes from two studies on small models. In thirteen settings of the second, a run each,
     it kept the gain on moving sprites, and on fresh clips it took away all or more than half of the harm elsewhere. In
-    one, the merged margin crept to .007, and the full form harmed; wherever that helped, G was .016 or more. A
+    one of the thirteen G crept to .007, and the full form harmed; wherever the full form helped, G was .016 or more. A
     ``dead_zone`` near .01 is therefore a candidate, as is a longer ``warmup``; neither was tried, nor was ``every``
     above 1.
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
-    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled; a reentrant one
-    computes first without gradients, and asks nothing. A question counts a clip unless its features are constant or it
-    has no valid patch, and counts itself if it counts a clip; one whose mean is not finite is left out whole. It comes
-    before the loss of its own step. The criterion's schedule goes on meanwhile: a ramp begins at ``start_step``, not
-    when listening ends.
+    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. Within a
+    reentrant one, which computes first without gradients, nothing is ever asked.
+
+    A question leaves out a clip with constant features or without a valid patch. One that has no other clip does not
+    count, nor does one whose mean is not finite. A question comes before the loss of its own step. The criterion's
+    schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
 
     With an initialized process group a question is one all-reduce of three numbers, which all ranks must make, so that
     all are at one level; the loss remains that of each rank. Levels are tensors: nothing is read on the host, and all
@@ -85,7 +86,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     lacks these keys: a strict load names them, and with ``strict=False`` it begins to listen.
 
     Args:
-        criterion: the loss whose maps, masks, settings and schedule are taken; its weights stay factors.
+        criterion: the loss whose maps, masks, settings and schedule are taken; its weights still multiply the terms.
         momentum: of the running means, within [0, 1).
         warmup: number of the first question that decides; those before only listen.
         dead_zone: at least 0, what a margin must exceed.
@@ -123,10 +124,12 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         self.remember(locals())
         check_type("criterion", criterion, SSyncLoss)
         self.criterion = criterion
-        # running means of u and g, with the weight of what came before the first question still in them
-        self.register_buffer("margins", torch.zeros(2))
-        # how many questions ended at each level; in sum n
-        self.register_buffer("levels", torch.zeros(len(LEVELS), dtype=torch.int64))
+        # in inference mode they could never be written to
+        with torch.inference_mode(False):
+            # running means of u and g that began at 0; `_debiased` divides that out
+            self.register_buffer("margins", torch.zeros(2))
+            # how many questions ended at each level; in sum n
+            self.register_buffer("levels", torch.zeros(len(LEVELS), dtype=torch.int64))
 
     def forward(
         self,
@@ -145,11 +148,11 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         layout = {"grid": criterion.grid, "axes": criterion.axes}
         asks = self._asks(step)
         if not criterion.is_on(step):
-            place_features(features, self.features_axes, bind_maps(enc_logits, dec_logits, **layout, **masks).enc)
+            self._place(features, bind_maps(enc_logits, dec_logits, **layout, **masks).enc)
             return criterion(enc_logits, dec_logits, step=step, **masks)
         criterion.look_at(enc_logits, dec_logits)
         maps = prepare_maps(enc_logits, dec_logits, kind=criterion.kind, **layout, **masks)
-        features = place_features(features, self.features_axes, maps.enc)
+        features = self._place(features, maps.enc)
         settings = criterion.settings_at(step, maps.enc)
         with no_autocast(maps.enc):
             engine = resolve(criterion.backend, maps.enc, maps.dec)
@@ -169,6 +172,10 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         level = LEVELS[int(self._level(self.margins, number))]
         told = {"margin": plain, "merged_margin": merged, "level": level, "questions": int(number)}
         return told | dict(zip(LEVELS, shares, strict=True))
+
+    def _place(self, features: Tensor, enc: Tensor) -> Tensor:
+        check_same_device("enc_logits", enc, margins=self.margins)
+        return place_features(features, self.features_axes, enc)
 
     def _asks(self, step: int | None) -> bool:
         if self.every > 1:
@@ -205,7 +212,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         self.levels.add_(moves & (torch.arange(len(LEVELS), device=level.device) == level))
 
     def _debiased(self, margins: Tensor, number: Tensor) -> Tensor:
-        return margins / torch.where(number > 0, 1 - self.momentum**number, 1.0)
+        # in float32 a momentum near 1 is 1, and nothing would be left to divide by
+        return margins / torch.where(number > 0, 1 - self.momentum ** number.double(), 1.0)
 
     def _level(self, margins: Tensor, number: Tensor) -> Tensor:
         plain, merged = (self._debiased(margins, number) > self.dead_zone).unbind()

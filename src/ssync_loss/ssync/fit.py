@@ -59,7 +59,7 @@ def explained_shares(
         frame, cell = chosen // counted.shape[2], chosen % counted.shape[2]
         origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, cell]
     first, second = first.to(dtype), second.to(dtype)
-    # as sum and difference: the same labels explain the same, and swapped ones the swapped, to the last bit
+    # as sum and difference: equal partitions get equal shares, to the last bit, and swapped ones swap theirs
     member = torch.cat([first + second, first - second], 3)
     area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
     parts, total = [], area.new_zeros(area.shape[0])

@@ -57,7 +57,7 @@ def reference_margins(
     masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask}
     enc, dec = (reference_hard_labels(one, **masks) for one in (enc_logits, dec_logits))
     merging = reference_pseudo_labels(enc_logits, dec_logits, merge_threshold=merge_threshold, **masks)
-    found = []
+    margins = []
     for b in range(len(enc)):
         counts = torch.ones_like(enc[b], dtype=torch.bool)
         if valid is not None:
@@ -70,8 +70,8 @@ def reference_margins(
         of_enc, of_dec = enc[b][counts].tolist(), dec[b][counts].tolist()
         merged = [int(merging.representative[b, name]) for name in of_enc]
         decoder = reference_explained(points, of_dec)
-        found.append((reference_explained(points, of_enc) - decoder, reference_explained(points, merged) - decoder))
-    return found
+        margins.append((reference_explained(points, of_enc) - decoder, reference_explained(points, merged) - decoder))
+    return margins
 
 
 def reference_adaptive_step(
