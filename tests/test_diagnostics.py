@@ -465,6 +465,14 @@ def test_merging_what_differs_is_told_from_a_bad_encoder() -> None:
     assert premise(*given_maps, merge_threshold=1.0).reasons() == ("encoder",)
 
 
+def test_nothing_merged_is_reported_without_a_threshold() -> None:
+    features, sharp, blurred = blobs(0)
+    features[0, 0, 0, 0, 0] = math.nan
+    assert "merged" not in report(premise(sharp, blurred, features))
+    everywhere = sharp + 8 * torch.ones(12, 12).tril()
+    assert "the same, merged" in report(premise(everywhere, blurred, features, merge_threshold=0.2))
+
+
 def test_constant_features_are_named() -> None:
     _, sharp, blurred = blobs(0)
     constant = premise(sharp, blurred, torch.full((4, 3, 8, 12, 12), 0.1))
@@ -541,7 +549,7 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
         (
             verdict_of(0.25),
             "premise: cannot tell from one clip, margin +0.250 (no standard error).",
-            "One clip says next to nothing",
+            "One video says next to nothing: ask many.",
         ),
         (verdict_of(0.5, measured=[False]), "premise cannot be judged: no clip has a valid patch.", ""),
         (verdict_of(0.5, math.nan), "premise cannot be judged", "NaN or infinities"),

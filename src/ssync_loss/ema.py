@@ -204,7 +204,10 @@ def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
 
 
 def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
-    """Draw a tensor to another one by a share, where both are finite; where they are not, return that, a scalar."""
+    """Draw a tensor to another one by a share, but for numbers that are not finite; return whether there are any.
+
+    The answer is a scalar tensor, or None where it is known to be no.
+    """
     # one on another device, or in a half, is brought over
     student = student.to(teacher)
     if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):

@@ -100,17 +100,17 @@ class Premise(NamedTuple):
         margin = self.over_clips(self.decisive)
         if not isfinite(margin.value):
             return ("not finite" if margin.num_clips else "no clip",)
-        found: list[Reason] = []
+        reasons: list[Reason] = []
         explained = (self.enc_explained > 0) & self.measured
         if not explained.any() and not (self.dec_explained > 0)[self.measured].any():
-            found.append("unexplained")
+            reasons.append("unexplained")
         verdict = margin.verdict()
         if verdict != "holds" and self.over_clips(self.margin).verdict() == "holds":
-            found.append("merging")
+            reasons.append("merging")
         if self.target_slots is not None and 2 * int((explained & (self.target_slots == 1)).sum()) > margin.num_clips:
-            return *found, "one slot"
+            return *reasons, "one slot"
         last: dict[Verdict, Reason] = {"holds": "encoder", "fails": "decoder", "cannot tell": "undecided"}
-        return *found, "one video" if margin.num_videos == 1 else last[verdict]
+        return *reasons, "one video" if margin.num_videos == 1 else last[verdict]
 
     @property
     def decisive(self) -> Tensor:

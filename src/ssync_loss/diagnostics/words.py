@@ -28,9 +28,9 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     check_type("premise", premise, Premise)
     check_type("fresh", fresh, Premise, optional=True)
     margin, reasons = premise.over_clips(premise.decisive), premise.reasons()
-    is_merged = premise.merged_explained is not None and not torch.equal(
-        premise.merged_explained, premise.enc_explained
-    )
+    plain, merged = premise.enc_explained, premise.merged_explained
+    # without a threshold they are the same, NaN too
+    is_merged = merged is not None and not torch.equal(merged.nan_to_num(), plain.nan_to_num())
     if isfinite(margin.value):
         words = _HEADLINES[premise.verdict()].format(_clips(margin))
         error = "no standard error" if margin.num_videos == 1 else "mean ± standard error"
@@ -40,8 +40,8 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
         headline, reading = f" cannot be judged: {_READINGS[reasons[0]]}.", []
     lines = [f"SSync's premise{headline}", "", f"{'':<32}{'encoder':>16}{'decoder':>16}"]
     for title, enc, dec in (
-        ("feature variance explained", premise.enc_explained, premise.dec_explained),
-        ("the same, merged", premise.merged_explained if is_merged else None, None),
+        ("feature variance explained", plain, premise.dec_explained),
+        ("the same, merged", merged if is_merged else None, None),
         ("slots of the merged target", premise.target_slots if is_merged else None, None),
         ("confidence", premise.enc_confidence, premise.dec_confidence),
         ("edge alignment (AUC)", premise.enc_edge_alignment, premise.dec_edge_alignment),
@@ -61,9 +61,9 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
 
 
 def _compare(premise: Premise, fresh: Premise) -> str:
-    found = memorization(premise, fresh)
-    told = f"The decoder explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones"
-    return f"{told}{_MEMORIZED if found.is_alarming else '.'}"
+    drop = memorization(premise, fresh)
+    told = f"The decoder explains {drop.trained:.3f} of the clips trained on, and {drop.fresh:.3f} of fresh ones"
+    return f"{told}{_MEMORIZED if drop.is_alarming else '.'}"
 
 
 def _clips(mean: MeanOverClips) -> str:
@@ -94,7 +94,7 @@ decoder, it can be expected to harm. Leave the loss off, or switch it on later i
     "undecided": """\
 Both partitions explain about as much of the features: the margin is within two standard errors of
 zero, so its sign is open. Take more clips.""",
-    "one video": "One clip says next to nothing: ask many videos.",
+    "one video": "One video says next to nothing: ask many.",
     "merging": """\
 Unmerged, the encoder's partition is the better one; merged at this threshold it is not: slots are
 joined that differ. Do not merge, or raise the threshold.""",
@@ -105,7 +105,7 @@ that learn it collapse. Raise the threshold, or switch the loss on later in trai
 No partition explains anything: are the features constant, or is everything in one slot?""",
 }
 _MEMORIZED = """:
-it has memorized them. On clips it knows by heart the decoder is the better map; take more of them."""
+it has memorized them. On memorized clips the decoder is the better map: train on more clips."""
 _CAUTION = """\
 How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,
 and on photographs that move. Ask the clips trained on, some 160 or more, of many videos."""
