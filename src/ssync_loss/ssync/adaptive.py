@@ -1,5 +1,6 @@
 """SSync that asks, while it trains, which of its forms it may use."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +72,9 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
-    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. Within a
-    reentrant one, which computes first without gradients, nothing is ever asked.
+    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. It takes the
+    level of that moment, so that ``backward`` must be called before the next forward. Within a reentrant checkpoint,
+    which computes first without gradients, nothing is ever asked, and a warning says so.
 
     A question leaves out a clip with constant features or without a valid patch. One that has no other clip does not
     count, nor does one whose mean is not finite. A question comes before the loss of its own step. The criterion's
@@ -110,6 +112,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     margins: Tensor
     levels: Tensor
+    # whether a checkpoint was seen to compute it again
+    _looked = False
 
     def __init__(
         self,
@@ -178,13 +182,26 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         return place_features(features, self.features_axes, enc)
 
     def _asks(self, step: int | None) -> bool:
-        if self.every > 1:
-            if step is None:
-                raise ValueError(f"`step` must be given with every={self.every}; got None.")
-            # checks it, too
-            if not self.criterion.is_on(step) or (step - self.criterion.start_step) % self.every:
-                return False
-        return self.training and torch.is_grad_enabled() and not is_recomputing()
+        if self.every > 1 and step is None:
+            raise ValueError(f"`step` must be given with every={self.every}; got None.")
+        if not self.criterion.is_on(step):
+            return False
+        if self.every > 1 and step is not None and (step - self.criterion.start_step) % self.every:
+            return False
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        if not is_recomputing():
+            return True
+        if not self._looked:
+            self._looked = True
+            if not self.levels.any():
+                warnings.warn(
+                    "AdaptiveSSyncLoss has asked no question before it is computed again: in a checkpoint with "
+                    "use_reentrant=True it never asks, and its level stays. Set use_reentrant=False, or call the loss "
+                    "outside of the checkpoint. (Said once.)",
+                    stacklevel=2,
+                )
+        return False
 
     @torch.no_grad()
     def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> None:
