@@ -330,6 +330,19 @@ def test_what_is_computed_again_is_not_asked_again(accumulated: int) -> None:
     assert loss.describe()["questions"] == ASKED + accumulated
 
 
+def test_a_reentrant_checkpoint_asks_nothing_and_says_so() -> None:
+    enc, dec = sample_maps()
+    loss = AdaptiveSSyncLoss(SSyncLoss())
+    with pytest.warns(UserWarning, match="with use_reentrant=True it never asks"):
+        checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=True).backward()
+    # once
+    checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=True).backward()
+    assert loss.describe()["questions"] == 0
+    # nor is there a word where there is nothing to ask yet
+    loss = AdaptiveSSyncLoss(SSyncLoss(start_step=5))
+    checkpoint(loss, enc, dec, of_decoder(dec), step=0, use_reentrant=False).backward()
+
+
 # --- state ---
 
 

@@ -131,6 +131,13 @@ def test_no_rows_move_nothing(num_rows: int, mask: Tensor | None) -> None:
     assert torch.equal(criterion.center, torch.arange(5.0))
 
 
+def test_one_made_in_inference_mode_moves() -> None:
+    with torch.inference_mode():
+        criterion = CenteredCrossEntropy(2)
+    criterion.update_center(torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(criterion.center, torch.tensor([0.0, 0.1]))
+
+
 def test_it_stays_in_its_memory() -> None:
     criterion = centered()
     memory = criterion.center.data_ptr()

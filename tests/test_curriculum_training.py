@@ -115,6 +115,12 @@ def test_what_a_checkpoint_computes_again_is_observed_once(*, use_reentrant: boo
     assert torch.equal(curriculum.errors[:2], slot_error(recon, target, masks))
 
 
+def test_one_made_in_inference_mode_goes_through_its_stages() -> None:
+    with torch.inference_mode():
+        curriculum = SlotCurriculum([2, 3], [1])
+    assert run(curriculum, placeholders(3), range(3)) == [2, 2, 3]
+
+
 def test_every_stage_begins_without_errors() -> None:
     curriculum, slots = SlotCurriculum([2, 3, 7], [1, 4], window=2), placeholders()
     run(curriculum, slots, range(2))

@@ -494,6 +494,10 @@ def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
     assert f"explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones" in text
     assert "has memorized them" in text
     assert "memorized" not in report(trained, fresh=trained)
+    broken, empty = premise(blurred, sharp, features * math.nan), premise(blurred[:0], sharp[:0], features[:0])
+    for unknown in (broken, empty):
+        assert "Nothing can be said of memorized clips" in report(trained, fresh=unknown)
+        assert "nan" not in report(trained, fresh=unknown)
     # of one clip nothing is sure
     assert not memorization(premise(blurred[:1], sharp[:1], features[:1]), fresh).is_alarming
 

@@ -62,6 +62,8 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
 
 def _compare(premise: Premise, fresh: Premise) -> str:
     drop = memorization(premise, fresh)
+    if not isfinite(drop.trained - drop.fresh):
+        return "Nothing can be said of memorized clips: some sets hold NaN or infinities, or no valid patch."
     told = f"The decoder explains {drop.trained:.3f} of the clips trained on, and {drop.fresh:.3f} of fresh ones"
     return f"{told}{_MEMORIZED if drop.is_alarming else '.'}"
 

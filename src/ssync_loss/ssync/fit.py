@@ -74,7 +74,7 @@ def explained_shares(
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
     sums, area = torch.cat([sums, sums[:, :1] @ joined.unsqueeze(1)], 1), torch.cat([area, area[:, :1] @ joined], 1)
-    # the mean comes off both; it is no longer than the features spread, so that little cancels
+    # the mean comes off both; measured from a patch it is seldom long, so that little cancels
     of_mean = sums[:, 0].sum(2).square().sum(1) / num_patches.clamp_min(1)
     total = total - of_mean
     between = (sums.square().sum(2) / area.clamp_min(1)).sum(2) - of_mean.unsqueeze(1)

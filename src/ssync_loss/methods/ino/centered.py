@@ -100,8 +100,10 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
     ) -> None:
         self.remember(locals())
         check_int("Kp", Kp, 1)
-        self.register_buffer("center", torch.zeros(Kp))
-        self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
+        # in inference mode they could never be written to
+        with torch.inference_mode(False):
+            self.register_buffer("center", torch.zeros(Kp))
+            self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the mean cross-entropy of the rows; the center stays where it is."""

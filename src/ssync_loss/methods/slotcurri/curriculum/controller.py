@@ -94,10 +94,12 @@ class SlotCurriculum(nn.Module):
         self.budgets, self.milestones, self.window = (budgets[0], *stages.values()), tuple(stages), window
         self.beta, self.min_radius = beta, min_radius
         self.neighbors: Neighbors = neighbors
-        for name in ("stage", "num_observed"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("errors", torch.zeros(self.budgets[-1]))
-        self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
+        # in inference mode they could never be written to
+        with torch.inference_mode(False):
+            for name in ("stage", "num_observed"):
+                self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+            self.register_buffer("errors", torch.zeros(self.budgets[-1]))
+            self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
         # the same as numbers, so that no step waits for a device
         self._stage = self._num_observed = 0
         nn.Module.register_load_state_dict_post_hook(self, _read_buffers)

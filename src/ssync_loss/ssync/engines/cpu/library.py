@@ -103,7 +103,7 @@ def _key(compiler: list[str]) -> str:
 def _processor() -> str:
     """Describe what `-march=native` depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return platform.processor()
     told = ("model name", "flags", "Features", "CPU part")
