@@ -92,7 +92,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         The state is two buffers, ``margins`` and ``levels``, and so in the checkpoint. One of a host that had plain SSync
         lacks these keys: a strict load names them, and with ``strict=False`` it begins to listen.
 
-        Args:
+    Args:
             criterion: the loss whose maps, masks, settings and schedule are taken; its weights still multiply the terms.
             momentum: of the running means, within [0, 1).
             warmup: number of the first question that decides; those before only listen.
