@@ -49,70 +49,65 @@ _check_settings = check_by(
 class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     """SSync in the form that two margins, measured on the training batches themselves, allow.
 
-        Of features x that are centered over the valid patches of a clip, hard labels l explain the share
-        ``R(l) = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2`` (slot s has a_s patches). With e and d the labels of encoder and
-        decoder before merging, and m the encoder's merged ones, a question takes ``u = R(e) - R(d)`` and
-        ``g = R(m) - R(d)`` of every clip into running means, debiased: ``U <- momentum U + (1 - momentum) mean u``, divided
-        by ``1 - momentum^n`` after n questions, and G likewise. Then the loss is one of four:
+    Of features x that are centered over the valid patches of a clip, hard labels l explain the share
+    ``R(l) = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2`` (slot s has a_s patches). With e and d the labels of encoder and
+    decoder before merging, and m the encoder's merged ones, a question takes ``u = R(e) - R(d)`` and
+    ``g = R(m) - R(d)`` of every clip into running means, debiased: ``U <- momentum U + (1 - momentum) mean u``, divided
+    by ``1 - momentum^n`` after n questions, and G likewise. Then the loss is one of four:
 
-        ============= =========================== =======================================================================
-        level         when                        loss
-        ============= =========================== =======================================================================
-        ``listening`` ``n < warmup``              0
-        ``full``      ``G > dead_zone``           that of the criterion
-        ``unmerged``  else, ``U > dead_zone``     both terms, nothing merged
-        ``interior``  else                        the interior term alone, nothing merged: the decoder teaches the encoder
-        ============= =========================== =======================================================================
+    ============= =========================== =======================================================================
+    level         when                        loss
+    ============= =========================== =======================================================================
+    ``listening`` ``n < warmup``              0
+    ``full``      ``G > dead_zone``           that of the criterion
+    ``unmerged``  else, ``U > dead_zone``     both terms, nothing merged
+    ``interior``  else                        the interior term alone, nothing merged: the decoder teaches the encoder
+    ============= =========================== =======================================================================
 
-        Not in any paper: the rule comes from two studies on small models. In thirteen settings of the second, a run each,
-        it kept the gain on moving sprites, and on fresh clips it took away all or more than half of the harm elsewhere. In
-        one of the thirteen G crept to .007, and the full form harmed; wherever the full form helped, G was .016 or more. A
-        ``dead_zone`` near .01 is therefore a candidate, as is a longer ``warmup``; neither was tried, nor was ``every``
-        above 1.
+    Not in any paper: the rule comes from two studies on small models. In thirteen settings of the second, a run each,
+    it kept the gain on moving sprites, and on fresh clips it took away all or more than half of the harm elsewhere. In
+    one of the thirteen G crept to .007, and the full form harmed; wherever the full form helped, G was .016 or more. A
+    ``dead_zone`` near .01 is therefore a candidate, as is a longer ``warmup``; neither was tried, nor was ``every``
+    above 1.
 
-        When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
-        are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
-    <<<<<<< HEAD
-        What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. Within a
-        reentrant one, which computes first without gradients, nothing is ever asked.
-    =======
-        What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. It takes the
-        level of that moment, so that ``backward`` must be called before the next forward. Within a reentrant checkpoint,
-        which computes first without gradients, nothing is ever asked, and a warning says so.
-    >>>>>>> review14
+    When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
+    are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
+    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. It takes the
+    level of that moment, so that ``backward`` must be called before the next forward. Within a reentrant checkpoint,
+    which computes first without gradients, nothing is ever asked, and a warning says so.
 
-        A question leaves out a clip with constant features or without a valid patch. One that has no other clip does not
-        count, nor does one whose mean is not finite. A question comes before the loss of its own step. The criterion's
-        schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
+    A question leaves out a clip with constant features or without a valid patch. One that has no other clip does not
+    count, nor does one whose mean is not finite. A question comes before the loss of its own step. The criterion's
+    schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
 
-        With an initialized process group a question is one all-reduce of three numbers, which all ranks must make, so that
-        all are at one level; the loss remains that of each rank. Levels are tensors: nothing is read on the host, and all
-        of it is one graph (with ``every`` above 1 there is one with and one without a question).
+    With an initialized process group a question is one all-reduce of three numbers, which all ranks must make, so that
+    all are at one level; the loss remains that of each rank. Levels are tensors: nothing is read on the host, and all
+    of it is one graph (with ``every`` above 1 there is one with and one without a question).
 
-        The state is two buffers, ``margins`` and ``levels``, and so in the checkpoint. One of a host that had plain SSync
-        lacks these keys: a strict load names them, and with ``strict=False`` it begins to listen.
+    The state is two buffers, ``margins`` and ``levels``, and so in the checkpoint. One of a host that had plain SSync
+    lacks these keys: a strict load names them, and with ``strict=False`` it begins to listen.
 
     Args:
-            criterion: the loss whose maps, masks, settings and schedule are taken; its weights still multiply the terms.
-            momentum: of the running means, within [0, 1).
-            warmup: number of the first question that decides; those before only listen.
-            dead_zone: at least 0, what a margin must exceed.
-            every: ask at every k-th step; momentum and warmup then count questions, and ``step`` must be given.
-            features_axes: layout of the features in einops' words, b, t, d, h and w: (B, T, N, D) is ``"b t (h w) d"``.
+        criterion: the loss whose maps, masks, settings and schedule are taken; its weights still multiply the terms.
+        momentum: of the running means, within [0, 1).
+        warmup: number of the first question that decides; those before only listen.
+        dead_zone: at least 0, what a margin must exceed.
+        every: ask at every k-th step; momentum and warmup then count questions, and ``step`` must be given.
+        features_axes: layout of the features in einops' words, b, t, d, h and w: (B, T, N, D) is ``"b t (h w) d"``.
 
-        Shape: enc_logits, dec_logits: as the criterion's. features: (B, T, D, H, W) on the encoder's grid, floating point,
-            or what ``features_axes`` says. Returns a float32 scalar (float64 for float64 maps).
+    Shape: enc_logits, dec_logits: as the criterion's. features: (B, T, D, H, W) on the encoder's grid, floating point,
+        or what ``features_axes`` says. Returns a float32 scalar (float64 for float64 maps).
 
-        Raises: TypeError, ValueError on a wrong setting or argument, already before ``start_step``.
+    Raises: TypeError, ValueError on a wrong setting or argument, already before ``start_step``.
 
-        >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
-        >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4).requires_grad_()
-        >>> dec = torch.tensor([[9.0, 9.0, 9.0, 0.0], [0.0, 0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 4).requires_grad_()
-        >>> criterion = AdaptiveSSyncLoss(SSyncLoss(), warmup=2)
-        >>> [criterion(enc, dec, features).item() > 0 for _ in range(2)]
-        [False, True]
-        >>> criterion.describe()["level"], round(criterion.describe()["margin"], 4)  # 16/16 explained, less 16/3 of 16
-        ('full', 0.6667)
+    >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
+    >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4).requires_grad_()
+    >>> dec = torch.tensor([[9.0, 9.0, 9.0, 0.0], [0.0, 0.0, 0.0, 9.0]]).view(1, 1, 2, 1, 4).requires_grad_()
+    >>> criterion = AdaptiveSSyncLoss(SSyncLoss(), warmup=2)
+    >>> [criterion(enc, dec, features).item() > 0 for _ in range(2)]
+    [False, True]
+    >>> criterion.describe()["level"], round(criterion.describe()["margin"], 4)  # 16/16 explained, less 16/3 of 16
+    ('full', 0.6667)
     """
 
     margins: Tensor
