@@ -149,9 +149,9 @@ class TestMapPairs:
             settings=settings(database=None, derandomize=True, deadline=None),
         )
         assert clips_with(enc != 0) == 1
-        # two patches of two slots, or of three where the shrinker ends early
+        # two patches of two slots, or one more where the shrinker ends early
         assert enc.shape[2] <= 3
-        assert enc[0, :, 0].numel() == 2
+        assert enc[0, :, 0].numel() <= 3
 
 
 class TestSlotGraphs:
