@@ -52,6 +52,8 @@ def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
             raise ValueError(f"`{name}` must have {axis} >= 1; got {axis}={sizes[axis]}.")
 
 
+# an integer may be finite, and more than any float; torch 2.6 cannot compile the question
+LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -110,8 +112,7 @@ def check_number(name: str, value: object, low: float, high: float | None = None
     """Require a finite Python number within [low, high], or above low when ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
-    # an integer may be finite, and more than any float
-    inside = (value > low if open_low else value >= low) and value <= sys.float_info.max
+    inside = (value > low if open_low else value >= low) and value <= LARGEST
     if not inside or (high is not None and value > high):
         above = f"finite and {'above' if open_low else 'at least'} {low}"
         wanted = above if high is None else f"within [{low}, {high}]"

@@ -1,7 +1,7 @@
 """SSync that asks, while it trains, which of its forms it may use."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from ssync_loss.ssync.settings import Settings
 # what the loss may be, from nothing to all of it; the last three by their numbers in `_level`
 LEVELS = ("listening", "interior", "unmerged", "full")
 _INTERIOR, _UNMERGED, _FULL = 1, 2, 3
+_CHANGED = ("merge_threshold", "boundary_weight", "interior_weight")
+_KEPT = tuple(one.name for one in fields(Settings) if one.name not in _CHANGED)
 
 
 def _check_momentum(name: str, value: object) -> None:
@@ -243,8 +245,9 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         threshold = float("inf") if settings.merge_threshold is None else settings.merge_threshold
         if not isinstance(threshold, Tensor):
             threshold = torch.full((), threshold, dtype=maps.dtype, device=level.device)
-        return replace(
-            settings,
+        kept = {name: getattr(settings, name) for name in _KEPT}
+        return Settings(
+            **kept,
             merge_threshold=torch.where(level == _FULL, threshold, float("inf")),
             boundary_weight=(level >= _UNMERGED).to(maps.dtype) * settings.boundary_weight,
             interior_weight=(level >= _INTERIOR).to(maps.dtype) * settings.interior_weight,
