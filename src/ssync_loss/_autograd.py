@@ -63,8 +63,9 @@ def learns(tensor: Tensor) -> bool:
 
     Within ``torch.func`` always, as ``requires_grad`` tells of one level only; and in a program that is exported.
     """
-    anyway = torch._C._are_functorch_transforms_active() or is_exporting()
-    return torch.is_grad_enabled() and (tensor.requires_grad or anyway)
+    if not torch.is_grad_enabled():
+        return False
+    return tensor.requires_grad or torch._C._are_functorch_transforms_active() or is_exporting()
 
 
 def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:

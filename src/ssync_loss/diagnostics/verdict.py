@@ -169,8 +169,8 @@ def premise(
 
     ``holds = mean(explained(enc) - explained(dec)) > 0``, with :func:`explained_variance` of the unmerged
     hard labels. Given the ``merge_threshold`` of the loss, the encoder's labels are also merged as the loss merges
-    them, and :meth:`Premise.verdict` is of that margin: of 15 runs of one study it had the sign of the effect in 14,
-    the plain one in 10.
+    them, and :meth:`Premise.verdict` is of that margin, which told the sign of the effect more often in trials on small
+    models.
 
     Ask it of a model trained with its own losses, before this one is switched on, and **of the clips it is trained
     on**: that is where the loss acts. Ask fresh ones beside them, and :func:`memorization` compares the two.

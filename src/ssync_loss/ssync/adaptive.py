@@ -66,11 +66,9 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     ``interior``  else                        the interior term alone, nothing merged: the decoder teaches the encoder
     ============= =========================== =======================================================================
 
-    Not in any paper: the rule comes from two studies on small models. In thirteen settings of the second, a run each,
-    it kept the gain on moving sprites, and on fresh clips it took away all or more than half of the harm elsewhere. In
-    one of the thirteen G crept to .007, and the full form harmed; wherever the full form helped, G was .016 or more. A
-    ``dead_zone`` near .01 is therefore a candidate, as is a longer ``warmup``; neither was tried, nor was ``every``
-    above 1.
+    Not in any paper: the rule comes from trials on small models, which this repository does not repeat. It is opt-in.
+    A G that creeps just above 0 may allow the full form too early: a small ``dead_zone`` is a candidate, as is a longer
+    ``warmup``. Neither was tried, nor was ``every`` above 1.
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
