@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from ssync_loss.ssync.fit import explained_shares, place_features
 from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Maps, prepare_maps
-from ssync_loss.ssync.modules import SSyncLoss
+from ssync_loss.ssync.modules import SSyncLoss, as_step
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.composition import panel
 
@@ -138,9 +137,7 @@ class Monitor:
 
         Raises: TypeError if the step is no integer of Python's or NumPy's.
         """
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-            raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
-        return not step % self.every
+        return not as_step(step) % self.every
 
     def __call__(
         self,

@@ -315,7 +315,7 @@ class SSyncLoss(_SSyncModule):
                 raise ValueError(f"`step` must be given with a schedule {schedule}; got None.")
             return True
         start_step: int = self.start_step
-        return _integer(step) >= start_step
+        return as_step(step) >= start_step
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
         """Add both terms with their weights and the ramp of a step that is not before the start."""
@@ -327,7 +327,7 @@ class SSyncLoss(_SSyncModule):
         if step is not None and self.ramp_steps > 0:
             # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
             dtype = torch.promote_types(like.dtype, torch.float32)
-            progress = torch.full((), _integer(step) - self.start_step, device=like.device, dtype=dtype)
+            progress = torch.full((), as_step(step) - self.start_step, device=like.device, dtype=dtype)
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
@@ -351,7 +351,7 @@ def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:
         raise ValueError("`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`.")
 
 
-def _integer(step: object) -> int:
+def as_step(step: object) -> int:
     """Return a step as a Python int: hosts count with NumPy's integers, too."""
     if isinstance(step, int) and not isinstance(step, bool):
         return step
