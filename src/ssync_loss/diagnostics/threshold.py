@@ -10,14 +10,12 @@ from torch import Tensor
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes
 from ssync_loss._checks import check_number, check_type
-from ssync_loss.ssync.fit import place_features
+from ssync_loss.ssync.fit import place_features, slot_sums
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
 from ssync_loss.ssync.merging import mean_overlap, representatives
 
 NUM_BINS = 20
-# channels at once: exact sums at the memory of a thin slice
-_CHANNELS = 64
 
 
 class SlotStatistics(NamedTuple):
@@ -89,28 +87,23 @@ def slot_statistics(
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
     features = place_features(features, features_axes, maps.enc)
     num_slots = maps.enc.shape[2]
-    labels = hard_labels(maps)[0].flatten(1)
-    counted = torch.ones_like(labels, dtype=torch.bool) if maps.counted is None else maps.counted.flatten(1)
-    measured = counted.any(1, keepdim=True)
-    member = (F.one_hot(labels, num_slots) * counted.unsqueeze(2)).double()
-    products = torch.zeros(len(labels), num_slots, num_slots, dtype=torch.float64, device=labels.device)
-    variance = products.new_zeros(len(labels))
-    number, clips = counted.sum(1)[:, None, None].clamp_min(1), torch.arange(len(labels), device=labels.device)
-    for block in features.split(_CHANNELS, 2):
-        values = block.double().transpose(1, 2).flatten(2)
-        # any valid patch does as the origin: features that are all the same become exactly 0
-        values = values - values[clips, :, counted.to(torch.uint8).argmax(1)].unsqueeze(2)
-        values = values.masked_fill(~counted.unsqueeze(1), 0.0)
-        values = (values - values.sum(2, keepdim=True) / number).masked_fill(~counted.unsqueeze(1), 0.0)
-        sums = values @ member
-        products, variance = products + sums.mT @ sums, variance + values.square().sum((1, 2))
+    labels = hard_labels(maps)[0].flatten(2)
+    counted = torch.ones_like(labels, dtype=torch.bool) if maps.counted is None else maps.counted.flatten(2)
+    measured = counted.flatten(1).any(1, keepdim=True)
+    member = (F.one_hot(labels, num_slots) * counted.unsqueeze(3)).double()
+    area = member.sum((1, 2))
+    sums, variance = slot_sums(features, member, counted)
+    # the mean comes off both
+    mean = sums.sum(2, keepdim=True) / area.sum(1).clamp_min(1)[:, None, None]
+    variance = variance - area.sum(1) * mean.square().sum((1, 2))
+    sums = sums - area.unsqueeze(1) * mean
     with no_autocast(maps.enc):
         overlap = mean_overlap(maps.enc.to(maps.dtype), maps.counted, maps.slot_mask)
     return SlotStatistics(
         overlap=overlap,
-        area=member.sum(1).long(),
+        area=area.long(),
         present=measured.expand(-1, num_slots) if maps.slot_mask is None else maps.slot_mask & measured,
-        products=products,
+        products=sums.mT @ sums,
         variance=variance * maps.spoil(),
     )
 

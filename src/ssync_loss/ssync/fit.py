@@ -44,33 +44,18 @@ def explained_shares(
 
     Features are read once. They are multiplied in float32, or float64 if they are, per frame, and added up in float64.
     """
-    dtype = widest(features)
-    patches = features.flatten(3)
     slots = torch.arange(num_slots, device=features.device)
     first, second = (one.flatten(2).unsqueeze(3) == slots for one in (labels, others))
-    num_patches = torch.full_like(slots[:1], first.shape[1] * first.shape[2])
     counted = None if valid is None else valid.flatten(2)
-    # any valid patch does as the origin: features that are all the same become exactly 0
-    origin = patches[:, 0, :, 0]
+    num_patches = torch.full_like(slots[:1], first.shape[1] * first.shape[2])
     if counted is not None:
         first, second = (one & counted.unsqueeze(3) for one in (first, second))
         num_patches = counted.flatten(1).sum(1)
-        chosen = counted.flatten(1).to(torch.uint8).argmax(1)
-        frame, cell = chosen // counted.shape[2], chosen % counted.shape[2]
-        origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, cell]
-    first, second = first.to(dtype), second.to(dtype)
-    # as sum and difference: equal partitions get equal shares, to the last bit, and swapped ones swap theirs
-    member = torch.cat([first + second, first - second], 3)
+    first, second = first.to(widest(features)), second.to(widest(features))
     area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
-    parts, total = [], area.new_zeros(area.shape[0])
-    with no_autocast(features):
-        for block, start in zip(patches.split(_CHANNELS, 2), origin.split(_CHANNELS, 1), strict=True):
-            values = block.to(dtype) - start[:, None, :, None].to(dtype)
-            if counted is not None:
-                values = values.masked_fill_(~counted.unsqueeze(2), 0.0)
-            parts.append((values @ member).double().sum(1))
-            total = total + values.double().square_().sum((1, 2, 3))
-    both, apart = torch.cat(parts, 1).chunk(2, 2)
+    # as sum and difference: equal partitions get equal shares, to the last bit, and swapped ones swap theirs
+    sums, total = slot_sums(features, torch.cat([first + second, first - second], 3), counted)
+    both, apart = sums.chunk(2, 2)
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
     sums, area = torch.cat([sums, sums[:, :1] @ joined.unsqueeze(1)], 1), torch.cat([area, area[:, :1] @ joined], 1)
@@ -83,3 +68,26 @@ def explained_shares(
     shares = between / torch.where(total == 0, 1.0, total).unsqueeze(1)
     shares = torch.where(total.isfinite().unsqueeze(1), shares, torch.nan)
     return shares.clamp(0.0, 1.0).mT, total
+
+
+def slot_sums(features: Tensor, member: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add up features (B, T, D, H, W) by members (B, T, N, K), and their squares: (B, D, K) and (B,), in float64.
+
+    Features are measured from a patch that counts, so that constant ones are exactly 0; ``counted`` is (B, T, N), or
+    None where all patches do. ``member`` is of the type that is multiplied in.
+    """
+    patches = features.flatten(3)
+    origin = patches[:, 0, :, 0]
+    if counted is not None:
+        chosen = counted.flatten(1).to(torch.uint8).argmax(1)
+        frame, cell = chosen // counted.shape[2], chosen % counted.shape[2]
+        origin = patches[torch.arange(patches.shape[0], device=chosen.device), frame, :, cell]
+    parts, squares = [], features.new_zeros(features.shape[0], dtype=torch.float64)
+    with no_autocast(features):
+        for block, start in zip(patches.split(_CHANNELS, 2), origin.split(_CHANNELS, 1), strict=True):
+            values = block.to(member.dtype) - start[:, None, :, None].to(member.dtype)
+            if counted is not None:
+                values = values.masked_fill_(~counted.unsqueeze(2), 0.0)
+            parts.append((values @ member).double().sum(1))
+            squares = squares + values.double().square_().sum((1, 2, 3))
+    return torch.cat(parts, 1), squares
