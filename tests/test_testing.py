@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from torch import Tensor
 
 from ssync_loss import testing
@@ -47,10 +49,16 @@ from ssync_loss.testing import (
 Drawn = TypeVar("Drawn")
 
 
+@pytest.fixture(autouse=True)
+def _the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep hypothesis from drawing constants of whatever modules other tests have loaded."""
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
+
+
 def tally(
     strategy: st.SearchStrategy[Drawn], count: Callable[[Drawn], dict[str, int]], examples: int = 40
 ) -> Counter[str]:
-    """Draw examples and add up what is counted in each; the draws hang on what hypothesis finds in loaded modules."""
+    """Draw examples, always the same, and add up what is counted in each."""
     totals: Counter[str] = Counter()
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
@@ -95,10 +103,10 @@ def count_maps(maps: MapPair) -> dict[str, int]:
 
 class TestMapPairs:
     def test_everything_that_breaks_code_is_common(self) -> None:
-        seen = tally(map_pairs(), count_maps, examples=100)
+        seen = tally(map_pairs(), count_maps)
         assert seen["clips"] == 16 * seen["examples"]
         for kind in ("one frame", "one slot", "one row"):
-            assert 0.04 < seen[kind] / seen["examples"] < 0.6, kind
+            assert 0.08 < seen[kind] / seen["examples"] < 0.6, kind
         assert seen["not square"] > 0.5 * seen["examples"]
         for kind in ("ties", "constant", "agreeing", "merging", "boundary", "interior"):
             assert 0.08 < seen[kind] / seen["clips"] < 0.9, kind
@@ -149,9 +157,8 @@ class TestMapPairs:
             settings=settings(database=None, derandomize=True, deadline=None),
         )
         assert clips_with(enc != 0) == 1
-        # two patches of two slots, or one more where the shrinker ends early
-        assert enc.shape[2] <= 3
-        assert enc[0, :, 0].numel() <= 3
+        assert enc.shape[2] == 2
+        assert enc[0, :, 0].numel() == 2
 
 
 class TestSlotGraphs:
