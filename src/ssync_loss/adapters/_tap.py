@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +62,24 @@ class _Mark:
         self.called = True
 
 
-class Tap:
+class Hooked(ABC):
+    """What hangs on modules until it is removed, or a context ends; a copy hangs on nothing and holds nothing."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Tap(Hooked):
     """Forward hooks on a host, and what they collect; a copy, deep or unpickled, hangs on nothing and holds nothing."""
 
     def __init__(
@@ -108,15 +126,6 @@ class Tap:
             handle.remove()
         self._handles = []
         self.reset()
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._attached = self._listening = False

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ssync_loss._axes import square
 from ssync_loss._checks import check_tensor
 from ssync_loss._compilers import is_recomputing, is_traced
 from ssync_loss._module import DetachedWarning, _callers_stacklevel
+from ssync_loss.adapters._tap import Hooked
 from ssync_loss.adapters.hosts import Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
@@ -20,13 +21,10 @@ from ssync_loss.adapters.slot_maps import SlotMaps
 from ssync_loss.ssync.maps import Kind, Size
 from ssync_loss.ssync.settings import TINY
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Source: TypeAlias = Dots | Output | LogitTap | OutputTap | Callable[[], Tensor]
 
 
-class AttachedMaps:
+class AttachedMaps(Hooked):
     """The maps of a model's last forward, as ``criterion(**maps())`` takes them; made by ``attach``.
 
     A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
@@ -144,15 +142,6 @@ class AttachedMaps:
         for handle in self._handles:
             handle.remove()
         self._handles, self._caught = [], {}
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._alive = False
