@@ -6,6 +6,7 @@ from dataclasses import fields
 from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -355,8 +356,8 @@ def as_step(step: object) -> int:
     """Return a step as a Python int: hosts count with NumPy's integers, too."""
     if isinstance(step, int) and not isinstance(step, bool):
         return step
-    # reading a tensor would wait for its device
-    if not isinstance(step, (bool, Tensor)):
+    # reading a tensor would wait for its device; older versions of NumPy take a bool for an integer
+    if not isinstance(step, (bool, np.bool_, Tensor)):
         with suppress(TypeError):
             return index(step)  # type: ignore[arg-type]
     raise TypeError(f"`step` must be a Python int; got {type(step).__name__}.")
