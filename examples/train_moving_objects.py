@@ -16,141 +16,29 @@ Ctrl-C stops after the current step and keeps what was trained; `--resume` goes 
 """
 
 import argparse
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
 
 from examples.arguments import Bounded, add_training_options, at_least, explained, within
-from examples.checkpoint import Settings, TrainingState, batch_of_step
+from examples.checkpoint import Settings, TrainingState
 from examples.data import Data, make_data, read_data
-from examples.dense_alignment import DenseAlignment, DenseSettings
+from examples.dense_alignment import DenseSettings
 from examples.evaluation import ask_premise, evaluate, premise_summary
 from examples.files import must_be_ours, must_be_writable
 from examples.report import Report, Run, SeedReport, save_figure, table
-from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
+from examples.training import stop_on_ctrl_c, terms_of, train
 
-from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+from ssync_loss import SSyncLoss
 from ssync_loss.diagnostics import report as premise_report
 
-SAVE_EVERY = 100
 STAGES = ("shared", "baseline", "ssync")
 CHECKPOINT_BYTES = 2_000_000
-
-
-class Losses(NamedTuple):
-    """The terms of one step; `total` is what is minimized, `dense` is there in the run that has it."""
-
-    total: Tensor
-    reconstruction: Tensor
-    contrast: Tensor
-    ssync: Tensor
-    dense: Tensor | None = None
-
-
-def compute_losses(
-    model: SlotModel,
-    features: Tensor,
-    step: int,
-    *,
-    contrast_weight: float,
-    criterion: SSyncLoss | None,
-    adaptive: AdaptiveSSyncLoss | None = None,
-    alignment: DenseAlignment | None = None,
-) -> Losses:
-    """Compute the losses of a batch: the model's own two, and SSync or what it is compared with where it is given."""
-    output: SlotOutput = model(features)
-    reconstruction = reconstruction_loss(output, features)
-    contrast = slot_contrast_loss(output.slots)
-    loss = own = reconstruction + contrast_weight * contrast
-
-    if criterion is not None:
-        # ------------------------------- the one line -------------------------------
-        loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
-        # -----------------------------------------------------------------------------
-
-    if adaptive is not None:
-        # the same, but that it asks the features
-        loss = loss + adaptive(output.enc_logits, output.dec_logits, features, step=step)
-
-    ssync = (loss - own).detach()
-    dense: Tensor | None = None
-    if alignment is not None:
-        # what the line is compared with
-        dense = alignment(output, features, step=step)
-        loss = loss + dense
-
-    return Losses(loss, reconstruction, contrast, ssync, dense)
-
-
-def train(
-    state: TrainingState,
-    features: Tensor,
-    *,
-    criterion: SSyncLoss | None,
-    until: int,
-    checkpoint: Path,
-    stop: Event,
-    title: str,
-) -> None:
-    """Train up to a step, showing the losses; save now and then, and when stopped."""
-    settings = state.settings
-    with tqdm(total=until, initial=state.step, desc=title, dynamic_ncols=True) as bar:
-        while state.step < until and not stop.is_set():
-            started = time.perf_counter()
-            batch = batch_of_step(state.step, num_clips=len(features), batch_size=settings.batch_size, seed=state.seed)
-            losses = compute_losses(
-                state.model,
-                features[batch],
-                state.step,
-                contrast_weight=settings.contrast_weight,
-                criterion=criterion,
-                adaptive=state.adaptive,
-                alignment=state.alignment,
-            )
-            state.optimizer.zero_grad()
-            losses.total.backward()
-            torch.nn.utils.clip_grad_norm_(state.parameters(), settings.max_grad_norm)
-            state.optimizer.step()
-            state.scheduler.step()
-            state.step += 1
-            state.times.append(time.perf_counter() - started)
-
-            terms = losses._asdict().items()
-            shown = {name: value.item() for name, value in terms if name != "total" and value is not None}
-            state.history.append(shown)
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-            bar.update()
-            if state.step % SAVE_EVERY == 0:
-                state.save(checkpoint)
-    state.save(checkpoint)
-
-
-@contextmanager
-def stop_on_ctrl_c() -> Iterator[Event]:
-    """Let the first Ctrl-C ask for a stop between two steps, and the second one have its usual effect."""
-    stop = Event()
-    usual = signal.getsignal(signal.SIGINT)
-
-    def ask(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def train_one_seed(
@@ -174,15 +62,8 @@ def train_one_seed(
         if stage == "adaptive" and state.adaptive is None:
             state.adaptive = settings.adaptive()
         title = f"seed {seed}, {stage}"
-        train(
-            state,
-            data.features,
-            criterion=criterion,
-            until=until,
-            checkpoint=checkpoint,
-            stop=stop,
-            title=title,
-        )
+        terms = terms_of(state, criterion)
+        train(state, data.features, terms, until, title=title, save=lambda: state.save(checkpoint), stop=stop)
         if state.adaptive is not None:
             print(f"{title}: {state.adaptive.describe()}")
         return state
