@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 MAX_OBJECTS = 4
+# to be raised whenever the same seed would give other clips
+VERSION = 1
 # the most that an object moves along each axis, in images per frame
 SPEED = 0.05
 # a block of clips is drawn at a time: the pictures of all shapes at once would not fit the cache

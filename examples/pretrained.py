@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -28,15 +28,15 @@ GRAPH, OUTPUT, NAME = 7, 12, 1
 
 
 class Backbone(Protocol):
-    """What makes tokens.
+    """What makes tokens."""
 
-    Attributes:
-        dim: D, of a token.
-        made_from: what its tokens depend on; goes into the key of what is kept.
-    """
+    @property
+    def dim(self) -> int:
+        """D, of a token."""
 
-    dim: int
-    made_from: dict[str, Any]
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What its tokens depend on: it goes into the key of what is kept."""
 
     def __call__(self, video: Tensor) -> Tensor:
         """Turn a video (B, T, 3, H, W) in [0, 1] into tokens (B, T, D, h, w)."""
@@ -56,7 +56,7 @@ class ImgFocus:
     """
 
     dim = 384
-    made_from = {"network": SHA256, "tokens": KEYS, "without": "class token"}  # noqa: RUF012 (a constant)
+    made_from: ClassVar = {"network": SHA256, "tokens": KEYS, "without": "class token"}
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

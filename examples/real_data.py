@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from examples import composites
+from examples import composites, moving_objects
 from examples.data import TEST_SEED, TRAIN_SEED, Data
 from examples.evaluation import Asked, EvaluationSet
 from examples.features import FrozenFeatures, HalfWhitening
-from examples.moving_objects import moving_objects
 from examples.photographs import Photograph, load_photographs, split
 from examples.pieces import Pieces
 from examples.pretrained import Backbone, ImgFocus
@@ -59,10 +58,10 @@ def sprites(name: str, seed: int) -> Source:
     """Draw the moving objects of the main example."""
 
     def draw(seed: int, number: int) -> tuple[Tensor, Tensor]:
-        clips = moving_objects(number, seed=seed, size=SIZE)
+        clips = moving_objects.moving_objects(number, seed=seed, size=SIZE)
         return clips.video, clips.ids
 
-    return Source(name, {"clips": "moving objects"}, seed, draw)
+    return Source(name, {"clips": "moving objects", "version": moving_objects.VERSION}, seed, draw)
 
 
 def photo_composites(name: str, seed: int, photographs: Sequence[Photograph]) -> Source:

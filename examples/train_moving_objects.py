@@ -134,9 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with explained():
             print(table(Report.load(options.table)))
         return 0
-    stages = STAGES if options.compare is None else (*STAGES, options.compare)
     with explained():
-        look_into(options.out, resume=options.resume, num_checkpoints=len(stages) * len(options.seeds))
+        num_checkpoints = len(stages_of(options.compare)) * len(options.seeds)
+        look_into(options.out, resume=options.resume, num_checkpoints=num_checkpoints)
     torch.set_num_threads(options.threads)
 
     num_train, num_held_out, num_test, steps = 1500, 100, 200, options.steps
@@ -157,30 +157,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold=options.threshold,
     )
 
-    checkpoints, results = options.out / "checkpoints", options.out / "results.json"
-    if options.resume:
+    again = "" if options.compare is None else f" --compare {options.compare}"
+    return train_all(
+        data,
+        settings,
+        options.seeds,
+        compare=options.compare,
+        out=options.out,
+        resume=options.resume,
+        again=f"{again} --out {options.out}",
+    )
+
+
+def train_all(
+    data: Data, settings: Settings, seeds: Sequence[int], *, compare: str | None, out: Path, resume: bool, again: str
+) -> int:
+    """Train the runs of all seeds, then print the table and draw the picture.
+
+    Args:
+        data: to train on, to ask the premise of, and to score on.
+        settings: of all runs.
+        seeds: one after the other.
+        compare: a third run, "adaptive" or "dense".
+        out: where everything is written; see `look_into`.
+        resume: go on with what is there.
+        again: the options that go on from a stop, besides `--resume`.
+
+    Returns:
+        0, or 130 when Ctrl-C cut it short.
+    """
+    checkpoints, results = out / "checkpoints", out / "results.json"
+    if resume:
         # the last one is read when all others are trained
-        for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in options.seeds for s in stages):
+        for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in seeds for s in stages_of(compare)):
             if path.exists():
                 with explained():
                     TrainingState.load(path, settings, seed)
     else:
         start_over(checkpoints, results)
 
-    report = Report.here(settings, DenseSettings(steps) if options.compare == "dense" else None)
+    report = Report.here(settings, DenseSettings(settings.steps) if compare == "dense" else None)
     with stop_on_ctrl_c() as stop, explained(OSError):
-        for seed in options.seeds:
+        for seed in seeds:
             report.seeds.append(
-                train_one_seed(
-                    seed, settings, data, checkpoints, compare=options.compare, resume=options.resume, stop=stop
-                )
+                train_one_seed(seed, settings, data, checkpoints, compare=compare, resume=resume, stop=stop)
             )
-            report.complete = seed == options.seeds[-1] and not stop.is_set()
+            report.complete = seed == seeds[-1] and not stop.is_set()
             report.save(results)
             if stop.is_set():
                 break
     print(f"\n{table(report)}\n")
-    figure = options.out / "comparison.png"
+    figure = out / "comparison.png"
     first = report.seeds[0]
     models = {
         stage: TrainingState.load(checkpoint_path(checkpoints, first.seed, stage), settings, first.seed).model
@@ -190,10 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_figure(report, data.test, models, figure)
     print(f"pictures {figure}\nnumbers  {results}")
     if stop.is_set():
-        compare = "" if options.compare is None else f" --compare {options.compare}"
-        print(f"stopped; --resume{compare} --out {options.out} goes on from here")
+        print(f"stopped; --resume{again} goes on from here")
         return 130
     return 0
+
+
+def stages_of(compare: str | None) -> tuple[str, ...]:
+    """Name the stages of a seed."""
+    return STAGES if compare is None else (*STAGES, compare)
 
 
 def look_into(out: Path, *, resume: bool, num_checkpoints: int) -> None:
