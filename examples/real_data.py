@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from examples import composites, moving_objects
-from examples.data import TEST_SEED, TRAIN_SEED, Data
-from examples.evaluation import Asked, EvaluationSet
+from examples.data import TEST_SEED, TRAIN_SEED
+from examples.evaluation import EvaluationSet
 from examples.features import FrozenFeatures, HalfWhitening
 from examples.photographs import Photograph, load_photographs, split
 from examples.pieces import Pieces
@@ -177,68 +177,59 @@ class Store:
         return Pieces(self.cache, f"{source.name}-clips", source.key())
 
 
-def real_data(
+class RealClips(NamedTuple):
+    """Features (B, T, D, 16, 16) to train on, and what is scored: of the clips trained on the first, and fresh ones."""
+
+    features: Tensor
+    trained: EvaluationSet
+    fresh: EvaluationSet
+
+
+def real_clips(
     kind: str,
     *,
     num_train: int,
-    num_premise: int,
-    num_test: int,
+    num_scored: int,
     cache: Path,
     hand_made: bool = False,
     fold: int = 0,
     threads: int = 1,
-) -> Data:
+) -> RealClips:
     """Make the clips of a kind and their features, or read what was made before.
-
-    The premise is asked of the first clips that are trained on and, as it needs no ground truth, of the first of the
-    test.
 
     Args:
         kind: one of `KINDS`.
         num_train: clips to train on.
-        num_premise: clips to ask the premise of, trained on and fresh; all of fewer.
-        num_test: clips to score on.
+        num_scored: clips to score on, trained on (all of fewer) and fresh.
         cache: folder in which everything is kept.
         hand_made: random filters on the small pictures instead of the pretrained network.
-        fold: which third of the photographs is kept for the test.
+        fold: which third of the photographs is kept for the fresh clips.
         threads: of the network.
 
     Raises:
         ValueError: if there is no such kind, or a package holds other files than it did.
         ImportError: if a package is missing.
     """
-    train, test = sources(kind, fold=fold)
-    return make_data(
-        train,
-        test,
-        Store(cache, ImgFocus(threads)),
-        num_train=num_train,
-        num_premise=num_premise,
-        num_test=num_test,
-        hand_made=hand_made,
-    )
+    store = Store(cache, ImgFocus(threads))
+    return make_clips(sources(kind, fold=fold), store, num_train=num_train, num_scored=num_scored, hand_made=hand_made)
 
 
-def make_data(
-    train: Source, test: Source, store: Store, *, num_train: int, num_premise: int, num_test: int, hand_made: bool
-) -> Data:
-    """Make data of two sources; see `real_data`."""
+def make_clips(sources: Sources, store: Store, *, num_train: int, num_scored: int, hand_made: bool) -> RealClips:
+    """Make clips of two sources; see `real_clips`."""
+    train, test = sources
     if hand_made:
-        videos = [store.clips(source, number)[0] / 255 for source, number in ((train, num_train), (test, num_test))]
+        videos = [store.clips(source, number)[0] / 255 for source, number in ((train, num_train), (test, num_scored))]
         featurize = FrozenFeatures(DIM).fit(videos[0])
         features, fresh = map(featurize, videos)
     else:
         features = store.features(train, num_train, fitted_on=train)
-        fresh = store.features(test, num_test, fitted_on=train)
-    video, ids = store.clips(test, num_test)
-    made = "random filters" if hand_made else "pretrained features"
-    return Data(
-        f"{train.name}, {made}, seed {train.seed}",
-        features,
-        Asked(features[:num_premise]),
-        Asked(fresh[:num_premise]),
-        EvaluationSet(video / 255, fresh, ids.long()),
-    )
+        fresh = store.features(test, num_scored, fitted_on=train)
+
+    def scored(source: Source, features: Tensor) -> EvaluationSet:
+        video, ids = store.clips(source, len(features))
+        return EvaluationSet(video / 255, features, ids.long())
+
+    return RealClips(features, scored(train, features[:num_scored]), scored(test, fresh))
 
 
 def _small(video: Tensor, ids: Tensor) -> dict[str, Tensor]:

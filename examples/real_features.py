@@ -23,12 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file b
 
 from examples.arguments import Bounded, add_training_options, at_least, explained
 from examples.checkpoint import Settings
+from examples.data import Data
+from examples.evaluation import Asked
 from examples.pieces import default_cache
-from examples.real_data import FIT, KINDS, PIECE, real_data
+from examples.real_data import FIT, KINDS, PIECE, real_clips
 from examples.report import Report, table
 from examples.train_moving_objects import look_into, stages_of, train_all
 
 COMPARE = "adaptive"
+# clips that the premise is asked of, trained on and fresh
+NUM_ASKED = 100
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,17 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
 
     num_train, steps = options.clips, options.steps
-    num_test = max(40, min(160, num_train // 4))
+    num_scored = max(40, min(160, num_train // 4))
     if options.quick:
-        num_train, num_test, steps = FIT * PIECE, PIECE, min(steps, 40)
+        num_train, num_scored, steps = FIT * PIECE, PIECE, min(steps, 40)
     for kind in options.data:
         try:
             with explained():
-                data = real_data(
+                clips = real_clips(
                     kind,
                     num_train=num_train,
-                    num_premise=100,
-                    num_test=num_test,
+                    num_scored=num_scored,
                     cache=options.cache,
                     hand_made=options.features == "random",
                     threads=options.threads,
@@ -83,6 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"\nstopped; what was computed is kept in {options.cache}, and the same command goes on from here")
             return 130
+        # the premise needs no ground truth: it may be asked of what is scored
+        data = Data(
+            f"{kind}, {'random filters' if options.features == 'random' else 'pretrained features'}",
+            clips.features,
+            Asked(clips.features[:NUM_ASKED]),
+            Asked(clips.fresh.features[:NUM_ASKED]),
+            clips.fresh,
+        )
         settings = Settings(data=data.description, num_clips=num_train, slots=options.slots, steps=steps)
         code = train_all(
             data,

@@ -205,25 +205,22 @@ class TestStore:
         assert quiet.double().mean() > 0.3
         assert (video[:2] / 255 - large).abs().amax(2)[quiet].max() < 1 / 255
 
-    def test_data_ask_and_score_what_they_say(self, tmp_path: Path) -> None:
-        train, test = sources("composites")
-        for hand_made in (False, True):
-            data = real_data.make_data(
-                train,
-                test,
-                Store(tmp_path, Stripes()),
-                num_train=8,
-                num_premise=3,
-                num_test=4,
-                hand_made=hand_made,
-            )
-            assert data.features.shape == (8, 4, 24, 16, 16)
-            assert torch.equal(data.trained.features, data.features[:3])
-            assert data.fresh is not None
-            assert torch.equal(data.fresh.features, data.test.features[:3])
-            assert data.test.ids is not None
-            assert data.test.ids.shape == (4, 4, 64, 64)
-            assert data.features.square().mean() == pytest.approx(1, abs=0.05)
+    @pytest.mark.parametrize("hand_made", [False, True])
+    def test_the_first_clips_trained_on_and_fresh_ones_are_scored(self, tmp_path: Path, hand_made: bool) -> None:
+        pair = sources("composites")
+        store = Store(tmp_path, Stripes())
+        clips = real_data.make_clips(pair, store, num_train=8, num_scored=3, hand_made=hand_made)
+        assert clips.features.shape == (8, 4, 24, 16, 16)
+        assert clips.features.square().mean() == pytest.approx(1, abs=0.05)
+        assert torch.equal(clips.trained.features, clips.features[:3])
+        for source, scored in zip(pair, (clips.trained, clips.fresh), strict=True):
+            video, ids = store.clips(source, 3)
+            assert scored.ids is not None
+            assert torch.equal(scored.ids, ids.long())
+            assert torch.equal(scored.video, video / 255)
+            assert scored.features.shape == (3, 4, 24, 16, 16)
+
+    def test_an_unknown_kind(self) -> None:
         with pytest.raises(ValueError, match="`kind` must be one of sprites, composites; got 'toys'"):
             sources("toys")
 
@@ -249,7 +246,7 @@ class TestCommand:
         with Image.open(results.with_name("comparison.png")) as picture:
             assert picture.width > 300
         printed = capsys.readouterr().out
-        assert "composites-train, pretrained features, seed 1: 8 clips" in printed
+        assert "composites, pretrained features: 8 clips" in printed
         assert real_features.main(["--table", str(results)]) == 0
         assert capsys.readouterr().out.strip() in printed
 
