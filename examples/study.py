@@ -241,7 +241,7 @@ def followed(terms: Terms, adaptive: AdaptiveSSyncLoss, course: list[list[float]
 
     def with_course(output: SlotOutput, features: Tensor, step: int) -> dict[str, Tensor]:
         added = terms(output, features, step)
-        if step % COURSE == 0:
+        if (step - adaptive.criterion.start_step) % COURSE == 0:
             told = adaptive.describe()
             course.append([step, round(told["margin"], 4), round(told["merged_margin"], 4)])
         return added
