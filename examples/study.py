@@ -31,9 +31,10 @@ from examples.checkpoint import Settings, TrainingState
 from examples.evaluation import Asked, EvaluationSet, ask_premise, evaluate, maps_of, premise_summary
 from examples.files import must_be_ours, must_be_writable, write_text
 from examples.machine import this_machine
+from examples.pieces import default_cache
 from examples.slot_model import SlotModel, SlotOutput
 from examples.study_report import SCORES, Rows, save_figure, table
-from examples.study_settings import LEVELS, NUM_SCORED, ROLES, SETTINGS, Clips, Setting
+from examples.study_settings import LEVELS, NUM_SCORED, ROLES, SETTINGS, Clips, Places, real_clips
 from examples.training import Terms, terms_of, train
 
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
@@ -90,7 +91,7 @@ def plan(names: Sequence[str], seeds: Sequence[int] | None, runs: Sequence[str] 
         return SETTINGS[name].seeds if seeds is None else seeds
 
     for group in (MAIN, KNOBS, FIXED):
-        for place in range(max(len(seeds_of(name)) for name in names)):
+        for place in range(max((len(seeds_of(name)) for name in names), default=0)):
             for name in names:
                 chosen = [run for run in group if run in runs] if runs is not None else _usual(name, group)
                 if chosen and place < len(seeds_of(name)):
@@ -117,22 +118,25 @@ class Study:
 
     Args:
         out: folder of the rows, and of the shared beginnings.
+        places: folders of clips.
         steps: of a run.
         quick: fewer clips.
     """
 
-    def __init__(self, out: Path, *, steps: int, quick: bool) -> None:
+    def __init__(self, out: Path, places: Places, *, steps: int, quick: bool) -> None:
         self.rows, self.checkpoints = Rows(out / "rows.jsonl"), out / "checkpoints"
+        self.places = places
         self.steps, self.quick = steps, quick
         # what is in memory: a commit made meanwhile changes nothing
         self.machine = this_machine()
         self.clips = lru_cache(maxsize=2)(self._clips)
 
     def _clips(self, name: str) -> Clips:
-        return SETTINGS[name].make(*self._numbers(SETTINGS[name]))
+        return SETTINGS[name].make(self._number(name), 8 if self.quick else NUM_SCORED, self.places)
 
-    def _numbers(self, setting: Setting) -> tuple[int, int]:
-        return (min(48, setting.num_clips), 8) if self.quick else (setting.num_clips, NUM_SCORED)
+    def _number(self, name: str) -> int:
+        num_clips = SETTINGS[name].num_clips
+        return min(48, num_clips) if self.quick else num_clips
 
     def work(self, job: Job) -> None:
         """Train what is missing of a job."""
@@ -149,8 +153,8 @@ class Study:
 
     def _missing(self, job: Job, runs: list[str], digest: str | None = None) -> list[str]:
         """List the runs that have no row yet; if it is known, with that beginning."""
-        num_clips, _ = self._numbers(SETTINGS[job.name])
-        same = {"setting": job.name, "clips": num_clips, "steps": self.steps, "seed": job.seed}
+        same = {"setting": job.name, "steps": self.steps, "seed": job.seed}
+        same |= {"clips": self._number(job.name)} if self._number(job.name) else {}
         same |= {} if digest is None else {"shared": digest}
         done = {row["run"] for row in self.rows.load() if same.items() <= row.items()}
         return [run for run in runs if run not in done]
@@ -237,7 +241,7 @@ def followed(terms: Terms, adaptive: AdaptiveSSyncLoss, course: list[list[float]
 
     def with_course(output: SlotOutput, features: Tensor, step: int) -> dict[str, Tensor]:
         added = terms(output, features, step)
-        if step % COURSE == 0:
+        if (step - adaptive.criterion.start_step) % COURSE == 0:
             told = adaptive.describe()
             course.append([step, round(told["margin"], 4), round(told["merged_margin"], 4)])
         return added
@@ -267,6 +271,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/study"), help="where rows, table and picture go")
+    add(
+        "--clips", type=Path, help="real clips, NAME_video.mp4 and NAME_colormap.mp4; without, that setting is left out"
+    )
+    add("--cache", type=Path, default=default_cache(), help="where clips and pretrained features are kept")
     add("--only", nargs="+", choices=[*SETTINGS, *ROLES], metavar="NAME", help="settings, or all of a role")
     add(
         "--runs", nargs="+", choices=list(FORMS), metavar="RUN", help="of each; what is usual in a setting if not given"
@@ -293,7 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         must_be_ours(options.out / "rows.jsonl", "--out", lambda path: Rows(path).load())
     torch.set_num_threads(options.threads)
     chosen = [name for name, one in SETTINGS.items() if not options.only or {name, one.role} & set(options.only)]
-    study = Study(options.out, steps=options.steps, quick=options.quick)
+    if options.clips is None:
+        chosen = [name for name in chosen if SETTINGS[name].make is not real_clips]
+    study = Study(options.out, Places(options.cache, options.clips), steps=options.steps, quick=options.quick)
     stopped = False
     with explained():
         try:

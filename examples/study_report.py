@@ -29,6 +29,8 @@ FIELDS = {
 MARGINS = {"margin": "margin", "merged_margin": "merged margin"}
 LEVELS = ("listening", "interior", "unmerged", "full")
 ORDER = ("test", "shaped", "development")
+# of a row
+BEGIN = '{"setting":'
 MARKS = {"shaped": " *", "test": "", "development": " d"}
 COLORS = {"ssync": "tab:red", "adaptive": "tab:blue"}
 NAMES = {"ssync": "SSync", "adaptive": "cascade"}
@@ -72,8 +74,7 @@ class Rows:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                # rows begin like this
-                if line and not line.startswith('{"setting":'):
+                if not BEGIN.startswith(line[: len(BEGIN)]):
                     raise ValueError(f"{self.path} is no file of rows; line {place} is none.") from None
                 continue
             where = f"{self.path}, line {place}"
