@@ -1,4 +1,4 @@
-"""Pseudo-labels, plainly: hard labels, merged slots, two regions. No gradient."""
+"""Pseudo-labels in plain torch: hard labels, merged slots, two regions. Nothing here has a gradient."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ssync_loss.ssync.types import PseudoLabels
 
 @torch.no_grad()
 def find_labels(maps: Maps, settings: Settings) -> PseudoLabels:
-    """Compute :func:`ssync_loss.functional.pseudo_labels` of maps that are checked."""
+    """Compute :func:`ssync_loss.functional.pseudo_labels` without checks."""
     valid = maps.counted
     enc_labels, dec_labels = hard_labels(maps)
     representative = _representative(maps.enc.to(maps.dtype), enc_labels, valid, maps.slot_mask, settings)
@@ -41,7 +41,7 @@ def _largest_slot(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
     labels = first_largest(scores)
     if slot_mask is None:
         return labels
-    # where no present slot is above -inf, an absent one may come first
+    # if all present slots are at -inf, an absent slot may come first
     first = slot_mask.to(torch.uint8).argmax(1)[:, None, None, None]
     return torch.where(scores.amax(2) == float("-inf"), first, labels)
 
@@ -49,7 +49,7 @@ def _largest_slot(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
 def _representative(
     enc: Tensor, enc_labels: Tensor, valid: Tensor | None, slot_mask: Tensor | None, settings: Settings
 ) -> Tensor:
-    """Return the slot that every slot is merged into: (B, S)."""
+    """Return the representative of every slot, (B, S)."""
     num_clips, _, num_slots = enc.shape[:3]
     if settings.merge_threshold is None:
         return unmerged(num_clips, num_slots, enc.device)
