@@ -398,7 +398,10 @@ class TestNumbers:
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
         # of uninitialized counts and labels there is nothing to compare twice: all are written
         cases: list[tuple[Any, tuple[Any, ...]]] = [
-            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True)),
+            (
+                operators._step_operator,
+                (enc, dec, *(None,) * 5, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True),
+            ),
             (
                 operators._step_operator,
                 (
@@ -407,6 +410,8 @@ class TestNumbers:
                     region,
                     torch.ones(1, 4).bool(),
                     torch.tensor(True),
+                    torch.zeros(2, 1, 2, 3, 4, dtype=torch.int8),
+                    torch.zeros(1, 4, dtype=torch.int8),
                     knobs,
                     1,
                     1,
@@ -419,6 +424,7 @@ class TestNumbers:
                     True,
                 ),
             ),
+            (operators._find_operator, (enc.detach(), dec.detach(), region, None, None, knobs)),
             (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, 1, 1, 0)),
             (operators._distill_operator, (dec, target, region, None, True, 0.1, 1.0, "none", True)),
             (operators._scale_operator, (enc.detach(), torch.tensor(2.0), torch.float16)),
