@@ -2,19 +2,15 @@
 
 from torch import Tensor
 
-from ssync_loss.ssync.engines.contract import compose
+from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.reference import reference_pseudo_labels, reference_selective_distillation_loss
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """The slow definitions."""
-
-    def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (it takes all maps)
-        """Say that nothing is missing."""
-        return None
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""
@@ -52,11 +48,3 @@ class ReferenceEngine:
             slot_mask=slot_mask,
             reduction=reduction,
         )
-
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
-
-    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels."""
-        return compose(self, maps, settings)

@@ -5,7 +5,7 @@ import warnings
 from torch import Tensor
 
 from ssync_loss._compilers import constant
-from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.contract import Engine, weigh
 from ssync_loss.ssync.engines.cpu import operators
 from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
@@ -16,7 +16,7 @@ from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
 __all__ = ["CpuEngine"]
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """The C library; :mod:`.operators` makes its functions operators of torch."""
 
     def missing(self, *maps: Tensor) -> str | None:

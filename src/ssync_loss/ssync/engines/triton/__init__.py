@@ -5,7 +5,7 @@ How they work is told in the README beside this file. ``triton`` is imported whe
 
 from torch import Tensor
 
-from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.contract import Engine, weigh
 from ssync_loss.ssync.engines.triton._distill import differentiable_distill
 from ssync_loss.ssync.engines.triton._labels import label
 from ssync_loss.ssync.engines.triton._limits import MAX_SLOTS, missing
@@ -17,7 +17,7 @@ from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
 __all__ = ["MAX_SLOTS", "TritonEngine", "missing"]
 
 
-class TritonEngine:
+class TritonEngine(Engine):
     """The kernels. NaN or +inf in a valid patch of a present slot makes a step NaN, with all of its gradients."""
 
     def missing(self, *maps: Tensor) -> str | None:
