@@ -1,4 +1,4 @@
-"""Engine ``"reference"``: loops over clips, frames, slots and neighbors, for checking."""
+"""Engine ``"reference"``: loops over clips, frames, slots and neighbors, for tests."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from ssync_loss.ssync.types import PseudoLabels
 
 
 class ReferenceEngine(Engine):
-    """The slow definitions."""
+    """The slow definitions of :mod:`ssync_loss.ssync.reference`."""
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""

@@ -1,6 +1,6 @@
 """Engine ``"triton"``: SSync as CUDA kernels, 7 launches from two maps to both gradients.
 
-How they work is told in the README beside this file. ``triton`` is imported when a kernel is launched first.
+The README beside this file explains the kernels. The first launch imports ``triton``.
 """
 
 from torch import Tensor
@@ -18,10 +18,10 @@ __all__ = ["MAX_SLOTS", "TritonEngine", "missing"]
 
 
 class TritonEngine(Engine):
-    """The kernels. NaN or +inf in a valid patch of a present slot makes a step NaN, with all of its gradients."""
+    """The kernels. NaN or +inf in a valid patch of a present slot makes the loss and all of its gradient NaN."""
 
     def missing(self, *maps: Tensor) -> str | None:
-        """Say what keeps the kernels from taking maps."""
+        """Say why the kernels cannot take the maps."""
         return missing(*maps)
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
@@ -40,7 +40,7 @@ class TritonEngine(Engine):
     ) -> Tensor:
         """Compare one map with labels on a region: 2 launches, 1 with ``reduction="none"``, and 1 for the backward.
 
-        A selected label that is no slot at all makes its patch NaN: it cannot be found in time to complain.
+        A selected label that is no slot makes its patch NaN: an error would have to wait for the device.
         """
         value: Tensor
         value, *_ = differentiable_distill(logits, target, region, slot_mask, *_criterion(settings), reduction)
@@ -51,14 +51,14 @@ class TritonEngine(Engine):
         return _step(maps, settings, with_labels=False).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels, by as many launches."""
+        """Compute that sum with its parts and labels, in as many launches."""
         return _step(maps, settings, with_labels=True)
 
 
 def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> SSyncTerms:
     targets, *labels = _label(maps, settings, with_targets=True, with_labels=with_labels)
     weights = settings.boundary_weight, settings.interior_weight
-    # a kernel takes numbers
+    # a kernel takes only numbers; weights that are tensors are applied afterwards
     numbers = [1.0 if isinstance(weight, Tensor) else weight for weight in weights]
     total, boundary, interior, num_boundary, num_interior, _ = differentiable_loss(
         maps.enc, maps.dec, targets, maps.slot_mask, maps.clean, *_criterion(settings), *numbers
@@ -70,7 +70,7 @@ def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> SSyncTerms:
 
 def _label(maps: Maps, settings: Settings, *, with_targets: bool, with_labels: bool) -> tuple[Tensor, ...]:
     threshold = settings.merge_threshold
-    # an operator of torch takes a number here, and a tensor there
+    # the operator has one argument for a number, and one for a tensor
     thresholds = (None, threshold.detach()) if isinstance(threshold, Tensor) else (threshold, None)
     regions = settings.min_different, settings.min_same, settings.max_different
     inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask
