@@ -19,7 +19,7 @@ import torch
 from examples.arguments import add_training_options, explained
 from examples.checkpoint import Settings, batch_of_step, make_optimizer
 from examples.files import check_fields, must_be_ours, must_be_writable, read_json, write_text
-from examples.machine import check_origin, this_machine
+from examples.machine import check_origin, machine_line, this_machine
 from examples.markdown import markdown, mean_sd, number
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
@@ -230,8 +230,7 @@ def table(report: StudyReport) -> str:
         if len(gains) > 1:
             for seed, gain in zip(report.seeds, gains, strict=True):
                 rows.append([f"{name}: seed {seed}", *(number(gain[c.key], c.digits, "+") for c in columns)])
-    settings, machine = report.settings, report.machine
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
+    settings = report.settings
     to = f"{names[0]}, or to the run named," if report.compared_with else names[0]
     spread = f" Mean ± sd over seeds; differences are to {to} and paired." if len(runs) > 1 else ""
     return "\n".join(
@@ -240,7 +239,7 @@ def table(report: StudyReport) -> str:
             f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
             f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
             f"seed {', '.join(map(str, report.seeds))}.",
-            f"{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+            machine_line(report.machine),
             "",
             *markdown(rows),
         ]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import FEATURES, place, solve
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss._inputs import check_floats, widest
 
 # channels at a time, so that intermediate values stay in a processor's cache
@@ -13,6 +14,8 @@ _CHANNELS = 64
 
 def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
     """View features of layout ``axes`` as (B, T, D, H, W), on the grid of the encoder's map (B, T, S, H, W)."""
+    # labels and sums of features are torch's work, whatever engine computes the loss
+    take_one_thread_if_forked()
     B, T, _, H, W = enc.shape
     if axes is not None:
         shown = solve("features", features, axes, {"b": B, "t": T, "h": H, "w": W}, FEATURES)

@@ -20,6 +20,7 @@ from ssync_loss._checks import (
     check_shape,
     check_tensor,
 )
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss._inputs import check_mask
 from ssync_loss.ssync.settings import TINY
 
@@ -231,6 +232,7 @@ def prepare_maps(
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         return maps
+    take_one_thread_if_forked()
     counted, clean = maps.counted, None
     with no_autocast(enc):
         usable = _usable(counted, slot_mask)
