@@ -53,7 +53,8 @@ _FIRST_COLORS: tuple[Color, ...] = (
 def palette(num_slots: int) -> Tensor:
     """Return distinct colors of slots.
 
-    They do not depend on the number of slots: ``palette(n)[:k] == palette(k)``. Returns (num_slots, 3) uint8, red, green, blue.
+    They do not depend on the number of slots: ``palette(n)[:k] == palette(k)``. Returns (num_slots, 3) uint8: red,
+    green, blue.
 
     Raises: TypeError, ValueError if the number is no integer within [1, 256].
 
