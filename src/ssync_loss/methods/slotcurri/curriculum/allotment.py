@@ -11,7 +11,7 @@ from ssync_loss._inputs import check_floats
 def allot_children(errors: Tensor, n_new: int) -> Tensor:
     """Allot new slots to the present ones in proportion to their errors, by largest remainders: (K,), int64.
 
-    ``a = errors * n_new / errors.sum()``; every slot gets ``floor(a)``, and what is left goes one each to the largest
+    ``a = n_new errors / sum errors``; every slot gets ``floor(a)``, and what is left goes one each to the largest
     ``a - floor(a)``, to the lower index among equals. Computed in float64. Errors that are all 0, or among them one
     that is negative, NaN or infinite, say nothing: then the slots take turns, from the first on.
 
