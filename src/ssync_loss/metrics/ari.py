@@ -41,7 +41,9 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
 
 @averaged(empty=1.0)
 def video_ari(pred: Tensor, target: Tensor) -> Scores:
-    """Score a video as one set of pixels, background included: ``ari(..., per="video")``.
+    """Score a video as one set of pixels, background included: :func:`ari` with ``per="video"``.
+
+    Shapes and errors are those of :func:`ari`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # (0 - 4/3) / (4 - 4/3)
@@ -52,7 +54,9 @@ def video_ari(pred: Tensor, target: Tensor) -> Scores:
 
 @averaged(empty=1.0)
 def image_ari(pred: Tensor, target: Tensor) -> Scores:
-    """Score each frame, background included, and take the mean: ``ari(..., per="image")``.
+    """Score each frame, background included, and take the mean: :func:`ari` with ``per="image"``.
+
+    Shapes and errors are those of :func:`ari`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # each frame is right
@@ -91,7 +95,9 @@ def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "
 
 @averaged(empty=1.0)
 def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Score a video as one set of object pixels: ``fg_ari(..., per="video")``, the usual FG-ARI of videos.
+    """Score a video as one set of object pixels: the usual FG-ARI of videos.
+
+    This is :func:`fg_ari` with ``per="video"``. Shapes and errors are those of :func:`fg_ari`.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> video_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
@@ -102,7 +108,9 @@ def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Sco
 
 @averaged(empty=1.0)
 def image_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Score the object pixels of each frame and take the mean: ``fg_ari(..., per="image")``.
+    """Score the object pixels of each frame and take the mean: :func:`fg_ari` with ``per="image"``.
+
+    Shapes and errors are those of :func:`fg_ari`.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> image_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)

@@ -49,8 +49,8 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
         objects, slots = scipy.optimize.linear_sum_assignment(iou, maximize=True)
         miou = iou[objects, slots].sum() / len(iou)      # an object left without a slot counts 0
 
-    It is at most :func:`mean_best_overlap`. Arguments, results and errors are as there. It needs scipy:
-    ``pip install "ssync-loss[metrics]"``.
+    It is at most :func:`mean_best_overlap`. Shapes, arguments and errors are those of :func:`mean_best_overlap`. It
+    needs scipy: ``pip install "ssync-loss[metrics]"``.
 
     Raises: ImportError if scipy is missing.
     Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
@@ -68,7 +68,9 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
 
 @averaged(empty=0.0)
 def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Overlap of space-time tubes: ``mean_best_overlap(..., per="video")``.
+    """Overlap of space-time tubes: :func:`mean_best_overlap` with ``per="video"``.
+
+    Shapes and errors are those of :func:`mean_best_overlap`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
@@ -79,7 +81,9 @@ def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
 
 @averaged(empty=0.0)
 def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Overlap in each frame, then the mean: ``mean_best_overlap(..., per="image")``.
+    """Overlap in each frame, then the mean: :func:`mean_best_overlap` with ``per="image"``.
+
+    Shapes and errors are those of :func:`mean_best_overlap`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
@@ -90,7 +94,9 @@ def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
 
 @averaged(empty=0.0)
 def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Matched overlap of space-time tubes: ``mean_iou(..., per="video")``.
+    """Matched overlap of space-time tubes: :func:`mean_iou` with ``per="video"``.
+
+    Shapes and errors are those of :func:`mean_iou`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_miou(torch.tensor([[[[5, 5]], [[5, 5]]]]), frames, background=None)
@@ -101,7 +107,9 @@ def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Score
 
 @averaged(empty=0.0)
 def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Matched overlap in each frame, then the mean: ``mean_iou(..., per="image")``.
+    """Matched overlap in each frame, then the mean: :func:`mean_iou` with ``per="image"``.
+
+    Shapes and errors are those of :func:`mean_iou`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_miou(torch.tensor([[[[5, 5]], [[5, 6]]]]), frames, background=None)

@@ -46,6 +46,10 @@ def assert_close_loss(actual: Tensor, expected: Tensor, *, rtol: float = LOSS_RT
     Raises: AssertionError when a value, the shape or the dtype differs.
 
     >>> assert_close_loss(torch.tensor(0.5), torch.tensor(0.5000001))
+    >>> assert_close_loss(torch.tensor(0.5), torch.tensor(0.50001))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    AssertionError: Scalars are not close!
+    ...
     """
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -87,6 +91,9 @@ def assert_close_gradient(
     Raises: AssertionError when a value or the shape differs, or a gradient is missing.
 
     >>> assert_close_gradient(torch.tensor([0.1]), torch.tensor([0.1000001]), scale=0.1)
+    >>> assert_close_gradient(None, torch.tensor([0.1]), scale=0.1)
+    Traceback (most recent call last):
+    AssertionError: a gradient is missing: actual None, expected tensor([0.1000]).
     """
     if actual is None or expected is None:
         raise AssertionError(f"a gradient is missing: actual {actual}, expected {expected}.")

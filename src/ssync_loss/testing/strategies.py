@@ -35,23 +35,35 @@ GENERIC_THRESHOLDS = (0.6180339887, 0.3535533906, 0.7853981634, 0.1234567891, 0.
 
 
 class SlotGraph(NamedTuple):
-    """The input of merging: overlap (B, S, S), symmetric, and area (B, S), int64."""
+    """The input of merging.
+
+    Attributes:
+        overlap: (B, S, S), symmetric.
+        area: (B, S), int64.
+    """
 
     overlap: Tensor
     area: Tensor
 
 
 class MapPair(NamedTuple):
-    """An encoder and a decoder map (B, T, S, H, W)."""
+    """Two maps.
+
+    Attributes:
+        enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
+    """
 
     enc_logits: Tensor
     dec_logits: Tensor
 
 
 class SSyncCase(NamedTuple):
-    """Two maps (B, T, S, H, W), valid patches, (B, T) or (B, T, H, W), and present slots, (B, S), or None.
+    """Two maps and their masks, named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
 
-    The fields are named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
+    Attributes:
+        enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
+        valid: (B, T) or (B, T, H, W), bool, valid patches, or None.
+        slot_mask: (B, S), bool, present slots, or None.
     """
 
     enc_logits: Tensor
@@ -61,10 +73,13 @@ class SSyncCase(NamedTuple):
 
 
 class DistillationCase(NamedTuple):
-    """A map (B, T, S, H, W), labels and region (B, T, H, W), and present slots, (B, S) or None.
+    """A map and who teaches it where: ``selective_distillation_loss(**case._asdict())``.
 
-    Every label names a present slot, except in a clip that has none, where it is 0. The fields are named like
-    the arguments they fit: ``selective_distillation_loss(**case._asdict())``.
+    Attributes:
+        logits: (B, T, S, H, W), the map.
+        target: (B, T, H, W), int64. Every label names a present slot, except in a clip that has none, where it is 0.
+        region: (B, T, H, W), bool.
+        slot_mask: (B, S), bool, present slots, or None.
     """
 
     logits: Tensor
@@ -154,7 +169,7 @@ def map_pairs(
 
 @st.composite
 def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
-    """Draw valid patches of the given size, B, T, H, W or B, T: all, a box, some frames, some patches, none."""
+    """Draw valid patches of the given size, (B, T, H, W) or (B, T): all, a box, some frames, some patches, none."""
     batch, *shape = size
     return _stack(_clips.mask_clip(seed, shape, plain=True, empty=empty) for seed in draw(_seeds(batch)))
 

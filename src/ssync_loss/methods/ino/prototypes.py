@@ -14,7 +14,7 @@ from ssync_loss._vectors import directions, products
 class PrototypeHead(nn.Module):
     """Map tokens to their cosines with learned prototypes: the logits of the losses with a center.
 
-    ``cosines = unit(mlp(x)) @ unit(prototypes).mT`` within [-1, 1]. ``mlp`` is linear layers from C channels over
+    ``cosines = unit(mlp(x)) unit(prototypes)^T`` within [-1, 1]. ``mlp`` is linear layers from C channels over
     ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes do not matter (weight normalization
     with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own. Layers
     follow the autocast around them; cosines are float32, or float64 if the layers are. If the layers return 0, all

@@ -51,10 +51,10 @@ class SemanticAwareSlotAttention(nn.Module):
 
     A step from slots s to features F, without positions or a recurrent unit: ``q = W_q LN(s)``,
     ``Z = q (W_k LN(F))^T / sqrt(D)``, ``A = (softmax of Z over the competing slots + 1e-8) G``,
-    ``s = s + (A / sum of A over patches) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` steps with the
-    same weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic and
-    frame, which compete within their semantic; G is its mask in stage 1. Only the last step has a gradient, which also
-    reaches the initial slots.
+    ``s = s + (A / sum_patches A) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` steps with the same
+    weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic and frame,
+    which compete within their semantic; G is its mask in stage 1. Only the last step has a gradient, which also reaches
+    the initial slots.
 
     A semantic has the same index in all frames and clips; frames do not see each other. The computation is in float32
     or float64, except for layers in half precision.
