@@ -1,10 +1,11 @@
 """What the add-ons cost, as Markdown: at one shape, as it grows, and in a few words."""
 
+from examples.markdown import significant
+
 from benchmarks.add_ons import ADD_ONS
 from benchmarks.bars import here
-from benchmarks.cells import base_of, memory_cell, shown, stops, time_cell, times
+from benchmarks.cells import base_of, details, markdown_table, memory_cell, shown, stops, time_cell, times
 from benchmarks.contenders import PARTS
-from benchmarks.markdown import details, markdown_table, significant
 from benchmarks.results import Results, Row
 from benchmarks.slopes import MIN_SIZES, Slope, fit
 from benchmarks.suites.add_ons import GROWTH, LONGEST_STEP, REFERENCE, SUITE, UNITS, shape_of, size_of

@@ -1,11 +1,24 @@
 """What the tables of everything that grows have in common: cells with ratios, and where something stopped."""
 
+from collections.abc import Sequence
+
+from examples.markdown import markdown, significant
+
 from benchmarks.bars import here
-from benchmarks.markdown import significant
 from benchmarks.results import Results, Row, RowId
 from benchmarks.suites.sweep import Growth
 
 LEAST_RATIO = 0.01
+
+
+def details(title: str, body: str) -> str:
+    """Fold something away."""
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table."""
+    return "\n".join(markdown([list(head), *map(list, rows)]))
 
 
 def base_of(results: Results, row: Row) -> Row | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # what a result depends on; the report and the results themselves do not belong to it
@@ -34,7 +35,7 @@ def describe(device: str) -> dict[str, Any]:
         gpu, cuda = torch.cuda.get_device_name(), torch.version.cuda
     return {
         "device": device,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "memory_gb": round(total_memory() / 1e9),
         "gpu": gpu,
@@ -67,15 +68,6 @@ def total_memory() -> int:
 
 def _globs() -> list[str]:
     return [f":(glob){folder}/**/*.{end}" for folder in CODE for end in LANGUAGES]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

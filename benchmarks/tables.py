@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+from examples.markdown import significant
+
 from benchmarks.add_on_tables import add_on_parts
 from benchmarks.add_ons import BY_NAME
 from benchmarks.bars import SWEEPS, bars, fit_from, here, slope_of
-from benchmarks.cells import memory_cell, shown, stops, time_cell
+from benchmarks.cells import details, markdown_table, memory_cell, shown, stops, time_cell
 from benchmarks.contenders import DENSE, DENSE_CHUNKED, DENSE_WINDOWS, Contender
-from benchmarks.markdown import details, markdown_table, significant
 from benchmarks.results import Results, Row, RowId
 from benchmarks.slopes import Slope
 from benchmarks.suites import add_ons, kernels, training_step

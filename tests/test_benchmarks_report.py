@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from benchmarks import markdown, report, run, slopes
+from benchmarks import report, run, slopes
 from benchmarks import results as results_module
 from benchmarks.bars import Bar, bars, movi_c_steps, slope_of
 from benchmarks.child import Outcome, Worker
@@ -34,7 +34,7 @@ def made() -> Results:
         return measured(patch)
 
 
-@pytest.mark.parametrize("module", [results_module, slopes, markdown, add_ons], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [results_module, slopes, add_ons], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_hold(module: ModuleType) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
