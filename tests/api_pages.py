@@ -41,10 +41,6 @@ SECTION = re.compile(r"^(Shape|Returns|Source|Raises|Args): (?=\S)", flags=re.MU
 def public_names(module: str) -> list[str]:
     """Return the names that a module offers."""
     there = importlib.import_module(module)
-    if module == HOSTS:
-        return [
-            name for name, one in vars(there).items() if name[0] != "_" and getattr(one, "__module__", "") == module
-        ]
     return getattr(there, "__all__", None) or [WITHOUT_ALL[module]]
 
 
