@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sample_maps import leaf, sample_maps
-from ssync_loss import SSyncLoss
+from ssync_loss import SSyncLoss, _forks
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.functional import selective_distillation_loss
 from ssync_loss.ssync.engines import ENGINES, cpu
 from ssync_loss.ssync.engines.cpu import library, operators, team
@@ -242,7 +243,7 @@ class TestThreads:
         threads(2)
         maps = [torch.randn(8, 4, 11, 24, 24).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
-        # torch's own threads are there, too; the child must not call an operator of torch that wakes them
+        # torch's own threads are there, too
         torch.randn(1 << 20).exp().sum()
         context = get_context("fork")
         queue = context.SimpleQueue()
@@ -287,24 +288,65 @@ class TestThreads:
         maps = [torch.randn(4, 4, 11, 40, 41).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
         threads(number)
-        monkeypatch.setattr(team, "_addresses", [])
+        monkeypatch.setattr(_forks, "_forked", [None])
         assert all(torch.equal(one, other) for one, other in zip(step(*maps), wanted, strict=True))
 
-    @pytest.mark.skipif(not team._find(), reason="there is no team")
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells of forks")
+    def test_a_child_may_call_what_torch_computes_a_part_of(self) -> None:
+        program = """
+            import os, signal, torch, warnings
+            from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+            torch.set_num_threads(2)
+            maps = [torch.rand(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
+            finer = torch.rand(8, 4, 11, 48, 48, requires_grad=True)
+            features = torch.rand(8, 4, 64, 24, 24)
+            torch.randn(1 << 20).exp().sum()
+            warnings.simplefilter("ignore")
+            for backward in (
+                lambda: SSyncLoss(kind="probs")(*maps).backward(),
+                lambda: SSyncLoss()(maps[0], finer).backward(),
+                lambda: SSyncLoss(backend="torch")(*maps).backward(),
+                lambda: AdaptiveSSyncLoss(SSyncLoss(), warmup=0)(*maps, features).backward(),
+            ):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(60)
+                    backward()
+                    os._exit(0)
+                print(os.waitpid(pid, 0)[1])
+        """
+        done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == ("0\n" * 4, 0), done.stderr
+
+    def test_torch_is_kept_to_one_thread_in_a_forked_process_and_it_says_so(
+        self, threads: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads(2)
+        take_one_thread_if_forked()
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(_forks, "_forked", [True])
+        with pytest.warns(UserWarning, match="was forked"):
+            SSyncLoss(kind="probs")(*(torch.rand(1, 1, 2, 4, 4, requires_grad=True) for _ in range(2)))
+        assert torch.get_num_threads() == 1
+        take_one_thread_if_forked()
+
+    @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
     def test_a_process_may_have_any_name(self) -> None:
-        wanted, place = team._find(), Path("/proc/self/comm")
+        wanted, place = _forks._read(), Path("/proc/self/comm")
         before = place.read_bytes()
         try:
             # the system cuts a name within a letter
             place.write_bytes("обучение".encode()[:15])
-            assert team._find() == wanted
+            assert _forks._read() is wanted
         finally:
             place.write_bytes(before)
 
     @pytest.mark.parametrize("told", [b"", b"1 (python) S 1", b"1 (python) S 1 1 1 0 -1 0 0 0 0 0"])
     def test_without_a_word_about_forks_there_is_no_team(self, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: told)
-        assert team._find() == []
+        assert _forks._read() is None
+        monkeypatch.setattr(_forks, "_forked", [None])
+        assert team.address_of_team() is None
 
 
 class TestNumbers:
@@ -356,7 +398,10 @@ class TestNumbers:
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
         # of uninitialized counts and labels there is nothing to compare twice: all are written
         cases: list[tuple[Any, tuple[Any, ...]]] = [
-            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True)),
+            (
+                operators._step_operator,
+                (enc, dec, *(None,) * 5, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True),
+            ),
             (
                 operators._step_operator,
                 (
@@ -365,6 +410,8 @@ class TestNumbers:
                     region,
                     torch.ones(1, 4).bool(),
                     torch.tensor(True),
+                    torch.zeros(2, 1, 2, 3, 4, dtype=torch.int8),
+                    torch.zeros(1, 4, dtype=torch.int8),
                     knobs,
                     1,
                     1,
@@ -377,6 +424,7 @@ class TestNumbers:
                     True,
                 ),
             ),
+            (operators._find_operator, (enc.detach(), dec.detach(), region, None, None, knobs)),
             (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, 1, 1, 0)),
             (operators._distill_operator, (dec, target, region, None, True, 0.1, 1.0, "none", True)),
             (operators._scale_operator, (enc.detach(), torch.tensor(2.0), torch.float16)),

@@ -1,4 +1,4 @@
-"""What the stages of the method hand to each other."""
+"""The results of SSync."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class PseudoLabels(NamedTuple):
         dec_labels: the same of the decoder's map, merged with the same representatives.
         boundary: (B, T, H, W) bool, where ``enc_labels`` teach the decoder.
         interior: (B, T, H, W) bool, where ``dec_labels`` teach the encoder. May overlap with ``boundary``.
-        representative: (B, S) int64, the slot each slot was merged into; itself where it was not.
+        representative: (B, S) int64, the slot that each slot was merged into, or itself.
     """
 
     enc_labels: Tensor
@@ -23,8 +23,22 @@ class PseudoLabels(NamedTuple):
     representative: Tensor
 
 
+class SlotLabels(NamedTuple):
+    """Hard labels of both maps before merging, and what every slot is to be merged into.
+
+    Attributes:
+        hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
+        representative: (B, S) integer, the slot that each slot is merged into, or itself.
+        clean: scalar bool, whether no valid patch of a present slot holds NaN or +inf: of others labels mean nothing.
+    """
+
+    hard: Tensor
+    representative: Tensor
+    clean: Tensor
+
+
 class SSyncTerms(NamedTuple):
-    """What :meth:`ssync_loss.SSyncLoss.terms` returns: tensors only, so that logging decides when to wait for a device.
+    """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
 
     Attributes:
         total: scalar, the weighted, ramped sum; what ``forward`` returns.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssync_loss._checks import check_choice
 from ssync_loss._compilers import constant
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
 from ssync_loss.ssync.engines.plain_torch import TorchEngine
@@ -56,12 +57,18 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     check_choice("backend", backend, BACKENDS)
     if backend != "auto":
         _require(backend, *maps)
-        return ENGINES[backend]
+        return _ready(backend)
     device = maps[0].device
     fast = FAST.get(device.type)
     if fast is not None and ENGINES[fast].missing(*maps) is None and is_trusted(fast, str(device)):
-        return ENGINES[fast]
-    return ENGINES["torch"]
+        return _ready(fast)
+    return _ready("torch")
+
+
+def _ready(name: str) -> Engine:
+    if name == "torch":
+        take_one_thread_if_forked()
+    return ENGINES[name]
 
 
 @constant

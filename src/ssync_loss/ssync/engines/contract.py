@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 
 class Engine(Protocol):
@@ -32,16 +32,18 @@ class Engine(Protocol):
     ) -> Tensor:
         """Compare one map with labels on a region."""
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
+        """Compute the weighted sum of both terms. What was ``found`` is not computed again."""
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels; parts can be differentiated, and may share one graph."""
 
 
-def compose(engine: Engine, maps: Maps, settings: Settings) -> SSyncTerms:
-    """Compute both terms from labels and two distillations."""
-    labels = engine.pseudo_labels(maps, settings)
+def compose(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels) -> SSyncTerms:
+    """Compute both terms from labels by two distillations."""
     boundary = one_term(engine, maps.dec, labels.enc_labels, labels.boundary, maps, settings)
     interior = one_term(engine, maps.enc, labels.dec_labels, labels.interior, maps, settings)
     total = weigh(boundary, interior, settings)

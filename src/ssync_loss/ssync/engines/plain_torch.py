@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ssync_loss.ssync import distillation
 from ssync_loss.ssync.engines.contract import compose
-from ssync_loss.ssync.labels import find_labels
+from ssync_loss.ssync.labels import find_labels, find_slots, merge_labels
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 
 class TorchEngine:
@@ -33,10 +33,17 @@ class TorchEngine:
         """Compare one map with labels on a region."""
         return distillation.distill(logits, target, region, slot_mask, settings, reduction)
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+        return find_slots(maps, settings)
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
+        if found is None:
+            return self.terms(maps, settings).total
+        labels = merge_labels(found.hard, found.representative, maps, settings)
+        return compose(self, maps, settings, labels).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
-        return compose(self, maps, settings)
+        return compose(self, maps, settings, self.pseudo_labels(maps, settings))

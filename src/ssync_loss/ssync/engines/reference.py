@@ -1,12 +1,18 @@
 """Engine ``"reference"``: loops over clips, frames, slots and neighbors, for checking."""
 
+import torch
 from torch import Tensor
 
 from ssync_loss.ssync.engines.contract import compose
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.reference import reference_pseudo_labels, reference_selective_distillation_loss
+from ssync_loss.ssync.reference import (
+    reference_hard_labels,
+    reference_merged_labels,
+    reference_pseudo_labels,
+    reference_selective_distillation_loss,
+)
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 
 class ReferenceEngine:
@@ -53,10 +59,22 @@ class ReferenceEngine:
             reduction=reduction,
         )
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+        masks = {"valid": maps.counted, "slot_mask": maps.slot_mask}
+        hard = torch.stack([reference_hard_labels(one, **masks) for one in (maps.enc, maps.dec)])
+        return SlotLabels(hard, self.pseudo_labels(maps, settings).representative, maps.is_clean())
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
+        if found is None:
+            return self.terms(maps, settings).total
+        cells = torch.ones_like(found.hard[0], dtype=torch.bool) if maps.counted is None else maps.counted
+        enc_labels, dec_labels = found.hard.clone()
+        regions = {name: getattr(settings, name) for name in ("min_different", "min_same", "max_different")}
+        labels = reference_merged_labels(enc_labels, dec_labels, found.representative, cells, **regions)
+        return compose(self, maps, settings, labels).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
-        return compose(self, maps, settings)
+        return compose(self, maps, settings, self.pseudo_labels(maps, settings))

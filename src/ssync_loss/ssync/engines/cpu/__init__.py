@@ -11,7 +11,7 @@ from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 __all__ = ["CpuEngine"]
 
@@ -46,12 +46,16 @@ class CpuEngine:
         """Compare one map with labels on a region."""
         return operators.distill(logits, target, region, slot_mask, settings, reduction)
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+        return operators.find_slots(maps, settings)
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms; the weights are in the gradients that the forward writes."""
         weights = settings.boundary_weight, settings.interior_weight
         # the gradient of a weight is the term itself
         learned = any(isinstance(one, Tensor) and one.requires_grad for one in weights)
-        boundary, interior, _ = operators.step(maps, settings, summed=not learned)
+        boundary, interior, _ = operators.step(maps, settings, found, summed=not learned)
         return weigh(boundary, interior, settings) if learned else boundary
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:

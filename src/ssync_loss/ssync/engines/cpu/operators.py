@@ -14,7 +14,7 @@ from ssync_loss._checks import read_numbers
 from ssync_loss.ssync.engines.cpu.calls import KINDS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -23,7 +23,9 @@ Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def step(
+    maps: Maps, settings: Settings, found: SlotLabels | None = None, *, summed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute both means, and both counts of patches. If summed, the first is their weighted sum, the second empty."""
     weights = (settings.boundary_weight, settings.interior_weight) if summed else (1.0, 1.0)
     boundary, interior, counts, *_ = _differentiable_step(
@@ -31,7 +33,9 @@ def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tenso
         maps.dec,
         maps.valid,
         maps.slot_mask,
-        maps.clean,
+        maps.clean if found is None else found.clean,
+        None if found is None else found.hard.contiguous(),
+        None if found is None else found.representative.contiguous(),
         _knobs(settings.merge_threshold, *weights),
         settings.min_different,
         settings.min_same,
@@ -44,6 +48,14 @@ def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tenso
         learns(maps.enc),
     )
     return boundary, interior, counts
+
+
+def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
+    """Compute the labels before merging, and what is to be merged."""
+    knobs = _knobs(settings.merge_threshold, 1.0, 1.0)
+    inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, maps.clean, knobs
+    found: tuple[Tensor, Tensor, Tensor] = _find_operator(*inputs)
+    return SlotLabels(*found)
 
 
 def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
@@ -98,6 +110,8 @@ def _step(
     valid: Tensor | None,
     slot_mask: Tensor | None,
     clean: Tensor | None,
+    hard: Tensor | None,
+    names: Tensor | None,
     knobs: Tensor,
     min_different: int,
     min_same: int,
@@ -117,6 +131,8 @@ def _step(
         {"enc": enc, "dec": dec, "valid": valid},
         slot_mask=None if slot_mask is None else slot_mask.contiguous(),
         clean=clean,
+        hard=hard,
+        names=names,
         knobs=knobs,
         min_different=min_different,
         min_same=min_same,
@@ -176,7 +192,7 @@ def _derive_step(
         grad_dec = _times(grads[0], of_boundary, ctx.dtypes[0])
     if of_interior is not None and ctx.needs_input_grad[0]:
         grad_enc = _times(grads[-1], of_interior, ctx.dtypes[1])
-    return grad_enc, grad_dec, *(None,) * 13
+    return grad_enc, grad_dec, *(None,) * 15
 
 
 _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive_step)
@@ -221,6 +237,42 @@ _scale_operator = torch.library.custom_op("ssync_loss::cpu_scale", _scale, mutat
 @_scale_operator.register_fake
 def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 (the operator has it)
     return torch.empty_like(grad, dtype=dtype)
+
+
+def _find(
+    enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, clean: Tensor | None, knobs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    hard, names, found_clean = _new_slots(enc)
+    call(
+        "find",
+        enc.shape,
+        _dtype_of(enc, dec),
+        {"enc": enc, "dec": dec, "valid": valid},
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        clean=clean,
+        knobs=knobs,
+        hard=hard,
+        names=names,
+        found_clean=found_clean,
+    )
+    return hard, names, found_clean
+
+
+_find_operator = torch.library.custom_op("ssync_loss::cpu_find", _find, mutates_args=())
+
+
+@_find_operator.register_fake
+def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_slots(enc)
+
+
+def _new_slots(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    clips, frames, slots, height, width = enc.shape
+    return (
+        enc.new_empty((2, clips, frames, height, width), dtype=torch.int8),
+        enc.new_empty((clips, slots), dtype=torch.int8),
+        enc.new_empty((), dtype=torch.bool),
+    )
 
 
 def _label(
