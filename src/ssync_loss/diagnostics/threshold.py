@@ -10,6 +10,7 @@ from torch import Tensor
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes
 from ssync_loss._checks import check_number, check_type
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import place_features, slot_sums
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
@@ -83,7 +84,9 @@ def slot_statistics(
     ([1.0, 0.5, 0.0], [[1, 1, 2]])
     """
     given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
+    given |= {"grid": grid, "axes": axes}
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
+    warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
     features = place_features(features, features_axes, maps.enc)
     num_slots = maps.enc.shape[2]
     labels = hard_labels(maps)[0].flatten(2)

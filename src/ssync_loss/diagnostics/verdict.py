@@ -16,6 +16,7 @@ from ssync_loss._checks import as_index, check_type
 from ssync_loss._inputs import check_labels
 from ssync_loss.diagnostics.fit import edge_alignment
 from ssync_loss.diagnostics.statistics import agreement, label_flips, slots_in_use
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import explained_shares, place_features
 from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
@@ -198,7 +199,9 @@ def premise(
     """
     with torch.no_grad():
         given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
+        given |= {"grid": grid, "axes": axes}
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
+        warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
         features = place_features(features, features_axes, maps.enc)
         B, _, S = maps.enc.shape[:3]
         if groups is not None:

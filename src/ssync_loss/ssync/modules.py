@@ -14,7 +14,9 @@ from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
+from ssync_loss._compilers import is_traced
 from ssync_loss._module import DetachedWarning, LossModule
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
 from ssync_loss.ssync.engines.contract import weigh
 from ssync_loss.ssync.functions import boundary_refinement_loss, interior_denoising_loss
@@ -33,12 +35,22 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """Base of the three: the check of settings, and the warning of a student without a gradient."""
+    """Base of the three: the check of settings, and warnings of what is hardly meant."""
+
+    # whether the numbers of a call were looked at
+    _looked = False
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Keep the settings, and prepare the warning."""
+        """Keep the settings, and prepare a warning."""
         super().remember(arguments)
         self._warn = DetachedWarning()
+
+    def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
+        """Warn, in the first call, of maps of another kind than said and of an inverted mask; in CPU memory only."""
+        if not (is_traced() or self._looked):
+            self._looked = True
+            given = {"grid": self.grid, "axes": self.axes, **masks}
+            warn_of_doubts(enc_logits, dec_logits, self.kind, wait=False, note=" (Said once.)", **given)
 
     @staticmethod
     def check_settings(
@@ -83,8 +95,9 @@ class _OneTermLoss(_SSyncModule):
         _check_two(enc_logits, dec_logits)
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
-        given = {"labels": labels, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        return type(self)._function(enc_logits, dec_logits, **given, **self.settings)
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        self.look_once(enc_logits, dec_logits, **masks)
+        return type(self)._function(enc_logits, dec_logits, labels=labels, **masks, **self.settings)
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
@@ -269,8 +282,9 @@ class SSyncLoss(_SSyncModule):
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
-        self.look_at(enc_logits, dec_logits)
-        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        self.look_at(enc_logits, dec_logits, **masks)
+        given = {"grid": self.grid, "axes": self.axes, **masks}
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, **given)
             if self.backend != "auto":
@@ -296,9 +310,9 @@ class SSyncLoss(_SSyncModule):
         Before ``start_step`` ``total`` is 0; the other values are computed.
         """
         is_on = self.is_on(step)
-        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
-        self.look_at(enc_logits, dec_logits)
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, axes=self.axes, **masks)
+        self.look_at(enc_logits, dec_logits, **masks)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
@@ -333,8 +347,8 @@ class SSyncLoss(_SSyncModule):
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
-    def look_at(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        """Refuse one tensor as both maps; warn once of a student that carries no gradient."""
+    def look_at(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
+        """Refuse one tensor as both maps; warn once of a student that carries no gradient, and of other doubts."""
         _check_two(enc_logits, dec_logits)
         taught = {}
         # the value of a tensor is not read
@@ -343,6 +357,7 @@ class SSyncLoss(_SSyncModule):
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
+        self.look_once(enc_logits, dec_logits, **masks)
 
 
 def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:

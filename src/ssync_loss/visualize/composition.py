@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssync_loss._axes import Axes
 from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.functions import pseudo_labels
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
@@ -80,6 +81,7 @@ def panel(
     given |= {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, **given)
+        warn_of_doubts(enc_logits, dec_logits, wait=True, **given)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)

@@ -1,0 +1,76 @@
+"""What is hardly meant: probabilities given as logits, and a slot mask that keeps what is absent."""
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from ssync_loss._autocast import at_least_float32
+from ssync_loss._checks import read_numbers
+from ssync_loss._compilers import is_traced
+from ssync_loss._module import _callers_stacklevel
+from ssync_loss.ssync.maps import KindArgument, Maps, bind_maps, check_kind
+
+# a sum of probabilities that were halves once
+ABOUT = 0.01
+# the least share of a map that the slots that are there have
+NEGLIGIBLE = 1e-3
+
+
+def warn_of_doubts(
+    enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, *, wait: bool, note: str = "", **given: Any
+) -> None:
+    """Warn of what is doubtful about arguments of `bind_maps`; a compiled step is not interrupted."""
+    if is_traced():
+        return
+    doubt = doubts(bind_maps(enc_logits, dec_logits, **given), kind, wait=wait)
+    if doubt:
+        warnings.warn(doubt + note, stacklevel=_callers_stacklevel())
+
+
+def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
+    """Say what is doubtful about maps as they were given, each on its own grid; nothing where nothing is.
+
+    Numbers of a device are read with ``wait`` only; fake and traced tensors have none to read.
+    """
+    said, shares, kinds = [], [], list(check_kind(kind))
+    for turn, (name, one) in enumerate((("enc_logits", maps.enc), ("dec_logits", maps.dec))):
+        numbers = _read(one, wait)
+        if numbers is None or one.shape[2] == 1:
+            continue
+        if kinds[turn] == "logits" and _is_probabilities(numbers):
+            said.append(f"`{name}` looks like probabilities, and was said to be logits.")
+            kinds[turn] = "probs"
+        shares.append(numbers if kinds[turn] == "probs" else at_least_float32(numbers).softmax(2))
+    if said:
+        said.append(f"Is kind={kinds[0] if kinds[0] == kinds[1] else tuple(kinds)!r} meant?")
+    mask = None if maps.slot_mask is None else _read(maps.slot_mask, wait)
+    if mask is not None and mask.shape[1] > 1:
+        meant = "it is True where a slot is present. Is it inverted?"
+        if int(mask.sum(1).max()) < 2:
+            said.append(f"`slot_mask` leaves no clip two slots, and the loss is 0: {meant}")
+        elif any(_is_outside(one, mask) for one in shares):
+            said.append(f"`slot_mask` leaves slots that nothing belongs to: {meant}")
+    return " ".join(said)
+
+
+def _read(tensor: Tensor, wait: bool) -> Tensor | None:
+    return read_numbers(tensor.detach().cpu() if wait else tensor)
+
+
+def _is_probabilities(maps: Tensor) -> bool:
+    """Say whether numbers (B, T, S, H, W) have one sum over slots; that of a mean over heads is below 1."""
+    low, high = (bound.item() for bound in maps.aminmax())
+    if not 0 <= low < high <= 1 + ABOUT:
+        return False
+    total = at_least_float32(maps).sum(2)
+    # where nothing counts there may be nothing
+    total = total[total > 0]
+    return bool(total.max() - total.min() <= ABOUT * total.max())
+
+
+def _is_outside(shares: Tensor, mask: Tensor) -> bool:
+    """Say whether next to nothing of a map belongs to the slots of a mask (B, S), in clips that lack some."""
+    some = ~mask.all(1)
+    shares = shares[some].nan_to_num().sum((1, 3, 4))
+    return bool((shares * mask[some]).sum() < NEGLIGIBLE * shares.sum())
