@@ -32,6 +32,8 @@ IN_SHORT = ("<!-- support: python -m tests.matrix -->", "<!-- end of support -->
 COLUMNS = {"cuda": "GPU", "kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
 # from best to worst: of a test's setup, call and teardown the worst counts
 OUTCOMES = ("passed", "skipped", "untested", "failed")
+# so begins the reason of a skip that is a version's, see limits.py
+LIMITED = ("torch ", "Triton ")
 
 
 class Recorder:
@@ -39,11 +41,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.ends: dict[str, tuple[str, str]] = {}
+        self.limits: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a setup, a call or a teardown."""
         column = next(name for mark, name in COLUMNS.items() if not mark or mark in report.keywords)
         self._note(report.nodeid, column, outcome(report))
+        if reason(report).startswith(LIMITED):
+            self.limits[reason(report)] += 1
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file that could not be imported, as one test."""
@@ -58,15 +63,20 @@ class Recorder:
         """Return the counts by column, and the names of what failed."""
         counts = Counter(self.ends.values())
         return {column: {end: counts[column, end] for end in OUTCOMES} for column in sorted(COLUMNS.values())} | {
-            "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed")
+            "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed"),
+            "limits": dict(sorted(self.limits.items())),
         }
+
+
+def reason(report: Any) -> str:
+    """Return why a test was skipped; of another, or one that is known to fail, nothing."""
+    skipped = report.skipped and isinstance(report.longrepr, tuple | list)
+    return str(report.longrepr[2]).removeprefix("Skipped: ") if skipped else ""
 
 
 def outcome(report: Any) -> str:
     """Tell how a part of a test ended; what is skipped as it needs what is not there is untested."""
-    if report.skipped and isinstance(report.longrepr, tuple | list):
-        return "untested" if str(report.longrepr[2]).startswith("Skipped: needs ") else "skipped"
-    return str(report.outcome)
+    return "untested" if reason(report).startswith("needs ") else str(report.outcome)
 
 
 def installed(package: str) -> str | None:
@@ -172,9 +182,11 @@ def table(rows: Sequence[Row]) -> str:
         cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
-        if row["failures"]:
-            lines += ["", f"Failed with Python {row['python']}, torch {row['torch']}:", ""]
-            lines += [f"- `{test}`" for test in row["failures"]]
+        limits = [f"{reason} ({times} tests)" for reason, times in row["limits"].items()]
+        for said, listed in (("Failed", [f"`{test}`" for test in row["failures"]]), ("Skipped as impossible", limits)):
+            if listed:
+                lines += ["", f"{said} with Python {row['python']}, torch {row['torch']}:", ""]
+                lines += [f"- {one}" for one in listed]
     return "\n".join(lines)
 
 

@@ -40,6 +40,12 @@ def test_left_out():
     pass
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.skipif(True, reason="torch 2.6 cannot")
+def test_limit(number):
+    pass
+
+
 @pytest.mark.compiles
 @pytest.mark.kernels
 def test_kernels():
@@ -70,7 +76,7 @@ def counts(**some: int) -> dict[str, int]:
 
 def row(python: str = "3.11.7", torch: str = "2.13.0", **more: Any) -> matrix.Row:
     columns = {name: counts(passed=1) for name in matrix.COLUMNS.values()}
-    rest = {"triton": "3.7.1", "date": "2026-01-31", "commit": "abcdef0", "failures": []}
+    rest = {"triton": "3.7.1", "date": "2026-01-31", "commit": "abcdef0", "failures": [], "limits": {}}
     return {"python": python, "torch": torch} | rest | columns | more
 
 
@@ -91,7 +97,8 @@ def suite(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("several", [[], ["-n", "2", "--dist", "loadfile"]], ids=["one process", "two"])
 def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
     found = matrix.measured(sys.executable, suite, *several)
-    assert found["eager"] == counts(passed=1, skipped=1, failed=2)
+    assert found["eager"] == counts(passed=1, skipped=3, failed=2)
+    assert found["limits"] == {"torch 2.6 cannot": 2}
     assert found["compile"] == counts(passed=2, skipped=1, failed=1)
     assert found["Triton's kernels"] == counts(passed=1, untested=1)
     assert found["GPU"] == counts(untested=1)
@@ -203,6 +210,12 @@ class TestRows:
             "| 3.11.7 | 2.13.0 | ✓ | ✗ 2 of 1,000 | ✓ | untested |",
         ]
         assert matrix.cell({}) == "none"
+
+    def test_the_table_says_what_a_version_cannot(self) -> None:
+        *_, before, said, between, limit = matrix.table([row(limits={"torch 2.6 cannot": 7})]).split("\n")
+        assert before == between == ""
+        assert said == "Skipped as impossible with Python 3.11.7, torch 2.13.0:"
+        assert limit == "- torch 2.6 cannot (7 tests)"
 
     @pytest.mark.parametrize("text", ["", matrix.START, f"{matrix.END}\n{matrix.START}"])
     def test_a_page_without_markers_is_left_alone(self, folder: Path, text: str) -> None:

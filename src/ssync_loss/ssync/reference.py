@@ -283,24 +283,10 @@ def reference_pseudo_labels(
     for b, t, h, w in cells.nonzero().tolist():
         area[b, enc_labels[b, t, h, w]] += 1
     representative = reference_merge_slots(overlap, area, threshold=merge_threshold)
-    regions = {"min_different": min_different, "min_same": min_same, "max_different": max_different}
-    return reference_merged_labels(enc_labels, dec_labels, representative, cells, **regions)
-
-
-def reference_merged_labels(
-    enc_labels: Tensor,
-    dec_labels: Tensor,
-    representative: Tensor,
-    cells: Tensor,
-    *,
-    min_different: int,
-    min_same: int,
-    max_different: int,
-) -> PseudoLabels:
-    """Merge hard labels of both maps, in place, and select the regions; ``cells`` (B, T, H, W) are those that count."""
     for b, t, h, w in cells.nonzero().tolist():
         enc_labels[b, t, h, w] = representative[b, enc_labels[b, t, h, w]]
         dec_labels[b, t, h, w] = representative[b, dec_labels[b, t, h, w]]
+
     return PseudoLabels(
         enc_labels=enc_labels,
         dec_labels=dec_labels,

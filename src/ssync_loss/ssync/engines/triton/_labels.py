@@ -1,7 +1,4 @@
-"""Labels, regions and targets of both maps as an operator of torch: opaque to compilers, with shapes for fake tensors.
-
-Grids and scratch memory of its launches come from shapes alone.
-"""
+"""An operator of torch: labels, regions and targets of both maps. Its launches depend on shapes alone."""
 
 from typing import Any, TypeAlias
 
@@ -11,25 +8,24 @@ from torch import Tensor
 from ssync_loss.ssync.engines.triton import _launch
 from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
-# programs that label a map, about; those that share a clip are at most so many, as what they found is added up
-# by every program of the overlap
+# label: about this many programs a map, and at most this many a clip. Each writes one part, the sums of its patches.
 LABEL_PROGRAMS = 8192
 MAX_PARTS = 256
-# patches a program of the overlap takes, about: so many, or so many for each part that it adds up; and at once
+# overlap: every program adds up all parts of its clip, so a clip of many parts gets more patches a program
 OVERLAP_PATCHES = 512
 PATCHES_PER_PART = 4
+# patches that a program of the overlap reads at a time
 OVERLAP_TILE = 32
-# sums of parts that are added up at once
+# numbers that a program adds up at a time: sums of parts in overlap, cells of frames in merge
 PARTS_CELLS = 1024
-# cells of the frames that are merged at once
 MERGE_CELLS = 2048
-# patches of a program that handles labels alone
+# target: patches a program
 TARGET_TILE = 256
 
 # targets, and the five of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# labels of both maps before merging (2, B, T, H, W), and of every clip's parts, if slots are merged: sums of every slot
-# (B, parts, S), and numbers of patches (B, parts)
+# labels of both maps before merging (2, B, T, H, W); if slots are merged, for every part of a clip the sum of each slot
+# (B, parts, S) and the number of patches (B, parts)
 HardLabels: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
 
 
@@ -49,9 +45,9 @@ def label(
     with_targets: bool,
     with_labels: bool,
 ) -> Labels:
-    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``; empty what is not wanted.
+    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``, empty if not wanted.
 
-    The threshold is a number, or a tensor, or neither: nothing is merged. What :func:`find` has found may be given.
+    The threshold is a number or a tensor. Without either, nothing is merged. The results of :func:`find` may be given.
     """
     outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:
@@ -148,7 +144,7 @@ def _find(
 def find_labels(
     tiling: Tiling, enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, *, merges: bool
 ) -> HardLabels:
-    """Label both maps, and add up what merging needs: 1 launch."""
+    """Label both maps; if slots are merged, sum them in parts: 1 launch."""
     from ssync_loss.ssync.engines.triton.gpu.labels import label_kernel
 
     num_parts = min(tiling.clip_tiles, MAX_PARTS, max(LABEL_PROGRAMS // tiling.num_clips, 1))
@@ -169,19 +165,19 @@ def find_labels(
 
 
 def find_representatives(
-    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float | Tensor
+    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, hard: HardLabels, threshold: float | Tensor
 ) -> Tensor:
-    """Name every slot's representative, (B, S) int8: 2 launches."""
+    """Return the representative of every slot, (B, S) int8: 2 launches."""
     from ssync_loss.ssync.engines.triton.gpu.merge import merge_kernel
     from ssync_loss.ssync.engines.triton.gpu.overlap import overlap_kernel
 
-    planes, parts = found
+    planes, parts = hard
     assert parts is not None
     num_parts = parts[0].shape[1]
-    # matrix products want 16 rows, and as many columns
+    # matrix products need at least 16 rows and columns
     slots = max(tiling.slots, 16)
     tile = min(OVERLAP_TILE, max(power_of_two(tiling.num_patches), 16))
-    # so that adding up the parts costs less than reading the map
+    # adding up the parts must take less time than reading the map
     patches = max(OVERLAP_PATCHES, PATCHES_PER_PART * num_parts)
     num_chunks = ceil_divide(tiling.num_patches, patches)
     chunk_tiles = ceil_divide(tiling.num_patches, num_chunks * tile)
