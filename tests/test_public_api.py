@@ -35,8 +35,7 @@ def public_objects() -> dict[str, Any]:
         there = importlib.import_module(module)
         for name in public_names(module):
             one = getattr(there, name)
-            # of the table of hosts the parts of an entry are public
-            if inspect.isclass(one) or (inspect.isfunction(one) and module in PUBLIC):
+            if inspect.isclass(one) or inspect.isfunction(one):
                 found[f"{one.__module__}.{name}"] = one
     return found
 
