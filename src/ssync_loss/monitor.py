@@ -90,7 +90,7 @@ class Monitor:
     merging are those of its criterion.
 
     Args:
-        criterion: the loss to watch, for its merge threshold, layout and settings.
+        criterion: the loss to watch, for its merge threshold, layout and settings; None for those of ``SSyncLoss()``.
         every: write at steps that it divides.
         to: a folder (``values.csv``, and a PNG file per picture), to which a resumed run appends; or an object with
             ``add_scalar`` and, for pictures, ``add_image`` (TensorBoard); with ``log_dict`` (a LightningModule, no
@@ -116,7 +116,7 @@ class Monitor:
 
     def __init__(
         self,
-        criterion: SSyncLoss | AdaptiveSSyncLoss,
+        criterion: SSyncLoss | AdaptiveSSyncLoss | None = None,
         *,
         every: int = 100,
         to: Any = "ssync_monitor",
@@ -125,6 +125,7 @@ class Monitor:
         if isinstance(criterion, AdaptiveSSyncLoss):
             features_axes = criterion.features_axes if features_axes is None else features_axes
             criterion = criterion.criterion
+        criterion = SSyncLoss() if criterion is None else criterion
         check_type("criterion", criterion, SSyncLoss)
         check_int("every", every, 1)
         self.criterion, self.every, self.features_axes = criterion, every, features_axes
