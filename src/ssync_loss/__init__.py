@@ -59,7 +59,7 @@ from ssync_loss.losses import (
 )
 from ssync_loss.ssync.types import PseudoLabels
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _moved.install()
 

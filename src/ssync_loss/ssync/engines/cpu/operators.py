@@ -4,8 +4,8 @@ The forward writes the gradients of both maps, with the weights of the terms. Th
 incoming gradient, unless that is 1.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+# torch 2.6 reads an operator's types, and knows this name of them alone
+from typing import Any, Sequence, TypeAlias  # noqa: UP035
 
 import torch
 from torch import Tensor
