@@ -77,7 +77,7 @@ def test_every_method_is_run_without_and_with_ssync_and_read_in_every_way() -> N
     rows = ["own losses", "+ SSync", "+ noise", "+ noise + SSync", "+ more noise"]
     assert list(scores) == [row + end for row in rows for end in ("", ", twice")]
     assert all(scores[f"{row}, twice"]["norm"] == 2 * scores[row]["norm"] for row in rows)
-    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are one
+    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are equal
     assert all(run["ms"] > 0 for run in scores.values())
 
 

@@ -10,8 +10,8 @@ from ssync_loss.ssync.engines.cpu import operators
 from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SSyncTerms
 
 __all__ = ["CpuEngine"]
 
@@ -30,21 +30,8 @@ class CpuEngine(Engine):
                 return f"S <= {MAX_SLOTS}; got S={one.shape[2]}"
         return missing_library()
 
-    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
-        """Compute labels, regions and representatives."""
-        return operators.pseudo_labels(maps, settings)
-
-    def distill(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        settings: Settings,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """Compare one map with labels on a region."""
-        return operators.distill(logits, target, region, slot_mask, settings, reduction)
+    pseudo_labels = staticmethod(operators.pseudo_labels)
+    distill = staticmethod(operators.distill)
 
     def loss(self, maps: Maps, settings: Settings) -> Tensor:
         """Compute the weighted sum of both terms; the library multiplies by the weights."""
@@ -57,7 +44,7 @@ class CpuEngine(Engine):
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
         boundary, interior, counts = operators.step(maps, settings, summed=False)
-        labels = operators.pseudo_labels(maps, settings)
+        labels = self.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
 

@@ -56,7 +56,12 @@ def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
 
 
 def distill(
-    logits: Tensor, target: Tensor, region: Tensor, slot_mask: Tensor | None, settings: Settings, reduction: Reduction
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    settings: Settings,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compare one map with labels on a region."""
     value: Tensor
