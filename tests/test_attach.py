@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from limits import MAPPING_IN_A_GRAPH
 from miniatures import MINIATURES, Maps, Miniature, oclf
 from refusals import refuses
 from ssync_loss import SSyncLoss
@@ -335,6 +336,7 @@ class TestAsTrainingDoes:
         assert counter.frame_count == 1
         assert "_orig_mod" not in maps.describe()
 
+    @MAPPING_IN_A_GRAPH
     @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("name", ["slotcontrast broadcast", "smoothsa masked", "xssc"])
     def test_a_compiled_step(self, name: str) -> None:

@@ -52,11 +52,7 @@ STYLE = """<style>
 def public_names(module: str) -> list[str]:
     """Return the names that a module offers."""
     there = importlib.import_module(module)
-    if module in WITHOUT_ALL:
-        return [WITHOUT_ALL[module]]
-    # a module that is written for users alone has nothing else in it
-    own = [name for name, one in vars(there).items() if name[0] != "_" and getattr(one, "__module__", "") == module]
-    return getattr(there, "__all__", own)
+    return getattr(there, "__all__", None) or [WITHOUT_ALL[module]]
 
 
 class Names:

@@ -29,7 +29,8 @@ class AttachedMaps(Hooked):
 
     A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
     asks about is forgotten at the next. Copies of the model, deep or unpickled, are not tapped, and a copy of this
-    gives nothing. It is a context manager, which takes the hooks off in the end.
+    gives nothing. It is a context manager, which takes the hooks off in the end. Inside of a compiled function
+    torch 2.6 takes no ``**maps()``; newer ones do.
 
     >>> from slot_attention import SlotAttention
     >>> from ssync_loss.adapters import attach

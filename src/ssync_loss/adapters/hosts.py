@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ssync_loss.adapters.logit_tap import HeadSoftmax
 from ssync_loss.ssync.maps import Kind
 
+__all__ = ["EXAMPLE", "HOSTS", "Dots", "Found", "Host", "Output", "Seen", "reach"]
+
 
 @dataclass(frozen=True)
 class Dots:

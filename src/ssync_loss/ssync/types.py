@@ -23,6 +23,20 @@ class PseudoLabels(NamedTuple):
     representative: Tensor
 
 
+class SlotLabels(NamedTuple):
+    """Hard labels of both maps before merging, and what every slot is to be merged into.
+
+    Attributes:
+        hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
+        representative: (B, S) integer, the slot that each slot is merged into, or itself.
+        clean: scalar bool, whether no valid patch of a present slot holds NaN or +inf: of others labels mean nothing.
+    """
+
+    hard: Tensor
+    representative: Tensor
+    clean: Tensor
+
+
 class SSyncTerms(NamedTuple):
     """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
 

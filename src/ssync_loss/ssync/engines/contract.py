@@ -4,9 +4,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ssync_loss.ssync.labels import merge_labels
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 
 class Engine(Protocol):
@@ -33,17 +34,25 @@ class Engine(Protocol):
     ) -> Tensor:
         """Compare one map with labels on a region."""
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
+        """Compute the weighted sum of both terms. What was ``found`` is not computed again."""
+        if found is None:
+            return self.terms(maps, settings).total
+        return _teach(self, maps, settings, merge_labels(found.hard, found.representative, maps, settings)).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels. The parts can be differentiated, and may share one graph."""
-        labels = self.pseudo_labels(maps, settings)
-        boundary = one_term(self, maps.dec, labels.enc_labels, labels.boundary, maps, settings)
-        interior = one_term(self, maps.enc, labels.dec_labels, labels.interior, maps, settings)
-        total = weigh(boundary, interior, settings)
-        return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
+        return _teach(self, maps, settings, self.pseudo_labels(maps, settings))
+
+
+def _teach(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels) -> SSyncTerms:
+    boundary = one_term(engine, maps.dec, labels.enc_labels, labels.boundary, maps, settings)
+    interior = one_term(engine, maps.enc, labels.dec_labels, labels.interior, maps, settings)
+    total = weigh(boundary, interior, settings)
+    return SSyncTerms(total, boundary, interior, labels.boundary.sum(), labels.interior.sum(), labels)
 
 
 def one_term(engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings) -> Tensor:

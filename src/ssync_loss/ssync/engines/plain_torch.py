@@ -2,7 +2,7 @@
 
 from ssync_loss.ssync.distillation import distill
 from ssync_loss.ssync.engines.contract import Engine
-from ssync_loss.ssync.labels import find_labels
+from ssync_loss.ssync.labels import find_labels, find_slots
 
 
 class TorchEngine(Engine):
@@ -10,3 +10,4 @@ class TorchEngine(Engine):
 
     pseudo_labels = staticmethod(find_labels)
     distill = staticmethod(distill)
+    slot_labels = staticmethod(find_slots)

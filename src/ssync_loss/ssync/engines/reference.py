@@ -1,12 +1,17 @@
 """Engine ``"reference"``: loops over clips, frames, slots and neighbors, for tests."""
 
+import torch
 from torch import Tensor
 
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.reference import reference_pseudo_labels, reference_selective_distillation_loss
+from ssync_loss.ssync.reference import (
+    reference_hard_labels,
+    reference_pseudo_labels,
+    reference_selective_distillation_loss,
+)
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 
 class ReferenceEngine(Engine):
@@ -48,3 +53,9 @@ class ReferenceEngine(Engine):
             slot_mask=slot_mask,
             reduction=reduction,
         )
+
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+        masks = {"valid": maps.counted, "slot_mask": maps.slot_mask}
+        hard = torch.stack([reference_hard_labels(one, **masks) for one in (maps.enc, maps.dec)])
+        return SlotLabels(hard, self.pseudo_labels(maps, settings).representative, maps.is_clean())

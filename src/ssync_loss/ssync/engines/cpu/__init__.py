@@ -11,7 +11,7 @@ from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Settings
-from ssync_loss.ssync.types import SSyncTerms
+from ssync_loss.ssync.types import SlotLabels, SSyncTerms
 
 __all__ = ["CpuEngine"]
 
@@ -32,13 +32,14 @@ class CpuEngine(Engine):
 
     pseudo_labels = staticmethod(operators.pseudo_labels)
     distill = staticmethod(operators.distill)
+    slot_labels = staticmethod(operators.find_slots)
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms; the library multiplies by the weights."""
         weights = settings.boundary_weight, settings.interior_weight
         # the gradient of a weight needs both terms
         learned = any(isinstance(one, Tensor) and one.requires_grad for one in weights)
-        boundary, interior, _ = operators.step(maps, settings, summed=not learned)
+        boundary, interior, _ = operators.step(maps, settings, found, summed=not learned)
         return weigh(boundary, interior, settings) if learned else boundary
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:

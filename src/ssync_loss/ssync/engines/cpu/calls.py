@@ -35,8 +35,10 @@ class _Call(Structure):
         *((name, _Tensor) for name in ("target", "region")),
         *((name, c_void_p) for name in ("boundary_mean", "interior_mean", "values", "counts", "grad_enc", "grad_dec")),
         *((name, c_void_p) for name in ("enc_labels", "dec_labels", "representative", "boundary", "interior")),
+        *((name, c_void_p) for name in ("hard", "names", "found_clean")),
         *((name, c_int64) for name in ("reduction", "kind")),
         *((name, c_void_p) for name in ("targets", "sums", "selected", "dirty")),
+        ("given", c_int64),
         ("scales", c_double * 2),
     )
 

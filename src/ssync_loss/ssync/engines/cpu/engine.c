@@ -59,8 +59,11 @@ typedef struct {
     void *values;               /* one map alone: the loss, or the value of every patch */
     int64_t *counts;            /* selected patches of both regions */
     void *grad_enc, *grad_dec;  /* contiguous; NULL where not wanted */
-    int64_t *enc_labels, *dec_labels, *representative;
+    int64_t *enc_labels, *dec_labels, *representative; /* merged; NULL where not wanted */
     uint8_t *boundary, *interior;
+    int8_t *hard;               /* two planes (B, T, N): labels before merging, -1 for a patch that does not count */
+    int8_t *names;              /* (B, S): the slot that a slot is merged into */
+    uint8_t *found_clean;       /* one bool: no map holds NaN or +inf */
     int64_t reduction;          /* one map alone: 0 every patch, 1 sum, 2 mean */
     int64_t kind;               /* type of a scaled gradient */
     /* the rest is working memory of a call */
@@ -68,6 +71,7 @@ typedef struct {
     double *sums;               /* error of every frame, of both maps */
     int64_t *selected;          /* number of patches of every clip, in both regions */
     uint8_t *dirty;             /* 1 for a clip with NaN or +inf */
+    int64_t given;              /* 1 if `hard` and `names` are inputs */
     double scales[2];           /* factors of both gradients */
 } Call;
 
@@ -234,11 +238,45 @@ static int64_t select_region(const Call *call, const int8_t *framed, int64_t low
 }
 
 static void write_labels(const int8_t *from, int64_t *to, int64_t size) {
-    for (int64_t i = 0; to && i < size; i++) to[i] = from[i] < 0 ? 0 : from[i];
+    for (int64_t i = 0; i < size; i++) to[i] = from[i] < 0 ? 0 : from[i];
 }
 
 static void write_region(const int8_t *targets, uint8_t *to, int64_t size) {
-    for (int64_t i = 0; to && i < size; i++) to[i] = targets[i] >= 0;
+    for (int64_t i = 0; i < size; i++) to[i] = targets[i] >= 0;
+}
+
+/* Memory of a task of `select_clip`: merged labels of a clip, a frame and a clip with rims. */
+static size_t select_scratch(const Call *call) {
+    return call->num_frames * call->height * call->width +
+           (call->num_frames + 1) * (call->height + 2) * (call->width + 2) + 1;
+}
+
+/* Step 4 of a clip: merged labels, and what each map teaches. */
+static int select_clip(const Call *call, int64_t b, void *memory) {
+    int64_t S = call->num_slots, size = call->num_frames * call->height * call->width, start = b * size;
+    const int8_t *name = call->names + b * S;
+    int8_t *merged = memory, *chosen = merged + size, *framed = chosen + (call->height + 2) * (call->width + 2);
+    int64_t *written[] = {call->enc_labels, call->dec_labels};
+    uint8_t *regions[] = {call->boundary, call->interior};
+    const int64_t low[] = {call->min_different, 0}, high[] = {10 - call->min_same, call->max_different};
+    for (int map = 0; map < 2; map++) {
+        int64_t place = map * call->num_clips * size + start;
+        const int8_t *hard = call->hard + place;
+        int8_t *targets = call->targets + place;
+        for (int64_t i = 0; i < size; i++) merged[i] = hard[i] < 0 ? NOT_TAUGHT : name[hard[i]];
+        add_rims(call, merged, framed);
+        call->selected[map * call->num_clips + b] = select_region(call, framed, low[map], high[map], chosen, targets);
+        if (written[map]) write_labels(merged, written[map] + start, size);
+        if (regions[map]) write_region(targets, regions[map] + start, size);
+    }
+    for (int s = 0; call->representative && s < S; s++) call->representative[b * S + s] = name[s];
+    return 0;
+}
+
+static int is_dirty(const Call *call) {
+    int dirty = call->clean && !*call->clean;
+    for (int64_t b = 0; b < call->num_clips; b++) dirty |= call->dirty[b];
+    return dirty;
 }
 
 /* Returns the divisor of a mean; writes the number of selected patches. */
@@ -416,27 +454,24 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
         }
 }
 
-/* Memory of `label_clip`: a frame, bit planes, labels of both maps, a mask, and with rims a clip and a frame. */
-static size_t TYPED(label_scratch)(const Call *call) {
-    int64_t N = call->height * call->width, T = call->num_frames;
-    return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + 3 * T * N +
-           (T + 1) * (call->height + 2) * (call->width + 2);
+/* Memory of `find_slots`: a frame, bit planes, a mask. */
+static size_t TYPED(find_scratch)(const Call *call) {
+    int64_t N = call->height * call->width;
+    return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + call->num_frames * N + 1;
 }
 
-/* Steps 1 to 4 of a clip. */
-static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
+/* Steps 1 to 3 of a clip: labels before merging, and what every slot is merged into. */
+static int TYPED(find_slots)(const Call *call, int64_t b, void *memory) {
     int64_t N = call->height * call->width, T = call->num_frames, S = call->num_slots;
     int64_t num_valid = 0, num_frames = 0, area[MAX_SLOTS] = {0};
     uint64_t *planes = memory;
     REAL *scratch = (REAL *)(planes + S * ((N + 63) / 64)), mean[MAX_SLOTS];
-    int8_t name[MAX_SLOTS];
-    int8_t *enc_labels = (int8_t *)(scratch + S * N), *dec_labels = enc_labels + T * N;
-    uint8_t *valid = (uint8_t *)(dec_labels + T * N);
-    int8_t *chosen = (int8_t *)(valid + T * N), *framed = chosen + (call->height + 2) * (call->width + 2);
+    uint8_t *valid = (uint8_t *)(scratch + S * N);
+    int8_t *enc_labels = call->hard + b * T * N, *dec_labels = enc_labels + call->num_clips * T * N;
     double totals[MAX_SLOTS] = {0}, overlap[MAX_SLOTS * MAX_SLOTS], threshold = (REAL)call->knobs[0];
     int slots[MAX_SLOTS], num_present = list_slots(call, b, slots), dirty = 0;
 
-    if (!num_present) memset(enc_labels, NOT_TAUGHT, 2 * T * N);
+    if (!num_present) memset(enc_labels, NOT_TAUGHT, T * N), memset(dec_labels, NOT_TAUGHT, T * N);
     for (int64_t t = 0; t < T && num_present; t++) {
         uint8_t *counted = valid + t * N;
         read_bytes(call, &call->valid, b, t, counted);
@@ -463,22 +498,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
         }
         for (int i = 0; i < S * S; i++) overlap[i] = (REAL)(overlap[i] / (double)num_frames);
     }
-    merge_slots((int)S, overlap, threshold, area, name);
-    for (int64_t i = 0; i < 2 * T * N; i++) enc_labels[i] = enc_labels[i] < 0 ? NOT_TAUGHT : name[enc_labels[i]];
-
-    int64_t start = b * T * N, all = call->num_clips * T * N;
-    int8_t *for_dec = call->targets + start, *for_enc = call->targets + all + start;
-    add_rims(call, enc_labels, framed);
-    call->selected[b] = select_region(call, framed, call->min_different, 10 - call->min_same, chosen, for_dec);
-    add_rims(call, dec_labels, framed);
-    call->selected[call->num_clips + b] = select_region(call, framed, 0, call->max_different, chosen, for_enc);
-    if (call->enc_labels) {
-        write_labels(enc_labels, call->enc_labels + start, T * N);
-        write_labels(dec_labels, call->dec_labels + start, T * N);
-        write_region(for_dec, call->boundary + start, T * N);
-        write_region(for_enc, call->interior + start, T * N);
-        for (int s = 0; s < S; s++) call->representative[b * S + s] = name[s];
-    }
+    merge_slots((int)S, overlap, threshold, area, call->names + b * S);
     return 0;
 }
 
@@ -647,25 +667,43 @@ static int TYPED(teach_task)(const Call *call, int64_t task, void *memory) {
     return 0;
 }
 
-/* Labels of both maps, and if wanted both means and their gradients. */
+static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
+    if (!call->given) TYPED(find_slots)(call, b, memory);
+    return select_clip(call, b, memory);
+}
+
+/* Labels of both maps before merging, and the slot that every slot is merged into. */
+int TYPED(ssync_find)(Call *call) {
+    call->dirty = calloc(call->num_clips + 1, 1);
+    int failed = !call->dirty || run(TYPED(find_slots), call, call->num_clips, TYPED(find_scratch)(call));
+    if (!failed) *call->found_clean = !is_dirty(call);
+    free(call->dirty);
+    return failed;
+}
+
+/* Labels of both maps, and if wanted both means and their gradients. Without `hard` and `names` it finds them. */
 int TYPED(ssync_step)(Call *call) {
-    int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width;
+    int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, S = call->num_slots;
+    size_t to_find = TYPED(find_scratch)(call), to_select = select_scratch(call);
+    int8_t *own = NULL;
+    call->given = call->hard != NULL;
+    if (!call->given) call->hard = own = malloc(2 * frames * N + call->num_clips * S + 1);
+    if (own) call->names = own + 2 * frames * N;
     call->targets = malloc(2 * frames * N + 1);
     call->sums = calloc(2 * frames + 1, sizeof(double));
     call->selected = calloc(2 * call->num_clips + 1, sizeof(int64_t));
     call->dirty = calloc(call->num_clips + 1, 1);
-    int failed = !call->targets || !call->sums || !call->selected || !call->dirty;
-    failed = failed || run(TYPED(label_clip), call, call->num_clips, TYPED(label_scratch)(call) + 1);
+    int failed = !call->hard || !call->targets || !call->sums || !call->selected || !call->dirty;
+    failed = failed || run(TYPED(label_clip), call, call->num_clips, to_find > to_select ? to_find : to_select);
     if (!failed && call->boundary_mean) {
-        int dirty = call->clean && !*call->clean;
+        int dirty = is_dirty(call);
         double by[2];
-        for (int64_t b = 0; b < call->num_clips; b++) dirty |= call->dirty[b];
         for (int map = 0; map < 2; map++) {
             by[map] = divisor(call, map, &call->counts[map]);
             double steepness = (call->cross_entropy ? 1 : 2) / call->temperature;
             call->scales[map] = dirty ? NAN : call->knobs[1 + map] * steepness / by[map];
         }
-        failed = run(TYPED(teach_task), call, 2 * frames, sizeof(REAL) * call->num_slots * N + 1);
+        failed = run(TYPED(teach_task), call, 2 * frames, sizeof(REAL) * S * N + 1);
         REAL means[2];
         for (int map = 0; map < 2; map++) {
             double sum = 0;
@@ -675,7 +713,8 @@ int TYPED(ssync_step)(Call *call) {
         *(REAL *)call->boundary_mean = call->interior_mean ? means[0] : means[0] + means[1];
         if (call->interior_mean) *(REAL *)call->interior_mean = means[1];
     }
-    free(call->targets), free(call->sums), free(call->selected), free(call->dirty);
+    free(call->targets), free(call->sums), free(call->selected), free(call->dirty), free(own);
+    if (!call->given) call->hard = call->names = NULL;
     return failed;
 }
 

@@ -15,7 +15,7 @@ from ssync_loss._checks import read_numbers
 from ssync_loss.ssync.engines.cpu.calls import INTEGERS, KINDS, NUMBERS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -24,7 +24,9 @@ Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def step(
+    maps: Maps, settings: Settings, found: SlotLabels | None = None, *, summed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute both means (if ``summed`` their weighted sum and an empty tensor), and both counts of patches."""
     weights = (settings.boundary_weight, settings.interior_weight) if summed else (1.0, 1.0)
     boundary, interior, counts, *_ = _differentiable_step(
@@ -32,7 +34,9 @@ def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tenso
         maps.dec,
         maps.valid,
         maps.slot_mask,
-        maps.clean,
+        maps.clean if found is None else found.clean,
+        None if found is None else found.hard.contiguous(),
+        None if found is None else found.representative.contiguous(),
         _knobs(settings.merge_threshold, *weights),
         *_numbers(settings),
         summed,
@@ -40,6 +44,14 @@ def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tenso
         learns(maps.enc),
     )
     return boundary, interior, counts
+
+
+def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
+    """Compute the labels before merging, and what is to be merged."""
+    knobs = _knobs(settings.merge_threshold, 1.0, 1.0)
+    inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, maps.clean, knobs
+    found: tuple[Tensor, Tensor, Tensor] = _find_operator(*inputs)
+    return SlotLabels(*found)
 
 
 def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
@@ -102,6 +114,8 @@ def _step(
     valid: Tensor | None,
     slot_mask: Tensor | None,
     clean: Tensor | None,
+    hard: Tensor | None,
+    names: Tensor | None,
     knobs: Tensor,
     integers: Sequence[int],
     numbers: Sequence[float],
@@ -117,6 +131,8 @@ def _step(
         {"enc": enc, "dec": dec, "valid": valid},
         **_fields(slot_mask, integers, numbers),
         clean=clean,
+        hard=hard,
+        names=names,
         knobs=knobs,
         boundary_mean=boundary,
         interior_mean=None if summed else interior,
@@ -171,7 +187,7 @@ def _derive_step(
         grad_dec = _times(grads[0], of_boundary, ctx.dtypes[0], is_one)
     if of_interior is not None and ctx.needs_input_grad[0]:
         grad_enc = _times(grads[-1], of_interior, ctx.dtypes[1], is_one)
-    return grad_enc, grad_dec, *(None,) * 9
+    return grad_enc, grad_dec, *(None,) * 11
 
 
 _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive_step)
@@ -223,6 +239,42 @@ _scale_operator = torch.library.custom_op("ssync_loss::cpu_scale", _scale, mutat
 @_scale_operator.register_fake
 def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 (the operator has it)
     return torch.empty_like(grad, dtype=dtype)
+
+
+def _find(
+    enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, clean: Tensor | None, knobs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    hard, names, found_clean = _new_slots(enc)
+    call(
+        "find",
+        enc.shape,
+        _dtype_of(enc, dec),
+        {"enc": enc, "dec": dec, "valid": valid},
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        clean=clean,
+        knobs=knobs,
+        hard=hard,
+        names=names,
+        found_clean=found_clean,
+    )
+    return hard, names, found_clean
+
+
+_find_operator = torch.library.custom_op("ssync_loss::cpu_find", _find, mutates_args=())
+
+
+@_find_operator.register_fake
+def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_slots(enc)
+
+
+def _new_slots(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    clips, frames, slots, height, width = enc.shape
+    return (
+        enc.new_empty((2, clips, frames, height, width), dtype=torch.int8),
+        enc.new_empty((clips, slots), dtype=torch.int8),
+        enc.new_empty((), dtype=torch.bool),
+    )
 
 
 def _label(

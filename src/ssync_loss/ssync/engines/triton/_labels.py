@@ -37,6 +37,8 @@ def label(
     slot_mask: Tensor | None,
     merge_threshold: float | None,
     threshold_tensor: Tensor | None,
+    hard: Tensor | None,
+    table: Tensor | None,
     min_different: int,
     min_same: int,
     max_different: int,
@@ -45,27 +47,24 @@ def label(
 ) -> Labels:
     """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``, empty if not wanted.
 
-    The threshold is a number or a tensor. Without either, nothing is merged.
+    The threshold is a number or a tensor. Without either, nothing is merged. The results of :func:`find` may be given.
     """
     outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:
         return outputs
     from ssync_loss.ssync.engines.triton.gpu.targets import target_kernel
 
-    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
     tiling = Tiling.of(enc)
     with torch.cuda.device_of(enc):
-        hard = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
-        table = None
-        if threshold is not None:
-            table = find_representatives(tiling, enc, slot_mask, hard, threshold)
+        if hard is None:
+            hard, table = _find(tiling, enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
         num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
         _, enc_labels, dec_labels, boundary, interior, names = outputs
         written = ((enc_labels, boundary), (dec_labels, interior), names) if with_labels else (None, None, None)
         _launch.launch(
             target_kernel,
             2 * tiling.num_clips * num_tiles,
-            *(hard[0], table, outputs[0] if with_targets else None, *written),
+            *(hard, table, outputs[0] if with_targets else None, *written),
             *((min_different, 10 - min_same, max_different), tiling.plane_size),
             *((tiling.num_frames, tiling.height, tiling.width), num_tiles),
             S=tiling.num_slots,
@@ -93,6 +92,53 @@ def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
         maps.new_empty(patches, dtype=torch.bool),
         maps.new_empty((num_clips, num_slots) if with_labels else 0, dtype=torch.int64),
     )
+
+
+@torch.library.custom_op("ssync_loss::find_slots", mutates_args=())
+def find(
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the labels before merging, (2, B, T, H, W) int8, and the representatives, (B, S) int8."""
+    if enc.shape[0] == 0:
+        return _new_slots(enc)
+    with torch.cuda.device_of(enc):
+        hard, table = _find(Tiling.of(enc), enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
+    if table is None:
+        itself = torch.arange(enc.shape[2], dtype=torch.int8, device=enc.device)
+        table = itself.repeat(enc.shape[0], 1)
+    return hard, table
+
+
+@find.register_fake
+def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _new_slots(enc)
+
+
+def _new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
+    num_clips, num_frames, num_slots, height, width = maps.shape
+    return (
+        maps.new_empty((2, num_clips, num_frames, height, width), dtype=torch.int8),
+        maps.new_empty((num_clips, num_slots), dtype=torch.int8),
+    )
+
+
+def _find(
+    tiling: Tiling,
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
+    found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
+    return found[0], None if threshold is None else find_representatives(tiling, enc, slot_mask, found, threshold)
 
 
 def find_labels(
