@@ -103,7 +103,8 @@ class TestTable:
         assert cells["own losses"] == "0.50 ± 0.35"
         assert cells["+ x"] == "+0.25 ± 0.00"
         assert cells["+ x + SSync"] == "+0.62 ± 0.18"
-        assert lines[0].startswith("What. First row: scores (mean ± sd over seeds); others: paired differences to it")
+        assert lines[0] == "What. Below the first row: paired differences to it or to the run named."
+        assert lines[1].endswith("seed 0, 1 (mean ± sd).")
         assert lines[2] == "CPU, 2 threads, torch 2.13, commit abc, today."
 
     def test_one_seed_has_no_spread(self) -> None:

@@ -150,8 +150,8 @@ def build(options: Options) -> tuple[Study, Tensor]:
     frozen = {f"frozen_{name}": value for name, value in carry(test.features, test.ids).items()}
     settings = Settings(data=DESCRIPTION, num_clips=num_train, slots=options.slots, steps=options.steps)
     study = Study(
-        title=f"Tokens propagate labels through fresh clips of {NUM_FRAMES} frames, trained on 4; the frozen features "
-        f"reach {frozen['frozen_j_and_f']:.3f}. FG-ARI is of decoder masks.",
+        title=f"J&F of labels that tokens propagate through {NUM_FRAMES} frames, trained on 4; frozen features reach "
+        f"{frozen['frozen_j_and_f']:.3f}. FG-ARI of decoder masks.",
         methods={OWN: Method, AFFINITY: Affinity, AGREEMENT: Agreement},
         readings={"": lambda model: score(model, test, settings.threshold) | frozen},
         columns=COLUMNS,

@@ -91,8 +91,7 @@ def build(options: Options) -> tuple[Study, Tensor]:
     test = held_out(featurize, num_test, seed=TEST_SEED)
     settings = Settings(data=DESCRIPTION, num_clips=num_train, slots=options.slots, steps=options.steps)
     study = Study(
-        title="Decoder masks on fresh clips. Fragmentation is the number of slots that lie mostly inside an object, or "
-        "inside the background.",
+        title="Fragmentation: slots that lie mostly inside an object, or inside the background.",
         methods={OWN: Method, PUBLISHED: Curriculum, LONGER: partial(Curriculum, shares=(0.15, 0.30))},
         readings={"": lambda model: evaluate(model, test, settings.threshold) | pieces(model, test)},
         columns=COLUMNS,

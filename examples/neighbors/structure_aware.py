@@ -43,7 +43,6 @@ TOLERANCE = 0.029
 COLUMNS = (
     Column("edge contrast", "contrast", 3),
     Column("mask step at edges", "step_at_edges", 3),
-    Column("contour F", "contour_f", 3),
     Column("FG-ARI", "dec_fg_ari", 3),
     Column("fragmentation", "dec_fragmentation", 2),
 )
@@ -178,9 +177,8 @@ def build(options: Options) -> tuple[Study, Tensor]:
     settings = Settings(data=DESCRIPTION, num_clips=num_train, steps=options.steps, slots=options.slots)
     weak, strong = (f"+ structure, weight {weight:g}" for weight in (PUBLISHED, EQUAL))
     study = Study(
-        title="Edges on fresh clips. Edge contrast is the share of the features' step between two surfaces that the "
-        f"reconstruction makes; the mean feature of each true surface has {at_best:.3f}. A mask step is the part of a "
-        "patch that changes slots from one patch to the next.",
+        title="Edge contrast: share of the features' step between surfaces that the reconstruction makes (best "
+        f"{at_best:.3f}). Mask step: part of a patch that changes slots to the next one.",
         methods={
             OWN: Method,
             AGAIN: MoreError,

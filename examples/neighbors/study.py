@@ -225,13 +225,13 @@ def table(report: StudyReport) -> str:
         other = report.compared_with.get(name, first)
         gains = (mean_sd([run[name][c.key] - run[other][c.key] for run in runs], c.digits, "+") for c in columns)
         rows.append([name if other == first else f"{name} (to {other})", *gains])
-    settings, spread = report.settings, " (mean ± sd over seeds)" * (len(runs) > 1)
+    settings, spread = report.settings, " (mean ± sd)" * (len(runs) > 1)
     return "\n".join(
         [
-            f"{report.title} First row: scores{spread}; others: paired differences to it or to the run named.",
+            f"{report.title} Below the first row: paired differences to it or to the run named.",
             f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
             f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
-            f"seed {', '.join(map(str, report.seeds))}.",
+            f"seed {', '.join(map(str, report.seeds))}{spread}.",
             machine_line(report.machine),
             "",
             *markdown(rows),

@@ -174,8 +174,7 @@ def build(options: Options) -> tuple[Study, Tensor]:
         contrast_weight=0.0,
     )
     study = Study(
-        title="Decoder masks on fresh clips. Same slot: how often an object's best slot in the first frame is its best "
-        "in the last.",
+        title="Same slot: how often an object's best slot in the first frame is its best in the last.",
         methods={OWN: Method, CONTRAST: SlotContrast, SMTC: Correspondence},
         readings={"": lambda model: score(model, test, settings.threshold)},
         columns=COLUMNS,
