@@ -1,4 +1,4 @@
-"""The C library: how it comes to be, threads, forks, numbers at the edge, and its memory under the sanitizers."""
+"""The C library: compilation, threads, forks, extreme numbers, and its memory under the sanitizers."""
 
 import ctypes
 import os
@@ -33,7 +33,7 @@ SOURCE = Path(library.__file__).with_name("engine.c")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder; what was loaded before is forgotten, and comes back."""
+    """An empty cache folder; the loaded library is forgotten, and restored afterwards."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
     monkeypatch.setattr(cpu, "_reasons", [])
@@ -102,7 +102,7 @@ class TestLibrary:
         elif damage == "writable by others":
             built.chmod(0o777)
         else:
-            # the loaded file stays as it is
+            # the loaded file does not change
             built.unlink()
             built.write_bytes({"truncated": content[:3000], "empty": b""}.get(damage, b"\0" + content[1:]))
             built.chmod(0o700)
@@ -139,7 +139,7 @@ class TestLibrary:
                 monkeypatch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(library.UnavailableError, match=words):
             library.load()
-        # nobody is told, and torch is taken; who asks for it learns why
+        # `"auto"` silently takes torch; `"cpu"` says why
         maps = sample_maps()
         assert_close_loss(SSyncLoss()(*maps), SSyncLoss(backend="torch")(*maps))
         with pytest.raises(ValueError, match=rf"`backend`='cpu' needs a cache folder.*{words}"):
@@ -243,7 +243,7 @@ class TestThreads:
         threads(2)
         maps = [torch.randn(8, 4, 11, 24, 24).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
-        # torch's own threads are there, too
+        # torch's threads are used, too
         torch.randn(1 << 20).exp().sum()
         context = get_context("fork")
         queue = context.SimpleQueue()
@@ -335,7 +335,7 @@ class TestThreads:
         wanted, place = _forks._read(), Path("/proc/self/comm")
         before = place.read_bytes()
         try:
-            # the system cuts a name within a letter
+            # the system truncates a name within a letter
             place.write_bytes("обучение".encode()[:15])
             assert _forks._read() is wanted
         finally:
@@ -350,13 +350,13 @@ class TestThreads:
 
 
 class TestNumbers:
-    """What only the library does by hand."""
+    """Parts that only the library implements by hand."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_every_half_is_read_and_written_as_torch_does(self, dtype: torch.dtype) -> None:
         every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         every = every[every.isfinite()]
-        # a single slot: the softmax is 1 and the gradient 0, so they are looked at through the scaling alone
+        # with a single slot the gradient is 0, so this tests only the scaling
         grad = torch.cat([every.float(), torch.randn(5000) * torch.logspace(-12, 6, 5000)]).view(1, 1, 1, 1, -1)
         for factor in (1.0, 3.7, 1e-3):
             got = operators._scale(grad, torch.tensor(factor), dtype)
@@ -365,7 +365,7 @@ class TestNumbers:
             got = operators._scale(torch.full((1, 1, 1, 1, 1), special), torch.tensor(1.0), dtype)
             assert torch.equal(got.float().isnan(), torch.tensor(special).isnan().expand(got.shape))
             assert got.isnan().all() or got.item() == special
-        # and through the loss that they make
+        # and the loss
         logits = torch.stack([every[: len(every) // 2 * 2], torch.zeros(len(every) // 2 * 2, dtype=dtype)]).view(
             1, 1, 2, 2, -1
         )
@@ -430,7 +430,7 @@ def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_the_library_is_seen(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken on purpose, step by step, it no longer agrees with torch."""
+    """A mistake in any step makes it differ from torch."""
     source = SOURCE.read_text()
     breaks = {
         "value > largest[i]": "value < largest[i]",

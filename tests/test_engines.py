@@ -1,4 +1,4 @@
-"""Every engine passes the same tests, and one is chosen in one place."""
+"""Every engine passes the same tests, and the choice of an engine."""
 
 import math
 import warnings
@@ -45,7 +45,7 @@ from ssync_loss.testing import (
 __all__ = ["quick_interpreter"]
 
 INF, NAN = math.inf, math.nan
-# on a CPU the kernels run under Triton's interpreter
+# on a CPU the kernels run in Triton's interpreter
 DEVICES = dict.fromkeys(ENGINES, "cpu") | {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 SETTINGS: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class Step:
-    """Terms, loss and gradients of a case, by one engine; on the CPU, wherever it ran."""
+    """Terms, loss and gradients of a case by one engine, moved to the CPU."""
 
     def __init__(self, backend: str, case: SSyncCase, **knobs: Any) -> None:
         device = DEVICES[backend]
@@ -96,10 +96,10 @@ def assert_same_step(actual: Step, wanted: Step, case: SSyncCase, **knobs: Any) 
         how = {name: knobs[name] for name in names if name in knobs}
         scale = weight * gradient_scale(region, right.shape[2], slot_mask=case.slot_mask, **how)
         if "kind" in knobs:
-            # through the logarithm a gradient is divided by a probability
+            # the logarithm divides a gradient by a probability
             scale = max(scale, float(right.abs().max()))
         if got.dtype in (torch.float16, torch.bfloat16):
-            # a half may round to either side
+            # halves may round differently
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, right, rtol=2 * eps, atol=1e-3 * eps * min(scale, 1e3) + 1e-7)
         elif scale > 0:
@@ -376,7 +376,7 @@ class TestEveryEngine:
             assert all(one.grad is not None and one.grad.shape == one.shape for one in maps)
             assert SSyncLoss(backend=backend).terms(*maps).labels.boundary.dtype == torch.bool  # type: ignore[arg-type]
 
-    # torch's compiler looks at the .grad of all it is given
+    # torch's compiler reads the .grad of all inputs
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("knobs", [{}, {"criterion": "cross_entropy", "boundary_weight": 0.5}])
@@ -454,7 +454,7 @@ class TestChoice:
         assert resolve("auto", maps) is ENGINES["torch"]
         with pytest.raises(ValueError, match=r"`backend`='triton' needs Triton 3.6 or above; got 3.5"):
             check_backend("triton")
-        # of a package by another name the version is not known
+        # the version of a package with another name is unknown
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (0, 0))
         assert resolve("auto", maps) is ENGINES["triton"]
 
@@ -531,7 +531,7 @@ class TestTrust:
             warnings.simplefilter("error")
             assert torch.equal(SSyncLoss()(enc, dec), wanted)
         if part != "terms":
-            # what is asked for by name is not second-guessed
+            # a named engine is not tested
             assert resolve("cpu", enc, dec) is ENGINES["cpu"]
 
     @pytest.mark.usefixtures("fresh_compiler")

@@ -77,7 +77,7 @@ def test_every_method_is_run_without_and_with_ssync_and_read_in_every_way() -> N
     rows = ["own losses", "+ SSync", "+ noise", "+ noise + SSync", "+ more noise"]
     assert list(scores) == [row + end for row in rows for end in ("", ", twice")]
     assert all(scores[f"{row}, twice"]["norm"] == 2 * scores[row]["norm"] for row in rows)
-    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are one
+    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are equal
     assert all(run["ms"] > 0 for run in scores.values())
 
 
@@ -103,7 +103,8 @@ class TestTable:
         assert cells["own losses"] == "0.50 ± 0.35"
         assert cells["+ x"] == "+0.25 ± 0.00"
         assert cells["+ x + SSync"] == "+0.62 ± 0.18"
-        assert lines[0].startswith("What. First row: scores (mean ± sd over seeds); others: paired differences to it")
+        assert lines[0] == "What. Below the first row: paired differences to it or to the run named."
+        assert lines[1].endswith("seed 0, 1 (mean ± sd).")
         assert lines[2] == "CPU, 2 threads, torch 2.13, commit abc, today."
 
     def test_one_seed_has_no_spread(self) -> None:

@@ -1,4 +1,4 @@
-"""The READMEs of the tests name every file there is, and no other."""
+"""The READMEs of the tests name every file, and no other."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ TESTS = Path(__file__).parent
 
 
 def rows(readme: Path) -> list[str]:
-    """Return the first cells of its tables."""
+    """Return the first cells of a README's tables."""
     return re.findall(r"^\| (`.*?) \|", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 

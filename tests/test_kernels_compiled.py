@@ -1,4 +1,4 @@
-"""Every kernel compiled for three generations of GPUs, none of which need be there: it fits into their registers."""
+"""Every kernel, compiled for three generations of GPUs that need not be present, spills no registers."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ssync_loss.ssync.engines.triton import gpu
 
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536
-# what every GPU has without being asked for more
+# shared memory that every GPU has by default
 SHARED_MEMORY = 48 * 1024
 
 Report = dict[str, Any]
@@ -39,7 +39,7 @@ def reports_of(process: subprocess.Popen[str]) -> list[Report]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    """What the assembler says of all kernels, two processes at a time."""
+    """The assembler's report of all kernels, from two processes at a time."""
     folder = tmp_path_factory.mktemp("compiled")
     halves = [[str(one) for one in NUM_SLOTS[::2]], [str(one) for one in NUM_SLOTS[1::2]]]
     found: list[Report] = []
@@ -60,7 +60,7 @@ def test_every_kernel_is_compiled_for_every_gpu(reports: list[Report]) -> None:
     for capability in CAPABILITIES:
         for_all = [one for one in reports if one["capability"] == capability]
         assert sorted({one["kernel"] for one in for_all}) == kernel_names()
-        # those that hold slots in registers, for every number of slots
+        # kernels with slots in registers, for every number of slots
         for name in ("label_kernel", "overlap_kernel", "merge_kernel", "loss_kernel", "gradient_kernel"):
             assert {one["num_slots"] for one in for_all if one["kernel"] == name} == set(NUM_SLOTS)
 

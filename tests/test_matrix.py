@@ -1,4 +1,4 @@
-"""Both tables of versions are those of versions.json, and a row holds what pytest found."""
+"""Both tables of versions equal versions.json, and a row holds pytest's results."""
 
 import shutil
 import subprocess
@@ -82,7 +82,7 @@ def row(python: str = "3.11.7", torch: str = "2.13.0", **more: Any) -> matrix.Ro
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A repository with a few tests that end in every way."""
+    """A repository with tests of every outcome."""
     folder = tmp_path / "suite"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    compiles\n    kernels\n    cuda\n")
@@ -234,7 +234,7 @@ class TestRows:
 class TestCommand:
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """What was run in place of the whole suite, and of pip."""
+        """The commands that replaced the whole suite, and pip."""
         calls: list[tuple[str, ...]] = []
 
         def measured(python: str, root: Path, *arguments: str) -> matrix.Row:

@@ -29,7 +29,7 @@ def all_modules() -> list[str]:
 
 
 def public_objects() -> dict[str, Any]:
-    """Every public class and function under the name of where it is defined."""
+    """Every public class and function, by the name of its module."""
     found: dict[str, Any] = {}
     for module in PAGES:
         there = importlib.import_module(module)
@@ -78,7 +78,7 @@ METHODS = ("ino", "slotcurri", "slotcurri.curriculum", "smtc", "smtc.attention",
 
 def test_every_module_is_public_private_or_behind_a_public_one() -> None:
     packages = {name for name in PUBLIC if (SOURCE / name.partition(".")[2].replace(".", "/")).is_dir()}
-    # what these define is taken from `functional`, is for reading, or is asked for by `backend`
+    # names in these come from `functional`, are for reading, or are chosen by `backend`
     packages |= {"ssync_loss.reference", "ssync_loss.methods", "ssync_loss.ssync", "ssync_loss.ssync.engines"}
     packages |= {f"ssync_loss.ssync.engines.{one}" for one in ("cpu", "triton", "triton.gpu")}
     packages |= {f"ssync_loss.methods.{one}" for one in METHODS}
@@ -134,7 +134,7 @@ def test_a_setting_has_one_default_wherever_labels_are_made_or_taught() -> None:
         for setting, one in parameters.items()
         if setting in SETTINGS and one.default not in (SETTINGS[setting], inspect.Parameter.empty)
     ]
-    # without a threshold the question is of the maps as they are
+    # without a threshold the premise is about unmerged labels
     assert other == [("ssync_loss.diagnostics.verdict.premise", "merge_threshold")]
 
 
@@ -151,7 +151,7 @@ def test_tensors_come_by_position_and_settings_by_name(name: str) -> None:
 
 
 OBJECTS = public_objects()
-# what `name` stands for in :func:`name`
+# targets of :func:`name`
 NAMED = {name.rpartition(".")[2]: one for name, one in OBJECTS.items()}
 SHAPE = re.compile(r"\((?:\.+|[A-Z]\w*)(?:, ?[\w. */+-]+)*,?\)|\bscalars?\b|\bof one shape\b")
 # these refuse nothing: their inputs are those that the library takes
@@ -163,7 +163,7 @@ def has_fields(one: Any) -> bool:
 
 
 def words(one: Any) -> str:
-    """What a docstring says, with that of a call, and of what it names for the rest."""
+    """A docstring with those of the names that it refers to."""
     said = f"{inspect.getdoc(one)}\n{inspect.getdoc(one.__call__) if inspect.isclass(one) else ''}"
     others = re.findall(r"(?:Module of|as in|as for|those of)\s+:(?:func|class):`(?:[\w.]+\.)?(\w+)`", said)
     return "\n".join([said, *(words(NAMED[name]) for name in others)])
@@ -225,7 +225,7 @@ def test_every_public_method_says_what_it_does() -> None:
 
 
 def test_importing_pulls_no_optional_package_and_the_front_door_nothing_else_at_all(tmp_path: Path) -> None:
-    # hypothesis is asked for by name, in one module; the kernels import triton when one is launched
+    # one module imports hypothesis by name; the first launch imports triton
     modules = [
         name
         for name in all_modules()
@@ -268,7 +268,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
-    # the strategies are imported by name when they are first asked for
+    # the first use imports the strategies by name
     order = list(TopologicalSorter(graph).static_order())
     assert set(order) == set(graph)
     assert sum(map(len, graph.values())) > 50

@@ -1,4 +1,4 @@
-"""What every loss must do, of the three modules of SSync, by plain torch and by the C library."""
+"""The contract of every loss, for the three modules of SSync, with plain torch and with the C library."""
 
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ class SSyncContract(LossContract):
     twice_differentiable: ClassVar = True
     knobs: ClassVar = {"criterion": "cross_entropy"}
     inert: ClassVar = {"grid": (3, 4), "axes": "b t s h w", "backend": "auto"}
-    # arguments that get gradients, and others than maps and masks
+    # arguments with gradients, and arguments besides maps and masks
     taught: ClassVar[tuple[str, ...]]
     more: ClassVar[dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""One small model trained in a few ways: what a method adds to it, what SSync adds, and what both do.
+"""One small model trained in a few ways: with a method, with SSync, and with both.
 
 Every example of this folder is a `Study`: the model with its own losses, the model with a method, and both again with
 SSync from 30 % of the training on. Runs with and without SSync share the steps before, to the bit.
@@ -32,10 +32,10 @@ OWN, SSYNC = "own losses", "SSync"
 
 
 class Method:
-    """What a run does beside the model's own losses: this one, nothing. Methods override what they need.
+    """The additions of a run to the model's own losses, here none. Methods override some of them.
 
     Args:
-        model: the one that is trained.
+        model: the model to train.
         settings: of the training.
     """
 
@@ -43,7 +43,7 @@ class Method:
         self.model, self.settings = model, settings
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what is trained beside the model."""
+        """List parameters besides the model's."""
         return []
 
     def forward(self, features: Tensor) -> SlotOutput:
@@ -52,11 +52,11 @@ class Method:
         return output
 
     def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (for those who override)
-        """Compute what is added to the loss of a step."""
+        """Compute the term to add to the loss of a step."""
         return features.new_zeros(())
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
-        """Do what is to be done after the optimizer's step."""
+        """Do nothing after the optimizer's step."""
 
 
 class Column(NamedTuple):
@@ -72,16 +72,16 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and how it is read.
+    """The runs of a comparison, and their scores.
 
     Attributes:
-        title: of the table, a sentence.
-        methods: by name, what runs do beside the own losses; a run without, `OWN`, comes first.
-        readings: by name, how a trained model is scored; the name is put behind that of the run, "" for nothing.
-        columns: of the table. Milliseconds of a step are scores, too: "ms".
+        title: sentences above the table.
+        methods: by name; a run with the own losses alone, `OWN`, comes first.
+        readings: by name, functions that score a trained model; the name follows that of the run.
+        columns: of the table. Milliseconds of a step are a score, too: "ms".
         settings: of the training.
-        compared_with: by row of the table, the row that it is compared with where that is not the first.
-        alone: names of the methods that are run without SSync only.
+        compared_with: by run, the run that it is compared with if that is not the first.
+        alone: names of the methods that run only without SSync.
     """
 
     title: str
@@ -153,7 +153,7 @@ def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
         for run, line in runs:
             title = with_ssync(name) if line is not None else name
             run.train(features, until=settings.steps, criterion=line, title=f"seed {seed}, {title}")
-            # of the steps in which SSync is on, where it is
+            # of the steps from the start of SSync on
             ms = 1000 * median(run.times[settings.start_step :])
             for reading, measure in study.readings.items():
                 scores[title + reading] = measure(run.model) | {"ms": ms}
@@ -171,7 +171,7 @@ def with_ssync(name: str) -> str:
 
 @dataclass
 class StudyReport:
-    """The scores by seed, run and score, and what makes them credible."""
+    """The scores by seed, run and name, with settings and machine."""
 
     title: str
     columns: list[Column]
@@ -181,15 +181,15 @@ class StudyReport:
     compared_with: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write a JSON file."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "StudyReport":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
-            ValueError: if it is another file; it names the file and what was found.
+            ValueError: if it is another file; the message names it and what it holds.
         """
         content = read_json(path)
         parts = dict.fromkeys(("settings", "machine", "seeds", "compared_with"), dict) | {"title": str, "columns": list}
@@ -225,13 +225,13 @@ def table(report: StudyReport) -> str:
         other = report.compared_with.get(name, first)
         gains = (mean_sd([run[name][c.key] - run[other][c.key] for run in runs], c.digits, "+") for c in columns)
         rows.append([name if other == first else f"{name} (to {other})", *gains])
-    settings, spread = report.settings, " (mean ± sd over seeds)" * (len(runs) > 1)
+    settings, spread = report.settings, " (mean ± sd)" * (len(runs) > 1)
     return "\n".join(
         [
-            f"{report.title} First row: scores{spread}; others: paired differences to it or to the run named.",
+            f"{report.title} Below the first row: paired differences to it or to the run named.",
             f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
             f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
-            f"seed {', '.join(map(str, report.seeds))}.",
+            f"seed {', '.join(map(str, report.seeds))}{spread}.",
             machine_line(report.machine),
             "",
             *markdown(rows),
@@ -240,7 +240,7 @@ def table(report: StudyReport) -> str:
 
 
 class Options(NamedTuple):
-    """What the command line says: see `main`."""
+    """Options of the command line: see `main`."""
 
     steps: int
     slots: int

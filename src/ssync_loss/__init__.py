@@ -3,20 +3,20 @@
 >>> from ssync_loss import SSyncLoss
 >>> criterion = SSyncLoss(merge_threshold=0.6)  # loss = loss + criterion(enc_logits, dec_logits)
 
-What stands around the losses:
+Besides the losses there are:
 
-- :mod:`ssync_loss.functional`: every pure function: labels, regions, overlap, merging, losses.
+- :mod:`ssync_loss.functional`: all functions: labels, regions, overlap, merging, losses.
 - :mod:`ssync_loss.adapters`: ``attach`` and ``doctor`` find the maps of a model; taps take them.
-- :mod:`ssync_loss.diagnostics`: whether the premise holds, and what is merged and taught; without ground truth.
-- :mod:`ssync_loss.monitor`: what to watch while the loss is on, for TensorBoard, Lightning, W&B or a folder.
+- :mod:`ssync_loss.diagnostics`: whether the premise holds, and statistics of labels, without ground truth.
+- :mod:`ssync_loss.monitor`: numbers and pictures of a training, for TensorBoard, Lightning, W&B or a folder.
 - :mod:`ssync_loss.metrics`: FG-ARI, ARI, mBO, mIoU, J&F, object recall, fragmentation, unused slots.
-- :mod:`ssync_loss.visualize`: overlays, panels, and who is taught where.
+- :mod:`ssync_loss.visualize`: overlays, panels, and the student of every patch.
 - :mod:`ssync_loss.distributed`: the mean over all ranks.
 - :mod:`ssync_loss.curriculum`, :mod:`ssync_loss.attention`, :mod:`ssync_loss.ema`: parts of neighboring methods.
-- :mod:`ssync_loss.testing`: the slow reference and hypothesis strategies, for tests of your own.
-- :mod:`ssync_loss.env`: ``python -m ssync_loss.env`` prints what a bug report needs.
+- :mod:`ssync_loss.testing`: the slow reference and hypothesis strategies, for your own tests.
+- :mod:`ssync_loss.env`: ``python -m ssync_loss.env`` prints the facts for a bug report.
 
-Parts of the loss for a log, both halves on one set of labels, a score, and a picture:
+The parts of the loss for a log, both terms with the same labels, a score, and a picture:
 
 >>> import torch
 >>> from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss
@@ -24,7 +24,7 @@ Parts of the loss for a log, both halves on one set of labels, a score, and a pi
 >>> from ssync_loss.metrics import MetricAverage, masks_to_labels, video_fg_ari
 >>> from ssync_loss.visualize import panel
 >>> enc_logits, dec_logits = torch.randn(2, 2, 4, 7, 16, 16).requires_grad_()
->>> terms = criterion.terms(enc_logits, dec_logits)  # tensors: a log decides when to wait for a device
+>>> terms = criterion.terms(enc_logits, dec_logits)  # tensors: nothing waits for a device
 >>> logs = {"boundary": terms.boundary, "interior": terms.interior, **summary(terms.labels)._asdict()}
 >>> boundary = BoundaryRefinementLoss()(enc_logits, dec_logits, labels=terms.labels)
 >>> interior = InteriorDenoisingLoss()(enc_logits, dec_logits, labels=terms.labels)

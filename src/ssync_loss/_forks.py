@@ -13,13 +13,13 @@ FORKED = 0x40
 
 
 def is_forked() -> bool | None:
-    """Tell whether this process was forked from one that may have used threads; None where nothing tells."""
+    """Tell whether this process was forked from one that may have used threads; None if that is unknown."""
     return _forked[0]
 
 
 @constant
 def take_one_thread_if_forked() -> None:
-    """Keep torch's operators to one thread in a forked process, for good: their backward comes later."""
+    """Limit torch to one thread in a forked process, for good, as a backward comes later."""
     if is_forked() and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(
@@ -31,7 +31,7 @@ def take_one_thread_if_forked() -> None:
 
 def _read() -> bool | None:
     try:
-        # bytes, as the name of the program stands there, and may be cut within a letter
+        # bytes, as the program's name may be truncated within a letter
         flags = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6])
     except (OSError, IndexError, ValueError):
         return None
@@ -43,7 +43,7 @@ def _after_fork() -> None:
     _forked[0] = True
 
 
-# one value, which a fork changes
+# one value; a fork changes it
 _forked = [_read()]
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -16,7 +16,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Require None, or what a rule requires."""
+    """Accept None, or apply a rule."""
 
     def check(name: str, value: object) -> None:
         if value is not None:

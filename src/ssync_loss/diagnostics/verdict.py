@@ -113,7 +113,7 @@ class Premise(NamedTuple):
 
     @property
     def decisive(self) -> Tensor:
-        """The margin that the verdict is of: the merged one where there is one."""
+        """The margin of the verdict: the merged one if there is one."""
         return self.margin if self.merged_margin is None else self.merged_margin
 
     def over_clips(self, values: Tensor) -> "MeanOverClips":
@@ -125,7 +125,7 @@ class Premise(NamedTuple):
             videos = torch.where(self.groups.cpu() < 0, alone, self.groups.cpu())
         videos, video = videos[measured].unique(return_inverse=True)
         mean, number = kept.mean(), len(videos)
-        # of clips that are videos of their own, this is their standard deviation over the root of their number
+        # if every clip is a video, this is the standard deviation over the root of the number of clips
         deviation = torch.zeros(number, dtype=torch.float64).index_add(0, video, kept - mean)
         error = nan
         if number > 1:
@@ -134,7 +134,7 @@ class Premise(NamedTuple):
 
 
 class MeanOverClips(NamedTuple):
-    """Mean over clips, its standard error (NaN below two videos), and how many clips and videos there are."""
+    """Mean over clips, its standard error (NaN below two videos), and the numbers of clips and videos."""
 
     value: float
     error: float

@@ -14,7 +14,7 @@ _CHANNELS = 64
 
 def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
     """View features of layout ``axes`` as (B, T, D, H, W), on the grid of the encoder's map (B, T, S, H, W)."""
-    # labels and sums of features are torch's work, whatever engine computes the loss
+    # torch computes labels and sums of features, with any engine
     take_one_thread_if_forked()
     B, T, _, H, W = enc.shape
     if axes is not None:

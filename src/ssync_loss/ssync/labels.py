@@ -19,7 +19,7 @@ def find_labels(maps: Maps, settings: Settings) -> PseudoLabels:
 
 @torch.no_grad()
 def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
-    """Compute the labels before merging, and what is to be merged."""
+    """Compute labels before merging, and representatives."""
     hard = torch.stack(hard_labels(maps))
     return SlotLabels(hard, _representative(maps, hard[0], settings), maps.is_clean())
 

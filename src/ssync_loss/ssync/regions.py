@@ -15,9 +15,9 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
     """Count, for every patch, how many of its ten neighbors carry another label.
 
     ``n[p] = #{q in neighbors(p): labels[q] != labels[p]}``: eight neighbors in the frame, one in the previous and one
-    in the next frame. The nearest patch inside the clip replaces a neighbor outside it. At an edge it replaces a
-    diagonal neighbor by the one along the edge, which then counts twice. An invalid patch has count 0, and as a
-    neighbor it does not differ.
+    in the next frame. The nearest patch inside the clip replaces a neighbor outside it. At an edge a diagonal neighbor
+    thus is the one along the edge, which then counts twice. An invalid patch has count 0, and as a neighbor it does not
+    differ.
 
     Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within [0, 10].
 

@@ -24,12 +24,12 @@ class PseudoLabels(NamedTuple):
 
 
 class SlotLabels(NamedTuple):
-    """Hard labels of both maps before merging, and what every slot is to be merged into.
+    """Hard labels of both maps before merging, and representatives.
 
     Attributes:
         hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
         representative: (B, S) integer, the slot that each slot is merged into, or itself.
-        clean: scalar bool, whether no valid patch of a present slot holds NaN or +inf: of others labels mean nothing.
+        clean: scalar bool, False if a valid patch of a present slot holds NaN or +inf.
     """
 
     hard: Tensor

@@ -62,7 +62,7 @@ def gradient_scale(
     temperature: float = 1.0,
     slot_mask: Tensor | None = None,
 ) -> float:
-    """Return about the largest possible entry of the gradient of a mean loss.
+    """Return an upper bound, up to rounding, of the entries of the gradient of a mean loss.
 
     It is ``2 / (temperature * Σ_b M_b * S_b)`` for "mse" and ``1 / (temperature * Σ_b M_b)`` for "cross_entropy", with
     M_b selected patches and S_b present slots in clip b, and infinite if nothing is selected. Errors of a gradient are

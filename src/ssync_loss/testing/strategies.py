@@ -73,7 +73,7 @@ class SSyncCase(NamedTuple):
 
 
 class DistillationCase(NamedTuple):
-    """A map and who teaches it where: ``selective_distillation_loss(**case._asdict())``.
+    """A student, its targets and its region: ``selective_distillation_loss(**case._asdict())``.
 
     Attributes:
         logits: (B, T, S, H, W), the map.

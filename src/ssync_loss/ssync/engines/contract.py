@@ -35,10 +35,10 @@ class Engine(Protocol):
         """Compare one map with labels on a region."""
 
     def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
-        """Compute the labels before merging, and what is to be merged."""
+        """Compute labels before merging, and representatives."""
 
     def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
-        """Compute the weighted sum of both terms. What was ``found`` is not computed again."""
+        """Compute the weighted sum of both terms, with the labels ``found`` or new ones."""
         if found is None:
             return self.terms(maps, settings).total
         return _teach(self, maps, settings, merge_labels(found.hard, found.representative, maps, settings)).total

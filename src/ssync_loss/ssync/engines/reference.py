@@ -55,7 +55,7 @@ class ReferenceEngine(Engine):
         )
 
     def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
-        """Compute the labels before merging, and what is to be merged."""
+        """Compute labels before merging, and representatives."""
         masks = {"valid": maps.counted, "slot_mask": maps.slot_mask}
         hard = torch.stack([reference_hard_labels(one, **masks) for one in (maps.enc, maps.dec)])
         return SlotLabels(hard, self.pseudo_labels(maps, settings).representative, maps.is_clean())

@@ -40,6 +40,7 @@ def _compare(engine: Engine, torch_engine: Engine, device: str) -> str | None:
             for part, right in wanted.items():
                 scale = float(right.abs().max())
                 off = float((got[part] - right).abs().max())
+                # not `>`, as NaN must fail
                 if not off <= TOLERANCE * scale:
                     return f"{part} is off by {off} where {scale} is the largest, {masked=}, {settings}."
     return None

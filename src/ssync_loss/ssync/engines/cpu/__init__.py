@@ -10,8 +10,8 @@ from ssync_loss.ssync.engines.cpu import operators
 from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SlotLabels, SSyncTerms
 
 __all__ = ["CpuEngine"]
 
@@ -30,25 +30,9 @@ class CpuEngine(Engine):
                 return f"S <= {MAX_SLOTS}; got S={one.shape[2]}"
         return missing_library()
 
-    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
-        """Compute labels, regions and representatives."""
-        return operators.pseudo_labels(maps, settings)
-
-    def distill(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        settings: Settings,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """Compare one map with labels on a region."""
-        return operators.distill(logits, target, region, slot_mask, settings, reduction)
-
-    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
-        """Compute the labels before merging, and what is to be merged."""
-        return operators.find_slots(maps, settings)
+    pseudo_labels = staticmethod(operators.pseudo_labels)
+    distill = staticmethod(operators.distill)
+    slot_labels = staticmethod(operators.find_slots)
 
     def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms; the library multiplies by the weights."""
@@ -61,7 +45,7 @@ class CpuEngine(Engine):
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
         boundary, interior, counts = operators.step(maps, settings, summed=False)
-        labels = operators.pseudo_labels(maps, settings)
+        labels = self.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
 

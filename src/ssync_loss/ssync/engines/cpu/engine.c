@@ -61,8 +61,8 @@ typedef struct {
     void *grad_enc, *grad_dec;  /* contiguous; NULL where not wanted */
     int64_t *enc_labels, *dec_labels, *representative; /* merged; NULL where not wanted */
     uint8_t *boundary, *interior;
-    int8_t *hard;               /* two planes (B, T, N): labels before merging, -1 for a patch that does not count */
-    int8_t *names;              /* (B, S): the slot that a slot is merged into */
+    int8_t *hard;               /* two planes (B, T, N): labels before merging, -1 at invalid patches */
+    int8_t *names;              /* (B, S): representatives */
     uint8_t *found_clean;       /* one bool: no map holds NaN or +inf */
     int64_t reduction;          /* one map alone: 0 every patch, 1 sum, 2 mean */
     int64_t kind;               /* type of a scaled gradient */
@@ -245,13 +245,13 @@ static void write_region(const int8_t *targets, uint8_t *to, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] = targets[i] >= 0;
 }
 
-/* Memory of a task of `select_clip`: merged labels of a clip, a frame and a clip with rims. */
+/* Memory of `select_clip`: merged labels of a clip, and with rims a frame and a clip. */
 static size_t select_scratch(const Call *call) {
     return call->num_frames * call->height * call->width +
            (call->num_frames + 1) * (call->height + 2) * (call->width + 2) + 1;
 }
 
-/* Step 4 of a clip: merged labels, and what each map teaches. */
+/* Step 4 of a clip: merged labels and both regions. */
 static int select_clip(const Call *call, int64_t b, void *memory) {
     int64_t S = call->num_slots, size = call->num_frames * call->height * call->width, start = b * size;
     const int8_t *name = call->names + b * S;
@@ -460,7 +460,7 @@ static size_t TYPED(find_scratch)(const Call *call) {
     return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + call->num_frames * N + 1;
 }
 
-/* Steps 1 to 3 of a clip: labels before merging, and what every slot is merged into. */
+/* Steps 1 to 3 of a clip: labels before merging, and representatives. */
 static int TYPED(find_slots)(const Call *call, int64_t b, void *memory) {
     int64_t N = call->height * call->width, T = call->num_frames, S = call->num_slots;
     int64_t num_valid = 0, num_frames = 0, area[MAX_SLOTS] = {0};
@@ -672,7 +672,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
     return select_clip(call, b, memory);
 }
 
-/* Labels of both maps before merging, and the slot that every slot is merged into. */
+/* Labels of both maps before merging, and representatives. */
 int TYPED(ssync_find)(Call *call) {
     call->dirty = calloc(call->num_clips + 1, 1);
     int failed = !call->dirty || run(TYPED(find_slots), call, call->num_clips, TYPED(find_scratch)(call));
@@ -681,7 +681,7 @@ int TYPED(ssync_find)(Call *call) {
     return failed;
 }
 
-/* Labels of both maps, and if wanted both means and their gradients. Without `hard` and `names` it finds them. */
+/* Labels of both maps, and if wanted both means and their gradients. Computes `hard` and `names` unless given. */
 int TYPED(ssync_step)(Call *call) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, S = call->num_slots;
     size_t to_find = TYPED(find_scratch)(call), to_select = select_scratch(call);

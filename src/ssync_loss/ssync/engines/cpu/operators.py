@@ -47,7 +47,7 @@ def step(
 
 
 def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
-    """Compute the labels before merging, and what is to be merged."""
+    """Compute labels before merging, and representatives."""
     knobs = _knobs(settings.merge_threshold, 1.0, 1.0)
     inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, maps.clean, knobs
     found: tuple[Tensor, Tensor, Tensor] = _find_operator(*inputs)
@@ -68,7 +68,12 @@ def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
 
 
 def distill(
-    logits: Tensor, target: Tensor, region: Tensor, slot_mask: Tensor | None, settings: Settings, reduction: Reduction
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    settings: Settings,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compare one map with labels on a region."""
     value: Tensor

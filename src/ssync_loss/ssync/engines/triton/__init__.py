@@ -49,7 +49,7 @@ class TritonEngine(Engine):
         return value
 
     def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
-        """Compute the labels before merging, and what is to be merged: 3 launches, 1 without merging."""
+        """Compute labels before merging, and representatives: 3 launches, 1 without merging."""
         found: tuple[Tensor, Tensor] = find(*_inputs(maps, settings))
         return SlotLabels(*found, maps.is_clean())
 
