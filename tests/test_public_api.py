@@ -134,8 +134,9 @@ def test_a_setting_has_one_default_wherever_labels_are_made_or_taught() -> None:
         for setting, one in parameters.items()
         if setting in SETTINGS and one.default not in (SETTINGS[setting], inspect.Parameter.empty)
     ]
-    # without a threshold the premise is about unmerged labels
-    assert other == [("ssync_loss.diagnostics.verdict.premise", "merge_threshold")]
+    # without a threshold the premise is about unmerged labels; the criterion of a monitor is a loss
+    premise, monitor = "ssync_loss.diagnostics.verdict.premise", "ssync_loss.monitor.Monitor"
+    assert other == [(premise, "merge_threshold"), (monitor, "criterion")]
 
 
 @pytest.mark.parametrize("name", functional.__all__)
