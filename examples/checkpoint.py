@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from examples.dense_alignment import DenseAlignment, DenseSettings
 from examples.files import written_whole
-from examples.slot_model import SlotModel
+from examples.slot_model import SlotModel, SlotOutput
 from torch import Tensor, nn
 
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
@@ -96,6 +96,14 @@ class TrainingState:
     def parameters(self) -> list[nn.Parameter]:
         """List what is trained: the model, and the projections of dense alignment."""
         return _parameters(self.model, self.alignment)
+
+    def forward(self, features: Tensor) -> SlotOutput:
+        """Run the model on the features of a step."""
+        output: SlotOutput = self.model(features)
+        return output
+
+    def after_step(self) -> None:
+        """Do nothing after the optimizer's step."""
 
     def content(self) -> dict[str, Any]:
         """Collect what a checkpoint holds."""

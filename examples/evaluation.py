@@ -92,6 +92,7 @@ def evaluate(model: SlotModel, data: EvaluationSet, threshold: float | None) -> 
         "dec_recall": average(object_recall, dec_masks, background=0),
         "dec_fragmentation": average(fragmentation, dec_masks, background=0),
         "enc_fg_ari": average(video_fg_ari, enc_masks, background=0),
+        "enc_ari": average(video_ari, enc_masks),
         "enc_mbo": average(video_mbo, enc_masks, background=0),
     }
 

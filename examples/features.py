@@ -4,6 +4,8 @@ A video becomes a grid of tokens: its colors and the responses of fixed random f
 then turned onto the principal axes of the training clips. Nothing here is ever trained by gradient.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,13 +16,64 @@ PATCH = 4
 BLOCK = 16
 
 
+class HalfWhitening(nn.Module):
+    """Tokens on their first D principal axes, as these are of the clips trained on.
+
+    Every channel is standardized. Axis i, of variance l_i, is divided by l_i^(1/4), and one scale for all gives the
+    tokens mean square 1.
+
+    Shape:
+        tokens: (B, T, C, H, W). Returns (B, T, D, H, W).
+
+    Args:
+        raw_dim: C.
+        dim: D.
+    """
+
+    mean: Tensor
+    std: Tensor
+    axes: Tensor
+
+    def __init__(self, raw_dim: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(raw_dim))
+        self.register_buffer("std", torch.ones(raw_dim))
+        self.register_buffer("axes", torch.eye(raw_dim)[:, :dim].contiguous())
+
+    @torch.no_grad()
+    def fit(self, blocks: Iterable[Tensor]) -> "HalfWhitening":
+        """Take the mean, the spread and the principal axes from blocks of tokens."""
+        # float64 sums over blocks of clips: count, sum and second moments are all that is needed
+        dim = len(self.mean)
+        count, total, moments = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+        for block in blocks:
+            tokens = rearrange(block, "b t c h w -> (b t h w) c").double()
+            count += len(tokens)
+            total += tokens.sum(0)
+            moments += tokens.T @ tokens
+        mean = total / count
+        covariance = moments / count - torch.outer(mean, mean)
+        std = covariance.diagonal().clamp_min(1e-12).sqrt()
+        variance, axes = torch.linalg.eigh(covariance / torch.outer(std, std))
+        kept = slice(-self.axes.shape[1], None)
+        variance, axes = variance[kept].flip(0).clamp_min(1e-6), axes[:, kept].flip(1)
+        # half-whitened axis i has variance sqrt(l_i)
+        self.axes.copy_(axes / variance**0.25 / variance.sqrt().mean().sqrt())
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        return self
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Project tokens."""
+        return (((tokens.movedim(2, -1) - self.mean) / self.std) @ self.axes).movedim(-1, 2)
+
+
 class FrozenFeatures(nn.Module):
     """Random-filter features of dimension D on a grid of 4x4 patches.
 
     Per pixel: RGB and the magnitude of `num_filters` random 5x5 filters, half of them blind to constant
-    color. Per patch: the mean of these, and the mean again over the 3x3 patches around it. The result is
-    standardized, projected on its first D principal axes and half-whitened: axis i, of variance l_i, is
-    divided by l_i^(1/4).
+    color. Per patch: the mean of these, and the mean again over the 3x3 patches around it, half-whitened.
 
     Shape:
         video: (B, T, 3, H, W), H and W multiples of 4. Returns (B, T, D, H/4, W/4).
@@ -32,51 +85,25 @@ class FrozenFeatures(nn.Module):
     """
 
     filters: Tensor
-    mean: Tensor
-    std: Tensor
-    axes: Tensor
 
     def __init__(self, dim: int = 24, *, num_filters: int = 32, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         filters = torch.randn(num_filters, 3, 5, 5, generator=generator) / 75**0.5
         filters[::2] -= filters[::2].mean(dim=(2, 3), keepdim=True)
-        raw_dim = 2 * (3 + num_filters)
         self.register_buffer("filters", filters)
-        self.register_buffer("mean", torch.zeros(raw_dim))
-        self.register_buffer("std", torch.ones(raw_dim))
-        self.register_buffer("axes", torch.eye(raw_dim)[:, :dim].contiguous())
+        self.project = HalfWhitening(2 * (3 + num_filters), dim)
 
     @torch.no_grad()
     def fit(self, video: Tensor) -> "FrozenFeatures":
         """Take the mean, the spread and the principal axes from the training clips."""
-        # float64 sums over blocks of clips: count, sum and second moments are all that is needed
-        dim = len(self.mean)
-        count, total, moments = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
-        for block in self._blocks(video):
-            tokens = rearrange(self._raw(block), "b t c h w -> (b t h w) c").double()
-            count += len(tokens)
-            total += tokens.sum(0)
-            moments += tokens.T @ tokens
-        mean = total / count
-        covariance = moments / count - torch.outer(mean, mean)
-        std = covariance.diagonal().clamp_min(1e-12).sqrt()
-        variance, axes = torch.linalg.eigh(covariance / torch.outer(std, std))
-        kept = slice(-self.axes.shape[1], None)
-        variance, axes = variance[kept].flip(0).clamp_min(1e-6), axes[:, kept].flip(1)
-        # half-whitened axis i has variance sqrt(l_i); one scale for all gives the tokens mean square 1
-        self.axes.copy_(axes / variance**0.25 / variance.sqrt().mean().sqrt())
-        self.mean.copy_(mean)
-        self.std.copy_(std)
+        self.project.fit(map(self._raw, self._blocks(video)))
         return self
 
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         """Compute the tokens of a video."""
-        return torch.cat([self._project(self._raw(block)) for block in self._blocks(video)])
-
-    def _project(self, raw: Tensor) -> Tensor:
-        return (((raw.movedim(2, -1) - self.mean) / self.std) @ self.axes).movedim(-1, 2)
+        return torch.cat([self.project(self._raw(block)) for block in self._blocks(video)])
 
     def _blocks(self, video: Tensor) -> tuple[Tensor, ...]:
         if video.ndim != 5 or video.shape[2] != 3:

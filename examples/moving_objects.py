@@ -5,12 +5,16 @@ and stripes, so that neither color alone nor texture alone is noise-free, yet ea
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_OBJECTS = 4
+# to be raised whenever the same seed would give other clips
+VERSION = 1
+SHAPES = ("ellipse", "box", "triangle", "ring", "cross", "crescent")
 # the most that an object moves along each axis, in images per frame
 SPEED = 0.05
 # a block of clips is drawn at a time: the pictures of all shapes at once would not fit the cache
@@ -43,6 +47,8 @@ def moving_objects(
     color_distance: float = 0.5,
     contrast: float = 0.2,
     noise: float = 0.05,
+    shapes: Sequence[str] = SHAPES[:3],
+    turn: float = 0.0,
 ) -> MovingObjects:
     """Make clips of 2-4 moving objects; the same seed gives the same clips.
 
@@ -59,18 +65,20 @@ def moving_objects(
         color_distance: the least distance in RGB between the base colors of one clip.
         contrast: amplitude of the stripes.
         noise: standard deviation of the pixel noise.
+        shapes: to draw from, of `SHAPES`.
+        turn: angle that objects turn by from one frame to the next, every other one to the left.
 
     >>> clips = moving_objects(3, seed=0)
     >>> clips.video.shape, clips.ids.shape
     (torch.Size([3, 4, 3, 48, 48]), torch.Size([3, 4, 48, 48]))
     """
     generator = torch.Generator().manual_seed(seed)
-    scenes = _draw_scenes(num_clips, speed, color_distance, generator)
+    scenes = _draw_scenes(num_clips, speed, color_distance, shapes, generator)
     video = torch.empty(num_clips, num_frames, 3, size, size)
     ids = torch.empty(num_clips, num_frames, size, size, dtype=torch.int64)
     for block in torch.split(torch.arange(num_clips), BLOCK):
         some = _Scenes(*(values[block] for values in scenes))
-        ids[block], texture = _render(some, num_frames, size)
+        ids[block], texture = _render(some, num_frames, size, turn)
         rows = torch.arange(len(block)).view(-1, 1, 1, 1)
         colors = some.colors[rows, ids[block]].movedim(-1, 2)
         picture = colors + contrast * texture.unsqueeze(2)  # (B, T, 3, H, W)
@@ -84,7 +92,7 @@ class _Scenes(NamedTuple):
 
     colors: Tensor  # (B, surfaces, 3)
     num_objects: Tensor  # (B,)
-    kind: Tensor  # (B, objects): see _inside
+    kind: Tensor  # (B, objects): of SHAPES
     center: Tensor  # (B, objects, 2): x, y in the middle of the clip
     velocity: Tensor  # (B, objects, 2): per frame
     half_width: Tensor  # (B, objects)
@@ -95,14 +103,17 @@ class _Scenes(NamedTuple):
     stripe_phase: Tensor  # (B, surfaces)
 
 
-def _draw_scenes(num_clips: int, speed: float, color_distance: float, generator: torch.Generator) -> _Scenes:
+def _draw_scenes(
+    num_clips: int, speed: float, color_distance: float, shapes: Sequence[str], generator: torch.Generator
+) -> _Scenes:
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(num_clips, *shape, generator=generator)
 
     objects, surfaces = MAX_OBJECTS, 1 + MAX_OBJECTS
     colors = _distinct_colors(num_clips, surfaces, color_distance, generator)
     num_objects = torch.randint(2, objects + 1, (num_clips,), generator=generator)
-    kind = torch.randint(0, 3, (num_clips, objects), generator=generator)
+    kinds = torch.tensor([SHAPES.index(shape) for shape in shapes])
+    kind = kinds[torch.randint(0, len(kinds), (num_clips, objects), generator=generator)]
     center = uniform(objects, 2, low=0.2, high=0.8)
     velocity = uniform(objects, 2, low=-speed, high=speed)
     half_width = uniform(objects, low=0.20, high=0.32)
@@ -122,7 +133,7 @@ def _draw_scenes(num_clips: int, speed: float, color_distance: float, generator:
     )
 
 
-def _render(scenes: _Scenes, num_frames: int, size: int) -> tuple[Tensor, Tensor]:
+def _render(scenes: _Scenes, num_frames: int, size: int, turn: float) -> tuple[Tensor, Tensor]:
     """Return who is seen at every pixel, and the wave of that surface's stripes: both (B, T, H, W)."""
     pixel = (torch.arange(size) + 0.5) / size
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
@@ -143,7 +154,8 @@ def _render(scenes: _Scenes, num_frames: int, size: int) -> tuple[Tensor, Tensor
         # the place of every pixel as the object sees it: centered on it and turned with it
         path = scenes.center[:, k, None] + scenes.velocity[:, k, None] * time.view(1, -1, 1)  # (B, T, 2)
         dx, dy = x - path[..., 0, None, None], y - path[..., 1, None, None]
-        cos, sin = spread(scenes.angle[:, k]).cos(), spread(scenes.angle[:, k]).sin()
+        angle = spread(scenes.angle[:, k]) + turn * (-1) ** k * time.view(1, -1, 1, 1)
+        cos, sin = angle.cos(), angle.sin()
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
         width, height = spread(scenes.half_width[:, k]), spread(scenes.half_height[:, k])
         inside = _inside(spread(scenes.kind[:, k]), u / width, v / height)
@@ -154,11 +166,18 @@ def _render(scenes: _Scenes, num_frames: int, size: int) -> tuple[Tensor, Tensor
 
 
 def _inside(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Say which points lie in an ellipse (0), rectangle (1) or triangle (2) as large as |u|, |v| <= 1."""
+    """Say which points lie in a shape, by its number in `SHAPES`, as large as |u|, |v| <= 1."""
     box = (u.abs() <= 1) & (v.abs() <= 1)
-    ellipse = u * u + v * v <= 1
+    radius = u * u + v * v
+    ellipse = radius <= 1
     triangle = box & (2 * u.abs() <= 1 - v)
-    return torch.where(kind == 0, ellipse, torch.where(kind == 1, box, triangle))
+    ring = ellipse & (radius >= 0.3)
+    cross = box & (torch.minimum(u.abs(), v.abs()) <= 0.35)
+    crescent = ellipse & ((u - 0.6) ** 2 + v * v >= 0.6)
+    inside = ellipse
+    for number, shape in enumerate((ellipse, box, triangle, ring, cross, crescent)):
+        inside = torch.where(kind == number, shape, inside)
+    return inside
 
 
 def _distinct_colors(num_clips: int, surfaces: int, distance: float, generator: torch.Generator) -> Tensor:

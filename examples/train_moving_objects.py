@@ -16,141 +16,29 @@ Ctrl-C stops after the current step and keeps what was trained; `--resume` goes 
 """
 
 import argparse
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
 
 from examples.arguments import Bounded, add_training_options, at_least, explained, within
-from examples.checkpoint import Settings, TrainingState, batch_of_step
+from examples.checkpoint import Settings, TrainingState
 from examples.data import Data, make_data, read_data
-from examples.dense_alignment import DenseAlignment, DenseSettings
+from examples.dense_alignment import DenseSettings
 from examples.evaluation import ask_premise, evaluate, premise_summary
 from examples.files import must_be_ours, must_be_writable
 from examples.report import Report, Run, SeedReport, save_figure, table
-from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
+from examples.training import stop_on_ctrl_c, terms_of, train
 
-from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+from ssync_loss import SSyncLoss
 from ssync_loss.diagnostics import report as premise_report
 
-SAVE_EVERY = 100
 STAGES = ("shared", "baseline", "ssync")
 CHECKPOINT_BYTES = 2_000_000
-
-
-class Losses(NamedTuple):
-    """The terms of one step; `total` is what is minimized, `dense` is there in the run that has it."""
-
-    total: Tensor
-    reconstruction: Tensor
-    contrast: Tensor
-    ssync: Tensor
-    dense: Tensor | None = None
-
-
-def compute_losses(
-    model: SlotModel,
-    features: Tensor,
-    step: int,
-    *,
-    contrast_weight: float,
-    criterion: SSyncLoss | None,
-    adaptive: AdaptiveSSyncLoss | None = None,
-    alignment: DenseAlignment | None = None,
-) -> Losses:
-    """Compute the losses of a batch: the model's own two, and SSync or what it is compared with where it is given."""
-    output: SlotOutput = model(features)
-    reconstruction = reconstruction_loss(output, features)
-    contrast = slot_contrast_loss(output.slots)
-    loss = own = reconstruction + contrast_weight * contrast
-
-    if criterion is not None:
-        # ------------------------------- the one line -------------------------------
-        loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
-        # -----------------------------------------------------------------------------
-
-    if adaptive is not None:
-        # the same, but that it asks the features
-        loss = loss + adaptive(output.enc_logits, output.dec_logits, features, step=step)
-
-    ssync = (loss - own).detach()
-    dense: Tensor | None = None
-    if alignment is not None:
-        # what the line is compared with
-        dense = alignment(output, features, step=step)
-        loss = loss + dense
-
-    return Losses(loss, reconstruction, contrast, ssync, dense)
-
-
-def train(
-    state: TrainingState,
-    features: Tensor,
-    *,
-    criterion: SSyncLoss | None,
-    until: int,
-    checkpoint: Path,
-    stop: Event,
-    title: str,
-) -> None:
-    """Train up to a step, showing the losses; save now and then, and when stopped."""
-    settings = state.settings
-    with tqdm(total=until, initial=state.step, desc=title, dynamic_ncols=True) as bar:
-        while state.step < until and not stop.is_set():
-            started = time.perf_counter()
-            batch = batch_of_step(state.step, num_clips=len(features), batch_size=settings.batch_size, seed=state.seed)
-            losses = compute_losses(
-                state.model,
-                features[batch],
-                state.step,
-                contrast_weight=settings.contrast_weight,
-                criterion=criterion,
-                adaptive=state.adaptive,
-                alignment=state.alignment,
-            )
-            state.optimizer.zero_grad()
-            losses.total.backward()
-            torch.nn.utils.clip_grad_norm_(state.parameters(), settings.max_grad_norm)
-            state.optimizer.step()
-            state.scheduler.step()
-            state.step += 1
-            state.times.append(time.perf_counter() - started)
-
-            terms = losses._asdict().items()
-            shown = {name: value.item() for name, value in terms if name != "total" and value is not None}
-            state.history.append(shown)
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
-            bar.update()
-            if state.step % SAVE_EVERY == 0:
-                state.save(checkpoint)
-    state.save(checkpoint)
-
-
-@contextmanager
-def stop_on_ctrl_c() -> Iterator[Event]:
-    """Let the first Ctrl-C ask for a stop between two steps, and the second one have its usual effect."""
-    stop = Event()
-    usual = signal.getsignal(signal.SIGINT)
-
-    def ask(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def train_one_seed(
@@ -174,15 +62,8 @@ def train_one_seed(
         if stage == "adaptive" and state.adaptive is None:
             state.adaptive = settings.adaptive()
         title = f"seed {seed}, {stage}"
-        train(
-            state,
-            data.features,
-            criterion=criterion,
-            until=until,
-            checkpoint=checkpoint,
-            stop=stop,
-            title=title,
-        )
+        terms = terms_of(state, criterion)
+        train(state, data.features, terms, until, title=title, save=lambda: state.save(checkpoint), stop=stop)
         if state.adaptive is not None:
             print(f"{title}: {state.adaptive.describe()}")
         return state
@@ -253,9 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with explained():
             print(table(Report.load(options.table)))
         return 0
-    stages = STAGES if options.compare is None else (*STAGES, options.compare)
     with explained():
-        look_into(options.out, resume=options.resume, num_checkpoints=len(stages) * len(options.seeds))
+        num_checkpoints = len(stages_of(options.compare)) * len(options.seeds)
+        look_into(options.out, resume=options.resume, num_checkpoints=num_checkpoints)
     torch.set_num_threads(options.threads)
 
     num_train, num_held_out, num_test, steps = 1500, 100, 200, options.steps
@@ -276,30 +157,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threshold=options.threshold,
     )
 
-    checkpoints, results = options.out / "checkpoints", options.out / "results.json"
-    if options.resume:
+    again = "" if options.compare is None else f" --compare {options.compare}"
+    return train_all(
+        data,
+        settings,
+        options.seeds,
+        compare=options.compare,
+        out=options.out,
+        resume=options.resume,
+        again=f"{again} --out {options.out}",
+    )
+
+
+def train_all(
+    data: Data, settings: Settings, seeds: Sequence[int], *, compare: str | None, out: Path, resume: bool, again: str
+) -> int:
+    """Train the runs of all seeds, then print the table and draw the picture.
+
+    Args:
+        data: to train on, to ask the premise of, and to score on.
+        settings: of all runs.
+        seeds: one after the other.
+        compare: a third run, "adaptive" or "dense".
+        out: where everything is written; see `look_into`.
+        resume: go on with what is there.
+        again: the options that go on from a stop, besides `--resume`.
+
+    Returns:
+        0, or 130 when Ctrl-C cut it short.
+    """
+    checkpoints, results = out / "checkpoints", out / "results.json"
+    if resume:
         # the last one is read when all others are trained
-        for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in options.seeds for s in stages):
+        for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in seeds for s in stages_of(compare)):
             if path.exists():
                 with explained():
                     TrainingState.load(path, settings, seed)
     else:
         start_over(checkpoints, results)
 
-    report = Report.here(settings, DenseSettings(steps) if options.compare == "dense" else None)
+    report = Report.here(settings, DenseSettings(settings.steps) if compare == "dense" else None)
     with stop_on_ctrl_c() as stop, explained(OSError):
-        for seed in options.seeds:
+        for seed in seeds:
             report.seeds.append(
-                train_one_seed(
-                    seed, settings, data, checkpoints, compare=options.compare, resume=options.resume, stop=stop
-                )
+                train_one_seed(seed, settings, data, checkpoints, compare=compare, resume=resume, stop=stop)
             )
-            report.complete = seed == options.seeds[-1] and not stop.is_set()
+            report.complete = seed == seeds[-1] and not stop.is_set()
             report.save(results)
             if stop.is_set():
                 break
     print(f"\n{table(report)}\n")
-    figure = options.out / "comparison.png"
+    figure = out / "comparison.png"
     first = report.seeds[0]
     models = {
         stage: TrainingState.load(checkpoint_path(checkpoints, first.seed, stage), settings, first.seed).model
@@ -309,10 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_figure(report, data.test, models, figure)
     print(f"pictures {figure}\nnumbers  {results}")
     if stop.is_set():
-        compare = "" if options.compare is None else f" --compare {options.compare}"
-        print(f"stopped; --resume{compare} --out {options.out} goes on from here")
+        print(f"stopped; --resume{again} goes on from here")
         return 130
     return 0
+
+
+def stages_of(compare: str | None) -> tuple[str, ...]:
+    """Name the stages of a seed."""
+    return STAGES if compare is None else (*STAGES, compare)
 
 
 def look_into(out: Path, *, resume: bool, num_checkpoints: int) -> None:

@@ -6,18 +6,16 @@ import math
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median, stdev
-from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from examples import moving_objects, report, train_moving_objects
+from examples import moving_objects, report, train_moving_objects, training
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.data import make_data
 from examples.dense_alignment import DenseAlignment, DenseSettings
@@ -34,10 +32,8 @@ QUICK = ["--quick", "--steps", "10", "--slots", "4", "--threads", "1"]
 
 
 def train(state: TrainingState, features: Tensor, until: int, folder: Path, criterion: SSyncLoss | None = None) -> None:
-    where = folder / "state.pt"
-    train_moving_objects.train(
-        state, features, criterion=criterion, until=until, checkpoint=where, stop=Event(), title="test"
-    )
+    terms = training.terms_of(state, criterion)
+    training.train(state, features, terms, until, title="test", save=lambda: state.save(folder / "state.pt"))
 
 
 EXAMPLES = Path(moving_objects.__file__).parent
@@ -372,16 +368,15 @@ def stopped(
     step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
     """Press Ctrl-C during the n-th training step, and return the output."""
-    compute: Callable[..., train_moving_objects.Losses] = train_moving_objects.compute_losses
     calls = count(1)
 
-    def pressed(*args: object, **kwargs: object) -> train_moving_objects.Losses:
+    def pressed(output: SlotOutput, features: Tensor) -> Tensor:
         if next(calls) == step:
             signal.raise_signal(signal.SIGINT)
-        return compute(*args, **kwargs)
+        return reconstruction_loss(output, features)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_moving_objects, "compute_losses", pressed)
+        patch.setattr(training, "reconstruction_loss", pressed)
         assert train_moving_objects.main(arguments) == 130
     assert not json.loads((Path(arguments[-1]) / "results.json").read_text())["complete"]
     return capsys.readouterr().out
@@ -445,7 +440,7 @@ class TestTheCommand:
         # a process started in the background may ignore the signal
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with train_moving_objects.stop_on_ctrl_c() as stop:
+            with training.stop_on_ctrl_c() as stop:
                 signal.raise_signal(signal.SIGINT)
                 assert stop.is_set()
                 with pytest.raises(KeyboardInterrupt):

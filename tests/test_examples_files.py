@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
@@ -29,6 +28,7 @@ from examples.neighbors import slot_curriculum, study
 from examples.neighbors.study import StudyReport
 from examples.report import Report
 from examples.slot_model import SlotModel
+from examples.training import terms_of, train
 from torch import Tensor, nn
 
 from benchmark_results import Machine, fresh, options
@@ -363,8 +363,7 @@ class TestCheckpoints:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         state, path = TrainingState.fresh(SETTINGS, 0), tmp_path / "seed0_ssync.pt"
-        given: dict[str, Any] = {"criterion": None, "until": 1, "checkpoint": path, "stop": Event(), "title": ""}
-        train_moving_objects.train(state, torch.randn(8, 2, 24, 4, 4), **given)
+        train(state, torch.randn(8, 2, 24, 4, 4), terms_of(state, None), 1, title="", save=lambda: state.save(path))
         return path
 
     @pytest.mark.parametrize("kind", [*NO_CHECKPOINT, *CHANGES])

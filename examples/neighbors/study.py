@@ -7,7 +7,6 @@ SSync from 30 % of the training on. Runs with and without SSync share the steps 
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,14 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from examples.arguments import add_training_options, explained
-from examples.checkpoint import Settings, batch_of_step, make_optimizer
+from examples.checkpoint import Settings, make_optimizer
 from examples.files import check_fields, must_be_ours, must_be_writable, read_json, write_text
 from examples.machine import check_origin, machine_line, this_machine
 from examples.markdown import markdown, mean_sd
-from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
+from examples.slot_model import SlotModel, SlotOutput
+from examples.training import train
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from ssync_loss import SSyncLoss
 
@@ -106,6 +105,7 @@ class Training:
     rng: Tensor
     step: int = 0
     times: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     def start(cls, make: Callable[[SlotModel, Settings], Method], settings: Settings, seed: int) -> "Training":
@@ -118,26 +118,28 @@ class Training:
 
     def train(self, features: Tensor, *, until: int, criterion: SSyncLoss | None, title: str) -> None:
         """Train up to a step."""
-        settings, model, method = self.settings, self.model, self.method
-        parameters = [*model.parameters(), *method.parameters()]
-        torch.set_rng_state(self.rng)
-        for step in tqdm(range(self.step, until), title, initial=self.step, total=until, dynamic_ncols=True):
-            started = time.perf_counter()
-            chosen = batch_of_step(step, num_clips=len(features), batch_size=settings.batch_size, seed=self.seed)
-            batch = features[chosen]
-            output = method.forward(batch)
-            loss = reconstruction_loss(output, batch) + settings.contrast_weight * slot_contrast_loss(output.slots)
-            loss = loss + method.loss(output, batch, step)
+
+        def terms(output: SlotOutput, batch: Tensor, step: int) -> dict[str, Tensor]:
+            added = {"method": self.method.loss(output, batch, step)}
             if criterion is not None:
-                loss = loss + criterion(output.enc_logits, output.dec_logits, step=step)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            self.optimizer.step()
-            self.scheduler.step()
-            method.after_step(self.optimizer, step)
-            self.times.append(time.perf_counter() - started)
-        self.step, self.rng = until, torch.get_rng_state()
+                added["ssync"] = criterion(output.enc_logits, output.dec_logits, step=step)
+            return added
+
+        torch.set_rng_state(self.rng)
+        train(self, features, terms, until, title=title)
+        self.rng = torch.get_rng_state()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what is trained: the model, and what the method has beside it."""
+        return [*self.model.parameters(), *self.method.parameters()]
+
+    def forward(self, features: Tensor) -> SlotOutput:
+        """Run the model as the method does."""
+        return self.method.forward(features)
+
+    def after_step(self) -> None:
+        """Do what the method does after the optimizer's step."""
+        self.method.after_step(self.optimizer, self.step)
 
 
 def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
