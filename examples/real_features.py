@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
 
-from examples.arguments import Bounded, add_training_options, at_least, explained
+from examples.arguments import Bounded, add_training_options, at_least, explained, num_cpus
 from examples.checkpoint import Settings
 from examples.data import Data
 from examples.evaluation import Asked
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     num_scored=num_scored,
                     cache=options.cache,
                     hand_made=options.features == "random",
-                    threads=options.threads,
+                    threads=num_cpus(),
                 )
         except KeyboardInterrupt:
             print(f"\nstopped; what was computed is kept in {options.cache}, and the same command goes on from here")

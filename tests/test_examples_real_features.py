@@ -79,6 +79,14 @@ class TestPhotographs:
         with pytest.raises(ValueError, match="`fold` must be 0, 1 or 2; got 3"):
             split(pictures, 3)
 
+    def test_all_photographs_are_those_that_the_clips_are_made_from(self) -> None:
+        try:
+            pictures = load_photographs()
+        except ImportError as error:
+            pytest.skip(str(error))
+        assert len(pictures) == len({one.digest for one in pictures}) == 42
+        assert all(one.picture.shape[0] == 3 and min(one.picture.shape[1:]) >= 300 for one in pictures)
+
     def test_another_file_and_a_missing_package_are_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         package = tmp_path / "some_pictures_for_a_test"
         (package / "data").mkdir(parents=True)
