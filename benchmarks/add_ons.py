@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,24 +67,18 @@ from ssync_loss.methods.srl.reference import (
 )
 
 MILESTONE = 9
-WIDTH = 256
+CHANNELS, WIDTH = 64, 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that is measured beside SSync.
+    """Something that is measured beside SSync; the first word of the name is the public one that it is about.
 
     Attributes:
-        name: what it is called in files and tables; the first word is the public name that it is about.
-        make: its step on some inputs.
         axis: along which it grows: patches of a frame, slots, prototypes or the weights of a model.
-        time: exponent of the axis with which its time should grow, and no more.
-        memory: the same of its memory.
-        settings: of ``make``.
-        gate: other settings where it is compared with the definition, as that is small.
-        shape: other sizes there.
+        time, memory: exponents of the axis with which they should grow, and no more.
+        gate, shape: other settings and sizes where it is compared with the definition, as that is small.
         value: those of equal value compute the same loss.
-        cpu_only: whether it cannot be had on a GPU.
     """
 
     name: str
@@ -123,17 +118,15 @@ def entry(name: str, **more: Any) -> Callable[[Callable[..., Step]], Callable[..
 def _dense(inputs: Inputs, *, group_frames: int | None = None, chunk_size: int | None = None) -> Step:
     """Both terms; without windows, the clip is one."""
     decoder, encoder, anchors, enc_labels, dec_labels = inputs.features
-    settings: dict[str, Any] = {"group_frames": group_frames}
+    functions = dense_decoder_alignment_loss, dense_encoder_alignment_loss
+    references = reference_dense_decoder_alignment_loss, reference_dense_encoder_alignment_loss
 
-    def forward() -> Tensor:
-        first = dense_decoder_alignment_loss(decoder, anchors, enc_labels, chunk_size=chunk_size, **settings)
-        return first + dense_encoder_alignment_loss(encoder, anchors, dec_labels, chunk_size=chunk_size, **settings)
+    def both(functions: Any, **settings: Any) -> Tensor:
+        first: Tensor = functions[0](decoder, anchors, enc_labels, group_frames=group_frames, **settings)
+        second: Tensor = functions[1](encoder, anchors, dec_labels, group_frames=group_frames, **settings)
+        return first + second
 
-    def expected() -> Tensor:
-        first = reference_dense_decoder_alignment_loss(decoder, anchors, enc_labels, **settings)
-        return first + reference_dense_encoder_alignment_loss(encoder, anchors, dec_labels, **settings)
-
-    return Step(forward, expected, [decoder, encoder])
+    return Step(partial(both, functions, chunk_size=chunk_size), partial(both, references), [decoder, encoder])
 
 
 DENSE = list(BY_NAME)
@@ -149,14 +142,12 @@ DENSE = list(BY_NAME)
 @entry("StructureAwareLoss, own filters", shape={"T": 3, "D": 2}, value="structure")
 def _structure(inputs: Inputs, *, filters: Any = "torch") -> Step:
     pred, target = inputs.features.decoder, inputs.features.anchors
-    loss = StructureAwareLoss(filters=filters)
-    return Step(lambda: loss(pred, target), lambda: reference_structure_aware_loss(pred, target), [pred])
+    return Step.of(StructureAwareLoss(filters=filters), reference_structure_aware_loss, pred, target)
 
 
 @entry("slot_error")
 def _slot_error(inputs: Inputs) -> Step:
-    given = _reconstruction(inputs, inputs.size["S"])
-    return Step(lambda: slot_error(*given), lambda: reference_slot_error(*given))
+    return Step.of(slot_error, reference_slot_error, *_reconstruction(inputs, inputs.size["S"]))
 
 
 @entry("SlotCurriculum, elsewhere", time=0, memory=0, settings={"step": 0})
@@ -232,8 +223,7 @@ def _walked(step: Callable[..., dict[str, Tensor]], state: Tensor, frames: Any) 
 def _sinkhorn(inputs: Inputs) -> Step:
     here, there = F.normalize(inputs.features.anchors[:, :2].flatten(3), dim=2).unbind(1)
     mu, nu = (one.abs().sum(1) for one in (here, there))
-    cost = 1 - here.mT @ there
-    return Step(lambda: sinkhorn(cost, mu, nu), lambda: reference_sinkhorn(cost, mu, nu))
+    return Step.of(sinkhorn, reference_sinkhorn, 1 - here.mT @ there, mu, nu)
 
 
 @entry("SemanticConsistencyLoss, pooled to 144", settings={"most_patches": 144}, gate={"most_patches": 6})
@@ -254,26 +244,23 @@ def _semantic(inputs: Inputs, *, pool: int = 1, most_patches: int | None = None,
     while most_patches is not None and patches > most_patches * pool**2:
         pool *= 2
     loss = SemanticConsistencyLoss(pool=pool, chunk_size=chunk_size)
-    given = logits, teacher, inputs.features.anchors
-    return Step(lambda: loss(*given), lambda: reference_semantic_consistency_loss(*given, pool=pool), [logits])
+    reference = partial(reference_semantic_consistency_loss, pool=pool)
+    return Step.of(loss, reference, logits, teacher, inputs.features.anchors)
 
 
 @entry("MaskDiversityLoss")
 def _diversity(inputs: Inputs) -> Step:
-    logits, loss = inputs.maps[0], MaskDiversityLoss()
-    return Step(lambda: loss(logits), lambda: reference_mask_diversity_loss(logits), [logits])
+    return Step.of(MaskDiversityLoss(), reference_mask_diversity_loss, inputs.maps[0])
 
 
 @entry("valid_instances")
 def _valid_instances(inputs: Inputs, *, num_instances: int = 4) -> Step:
     slots = inputs.normal("B", "T", "S", "D")
     near = inputs.normal("B", "T", "S", num_instances, "D", seed=1) + slots.unsqueeze(3)
-    given = inputs.maps[1].detach(), slots, near
     # that some of the semantics have
     area = 1 / inputs.size["S"]
-    return Step(
-        lambda: valid_instances(*given, area_thr=area), lambda: reference_valid_instances(*given, area_thr=area)
-    )
+    call, reference = (partial(one, area_thr=area) for one in (valid_instances, reference_valid_instances))
+    return Step.of(call, reference, inputs.maps[1].detach(), slots, near)
 
 
 # the definition compares all orders
@@ -289,8 +276,8 @@ def _instances(inputs: Inputs, *, num_instances: int) -> Step:
     axes = "B", "T", "S", num_instances
     ours, theirs = (F.normalize(inputs.normal(*axes, "D", seed=seed), dim=4) for seed in (0, 1))
     valid, teacher_valid = (inputs.normal(*axes, seed=seed) > -1 for seed in (2, 3))
-    loss, given = InstanceConsistencyLoss(), (ours.requires_grad_(), theirs, valid, teacher_valid)
-    return Step(lambda: loss(*given), lambda: reference_instance_consistency_loss(*given), [ours])
+    given = ours.requires_grad_(), theirs, valid, teacher_valid
+    return Step.of(InstanceConsistencyLoss(), reference_instance_consistency_loss, *given)
 
 
 # of several iterations, the last alone gets a gradient
@@ -373,8 +360,7 @@ def _teacher(inputs: Inputs, *, width: int = WIDTH) -> Step:
 def _affinity(inputs: Inputs, *, chunk_size: int | None = None) -> Step:
     s, t = inputs.features.encoder, inputs.features.anchors
     loss = AffinityConsistencyLoss(chunk_size=chunk_size)
-    lists = [one.flatten(3).mT for one in (s, t)]
-    return Step(lambda: loss(s, t), lambda: reference_affinity_consistency_loss(*lists), [s])
+    return Step.of(loss, lambda *maps: reference_affinity_consistency_loss(*(one.flatten(3).mT for one in maps)), s, t)
 
 
 def _centered(inputs: Inputs, num_prototypes: int) -> CenteredCrossEntropy:
@@ -408,16 +394,18 @@ def _masked_tokens(inputs: Inputs, *, num_prototypes: int = 256) -> Step:
     s, t = inputs.leaf(*axes), inputs.normal(*axes, seed=1)
     mask = (inputs.normal(patches, seed=2) > 0.5).expand(s.shape[:3])
     loss = MaskedTokenLoss(_centered(inputs, num_prototypes))
-    center = loss.ce_patch.center
-    return Step(lambda: loss(s, t, mask), lambda: reference_masked_token_loss(s, t, mask, center)[0], [s])
+    return Step.of(
+        loss, lambda s, t, mask: reference_masked_token_loss(s, t, mask, loss.ce_patch.center)[0], s, t, mask
+    )
 
 
 @entry("OutGenerativeLoss", axis="Kp")
 def _out_generative(inputs: Inputs, *, num_local: int = 8) -> Step:
     loss = OutGenerativeLoss(_centered(inputs, inputs.size["Kp"]))
-    s_glob, s_loc = inputs.leaf("B", "T", 1, "Kp"), inputs.leaf("B", "T", num_local, "Kp", seed=1)
-    given = s_glob, s_loc, inputs.normal("B", "T", 1, "Kp", seed=2)
-    return Step(lambda: loss(*given), lambda: reference_out_generative_loss(*given, loss.ce.center)[0], [s_glob, s_loc])
+    given = inputs.leaf("B", "T", 1, "Kp"), inputs.leaf("B", "T", num_local, "Kp", seed=1)
+    teacher = inputs.normal("B", "T", 1, "Kp", seed=2)
+    reference: Any = reference_out_generative_loss
+    return Step.of(loss, lambda *given: reference(*given, loss.ce.center)[0], *given, teacher)
 
 
 @entry("PrototypeHead", axis="Kp", gate={"hidden": 8, "bottleneck": 4})
@@ -467,14 +455,13 @@ def _propagation(inputs: Inputs, *, chunk_size: int | None = None) -> Step:
 @entry("SlotRedundancyLoss")
 def _redundancy(inputs: Inputs) -> Step:
     attention = inputs.maps[0].detach().flatten(3).softmax(3).requires_grad_()
-    slots, loss = inputs.normal("B", "T", "S", "D"), SlotRedundancyLoss()
-    return Step(lambda: loss(attention, slots), lambda: reference_slot_redundancy_loss(attention, slots), [attention])
+    slots = inputs.normal("B", "T", "S", "D")
+    return Step.of(SlotRedundancyLoss(), reference_slot_redundancy_loss, attention, slots)
 
 
 @entry("TemporalSlotContrastLoss", axis="S", time=2, memory=2)
 def _contrast(inputs: Inputs) -> Step:
-    slots, loss = inputs.leaf("B", "T", "S", "D"), TemporalSlotContrastLoss()
-    return Step(lambda: loss(slots), lambda: reference_temporal_slot_contrast_loss(slots), [slots])
+    return Step.of(TemporalSlotContrastLoss(), reference_temporal_slot_contrast_loss, inputs.leaf("B", "T", "S", "D"))
 
 
 ADD_ONS = [one for name, one in BY_NAME.items() if name not in DENSE]

@@ -127,7 +127,7 @@ class Run:
     def _stopped(self, key: Key) -> Stop | None:
         """Say why a contender was stopped at the gate, in any dtype, or at the same place, measured otherwise."""
         base = base_of(key.contender)
-        for row in self.results.select(suite="gate", contender=base):
+        for row in self.results.select("gate", contender=base):
             if row.status != "measured" and key.suite != "gate":
                 return row.status, row.note
         usual = self.results.rows.get(key._replace(contender=base))
