@@ -38,11 +38,7 @@ def plan(contenders: Sequence[tuple[str, str]]) -> list[Job]:
 
 
 def check(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Compare contenders with their definitions.
-
-    Raises:
-        AssertionError: at the first disagreement.
-    """
+    """Compare contenders with their definitions; an AssertionError is the first disagreement."""
     for key in keys:
         if key.contender in BY_NAME:
             check_entry(BY_NAME[key.contender], device=options.device)
@@ -60,11 +56,7 @@ def check(keys: Sequence[Key], options: Options) -> list[Values]:
 
 
 def check_labels(labels: Callable[..., PseudoLabels], inputs: Inputs) -> None:
-    """Compare the labels of a case on which rounding decides nothing.
-
-    Raises:
-        AssertionError: if they are others.
-    """
+    """Compare the labels of a case on which rounding decides nothing."""
     exact = [one.detach().cpu().float() for one in inputs.maps]
     if not decidable_clips(exact[0], merge_threshold=MERGE_THRESHOLD).all():
         raise AssertionError(f"the gate's own case {inputs.size} leaves room for rounding")
@@ -74,11 +66,7 @@ def check_labels(labels: Callable[..., PseudoLabels], inputs: Inputs) -> None:
 
 
 def check_entry(entry: Entry, *, device: str = "cpu") -> None:
-    """Compare a method with its definition.
-
-    Raises:
-        AssertionError: at the first disagreement.
-    """
+    """Compare a method with its definition."""
     settings, shape = {**entry.settings, **entry.gate}, SHAPE | dict(entry.shape)
     # drawn on the CPU, where definitions are at home
     definition = entry.make(Inputs(shape), **settings)
@@ -86,11 +74,7 @@ def check_entry(entry: Entry, *, device: str = "cpu") -> None:
 
 
 def check_step(step: Step, definition: Step, tolerance: float = TOLERANCE["float32"]) -> None:
-    """Compare what a step returns, or changes, and its gradients with what they should be.
-
-    Raises:
-        AssertionError: at the first disagreement.
-    """
+    """Compare what a step returns, or changes, and its gradients with what they should be."""
     expected = _as_tuple(definition.expected())
     step.prepare()
     actual = _as_tuple(step.seen(step.forward()))

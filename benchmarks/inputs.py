@@ -95,24 +95,19 @@ class Inputs:
 
 @dataclass
 class Step:
-    """A step of whatever is measured, and what it should give.
-
-    Attributes:
-        forward: the call that is measured.
-        expected: what its outputs are by definition; called before it.
-        leaves: what gets a gradient; without any, there is no backward.
-        incoming: the gradients that come in; 1 for a loss.
-        before: what has to be done before each call, and is not measured.
-        seen: what of the outputs the definition is about.
-        num_bytes: that have to be moved: inputs read and outputs written.
-    """
+    """A step of whatever is measured, and what its outputs are by definition, which is asked first."""
 
     forward: Callable[[], Any]
     expected: Callable[[], Outputs]
+    # what gets a gradient; without any, there is no backward
     leaves: list[Tensor] = field(default_factory=list)
+    # the gradients that come in; 1 for a loss
     incoming: tuple[Tensor, ...] = ()
+    # what has to be done before each call, and is not measured
     before: Callable[[], object] | None = None
+    # what of the outputs the definition is about
     seen: Callable[[Any], Outputs] = lambda outputs: outputs
+    # that have to be moved: inputs read and outputs written
     num_bytes: int = 0
 
     @classmethod

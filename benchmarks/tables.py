@@ -154,21 +154,17 @@ def weak_spots(results: Results) -> list[str]:
     first = here(results)[0]
     for row in results.select(growth.LINEAR):
         if "ratio" in row.values and row.number("ratio") < 1 and row.key.contender != first:
-            found.append(
-                f"{row.key.contender} takes {row.number('ratio'):.2f}x the time of {first} at "
-                f"{growth.size_of(row.key):,} patches in {row.key.case.replace('*', '·')}."
-            )
+            found.append(f"{row.key.contender} is faster than {first} at {growth.size_of(row.key):,} patches.")
     usual = [slope_of(results, sweep, first + USUAL_MALLOC, "step") for sweep in SWEEPS]
     steep = [f"{one.exponent:.2f}" for one in usual if one is not None and one.exponent > MAX_TIME_SLOPE]
     if steep:
         found.append(f"With malloc as it comes, page faults bend slopes of {first}: {', '.join(steep)}.")
     for one in ADD_ONS:
-        limits = (("time", "step", one.time + MAX_TIME_SLOPE), ("memory", "allocated", one.memory + MAX_MEMORY_SLOPE))
-        for measure, value, limit in limits:
+        # as far above its exponent as SSync may be above 1
+        for value, limit in (("step", one.time + MAX_TIME_SLOPE - 1), ("allocated", one.memory + MAX_MEMORY_SLOPE - 1)):
             slope = growth_of(results, one.axis, one.name, value)
-            # as far above its exponent as SSync may be above 1
-            if slope is not None and slope.enough and slope.exponent > limit - 1:
-                found.append(f"{one.name}: the slope of {measure} is {slope.exponent:.2f}.")
+            if slope is not None and slope.enough and slope.exponent > limit:
+                found.append(f"{one.name}: the slope of `{value}` is {slope.exponent:.2f}.")
     stopped = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
     reasons = [f"{row.key.contender} is {row.status}: {re.sub('^as at .*?: ', '', row.note)}" for row in stopped]
     found += dict.fromkeys(reasons)

@@ -3,7 +3,6 @@
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from examples.checkpoint import Settings
@@ -27,12 +26,8 @@ EXAMPLE_FEATURES = 24
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-class Parts(NamedTuple):
-    """A model's step, taken apart: a forward gives both maps, and the model's own loss."""
-
-    model: nn.Module
-    maps_and_loss: Callable[[], tuple[Tensor, Tensor, Tensor]]
-    learning_rate: float
+# a model, and a forward that gives both maps and the model's own loss
+Parts = tuple[nn.Module, Callable[[], tuple[Tensor, Tensor, Tensor]]]
 
 
 def plan(options: Options) -> list[Job]:
@@ -60,7 +55,7 @@ def share(keys: Sequence[Key], options: Options) -> list[Values]:
     batch = affordable(key, options)
     parts = _parts(key.case, key.sizes | {"B": batch}, device)
     with _precision(device):
-        enc, dec, _ = parts.maps_and_loss()
+        enc, dec, _ = parts[1]()
     # detached, they keep their strides
     maps = [one.detach().requires_grad_() for one in (enc, dec)]
     one = torch.ones((), device=device)
@@ -115,24 +110,25 @@ def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
         loss = reconstruction_loss(output, features) + SETTINGS.contrast_weight * slot_contrast_loss(output.slots)
         return output.enc_logits, output.dec_logits, loss
 
-    return Parts(model, forward, SETTINGS.learning_rate)
+    return model, forward
 
 
 def step_of(parts: Parts, criterion: Criterion | None, device: str) -> Callable[[], None]:
     """Return a whole training step: forward, backward, clipping, Adam."""
-    optimizer = torch.optim.Adam(parts.model.parameters(), parts.learning_rate)
+    model, forward = parts
+    optimizer = torch.optim.Adam(model.parameters(), SETTINGS.learning_rate)
     # half precision on a GPU, as published
     scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
 
     def step() -> None:
         with _precision(device):
-            enc, dec, loss = parts.maps_and_loss()
+            enc, dec, loss = forward()
             if criterion is not None:
                 loss = loss + criterion(enc, dec)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parts.model.parameters(), 0.05)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         scaler.step(optimizer)
         scaler.update()
 
