@@ -3,87 +3,34 @@
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ssync_loss
 from benchmarks.inputs import Inputs, Step
-from ssync_loss import (
-    AffinityConsistencyLoss,
-    CenteredCrossEntropy,
-    InstanceConsistencyLoss,
-    MaskDiversityLoss,
-    MaskedTokenLoss,
-    OutGenerativeLoss,
-    PrototypeHead,
-    SemanticConsistencyLoss,
-    SlotRedundancyLoss,
-    StructureAwareLoss,
-    TemporalSlotContrastLoss,
-)
-from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention
-from ssync_loss.curriculum import SlotCurriculum
-from ssync_loss.ema import EmaTeacher
-from ssync_loss.functional import (
-    clip_mask,
-    cyclic_scan,
-    dense_decoder_alignment_loss,
-    dense_encoder_alignment_loss,
-    propagate_labels,
-    sinkhorn,
-    slot_error,
-    valid_instances,
-)
-from ssync_loss.methods.ino.reference import (
-    reference_affinity_consistency_loss,
-    reference_centered_cross_entropy,
-    reference_masked_token_loss,
-    reference_out_generative_loss,
-    reference_propagate_masks,
-)
-from ssync_loss.methods.slotcurri.reference import (
-    reference_allot_children,
-    reference_place_children,
-    reference_slot_error,
-    reference_structure_aware_loss,
-)
-from ssync_loss.methods.smtc.reference import (
-    reference_correlation_fusion,
-    reference_instance_consistency_loss,
-    reference_mask_diversity_loss,
-    reference_semantic_consistency_loss,
-    reference_sinkhorn,
-    reference_slot_attention,
-    reference_valid_instances,
-)
-from ssync_loss.methods.srl.reference import (
-    reference_dense_decoder_alignment_loss,
-    reference_dense_encoder_alignment_loss,
-    reference_slot_redundancy_loss,
-    reference_temporal_slot_contrast_loss,
-)
+from ssync_loss import attention, curriculum, ema, functional
+from ssync_loss.methods.ino import reference as ino
+from ssync_loss.methods.slotcurri import reference as slotcurri
+from ssync_loss.methods.smtc import reference as smtc
+from ssync_loss.methods.srl import reference as srl
 
 MILESTONE = 9
-WIDTH = 256
+CHANNELS, WIDTH = 64, 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that is measured beside SSync.
+    """Something that is measured beside SSync; the first word of the name is the public one that it is about.
 
     Attributes:
-        name: what it is called in files and tables; the first word is the public name that it is about.
-        make: its step on some inputs.
         axis: along which it grows: patches of a frame, slots, prototypes or the weights of a model.
-        time: exponent of the axis with which its time should grow, and no more.
-        memory: the same of its memory.
-        settings: of ``make``.
-        gate: other settings where it is compared with the definition, as that is small.
-        shape: other sizes there.
+        time, memory: exponents of the axis with which they should grow, and no more.
+        gate, shape: other settings and sizes where it is compared with the definition, as that is small.
         value: those of equal value compute the same loss.
-        cpu_only: whether it cannot be had on a GPU.
     """
 
     name: str
@@ -123,17 +70,15 @@ def entry(name: str, **more: Any) -> Callable[[Callable[..., Step]], Callable[..
 def _dense(inputs: Inputs, *, group_frames: int | None = None, chunk_size: int | None = None) -> Step:
     """Both terms; without windows, the clip is one."""
     decoder, encoder, anchors, enc_labels, dec_labels = inputs.features
-    settings: dict[str, Any] = {"group_frames": group_frames}
+    functions = functional.dense_decoder_alignment_loss, functional.dense_encoder_alignment_loss
+    references = srl.reference_dense_decoder_alignment_loss, srl.reference_dense_encoder_alignment_loss
 
-    def forward() -> Tensor:
-        first = dense_decoder_alignment_loss(decoder, anchors, enc_labels, chunk_size=chunk_size, **settings)
-        return first + dense_encoder_alignment_loss(encoder, anchors, dec_labels, chunk_size=chunk_size, **settings)
+    def both(functions: Any, **settings: Any) -> Tensor:
+        first: Tensor = functions[0](decoder, anchors, enc_labels, group_frames=group_frames, **settings)
+        second: Tensor = functions[1](encoder, anchors, dec_labels, group_frames=group_frames, **settings)
+        return first + second
 
-    def expected() -> Tensor:
-        first = reference_dense_decoder_alignment_loss(decoder, anchors, enc_labels, **settings)
-        return first + reference_dense_encoder_alignment_loss(encoder, anchors, dec_labels, **settings)
-
-    return Step(forward, expected, [decoder, encoder])
+    return Step(partial(both, functions, chunk_size=chunk_size), partial(both, references), [decoder, encoder])
 
 
 DENSE = list(BY_NAME)
@@ -149,14 +94,14 @@ DENSE = list(BY_NAME)
 @entry("StructureAwareLoss, own filters", shape={"T": 3, "D": 2}, value="structure")
 def _structure(inputs: Inputs, *, filters: Any = "torch") -> Step:
     pred, target = inputs.features.decoder, inputs.features.anchors
-    loss = StructureAwareLoss(filters=filters)
-    return Step(lambda: loss(pred, target), lambda: reference_structure_aware_loss(pred, target), [pred])
+    return Step.of(
+        ssync_loss.StructureAwareLoss(filters=filters), slotcurri.reference_structure_aware_loss, pred, target
+    )
 
 
 @entry("slot_error")
 def _slot_error(inputs: Inputs) -> Step:
-    given = _reconstruction(inputs, inputs.size["S"])
-    return Step(lambda: slot_error(*given), lambda: reference_slot_error(*given))
+    return Step.of(functional.slot_error, slotcurri.reference_slot_error, *_reconstruction(inputs, inputs.size["S"]))
 
 
 @entry("SlotCurriculum, elsewhere", time=0, memory=0, settings={"step": 0})
@@ -165,28 +110,28 @@ def _curriculum(inputs: Inputs, *, step: int) -> Step:
     """Both calls of a training step: at a milestone, where half of the slots are added, or at another one."""
     few, many = (inputs.size["S"] + 1) // 2, inputs.size["S"]
     given = _reconstruction(inputs, few)
-    curriculum = SlotCurriculum([few, many], [MILESTONE]).to(inputs.device)
-    start = deepcopy(curriculum.state_dict())
+    schedule = curriculum.SlotCurriculum([few, many], [MILESTONE]).to(inputs.device)
+    start = deepcopy(schedule.state_dict())
     placeholders = nn.Parameter(inputs.normal("S", "D"))
     # as it is where ranks are to draw the same
     generator = torch.Generator()
 
     def before() -> None:
-        curriculum.load_state_dict(start)
+        schedule.load_state_dict(start)
         generator.manual_seed(0)
 
     def forward() -> None:
-        curriculum.observe(*given, step)
-        curriculum.maybe_expand(placeholders, step, generator=generator)
+        schedule.observe(*given, step)
+        schedule.maybe_expand(placeholders, step, generator=generator)
 
     def expected() -> Tensor:
         if step != MILESTONE:
             return placeholders.detach().clone()
         before()
         directions = torch.randn(many - few, inputs.size["D"], generator=generator)
-        counts = reference_allot_children(reference_slot_error(*given).tolist(), many - few)
+        counts = slotcurri.reference_allot_children(slotcurri.reference_slot_error(*given).tolist(), many - few)
         rows = placeholders.detach()[:few]
-        return torch.cat([rows, reference_place_children(rows, counts, F.normalize(directions, dim=1))])
+        return torch.cat([rows, slotcurri.reference_place_children(rows, counts, F.normalize(directions, dim=1))])
 
     return Step(forward, expected, before=before, seen=lambda _: placeholders.detach())
 
@@ -203,8 +148,8 @@ def _scan(inputs: Inputs, *, cyclic: bool) -> Step:
     frames, start = inputs.features.anchors.flatten(3), inputs.normal("B", "S", "D")
 
     def step(state: Tensor, frame: Tensor, _: int | None) -> dict[str, Tensor]:
-        attention = (state @ frame).softmax(1)
-        after = state + attention @ frame.mT / frame.shape[2]
+        weights = (state @ frame).softmax(1)
+        after = state + weights @ frame.mT / frame.shape[2]
         return {"state": after, "state_predicted": after}
 
     def once() -> Tensor:
@@ -217,7 +162,7 @@ def _scan(inputs: Inputs, *, cyclic: bool) -> Step:
         back = _walked(step, forth[-1], frames.double().unbind(1)[-2::-1])
         return torch.stack([*back[::-1], forth[-1]], 1).float()
 
-    return Step((lambda: cyclic_scan(step, start, frames)["state"]) if cyclic else once, expected)
+    return Step((lambda: functional.cyclic_scan(step, start, frames)["state"]) if cyclic else once, expected)
 
 
 def _walked(step: Callable[..., dict[str, Tensor]], state: Tensor, frames: Any) -> list[Tensor]:
@@ -232,8 +177,7 @@ def _walked(step: Callable[..., dict[str, Tensor]], state: Tensor, frames: Any) 
 def _sinkhorn(inputs: Inputs) -> Step:
     here, there = F.normalize(inputs.features.anchors[:, :2].flatten(3), dim=2).unbind(1)
     mu, nu = (one.abs().sum(1) for one in (here, there))
-    cost = 1 - here.mT @ there
-    return Step(lambda: sinkhorn(cost, mu, nu), lambda: reference_sinkhorn(cost, mu, nu))
+    return Step.of(functional.sinkhorn, smtc.reference_sinkhorn, 1 - here.mT @ there, mu, nu)
 
 
 @entry("SemanticConsistencyLoss, pooled to 144", settings={"most_patches": 144}, gate={"most_patches": 6})
@@ -253,27 +197,26 @@ def _semantic(inputs: Inputs, *, pool: int = 1, most_patches: int | None = None,
     patches = inputs.size["H"] * inputs.size["W"]
     while most_patches is not None and patches > most_patches * pool**2:
         pool *= 2
-    loss = SemanticConsistencyLoss(pool=pool, chunk_size=chunk_size)
-    given = logits, teacher, inputs.features.anchors
-    return Step(lambda: loss(*given), lambda: reference_semantic_consistency_loss(*given, pool=pool), [logits])
+    loss = ssync_loss.SemanticConsistencyLoss(pool=pool, chunk_size=chunk_size)
+    reference = partial(smtc.reference_semantic_consistency_loss, pool=pool)
+    return Step.of(loss, reference, logits, teacher, inputs.features.anchors)
 
 
 @entry("MaskDiversityLoss")
 def _diversity(inputs: Inputs) -> Step:
-    logits, loss = inputs.maps[0], MaskDiversityLoss()
-    return Step(lambda: loss(logits), lambda: reference_mask_diversity_loss(logits), [logits])
+    return Step.of(ssync_loss.MaskDiversityLoss(), smtc.reference_mask_diversity_loss, inputs.maps[0])
 
 
 @entry("valid_instances")
 def _valid_instances(inputs: Inputs, *, num_instances: int = 4) -> Step:
     slots = inputs.normal("B", "T", "S", "D")
     near = inputs.normal("B", "T", "S", num_instances, "D", seed=1) + slots.unsqueeze(3)
-    given = inputs.maps[1].detach(), slots, near
     # that some of the semantics have
     area = 1 / inputs.size["S"]
-    return Step(
-        lambda: valid_instances(*given, area_thr=area), lambda: reference_valid_instances(*given, area_thr=area)
+    call, reference = (
+        partial(one, area_thr=area) for one in (functional.valid_instances, smtc.reference_valid_instances)
     )
+    return Step.of(call, reference, inputs.maps[1].detach(), slots, near)
 
 
 # the definition compares all orders
@@ -289,8 +232,8 @@ def _instances(inputs: Inputs, *, num_instances: int) -> Step:
     axes = "B", "T", "S", num_instances
     ours, theirs = (F.normalize(inputs.normal(*axes, "D", seed=seed), dim=4) for seed in (0, 1))
     valid, teacher_valid = (inputs.normal(*axes, seed=seed) > -1 for seed in (2, 3))
-    loss, given = InstanceConsistencyLoss(), (ours.requires_grad_(), theirs, valid, teacher_valid)
-    return Step(lambda: loss(*given), lambda: reference_instance_consistency_loss(*given), [ours])
+    given = ours.requires_grad_(), theirs, valid, teacher_valid
+    return Step.of(ssync_loss.InstanceConsistencyLoss(), smtc.reference_instance_consistency_loss, *given)
 
 
 # of several iterations, the last alone gets a gradient
@@ -298,7 +241,7 @@ def _instances(inputs: Inputs, *, num_instances: int) -> Step:
 def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -> Step:
     features = inputs.features.encoder
     torch.manual_seed(0)
-    attention = SemanticAwareSlotAttention(
+    slot_attention = attention.SemanticAwareSlotAttention(
         inputs.size["D"], num_slots=inputs.size["S"], num_instances=num_instances, iters=iters
     ).to(inputs.device)
     noise = inputs.normal("B", "T", "S", num_instances, "D")
@@ -306,14 +249,14 @@ def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -
     incoming = tuple(inputs.normal("B", "T", "S", *axes, seed=seed) for seed, axes in enumerate(shapes))
 
     def expected() -> tuple[Tensor, ...]:
-        weights: dict[str, Tensor] = dict(attention.named_parameters())
+        weights: dict[str, Tensor] = dict(slot_attention.named_parameters())
         mu, sigma = weights["mu"], weights["log_sigma"].exp()
         found = []
         for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
             patches = frame.flatten(1).mT
-            slots, logits = reference_slot_attention(mu, patches, weights, iters=iters)
+            slots, logits = smtc.reference_slot_attention(mu, patches, weights, iters=iters)
             within = [
-                reference_slot_attention(start, patches, weights, iters=iters, gate=gate)
+                smtc.reference_slot_attention(start, patches, weights, iters=iters, gate=gate)
                 for start, gate in zip(mu.unsqueeze(1) + sigma.unsqueeze(1) * draws, logits.softmax(0), strict=True)
             ]
             found.append((slots, logits, *(torch.stack(one) for one in zip(*within, strict=True))))
@@ -321,9 +264,9 @@ def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -
         return tuple(one.view(like.shape) for one, like in zip(stacked, incoming, strict=True))
 
     return Step(
-        lambda: attention(features, noise),
+        lambda: slot_attention(features, noise),
         expected,
-        [features, *attention.parameters()],
+        [features, *slot_attention.parameters()],
         incoming,
         seen=tuple,
     )
@@ -333,11 +276,11 @@ def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -
 def _fusion(inputs: Inputs, *, grid: tuple[int, int]) -> Step:
     keys = inputs.features.encoder
     torch.manual_seed(0)
-    fusion = CorrelationFusion(inputs.size["D"], grid).to(inputs.device)
+    fusion = attention.CorrelationFusion(inputs.size["D"], grid).to(inputs.device)
     weights = fusion.project.weight, fusion.project.bias
     incoming = inputs.normal("B", "T", "D", "H", "W")
     return Step(
-        lambda: fusion(keys), lambda: reference_correlation_fusion(keys, *weights), [keys, *weights], (incoming,)
+        lambda: fusion(keys), lambda: smtc.reference_correlation_fusion(keys, *weights), [keys, *weights], (incoming,)
     )
 
 
@@ -347,7 +290,7 @@ def _teacher(inputs: Inputs, *, width: int = WIDTH) -> Step:
     torch.manual_seed(0)
     layers = [nn.Linear(width, width, bias=False) for _ in range(inputs.size["weights"] // width**2)]
     student = nn.Sequential(*layers).to(inputs.device)
-    teacher = EmaTeacher(student, momentum=0.9)
+    teacher = ema.EmaTeacher(student, momentum=0.9)
     with torch.no_grad():
         for seed, one in enumerate(student.parameters()):
             one.add_(inputs.normal(*one.shape, seed=seed))
@@ -372,13 +315,14 @@ def _teacher(inputs: Inputs, *, width: int = WIDTH) -> Step:
 @entry("AffinityConsistencyLoss", time=2, memory=2, shape={"T": 3, "H": 2}, value="affinity")
 def _affinity(inputs: Inputs, *, chunk_size: int | None = None) -> Step:
     s, t = inputs.features.encoder, inputs.features.anchors
-    loss = AffinityConsistencyLoss(chunk_size=chunk_size)
-    lists = [one.flatten(3).mT for one in (s, t)]
-    return Step(lambda: loss(s, t), lambda: reference_affinity_consistency_loss(*lists), [s])
+    loss = ssync_loss.AffinityConsistencyLoss(chunk_size=chunk_size)
+    return Step.of(
+        loss, lambda *maps: ino.reference_affinity_consistency_loss(*(one.flatten(3).mT for one in maps)), s, t
+    )
 
 
-def _centered(inputs: Inputs, num_prototypes: int) -> CenteredCrossEntropy:
-    criterion = CenteredCrossEntropy(num_prototypes).to(inputs.device)
+def _centered(inputs: Inputs, num_prototypes: int) -> ssync_loss.CenteredCrossEntropy:
+    criterion = ssync_loss.CenteredCrossEntropy(num_prototypes).to(inputs.device)
     criterion.center.copy_(0.1 * inputs.normal(num_prototypes, seed=9))
     return criterion
 
@@ -396,7 +340,7 @@ def _cross_entropy(inputs: Inputs, *, num_views: int = 10) -> Step:
         return loss
 
     def expected() -> Tensor:
-        return reference_centered_cross_entropy(s.flatten(0, 2), t.flatten(0, 2), criterion.center.clone())
+        return ino.reference_centered_cross_entropy(s.flatten(0, 2), t.flatten(0, 2), criterion.center.clone())
 
     return Step(forward, expected, [s])
 
@@ -407,23 +351,25 @@ def _masked_tokens(inputs: Inputs, *, num_prototypes: int = 256) -> Step:
     axes = "B", "T", patches, num_prototypes
     s, t = inputs.leaf(*axes), inputs.normal(*axes, seed=1)
     mask = (inputs.normal(patches, seed=2) > 0.5).expand(s.shape[:3])
-    loss = MaskedTokenLoss(_centered(inputs, num_prototypes))
-    center = loss.ce_patch.center
-    return Step(lambda: loss(s, t, mask), lambda: reference_masked_token_loss(s, t, mask, center)[0], [s])
+    loss = ssync_loss.MaskedTokenLoss(_centered(inputs, num_prototypes))
+    return Step.of(
+        loss, lambda s, t, mask: ino.reference_masked_token_loss(s, t, mask, loss.ce_patch.center)[0], s, t, mask
+    )
 
 
 @entry("OutGenerativeLoss", axis="Kp")
 def _out_generative(inputs: Inputs, *, num_local: int = 8) -> Step:
-    loss = OutGenerativeLoss(_centered(inputs, inputs.size["Kp"]))
-    s_glob, s_loc = inputs.leaf("B", "T", 1, "Kp"), inputs.leaf("B", "T", num_local, "Kp", seed=1)
-    given = s_glob, s_loc, inputs.normal("B", "T", 1, "Kp", seed=2)
-    return Step(lambda: loss(*given), lambda: reference_out_generative_loss(*given, loss.ce.center)[0], [s_glob, s_loc])
+    loss = ssync_loss.OutGenerativeLoss(_centered(inputs, inputs.size["Kp"]))
+    given = inputs.leaf("B", "T", 1, "Kp"), inputs.leaf("B", "T", num_local, "Kp", seed=1)
+    teacher = inputs.normal("B", "T", 1, "Kp", seed=2)
+    reference: Any = ino.reference_out_generative_loss
+    return Step.of(loss, lambda *given: reference(*given, loss.ce.center)[0], *given, teacher)
 
 
 @entry("PrototypeHead", axis="Kp", gate={"hidden": 8, "bottleneck": 4})
 def _head(inputs: Inputs, *, num_tokens: int = 10, hidden: int = 2048, bottleneck: int = 256) -> Step:
     torch.manual_seed(0)
-    head = PrototypeHead(inputs.size["D"], Kp=inputs.size["Kp"], hidden=hidden, bottleneck=bottleneck)
+    head = ssync_loss.PrototypeHead(inputs.size["D"], Kp=inputs.size["Kp"], hidden=hidden, bottleneck=bottleneck)
     head = head.to(inputs.device)
     x = inputs.leaf("B", "T", num_tokens, "D")
     incoming = inputs.normal("B", "T", num_tokens, "Kp", seed=1)
@@ -442,7 +388,7 @@ def _clip_mask(inputs: Inputs) -> Step:
     patches = inputs.size["H"] * inputs.size["W"]
     generator = torch.Generator(inputs.device)
     return Step(
-        lambda: clip_mask(patches, ratio=(0.3, 0.3), prob=1.0, generator=generator),
+        lambda: functional.clip_mask(patches, ratio=(0.3, 0.3), prob=1.0, generator=generator),
         lambda: torch.tensor(int(0.3 * patches), device=inputs.device),
         before=lambda: generator.manual_seed(0),
         seen=lambda mask: mask.sum(),
@@ -455,26 +401,29 @@ def _propagation(inputs: Inputs, *, chunk_size: int | None = None) -> Step:
 
     def expected() -> Tensor:
         shown = F.one_hot(labels, inputs.size["S"]).movedim(3, 1)
-        masks = reference_propagate_masks(features, shown.double())
+        masks = ino.reference_propagate_masks(features, shown.double())
         low, high = masks.amin((3, 4), keepdim=True), masks.amax((3, 4), keepdim=True)
         stretched = torch.where(high > low, (masks - low) / (high - low), masks)
         carried = stretched.masked_fill((shown.sum((2, 3)) == 0)[:, None, :, None, None], float("-inf")).argmax(2)
         return torch.cat([labels.unsqueeze(1), carried[:, 1:]], 1)
 
-    return Step(lambda: propagate_labels(features, labels, chunk_size=chunk_size), expected)
+    return Step(lambda: functional.propagate_labels(features, labels, chunk_size=chunk_size), expected)
 
 
 @entry("SlotRedundancyLoss")
 def _redundancy(inputs: Inputs) -> Step:
-    attention = inputs.maps[0].detach().flatten(3).softmax(3).requires_grad_()
-    slots, loss = inputs.normal("B", "T", "S", "D"), SlotRedundancyLoss()
-    return Step(lambda: loss(attention, slots), lambda: reference_slot_redundancy_loss(attention, slots), [attention])
+    maps = inputs.maps[0].detach().flatten(3).softmax(3).requires_grad_()
+    slots = inputs.normal("B", "T", "S", "D")
+    return Step.of(ssync_loss.SlotRedundancyLoss(), srl.reference_slot_redundancy_loss, maps, slots)
 
 
 @entry("TemporalSlotContrastLoss", axis="S", time=2, memory=2)
 def _contrast(inputs: Inputs) -> Step:
-    slots, loss = inputs.leaf("B", "T", "S", "D"), TemporalSlotContrastLoss()
-    return Step(lambda: loss(slots), lambda: reference_temporal_slot_contrast_loss(slots), [slots])
+    return Step.of(
+        ssync_loss.TemporalSlotContrastLoss(),
+        srl.reference_temporal_slot_contrast_loss,
+        inputs.leaf("B", "T", "S", "D"),
+    )
 
 
 ADD_ONS = [one for name, one in BY_NAME.items() if name not in DENSE]

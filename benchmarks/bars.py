@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from operator import ge, le, lt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.add_ons import BY_NAME
 from benchmarks.contenders import AUTO, REPLAY, TWO_THREADS, name_of
@@ -75,9 +75,13 @@ def _bar(claim: str, sign: str, limit: float, value: float | Spread | None, form
     return Bar(claim, bound, said, MET if COMPARE[sign](middle, limit) else MISSED)
 
 
-def _spread(rows: Iterable[Row], value: str) -> Spread | None:
+def _value(rows: Iterable[Row], name: str) -> float | Spread | None:
     """Return the value of the first row that has it."""
-    return next((row.spread(value) for row in rows if value in row.values), None)
+    return next((row.values[name] for row in rows if name in row.values), None)
+
+
+def _worst(rows: Iterable[Row], name: str) -> float | None:
+    return max((row.number(name) for row in rows if name in row.values), default=None)
 
 
 def _slopes(results: Results) -> list[Bar]:
@@ -93,23 +97,22 @@ def _slopes(results: Results) -> list[Bar]:
 
 
 def _against_dense(results: Results) -> list[Bar]:
-    contender, at = held_to_bars(results), f"than full dense alignment at {COMPARED_AT:,} patches"
+    name = held_to_bars(results)
 
-    def known(name: str, value: str) -> float | None:
-        return dict(history(results, LINEAR, "H*W", name, value)).get(COMPARED_AT)
+    def known(contender: str, value: str, size: int = COMPARED_AT) -> float | None:
+        return dict(history(results, LINEAR, "H*W", contender, value)).get(size)
 
-    found = []
-    for claim, value, limit in (("faster", "step", MIN_SPEEDUP), ("less memory", "allocated", MIN_MEMORY_RATIO)):
-        own, dense = known(contender, value), known("dense", value)
-        ratio = dense / own if own and dense else None
-        if value == "step" and contender == here(results)[0]:
-            # as they were taken in turn
-            ratio = known("dense", "ratio")
-        found.append(_bar(f"{contender}: {claim} {at}", "≥", limit, ratio, ",.0f", "x"))
-    steps = dict(history(results, LINEAR, "H*W", contender, "step"))
-    said = f"{1e3 * steps[LONG_CLIP]:.3g} ms" if LONG_CLIP in steps else "-"
-    verdict = MET if LONG_CLIP in steps else NOT_MEASURED
-    return [*found, Bar(f"{contender}: {LONG_CLIP:,} patches in one clip", "runs", said, verdict)]
+    # as they were taken in turn
+    faster = known("dense", "ratio") if name == here(results)[0] else None
+    own, dense, step = known(name, "allocated"), known("dense", "allocated"), known(name, "step", LONG_CLIP)
+    smaller = dense / own if own and dense else None
+    at = f"than full dense alignment at {COMPARED_AT:,} patches"
+    ran = (NOT_MEASURED, "-") if step is None else (MET, f"{1e3 * step:.3g} ms")
+    return [
+        _bar(f"{name}: faster {at}", "≥", MIN_SPEEDUP, faster, ",.0f", "x"),
+        _bar(f"{name}: less memory {at}", "≥", MIN_MEMORY_RATIO, smaller, ",.0f", "x"),
+        Bar(f"{name}: {LONG_CLIP:,} patches in one clip", "runs", *ran[::-1]),
+    ]
 
 
 def _shares(results: Results) -> list[Bar]:
@@ -120,53 +123,45 @@ def _shares(results: Results) -> list[Bar]:
         limits.append((training_step.EXAMPLE, name + TWO_THREADS, MAX_EXAMPLE_SHARE))
     found = []
     for case, contender, limit in limits:
-        rows = results.select(suite=training_step.SUITE, case=case, contender=contender)
-        claim = f"{contender}: share of a training step, {case}"
-        found.append(_bar(claim, "<", limit, _spread(rows, "share"), ".2%"))
+        share = _value(results.select(training_step.SUITE, case=case, contender=contender), "share")
+        found.append(_bar(f"{contender}: share of a training step, {case}", "<", limit, share, ".2%"))
     return found
 
 
-def steps(results: Results, contender: str) -> dict[int, Row]:
-    """Return the rows of a MOVi-C step by number of clips."""
-    wanted = kernels.FRAMES["MOVi-C"].items()
-    rows = results.select(suite=kernels.SUITE, case=kernels.STEP, contender=contender)
-    return {row.key.sizes["B"]: row for row in rows if row.key.sizes.items() >= wanted}
+def steps(results: Results, contender: str, clips: int | None = None, dtype: str = "float32") -> list[Row]:
+    """Return the rows of a MOVi-C step, of a number of clips or any."""
+    wanted = kernels.FRAMES["MOVi-C"] | ({} if clips is None else {"B": clips})
+    rows = results.select(kernels.SUITE, case=kernels.STEP, contender=contender, dtype=dtype)
+    return [row for row in rows if row.key.sizes.items() >= wanted.items()]
 
 
 def _on_cpu(results: Results) -> list[Bar]:
-    name = held_to_bars(results)
-    own, threaded = steps(results, name), steps(results, name + TWO_THREADS)
+    name, batch = held_to_bars(results), kernels.BATCH
     found = []
     for clips, limit in MAX_EXPONENTIALS.items():
         claim = f"{name}: step over `torch.exp` of both maps, MOVi-C, {clips} clips"
-        ratio = _spread([row for at, row in own.items() if at == clips], "over_exp")
-        found.append(_bar(claim, "≤", limit, ratio, ".1f"))
-    speedup = _spread([row for at, row in threaded.items() if at == max(MAX_EXPONENTIALS)], "speedup")
-    claim = f"{name}: faster on two threads, MOVi-C, {max(MAX_EXPONENTIALS)} clips"
-    found.append(_bar(claim, "≥", MIN_THREADS_SPEEDUP, speedup, ".2f", "x"))
-    waiting = [row.number("maps_waiting") for row in own.values() if "maps_waiting" in row.values]
-    claim = f"{name}: maps that wait for the backward beyond inputs and gradients, MOVi-C"
-    found.append(_bar(claim, "≤", MAX_WAITING_MAPS, max(waiting, default=None), ".2f"))
-    first = _spread(results.select(suite=kernels.SUITE, case=kernels.FIRST_USE), "step")
-    claim = f"{name}: first use, import and compiler included"
-    return [*found, _bar(claim, "≤", MAX_FIRST_USE_SECONDS, first, ".1f", " s")]
+        found.append(_bar(claim, "≤", limit, _value(steps(results, name, clips), "over_exp"), ".1f"))
+    speedup = _value(steps(results, name + TWO_THREADS, batch), "speedup")
+    waiting = _worst(steps(results, name), "maps_waiting")
+    first = _value(results.select(kernels.SUITE, case=kernels.FIRST_USE), "step")
+    claims: tuple[Any, ...] = (
+        (f"faster on two threads, MOVi-C, {batch} clips", "≥", MIN_THREADS_SPEEDUP, speedup, ".2f", "x"),
+        ("maps that wait for the backward beyond inputs and gradients, MOVi-C", "≤", MAX_WAITING_MAPS, waiting, ".2f"),
+        ("first use, import and compiler included", "≤", MAX_FIRST_USE_SECONDS, first, ".1f", " s"),
+    )
+    return [*found, *(_bar(f"{name}: {claim}", *rest) for claim, *rest in claims)]
 
 
 def _on_gpu(results: Results) -> list[Bar]:
     name = held_to_bars(results)
-    shape = {"B": 64, **kernels.FRAMES["MOVi-C"]}
-
-    def largest(value: str, rows: list[Row], factor: float = 1.0) -> float | None:
-        return max((factor * row.number(value) for row in rows if value in row.values), default=None)
-
-    replays = results.select(suite=kernels.SUITE, case=kernels.STEP, contender=name + REPLAY)
-    published = [row for row in replays if (row.key.sizes, row.key.dtype) == (shape, "float16")]
-    large = [row for row in replays if row.key.sizes["B"] > shape["B"]]
-    launches = largest("launches", results.select(suite=kernels.SUITE, case=kernels.STEP, contender=name))
-    microseconds, limit = largest("step", published, 1e6), 1e6 * MAX_REPLAY_SECONDS
-    over_floor = largest("over_floor", large)
-    return [
-        _bar(f"{name}: launches of a step", "≤", MAX_LAUNCHES, launches, ".0f"),
-        _bar(f"{name}: µs of a replayed step, MOVi-C, 64 clips, float16", "≤", limit, microseconds, ".0f"),
-        _bar(f"{name}: replayed step over its bandwidth floor, large maps", "≤", MAX_OVER_FLOOR, over_floor, ".2f"),
-    ]
+    replays = results.select(kernels.SUITE, case=kernels.STEP, contender=name + REPLAY)
+    launches = _worst(results.select(kernels.SUITE, case=kernels.STEP, contender=name), "launches")
+    replayed = _worst(steps(results, name + REPLAY, kernels.BATCH, "float16"), "step")
+    microseconds = None if replayed is None else 1e6 * replayed
+    large = _worst([row for row in replays if row.key.sizes["B"] > kernels.BATCH], "over_floor")
+    claims: tuple[Any, ...] = (
+        ("launches of a step", "≤", MAX_LAUNCHES, launches, ".0f"),
+        ("µs of a replayed step, MOVi-C, 64 clips, float16", "≤", 1e6 * MAX_REPLAY_SECONDS, microseconds, ".0f"),
+        ("replayed step over its bandwidth floor, large maps", "≤", MAX_OVER_FLOOR, large, ".2f"),
+    )
+    return [_bar(f"{name}: {claim}", *rest) for claim, *rest in claims]

@@ -31,18 +31,14 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
 class Limits(NamedTuple):
-    """What a process may take.
-
-    Attributes:
-        threads: of torch.
-        memory: bytes more than it starts with; None on a GPU, whose memory is not of the process.
-        raised: whether malloc keeps what it has, see `RAISED`.
-        alone: whether it is a program of its own rather than a fork.
-    """
+    """What a process may take, and how it starts."""
 
     threads: int = 1
+    # bytes more than it starts with; None on a GPU, whose memory is not of the process
     memory: int | None = None
+    # whether malloc keeps what it has
     raised: bool = False
+    # whether it is a program of its own rather than a fork
     alone: bool = False
 
 

@@ -3,6 +3,9 @@
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,11 @@ HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten
 
 
 def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
-    """Run a piece of work once; return the bytes it held at its peak, with what it returns and without its inputs.
+    """Run a piece of work once; return the bytes it held, with what it returns and without its inputs.
 
-    ``allocated`` is the sum of what torch's allocator handed out and had not got back, at its largest: exact, the same
-    in every run, and without pages. ``kept`` is what it has not got back at the end, with what the work returns.
-    ``resident``, on a CPU and where the system tells it, is the growth of the process at its peak: what a machine has
-    to have, but it comes in pages, holds the profiler's and the interpreter's own too, and says nothing below a few
-    MB. Memory that an operator takes past torch's allocator is in ``resident`` alone.
+    ``allocated`` is what torch's allocator had handed out at its largest, exact; ``kept``, at the end. ``resident``, on
+    a CPU, is the growth of the process at its peak: it comes in pages, holds the profiler's and the interpreter's own,
+    and alone has what an operator takes past torch's allocator.
     """
     gc.collect()
     if device == "cuda":
@@ -30,53 +31,34 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
         torch.cuda.reset_peak_memory_stats()
         kept = work()
         torch.cuda.synchronize()
-        held = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
+        on_gpu = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
         del kept
-        return {name: value - before for name, value in held.items()}
+        return {name: value - before for name, value in on_gpu.items()}
+    # or torch 2.11 warns that the events of a cycle are forgotten after it
+    recorder = partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     # starting the first one takes memory that is not the work's
     with recorder():
         pass
-    resident_before = _reset_resident_peak()
+    resident = []
+    with suppress(OSError):
+        # forget the peak of the process, where the system lets us
+        Path("/proc/self/clear_refs").write_text("5")
+        resident.append(_resident("smaps_rollup", "Rss"))
     with recorder() as record:
         kept = work()
-        resident_peak = _field("status", "VmHWM")
+        resident.append(_resident("status", "VmHWM"))
     del kept
-    values = _allocated(record)
-    if resident_before is not None and resident_peak is not None:
-        values["resident"] = max(resident_peak - resident_before, 0)
-    return values
-
-
-def recorder() -> profile:
-    """Return a recorder of every allocation on the CPU."""
-    # or torch 2.11 warns that the events of a cycle are forgotten after it
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-
-
-def _allocated(record: profile) -> dict[str, int]:
-    """Return how many bytes were held at the peak, and how many at the end."""
     kineto: Any = record.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return {"allocated": peak, "kept": now}
+    events.sort(key=lambda event: event.start_ns())
+    now = list(accumulate((event.nbytes() for event in events), initial=0))
+    values = {"allocated": max(now), "kept": now[-1]}
+    return values | ({"resident": max(resident[1] - resident[0], 0)} if len(resident) == 2 else {})
 
 
-def _reset_resident_peak() -> int | None:
-    """Forget the peak of the process; return how large it is now, or None where the system does not say."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _field("smaps_rollup", "Rss")
-
-
-def _field(file: str, name: str) -> int | None:
-    path = Path("/proc/self") / file
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+def _resident(file: str, name: str) -> int:
+    lines = (Path("/proc/self") / file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 class OperatorCount(TorchDispatchMode):

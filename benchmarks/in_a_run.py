@@ -1,8 +1,6 @@
 """What the loss adds to a run on many GPUs, counted and not measured: ``python -m benchmarks.in_a_run``.
 
-One rank of a group that is only pretended takes a step; what it hands to the group, the kernels that it launches (by
-Triton's interpreter, where there is no GPU) and the bytes that it holds are counted. The lines go into
-benchmarks/README.md, between their markers.
+One rank of a group that is only pretended takes a step. The lines go into benchmarks/README.md, between their markers.
 """
 
 import os
@@ -108,8 +106,9 @@ def lines() -> str:
     model = published_model(own["S"], own["H"] * own["W"], own["D"])
     gradients = sum(4 * one.numel() for one in model.parameters())
     said = [
-        f"Each rank has {SHAPE['B']} clips of {SHAPE['T']} frames, {SHAPE['S']} slots and {SHAPE['H']}x{SHAPE['W']} "
-        f"patches in float32, the published MOVi-C batch over 8. The model's gradients are {gradients / 1e6:.1f} MB."
+        f"Each rank has {SHAPE['B']} clips of {SHAPE['T']} frames, {SHAPE['S']} slots, {SHAPE['H']}x{SHAPE['W']} "
+        f"patches and {SHAPE['D']} channels in float32, the published MOVi-C batch over 8. The gradients of its model "
+        f"are {gradients / 1e6:.1f} MB."
     ]
     for num_ranks in RANKS:
         for name, calls in collectives(num_ranks).items():

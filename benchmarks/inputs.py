@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Work
-
 Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
@@ -48,23 +46,23 @@ class Features(NamedTuple):
 
 
 class Inputs:
-    """What clips of a shape give a loss; what several ask for is made once.
+    """What clips of a shape give a loss: B, T, S, H, W, channels D, prototypes Kp and weights, as far as asked for.
 
-    Args:
-        shape: B, T, S, H, W, channels D, prototypes Kp and weights of a model, as far as they are asked for.
-        device: where they live.
-        drawn_on: where they are drawn; None for where they live. On the CPU, they are the same for all devices.
+    What several ask for is made once. Drawn on the CPU, it is the same for all devices.
     """
 
-    def __init__(self, shape: Mapping[str, int], device: str = "cpu", *, drawn_on: str | None = None) -> None:
+    def __init__(
+        self, shape: Mapping[str, int], device: str = "cpu", *, dtype: str = "float32", drawn_on: str | None = None
+    ) -> None:
         self.size = dict(shape)
         self.device = device
+        self.dtype = dtype
         self.drawn_on = drawn_on or device
 
     @cached_property
     def maps(self) -> tuple[Tensor, Tensor]:
         """An encoder and a decoder map (B, T, S, H, W), leaves."""
-        enc, dec = moving_blobs(self.size, device=self.drawn_on)
+        enc, dec = moving_blobs(self.size, dtype=self.dtype, device=self.drawn_on)
         return self._here(enc), self._here(dec)
 
     @cached_property
@@ -97,55 +95,38 @@ class Inputs:
 
 @dataclass
 class Step:
-    """A step of whatever is measured, and what it should give.
-
-    Attributes:
-        forward: the call that is measured.
-        expected: what its outputs are by definition; called before it.
-        leaves: what gets a gradient; without any, there is no backward.
-        incoming: the gradients that come in; 1 for a loss.
-        before: what has to be done before each call, and is not measured.
-        seen: what of the outputs the definition is about.
-    """
+    """A step of whatever is measured, and what its outputs are by definition, which is asked first."""
 
     forward: Callable[[], Any]
     expected: Callable[[], Outputs]
+    # what gets a gradient; without any, there is no backward
     leaves: list[Tensor] = field(default_factory=list)
+    # the gradients that come in; 1 for a loss
     incoming: tuple[Tensor, ...] = ()
-    before: Callable[[], object] = lambda: None
+    # what has to be done before each call, and is not measured
+    before: Callable[[], object] | None = None
+    # what of the outputs the definition is about
     seen: Callable[[Any], Outputs] = lambda outputs: outputs
+    # that have to be moved: inputs read and outputs written
+    num_bytes: int = 0
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of what `work` marks, beside the whole; a forward alone is the whole."""
-        return ("forward", "backward") if self.leaves else ()
+    @classmethod
+    def of(cls, function: Callable[..., Any], reference: Callable[..., Outputs], *given: Any) -> "Step":
+        """Make a step of a function and its definition on the same arguments; those that can get a gradient do."""
+        leaves = [one for one in given if isinstance(one, Tensor) and one.requires_grad]
+        return cls(lambda: function(*given), lambda: reference(*given), leaves)
 
-    def backward(self, outputs: Any) -> tuple[Tensor, ...]:
-        """Return the gradients, handed back and not accumulated, as they are where a loss is one of a sum."""
-        # at hand from the first call on
-        self.incoming = self.incoming or (torch.ones_like(outputs),)
-        return torch.autograd.grad(outputs, self.leaves, self.incoming)
+    def prepare(self) -> None:
+        """Do what comes before."""
+        if self.before is not None:
+            self.before()
 
     def once(self) -> tuple[Any, ...]:
-        """Take the step; return its outputs and its gradients."""
+        """Take the step; return its outputs and its gradients, which are not accumulated."""
         outputs = self.forward()
         if not self.leaves:
             return (outputs,)
-        grads = self.backward(outputs)
+        # at hand from the first call on, as it is where a loss is one of a sum
+        self.incoming = self.incoming or (torch.ones_like(outputs),)
+        grads = torch.autograd.grad(outputs, self.leaves, self.incoming)
         return (outputs.detach() if isinstance(outputs, Tensor) else None, *grads)
-
-    @property
-    def work(self) -> Work:
-        """A call that marks its start, the end of the forward and, if there is one, the end of the backward."""
-
-        def work(mark: Callable[[], Any]) -> list[Any]:
-            self.before()
-            marks = [mark()]
-            outputs = self.forward()
-            marks.append(mark())
-            if self.leaves:
-                self.backward(outputs)
-                marks.append(mark())
-            return marks
-
-        return work

@@ -14,20 +14,11 @@ from benchmarks.results import Key, Results, Row, Values
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for.
-
-    Attributes:
-        suites: which suites to run.
-        device: ``"cpu"`` or ``"cuda"``.
-        backends: of SSync, those that can be had here.
-        quick: a rehearsal of everything in minutes.
-        time_cap: seconds; a step that should take longer is not run.
-        memory_cap: bytes; a step that should take more is not run.
-        threads: of torch; the suite of kernels always takes one, and two.
-    """
+    """What was asked for; caps are the seconds and the bytes of a step, and a rehearsal is quick."""
 
     suites: tuple[str, ...]
     device: str
+    # of SSync, those that can be had here
     backends: tuple[str, ...]
     quick: bool
     time_cap: float
@@ -55,25 +46,18 @@ Stop = tuple[str, str]
 
 
 class Job(NamedTuple):
-    """Rows that are measured together, in a process of their own.
-
-    Attributes:
-        measure: what gives their values.
-        rows: what they are about.
-        value: that every row has once it is done; of a gate, there is only the row.
-        threads: of torch; None for as many as were asked for.
-        raised: whether malloc keeps what it has.
-        alone: whether in a program of its own rather than in a fork.
-        stop: says before it is measured why a row may not be.
-        check: says afterwards why a row must not have its numbers.
-    """
+    """Rows that are measured together, in a process of their own, and the value that each has once that is done."""
 
     measure: Callable[[Sequence[Key], Options], list[Values]]
     rows: list[Key]
+    # of a gate, there is only the row
     value: str = ""
+    # as many as were asked for, where nothing is said
     threads: int | None = None
+    # see Limits
     raised: bool = False
     alone: bool = False
+    # why a row may not be measured, and why it must not have what was
     stop: Callable[[Results, Key, Options], Stop | None] = lambda *_: None
     check: Callable[[Results, Key, Values], Stop | None] = lambda *_: None
 
@@ -127,7 +111,7 @@ class Run:
     def _stopped(self, key: Key) -> Stop | None:
         """Say why a contender was stopped at the gate, in any dtype, or at the same place, measured otherwise."""
         base = base_of(key.contender)
-        for row in self.results.select(suite="gate", contender=base):
+        for row in self.results.select("gate", contender=base):
             if row.status != "measured" and key.suite != "gate":
                 return row.status, row.note
         usual = self.results.rows.get(key._replace(contender=base))

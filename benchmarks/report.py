@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         must_be_writable(options.readme, "--readme")
     with explained(OSError):
         for name, results in found.items():
-            if results.select(suite=LINEAR):
+            if results.select(LINEAR):
                 save_figure(results, options.results / f"{name}.png")
         write_text(options.readme, text)
     print(f"{options.readme}: {', '.join(found)}")

@@ -50,15 +50,7 @@ Values: TypeAlias = Mapping[str, float | Spread]
 
 
 class Key(NamedTuple):
-    """What a row is about: no two rows of a file share one.
-
-    Attributes:
-        suite: one of `SUITES`.
-        case: the sweep, the workload or the operation.
-        contender: what is measured, such as ``"SSync torch"``.
-        shape: sizes by axis, in order.
-        dtype: of the inputs, such as ``"float32"``.
-    """
+    """What a row is about; no two share one. The case is what grows, the model or the operation."""
 
     suite: str
     case: str
@@ -80,13 +72,6 @@ class Row:
     status: str = "measured"
     note: str = ""
     values: Values = field(default_factory=dict)
-
-    def spread(self, name: str) -> Spread:
-        """Return a value that was sampled."""
-        value = self.values[name]
-        if not isinstance(value, Spread):
-            raise TypeError(f"`{name}` of {self.key} is a number, not a spread.")
-        return value
 
     def number(self, name: str) -> float:
         """Return a value that was counted, or the median of one that was sampled."""
@@ -164,8 +149,9 @@ class Results:
         lines = [json.dumps(_row_to_json(row), allow_nan=False) for row in self.rows.values()]
         return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
-    def select(self, **wanted: str) -> list[Row]:
-        """Return the rows whose key has these values."""
+    def select(self, suite: str, **wanted: str) -> list[Row]:
+        """Return the rows of a suite whose key has these values."""
+        wanted["suite"] = suite
         return [row for row in self.rows.values() if all(getattr(row.key, name) == one for name, one in wanted.items())]
 
 

@@ -65,9 +65,7 @@ class TestFile:
             (lambda c: c.update(schema="benchmarks 0"), "must have the schema .* found 'benchmarks 0'"),
             (lambda c: c.pop("schema"), "found 'no schema'. It is left as it is"),
             (lambda c: c["machine"].pop("commit"), r"`machine` must have other fields; missing are \['commit'\]"),
-            (lambda c: c["settings"].update(mood=1), r"`settings` must have other fields; .* unknown are \['mood'\]"),
             (lambda c: c["machine"].update(threads=True), "`threads` has the wrong type; found True"),
-            (lambda c: c.update(rows={}), "`rows` has the wrong type"),
             (lambda c: c["rows"].append(c["rows"][0]), r"`rows\[1\]` must be about something else"),
             (lambda c: c["rows"][0].update(suite="speed"), r"`rows\[0\]`: `suite` must be one of .*; found 'speed'"),
             (lambda c: c["rows"][0].update(status="fine"), "`status` must be one of measured, .*; found 'fine'"),
@@ -162,7 +160,7 @@ class TestRun:
             (made, "time", "a step should take 10.7 s after 2.68 s at 16,384 patches; the cap is 10 s"),
             (large, "memory", "a step should take 17.2 GB after 4.29 GB at 16,384 patches; the cap is 5 GB"),
         ):
-            rows = results.select(suite="linear_vs_quadratic", case="H*W", contender="dense")
+            rows = results.select("linear_vs_quadratic", case="H*W", contender="dense")
             by_size = {growth.size_of(row.key): row for row in rows}
             assert "step" in by_size[16_384].values
             assert (by_size[32_768].status, by_size[32_768].note) == (status, said)
@@ -185,7 +183,7 @@ class TestRun:
         assert {row.status for row in rows} == {status}
         assert note in {row.note for row in rows}
         assert not any("step" in row.values for row in rows)
-        assert {row.status for row in results.select(contender="clip_mask")} == {"measured"}
+        assert {row.status for row in results.select("add_ons", contender="clip_mask")} == {"measured"}
         if status == "wrong":
             assert any(f"{name} is wrong: the loss is" in one for one in weak_spots(results))
 
@@ -229,14 +227,14 @@ class TestReport:
         def verdicts(rows: dict[Key, Row]) -> dict[str, tuple[str, str, str]]:
             return {bar[0]: bar[1:] for bar in bars(Results(made.machine, made.settings, made.rows | rows))}
 
-        own, threaded = steps(made, "SSync cpu"), steps(made, "SSync cpu" + TWO_THREADS)
-        (first,) = made.select(case=kernels.FIRST_USE)
-        (share,) = made.select(case=training_step.EXAMPLE, contender="SSync cpu" + TWO_THREADS)
+        (small,), (large,) = steps(made, "SSync cpu", 4), steps(made, "SSync cpu", 64)
+        (threaded,), (first,) = steps(made, "SSync cpu, 2 threads", 64), made.select("kernels", case=kernels.FIRST_USE)
+        (share,) = made.select("training_step", case=training_step.EXAMPLE, contender="SSync cpu, 2 threads")
         for row, value, worse, part, limit in (
-            (own[4], "over_exp", spread(3.6), "4 clips", "≤ 3.5"),
-            (own[64], "over_exp", spread(3.3), "64 clips", "≤ 3.2"),
-            (threaded[64], "speedup", spread(1.6), "two threads", "≥ 1.70x"),
-            (own[64], "maps_waiting", 0.2, "wait for the backward", "≤ 0.10"),
+            (small, "over_exp", spread(3.6), "4 clips", "≤ 3.5"),
+            (large, "over_exp", spread(3.3), "64 clips", "≤ 3.2"),
+            (threaded, "speedup", spread(1.6), "two threads", "≥ 1.70x"),
+            (large, "maps_waiting", 0.2, "wait for the backward", "≤ 0.10"),
             (first, "step", spread(3.1), "first use", "≤ 3.0 s"),
             (share, "share", spread(0.011), "2 threads: share", "< 1.00%"),
         ):
@@ -299,14 +297,13 @@ class TestReport:
         assert report.main([*arguments, "--rows", "kernels"]) == 0
         assert every_row(made, "kernels") in capsys.readouterr().out
 
-    @pytest.mark.parametrize("text", ["", report.MARKERS[0], "".join(report.MARKERS) + report.MARKERS[0]])
-    def test_a_page_without_markers_is_refused(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"page must have one line '<!-- results"):
-            report.between(text, "x", "page")
+    def test_a_page_without_markers_is_refused(self) -> None:
+        for text in ("", report.MARKERS[0], "".join(report.MARKERS) + report.MARKERS[0]):
+            with pytest.raises(ValueError, match=r"page must have one line '<!-- results"):
+                report.between(text, "x", "page")
 
     def test_a_gpu_result_takes_the_sentence_away(self, made: Results) -> None:
         gpu = Results({**MACHINE, "device": "cuda", "gpu": "H", "cuda": "13"}, made.settings)
-        assert "There is no GPU result yet" in report.body({"cpu": made})
         assert "There is no" not in report.body({"cpu": made, "h": gpu})
 
     def test_the_committed_page_is_what_the_commands_make(self) -> None:

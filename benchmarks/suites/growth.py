@@ -7,21 +7,18 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from benchmarks.add_ons import ADD_ONS, BY_NAME, DENSE, WIDTH
-from benchmarks.contenders import USUAL_MALLOC, base_of, name_of, ssync_criterion
-from benchmarks.counted import peak_memory
-from benchmarks.inputs import Inputs, Step
+from benchmarks.add_ons import ADD_ONS, BY_NAME, CHANNELS, DENSE, WIDTH
+from benchmarks.contenders import USUAL_MALLOC, name_of
+from benchmarks.measure import memory, times
 from benchmarks.plan import Job, Options, Stop
 from benchmarks.results import Key, Results, Values
-from benchmarks.timing import clock_of, interleave
 
 LINEAR, NEIGHBORS = "linear_vs_quadratic", "add_ons"
-SLOTS, CHANNELS = 11, 64
+SLOTS = 11
 # frames of MOVi-C, features that a CPU can take; every sweep of the add-ons goes through this shape
 CLIPS = {"B": 2, "T": 4, "S": SLOTS, "H": 24, "W": 24}
 REFERENCE = CLIPS | {"D": CHANNELS, "Kp": 4096, "weights": 64 * WIDTH**2}
@@ -95,7 +92,7 @@ def unit_of(key: Key) -> str:
 
 def history(results: Results, suite: str, case: str, contender: str, value: str) -> list[tuple[int, float]]:
     """Return what was measured of a contender along an axis: (size, value), from small to large."""
-    rows = results.select(suite=suite, case=case, contender=contender)
+    rows = results.select(suite, case=case, contender=contender)
     return sorted((size_of(row.key), row.number(value)) for row in rows if value in row.values)
 
 
@@ -199,7 +196,7 @@ def too_much(results: Results, key: Key, options: Options) -> Stop | None:
             note = f"a step should take {_short(wanted)} {said} after {_short(cost)} {said} at {size:,} {unit_of(key)}"
             return status, f"{note}; the cap is {cap:g} {said}"
     # without a number at a smaller size, nothing tells what this one would take
-    for row in results.select(suite=key.suite, case=key.case, contender=key.contender):
+    for row in results.select(key.suite, case=key.case, contender=key.contender):
         if row.status != "measured" and size_of(row.key) < size_of(key):
             where = f"as at {size_of(row.key):,} {unit_of(key)}"
             return row.status, row.note if row.note.startswith("as at ") else f"{where}: {row.note}"
@@ -224,46 +221,3 @@ def _differs(keys: Sequence[Key], results: Results, key: Key, values: Values) ->
 
 def _value_of(contender: str) -> str:
     return BY_NAME[contender].value or contender if contender in BY_NAME else "SSync"
-
-
-def step_of(contender: str, inputs: Inputs) -> Step:
-    """Make a step of SSync, which has been compared with its definition elsewhere, or of anything else."""
-    if contender in BY_NAME:
-        one = BY_NAME[contender]
-        return one.make(inputs, **one.settings)
-    criterion = ssync_criterion(contender)
-
-    def forward() -> Tensor:
-        return criterion(*inputs.maps)
-
-    return Step(forward, forward, list(inputs.maps))
-
-
-def _inputs(key: Key, options: Options) -> Inputs:
-    return Inputs({"D": CHANNELS, **key.sizes}, options.device)
-
-
-def memory(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Measure the peak of a step, of one contender; of a loss, keep the value."""
-    (key,) = keys
-    step = step_of(key.contender, _inputs(key, options))
-    step.before()
-    taken: list[tuple[Any, ...]] = []
-    values: dict[str, float] = {**peak_memory(lambda: taken.append(step.once()), options.device)}
-    outputs = taken[0][0]
-    if step.leaves and outputs is not None and outputs.ndim == 0:
-        values["loss"] = outputs.item()
-    return [values]
-
-
-def times(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Time forward and backward of all in turn; ratios are to SSync, where it takes part."""
-    inputs = _inputs(keys[0], options)
-    steps = {key.contender: step_of(base_of(key.contender), inputs) for key in keys}
-    budget = options.budget * (2 if keys[0].suite == NEIGHBORS else 1)
-    samples = interleave({name: one.work for name, one in steps.items()}, clock_of(options.device), budget)
-    base = samples.get(name_of(options.backends[0]))
-    return [
-        {**samples[name].values(*step.parts), **({"ratio": samples[name].over(base)} if base else {})}
-        for name, step in steps.items()
-    ]

@@ -1,20 +1,20 @@
 """The share of a training step that the loss takes: of the example, and of a model of the published size."""
 
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from examples.checkpoint import Settings
 from examples.slot_model import SlotModel, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
 
-from benchmarks.contenders import TWO_THREADS, base_of, name_of, ssync_criterion
+from benchmarks.contenders import TWO_THREADS, name_of, ssync_criterion
 from benchmarks.counted import peak_memory
 from benchmarks.plan import Job, Options
 from benchmarks.results import Key, Spread, Values
 from benchmarks.slot_video_model import PUBLISHED, published_model
-from benchmarks.timing import Work, clock_of, interleave
+from benchmarks.timing import Work, clock_of, interleave, over
 
 SUITE = "training_step"
 EXAMPLE = "the example"
@@ -26,22 +26,13 @@ EXAMPLE_FEATURES = 24
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-class Parts(NamedTuple):
-    """A model's step, taken apart: a forward gives both maps, and the model's own loss."""
-
-    model: nn.Module
-    maps_and_loss: Callable[[], tuple[Tensor, Tensor, Tensor]]
-    learning_rate: float
-
-
-def contenders(options: Options) -> list[tuple[str, str]]:
-    """Return who takes part, and in which dtype."""
-    return [(name_of(one), "float16" if options.device == "cuda" else "float32") for one in options.backends]
+# a model, and a forward that gives both maps and the model's own loss
+Parts = tuple[nn.Module, Callable[[], tuple[Tensor, Tensor, Tensor]]]
 
 
 def plan(options: Options) -> list[Job]:
     """Plan a row for everyone in the example, and for the first, whose share of a long step is of interest."""
-    names = [one for one, _ in contenders(options)]
+    names = [name_of(one) for one in options.backends]
     pairs = [(EXAMPLE, one) for one in names]
     pairs += [(case, names[0]) for case in (["MOVi-C"] if options.quick else PUBLISHED)]
     if options.device == "cpu":
@@ -52,7 +43,7 @@ def plan(options: Options) -> list[Job]:
         if options.quick and case != EXAMPLE:
             # an eighth of one clip: more would be most of the rehearsal
             shape = shape | {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
-        key = Key(SUITE, case, name, tuple(shape.items()), contenders(options)[0][1])
+        key = Key(SUITE, case, name, tuple(shape.items()), "float16" if options.device == "cuda" else "float32")
         jobs.append(Job(share, [key], "share", threads=2 if name.endswith(TWO_THREADS) else None, alone=True))
     return jobs
 
@@ -60,33 +51,27 @@ def plan(options: Options) -> list[Job]:
 def share(keys: Sequence[Key], options: Options) -> list[Values]:
     """Time a step without the loss, with it, and the loss alone on the maps of such a step, in turn."""
     (key,) = keys
-    criterion = ssync_criterion(base_of(key.contender))
+    criterion, device = ssync_criterion(key.contender), options.device
     batch = affordable(key, options)
-    parts = _parts(key.case, key.sizes | {"B": batch}, options.device)
-    with _precision(options.device):
-        enc, dec, _ = parts.maps_and_loss()
+    parts = _parts(key.case, key.sizes | {"B": batch}, device)
+    with _precision(device):
+        enc, dec, _ = parts[1]()
     # detached, they keep their strides
     maps = [one.detach().requires_grad_() for one in (enc, dec)]
-    one = torch.ones((), device=options.device)
+    one = torch.ones((), device=device)
 
-    def alone(mark: Callable[[], Any]) -> list[Any]:
-        before = mark()
-        with _precision(options.device):
+    def alone() -> None:
+        with _precision(device):
             loss = criterion(*maps)
         torch.autograd.grad(loss, maps, grad_outputs=one)
-        return [before, mark()]
 
-    works: dict[str, Work] = {
-        "without": _step(parts, None, options.device),
-        "with": _step(parts, criterion, options.device),
-        "alone": alone,
-    }
-    samples = interleave(works, clock_of(options.device), options.budget)
-    pairs = zip(samples["with"].per_round(), samples["without"].per_round(), strict=True)
+    works = {"without": step_of(parts, None, device), "with": step_of(parts, criterion, device), "alone": alone}
+    rounds = interleave({name: Work(call) for name, call in works.items()}, clock_of(device), options.budget)
+    pairs = zip(rounds["with"], rounds["without"], strict=True)
     return [
         {
-            **{name: sample.values()["step"] for name, sample in samples.items()},
-            "share": samples["alone"].over(samples["with"]),
+            **{name: Spread.of(seconds) for name, seconds in rounds.items()},
+            "share": over(rounds["alone"], rounds["with"]),
             # how much longer a step with the loss took, as a share of it, round by round
             "difference": Spread.of([(longer - shorter) / longer for longer, shorter in pairs]),
             "batch": batch,
@@ -108,9 +93,9 @@ def affordable(key: Key, options: Options) -> int:
 
 def one_clip(key: Key, device: str) -> tuple[float, int]:
     """Return the seconds and the bytes of a step on one clip; optimizer state and weights count, too."""
-    take, clock = _step(_parts(key.case, key.sizes | {"B": 1}, device), None, device), clock_of(device)
-    num_bytes = peak_memory(lambda: clock.parts(take, 1), device)["allocated"]
-    return sum(clock.parts(take, 1)[0]), num_bytes
+    take = step_of(_parts(key.case, key.sizes | {"B": 1}, device), None, device)
+    num_bytes = peak_memory(take, device)["allocated"]
+    return timeit.timeit(take, timer=clock_of(device), number=1), num_bytes
 
 
 def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
@@ -125,28 +110,27 @@ def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
         loss = reconstruction_loss(output, features) + SETTINGS.contrast_weight * slot_contrast_loss(output.slots)
         return output.enc_logits, output.dec_logits, loss
 
-    return Parts(model, forward, SETTINGS.learning_rate)
+    return model, forward
 
 
-def _step(parts: Parts, criterion: Criterion | None, device: str) -> Work:
+def step_of(parts: Parts, criterion: Criterion | None, device: str) -> Callable[[], None]:
     """Return a whole training step: forward, backward, clipping, Adam."""
-    optimizer = torch.optim.Adam(parts.model.parameters(), parts.learning_rate)
+    model, forward = parts
+    optimizer = torch.optim.Adam(model.parameters(), SETTINGS.learning_rate)
     # half precision on a GPU, as published
     scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
 
-    def step(mark: Callable[[], Any]) -> list[Any]:
-        before = mark()
+    def step() -> None:
         with _precision(device):
-            enc, dec, loss = parts.maps_and_loss()
+            enc, dec, loss = forward()
             if criterion is not None:
                 loss = loss + criterion(enc, dec)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parts.model.parameters(), 0.05)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         scaler.step(optimizer)
         scaler.update()
-        return [before, mark()]
 
     return step
 
