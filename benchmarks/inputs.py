@@ -1,30 +1,20 @@
-"""What is measured on: maps of drifting blobs with redundant slots, and features that follow them."""
+"""Maps of drifting blobs with redundant slots, and features that follow them; and what a step on them is."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-FEATURE_DIM = 64
+from benchmarks.timing import Work
 
-
-class DenseInputs(NamedTuple):
-    """What dense alignment takes.
-
-    Shape:
-        decoder_features, encoder_features, anchors: (B, T, D, H, W). enc_labels, dec_labels: (B, T, H, W).
-    """
-
-    decoder_features: Tensor
-    encoder_features: Tensor
-    anchors: Tensor
-    enc_labels: Tensor
-    dec_labels: Tensor
+Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 def moving_blobs(
-    shape: Mapping[str, int], *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    shape: Mapping[str, int], *, dtype: str = "float32", device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return an encoder and a decoder map (B, T, S, H, W): drifting blobs, every third slot redundant.
 
@@ -43,26 +33,119 @@ def moving_blobs(
     maps = []
     for noise in (0.5, 0.2):
         one = torch.randn(near.shape, generator=generator, device=device).mul_(noise).add_(near)
-        maps.append(one.to(dtype).requires_grad_())
+        maps.append(one.to(getattr(torch, dtype)).requires_grad_())
     return maps[0], maps[1]
 
 
-def dense_inputs(
-    shape: Mapping[str, int],
-    *,
-    dim: int = FEATURE_DIM,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-) -> DenseInputs:
-    """Return features that follow the same blobs, and the labels of their maps."""
-    enc, dec = (one.detach() for one in moving_blobs(shape, device=device, seed=seed))
-    generator = torch.Generator(device).manual_seed(seed + 1)
-    directions = torch.randn(shape["S"], dim, generator=generator, device=device)
-    clean = torch.einsum("btshw,sd->btdhw", dec.softmax(2), directions)
-    features = [
-        torch.randn(clean.shape, generator=generator, device=device).mul_(noise).add_(clean).to(dtype)
-        for noise in (0.3, 0.3, 0.2)
-    ]
-    labels = [one.argmax(2) for one in (enc, dec)]
-    return DenseInputs(features[0].requires_grad_(), features[1].requires_grad_(), features[2], labels[0], labels[1])
+class Features(NamedTuple):
+    """Features (B, T, D, H, W) of a decoder and an encoder, which are leaves, and anchors; labels (B, T, H, W)."""
+
+    decoder: Tensor
+    encoder: Tensor
+    anchors: Tensor
+    enc_labels: Tensor
+    dec_labels: Tensor
+
+
+class Inputs:
+    """What clips of a shape give a loss; what several ask for is made once.
+
+    Args:
+        shape: B, T, S, H, W, channels D, prototypes Kp and weights of a model, as far as they are asked for.
+        device: where they live.
+        drawn_on: where they are drawn; None for where they live. On the CPU, they are the same for all devices.
+    """
+
+    def __init__(self, shape: Mapping[str, int], device: str = "cpu", *, drawn_on: str | None = None) -> None:
+        self.size = dict(shape)
+        self.device = device
+        self.drawn_on = drawn_on or device
+
+    @cached_property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """An encoder and a decoder map (B, T, S, H, W), leaves."""
+        enc, dec = moving_blobs(self.size, device=self.drawn_on)
+        return self._here(enc), self._here(dec)
+
+    @cached_property
+    def features(self) -> Features:
+        """Features that follow the same blobs, and the labels of their maps."""
+        maps = [one.detach() for one in moving_blobs(self.size, device=self.drawn_on)]
+        generator = torch.Generator(self.drawn_on).manual_seed(1)
+        directions = torch.randn(self.size["S"], self.size["D"], generator=generator, device=self.drawn_on)
+        clean = torch.einsum("btshw,sd->btdhw", maps[0].softmax(2), directions)
+        drawn = [
+            torch.randn(clean.shape, generator=generator, device=self.drawn_on).mul_(noise).add_(clean)
+            for noise in (0.3, 0.3, 0.2)
+        ]
+        leaves = [one.requires_grad_() for one in drawn[:2]]
+        return Features(*map(self._here, [*leaves, drawn[2], *(one.argmax(2) for one in maps)]))
+
+    def normal(self, *axes: str | int, seed: int = 0) -> Tensor:
+        """Draw numbers, with axes by name or by length."""
+        generator = torch.Generator(self.drawn_on).manual_seed(seed)
+        sizes = [self.size[axis] if isinstance(axis, str) else axis for axis in axes]
+        return torch.randn(sizes, generator=generator, device=self.drawn_on).to(self.device)
+
+    def leaf(self, *axes: str | int, seed: int = 0) -> Tensor:
+        """Draw numbers that get a gradient."""
+        return self.normal(*axes, seed=seed).requires_grad_()
+
+    def _here(self, drawn: Tensor) -> Tensor:
+        return drawn.detach().to(self.device).requires_grad_(drawn.requires_grad)
+
+
+@dataclass
+class Step:
+    """A step of whatever is measured, and what it should give.
+
+    Attributes:
+        forward: the call that is measured.
+        expected: what its outputs are by definition; called before it.
+        leaves: what gets a gradient; without any, there is no backward.
+        incoming: the gradients that come in; 1 for a loss.
+        before: what has to be done before each call, and is not measured.
+        seen: what of the outputs the definition is about.
+    """
+
+    forward: Callable[[], Any]
+    expected: Callable[[], Outputs]
+    leaves: list[Tensor] = field(default_factory=list)
+    incoming: tuple[Tensor, ...] = ()
+    before: Callable[[], object] = lambda: None
+    seen: Callable[[Any], Outputs] = lambda outputs: outputs
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what `work` marks, beside the whole; a forward alone is the whole."""
+        return ("forward", "backward") if self.leaves else ()
+
+    def backward(self, outputs: Any) -> tuple[Tensor, ...]:
+        """Return the gradients, handed back and not accumulated, as they are where a loss is one of a sum."""
+        # at hand from the first call on
+        self.incoming = self.incoming or (torch.ones_like(outputs),)
+        return torch.autograd.grad(outputs, self.leaves, self.incoming)
+
+    def once(self) -> tuple[Any, ...]:
+        """Take the step; return its outputs and its gradients."""
+        outputs = self.forward()
+        if not self.leaves:
+            return (outputs,)
+        grads = self.backward(outputs)
+        return (outputs.detach() if isinstance(outputs, Tensor) else None, *grads)
+
+    @property
+    def work(self) -> Work:
+        """A call that marks its start, the end of the forward and, if there is one, the end of the backward."""
+
+        def work(mark: Callable[[], Any]) -> list[Any]:
+            self.before()
+            marks = [mark()]
+            outputs = self.forward()
+            marks.append(mark())
+            if self.leaves:
+                self.backward(outputs)
+                marks.append(mark())
+            return marks
+
+        return work

@@ -4,11 +4,11 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from benchmarks.results import Spread, Value
+from benchmarks.results import Spread
 
 WARM_UPS = 2
 # a second call of something this slow warms nothing up
@@ -20,37 +20,31 @@ TURN_SECONDS = 0.05
 
 # calls the function it is given before, between and after its parts, and returns the marks
 Work: TypeAlias = Callable[[Callable[[], Any]], Sequence[Any]]
+Name = TypeVar("Name")
 
 
-class Clock(Protocol):
-    """Takes marks and says, after waiting, how far apart they are."""
+class Clock:
+    """Takes marks and says, after waiting, how far apart they are: on a CPU, where a call ends when its work does."""
 
     def mark(self) -> Any:
         """Take a mark."""
+        return time.perf_counter()
 
     def wait(self) -> None:
         """Wait until all marks are in the past."""
 
     def seconds(self, before: Any, after: Any) -> float:
         """Say how much time passed between two marks."""
+        return float(after - before)
+
+    def parts(self, work: Work, calls: int) -> list[list[float]]:
+        """Call a work so many times; return the seconds of its parts, call by call."""
+        marks = [work(self.mark) for _ in range(calls)]
+        self.wait()
+        return [[self.seconds(before, after) for before, after in pairwise(one)] for one in marks]
 
 
-class CpuClock:
-    """The clock of a CPU, where a call ends when its work does."""
-
-    def mark(self) -> float:
-        """Take a mark."""
-        return time.perf_counter()
-
-    def wait(self) -> None:
-        """There is nothing to wait for."""
-
-    def seconds(self, before: float, after: float) -> float:
-        """Subtract."""
-        return after - before
-
-
-class CudaClock:
+class CudaClock(Clock):
     """Events in the GPU's own stream: calls follow each other as they do in training, without waiting in between."""
 
     def mark(self) -> torch.cuda.Event:
@@ -65,13 +59,12 @@ class CudaClock:
 
     def seconds(self, before: torch.cuda.Event, after: torch.cuda.Event) -> float:
         """Ask the device."""
-        milliseconds: float = before.elapsed_time(after)
-        return milliseconds / 1e3
+        return float(before.elapsed_time(after)) / 1e3
 
 
 def clock_of(device: str) -> Clock:
     """Return the clock of a device."""
-    return CudaClock() if device == "cuda" else CpuClock()
+    return CudaClock() if device == "cuda" else Clock()
 
 
 class Samples(NamedTuple):
@@ -79,60 +72,39 @@ class Samples(NamedTuple):
 
     rounds: list[list[list[float]]]
 
-    def part(self, number: int) -> Spread:
-        """Summarize one part over all calls."""
-        return Spread.of([call[number] for calls in self.rounds for call in calls])
-
-    def whole(self) -> Spread:
-        """Summarize the sum of all parts."""
-        return Spread.of([sum(call) for calls in self.rounds for call in calls])
-
     def per_round(self) -> list[float]:
         """Return the median of every round."""
         return [Spread.of([sum(call) for call in calls]).median for calls in self.rounds]
 
-    def over(self, other: "Samples") -> Spread:
-        """Summarize how many times the other's time this takes, round by round."""
-        return Spread.of([own / its for own, its in zip(self.per_round(), other.per_round(), strict=True)])
+    def over(self, other: "Samples", factor: float = 1.0) -> Spread:
+        """Summarize how many times the other's time this takes, round by round, times a factor."""
+        return Spread.of([own / its for own, its in zip(self.per_round(), other.per_round(), strict=True)], factor)
 
-    def values(self, parts: Sequence[str]) -> dict[str, Value]:
-        """Name the parts, where there is more than one, and the whole."""
-        named: dict[str, Value] = {}
-        if len(parts) > 1:
-            named = {name: self.part(number) for number, name in enumerate(parts)}
-        return named | {"step": self.whole()}
+    def values(self, *parts: str) -> dict[str, float | Spread]:
+        """Summarize the whole over all calls, and the parts that have a name."""
+        calls = [call for calls in self.rounds for call in calls]
+        named = {name: Spread.of([call[number] for call in calls]) for number, name in enumerate(parts)}
+        return {**named, "step": Spread.of([sum(call) for call in calls])}
 
 
-def interleave(
-    works: Mapping[str, Work],
-    clock: Clock,
-    *,
-    budget: float,
-    min_rounds: int = MIN_ROUNDS,
-    max_rounds: int = MAX_ROUNDS,
-) -> dict[str, Samples]:
+def interleave(works: Mapping[Name, Work], clock: Clock, budget: float) -> dict[Name, Samples]:
     """Warm everything up, then let all take turns, round after round.
 
     Args:
         works: what to time, by name.
         clock: what to time it with.
-        budget: seconds that the rounds may take together, unless that is less than `min_rounds` of them.
-        min_rounds: number of rounds at least.
-        max_rounds: number of rounds at most.
+        budget: seconds that the rounds may take together, unless that is less than `MIN_ROUNDS` of them.
     """
     cost = {name: _warm_up(work, clock) for name, work in works.items()}
     calls = {name: min(max(int(TURN_SECONDS / max(one, 1e-9)), 1), MAX_CALLS) for name, one in cost.items()}
     round_seconds = sum(cost[name] * calls[name] for name in works)
-    num_rounds = min(max(int(budget / max(round_seconds, 1e-9)), min_rounds), max_rounds)
-    samples: dict[str, Samples] = {name: Samples([]) for name in works}
+    samples = {name: Samples([]) for name in works}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(num_rounds):
+        for _ in range(min(max(int(budget / max(round_seconds, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)):
             for name, work in works.items():
-                marks = [work(clock.mark) for _ in range(calls[name])]
-                clock.wait()
-                samples[name].rounds.append([_between(one, clock) for one in marks])
+                samples[name].rounds.append(clock.parts(work, calls[name]))
     finally:
         gc.enable()
     return samples
@@ -142,13 +114,6 @@ def _warm_up(work: Work, clock: Clock) -> float:
     """Call a work until it is warm; return the seconds of the last call."""
     seconds = 0.0
     for _ in range(WARM_UPS):
-        marks = work(clock.mark)
-        clock.wait()
-        seconds = sum(_between(marks, clock))
-        if seconds > SLOW_SECONDS:
-            break
+        if seconds <= SLOW_SECONDS:
+            seconds = sum(clock.parts(work, 1)[0])
     return seconds
-
-
-def _between(marks: Sequence[Any], clock: Clock) -> list[float]:
-    return [clock.seconds(before, after) for before, after in pairwise(marks)]

@@ -1,5 +1,7 @@
 """Which versions the suite passes on: one run is one row of the table in README.md, beside this file.
 
+The README of the repository has the same rows in short.
+
 ``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package;
 ``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the
 run; a row of the same Python and torch, up to patches, is replaced. Without either the table is written again from
@@ -25,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 START = "<!-- versions: python -m tests.matrix -->"
 END = "<!-- end of versions -->"
+IN_SHORT = ("<!-- support: python -m tests.matrix -->", "<!-- end of support -->")
 # the mark of a test, and the column it counts in; the first that it has
-COLUMNS = {"kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
+COLUMNS = {"cuda": "GPU", "kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
 # from best to worst: of a test's setup, call and teardown the worst counts
 OUTCOMES = ("passed", "skipped", "untested", "failed")
 # so begins the reason of a skip that is a version's, see limits.py
@@ -125,7 +128,7 @@ def commit(root: Path) -> str:
         return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
     # what this command writes is no change of what it runs
-    own = [f":!{path.relative_to(ROOT).as_posix()}" for path in (HERE / "versions.json", HERE / "README.md")]
+    own = [f":!{path}" for path in ("README.md", "tests/README.md", "tests/versions.json")]
     return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "--", ".", *own))
 
 
@@ -165,7 +168,7 @@ def cell(counts: dict[str, int]) -> str:
     >>> cell({"passed": 1200, "skipped": 3, "untested": 0, "failed": 1})
     '**1 failed**, 1,200 passed, 3 skipped'
     """
-    said = {end: f"{counts[end]:,} {end}" for end in ("failed", "passed", "skipped", "untested") if counts[end]}
+    said = {end: f"{counts[end]:,} {end}" for end in ("failed", "passed", "skipped", "untested") if counts.get(end)}
     return ", ".join(f"**{text}**" if end == "failed" else text for end, text in said.items()) or "none"
 
 
@@ -175,7 +178,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| Python | torch | Triton | {' | '.join(columns)} | run |", "|---" * (4 + len(columns)) + "|"]
     for row in rows:
         versions = [row["python"], row["torch"], row["triton"] or "none"]
-        cells = [*versions, *(cell(row[column]) for column in columns), f"{row['date']}, {row['commit']}"]
+        # a column that is younger than the row has nothing in it
+        cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
         limits = [f"{reason} ({times} tests)" for reason, times in row["limits"].items()]
@@ -186,16 +190,38 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def between_markers(text: str, content: str) -> str:
+def mark(counts: dict[str, int]) -> str:
+    """Say whether the tests of a column passed; untested is one most of whose tests need what was not there.
+
+    >>> mark({"passed": 1200, "failed": 2}), mark({"passed": 200, "untested": 30}), mark({"untested": 30})
+    ('✗ 2 of 1,202', '✓', 'untested')
+    """
+    passed, failed, untested = (counts.get(end, 0) for end in ("passed", "failed", "untested"))
+    if failed:
+        return f"✗ {failed:,} of {passed + failed:,}"
+    return "✓" if passed > untested else "untested"
+
+
+def in_short(rows: Sequence[Row]) -> str:
+    """Write rows as Markdown, a mark for each column."""
+    columns = list(COLUMNS.values())[::-1]
+    lines = [f"| Python | torch | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for row in rows:
+        marks = [mark(row.get(column, {})) for column in columns]
+        lines.append(f"| {row['python']} | {row['torch']} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def between_markers(text: str, content: str, start: str = START, end: str = END) -> str:
     """Replace what stands between the markers of a text.
 
     Raises:
         ValueError: if it has not both, once.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"README.md must have one line {START!r} and after it one line {END!r}.")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"README.md must have one line {start!r} and after it one line {end!r}.")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def load(folder: Path) -> list[Row]:
@@ -205,11 +231,13 @@ def load(folder: Path) -> list[Row]:
 
 
 def save(folder: Path, rows: Sequence[Row]) -> None:
-    """Write rows and their table."""
-    page = folder / "README.md"
+    """Write rows and both tables of them."""
+    page, front = folder / "README.md", folder.parent / "README.md"
     text = between_markers(page.read_text(encoding="utf-8"), table(rows))
+    short = between_markers(front.read_text(encoding="utf-8"), in_short(rows), *IN_SHORT)
     (folder / "versions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")
+    front.write_text(short, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -396,31 +396,16 @@ class TestNumbers:
         enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())
         knobs = torch.tensor([0.6, 1.0, 0.5], dtype=torch.float64)
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
-        # of uninitialized counts and labels there is nothing to compare twice: all are written
+        all_valid, cross_entropy = torch.ones(1, 4).bool(), ([1, 1, 0, 1], [0.1, 0.5])
+        squared_error = ([1, 1, 0, 0], [0.0, 1.0])
+        mixed = (leaf(enc.half()), leaf(dec.double()), region, all_valid, torch.tensor(True))
+        found = (torch.zeros(2, 1, 2, 3, 4, dtype=torch.int8), torch.zeros(1, 4, dtype=torch.int8))
         cases: list[tuple[Any, tuple[Any, ...]]] = [
-            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True)),
-            (
-                operators._step_operator,
-                (
-                    leaf(enc.half()),
-                    leaf(dec.double()),
-                    region,
-                    torch.ones(1, 4).bool(),
-                    torch.tensor(True),
-                    knobs,
-                    1,
-                    1,
-                    0,
-                    True,
-                    0.1,
-                    0.5,
-                    False,
-                    True,
-                    True,
-                ),
-            ),
-            (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, 1, 1, 0)),
-            (operators._distill_operator, (dec, target, region, None, True, 0.1, 1.0, "none", True)),
+            (operators._step_operator, (enc, dec, *(None,) * 5, knobs, *squared_error, True, True, True)),
+            (operators._step_operator, (*mixed, *found, knobs, *cross_entropy, False, True, True)),
+            (operators._find_operator, (enc.detach(), dec.detach(), region, None, None, knobs)),
+            (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, *squared_error)),
+            (operators._distill_operator, (dec, target, region, None, *cross_entropy, "none", True)),
             (operators._scale_operator, (enc.detach(), torch.tensor(2.0), torch.float16)),
         ]
         for operator, inputs in cases:

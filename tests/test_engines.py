@@ -26,6 +26,9 @@ from ssync_loss.functional import (
 from ssync_loss.ssync import engines
 from ssync_loss.ssync.engines import ENGINES, check_backend, resolve
 from ssync_loss.ssync.engines.triton._limits import MIN_VERSION
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SlotLabels
 from ssync_loss.testing import (
     SSyncCase,
     assert_close_gradient,
@@ -40,6 +43,9 @@ from ssync_loss.testing import (
 )
 
 __all__ = ["quick_interpreter"]
+
+# of the maps and masks that are drawn, some are as nobody means them
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
 
 INF, NAN = math.inf, math.nan
 # on a CPU the kernels run under Triton's interpreter
@@ -285,6 +291,44 @@ class TestEveryEngine:
         off = {"merge_threshold": torch.tensor(INF, device=device), "boundary_weight": torch.tensor(0.0, device=device)}
         none: dict[str, Any] = {"merge_threshold": None, "boundary_weight": 0.0}
         assert_same_step(Step(backend, case, **off), Step(backend, case, **none), case, **none)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("threshold", [None, 0.3])
+    def test_what_was_found_is_not_computed_again(self, backend: str, threshold: float | None, masked: bool) -> None:
+        device, knobs = DEVICES[backend], Settings(threshold)
+        valid = slot_mask = None
+        if masked:
+            valid = torch.rand(2, 2, 5, 12, device=device) > 0.2
+            slot_mask = torch.tensor([[True] * 4, [True, True, False, True]], device=device)
+        enc, dec = (leaf(one.detach().to(device)) for one in sample_maps())
+        maps = Maps(enc, dec, valid, slot_mask)
+        engine = ENGINES[backend]
+        found, slow = (ENGINES[name].slot_labels(maps, knobs) for name in (backend, "reference"))
+        cells = torch.ones_like(slow.hard, dtype=torch.bool) if valid is None else valid.expand_as(slow.hard)
+        assert torch.equal(found.hard[cells].long(), slow.hard[cells])
+        assert torch.equal(found.representative.long(), slow.representative)
+        assert found.clean
+
+        def step(knobs: Settings, found: SlotLabels | None) -> list[Tensor]:
+            loss = engine.loss(maps, knobs, found)
+            return [loss, *torch.autograd.grad(loss, (maps.enc, maps.dec))]
+
+        itself = torch.arange(4, device=device).to(found.representative).expand(2, 4)
+        for again, plain in (
+            (step(knobs, found), step(knobs, None)),
+            (step(knobs, found._replace(representative=itself)), step(Settings(None), None)),
+        ):
+            assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
+        # other labels, other regions: nothing is a boundary
+        assert not step(knobs, found._replace(hard=torch.zeros_like(found.hard)))[2].any()
+
+    def test_what_was_found_of_maps_with_nan_is_not_clean(self, backend: str) -> None:
+        enc, dec = (one.detach().to(DEVICES[backend]) for one in sample_maps())
+        enc[1, 0, 2, 3, 4] = NAN
+        engine, maps = ENGINES[backend], Maps(enc, dec, None, None)
+        found = engine.slot_labels(maps, Settings())
+        assert not found.clean
+        assert engine.loss(maps, Settings(), found).isnan()
 
     @pytest.mark.parametrize("function", [boundary_refinement_loss, interior_denoising_loss])
     def test_the_halves(self, backend: str, function: Any) -> None:

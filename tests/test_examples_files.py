@@ -19,9 +19,9 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from benchmarks import child
 from benchmarks import report as benchmark_report
 from benchmarks import run as benchmarks
-from benchmarks.child import Worker
 from benchmarks.results import Results
 from examples import arguments, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
@@ -56,7 +56,7 @@ def refusal(name: str, *given: object) -> str:
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no command get as far as its work."""
-    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (Worker, "call")):
+    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (child, "call")):
         monkeypatch.setattr(place, function, lambda *_, **__: pytest.fail("it has begun"))
 
 
@@ -238,8 +238,7 @@ class TestOut:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study, "run_seed", lambda *_: {})
-        monkeypatch.setattr(Worker, "call", lambda _, function, **given: Machine().call(function, **given))
-        monkeypatch.setattr(Worker, "start", lambda _: None)
+        monkeypatch.setattr(child, "call", Machine().call)
         monkeypatch.setattr(os, "replace", _full)
         more = ["--suite", "kernels"] if name == "benchmark" else QUICK
         assert "No space left on device" in refusal(name, "--quick", *more, "--out", tmp_path / "x")

@@ -45,6 +45,14 @@ def batches_of(host: Miniature, number: int) -> list[Any]:
     return [host.batch(2, 3 if host.is_video else 1) for _ in range(number)]
 
 
+def test_an_entry_of_ones_own_finds_both_maps(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(HOSTS / "own_model.py"), run_name="__main__")
+    encoder, decoder, call = capsys.readouterr().out.splitlines()[1:]
+    assert encoder == "encoder: dots of `to_q` (slots) and `to_k` (patches), scale 0.3536, 1 head"
+    assert decoder == "decoder: output of `alpha`: logits"
+    assert call.count("with gradient") == 2
+
+
 @pytest.mark.parametrize("name", MINIATURES)
 class TestPlainLoop:
     def run(self, name: str, start_step: int) -> tuple[Tensor, nn.Module]:

@@ -17,8 +17,10 @@ def rows(readme: Path) -> list[str]:
 @pytest.mark.parametrize("folder", ["golden", "golden/neighbors"])
 def test_every_golden_file_is_said_to_be_there(folder: str) -> None:
     there = sorted(path.stem for path in (TESTS / folder).glob("*.npz"))
-    named = [name for row in rows(TESTS / folder / "README.md") for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == there
+    named = [name for row in rows(TESTS / folder / "README.md") for name in re.findall(r"`([\w*]+)`", row)]
+    matched = [path.stem for name in named for path in (TESTS / folder).glob(f"{name}.npz")]
+    assert all(list((TESTS / folder).glob(f"{name}.npz")) for name in named)
+    assert sorted(matched) == there
     assert there
 
 

@@ -60,11 +60,20 @@ def distill(logits: Tensor, reduction: Any = "mean") -> Tensor:
 
 
 OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]]] = {
-    "label": (_labels.label, lambda enc, dec: (enc, dec, None, None, 0.6, None, 1, 1, 0, True, True)),
+    "label": (_labels.label, lambda enc, dec: (enc, dec, None, None, 0.6, None, None, None, 1, 1, 0, True, True)),
     "label, masked, without targets": (
         _labels.label,
-        lambda enc, dec: (enc, dec, *list(masks().values())[:2], None, None, 1, 1, 0, False, True),
+        lambda enc, dec: (enc, dec, *list(masks().values())[:2], *(None,) * 4, 1, 1, 0, False, True),
     ),
+    "label, of what was found": (
+        _labels.label,
+        lambda enc, dec: (
+            *(enc, dec, None, None, None, None, torch.stack([PATCHES] * 2).char()),
+            *(torch.zeros(len(enc), enc.shape[2], dtype=torch.int8, device=DEVICE), 1, 1, 0, True, True),
+        ),
+    ),
+    "find": (_labels.find, lambda enc, dec: (enc, dec, None, None, 0.6, None)),
+    "find, unmerged": (_labels.find, lambda enc, dec: (enc, dec, None, None, None, None)),
     "loss": (
         _loss.loss,
         lambda enc, dec: (enc, dec, torch.stack([PATCHES] * 2).char(), None, None, "mse", 0.0, 1.0, 1.0, 1.0),
@@ -341,7 +350,7 @@ class TestLaunches:
             torch.zeros(2, device=DEVICE)
             total(*given)
         assert launches.others == ["aten.zeros.default", "aten.add.Tensor"]
-        assert len(OPERATORS) == 5
+        assert len(OPERATORS) == 6
 
     def test_no_axis_of_a_grid_but_the_first_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         grids = []

@@ -197,8 +197,10 @@ def test_the_layout_and_the_settings_are_those_of_the_criterion(tmp_path: Path) 
     laid_out = Monitor(criterion, to=tmp_path)(
         (flat[0], flat[1]), step=0, loss=torch.zeros(()), features=features.flatten(3).mT, num_frames=3
     )
+    of_defaults = Monitor(to=tmp_path)((enc, dec), step=0, loss=torch.zeros(()), features=features)
     assert plain is not None
     assert laid_out == pytest.approx(plain)
+    assert of_defaults == plain
 
 
 def test_a_schedule_needs_no_step_of_its_own(tmp_path: Path) -> None:

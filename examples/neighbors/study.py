@@ -19,8 +19,8 @@ import torch
 from examples.arguments import add_training_options, explained
 from examples.checkpoint import Settings, batch_of_step, make_optimizer
 from examples.files import check_fields, must_be_ours, must_be_writable, read_json, write_text
-from examples.machine import check_origin, this_machine
-from examples.markdown import markdown, mean_sd, number
+from examples.machine import check_origin, machine_line, this_machine
+from examples.markdown import markdown, mean_sd
 from examples.slot_model import SlotModel, SlotOutput, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -216,31 +216,23 @@ class StudyReport:
 
 
 def table(report: StudyReport) -> str:
-    """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one, or the one named."""
-    columns = report.columns
-    runs = list(report.seeds.values())
-    names = list(runs[0])
+    """Lay out the scores as Markdown: those of the first run, and what others gain on it, or on the run named."""
+    columns, runs = report.columns, list(report.seeds.values())
+    first, *others = runs[0]
     rows = [["", *(column.title for column in columns)]]
-    rows += [[name, *(mean_sd([run[name][c.key] for run in runs], c.digits) for c in columns)] for name in names]
-    for name in names[1:]:
-        other = report.compared_with.get(name, names[0])
-        gains = [{c.key: run[name][c.key] - run[other][c.key] for c in columns} for run in runs]
-        to = f" to {other}" * (other != names[0])
-        rows.append([f"{name}: difference{to}", *(mean_sd([g[c.key] for g in gains], c.digits, "+") for c in columns)])
-        if len(gains) > 1:
-            for seed, gain in zip(report.seeds, gains, strict=True):
-                rows.append([f"{name}: seed {seed}", *(number(gain[c.key], c.digits, "+") for c in columns)])
-    settings, machine = report.settings, report.machine
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    to = f"{names[0]}, or to the run named," if report.compared_with else names[0]
-    spread = f" Mean ± sd over seeds; differences are to {to} and paired." if len(runs) > 1 else ""
+    rows.append([first, *(mean_sd([run[first][c.key] for run in runs], c.digits) for c in columns)])
+    for name in others:
+        other = report.compared_with.get(name, first)
+        gains = (mean_sd([run[name][c.key] - run[other][c.key] for run in runs], c.digits, "+") for c in columns)
+        rows.append([name if other == first else f"{name} (to {other})", *gains])
+    settings, spread = report.settings, " (mean ± sd over seeds)" * (len(runs) > 1)
     return "\n".join(
         [
-            f"{report.title}{spread}",
+            f"{report.title} First row: scores{spread}; others: paired differences to it or to the run named.",
             f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
             f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
             f"seed {', '.join(map(str, report.seeds))}.",
-            f"{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+            machine_line(report.machine),
             "",
             *markdown(rows),
         ]

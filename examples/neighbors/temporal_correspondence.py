@@ -49,13 +49,9 @@ SPEED = 0.15
 CONTRAST, SMTC = "+ slot contrast", "+ SMTC"
 
 COLUMNS = (
-    Column("same slot, next frame", "kept_next", 3),
-    Column("same slot, last frame", "kept_last", 3),
+    Column("same slot", "kept_last", 3),
     Column("FG-ARI", "dec_fg_ari", 3),
-    Column("frame FG-ARI", "frame_fg_ari", 3),
-    Column("lost over time", "lost_over_time", 3),
     Column("ARI", "dec_ari", 3),
-    Column("mBO", "dec_mbo", 3),
 )
 
 
@@ -178,9 +174,8 @@ def build(options: Options) -> tuple[Study, Tensor]:
         contrast_weight=0.0,
     )
     study = Study(
-        title="Masks of the decoder on fresh clips, with and without correspondence over time. Same slot: how often an "
-        "object's best slot in a frame is its best slot in the next, that of the first frame its best in the last; "
-        "lost over time: what the FG-ARI of frames has more than that of clips.",
+        title="Decoder masks on fresh clips. Same slot: how often an object's best slot in the first frame is its best "
+        "in the last.",
         methods={OWN: Method, CONTRAST: SlotContrast, SMTC: Correspondence},
         readings={"": lambda model: score(model, test, settings.threshold)},
         columns=COLUMNS,

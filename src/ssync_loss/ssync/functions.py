@@ -83,7 +83,7 @@ def selective_distillation_loss(
     NaN included, and they get no gradient.
 
     With a slot mask the sums run over present slots and S is their number in each clip, S_b; the mean of the
-    squared criterion is then ``sum over selected patches and slots / sum_b M_b S_b`` with M_b selected patches.
+    squared criterion is then ``(sum over selected patches and slots) / sum_b M_b S_b`` with M_b selected patches.
 
     Two limits are fixed by convention. A selected patch whose slots are all -inf counts as uniform, without gradient.
     In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32, -87.3, without

@@ -62,11 +62,14 @@ class Maps:
         B, T, _, H, W = self.enc.shape
         return has_slots.expand(B, T, H, W) if self.valid is None else self.valid & has_slots
 
-    def spoil(self) -> Tensor:
-        """Return a factor of maps and losses: NaN if a valid patch of a present slot holds NaN or +inf, else 1."""
+    def is_clean(self) -> Tensor:
+        """Return a scalar bool: whether no valid patch of a present slot holds NaN or +inf."""
         enc, dec = (is_clean(peak_of(one.detach(), self.slot_mask), self.valid) for one in (self.enc, self.dec))
-        clean = enc & dec if self.clean is None else enc & dec & self.clean
-        return torch.where(clean, 1.0, float("nan")).to(self.dtype)
+        return enc & dec if self.clean is None else enc & dec & self.clean
+
+    def spoil(self) -> Tensor:
+        """Return a factor of maps and losses: 1, or NaN if the maps are not clean."""
+        return torch.where(self.is_clean(), 1.0, float("nan")).to(self.dtype)
 
 
 def check_kind(kind: object) -> tuple[Kind, Kind]:

@@ -68,7 +68,12 @@ class UnionFind:
 
 
 class ReferenceSSync(NamedTuple):
-    """Both unweighted losses and the labels they were computed from."""
+    """Both unweighted losses and the labels they were computed from.
+
+    Attributes:
+        boundary, interior: scalars.
+        labels: the merged labels and the regions behind them.
+    """
 
     boundary: Tensor
     interior: Tensor

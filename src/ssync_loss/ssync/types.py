@@ -23,15 +23,29 @@ class PseudoLabels(NamedTuple):
     representative: Tensor
 
 
+class SlotLabels(NamedTuple):
+    """Hard labels of both maps before merging, and what every slot is to be merged into.
+
+    Attributes:
+        hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
+        representative: (B, S) integer, the slot that each slot is merged into, or itself.
+        clean: scalar bool, whether no valid patch of a present slot holds NaN or +inf: of others labels mean nothing.
+    """
+
+    hard: Tensor
+    representative: Tensor
+    clean: Tensor
+
+
 class SSyncTerms(NamedTuple):
     """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
 
     Attributes:
-        total: weighted, ramped sum; what ``forward`` returns.
-        boundary: unweighted mean of the boundary term, which teaches the decoder.
-        interior: unweighted mean of the interior term, which teaches the encoder.
-        num_boundary: number of boundary patches in the batch, int64.
-        num_interior: number of interior patches in the batch, int64.
+        total: scalar, the weighted, ramped sum; what ``forward`` returns.
+        boundary: scalar, the unweighted mean of the boundary term, which teaches the decoder.
+        interior: scalar, the unweighted mean of the interior term, which teaches the encoder.
+        num_boundary: scalar, the number of boundary patches in the batch, int64.
+        num_interior: scalar, the number of interior patches in the batch, int64.
         labels: the merged labels and the regions behind them.
     """
 

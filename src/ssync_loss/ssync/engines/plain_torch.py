@@ -1,21 +1,17 @@
-"""Engine ``"torch"``: the method as it is written in :mod:`ssync_loss.ssync`, on any device, under any compiler."""
+"""Engine ``"torch"``: the files of :mod:`ssync_loss.ssync`, on any device and under any compiler."""
 
 from torch import Tensor
 
 from ssync_loss.ssync import distillation
-from ssync_loss.ssync.engines.contract import compose
-from ssync_loss.ssync.labels import find_labels
+from ssync_loss.ssync.engines.contract import Engine
+from ssync_loss.ssync.labels import find_labels, find_slots
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Plain torch."""
-
-    def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (it takes all maps)
-        """Say that nothing is missing."""
-        return None
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""
@@ -33,10 +29,6 @@ class TorchEngine:
         """Compare one map with labels on a region."""
         return distillation.distill(logits, target, region, slot_mask, settings, reduction)
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
-
-    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels."""
-        return compose(self, maps, settings)
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute the labels before merging, and what is to be merged."""
+        return find_slots(maps, settings)
