@@ -24,7 +24,7 @@ MODULES = {one.__name__: one for one in (SSyncLoss, BoundaryRefinementLoss, Inte
 CALLS: dict[str, Callable[..., Callable[..., object]]] = {
     **MODULES,
     "terms": lambda **settings: SSyncLoss(**settings).terms,
-    "before the start": lambda **settings: partial(SSyncLoss(start_step=9, **settings), step=0),
+    "from the start on": lambda **settings: partial(SSyncLoss(start_step=9, **settings), step=9),
     "adaptive": lambda **settings: partial(AdaptiveSSyncLoss(SSyncLoss(**settings)), features=FEATURES),
     "premise": lambda **settings: partial(premise, features=FEATURES, **settings),
     "slot_statistics": lambda **settings: partial(slot_statistics, features=FEATURES, **settings),
@@ -108,6 +108,12 @@ class TestOnce:
         assert said(criterion, **given) == []
         for one in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
             assert said(one, **probs) == []
+
+    def test_and_not_before_the_start(self) -> None:
+        probs = {name: one.softmax(2) for name, one in maps().items()}
+        criterion = SSyncLoss(start_step=9)
+        assert said(criterion, **probs, step=8) == []
+        assert len(said(criterion, **probs, step=9)) == 1
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_nothing_is_read_by_a_compiler(self) -> None:

@@ -44,6 +44,9 @@ from ssync_loss.testing import (
 
 __all__ = ["quick_interpreter"]
 
+# of the maps and masks that are drawn, some are as nobody means them
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
 INF, NAN = math.inf, math.nan
 # on a CPU the kernels run in Triton's interpreter
 DEVICES = dict.fromkeys(ENGINES, "cpu") | {"triton": "cuda" if torch.cuda.is_available() else "cpu"}

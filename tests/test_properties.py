@@ -40,6 +40,9 @@ from ssync_loss.testing import (
     valid_masks,
 )
 
+# of the maps and masks that are drawn, some are as nobody means them
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
 INF, NAN = math.inf, math.nan
 RUBBISH = (NAN, INF, -INF)
 SOFT = [("mse", 0.0), ("cross_entropy", 0.2)]

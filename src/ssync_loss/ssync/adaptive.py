@@ -154,8 +154,9 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         if not criterion.is_on(step):
             self._place(features, bind_maps(enc_logits, dec_logits, **layout, **masks).enc)
             return criterion(enc_logits, dec_logits, step=step, **masks)
-        criterion.look_at(enc_logits, dec_logits, **masks)
+        criterion.look_at(enc_logits, dec_logits)
         maps = prepare_maps(enc_logits, dec_logits, kind=criterion.kind, **layout, **masks)
+        criterion.look_once(enc_logits, dec_logits, **masks)
         features = self._place(features, maps.enc)
         settings = criterion.settings_at(step, maps.enc)
         with no_autocast(maps.enc):

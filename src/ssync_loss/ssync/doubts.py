@@ -9,7 +9,7 @@ from ssync_loss._autocast import at_least_float32
 from ssync_loss._checks import read_numbers
 from ssync_loss._compilers import is_traced
 from ssync_loss._module import _callers_stacklevel
-from ssync_loss.ssync.maps import KindArgument, Maps, bind_maps, check_kind
+from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kind
 
 # a sum of probabilities that were halves once
 ABOUT = 0.01
@@ -33,23 +33,22 @@ def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
 
     Numbers of a device are read with ``wait`` only; fake and traced tensors have none to read.
     """
-    said, shares, kinds = [], [], list(check_kind(kind))
-    for turn, (name, one) in enumerate((("enc_logits", maps.enc), ("dec_logits", maps.dec))):
-        numbers = _read(one, wait)
-        if numbers is None or one.shape[2] == 1:
-            continue
-        if kinds[turn] == "logits" and _is_probabilities(numbers):
+    if maps.enc.shape[2] == 1:
+        return ""
+    said, kinds = [], list(check_kind(kind))
+    read = [_read(one, wait) for one in (maps.enc, maps.dec)]
+    for turn, (name, one) in enumerate(zip(("enc_logits", "dec_logits"), read, strict=True)):
+        if one is not None and kinds[turn] == "logits" and _is_probabilities(one):
             said.append(f"`{name}` looks like probabilities, and was said to be logits.")
             kinds[turn] = "probs"
-        shares.append(numbers if kinds[turn] == "probs" else at_least_float32(numbers).softmax(2))
     if said:
         said.append(f"Is kind={kinds[0] if kinds[0] == kinds[1] else tuple(kinds)!r} meant?")
     mask = None if maps.slot_mask is None else _read(maps.slot_mask, wait)
-    if mask is not None and mask.shape[1] > 1:
+    if mask is not None:
         meant = "it is True where a slot is present. Is it inverted?"
         if int(mask.sum(1).max()) < 2:
             said.append(f"`slot_mask` leaves no clip two slots, and the loss is 0: {meant}")
-        elif any(_is_outside(one, mask) for one in shares):
+        elif any(_is_outside(one, one_kind, mask) for one, one_kind in zip(read, kinds, strict=True)):
             said.append(f"`slot_mask` leaves slots that nothing belongs to: {meant}")
     return " ".join(said)
 
@@ -69,8 +68,11 @@ def _is_probabilities(maps: Tensor) -> bool:
     return bool(total.max() - total.min() <= ABOUT * total.max())
 
 
-def _is_outside(shares: Tensor, mask: Tensor) -> bool:
+def _is_outside(maps: Tensor | None, kind: Kind, mask: Tensor) -> bool:
     """Say whether next to nothing of a map belongs to the slots of a mask (B, S), in clips that lack some."""
     some = ~mask.all(1)
-    shares = shares[some].nan_to_num().sum((1, 3, 4))
+    if maps is None or not some.any():
+        return False
+    shares = at_least_float32(maps[some])
+    shares = (shares.softmax(2) if kind == "logits" else shares).nan_to_num().sum((1, 3, 4))
     return bool((shares * mask[some]).sum() < NEGLIGIBLE * shares.sum())

@@ -270,7 +270,8 @@ class SSyncLoss(_SSyncModule):
         """Return the loss to add to a model's own.
 
         Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode it warns
-        once of a student that carries no gradient, such as detached attention.
+        once of a student that carries no gradient, such as detached attention. On a CPU, and not in a compiled step,
+        the first call that computes also warns of probabilities given as logits, and of an inverted ``slot_mask``.
 
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
@@ -283,7 +284,7 @@ class SSyncLoss(_SSyncModule):
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        self.look_at(enc_logits, dec_logits, **masks)
+        self.look_at(enc_logits, dec_logits)
         given = {"grid": self.grid, "axes": self.axes, **masks}
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, **given)
@@ -292,6 +293,7 @@ class SSyncLoss(_SSyncModule):
                 resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
+        self.look_once(enc_logits, dec_logits, **masks)
         with no_autocast(maps.enc):
             return resolve(self.backend, maps.enc, maps.dec).loss(maps, self.settings_at(step, maps.enc))
 
@@ -312,7 +314,8 @@ class SSyncLoss(_SSyncModule):
         is_on = self.is_on(step)
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, axes=self.axes, **masks)
-        self.look_at(enc_logits, dec_logits, **masks)
+        self.look_at(enc_logits, dec_logits)
+        self.look_once(enc_logits, dec_logits, **masks)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
@@ -347,8 +350,8 @@ class SSyncLoss(_SSyncModule):
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
-    def look_at(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
-        """Refuse one tensor as both maps; warn once of a student that carries no gradient, and of other doubts."""
+    def look_at(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
+        """Refuse one tensor as both maps; warn once of a student that carries no gradient."""
         _check_two(enc_logits, dec_logits)
         taught = {}
         # the value of a tensor is not read
@@ -357,7 +360,6 @@ class SSyncLoss(_SSyncModule):
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
             taught["enc_logits"] = (enc_logits, "interior")
         self._warn(self, **taught)
-        self.look_once(enc_logits, dec_logits, **masks)
 
 
 def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:
