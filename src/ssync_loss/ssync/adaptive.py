@@ -228,7 +228,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         self.margins.copy_(moved)
         self.levels.add_(moves & (torch.arange(len(LEVELS), device=level.device) == level))
         itself = torch.arange(num_slots, device=level.device).to(found.representative)
-        return found._replace(representative=torch.where(level == _FULL, found.representative, itself))
+        return SlotLabels(found.hard, torch.where(level == _FULL, found.representative, itself), found.clean)
 
     def _debiased(self, margins: Tensor, number: Tensor) -> Tensor:
         # in float32 a momentum near 1 is 1, and nothing would be left to divide by
