@@ -1,4 +1,4 @@
-"""What is hardly meant: probabilities given as logits, and a slot mask that keeps what is absent."""
+"""Warnings of likely mistakes: probabilities as logits, and an inverted slot mask."""
 
 import warnings
 from typing import Any
@@ -11,16 +11,16 @@ from ssync_loss._compilers import is_traced
 from ssync_loss._module import _callers_stacklevel
 from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kind
 
-# a sum of probabilities that were halves once
+# tolerance for a sum of probabilities, which may come from halves
 ABOUT = 0.01
-# the least share of a map that the slots that are there have
+# the least share of a map that present slots have
 NEGLIGIBLE = 1e-3
 
 
 def warn_of_doubts(
     enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, *, wait: bool, note: str = "", **given: Any
 ) -> None:
-    """Warn of what is doubtful about arguments of `bind_maps`; a compiled step is not interrupted."""
+    """Warn of likely mistakes in the arguments of `bind_maps`, except in compiled code."""
     if is_traced():
         return
     doubt = doubts(bind_maps(enc_logits, dec_logits, **given), kind, wait=wait)
@@ -29,9 +29,9 @@ def warn_of_doubts(
 
 
 def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
-    """Say what is doubtful about maps as they were given, each on its own grid; nothing where nothing is.
+    """Describe likely mistakes in maps, each on its own grid; "" if there are none.
 
-    Numbers of a device are read with ``wait`` only; fake and traced tensors have none to read.
+    Numbers on a device are read only with ``wait``. Fake and traced tensors have none.
     """
     if maps.enc.shape[2] == 1:
         return ""
@@ -58,18 +58,18 @@ def _read(tensor: Tensor, wait: bool) -> Tensor | None:
 
 
 def _is_probabilities(maps: Tensor) -> bool:
-    """Say whether numbers (B, T, S, H, W) have one sum over slots; that of a mean over heads is below 1."""
+    """Tell whether all patches (B, T, S, H, W) have the same sum over slots, which is below 1 for a mean over heads."""
     low, high = (bound.item() for bound in maps.aminmax())
     if not 0 <= low < high <= 1 + ABOUT:
         return False
     total = at_least_float32(maps).sum(2)
-    # where nothing counts there may be nothing
+    # invalid patches may be 0
     total = total[total > 0]
     return bool(total.max() - total.min() <= ABOUT * total.max())
 
 
 def _is_outside(maps: Tensor | None, kind: Kind, mask: Tensor) -> bool:
-    """Say whether next to nothing of a map belongs to the slots of a mask (B, S), in clips that lack some."""
+    """Tell whether the present slots of a mask (B, S) have almost no share of a map, in clips with absent slots."""
     some = ~mask.all(1)
     if maps is None or not some.any():
         return False

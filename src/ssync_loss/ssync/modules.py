@@ -35,18 +35,18 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """Base of the three: the check of settings, and warnings of what is hardly meant."""
+    """Base of the three: the check of settings, and warnings of likely mistakes."""
 
-    # whether the numbers of a call were looked at
+    # whether the maps of a call were checked for likely mistakes
     _looked = False
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Keep the settings, and prepare a warning."""
+        """Keep the settings, and prepare the warning of detached maps."""
         super().remember(arguments)
         self._warn = DetachedWarning()
 
     def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
-        """Warn, in the first call, of maps of another kind than said and of an inverted mask; in CPU memory only."""
+        """Warn in the first call of maps of another ``kind`` and of an inverted mask, if they are in CPU memory."""
         if not (is_traced() or self._looked):
             self._looked = True
             given = {"grid": self.grid, "axes": self.axes, **masks}
@@ -351,7 +351,7 @@ class SSyncLoss(_SSyncModule):
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
     def look_at(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        """Refuse one tensor as both maps; warn once of a student that carries no gradient."""
+        """Refuse one tensor as both maps; warn once of a student without a gradient."""
         _check_two(enc_logits, dec_logits)
         taught = {}
         # the value of a tensor is not read
