@@ -25,6 +25,8 @@ from ssync_loss.ssync.reference_adaptive import ReferenceAdaptiveState, referenc
 from ssync_loss.testing import SSyncCase, decidable_clips, map_pairs, ssync_cases, thresholds
 from test_ssync_contract import SSyncContract
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
 # enough earlier questions that debiasing no longer matters
 ASKED = 10_000
 
