@@ -352,6 +352,13 @@ def test_an_image_beside_a_clip_of_one_frame_is_decided_by_it() -> None:
     assert shapes((2, 1, 1, 24), (2, 1, 1, 4, 6), None) == [(2, 1, 1, 4, 6)] * 2
 
 
+def test_a_flat_image_is_told_its_axes() -> None:
+    image = torch.randn(2, 7, 16)
+    wanted = "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (2, 7, 16). An image's (B, S, N) takes"
+    refuses(ValueError, wanted, SSyncLoss().eval(), image, image)
+    assert SSyncLoss(axes="b s (h w)").eval()(image, image.clone()) >= 0
+
+
 def test_one_tensor_as_both_maps_is_refused() -> None:
     one = torch.randn(2, 3, 4, 5, 5, requires_grad=True)
     wanted = "`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`."

@@ -72,6 +72,14 @@ class TestKind:
             assert said(CALLS[name](), **given, slot_mask=mask) == [fewer]
 
 
+def test_views_of_one_tensor_are_no_two_maps() -> None:
+    enc = maps()["enc_logits"]
+    twice = "`dec_logits` is `enc_logits`, in the same memory: neither has anything to learn."
+    assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.view_as(enc)) == [twice]
+    assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.clone()) == []
+    assert said(SSyncLoss().eval(), enc_logits=enc.detach(), dec_logits=enc.detach()) == []
+
+
 class TestWhatLooksLikeProbabilities:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("heads", [1, 4])

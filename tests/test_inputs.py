@@ -1,4 +1,4 @@
-"""Inputs: shapes, grids, probabilities, NaN, precisions, strides; and the errors of wrong ones."""
+"""What may come in: shapes, grids, probabilities, dirt, precisions, strides; and what is refused, in which words."""
 
 import inspect
 import math
@@ -48,7 +48,7 @@ def maps(*size: int, clips: int = 2, frames: int = 2, slots: int = 3, dtype: tor
 
 
 def masks() -> Settings:
-    """Masks of some patches and slots of `maps`."""
+    """Some patches and slots of `maps` that do not count."""
     return {
         "valid": torch.rand(2, 2, H, W) < 0.8,
         "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
@@ -66,7 +66,7 @@ def grads(terms: SSyncTerms, *leaves: Tensor) -> list[Tensor]:
 
 
 def assert_same_terms(actual: SSyncTerms, expected: SSyncTerms) -> None:
-    """Require bitwise equal terms, none of them trivial."""
+    """To the last bit; nothing of it is trivial."""
     assert expected.num_boundary > 0
     assert expected.num_interior > 0
     assert_same_labels(actual.labels, expected.labels)
@@ -93,7 +93,7 @@ class TestShapes:
         wanted = loss_of(enc, dec)
         wanted_grads = grads(wanted, enc, dec)
         for grid in ((H, W), [H, W], ((H, W), (H, W)), torch.Size((H, W))):
-            # as attention returns them, slots last
+            # as an attention leaves them, slots last
             strided = enc.flatten(3).mT.contiguous().mT
             for flat in ((enc.flatten(3), dec.flatten(3)), (enc, dec.flatten(3)), (strided, dec), (enc, dec)):
                 actual = loss_of(*flat, grid=grid)
@@ -131,7 +131,7 @@ class TestShapes:
         enc, dec = maps(3, 8)
         wanted = loss_of(enc, dec)
         assert_same_terms(loss_of(enc.flatten(3), dec.flatten(3), grid=((H, W), (3, 8))), wanted)
-        # the encoder's grid does not matter for a decoder map with its own
+        # the grid of the encoder says nothing about a decoder map that has its own
         assert_same_terms(loss_of(enc.flatten(3), dec, grid=(H, W)), wanted)
 
     def test_frames_may_be_given_for_all_their_patches(self) -> None:
@@ -248,7 +248,7 @@ class TestProbabilities:
     @CRITERIA
     def test_a_zero_is_the_smallest_normal_number(self, criterion: Any, smoothing: float) -> None:
         probs = torch.rand(2, 2, 3, H, W)
-        # nothing of the first slot, so that every patch has a divisor
+        # of the first slot none, so that every patch has something to divide by
         probs[:, :, 1:][torch.rand(2, 2, 2, H, W) < 0.3] = 0.0
         spelled = (probs / probs.sum(2, keepdim=True)).clamp_min(TINY).log()
         probs.requires_grad_()
@@ -294,7 +294,7 @@ class TestProbabilities:
         assert_close_terms(loss_of(enc, shares(dec), kind=("logits", "probs")), wanted)
 
     def test_merging_follows_another_rule(self) -> None:
-        # a third slot takes the right half, where the logarithms of both others are below their means
+        # a third slot takes the right half; there the logarithms of both others sink below their means
         rows = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 9.0, 9.0]]
         logits = torch.tensor(rows).view(1, 1, 3, 1, 4)
         assert slot_overlap(logits)[0, 0, 1] == 0
@@ -302,7 +302,7 @@ class TestProbabilities:
         assert pseudo_labels(logits, logits).representative.tolist() == [[0, 1, 2]]
         probs = shares(logits)
         assert pseudo_labels(probs, probs, kind="probs").representative.tolist() == [[0, 0, 2]]
-        # the decoder's kind changes no group, as merging uses the encoder
+        # of the decoder nothing is merged, so its kind changes no group
         assert pseudo_labels(logits, probs, kind=("logits", "probs")).representative.tolist() == [[0, 1, 2]]
 
     def test_it_is_the_rule_of_the_logarithms(self) -> None:
@@ -338,7 +338,7 @@ class TestDirt:
             assert SSyncLoss(**knobs, interior_weight=0.0)(*given).isnan()
             assert boundary_refinement_loss(*given, **knobs).isnan()
             assert interior_denoising_loss(*given, **knobs).isnan()
-            # except for the labels, before and after the start
+            # but for the labels: some slot, before and after the start
             assert terms.labels.enc_labels.max() < 3
             assert terms.labels.enc_labels.min() >= 0
             off = SSyncLoss(**knobs, start_step=2)
@@ -354,7 +354,7 @@ class TestDirt:
         assert torch.equal(resized(dirty, H, W), resized(dec, H, W))
         assert loss_of(enc, dec).total.isfinite()
         assert loss_of(enc, dirty.requires_grad_()).total.isnan()
-        # unless it is under invalid patches or in an absent slot
+        # unless it lies under invalid patches or belongs to an absent slot
         valid = torch.ones(2, 2, H, W).bool()
         valid[1, 0, 0, 0] = False
         assert loss_of(enc, dirty, valid=valid).total.isfinite()
@@ -372,8 +372,8 @@ class TestDirt:
 
     @pytest.mark.parametrize("value", [NAN, INF])
     def test_a_patch_that_nobody_selects_counts_too(self, value: float) -> None:
-        # everything is interior, and only a boundary would teach the decoder
-        enc = 2 * F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2).float()
+        # everything is interior, nothing is boundary, and only a boundary would teach the decoder
+        enc = 2.0 * F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2)
         dec = enc.clone()
         dec[0, 0, 1, 0, 0] = value
         terms = loss_of(enc, dec)
@@ -403,7 +403,7 @@ class TestDirt:
         assert not overlap[:, 1].any()
         assert not overlap[:, :, 1].any()
         counted = loss_of(*(one.requires_grad_() for one in lost), merge_threshold=0.0)
-        # it wins no patch and adds nothing to a sum, but a mean is over S slots with it and S - 1 without
+        # it loses every patch and adds nothing to a sum, but a mean is over S slots with it and S - 1 without
         present = torch.tensor([[True, False, True]] * 2)
         masked = loss_of(enc, dec, merge_threshold=0.0, slot_mask=present)
         assert_same_labels(counted.labels, masked.labels)
@@ -537,7 +537,7 @@ class TestStrides:
 
     def test_the_loss_may_be_one_of_several_users_of_a_map(self) -> None:
         enc, dec = maps()
-        # operations before and after, and the same map twice
+        # products before and after, and twice the same map
         total = loss_of(2.0 * enc, dec * dec).total + enc.square().sum() + loss_of(enc, dec).total
         both = torch.autograd.grad(total, (enc, dec))
         parts = [
@@ -556,7 +556,7 @@ class TestGradcheck:
     def test_of_the_whole(self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int]) -> None:
         enc, dec = (torch.randn(2, 1, 3, *one, dtype=torch.float64) for one in ((3, 3), size))
         if kind == "probs":
-            # unnormalized, so that the gradient passes the normalization
+            # unnormalized, so that the way through the normalization is seen
             enc, dec = enc.exp(), dec.exp()
         hide: dict[str, Any] = {
             "valid": torch.rand(2, 1, 3, 3) < 0.8,
@@ -609,7 +609,7 @@ PSEUDO = PseudoLabels(LABELS, LABELS, REGION, REGION, torch.zeros(2, 4, dtype=to
 
 
 def made(make: Any, use: Any = nn.Module.__call__, **settings: Any) -> Any:
-    """Return a function of maps, masks and settings that calls a new module, if possible before its start."""
+    """Return a function of maps, masks and settings that makes a module and uses it, before its start if it has one."""
     early = {"step": 0} if settings else {}
 
     def call(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **others: Any) -> Any:
@@ -630,7 +630,7 @@ TWO_MAPS: dict[str, Any] = FUNCTIONS | MODULES | BEFORE_THE_START_AND_OVER_RANKS
 
 @pytest.mark.parametrize("call", TWO_MAPS.values(), ids=TWO_MAPS)
 class TestRefusedMaps:
-    """All functions of two maps have the same errors, also before the start."""
+    """The same words everywhere two maps go in, before the start already."""
 
     @pytest.mark.parametrize(
         ("enc", "dec", "message"),
@@ -699,7 +699,7 @@ class TestRefusedMaps:
         refuses(ValueError, f"`{name}` must have shape {message}", call, LOGITS, LOGITS, **hide)
 
 
-# the bounds of a setting, and values on either side
+# what a number may be, and one on either side of it
 RANGES: dict[str, tuple[str, tuple[float, ...]]] = {
     "merge_threshold": ("within [0.0, 1.0]", (-0.1, 1.5, NAN, INF)),
     "label_smoothing": ("within [0.0, 1.0]", (-0.1, 1.1, NAN)),
@@ -741,7 +741,7 @@ class TestRefusedSettings:
         refuses(ValueError, f"{wanted}criterion='cross_entropy'.", call, LOGITS, LOGITS, label_smoothing=0.1)
 
     def test_settings_are_refused_where_they_are_given(self) -> None:
-        # an error at construction, not at the first step
+        # not at the first step
         for make in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss):
             refuses(ValueError, "`merge_threshold` must be within [0.0, 1.0]; got 2.", make, merge_threshold=2)
             refuses(ValueError, "`kind` must be one of", make, kind="p")
@@ -774,7 +774,7 @@ class TestRefusedSettings:
 
     @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.array])
     def test_a_step_of_numpy(self, kind: Any) -> None:
-        """Unsigned labels, too, whose differences would wrap around."""
+        """Unsigned ones too, in which a difference would wrap around."""
         criterion = SSyncLoss(start_step=3, ramp_steps=4)
         enc, dec = sample_maps()
         for step in (2, 3, 5, 9):
@@ -799,7 +799,7 @@ class TestRefusedSettings:
     ids=["boundary", "interior", "boundary module", "interior module"],
 )
 class TestRefusedLabels:
-    """Labels that are given."""
+    """Labels that were computed before and handed over."""
 
     def test_labels(self, call: Any, label_name: str, region_name: str) -> None:
         name = f"`labels.{label_name}`"
@@ -904,7 +904,7 @@ def test_a_label_of_an_absent_slot_is_refused(backend: Any) -> None:
     region = torch.ones(2, 1, 1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"`target` must name .*present slot.*\[0, 1\].*; got 2"):
         selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend)
-    # labels outside the region, or in a clip without slots, do not matter
+    # where nothing is selected, or in a clip without slots, no label is read
     region[1, 0, 0, 0] = False
     assert selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend).isfinite()
     region[1] = True

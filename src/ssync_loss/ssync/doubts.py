@@ -43,6 +43,8 @@ def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
             kinds[turn] = "probs"
     if said:
         said.append(f"Is kind={kinds[0] if kinds[0] == kinds[1] else tuple(kinds)!r} meant?")
+    if _is_one(maps, read):
+        said.append("`dec_logits` is `enc_logits`, in the same memory: neither has anything to learn.")
     mask = None if maps.slot_mask is None else _read(maps.slot_mask, wait)
     if mask is not None:
         meant = "it is True where a slot is present. Is it inverted?"
@@ -55,6 +57,12 @@ def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
 
 def _read(tensor: Tensor, wait: bool) -> Tensor | None:
     return read_numbers(tensor.detach().cpu() if wait else tensor)
+
+
+def _is_one(maps: Maps, read: list[Tensor | None]) -> bool:
+    """Say whether two maps that learn are views of one tensor."""
+    places = {None if one is None else (one.data_ptr(), one.shape) for one in read}
+    return len(places) == 1 and None not in places and maps.enc.requires_grad and maps.dec.requires_grad
 
 
 def _is_probabilities(maps: Tensor) -> bool:

@@ -182,7 +182,8 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
             raise ValueError(f"`{name}` must have H, W = {grid} as `grid` says; got {shape}.")
         return logits
     if logits.dim() != 4:
-        raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.")
+        hint = " An image's (B, S, N) takes axes='b s (h w)'." if logits.dim() == 3 else ""
+        raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.{hint}")
     num_patches = shape[3]
     size = square(num_patches) if grid is None else grid
     if size is None:
