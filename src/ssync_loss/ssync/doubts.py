@@ -8,6 +8,7 @@ from torch import Tensor
 from ssync_loss._autocast import at_least_float32
 from ssync_loss._checks import read_numbers
 from ssync_loss._compilers import is_traced
+from ssync_loss._forks import is_forked
 from ssync_loss._module import _callers_stacklevel
 from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kind
 
@@ -21,7 +22,8 @@ def warn_of_doubts(
     enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, *, wait: bool, note: str = "", **given: Any
 ) -> None:
     """Warn of likely mistakes in the arguments of `bind_maps`, except in compiled code."""
-    if is_traced():
+    # in a forked process operators of torch may wait forever
+    if is_traced() or is_forked():
         return
     doubt = doubts(bind_maps(enc_logits, dec_logits, **given), kind, wait=wait)
     if doubt:

@@ -39,7 +39,8 @@ def load() -> CDLL:
     """Return the engine's library; compile it if the cache lacks it.
 
     Raises: UnavailableError without a compiler, or without a cache folder that is safe, writable and allows loading;
-        BrokenError if the compiler fails, or takes more than 10 seconds.
+        BrokenError if the compiler fails, or takes more than 10 seconds, or more on a machine with more to do than
+            processors.
     """
     if sys.platform == "win32":
         raise UnavailableError("a POSIX system")
@@ -152,11 +153,13 @@ def _compile(command: list[str]) -> str | None:
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
+        # beside other work a compiler takes longer
+        limit = SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         try:
-            said, _ = process.communicate(timeout=SECONDS)
+            said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            raise BrokenError(f"`{' '.join(command)}` took more than {SECONDS:g} s") from None
+            raise BrokenError(f"`{' '.join(command)}` took more than {limit:.3g} s") from None
     text = said.decode(errors="replace").strip()[-2000:]
     return f"`{' '.join(command)}` failed with {process.returncode}: {text}" if process.returncode else None
