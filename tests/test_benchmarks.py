@@ -19,7 +19,7 @@ from benchmarks.inputs import Inputs, Step, moving_blobs
 from benchmarks.results import Key, Spread, Values
 from benchmarks.slot_video_model import PUBLISHED
 from benchmarks.suites import growth, kernels, training_step
-from benchmarks.timing import MAX_CALLS, Work, interleave, over
+from benchmarks.timing import MAX_CALLS, Clock, Work, interleave, over
 from torch import Tensor, nn
 
 import ssync_loss
@@ -69,7 +69,7 @@ class TestTiming:
             ([work("w", 0.001, wait)], 0.0, "ww" + 20 * MAX_CALLS * "w"),
         ):
             calls = ""
-            rounds = interleave(dict(enumerate(works)), lambda: now, budget or 0.001 * len(expected))
+            rounds = interleave(dict(enumerate(works)), Clock(lambda: now), budget or 0.001 * len(expected))
             assert calls == expected
             assert rounds[0] == pytest.approx([rounds[0][0]] * len(rounds[0]))
             assert rounds[0][0] == pytest.approx({"s": 5.0, "w": 0.001, "a": rounds[0][0]}[expected[0]])

@@ -95,7 +95,7 @@ def one_clip(key: Key, device: str) -> tuple[float, int]:
     """Return the seconds and the bytes of a step on one clip; optimizer state and weights count, too."""
     take = step_of(_parts(key.case, key.sizes | {"B": 1}, device), None, device)
     num_bytes = peak_memory(take, device)["allocated"]
-    return timeit.timeit(take, timer=clock_of(device), number=1), num_bytes
+    return timeit.timeit(take, timer=clock_of(device).read, number=1), num_bytes
 
 
 def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
