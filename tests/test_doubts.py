@@ -41,8 +41,10 @@ def said(call: Callable[..., object], **given: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call(**given)
-    assert all(one.filename == __file__ for one in caught)
-    return [str(one.message).removesuffix(" (Said once.)") for one in caught]
+    # a compiler has words of its own
+    ours = [one for one in caught if str(one.message).startswith("`")]
+    assert all(one.filename == __file__ for one in ours)
+    return [str(one.message).removesuffix(" (Said once.)") for one in ours]
 
 
 @EVERY
