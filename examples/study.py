@@ -33,7 +33,7 @@ from examples.files import must_be_ours, must_be_writable, write_text
 from examples.machine import this_machine
 from examples.pieces import default_cache
 from examples.slot_model import SlotModel, SlotOutput
-from examples.study_report import SCORES, Rows, save_figure, table
+from examples.study_report import SCORES, Rows, save_figure, summary, table
 from examples.study_settings import LEVELS, NUM_SCORED, ROLES, SETTINGS, Clips, Places, real_clips
 from examples.training import Terms, terms_of, train
 
@@ -318,13 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(out: Path) -> int:
-    """Print the table of what was run, and write it and the picture."""
+    """Print a summary of what was run, and write the tables and the picture."""
     rows = Rows(out / "rows.jsonl").load()
-    text = table(rows)
-    print(f"\n{text}\n")
-    write_text(out / "table.md", f"{text}\n")
+    print(f"\n{summary(rows)}\n")
+    write_text(out / "table.md", f"{table(rows)}\n")
     save_figure(rows, out / "study.png")
-    print(f"rows    {out / 'rows.jsonl'}\npicture {out / 'study.png'}")
+    print(f"rows    {out / 'rows.jsonl'}\nall of them {out / 'table.md'}\npicture {out / 'study.png'}")
     return 0
 
 

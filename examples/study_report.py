@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +27,7 @@ FIELDS = {
     **dict.fromkeys(("scores", "machine"), dict),
 }
 MARGINS = {"margin": "margin", "merged_margin": "merged margin"}
+ZONES = ("merged margin above 0", "margin above 0, merged below", "both margins below 0")
 LEVELS = ("listening", "interior", "unmerged", "full")
 ORDER = ("test", "shaped", "development")
 # of a row
@@ -117,7 +118,7 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     """Pair every run with the one with own losses and the same beginning."""
     known = {(*beginning(row), row["run"]): row for row in rows}
     found = []
-    for (*place, run), row in known.items():
+    for (*place, run), row in sorted(known.items(), key=lambda item: ORDER.index(item[1]["role"])):
         own, shared = (known.get((*place, name)) for name in ("baseline", "shared"))
         if run in ("baseline", "shared") or own is None or shared is None:
             continue
@@ -136,22 +137,25 @@ def label(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lay out what came out as Markdown: settings, signs, forms and thresholds, and all runs."""
-    if not pairs(rows):
-        return "Nothing to compare yet: no run has one with own losses and the same beginning."
-    everything = sorted(pairs(rows), key=lambda pair: ORDER.index(pair.row["role"]))
-    parts = [
-        caption(rows),
-        "\n".join(markdown(settings_table(everything))),
-        "\n".join(signs(everything)),
-        "\n".join(outcome(everything)),
-    ]
+    """Lay out what came out as Markdown: the summary, forms and thresholds, and all runs."""
+    everything = pairs(rows)
+    parts = [summary(rows)]
     if any(pair.row["run"] not in NAMES for pair in everything):
         parts.append("Other forms and thresholds, paired change of decoder FG-ARI:")
         parts.append("\n".join(markdown(forms_table(everything))))
-    parts.append("All runs, paired changes on clips trained on / fresh ones; slots in use as they are:")
-    parts.append("\n".join(markdown(runs_table(everything))))
+    if everything:
+        parts.append("All runs, paired changes on clips trained on / fresh ones; slots in use as they are:")
+        parts.append("\n".join(markdown(runs_table(everything))))
     return "\n\n".join(parts)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Lay out what came out by setting, how often the margins told it, and what the cascade made of gains and harms."""
+    everything = pairs(rows)
+    if not everything:
+        return "Nothing to compare yet: no run has one with own losses and the same beginning."
+    parts = [markdown(settings_table(everything)), signs(everything), outcome(everything)]
+    return "\n\n".join([caption(rows), *map("\n".join, parts)])
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -226,40 +230,39 @@ def signs(everything: Sequence[Pair]) -> list[str]:
 
 
 def outcome(everything: Sequence[Pair]) -> list[str]:
-    """Say what the cascade made of plain SSync's gains and harms, whatever it is."""
-    known = {(beginning(pair.row), pair.row["run"]): pair for pair in everything}
-    both = [
-        (pair, known[key, "adaptive"])
-        for (key, run), pair in known.items()
-        if run == "ssync" and (key, "adaptive") in known
-    ]
-    lines = []
-    for role in (*ORDER, "all"):
+    """Lay out what the cascade made of plain SSync's gains and harms, whatever it is."""
+    plain, adaptive = (
+        {beginning(pair.row): pair for pair in everything if pair.row["run"] == run} for run in ("ssync", "adaptive")
+    )
+    both = [(plain[key], adaptive[key]) for key in plain if key in adaptive]
+    head = ["settings, clips", "runs", "SSync harms", "there: SSync, cascade", "SSync helps", "there: SSync, cascade"]
+    head += ["cascade harms", "cascade helps", "worst: SSync, cascade"]
+    rows = [head]
+    for group in (*ORDER, "all", *ZONES):
         for which in SETS:
             some = [
                 (one.gain(which), two.gain(which))
                 for one, two in both
-                if role in ("all", one.row["role"]) and isfinite(one.gain(which))
+                if group in ("all", one.row["role"], zone(one)) and isfinite(one.gain(which))
             ]
             if not some:
                 continue
             harmed = [one for one in some if one[0] < -SMALL]
             helped = [one for one in some if one[0] > SMALL]
-            lines.append(
-                f"- {role}, {which} clips, {len(some)} runs. Plain SSync harms {len(harmed)}{_means(harmed)} and helps "
-                f"{len(helped)}{_means(helped)}. The cascade harms {sum(two < -SMALL for _, two in some)}, helps "
-                f"{sum(two > SMALL for _, two in some)}, and is behind plain SSync by more than {SMALL} in "
-                f"{sum(two < one - SMALL for one, two in some)}; its worst is {min(two for _, two in some):+.3f}, "
-                f"plain SSync's {min(one for one, _ in some):+.3f}."
-            )
-    return ["Gains and harms, FG-ARI:", "", *lines] if lines else []
+            cells = [len(some), len(harmed), _both(harmed, fmean), len(helped), _both(helped, fmean)]
+            cells += [sum(two < -SMALL for _, two in some), sum(two > SMALL for _, two in some), _both(some, min)]
+            rows.append([f"{group}, {which}", *map(str, cells)])
+    return [f"Gains and harms of more than {SMALL} FG-ARI, and their means:", "", *markdown(rows)]
 
 
-def _means(some: Sequence[tuple[float, float]]) -> str:
-    """Write the means of both where there are any."""
-    if not some:
-        return ""
-    return f" (there {fmean(one for one, _ in some):+.3f}, the cascade {fmean(two for _, two in some):+.3f})"
+def zone(pair: Pair) -> str:
+    """Tell by both margins, asked on clips trained on, where a run belongs."""
+    return ZONES[0 if pair.margin("merged_margin") > 0 else 1 if pair.margin("margin") > 0 else 2]
+
+
+def _both(some: Sequence[tuple[float, float]], take: Callable[[Iterable[float]], float]) -> str:
+    """Write a number of plain SSync and one of the cascade, where there are any."""
+    return ", ".join(number(take(one), 3, "+") for one in zip(*some, strict=True)) if some else "-"
 
 
 def forms_table(everything: Sequence[Pair]) -> list[list[str]]:

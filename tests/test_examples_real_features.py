@@ -111,7 +111,7 @@ class TestPhotographs:
 
 
 class Stripes:
-    """In place of a network: colors of patches of 14 pixels, and their waves; counts the clips it is asked for."""
+    """In place of a network: colors of 16 x 16 patches, and their waves; counts the clips it is asked for."""
 
     dim = 30
     made_from: ClassVar = {"network": "stripes"}
@@ -123,15 +123,16 @@ class Stripes:
         if self.clips + len(video) > self.limit:
             raise KeyboardInterrupt
         self.clips += len(video)
-        colors = F.avg_pool2d(video.flatten(0, 1), 14)
+        colors = F.avg_pool2d(video.flatten(0, 1), video.shape[-1] // 16)
         waves = [(k * colors).sin() for k in range(1, 10)]
         return torch.cat([colors, *waves], dim=1).view(*video.shape[:2], self.dim, 16, 16)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pieces be small, and composites be cut from what every machine has."""
+    """Let pieces and pictures be small, and composites be cut from what every machine has."""
     monkeypatch.setattr(real_data, "PIECE", 2)
+    monkeypatch.setattr(real_data, "SIZE", 112)
     monkeypatch.setattr(real_features, "PIECE", 2)
     monkeypatch.setattr(real_data, "load_photographs", lambda: made_up(18))
 
@@ -203,8 +204,8 @@ class TestStore:
         assert (video.shape, ids.shape) == ((3, 4, 3, 64, 64), (3, 4, 64, 64))
         assert (video.dtype, ids.dtype) == (torch.uint8, torch.uint8)
         large, labels = train.piece(0)
-        # pixel k of 64 has its center at 3.5 k + 1.75 of 224
-        places = (3.5 * torch.arange(64) + 1.75).long()
+        # pixel k of 64 has its center at 1.75 k + 0.875 of 112
+        places = (1.75 * torch.arange(64) + 0.875).long()
         labels, large = (whole[..., places, :][..., places] for whole in (labels, large))
         assert torch.equal(ids[:2].long(), labels)
         # pictures are of one color each: away from edges that color is kept

@@ -12,7 +12,7 @@ from examples import study, training
 from examples.data import TEST_SEED
 from examples.evaluation import EvaluationSet
 from examples.moving_objects import moving_objects
-from examples.study_report import SCORES, Row, Rows, pairs, save_figure, table
+from examples.study_report import SCORES, Row, Rows, pairs, save_figure, summary, table
 from examples.study_settings import LEVELS, SETTINGS, Clips, Places, Setting, sprites
 from PIL import Image
 
@@ -229,11 +229,15 @@ class TestTheTable:
             *made_up("a", "test", (0.5, 0.25), ssync=0.2, adaptive=-0.1),
             *made_up("b", "test", (0.5, 0.25), ssync=-0.04, adaptive=-0.3),
         ]
-        assert (
-            "- test, trained clips, 2 runs. Plain SSync harms 1 (there -0.040, the cascade -0.300) and helps 1 (there "
-            "+0.200, the cascade -0.100). The cascade harms 2, helps 0, and is behind plain SSync by more than 0.01 in "
-            "2; its worst is -0.300, plain SSync's -0.040." in table(rows)
-        )
+        row = re.search(r"^\| test, trained +\|(.*)\|$", table(rows), flags=re.MULTILINE)
+        assert row is not None
+        assert [cell.strip() for cell in row[1].split("|")] == [
+            *["2", "1", "-0.040, -0.300", "1", "+0.200, -0.100"],
+            *["2", "0", "-0.040, -0.300"],
+        ]
+        assert "| merged margin above 0, fresh   | 2 " in table(rows)
+        for margins, zone in (((0.1, -0.1), "margin above 0, merged below"), ((-0.1, -0.2), "both margins below 0")):
+            assert f"| {zone}, fresh" in table(made_up("a", "test", margins, ssync=0.2, adaptive=0.1))
 
     def test_other_forms_have_a_table_of_their_own(self) -> None:
         assert "Other forms" not in table(made_up("a", "test", (0.5, 0.25), ssync=0.2))
@@ -271,3 +275,17 @@ class TestRows:
             rows.path.write_bytes(whole + whole[:length])
             rows.add(two)
             assert rows.load() == [one, two]
+
+
+FOLDER = Path(study.__file__).parent
+
+
+def test_the_readme_s_tables_are_those_of_the_committed_rows() -> None:
+    shown = re.search(
+        r"<!-- study: .*?-->\n(.*?)<!-- end of study -->", (FOLDER / "README.md").read_text(), flags=re.DOTALL
+    )
+    assert shown is not None
+    rows = Rows(FOLDER / "study" / "rows.jsonl").load()
+    assert shown[1].strip() == summary(rows)
+    assert (FOLDER / "study" / "table.md").read_text().strip() == table(rows)
+    assert not any("dirty" in row["machine"]["commit"] for row in rows)
