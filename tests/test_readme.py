@@ -52,7 +52,7 @@ def test_links_lead_somewhere() -> None:
 def test_numbers_are_those_of_the_scripts() -> None:
     assert quotes.again(README) == README
     # and stand where they are looked for
-    assert len(quotes.QUOTE.findall(README)) == 2
+    assert len(quotes.QUOTE.findall(README)) == 3
     assert len(quotes.COST.findall(README)) > 10
 
 
