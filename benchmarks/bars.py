@@ -1,15 +1,15 @@
 """What must be shown, and whether a file of results shows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import ge, le, lt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.contenders import AUTO, DENSE, TWO_THREADS, Contender, ssync_contender
+from benchmarks.add_ons import BY_NAME
+from benchmarks.contenders import AUTO, REPLAY, TWO_THREADS, name_of
 from benchmarks.results import Results, Row, Spread
-from benchmarks.slopes import Slope, fit
 from benchmarks.slot_video_model import PUBLISHED
 from benchmarks.suites import kernels, training_step
-from benchmarks.suites.linear_vs_quadratic import history, num_patches
+from benchmarks.suites.growth import LINEAR, Slope, fit, history
 
 SWEEPS = ("H*W", "T", "B")
 # patches from which time is in the work and not in calling it; smaller sizes would flatter a slope
@@ -42,49 +42,25 @@ class Bar(NamedTuple):
 
 def bars(results: Results) -> list[Bar]:
     """Hold the results of a machine against every bar that is about its kind."""
+    on_gpu = results.machine["device"] == "cuda"
     found = [*_slopes(results), *_against_dense(results), *_shares(results)]
-    return [*found, *(_on_gpu(results) if results.environment["device"] == "cuda" else _on_cpu(results))]
+    return [*found, *(_on_gpu(results) if on_gpu else _on_cpu(results))]
 
 
-def slope_of(results: Results, sweep: str, contender: Contender, measure: str, *, whole: bool = False) -> Slope | None:
-    """Fit the slope of a contender's time or memory in a sweep.
-
-    Args:
-        results: of one machine.
-        sweep: which axis grows.
-        contender: whose.
-        measure: ``"time"``, ``"time, default allocator"`` or ``"memory"``.
-        whole: over all sizes, instead of from `FIT_FROM` on.
-    """
-    value = "allocated" if measure == "memory" else "step"
-    start = 0 if whole else fit_from(results, contender)
-    return fit(history(results, sweep, contender, measure, value), start=start)
-
-
-def fit_from(results: Results, contender: Contender) -> int:
-    """Return the least number of patches that enters a contender's fit."""
-    return FIT_FROM[results.environment["device"]]["dense" if contender.backend is None else "SSync"]
-
-
-def movi_c_steps(results: Results, measure: str = "time", *, suffix: str = "") -> dict[int, Row]:
-    """Return the rows of a MOVi-C step by what is held to the bars, and a suffix to its name, by number of clips."""
-    wanted = kernels.FRAMES["MOVi-C"]
-    name = held_to_bars(results).name + suffix
-    return {
-        row.id.sizes["B"]: row
-        for row in results.select(suite=kernels.SUITE, case=kernels.STEP, contender=name, measure=measure)
-        if row.status == "measured" and row.id.sizes.items() >= wanted.items()
-    }
-
-
-def here(results: Results) -> list[Contender]:
+def here(results: Results) -> list[str]:
     """Return SSync by every backend that was measured here; others are compared with the first."""
-    return [ssync_contender(one) for one in results.settings["backends"]]
+    return [name_of(one) for one in results.settings["backends"]]
 
 
-def held_to_bars(results: Results) -> Contender:
+def held_to_bars(results: Results) -> str:
     """Return SSync by what ``"auto"`` takes; of other backends, only the slopes have bars."""
-    return ssync_contender(AUTO[results.environment["device"]])
+    return name_of(AUTO[results.machine["device"]])
+
+
+def slope_of(results: Results, sweep: str, contender: str, value: str) -> Slope | None:
+    """Fit the slope of a contender's ``"step"`` or ``"allocated"`` in a sweep, from `FIT_FROM` on."""
+    start = FIT_FROM[results.machine["device"]]["dense" if contender in BY_NAME else "SSync"]
+    return fit([point for point in history(results, LINEAR, sweep, contender, value) if point[0] >= start])
 
 
 def _bar(claim: str, sign: str, limit: float, value: float | Spread | None, form: str, unit: str = "") -> Bar:
@@ -99,104 +75,93 @@ def _bar(claim: str, sign: str, limit: float, value: float | Spread | None, form
     return Bar(claim, bound, said, MET if COMPARE[sign](middle, limit) else MISSED)
 
 
+def _value(rows: Iterable[Row], name: str) -> float | Spread | None:
+    """Return the value of the first row that has it."""
+    return next((row.values[name] for row in rows if name in row.values), None)
+
+
+def _worst(rows: Iterable[Row], name: str) -> float | None:
+    return max((row.number(name) for row in rows if name in row.values), default=None)
+
+
 def _slopes(results: Results) -> list[Bar]:
     found = []
     for contender in here(results):
         for sweep in SWEEPS:
-            for measure, limit in (("time", MAX_TIME_SLOPE), ("memory", MAX_MEMORY_SLOPE)):
-                slope = slope_of(results, sweep, contender, measure)
-                enough = slope is not None and slope.enough
-                claim = f"{contender.name}: slope of {measure} in {sweep.replace('*', '·')}"
-                found.append(_bar(claim, "≤", limit, slope.exponent if slope and enough else None, ".2f"))
+            for measure, value, limit in (("time", "step", MAX_TIME_SLOPE), ("memory", "allocated", MAX_MEMORY_SLOPE)):
+                slope = slope_of(results, sweep, contender, value)
+                claim = f"{contender}: slope of {measure} in {sweep.replace('*', '·')}"
+                exponent = slope.exponent if slope is not None and slope.enough else None
+                found.append(_bar(claim, "≤", limit, exponent, ".2f"))
     return found
 
 
 def _against_dense(results: Results) -> list[Bar]:
-    contender, at = held_to_bars(results), f"than full dense alignment at {COMPARED_AT:,} patches"
-    found = []
-    for measure, claim, limit in (("time", "faster", MIN_SPEEDUP), ("memory", "less memory", MIN_MEMORY_RATIO)):
-        ratio = _ratio(results, contender, measure)
-        found.append(_bar(f"{contender.name}: {claim} {at}", "≥", limit, ratio, ",.0f", "x"))
-    steps = dict(history(results, "H*W", contender, "time", "step"))
-    said = f"{1e3 * steps[LONG_CLIP]:.3g} ms" if LONG_CLIP in steps else "-"
-    verdict = MET if LONG_CLIP in steps else NOT_MEASURED
-    return [*found, Bar(f"{contender.name}: {LONG_CLIP:,} patches in one clip", "runs", said, verdict)]
+    name = held_to_bars(results)
 
+    def known(contender: str, value: str, size: int = COMPARED_AT) -> float | None:
+        return dict(history(results, LINEAR, "H*W", contender, value)).get(size)
 
-def _ratio(results: Results, contender: Contender, measure: str) -> float | None:
-    """Return how many times as much dense alignment takes; times as they were taken in turn, if they were."""
-    value = "allocated" if measure == "memory" else "step"
-    own = dict(history(results, "H*W", contender, measure, value)).get(COMPARED_AT)
-    dense = dict(history(results, "H*W", DENSE, measure, value)).get(COMPARED_AT)
-    if own is None or dense is None:
-        return None
-    if measure == "time" and contender == here(results)[0]:
-        return dict(history(results, "H*W", DENSE, measure, "ratio"))[COMPARED_AT]
-    return dense / own
+    # as they were taken in turn
+    faster = known("dense", "ratio") if name == here(results)[0] else None
+    own, dense, step = known(name, "allocated"), known("dense", "allocated"), known(name, "step", LONG_CLIP)
+    smaller = dense / own if own and dense else None
+    at = f"than full dense alignment at {COMPARED_AT:,} patches"
+    ran = (NOT_MEASURED, "-") if step is None else (MET, f"{1e3 * step:.3g} ms")
+    return [
+        _bar(f"{name}: faster {at}", "≥", MIN_SPEEDUP, faster, ",.0f", "x"),
+        _bar(f"{name}: less memory {at}", "≥", MIN_MEMORY_RATIO, smaller, ",.0f", "x"),
+        Bar(f"{name}: {LONG_CLIP:,} patches in one clip", "runs", *ran[::-1]),
+    ]
 
 
 def _shares(results: Results) -> list[Bar]:
-    device, name = results.environment["device"], held_to_bars(results).name
+    device, name = results.machine["device"], held_to_bars(results)
     limits = [(case, name, MAX_SHARE[device]) for case in PUBLISHED]
     limits.append((training_step.EXAMPLE, name, MAX_EXAMPLE_SHARE))
     if device == "cpu":
         limits.append((training_step.EXAMPLE, name + TWO_THREADS, MAX_EXAMPLE_SHARE))
-    rows = {(row.id.case, row.id.contender): row for row in results.select(suite=training_step.SUITE)}
     found = []
     for case, contender, limit in limits:
-        row = rows.get((case, contender))
-        share = row.spread("share") if row is not None and row.status == "measured" else None
+        share = _value(results.select(training_step.SUITE, case=case, contender=contender), "share")
         found.append(_bar(f"{contender}: share of a training step, {case}", "<", limit, share, ".2%"))
     return found
 
 
+def steps(results: Results, contender: str, clips: int | None = None, dtype: str = "float32") -> list[Row]:
+    """Return the rows of a MOVi-C step, of a number of clips or any."""
+    wanted = kernels.FRAMES["MOVi-C"] | ({} if clips is None else {"B": clips})
+    rows = results.select(kernels.SUITE, case=kernels.STEP, contender=contender, dtype=dtype)
+    return [row for row in rows if row.key.sizes.items() >= wanted.items()]
+
+
 def _on_cpu(results: Results) -> list[Bar]:
-    name, steps = held_to_bars(results).name, movi_c_steps(results)
+    name, batch = held_to_bars(results), kernels.BATCH
     found = []
     for clips, limit in MAX_EXPONENTIALS.items():
-        ratio = steps[clips].spread("over_exp") if clips in steps else None
         claim = f"{name}: step over `torch.exp` of both maps, MOVi-C, {clips} clips"
-        found.append(_bar(claim, "≤", limit, ratio, ".1f"))
-    threaded = movi_c_steps(results, suffix=TWO_THREADS).get(64)
-    speedup = None if threaded is None else threaded.spread("speedup")
-    found.append(
-        _bar(f"{name}: faster on two threads, MOVi-C, 64 clips", "≥", MIN_THREADS_SPEEDUP, speedup, ".2f", "x")
+        found.append(_bar(claim, "≤", limit, _value(steps(results, name, clips), "over_exp"), ".1f"))
+    speedup = _value(steps(results, name + TWO_THREADS, batch), "speedup")
+    waiting = _worst(steps(results, name), "maps_waiting")
+    first = _value(results.select(kernels.SUITE, case=kernels.FIRST_USE), "step")
+    claims: tuple[Any, ...] = (
+        (f"faster on two threads, MOVi-C, {batch} clips", "≥", MIN_THREADS_SPEEDUP, speedup, ".2f", "x"),
+        ("maps that wait for the backward beyond inputs and gradients, MOVi-C", "≤", MAX_WAITING_MAPS, waiting, ".2f"),
+        ("first use, import and compiler included", "≤", MAX_FIRST_USE_SECONDS, first, ".1f", " s"),
     )
-    waiting = [row.number("maps_waiting") for row in movi_c_steps(results, "memory").values()]
-    claim = f"{name}: maps that wait for the backward beyond inputs and gradients, MOVi-C"
-    found.append(_bar(claim, "≤", MAX_WAITING_MAPS, max(waiting, default=None), ".2f"))
-    rows = results.select(suite=kernels.SUITE, case=kernels.FIRST_USE)
-    first = [row.spread("step") for row in rows if row.status == "measured"]
-    claim = f"{name}: first use, import and compiler included"
-    return [*found, _bar(claim, "≤", MAX_FIRST_USE_SECONDS, first[0] if first else None, ".1f", " s")]
+    return [*found, *(_bar(f"{name}: {claim}", *rest) for claim, *rest in claims)]
 
 
 def _on_gpu(results: Results) -> list[Bar]:
-    name = held_to_bars(results).name
-    steps = [row for row in results.select(suite=kernels.SUITE, case=kernels.STEP) if row.status == "measured"]
-    launches = [row.number("launches") for row in steps if (row.id.contender, row.id.measure) == (name, "counts")]
-    timed = [row for row in steps if (row.id.contender, row.id.measure) == (name + kernels.REPLAY, "time")]
-    shape = {"B": 64, **kernels.FRAMES["MOVi-C"]}
-    replayed = [row.number("step") for row in timed if (row.id.sizes, row.id.dtype) == (shape, "float16")]
-    large = [row.number("over_floor") for row in timed if _map_bytes(row) >= kernels.LARGE_MAP_BYTES]
-    return [
-        _bar(f"{name}: launches of a step", "≤", MAX_LAUNCHES, max(launches, default=None), ".0f"),
-        _bar(
-            f"{name}: µs of a replayed step, MOVi-C, 64 clips, float16",
-            "≤",
-            1e6 * MAX_REPLAY_SECONDS,
-            1e6 * max(replayed) if replayed else None,
-            ".0f",
-        ),
-        _bar(
-            f"{name}: replayed step over its bandwidth floor, large maps",
-            "≤",
-            MAX_OVER_FLOOR,
-            max(large, default=None),
-            ".2f",
-        ),
-    ]
-
-
-def _map_bytes(row: Row) -> int:
-    return num_patches(row.id.sizes) * row.id.sizes["S"] * (2 if row.id.dtype == "float16" else 4)
+    name = held_to_bars(results)
+    replays = results.select(kernels.SUITE, case=kernels.STEP, contender=name + REPLAY)
+    launches = _worst(results.select(kernels.SUITE, case=kernels.STEP, contender=name), "launches")
+    replayed = _worst(steps(results, name + REPLAY, kernels.BATCH, "float16"), "step")
+    microseconds = None if replayed is None else 1e6 * replayed
+    large = _worst([row for row in replays if row.key.sizes["B"] > kernels.BATCH], "over_floor")
+    claims: tuple[Any, ...] = (
+        ("launches of a step", "≤", MAX_LAUNCHES, launches, ".0f"),
+        ("µs of a replayed step, MOVi-C, 64 clips, float16", "≤", 1e6 * MAX_REPLAY_SECONDS, microseconds, ".0f"),
+        ("replayed step over its bandwidth floor, large maps", "≤", MAX_OVER_FLOOR, large, ".2f"),
+    )
+    return [_bar(f"{name}: {claim}", *rest) for claim, *rest in claims]

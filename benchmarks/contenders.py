@@ -1,125 +1,108 @@
-"""What is compared: SSync by each of its backends, and dense alignment in several forms."""
+"""Who is measured, by name: SSync by each of its backends and in other ways, and a step of anyone."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import dense_inputs, moving_blobs
-from benchmarks.timing import Work
+from benchmarks.add_ons import BY_NAME
+from benchmarks.inputs import Inputs, Step
 from ssync_loss import SSyncLoss
-from ssync_loss.functional import dense_decoder_alignment_loss, dense_encoder_alignment_loss
+from ssync_loss.functional import pseudo_labels, selective_distillation_loss
+from ssync_loss.testing import reference_ssync
 
 # everything that could be measured, the fastest first; "reference" is what the gate compares with
 BACKENDS = ("cpu", "triton", "torch")
 # what backend="auto" takes on a device where it can
 AUTO = {"cpu": "cpu", "cuda": "triton"}
 MERGE_THRESHOLD = 0.7
-CHUNK_SIZE = 1024
-PARTS = ("forward", "backward")
-# behind the name of a contender, as whatever else follows a comma there
-TWO_THREADS = ", 2 threads"
+COMPILED = " compiled"
+# not contenders: what others are measured in
+TORCH, COPY, EXP = "torch", "copy", "exp of both maps"
+COPY_BYTES = 128 << 20
+# the maps of a step, each read or written once, with separate passes for statistics, counts and targets
+STEP_PASSES = 9
+# behind the name of a contender
+TWO_THREADS, REPLAY, USUAL_MALLOC = ", 2 threads", ", graph replay", ", malloc as it comes"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Something that turns inputs into a loss with gradients.
-
-    Attributes:
-        name: what it is called in files and tables.
-        backend: of SSync; None for dense alignment.
-        compiled: whether `torch.compile` is put on top.
-        group_frames: frames of a window of dense alignment; None for the whole clip.
-        chunk_size: rows of scores that dense alignment holds at once; None for all.
-    """
-
-    name: str
-    backend: str | None = None
-    compiled: bool = False
-    group_frames: int | None = None
-    chunk_size: int | None = None
+def name_of(backend: str) -> str:
+    """Name SSync by one of its backends."""
+    return f"SSync {backend}"
 
 
-def ssync_contender(backend: str, *, compiled: bool = False) -> Contender:
-    """Return SSync by one of its backends."""
-    return Contender(f"SSync {backend}" + " compiled" * compiled, backend=backend, compiled=compiled)
+def base_of(contender: str) -> str:
+    """Name who is measured, without how."""
+    for how in (TWO_THREADS, REPLAY, USUAL_MALLOC):
+        contender = contender.removesuffix(how)
+    return contender
 
 
-DENSE = Contender("dense")
-DENSE_CHUNKED = Contender("dense chunked", chunk_size=CHUNK_SIZE)
-DENSE_WINDOWS = (Contender("dense in windows of 2", group_frames=2), Contender("dense in windows of 4", group_frames=4))
-CONTENDERS = {
-    one.name: one
-    for one in (
-        *(ssync_contender(backend, compiled=compiled) for backend in BACKENDS for compiled in (False, True)),
-        DENSE,
-        DENSE_CHUNKED,
-        *DENSE_WINDOWS,
-    )
-}
+def backend_of(contender: str) -> Any:
+    """Return the backend of SSync by its name."""
+    return base_of(contender).removesuffix(COMPILED).removeprefix("SSync ")
 
 
-def ssync_criterion(contender: Contender, **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def ssync_criterion(contender: str, **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the loss of a contender; compiled, it is compiled once for every shape.
 
     Dynamic shapes would also make the settings symbols, and compile to slower code.
     """
-    backend: Any = contender.backend
-    criterion = SSyncLoss(**{"merge_threshold": MERGE_THRESHOLD, "backend": backend, **settings})
-    if contender.compiled:
+    criterion = SSyncLoss(**{"merge_threshold": MERGE_THRESHOLD, "backend": backend_of(contender), **settings})
+    if base_of(contender).endswith(COMPILED):
         compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(criterion, fullgraph=True, dynamic=False)
         return compiled
     return criterion
 
 
-def dense_loss(
-    contender: Contender,
-    decoder_features: Tensor,
-    encoder_features: Tensor,
-    anchors: Tensor,
-    enc_labels: Tensor,
-    dec_labels: Tensor,
-) -> Tensor:
-    """Compute both terms of dense alignment."""
-    settings: dict[str, Any] = {"group_frames": contender.group_frames, "chunk_size": contender.chunk_size}
-    decoder = dense_decoder_alignment_loss(decoder_features, anchors, enc_labels, **settings)
-    return decoder + dense_encoder_alignment_loss(encoder_features, anchors, dec_labels, **settings)
-
-
-def loss_and_leaves(
-    contender: Contender, shape: Mapping[str, int], *, dtype: torch.dtype, device: str
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """Make inputs; return the forward, and what gets a gradient."""
-    if contender.backend is not None:
-        maps = moving_blobs(shape, dtype=dtype, device=device)
-        criterion = ssync_criterion(contender)
-        return lambda: criterion(*maps), list(maps)
-    inputs = dense_inputs(shape, dtype=dtype, device=device)
-    return lambda: dense_loss(contender, *inputs), [inputs.decoder_features, inputs.encoder_features]
-
-
-def step_of(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Work:
-    """Return a step that marks its start, the end of the forward and the end of the backward.
-
-    The gradient that comes in is at hand, as it is where a loss is one of a sum, and nothing is accumulated:
-    gradients are handed back.
-    """
-    one = torch.ones((), device=leaves[0].device)
-
-    def step(mark: Callable[[], Any]) -> list[Any]:
-        marks = [mark()]
-        loss = forward()
-        marks.append(mark())
-        torch.autograd.grad(loss, leaves, grad_outputs=one.to(loss.dtype))
-        marks.append(mark())
-        return marks
-
+def step_of(case: str, contender: str, inputs: Inputs) -> Step:
+    """Make a step of whatever is measured: a method by its name, a yardstick, or an operation of SSync."""
+    name = base_of(contender)
+    if name in BY_NAME:
+        return BY_NAME[name].make(inputs, **BY_NAME[name].settings)
+    if name == TORCH:
+        return _yardstick(case, inputs)
+    (enc, dec), backend = inputs.maps, backend_of(name)
+    kind, _, criterion = case.partition(", ")
+    map_bytes, patches = enc.numel() * enc.element_size(), enc[:, :, 0].numel()
+    if kind == "distillation":
+        labels = pseudo_labels(enc, dec, merge_threshold=MERGE_THRESHOLD)
+        chosen: Any = criterion
+        distill: Any = partial(selective_distillation_loss, criterion=chosen, backend=backend)
+        step = Step.of(distill, distill, dec, labels.enc_labels, labels.boundary)
+        step.num_bytes = 2 * map_bytes + 9 * patches
+    elif kind in ("labels", "pseudo-labels"):
+        # without merging, these are hard labels and regions alone
+        threshold = None if kind == "labels" else MERGE_THRESHOLD
+        find: Any = partial(pseudo_labels, merge_threshold=threshold, backend=backend)
+        step = Step.of(find, find, enc.detach(), dec.detach())
+        # two planes of labels in int64 and two regions in bytes
+        step.num_bytes = 2 * map_bytes + 2 * 8 * patches + 2 * patches
+    else:
+        loss = ssync_criterion(name, criterion=criterion or "mse")
+        step = Step.of(loss, partial(_by_definition, criterion=criterion or "mse"), enc, dec)
+        step.num_bytes = STEP_PASSES * map_bytes
     return step
 
 
-def run_once(forward: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Run a step; return the loss and the gradients."""
-    loss = forward()
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
+def _by_definition(enc: Tensor, dec: Tensor, criterion: Any) -> Tensor:
+    terms = reference_ssync(enc.float(), dec.float(), merge_threshold=MERGE_THRESHOLD, criterion=criterion)
+    return terms.boundary + terms.interior
+
+
+def _yardstick(case: str, inputs: Inputs) -> Step:
+    """Make a copy that no cache helps, or the exponentials of both maps."""
+    if case == COPY:
+        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=inputs.device)
+        target = torch.empty_like(source)
+        return Step(lambda: target.copy_(source), lambda: source, num_bytes=2 * COPY_BYTES)
+    maps = [one.detach() for one in inputs.maps]
+    space = torch.empty_like(maps[0])
+
+    def exponentials() -> None:
+        for one in maps:
+            torch.exp(one, out=space)
+
+    return Step(exponentials, lambda: space)

@@ -12,13 +12,12 @@ from pathlib import Path
 from examples.arguments import explained
 from examples.files import must_be_writable, write_text
 
-from benchmarks.results import Results
-from benchmarks.suites.linear_vs_quadratic import SUITE
-from benchmarks.tables import section
+from benchmarks.results import SUITES, Results
+from benchmarks.suites.growth import LINEAR
+from benchmarks.tables import every_row, section
 
 HERE = Path(__file__).resolve().parent
-START = "<!-- results: python -m benchmarks.report -->"
-END = "<!-- end of results -->"
+MARKERS = ("<!-- results: python -m benchmarks.report -->", "<!-- end of results -->")
 
 
 def load_all(folder: Path) -> dict[str, Results]:
@@ -42,7 +41,7 @@ def body(found: dict[str, Results], figures: str = "results") -> str:
     """
     parts = []
     for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
-        if not any(one.environment["device"] == device for one in found.values()):
+        if not any(one.machine["device"] == device for one in found.values()):
             parts.append(f"**There is no {kind} result yet.** Nothing on this page was measured on one.")
     for name, one in found.items():
         try:
@@ -52,16 +51,17 @@ def body(found: dict[str, Results], figures: str = "results") -> str:
     return "\n\n".join(parts)
 
 
-def between_markers(text: str, content: str, name: str) -> str:
+def between(text: str, content: str, name: str, markers: tuple[str, str] = MARKERS) -> str:
     """Replace what stands between the markers of a text.
 
     Raises:
         ValueError: if it has not both, once.
     """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{name} must have one line {START!r} and one line {END!r}.")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+    start, end = markers
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{name} must have one line {start!r} and one line {end!r}.")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,17 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON files")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what to write the tables into")
+    parser.add_argument("--rows", choices=SUITES, help="only print all rows of a suite")
     options = parser.parse_args(arguments)
     # drawing is not needed for the tables
     from benchmarks.figure import save_figure
 
     with explained():
         found = load_all(options.results)
-        text = between_markers(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme))
+        if options.rows:
+            print(*(f"{name}\n{every_row(one, options.rows)}" for name, one in found.items()), sep="\n\n")
+            return 0
+        text = between(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme))
         must_be_writable(options.readme, "--readme")
     with explained(OSError):
         for name, results in found.items():
-            if results.select(suite=SUITE):
+            if results.select(LINEAR):
                 save_figure(results, options.results / f"{name}.png")
         write_text(options.readme, text)
     print(f"{options.readme}: {', '.join(found)}")

@@ -1,56 +1,28 @@
-"""A file of results: its schema, its check, and a run that goes on where it was cut short."""
+"""A file of results: one schema for every suite, read with care, and written as each job ends."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from examples.files import Fields, check_fields, read_json, write_text
 
-SCHEMA = "ssync-loss benchmarks 1"
-
+SCHEMA = "ssync-loss benchmarks 2"
 SUITES = ("gate", "linear_vs_quadratic", "training_step", "kernels", "add_ons")
 # a row without a number says why
 STATUSES = ("measured", "memory", "time", "failed", "wrong")
-# what a measured row has to hold; it may hold more
-MEASURES: dict[str, tuple[str, ...]] = {
-    "gate": (),
-    "time": ("step",),
-    "time, default allocator": ("step",),
-    "memory": ("allocated",),
-    "counts": ("launches", "host_reads"),
-    "share": ("with", "without", "alone", "share", "difference"),
+# beside what every example says of its machine
+MACHINE: Fields = {
+    **dict.fromkeys(("cpu", "system", "python", "torch", "commit", "date", "device", "sources"), str),
+    **dict.fromkeys(("cores", "threads", "memory_gb"), int),
+    **dict.fromkeys(("gpu", "cuda", "triton"), (str, type(None))),
 }
-ENVIRONMENT: Fields = {
-    "device": str,
-    "cpu": str,
-    "cores": int,
-    "memory_gb": int,
-    "gpu": (str, type(None)),
-    "cuda": (str, type(None)),
-    "system": str,
-    "python": str,
-    "torch": str,
-    "triton": (str, type(None)),
-    "commit": str,
-    "dirty": bool,
-    "sources": str,
-    "date": str,
-}
-SETTINGS: Fields = {
-    "quick": bool,
-    "threads": int,
-    "time_cap": (int, float),
-    "memory_cap": int,
-    "allocator": dict,
-    "backends": list,
-}
+SETTINGS: Fields = {"quick": bool, "time_cap": (int, float), "memory_cap": int, "malloc": dict, "backends": list}
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A median, the quartiles around it, and the number of samples behind them."""
 
     median: float
@@ -59,22 +31,14 @@ class Spread:
     samples: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Summarize samples.
+    def of(cls, samples: Sequence[float], factor: float = 1.0) -> "Spread":
+        """Summarize samples, each times a factor.
 
         >>> Spread.of([4.0, 1.0, 2.0, 3.0, 5.0])
         Spread(median=3.0, q1=2.0, q3=4.0, samples=5)
         """
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0], len(values))
-        low, _, high = quantiles(values, n=4, method="inclusive")
-        return cls(_rounded(median(values)), _rounded(low), _rounded(high), len(values))
-
-    def scaled(self, factor: float) -> "Spread":
-        """Multiply all by a number."""
-        return Spread(
-            _rounded(factor * self.median), _rounded(factor * self.q1), _rounded(factor * self.q3), self.samples
-        )
+        low, middle, high = (float(f"{factor * one:.6g}") for one in np.percentile(samples, (25, 50, 75)))
+        return cls(middle, low, high, len(samples))
 
     @property
     def noise(self) -> float:
@@ -82,62 +46,32 @@ class Spread:
         return (self.q3 - self.q1) / self.median if self.median else 0.0
 
 
-Value: TypeAlias = float | int | Spread
+Values: TypeAlias = Mapping[str, float | Spread]
 
 
-@dataclass(frozen=True)
-class RowId:
-    """What a row is about: no two rows of a file share one.
-
-    Attributes:
-        suite: one of `SUITES`.
-        case: the sweep, the workload or the operation.
-        contender: what is measured, such as ``"SSync torch"``.
-        measure: one of `MEASURES`.
-        shape: sizes by axis, in order.
-        dtype: of the inputs, such as ``"float32"``.
-    """
+class Key(NamedTuple):
+    """What a row is about; no two share one. The case is what grows, the model or the operation."""
 
     suite: str
     case: str
     contender: str
-    measure: str
     shape: tuple[tuple[str, int], ...]
-    dtype: str
-
-    @classmethod
-    def of(
-        cls, suite: str, case: str, contender: str, measure: str, shape: Mapping[str, int], dtype: str = "float32"
-    ) -> "RowId":
-        """Name a row."""
-        return cls(suite, case, contender, measure, tuple(shape.items()), dtype)
+    dtype: str = "float32"
 
     @property
     def sizes(self) -> dict[str, int]:
         """The shape by axis."""
         return dict(self.shape)
 
-    def __str__(self) -> str:
-        """Say it in a line."""
-        sizes = " ".join(f"{axis}={size}" for axis, size in self.shape)
-        return f"{self.suite}: {self.case}, {self.contender}, {self.measure}, {sizes} {self.dtype}"
-
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement, or why there is none."""
+    """All measurements of one thing, or why they stop."""
 
-    id: RowId
-    status: str
+    key: Key
+    status: str = "measured"
     note: str = ""
-    values: Mapping[str, Value] = field(default_factory=dict)
-
-    def spread(self, name: str) -> Spread:
-        """Return a value that was sampled."""
-        value = self.values[name]
-        if not isinstance(value, Spread):
-            raise TypeError(f"`{name}` of {self.id} is a number, not a spread.")
-        return value
+    values: Values = field(default_factory=dict)
 
     def number(self, name: str) -> float:
         """Return a value that was counted, or the median of one that was sampled."""
@@ -149,9 +83,9 @@ class Row:
 class Results:
     """Rows, and what makes them credible: machine, versions, commit, date, settings."""
 
-    environment: dict[str, Any]
+    machine: dict[str, Any]
     settings: dict[str, Any]
-    rows: dict[RowId, Row] = field(default_factory=dict)
+    rows: dict[Key, Row] = field(default_factory=dict)
     path: Path | None = None
 
     @classmethod
@@ -159,34 +93,40 @@ class Results:
         """Read a file.
 
         Raises:
-            ValueError: if it is none of ours, or of another version; it names the file and what was found.
+            ValueError: at the first thing that is wrong; it names the file, the place, the wanted and the found.
         """
         content = read_json(path)
-        check_schema(content, str(path))
-        results = cls(content["environment"], content["settings"], path=path)
-        for one in content["rows"]:
-            results.rows.update(_row_from_json(one))
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise ValueError(f"{path} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
+        whole: Fields = {"schema": str, "machine": dict, "settings": dict, "rows": list}
+        check_fields(content, whole, f"{path}")
+        check_fields(content["machine"], MACHINE, f"{path}: `machine`")
+        check_fields(content["settings"], SETTINGS, f"{path}: `settings`")
+        results = cls(content["machine"], content["settings"], path=path)
+        for number, one in enumerate(content["rows"]):
+            row = _row_from_json(one, f"{path}: `rows[{number}]`")
+            if row.key in results.rows:
+                raise ValueError(f"{path}: `rows[{number}]` must be about something else than the rows before it.")
+            results.rows[row.key] = row
         return results
 
     @classmethod
     def resume(
-        cls, path: Path, environment: dict[str, Any], settings: dict[str, Any], *, restart: bool = False
+        cls, path: Path, machine: dict[str, Any], settings: dict[str, Any], *, restart: bool = False
     ) -> "Results":
-        """Go on with a file where there is one, or start it.
-
-        Rows that failed are forgotten, so that they are tried again.
+        """Go on with a file where there is one, or start it; rows that failed are forgotten, and so tried again.
 
         Raises:
             ValueError: if the file was measured elsewhere or otherwise, unless told to restart; always if it has
                 another schema. It is left as it is.
         """
-        if not path.exists():
-            return cls(environment, settings, path=path)
-        earlier = cls.load(path)
-        if restart:
-            return cls(environment, settings, path=path)
-        for found, wanted in ((earlier.environment, environment), (earlier.settings, settings)):
-            for name in wanted.keys() - {"date"}:
+        earlier = cls.load(path) if path.exists() else None
+        if earlier is None or restart:
+            return cls(machine, settings, path=path)
+        for found, wanted in ((earlier.machine, machine), (earlier.settings, settings)):
+            # the digest of the sources says more than the commit
+            for name in wanted.keys() - {"date", "commit"}:
                 if found[name] != wanted[name]:
                     raise ValueError(
                         f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
@@ -196,98 +136,53 @@ class Results:
         return earlier
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Take rows in, and write them where there is a file: whole, or not at all."""
-        self.rows.update({row.id: row for row in rows})
-        if self.path is None:
-            return
-        write_text(self.path, self.text())
+        """Take rows in beside what is known of the same, and write the file, whole or not at all."""
+        for row in rows:
+            before = self.rows.get(row.key, row)
+            self.rows[row.key] = Row(row.key, row.status, row.note or before.note, {**before.values, **row.values})
+        if self.path is not None:
+            write_text(self.path, self.text())
 
     def text(self) -> str:
         """Lay the file out, a line for every row."""
-        head = {"schema": SCHEMA, "environment": self.environment, "settings": self.settings}
-        rows = ",\n".join("  " + json.dumps(_row_to_json(row), allow_nan=False) for row in self.rows.values())
-        opened = json.dumps(head, indent=1)[:-2]
-        return f'{opened},\n "rows": [\n{rows}\n ]\n}}\n'
+        head = json.dumps({"schema": SCHEMA, "machine": self.machine, "settings": self.settings}, indent=1)[:-2]
+        lines = [json.dumps(_row_to_json(row), allow_nan=False) for row in self.rows.values()]
+        return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
-    def select(self, **wanted: str) -> list[Row]:
-        """Return the rows whose id has these values."""
-        return [row for row in self.rows.values() if all(getattr(row.id, key) == one for key, one in wanted.items())]
-
-
-def check_schema(content: Any, name: str) -> None:
-    """Check what a file holds.
-
-    Raises:
-        ValueError: at the first thing that is wrong; it names the file, the place, the wanted and the found.
-    """
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{name} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
-    for part, fields in (("environment", ENVIRONMENT), ("settings", SETTINGS)):
-        check_fields(content.get(part), fields, f"{name}: `{part}`")
-    rows = content.get("rows")
-    if not isinstance(rows, list):
-        raise ValueError(f"{name}: `rows` must be a list; found {type(rows).__name__}.")
-    seen = set()
-    for number, row in enumerate(rows):
-        where = f"{name}: `rows[{number}]`"
-        _check_row(row, where)
-        identity = next(iter(_row_from_json(row)))
-        if identity in seen:
-            raise ValueError(f"{where} must be about something else than the rows before it; found {identity}.")
-        seen.add(identity)
-
-
-def _check_row(row: Any, where: str) -> None:
-    texts = ("suite", "case", "contender", "measure", "dtype", "status", "note")
-    check_fields(row, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
-    for key, allowed in (("suite", SUITES), ("measure", tuple(MEASURES)), ("status", STATUSES)):
-        if row[key] not in allowed:
-            raise ValueError(f"{where}: `{key}` must be one of {', '.join(allowed)}; found {row[key]!r}.")
-    for axis, size in row["shape"].items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{where}: `shape.{axis}` must be a positive integer; found {size!r}.")
-    if row["status"] != "measured":
-        if row["values"] or not row["note"]:
-            raise ValueError(f"{where}: a row with the status {row['status']!r} must have a note and no values.")
-        return
-    for key in MEASURES[row["measure"]]:
-        if key not in row["values"]:
-            raise ValueError(f"{where}: `values` must hold {key!r}; found {', '.join(row['values']) or 'nothing'}.")
-    for key, value in row["values"].items():
-        _check_value(value, f"{where}: `values.{key}`")
-
-
-def _check_value(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        check_fields(value, dict.fromkeys(("median", "q1", "q3"), (int, float)) | {"samples": int}, where)
-        if not value["q1"] <= value["median"] <= value["q3"]:
-            raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e100:
-        raise ValueError(f"{where} must be a finite number or a spread; found {value!r}.")
+    def select(self, suite: str, **wanted: str) -> list[Row]:
+        """Return the rows of a suite whose key has these values."""
+        wanted["suite"] = suite
+        return [row for row in self.rows.values() if all(getattr(row.key, name) == one for name, one in wanted.items())]
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:
-    values = {key: asdict(one) if isinstance(one, Spread) else one for key, one in row.values.items()}
-    fields = asdict(row.id) | {"shape": row.id.sizes}
-    return fields | {"status": row.status, "note": row.note, "values": values}
+    return row.key._asdict() | {"shape": row.key.sizes, "status": row.status, "note": row.note, "values": row.values}
 
 
-def _row_from_json(content: dict[str, Any]) -> dict[RowId, Row]:
-    names = ("suite", "case", "contender", "measure", "shape", "dtype")
-    key = RowId.of(**{name: content[name] for name in names})
-    return {key: Row(key, content["status"], content["note"], values_from_json(content["values"]))}
+def _row_from_json(content: Any, where: str) -> Row:
+    texts = ("suite", "case", "contender", "dtype", "status", "note")
+    check_fields(content, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
+    for name, allowed in (("suite", SUITES), ("status", STATUSES)):
+        if content[name] not in allowed:
+            raise ValueError(f"{where}: `{name}` must be one of {', '.join(allowed)}; found {content[name]!r}.")
+    for axis, size in content["shape"].items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{where}: `shape.{axis}` must be a positive integer; found {size!r}.")
+    if content["status"] != "measured" and not content["note"]:
+        raise ValueError(f"{where}: a row with the status {content['status']!r} must have a note.")
+    shape = tuple(content["shape"].items())
+    key = Key(content["suite"], content["case"], content["contender"], shape, content["dtype"])
+    values = {name: _value(one, f"{where}: `values.{name}`") for name, one in content["values"].items()}
+    return Row(key, content["status"], content["note"], values)
 
 
-def values_from_json(values: Mapping[str, Any]) -> dict[str, Value]:
-    """Turn objects back into spreads."""
-    return {key: Spread(**one) if isinstance(one, dict) else one for key, one in values.items()}
-
-
-def values_to_json(values: Mapping[str, Value]) -> dict[str, Any]:
-    """Turn spreads into objects."""
-    return {key: asdict(one) if isinstance(one, Spread) else one for key, one in values.items()}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _value(value: Any, where: str) -> float | Spread:
+    numbers = value if isinstance(value, list) and len(value) == len(Spread._fields) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int | float) or not abs(one) <= 1e100 for one in numbers):
+        raise ValueError(f"{where} must be a finite number, or [median, q1, q3, samples]; found {value!r:.99}.")
+    if len(numbers) == 1:
+        return value  # type: ignore[no-any-return]
+    spread = Spread(*numbers)
+    if not spread.q1 <= spread.median <= spread.q3:
+        raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
+    return spread

@@ -1,7 +1,7 @@
 """Measure everything, or a suite, on this machine: ``python -m benchmarks.run``.
 
-    python -m benchmarks.run                                     # all suites on the CPU, about fifteen minutes
-    python -m benchmarks.run --quick                             # all suites in less than two minutes, a rehearsal
+    python -m benchmarks.run                                     # all suites on the CPU, about twenty minutes
+    python -m benchmarks.run --quick                             # few sizes of all suites in minutes, a rehearsal
     python -m benchmarks.run --device cuda --out benchmarks/results/h200.json
     python -m benchmarks.report                                  # tables and figures from what was measured
 
@@ -9,26 +9,32 @@ Every row is written as soon as it is measured. A run that was stopped goes on w
 """
 
 import argparse
+import hashlib
+import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from examples.arguments import Bounded, above, add_threads, at_most, explained
 from examples.files import must_be_ours, must_be_writable
+from examples.machine import this_machine
 from tqdm import tqdm
 
-from benchmarks import environment
-from benchmarks.add_ons import AddOn
-from benchmarks.child import Worker
-from benchmarks.contenders import BACKENDS, Contender, ssync_contender
-from benchmarks.results import Results
-from benchmarks.session import Options, Session, Task
-from benchmarks.suites import add_ons, gate, kernels, linear_vs_quadratic, training_step
+from benchmarks import child, gate
+from benchmarks.child import ROOT, Limits
+from benchmarks.contenders import BACKENDS, base_of, name_of
+from benchmarks.plan import Job, Options, Run
+from benchmarks.results import SUITES, Results
+from benchmarks.suites import growth, kernels, training_step
 
-SUITES = ("linear_vs_quadratic", "training_step", "kernels", "add_ons")
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_CAP_GB = 12.0
+# what a result depends on; what is made of results does not belong to it
+CODE = ("src/ssync_loss", "benchmarks", "examples")
+REPORT = ("report", "figure", "bars", "tables", "in_a_run", "markdown")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,10 +43,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--suite", choices=(*SUITES, "all"), default="all", help="what to measure; all if nothing is said")
+    add("--suite", choices=(*SUITES[1:], "all"), default="all", help="what to measure; all if nothing is said")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where; the CPU if nothing is said")
     add("--backend", choices=(*BACKENDS, "all"), default="all", help="of SSync; every one that can be had here")
-    add("--quick", action="store_true", help="fewer and smaller sizes in less than two minutes: a rehearsal")
+    add("--quick", action="store_true", help="fewer and smaller sizes in minutes: a rehearsal")
     add("--out", type=Path, help="file of results; benchmarks/results/<device>.json, runs/ for a rehearsal")
     add("--restart", action="store_true", help="measure anew what --out holds")
     for name, unit, help_ in (
@@ -58,47 +64,47 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def plan(options: Options) -> list[Task]:
-    """Plan what was asked for, the gate in front."""
-    tasks: list[Task] = []
-    gated: dict[tuple[Contender, str], None] = {}
-    gated_add_ons: list[AddOn] = []
-    if "linear_vs_quadratic" in options.suites:
-        tasks += linear_vs_quadratic.plan(options)
-        dtype = linear_vs_quadratic.DTYPE
-        gated.update(dict.fromkeys((one, dtype) for one in linear_vs_quadratic.contenders_of(options)))
-    if "training_step" in options.suites:
-        tasks += training_step.plan(options)
-        gated.update(dict.fromkeys(training_step.contenders_of(options)))
-    if "kernels" in options.suites:
-        tasks += kernels.plan(options)
-        gated.update(dict.fromkeys(kernels.contenders_of(options)))
-    if "add_ons" in options.suites:
-        tasks += add_ons.plan(options)
-        gated.update({(ssync_contender(options.backends[0]), add_ons.DTYPE): None})
-        gated_add_ons = add_ons.add_ons_of(options)
-    return [*gate.plan(options, gated, gated_add_ons), *tasks]
+def plan(options: Options) -> list[Job]:
+    """Plan what was asked for, the gate of everyone who takes part in front."""
+    jobs: list[Job] = []
+    for suite in options.suites:
+        one: Any = {"training_step": training_step, "kernels": kernels}.get(suite)
+        jobs += growth.plan(suite, options) if one is None else one.plan(options)
+    measured = dict.fromkeys((base_of(key.contender), key.dtype) for job in jobs for key in job.rows)
+    # yardsticks are no contenders
+    return [*gate.plan([one for one in measured if one[0] != "torch"]), *jobs]
 
 
-def available_backends(device: str, wanted: str) -> tuple[str, ...]:
-    """Find out which backends of SSync can be had, the fastest first: the others are compared with it.
-
-    Raises:
-        ValueError: if one was asked for by name and cannot be had; it says why.
-    """
-    worker = Worker({}, device=device, threads=1, memory_cap=1 << 32, prepared=False)
-    found = []
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Describe where and on what code this runs."""
     try:
-        for backend in BACKENDS if wanted == "all" else (wanted,):
-            outcome = worker.call("benchmarks.gate:available", backend=backend, device=device)
-            missing = outcome.note if outcome.status != "measured" else outcome.value
-            if not missing:
-                found.append(backend)
-            elif wanted != "all":
-                raise ValueError(f"--backend {backend} cannot be had on {device}: {missing}")
-    finally:
-        worker.close()
-    return tuple(found)
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    return this_machine() | {
+        "threads": threads,
+        "device": device,
+        "memory_gb": round(total_memory() / 1e9),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "triton": triton,
+        "sources": sources_digest(),
+    }
+
+
+def sources_digest(root: Path = ROOT) -> str:
+    """Fingerprint the measured and the measuring code: it also tells two uncommitted states apart."""
+    digest = hashlib.sha256()
+    paths = [path for folder in CODE for end in ("py", "c") for path in (root / folder).rglob(f"*.{end}")]
+    for path in sorted(paths):
+        if path.stem not in REPORT:
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_cap(device: str, wanted: float | None) -> int:
@@ -107,7 +113,24 @@ def memory_cap(device: str, wanted: float | None) -> int:
         return int(wanted * 1e9)
     if device == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(0).total_memory)
-    return int(min(MEMORY_CAP_GB * 1e9, 0.55 * environment.total_memory()))
+    return int(min(MEMORY_CAP_GB * 1e9, 0.55 * total_memory()))
+
+
+def available_backends(device: str, wanted: str) -> tuple[str, ...]:
+    """Find out which backends of SSync can be had, the fastest first: the others are compared with it.
+
+    Raises:
+        ValueError: if one was asked for by name and cannot be had; it says why.
+    """
+    found = []
+    for backend in BACKENDS if wanted == "all" else (wanted,):
+        outcome = child.call(gate.available, name_of(backend), device, limits=Limits(alone=device == "cuda"))
+        missing = outcome.note if outcome.status != "measured" else outcome.value
+        if not missing:
+            found.append(backend)
+        elif wanted != "all":
+            raise ValueError(f"--backend {backend} cannot be had on {device}: {missing}")
+    return tuple(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         must_be_writable(asked.out, "--out")
         must_be_ours(asked.out, "--out", Results.load)
         options = Options(
-            suites=SUITES if asked.suite == "all" else (asked.suite,),
+            suites=SUITES[1:] if asked.suite == "all" else (asked.suite,),
             device=asked.device,
             backends=available_backends(asked.device, asked.backend),
             quick=asked.quick,
@@ -125,26 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             memory_cap=memory_cap(asked.device, asked.memory_cap),
             threads=asked.threads,
         )
-        described = environment.describe(asked.device)
+        described = machine(asked.device, asked.threads)
         results = Results.resume(asked.out, described, options.settings(), restart=asked.restart)
-    tasks = plan(options)
-    rows = [row for task in tasks for row in task.rows]
-    done = sum(row in results.rows for row in rows)
-    with tqdm(total=len(rows), initial=done, unit="row", dynamic_ncols=True) as bar:
-        session = Session(options, results, bar=bar)
+    jobs = plan(options)
+    with tqdm(total=len(jobs), unit="job", dynamic_ncols=True) as bar, explained(OSError):
+        run = Run(options, results, bar)
         try:
-            if done < len(rows):
-                session.start()
-            with explained(OSError):
-                session.run(tasks)
+            for job in jobs:
+                run.do(job)
+                bar.update()
         except KeyboardInterrupt:
             bar.write(f"stopped; the same command goes on with the rows that {asked.out} does not have")
             return 130
-        finally:
-            session.close()
-    without = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
-    for row in without:
-        print(f"{row.status}: {row.id}: {row.note}")
+    for row in results.rows.values():
+        if row.status in ("failed", "wrong"):
+            print(f"{row.status}: {row.key.suite}, {row.key.case}, {row.key.contender}: {row.note}")
     print(f"results {asked.out}\ntables and figures: python -m benchmarks.report")
     return 0
 

@@ -1,8 +1,9 @@
-"""What makes a number credible: machine, versions, commit and date."""
+"""What makes a number credible: machine, versions, commit and date, and one line that says them."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from examples.files import check_fields
 def this_machine() -> dict[str, Any]:
     """Describe machine, versions, commit and date."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -23,6 +24,17 @@ def this_machine() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Say it in one line, as every table does.
+
+    >>> machine_line({"cpu": "Abacus", "threads": 2, "torch": "2.13", "commit": "abc", "date": "2026-11-20"})
+    'Abacus, 2 threads, torch 2.13, commit abc, 2026-11-20.'
+    """
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+    return f"{gpu}{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}."
 
 
 def check_origin(settings: Any, machine: Any, where: str) -> None:
@@ -40,7 +52,8 @@ def check_origin(settings: Any, machine: Any, where: str) -> None:
     check_fields(machine, words | {"threads": int}, f"{where}: `machine`", more=True)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

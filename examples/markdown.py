@@ -14,6 +14,18 @@ def number(value: float, digits: int, sign: str = "") -> str:
     return "-" if isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
+def significant(value: float) -> str:
+    """Write three significant digits, without powers of ten.
+
+    >>> significant(1234567.0), significant(12.345), significant(0.001234), significant(0.00000123)
+    ('1,234,567', '12.3', '0.00123', '0.00000123')
+    """
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    said = f"{value:.3g}"
+    return f"{value:.8f}".rstrip("0") if "e" in said else said
+
+
 def mean_sd(values: list[float], digits: int, sign: str = "") -> str:
     """Write mean ± standard deviation, of one value the value.
 

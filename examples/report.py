@@ -12,7 +12,7 @@ from examples.checkpoint import Settings, TrainingState
 from examples.dense_alignment import DenseSettings
 from examples.evaluation import EvaluationSet, maps_of
 from examples.files import Fields, check_fields, read_json, write_text, written_whole
-from examples.machine import check_origin, this_machine
+from examples.machine import check_origin, machine_line, this_machine
 from examples.markdown import markdown, mean_sd, number
 from examples.slot_model import SlotModel
 from matplotlib.figure import Figure
@@ -221,7 +221,7 @@ def _gain(seed: SeedReport, name: str, key: str) -> float:
 
 
 def _caption(report: Report, with_truth: bool) -> list[str]:
-    settings, machine = report.settings, report.machine
+    settings = report.settings
     seeds = ", ".join(str(seed.seed) for seed in report.seeds)
     what = (
         "Masks of the decoder on fresh clips, per clip at full size: FG-ARI, mBO, recall and fragmentation over "
@@ -240,8 +240,7 @@ def _caption(report: Report, with_truth: bool) -> list[str]:
         f"{settings['steps']} steps, SSync with merge threshold {settings['threshold']} from step "
         f"{settings['start_step']}, seed {seeds}.",
         *compared,
-        f"{machine['cpu']}, {_threads(machine['threads'])}, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}.",
+        machine_line(report.machine),
     ]
 
 
@@ -251,10 +250,6 @@ def _dense_line(dense: dict[str, Any], steps: int) -> str:
         f"of {steps}, windows of {dense['group_frames']} frames, {dense['top_k']} neighbors a frame; slot redundancy "
         f"with weight {dense['redundancy_weight']} before step {dense['redundancy_end']}."
     )
-
-
-def _threads(number: int) -> str:
-    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def _premise_lines(report: Report) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# its checks say what they compared
+# its assertions show what they compared
 pytest.register_assert_rewrite("contract")
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what compiles and what runs kernels: `matrix.py` counts them by themselves."""
+    """Mark tests that compile and tests that run kernels: `matrix.py` counts them separately."""
     # once it is known below whether kernels are interpreted
     from ssync_loss.ssync.engines.triton._limits import MIN_VERSION, VERSION
 
@@ -70,7 +70,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """A compiler that has seen nothing, and remembers nothing."""
+    """Reset the compiler before and after a test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -78,7 +78,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder for the default compiler's code that holds nothing from before this run."""
+    """An empty folder for the default compiler's code."""
     folder = tmp_path_factory.getbasetemp() / "kernels"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel for GPUs that are not there, and prints what the assembler says of each, a line of JSON.
+"""Compiles every kernel for GPUs that need not be present, and prints the assembler's report, one line of JSON each.
 
 ``python cross_compile.py 80``, without ``TRITON_INTERPRET``. A launch is not carried out but compiled, for the very
 arguments and constants it has: what a kernel is specialized for (strides of 1, multiples of 16) is what it would be
@@ -41,7 +41,7 @@ class Variant(NamedTuple):
 
 
 def variants(num_slots: int) -> list[Variant]:
-    """List large frames, one of which nothing is a multiple of anything, and the published one if it is another.
+    """List large frames: one without common divisors, and the published one if it is another.
 
     The odd one's decoder has its slots side by side in memory, as attention leaves them.
     """
@@ -52,7 +52,7 @@ def variants(num_slots: int) -> list[Variant]:
 
 
 class Compiler:
-    """Takes the place of launching, and remembers what the assembler said."""
+    """Replaces launching, and keeps the assembler's report."""
 
     def __init__(self, capability: int, max_registers: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -62,7 +62,7 @@ class Compiler:
 
     def __call__(self, kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
         constants["maxnreg"] = self.max_registers
-        # as a launch does it
+        # as in a launch
         bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
         bound, specialization, options = bind(*arguments, **constants)
         options, signature, given, hints = kernel._pack_args(self.backend, constants, bound, specialization, options)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--max-registers", type=int, default=_launch.MAX_REGISTERS)
     chosen = parser.parse_args()
     triton.knobs.nvidia.dump_ptxas_log = True
-    # there is nothing to report of a kernel that is compiled already
+    # report every kernel once
     triton.knobs.compilation.always_compile = True
     compiler = Compiler(chosen.capability, chosen.max_registers)
     _launch.launch = compiler

@@ -65,7 +65,7 @@ def train(share: slice, *, distributed: bool) -> dict[str, Any]:
         host.curriculum.observe(recon, target, masks, step)
         results["errors"].append(host.curriculum.errors.clone())
         optimizer.zero_grad()
-        # weighted, so that the mean over ranks is that over all clips
+        # weighted, so that the mean over ranks is the mean over all clips
         weight = len(target) * (WORLD_SIZE if distributed else 1) / NUM_CLIPS
         ((recon - target).square().mean() * weight).backward()
         optimizer.step()
@@ -79,7 +79,7 @@ def train(share: slice, *, distributed: bool) -> dict[str, Any]:
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    # jitter that differs unless somebody cares
+    # jitter that differs between ranks unless the curriculum prevents it
     torch.manual_seed(rank)
     return train(SHARES[rank], distributed=True)
 

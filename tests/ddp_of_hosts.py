@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its own folder only
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script imports only from its own folder
 
 from examples.hosts import ddp
 

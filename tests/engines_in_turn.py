@@ -1,4 +1,4 @@
-"""What ``backend="auto"`` computes, by plain torch and by the C library."""
+"""Run ``backend="auto"`` with plain torch, and with the C library."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,7 +10,7 @@ from ssync_loss.ssync.engines import FAST
 
 
 def by_torch() -> AbstractContextManager[Any]:
-    """Leave no fast engine."""
+    """Disable the fast engines."""
     return mock.patch.dict(FAST, clear=True)
 
 

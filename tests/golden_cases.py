@@ -12,7 +12,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 
 
 class GoldenCase(NamedTuple):
-    """One golden file: maps (B, T, S, H, W), the arguments for the labels, and what comes out."""
+    """One golden file: maps (B, T, S, H, W), the arguments for the labels, and the results."""
 
     enc_logits: Tensor
     dec_logits: Tensor

@@ -44,14 +44,14 @@ class Golden:
 
 
 def golden_names(prefix: str, number: int) -> list[str]:
-    """Return the names of the files that begin so; a test of none of them would pass."""
+    """Return the names of the files with a prefix; there must be some."""
     names = sorted(path.stem for path in FOLDER.glob(f"{prefix}*.npz"))
     assert len(names) == number, f"{prefix}*.npz: {names}"
     return names
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a fraction of the largest magnitude, infinity if that is 0 and not met."""
+    """Return the largest difference as a fraction of the largest magnitude; infinity if only that is 0."""
     worst = (actual.detach().double() - expected).abs().max().item()
     scale = expected.abs().max().item()
     if scale == 0:

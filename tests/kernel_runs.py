@@ -1,4 +1,4 @@
-"""Steps through the kernels, without what the modules do around them."""
+"""Steps through the kernels, without the modules."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ KERNELS = TritonEngine()
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Prepare Triton's language once for every module of device functions, and not at every call: half of the time."""
+    """Prepare Triton's language once a module of device functions instead of at every call, in half of the time."""
     if DEVICE == "cuda":
         yield
         return
@@ -41,7 +41,7 @@ def quick_interpreter() -> Iterator[None]:
 
 
 class Run:
-    """Terms and gradients of one step by an engine; on the CPU, wherever it ran."""
+    """Terms and gradients of one step by an engine, moved to the CPU."""
 
     def __init__(self, backend: str, case: SSyncCase, *, clean: Tensor | None = None, **settings: Any) -> None:
         device = DEVICE if backend == "triton" else "cpu"

@@ -1,4 +1,4 @@
-"""As much of ``lightning`` as a training needs, where it is not installed: the order of calls is Lightning's."""
+"""The part of ``lightning`` that a training needs, if it is not installed. The order of calls is Lightning's."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class LightningModule(nn.Module):
-    """What a module of a user inherits."""
+    """The base class of a user's module."""
 
     global_step = 0
 

@@ -1,5 +1,7 @@
 """Which versions the suite passes on: one run is one row of the table in README.md, beside this file.
 
+The README of the repository has the same rows in short.
+
 ``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package;
 ``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the
 run; a row of the same Python and torch, up to patches, is replaced. Without either the table is written again from
@@ -25,10 +27,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 START = "<!-- versions: python -m tests.matrix -->"
 END = "<!-- end of versions -->"
+IN_SHORT = ("<!-- support: python -m tests.matrix -->", "<!-- end of support -->")
 # the mark of a test, and the column it counts in; the first that it has
-COLUMNS = {"kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
+COLUMNS = {"cuda": "GPU", "kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
 # from best to worst: of a test's setup, call and teardown the worst counts
 OUTCOMES = ("passed", "skipped", "untested", "failed")
+# so begins the reason of a skip that is a version's, see limits.py
+LIMITED = ("torch ", "Triton ")
 
 
 class Recorder:
@@ -36,11 +41,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.ends: dict[str, tuple[str, str]] = {}
+        self.limits: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a setup, a call or a teardown."""
         column = next(name for mark, name in COLUMNS.items() if not mark or mark in report.keywords)
         self._note(report.nodeid, column, outcome(report))
+        if reason(report).startswith(LIMITED):
+            self.limits[reason(report)] += 1
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file that could not be imported, as one test."""
@@ -55,15 +63,20 @@ class Recorder:
         """Return the counts by column, and the names of what failed."""
         counts = Counter(self.ends.values())
         return {column: {end: counts[column, end] for end in OUTCOMES} for column in sorted(COLUMNS.values())} | {
-            "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed")
+            "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed"),
+            "limits": dict(sorted(self.limits.items())),
         }
+
+
+def reason(report: Any) -> str:
+    """Return why a test was skipped; of another, or one that is known to fail, nothing."""
+    skipped = report.skipped and isinstance(report.longrepr, tuple | list)
+    return str(report.longrepr[2]).removeprefix("Skipped: ") if skipped else ""
 
 
 def outcome(report: Any) -> str:
     """Tell how a part of a test ended; what is skipped as it needs what is not there is untested."""
-    if report.skipped and isinstance(report.longrepr, tuple | list):
-        return "untested" if str(report.longrepr[2]).startswith("Skipped: needs ") else "skipped"
-    return str(report.outcome)
+    return "untested" if reason(report).startswith("needs ") else str(report.outcome)
 
 
 def installed(package: str) -> str | None:
@@ -115,7 +128,7 @@ def commit(root: Path) -> str:
         return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
     # what this command writes is no change of what it runs
-    own = [f":!{path.relative_to(ROOT).as_posix()}" for path in (HERE / "versions.json", HERE / "README.md")]
+    own = [f":!{path}" for path in ("README.md", "tests/README.md", "tests/versions.json")]
     return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "--", ".", *own))
 
 
@@ -155,7 +168,7 @@ def cell(counts: dict[str, int]) -> str:
     >>> cell({"passed": 1200, "skipped": 3, "untested": 0, "failed": 1})
     '**1 failed**, 1,200 passed, 3 skipped'
     """
-    said = {end: f"{counts[end]:,} {end}" for end in ("failed", "passed", "skipped", "untested") if counts[end]}
+    said = {end: f"{counts[end]:,} {end}" for end in ("failed", "passed", "skipped", "untested") if counts.get(end)}
     return ", ".join(f"**{text}**" if end == "failed" else text for end, text in said.items()) or "none"
 
 
@@ -165,25 +178,50 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| Python | torch | Triton | {' | '.join(columns)} | run |", "|---" * (4 + len(columns)) + "|"]
     for row in rows:
         versions = [row["python"], row["torch"], row["triton"] or "none"]
-        cells = [*versions, *(cell(row[column]) for column in columns), f"{row['date']}, {row['commit']}"]
+        # a column that is younger than the row has nothing in it
+        cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
-        if row["failures"]:
-            lines += ["", f"Failed with Python {row['python']}, torch {row['torch']}:", ""]
-            lines += [f"- `{test}`" for test in row["failures"]]
+        limits = [f"{reason} ({times} tests)" for reason, times in row["limits"].items()]
+        for said, listed in (("Failed", [f"`{test}`" for test in row["failures"]]), ("Skipped as impossible", limits)):
+            if listed:
+                lines += ["", f"{said} with Python {row['python']}, torch {row['torch']}:", ""]
+                lines += [f"- {one}" for one in listed]
     return "\n".join(lines)
 
 
-def between_markers(text: str, content: str) -> str:
+def mark(counts: dict[str, int]) -> str:
+    """Say whether the tests of a column passed; untested is one most of whose tests need what was not there.
+
+    >>> mark({"passed": 1200, "failed": 2}), mark({"passed": 200, "untested": 30}), mark({"untested": 30})
+    ('✗ 2 of 1,202', '✓', 'untested')
+    """
+    passed, failed, untested = (counts.get(end, 0) for end in ("passed", "failed", "untested"))
+    if failed:
+        return f"✗ {failed:,} of {passed + failed:,}"
+    return "✓" if passed > untested else "untested"
+
+
+def in_short(rows: Sequence[Row]) -> str:
+    """Write rows as Markdown, a mark for each column."""
+    columns = list(COLUMNS.values())[::-1]
+    lines = [f"| Python | torch | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for row in rows:
+        marks = [mark(row.get(column, {})) for column in columns]
+        lines.append(f"| {row['python']} | {row['torch']} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def between_markers(text: str, content: str, start: str = START, end: str = END) -> str:
     """Replace what stands between the markers of a text.
 
     Raises:
         ValueError: if it has not both, once.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"README.md must have one line {START!r} and after it one line {END!r}.")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"README.md must have one line {start!r} and after it one line {end!r}.")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def load(folder: Path) -> list[Row]:
@@ -193,11 +231,13 @@ def load(folder: Path) -> list[Row]:
 
 
 def save(folder: Path, rows: Sequence[Row]) -> None:
-    """Write rows and their table."""
-    page = folder / "README.md"
+    """Write rows and both tables of them."""
+    page, front = folder / "README.md", folder.parent / "README.md"
     text = between_markers(page.read_text(encoding="utf-8"), table(rows))
+    short = between_markers(front.read_text(encoding="utf-8"), in_short(rows), *IN_SHORT)
     (folder / "versions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")
+    front.write_text(short, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How many lines of a file hold code."""
+"""Count the lines of code of a file."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""Two processes that meet over gloo: how a test starts them, and how they meet."""
+"""Start two processes that communicate over gloo."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
     """Run ``python SCRIPT RANK FOLDER`` for every rank; return what each wrote to FOLDER/RANK.pt."""
     paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # gloo looks up the machine's name unless it is told an interface
+    # without an interface gloo looks up the machine's name
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
@@ -34,7 +34,7 @@ def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
             output, _ = process.communicate(timeout=120)
             assert process.returncode == 0, output.decode()
     finally:
-        # where one has failed the other waits for it
+        # if one fails, the other would wait
         for process in processes:
             process.kill()
             process.communicate()
@@ -42,7 +42,7 @@ def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def meet(work: Callable[[int], dict[str, Any]]) -> None:
-    """Meet the other process, work, and write what was found."""
+    """Join the other process, run, and write the result."""
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group(

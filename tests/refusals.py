@@ -1,4 +1,4 @@
-"""What is refused, and in which words."""
+"""Expected error messages."""
 
 import re
 from collections.abc import Callable
@@ -8,6 +8,6 @@ import pytest
 
 
 def refuses(error: type[Exception], message: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
-    """The message begins with these words; it names the argument, the wanted and the given."""
+    """The message begins with these words, and names the argument, what was wanted and what came."""
     with pytest.raises(error, match="^" + re.escape(message)):
         call(*given, **named)

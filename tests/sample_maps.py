@@ -1,4 +1,4 @@
-"""Two maps of a small scene on which both losses have something to teach."""
+"""Two maps of a small scene on which both losses teach."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def sample_maps(
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return encoder and decoder logits (B, T, S, H, W): upright stripes, a slot each, that drift to the right.
+    """Return encoder and decoder logits (B, T, S, H, W): vertical stripes, a slot each, that move to the right.
 
     The decoder sees them one patch further, so that the maps disagree; noise is too weak to change a label.
     """
@@ -34,5 +34,5 @@ def sample_maps(
 
 
 def leaf(maps: Tensor) -> Tensor:
-    """Return a copy of a map that collects a gradient of its own."""
+    """Return a copy of a map as a leaf with a gradient."""
     return maps.detach().clone().requires_grad_()

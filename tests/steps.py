@@ -1,4 +1,4 @@
-"""A forward and a backward of a loss that teaches its first argument, and what waits between them."""
+"""A forward and a backward of a loss with its first argument as student, and the memory kept between them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -28,7 +28,7 @@ B, T, S, N, D = 2, 3, 4, 6, 8
 
 
 class Corrector(nn.Module):
-    """Slot attention on one frame, or on all frames side by side; notes its last dots, for comparison."""
+    """Slot attention on one frame, or on all frames in the batch; records its last dots, for comparison."""
 
     def __init__(self, heads: int = 1, joint: bool = False) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class VideoModel(nn.Module):
         self.first, self.later = first, later
 
     def forward(self, features: Tensor) -> Tensor:
-        # what the corrector and the decoder note down belongs to one forward
+        # the records of the corrector and the decoder belong to one forward
         self.corrector.dots, self.corrector.attention, self.decoder.alpha = [], [], []
         slots = repeat(self.slots, "s d -> b s d", b=features.shape[0])
         clip = []
@@ -139,7 +139,7 @@ class KeysOnceModel(nn.Module):
 
 
 class ImageModel(nn.Module):
-    """Slot attention on flattened frames, or on frames side by side: no slots travel from frame to frame."""
+    """Slot attention on flattened frames, or on frames in the batch: frames are independent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class ImageModel(nn.Module):
 
 
 class SoftmaxInputs(TorchFunctionMode):
-    """Note what every softmax is taken of."""
+    """Record the input of every softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def tap_of(model: VideoModel | ImageModel | KeysOnceModel, **settings: Any) -> L
 
 
 def fed(key: Tensor, query: Tensor, **settings: Any) -> LogitTap:
-    """Return a tap on projections that gave these."""
+    """Return a tap on projections with these outputs."""
     to_q, to_k = nn.Identity(), nn.Identity()
     tap = LogitTap(to_q, to_k, 1.0, **settings)
     to_k(key)
@@ -349,7 +349,7 @@ ONE, TWO = [(B, T)], [(B, T), (B, T)]
         (VideoModel, {"frames_in_key": True}, [(B, 1)], None, ValueError, r"\(B, T, N, D\).*got \(2, 6, 8\)"),
         (VideoModel, {"heads": 3}, ONE, None, ValueError, r"`heads` must divide D=8; got 3"),
         (VideoModel, {}, ONE, 2, RuntimeError, "gave 3 frames of 2 samples"),
-        # what earlier forwards left
+        # left by earlier forwards
         (
             VideoModel,
             {},
@@ -600,7 +600,7 @@ class TestTheHostStaysItself:
         dec = OutputTap(model.decoder.mlp, lambda out: out[..., -1], host=model)
         clip = features()
         model(clip)
-        # the host's own notes are not leaves, which do not copy; the taps' are there and must not matter
+        # the host's records are no leaves and cannot be copied; the taps' records must not matter
         own = model.dots()
         model.corrector.dots, model.corrector.attention, model.decoder.alpha = [], [], []
         if tapped == "whole":
@@ -647,7 +647,7 @@ def tapped_host(kind: str) -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
         return keys_once, pop_of(tap_of(keys_once, iterations=1, host=keys_once)), clip
     if kind == "package":
         package = MultiHeadSlotAttention(num_slots=S, dim=D, heads=2, dim_head=4, iters=2)
-        # its first slots are drawn; without spread they are the mean
+        # the initial slots are random; without spread they are the mean
         nn.init.constant_(package.slots_logsigma, -1e4)
         tap = LogitTap(package.to_q, package.to_k, package.scale, heads=2, host=package)
         return package, pop_of(tap), clip[:, 0]
@@ -669,7 +669,7 @@ def num_graphs() -> int:
 def _fresh_compiler() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # einops looks for torch at its first call, which graphs depend on
+    # einops looks for torch at its first call, and graphs depend on that
     rearrange(torch.zeros(1), "one -> one 1")
 
 
@@ -680,7 +680,7 @@ class TestCompile:
         model, take, clip = tapped_host(kind)
         compiled = compile_whole(model)
         for call in range(3):
-            # a forward that nobody pops is none of the next one's business
+            # a forward that is not popped must not affect the next one
             compiled(clip - 1)
             compiled(clip + call)
             got = take()
@@ -704,7 +704,7 @@ class TestCompile:
             torch.testing.assert_close(got_gradients, gradients(model, own), rtol=1e-4, atol=1e-5)
         assert num_graphs() == 1
 
-    # inductor imports what torch itself has deprecated
+    # inductor imports modules that torch has deprecated
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_whole_step_with_inductor(self) -> None:
         model = KeysOnceModel(first=1, later=1)
@@ -714,7 +714,7 @@ class TestCompile:
             torch.testing.assert_close(compiled(clip), step(clip), rtol=1e-4, atol=1e-5)
         assert num_graphs() == 1
 
-    # torch's compiler looks at the .grad of all it is given
+    # torch's compiler reads the .grad of all inputs
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.parametrize("in_place", [False, True])
     def test_compiled_host_starts_the_tap_afresh(self, in_place: bool) -> None:
@@ -829,7 +829,7 @@ class TestOutputTap:
             ValueError, match=r"^`select` on `module` \(ReLU\) must give .* log\(\) of a probability of 0"
         ):
             tap.pop()
-        # without a gradient there is none to be NaN
+        # without a gradient nothing can be NaN
         with torch.no_grad():
             relu(with_zero)
         assert tap.pop().isneginf().any()
@@ -907,7 +907,7 @@ def test_a_wrong_number_of_frames_is_named(num_frames: Any, error: type[Exceptio
 
 
 class TestNumFrames:
-    """Of a tap without a host."""
+    """A tap without a host."""
 
     def test_keeps_the_last_frames(self) -> None:
         model = VideoModel()

@@ -25,12 +25,14 @@ from ssync_loss.ssync.reference_adaptive import ReferenceAdaptiveState, referenc
 from ssync_loss.testing import SSyncCase, decidable_clips, map_pairs, ssync_cases, thresholds
 from test_ssync_contract import SSyncContract
 
-# questions before a test begins: so many that the means are no longer debiased
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
+# enough earlier questions that debiasing no longer matters
 ASKED = 10_000
 
 
 def adaptive(level: str = "full", *, criterion: dict[str, Any] | None = None, **given: Any) -> AdaptiveSSyncLoss:
-    """Return a loss that has asked many questions, and now takes a level."""
+    """Return a loss at a level, after many questions."""
     loss = AdaptiveSSyncLoss(SSyncLoss(**(criterion or {})), **given)
     signs = {"full": (-1.0, 1.0), "unmerged": (1.0, -1.0), "interior": (-1.0, -1.0)}
     loss.margins.copy_(0.5 * torch.tensor(signs[level]))
@@ -39,7 +41,7 @@ def adaptive(level: str = "full", *, criterion: dict[str, Any] | None = None, **
 
 
 def of_decoder(dec: Tensor) -> Tensor:
-    """Features that the decoder's partition explains whole: a channel per slot."""
+    """Features that the decoder's partition explains completely: one channel per slot."""
     return torch.nn.functional.one_hot(dec.detach().argmax(2), dec.shape[2]).movedim(-1, 2).float()
 
 
@@ -107,7 +109,7 @@ def test_sequences_equal_loops(
         assert told["questions"] == state.questions
         assert told["margin"] == pytest.approx(state.margin / debias, abs=1e-5)
         assert told["merged_margin"] == pytest.approx(state.merged_margin / debias, abs=1e-5)
-        # a margin that lies on the edge, but for rounding
+        # a margin that is on the edge up to rounding
         off = [abs(one / debias - knobs["dead_zone"]) for one in state[:2]]
         assume(all(one == 0 or one > 1e-5 for one in off))
         assert told["level"] == level
@@ -131,7 +133,7 @@ def test_sequences_equal_loops(
 )
 def test_every_level_is_a_loss_that_is_there(backend: Any, is_tensor: bool, dtype: torch.dtype) -> None:
     enc, dec = sample_maps(dtype=dtype)
-    # the third slot as the second: they merge
+    # the third slot equals the second: they merge
     enc = torch.cat([enc[:, :, :2], enc[:, :, 1:2] - 0.1, enc[:, :, 3:]], 2)
     weights: dict[str, Any] = {"boundary_weight": 0.7, "interior_weight": 0.3}
     threshold: Any = 0.6
@@ -263,9 +265,9 @@ def test_a_margin_that_is_not_finite_skips_both(broken: str, bad: float) -> None
     before = copy.deepcopy(loss.state_dict())
     value, *_ = step_of(loss, *given.values())
     assert all(torch.equal(one, before[name]) for name, one in loss.state_dict().items())
-    # maps that are broken show; features teach nobody
+    # broken maps make the loss NaN; broken features do not
     assert value.isfinite() == (broken == "features")
-    # but where nobody may look
+    # but not in cells that must not matter
     valid = torch.ones(2, 2, 5, 12, dtype=torch.bool)
     valid[1, 0, 2, 2] = False
     assert step_of(loss, *given.values(), valid=valid)[0].isfinite()
@@ -315,7 +317,7 @@ def test_evaluation_asks_nothing() -> None:
             value = loss(enc, dec, features)
         assert torch.equal(value, SSyncLoss(merge_threshold=None, boundary_weight=0.0)(enc, dec))
         assert all(torch.equal(one, before[name]) for name, one in loss.state_dict().items())
-    # before the first question: what it will be while it listens
+    # before the first question the level is "listening"
     assert AdaptiveSSyncLoss(SSyncLoss()).eval()(enc, dec, features) == 0
     assert AdaptiveSSyncLoss(SSyncLoss(), warmup=0).eval().describe()["level"] == "interior"
 
@@ -338,7 +340,7 @@ def test_a_reentrant_checkpoint_asks_nothing_and_says_so() -> None:
     # once
     checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=True).backward()
     assert loss.describe()["questions"] == 0
-    # nor is there a word where there is nothing to ask yet
+    # nor is there a warning before the start
     loss = AdaptiveSSyncLoss(SSyncLoss(start_step=5))
     checkpoint(loss, enc, dec, of_decoder(dec), step=0, use_reentrant=False).backward()
 
@@ -354,7 +356,7 @@ def test_the_state_is_in_the_checkpoint_and_an_old_one_lacks_it() -> None:
     torch.nn.ModuleDict({"loss": loss}).load_state_dict(state)
     assert loss.describe() == adaptive("unmerged").describe()
     assert loss.describe()["level"] == "unmerged"
-    # of a host that had plain SSync
+    # from a host with plain SSync
     loss = AdaptiveSSyncLoss(SSyncLoss())
     fresh = torch.nn.ModuleDict({"loss": loss})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "loss.margins", "loss.levels"'):
@@ -474,7 +476,7 @@ def test_a_compiled_step_is_one_graph_and_learns() -> None:
             torch.testing.assert_close(one, other)
     assert module.describe() == pytest.approx(eager.describe())
     assert eager.describe()["questions"] == 6
-    # with and without a question; the first step is a number, those after it a variable
+    # two graphs with and without a question; the first step is a constant, later ones a variable
     assert counter.frame_count <= 4
 
 
@@ -492,10 +494,10 @@ def test_ranks_decide_together(ranks: list[dict[str, Any]], tmp_path: Path) -> N
         for way in ("together", "compiled"):
             torch.testing.assert_close(rank[way]["margins"], whole["margins"])
             assert torch.equal(rank[way]["levels"], whole["levels"])
-        # one collective of three numbers a question
+        # one all-reduce of three numbers a question
         assert rank["sent"] == [3] * two_adaptive.STEPS
     assert len(set(whole["levels"].tolist())) > 1
-    # alone they would have come to other ends
+    # alone they would have reached other levels
     alone = [two_adaptive.train(one)["levels"].tolist() for one in two_adaptive.SHARES]
     assert alone[0] != alone[1]
 
@@ -517,7 +519,7 @@ class AdaptiveContract(SSyncContract):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # the criterion has them
+        # these are settings of the criterion
         cls.knobs = {}
 
     def make(self, **given: Any) -> AdaptiveSSyncLoss:

@@ -28,7 +28,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
 
 
 def random_mask(clips: int, frames: int, tokens: int, kept: int, seed: int = 0) -> Tensor:
-    """Return masks that keep as many positions in every frame, though others."""
+    """Return masks that keep the same number of positions in every frame, but different ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(clips, frames, tokens, generator=generator).argsort(2) < kept
 
@@ -125,7 +125,7 @@ def test_extreme_temperatures_are_finite_and_right(tau: float) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_counts_that_cannot_be_looked_at_are_taken_patch_by_patch() -> None:
-    # as on an accelerator: frames of 6, 4 and 0 kept positions
+    # as on an accelerator, which does not check: frames with 6, 4 and 0 kept positions
     mask = torch.ones(1, 3, 6, dtype=torch.bool)
     mask[:, 1, :2] = mask[:, 2] = False
     s, t = sample(1, 3, 6, 4, dtype=torch.float64)
@@ -147,7 +147,7 @@ def cost(clips: int, frames: int, num_tokens: int, chunk_size: int | None) -> Me
 
 def test_a_chunk_bounds_what_is_held() -> None:
     for num_tokens in (100, 200):
-        # of 6 pairs of frames: two maps, and beside them about ten lists of features
+        # two maps of 6 pairs of frames, and about ten lists of features
         whole, linear = 4 * 6 * num_tokens**2, 10 * 4 * 4 * 2 * num_tokens * 4
         assert 2 * whole <= cost(2, 4, num_tokens, None).peak < 2 * whole + linear
         for rows in (10, 3 * num_tokens):

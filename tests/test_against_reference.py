@@ -118,7 +118,7 @@ def test_losses_and_gradients_equal(
     with engine():
         actual.backward(upstream)
     expected.backward(upstream)
-    # of a mean: what one patch of so many can get; else: what one patch can get
+    # the largest gradient of one patch: of a mean over the selected patches, or of its own value
     scale = 2.0 / temperature
     if reduction == "mean":
         scale = gradient_scale(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from slot_attention import AdaptiveSlotWrapper, MultiHeadSlotAttention, SlotAttention
+from slot_attention import AdaptiveSlotWrapper, MetaSlotAttention, MultiHeadSlotAttention, SlotAttention
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from limits import MAPPING_IN_A_GRAPH
 from miniatures import MINIATURES, Maps, Miniature, oclf
 from refusals import refuses
 from ssync_loss import SSyncLoss
@@ -34,7 +35,10 @@ NO_GRAD_OF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 EVERY = pytest.mark.parametrize("name", MINIATURES)
 # one of each family, and of each kind of decoder
-SOME = pytest.mark.parametrize("name", ["slotcontrast mixer", "slotcurri", "xssc", "steve", "oclf video", "spot heads"])
+SOME = pytest.mark.parametrize(
+    "name",
+    ["slotcontrast mixer", "slotcontrast dynamics", "slotcurri", "xssc", "steve", "oclf video", "spot heads"],
+)
 
 
 def last_channel(output: Tensor) -> Tensor:
@@ -197,6 +201,7 @@ class TestWhatIsMeant:
         run(host, model)
         got = maps()
         assert torch.equal(got["slot_mask"], torch.tensor([[True, True, True, False]] * B))
+        assert maps.describe().endswith("slot mask: keeps 3 to 3 of 4 slots")
         assert (got.enc_logits[:, :, -1] == float("-inf")).all()
         loss = SSyncLoss()(**got)
         loss.backward()
@@ -335,6 +340,7 @@ class TestAsTrainingDoes:
         assert counter.frame_count == 1
         assert "_orig_mod" not in maps.describe()
 
+    @MAPPING_IN_A_GRAPH
     @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("name", ["slotcontrast broadcast", "smoothsa masked", "xssc"])
     def test_a_compiled_step(self, name: str) -> None:
@@ -523,6 +529,18 @@ class TestWhatIsNotOneForward:
         run(host, model)
         model.decoder(torch.randn(B, T, S, 8))
         refuses(RuntimeError, "`decoder.module.mlp` has run 2 times since `processor` began", maps)
+
+    @pytest.mark.parametrize("frames", [T, S])
+    def test_an_encoder_that_is_called_frame_by_frame(self, frames: int) -> None:
+        """Not even where there are as many frames as slots."""
+        model: Any = MINIATURES["slotcontrast mlp"].build()
+        # without what goes over time
+        model.processor = model.processor.module
+        maps = attach(model)
+        slots = [model.processor(torch.randn(B, S, 8), torch.randn(B, 16, 8))["state"] for _ in range(frames)]
+        model.decoder(torch.stack(slots, 1))
+        with pytest.raises(ValueError, match=rf"`dec` must .* If it holds {frames} frames, and the encoder one in"):
+            maps()
 
     @pytest.mark.parametrize("shape", [(B + 1, T, S), (B, T + 1, S), (B, T, S + 1)])
     def test_other_clips_frames_or_slots(self, shape: tuple[int, ...]) -> None:
@@ -807,6 +825,11 @@ class TestThePackage:
                 got = maps()
                 assert torch.equal(got.enc_logits.flatten(3), tap.pop())
                 assert got.dec_logits.shape == (clips, 1, S, 4, 4)
+
+    def test_slots_that_are_reordered_are_refused(self) -> None:
+        model = nn.ModuleDict({"slots": MetaSlotAttention(SlotAttention(S, 8), codebook_size=8)})
+        model["alpha"] = nn.Linear(8, 16)
+        refuses(ValueError, "`model` must keep its slots in order; got a", attach, model, dec=model["alpha"])
 
 
 def test_a_model_that_is_gone_is_let_go() -> None:

@@ -29,7 +29,7 @@ from ssync_loss.visualize import panel
 ENGINES = pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
 MODULES = [SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss]
 ORDER = "b t s h w"
-# those that the issue's hosts have: an image, slots last, frames and slots in the batch
+# layouts of known hosts: an image, slots last, frames and slots in the batch
 LAYOUTS = [
     "b t s h w",
     "b t s (h w)",
@@ -45,7 +45,7 @@ SIZE = {"b": 2, "t": 3, "s": 4, "h": 3, "w": 5}
 
 
 def draw_map(size: dict[str, int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """A map whose means are exact in any order of summation: labels are then the same whatever the strides."""
+    """A map whose means are exact in any order of summation, so that labels do not depend on strides."""
     generator = torch.Generator().manual_seed(seed)
     shape = [size[letter] for letter in "btshw"]
     return (torch.randint(-16, 16, shape, generator=generator) / 8).to(dtype)
@@ -99,7 +99,7 @@ def pairs(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Pair:
 
 
 def solutions(pair: Pair, num_frames: int | None) -> int:
-    """Count what B, T and S may be, by trying all, where both grids are given."""
+    """Count the possible B, T and S by trying all, if both grids are given."""
     numbers = torch.arange(1, 28)
     frames = numbers if num_frames is None else numbers[num_frames - 1 : num_frames]
     found = torch.cartesian_prod(numbers, frames, numbers)
@@ -115,7 +115,7 @@ def solutions(pair: Pair, num_frames: int | None) -> int:
 
 
 def read(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """Call something; None where it says that a size is open."""
+    """Call a function; None if it reports an open size."""
     try:
         return call(*given, **named)
     except ValueError as error:
@@ -125,7 +125,7 @@ def read(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
 
 
 def groups_of(axes: str) -> list[str]:
-    """The letters on each axis, by another way than the library's."""
+    """The letters on each axis, independent of the library's parser."""
     groups, rest = [], axes.replace(" ", "")
     while rest:
         group, _, rest = rest[1:].partition(")") if rest[0] == "(" else (rest[0], "", rest[1:])
@@ -145,7 +145,7 @@ def test_any_pattern_is_read_as_einops_writes_it_or_leaves_more_than_one_reading
     given_ones = pair.laid_out()
     maps = read(bind_maps, *given_ones, grid=pair.grid, axes=pair.axes, num_frames=num_frames)
     if maps is None:
-        # of 1 there is one product, which is no proof for other sizes
+        # size 1 proves nothing for other sizes
         assert solutions(pair, num_frames) > 1 or 1 in pair.enc.shape[:3]
         return
     assert solutions(pair, num_frames) == 1
@@ -164,7 +164,7 @@ def test_one_pattern_is_arranged_as_einops_would(data: st.DataObject) -> None:
     tensor = laid_out(maps, axes)
     actual = read(arrange, "maps", tensor, axes, grid=grid, num_frames=size["t"], num_slots=size["s"])
     if actual is None:
-        # h and w lie apart in what is merged, or the other way round
+        # h and w are separated, or reversed, in a merged axis
         assert grid is None
         return
     assert torch.equal(actual, maps if actual.dim() == 5 else maps.flatten(3))
@@ -272,7 +272,7 @@ def test_an_axis_that_is_merged_comes_from_the_other_map_or_from_num_frames() ->
         assert shapes(given_one, (2, 3, 4, 5, 6), (axes, ORDER)) == whole
         if axes != "(b t s) h w":
             assert shapes(given_one, given_one, axes, num_frames=3) == whole
-    # one after the other: B, then T, then S, then the grid
+    # sizes become known in turn: B, T, S, then the grid
     chain = ("(b t) (s h w)", "b (t s) h w")
     assert shapes((6, 100), (2, 12, 5, 5), chain) == [(2, 3, 4, 5, 5)] * 2
     assert shapes((0, 4, 5, 6), (0, 4, 5, 6), "(b t) s h w", num_frames=3) == [(0, 3, 4, 5, 6)] * 2
@@ -306,7 +306,7 @@ def test_flat_maps_that_may_be_images_are_refused() -> None:
         refuses(ValueError, wanted, call, *maps)
     refuses(ValueError, wanted, premise, *maps, torch.randn(2, 7, 5, 4, 4))
     refuses(ValueError, wanted, panel, torch.zeros(2, 7, 3, 8, 8), *maps)
-    # each of the two readings can be had
+    # each of the two readings can be chosen
     clips = [one.unflatten(3, (4, 4)) for one in maps]
     images = [one[:, None] for one in maps]
     values = [SSyncLoss().eval()(*one) for one in (clips, images)]
@@ -324,9 +324,9 @@ def test_flat_maps_that_may_be_images_are_refused() -> None:
         ((1, 2, 8, 16), (1, 2, 8, 16), True),
         ((1, 2, 7, 16), (1, 2, 7, 16), False),
         ((4, 4, 11, 576), (4, 4, 11, 576), False),
-        # images on two grids, of which one is no square number of columns
+        # images on two grids, one without a square number of columns
         ((1, 2, 16, 16), (1, 2, 32, 32), True),
-        # the decoder's can be no image, so that the encoder's is none
+        # the decoder's map cannot be an image, so neither is the encoder's
         ((1, 2, 16, 16), (1, 2, 16, 100), False),
         ((1, 2, 16, 16), (1, 2, 16, 4, 4), False),
         ((1, 2, 16, 2, 8), (1, 2, 16, 16), False),
@@ -345,11 +345,18 @@ def test_an_image_beside_a_clip_of_one_frame_is_decided_by_it() -> None:
     clip, image = torch.randn(2, 1, 7, 16, 16), torch.randn(2, 7, 16, 16)
     assert_close_loss(SSyncLoss().eval()(clip, image), SSyncLoss().eval()(clip, image[:, None]))
     assert_close_loss(SSyncLoss().eval()(image, clip), SSyncLoss().eval()(image[:, None], clip))
-    # of another grid, and no square
+    # another grid, not square
     assert shapes((2, 7, 4, 6), (2, 1, 7, 8, 12), None) == [(2, 1, 7, 4, 6), (2, 1, 7, 8, 12)]
-    # flat clips of one frame, and of one slot, are as they were
+    # flat clips of one frame, or of one slot, are still read
     assert shapes((2, 1, 7, 24), (2, 1, 7, 4, 6), None) == [(2, 1, 7, 4, 6)] * 2
     assert shapes((2, 1, 1, 24), (2, 1, 1, 4, 6), None) == [(2, 1, 1, 4, 6)] * 2
+
+
+def test_a_flat_image_is_told_its_axes() -> None:
+    image = torch.randn(2, 7, 16)
+    wanted = "`enc_logits` must have shape (B, T, S, H, W), or (B, T, S, N); got (2, 7, 16). An image's (B, S, N) takes"
+    refuses(ValueError, wanted, SSyncLoss().eval(), image, image)
+    assert SSyncLoss(axes="b s (h w)").eval()(image, image.clone()) >= 0
 
 
 def test_one_tensor_as_both_maps_is_refused() -> None:
@@ -417,7 +424,7 @@ def test_what_takes_both_maps_takes_axes() -> None:
     ]
     for function in whole:
         torch.testing.assert_close(function(*flat, axes="(b t) s h w", num_frames=3), function(enc, dec))
-    # a public function that takes both maps and not their axes would be forgotten here
+    # all public functions of both maps must be in this test
     for one in (pseudo_labels, boundary_refinement_loss, interior_denoising_loss, premise, panel):
         assert {"axes", "num_frames"} <= inspect.signature(one).parameters.keys()
 
@@ -639,7 +646,7 @@ def test_one_graph_under_a_compiler(dynamic: bool | None, given_frames: bool) ->
         assert_close_loss(actual, expected)
         for one, other in zip(torch.autograd.grad(actual, maps), torch.autograd.grad(expected, maps), strict=True):
             torch.testing.assert_close(one, other)
-    # a compiler learns that a size varies when it does, and a grid that is found is a constant
+    # a compiler makes a size symbolic when it varies; an inferred grid is a constant
     assert counter.frame_count <= 4
 
 

@@ -1,4 +1,4 @@
-"""Centered cross-entropy: published numbers and centers, what moves the center and what does not, two processes."""
+"""Centered cross-entropy: published numbers and centers, moves of the center, two processes."""
 
 from typing import Any, ClassVar
 
@@ -242,7 +242,7 @@ def test_two_processes_move_the_center_as_one(share: str, group: str, ranks: lis
         for kind in KINDS:
             torch.testing.assert_close(found[kind], whole[kind], rtol=1e-12, atol=1e-15)
     if share == "one empty":
-        # who has all clips meets the centers of one process on the way, too
+        # a rank with all clips has the same centers as one process
         torch.testing.assert_close(ranks[0][f"{share}, {group}"][0], whole, rtol=1e-12, atol=1e-15)
 
 
@@ -319,7 +319,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(kind: str, dirt: floa
         loss = found(t, dirty)
     torch.testing.assert_close(found.center, wanted.center)
     assert found.num_left_out == 1
-    # what was lost is not hidden
+    # left out rows are counted
     assert dirt == -INF or loss.isnan()
     assert wanted.num_left_out == 0
     assert list(found.state_dict()) == ["center"]

@@ -1,4 +1,4 @@
-"""What `.ci/run` is given, and what it names."""
+"""Arguments of `.ci/run`, and the names in it."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def test_the_fast_run_names_tests_that_are_there() -> None:
 
 
 def test_the_fast_run_stops_at_the_first_failure_and_runs_all_steps(tmp_path: Path) -> None:
-    # a copy, whose python writes down what it is asked
+    # a copy, whose python records its arguments
     (tmp_path / ".ci").mkdir()
     shutil.copy(RUN, tmp_path / ".ci")
     python = tmp_path / ".venv" / "bin" / "python"
@@ -38,7 +38,7 @@ def test_the_fast_run_stops_at_the_first_failure_and_runs_all_steps(tmp_path: Pa
 
 @pytest.mark.parametrize("words", [["--quick"], ["--slow", "--fast"], ["--fast", "--slow"]])
 def test_another_word_is_refused(words: list[str], tmp_path: Path) -> None:
-    # in a folder where a run would fail at once
+    # in a folder without the project
     (tmp_path / ".ci").mkdir()
     done = subprocess.run([shutil.copy(RUN, tmp_path / ".ci"), *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "usage: .ci/run [--fast]\n")

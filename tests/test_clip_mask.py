@@ -59,7 +59,7 @@ def test_all_patches_are_as_likely() -> None:
     masks = torch.stack([clip_mask(20, ratio=(0.25, 0.25), prob=1.0, generator=generator) for _ in range(4000)])
     assert (masks.sum(1) == 5).all()
     assert (masks.double().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    # and pairs of them: neighbors are not drawn together
+    # pairs, too: neighbors are independent
     together = (masks[:, :-1] & masks[:, 1:]).double().mean(0)
     assert (together - 0.25 * 4 / 19).abs().max() < 4 * (0.0526 / 4000) ** 0.5
 

@@ -36,7 +36,7 @@ SLOTS, INSTANCES, PROTOTYPES = 3, 2, 7
 
 
 class Views(NamedTuple):
-    """What a model says of clips, by the names of the losses' arguments."""
+    """The outputs of a model, by the names of the losses' arguments."""
 
     features: Tensor
     recon: Tensor
@@ -50,7 +50,7 @@ class Views(NamedTuple):
 
 
 class Host(nn.Module):
-    """Every part that the add-ons lend to a model, around a decoder of one layer."""
+    """A model of all the library's parts, with a decoder of one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Host(nn.Module):
 
 
 class Scene(NamedTuple):
-    """A batch, a student, its teacher, and what both say."""
+    """A batch, a student, its teacher, and their outputs."""
 
     student: Host
     teacher: EmaTeacher
@@ -96,7 +96,7 @@ class Scene(NamedTuple):
     theirs: Views
 
     def again(self) -> "Scene":
-        """Return the same with a graph of its own."""
+        """Return a copy with its own graph."""
         return self._replace(ours=self.student(self.video, noise(self.video.dtype), self.mask))
 
 
@@ -125,7 +125,7 @@ def validity(views: Views) -> Tensor:
 
 Given = Callable[[Views, Views, Tensor, Tensor], tuple[Tensor, ...]]
 
-# every criterion, and what it is given of a student, its teacher, the video and the mask
+# every criterion, and its arguments from student, teacher, video and mask
 LOSSES: dict[str, tuple[nn.Module, Given]] = {
     "ssync": (SSyncLoss(merge_threshold=0.6), lambda ours, theirs, video, mask: (ours.enc_logits, ours.dec_logits)),
     "structure": (StructureAwareLoss(), lambda ours, theirs, video, mask: (ours.recon, video)),
@@ -187,7 +187,7 @@ def gradients(case: Scene, *names: str) -> list[Tensor]:
 
 def test_every_loss_is_here() -> None:
     named = {name for name in losses.__all__ if name.endswith("Loss")}
-    # what SSync is made of, and what takes it in another form
+    # parts of SSync, and other forms of it
     ours = {"BoundaryRefinementLoss", "InteriorDenoisingLoss", "AdaptiveSSyncLoss"}
     assert {type(criterion).__name__ for criterion, _ in LOSSES.values()} == named - ours
 
@@ -199,7 +199,7 @@ def test_one_backward_of_all_losses_is_the_sum_of_all() -> None:
     assert all(any(one.any() for one in part) for part in parts)
     for one, *others in zip(together, *parts, strict=True):
         torch.testing.assert_close(one, torch.stack(others).sum(0), rtol=1e-9, atol=1e-11)
-    # nothing of the model is left out
+    # every parameter has a gradient
     assert all(one.any() for one in together)
 
 
@@ -235,7 +235,7 @@ def test_a_student_learns_from_all_of_them_at_once() -> None:
 
 
 class Painter(nn.Module):
-    """Placeholders that a curriculum hands out, slot attention of one step, a decoder of one layer."""
+    """Placeholders of a curriculum, slot attention of one step, a decoder of one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,12 +281,12 @@ def test_ssync_and_a_teacher_follow_a_curriculum() -> None:
         optimizer.step()
         teacher.update(model)
         if model.curriculum.maybe_expand(model.slots, step, optimizer):
-            # as its documentation says
+            # as documented
             teacher.model.load_state_dict(model.state_dict())
         assert loss.isfinite()
     assert counts == [(2, 2)] * 4 + [(3, 3)] * 3 + [(5, 5)] * 2
     assert teacher(video)[0].shape == (CLIPS, FRAMES, 5, SIDE, SIDE)
-    # and what is found can be scored and carried on
+    # labels can be scored and propagated
     with torch.no_grad():
         found = masks_to_labels(model(video)[1], (SIDE, SIDE))
     assert (fragmentation(found, torch.zeros_like(found), background=None) >= 1).all()

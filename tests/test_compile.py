@@ -1,4 +1,4 @@
-"""One graph, no look at the data: torch.compile, symbolic and fake tensors, other devices, CUDA graphs."""
+"""One graph without reading data: torch.compile, symbolic and fake tensors, other devices, CUDA graphs."""
 
 import warnings
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from ssync_loss.functional import (
 )
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 
-# every test starts with a compiler that has seen nothing
+# every test starts with a fresh compiler
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 Case = tuple[Callable[..., Any], tuple[Tensor, Tensor], dict[str, Any]]
@@ -76,9 +76,9 @@ def cases() -> dict[str, Case]:
 
 
 CASES = list(cases())
-# the others are compiled by the contract and by the class of all engines
+# the contract and the tests of all engines compile the others
 BY_C = [one for one in CASES if one not in ("default", "both masks")]
-# what is not done before an engine is asked
+# functions that need no engine
 BY_TORCH = ["no merging", "other knobs", "another grid, masked", "enc without gradient", "two types", "NaN"]
 
 
@@ -102,7 +102,7 @@ def assert_same_step(
             torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-8, equal_nan=True)
 
 
-# torch's compiler looks at the .grad of all it is given; a host's maps are no leaves
+# torch's compiler reads the .grad of all inputs; a host's maps are no leaves
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     ("engine", "name"), [*((by_c, name) for name in BY_C), *((by_torch, name) for name in BY_TORCH)]
@@ -169,7 +169,7 @@ def test_autocast_around_a_compiled_loss_changes_nothing() -> None:
 def test_a_batch_declared_dynamic_is_not_specialized() -> None:
     maps = sample_maps(3, 3)
     for one in maps:
-        # an error where the code fixes one of these sizes
+        # specializing one of these sizes is an error
         torch._dynamo.mark_dynamic(one, [0, 1, 3, 4])
     criterion = SSyncLoss()
     counter = CompileCounterWithBackend("aot_eager")
@@ -302,7 +302,7 @@ class CpuTensors(TorchDispatchMode):
 @pytest.mark.parametrize("name", [one for one in CASES if one != "given labels"])
 def test_nothing_travels_between_device_and_host(name: str) -> None:
     function, maps, rest = cases()[name]
-    # the meta device has no data: a read fails, and what the host makes is seen beside it
+    # the meta device has no data, so a read fails and tensors of the host are seen
     there = [one.detach().to("meta").requires_grad_(one.requires_grad) for one in maps]
     masks = {key: one.to("meta") if isinstance(one, Tensor) else one for key, one in rest.items()}
     with warnings.catch_warnings(), HostTraffic() as traffic, CpuTensors() as operators:

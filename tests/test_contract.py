@@ -1,4 +1,4 @@
-"""The contract itself: a right loss passes, and every check turns red where its rule is broken."""
+"""The contract itself: a correct loss passes, and every check fails if its rule is broken."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from contract import Case, LossContract
 
 
 def toy(x: Tensor, t: Tensor, keep: Tensor, *, weight: float = 2.0) -> Tensor:
-    """Return the mean square of what is kept."""
+    """Return the mean square over a mask."""
     if not weight > 0:
         raise ValueError(f"`weight` must be above 0; got {weight}.")
     dtype = torch.promote_types(torch.promote_types(x.dtype, t.dtype), torch.float32)
@@ -59,7 +59,7 @@ def mean(x: Tensor, t: Tensor, keep: Tensor) -> Tensor:
 
 
 class CountedBackward(torch.autograd.Function):
-    """Gives another gradient every time it is asked."""
+    """Returns another gradient at every call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class CountedBackward(torch.autograd.Function):
 
 
 class UnseenByAutograd(torch.autograd.Function):
-    """Keeps its input where autograd does not look."""
+    """Keeps its input outside of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

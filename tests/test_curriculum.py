@@ -1,4 +1,4 @@
-"""The parts of the slot curriculum: schedule, errors, allotment, children, what an optimizer remembers."""
+"""The parts of the slot curriculum: schedule, errors, allotment, children, state of the optimizer."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -251,7 +251,7 @@ def test_children_are_shared_out_by_largest_remainders(errors: list[float], n_ne
             assert counts[i] >= counts[j]
         else:
             assert counts[i] <= counts[j]
-    # in fractions; beyond float64 remainders of different sizes are equal
+    # in fractions, as different remainders may be equal in float64
     remainders = sorted(share - int(share) for share in shares)
     gaps = [other - one for one, other in pairwise(remainders)]
     assume(all(gap == 0 or gap > 1e-9 for gap in gaps) and all(one == 0 or 1e-9 < one < 1 - 1e-9 for one in remainders))
@@ -268,7 +268,7 @@ def test_of_equal_remainders_the_lower_index_gains() -> None:
 
 def test_shares_are_computed_in_float64() -> None:
     assert allot_children(torch.tensor([2.0**24, 2.0**24 + 1], dtype=torch.float64), 1).tolist() == [0, 1]
-    # a third of this is no number of float32
+    # float32 cannot represent a third of this
     assert allot_children(torch.full((3,), 2.0**100), 2**30).tolist() == [357913942, 357913941, 357913941]
 
 
@@ -323,7 +323,7 @@ def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: st
 
 @st.composite
 def families(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Draw slots, twins or zeros among them, their children's number and directions, and settings."""
+    """Draw slots, some equal or zero, numbers and directions of children, and settings."""
     num_active, num_unborn, width = draw(st.integers(1, 5)), draw(st.integers(0, 6)), draw(st.integers(1, 6))
     rows = randn(num_active + num_unborn, width, seed=draw(st.integers(0, 999)))
     what = draw(st.sampled_from(["plain", "twins", "zero", "nothing"]))
@@ -496,7 +496,7 @@ def test_held_rows_stay_as_they_are(name: str, leading: tuple[int, ...]) -> None
         if one.shape == slots.shape:
             assert not one.view(5, 3)[2:].any()
             assert one.view(5, 3)[:2].any()
-    # later more of them are let go
+    # later fewer rows are held
     first = 4
     train(slots, optimizer, 4, 1)
     assert (rows[2:4] != before[2:4]).all()
@@ -527,7 +527,7 @@ def test_what_is_no_generator_or_optimizer_is_named() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
 def test_parents_are_integers_of_any_width(dtype: torch.dtype) -> None:
-    # as a mask, which a byte may pass for, 1 and 1 would be another row
+    # read as a mask, the bytes 1 and 1 would select another row
     slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0], [0.0]]))
     optimizer = torch.optim.Adam([slots])
     (slots[:2] * torch.tensor([[2.0], [3.0]])).sum().backward()

@@ -33,7 +33,7 @@ def placeholders(num_rows: int = 7, width: int = 8, *leading: int) -> nn.Paramet
 def run(
     curriculum: SlotCurriculum, slots: nn.Parameter, steps: range, optimizer: torch.optim.Optimizer | None = None
 ) -> list[int]:
-    """Go through a training loop; return the slots that every step has in use."""
+    """Run a training loop; return the number of slots in use at every step."""
     counts = []
     for step in steps:
         counts.append(curriculum.take(slots).shape[-2])
@@ -78,7 +78,7 @@ def test_clones_are_of_the_slots_with_the_errors() -> None:
     curriculum = SlotCurriculum([3, 6], [4])
     for step in range(5):
         recon, target, masks = scene(3, seed=step)
-        # no error but slot 1's
+        # only slot 1 has an error
         recon = torch.where(masks.argmax(2, keepdim=True) == 1, recon, target)
         masks = torch.nn.functional.one_hot(masks.argmax(2), 3).movedim(-1, 2).float()
         curriculum.observe(recon, target, masks, step)
@@ -159,10 +159,10 @@ def test_the_jitter_follows_a_generator_and_the_settings() -> None:
 
 
 def test_a_stage_reached_late_is_made_up_for() -> None:
-    # a training that goes on at step 20 knows nothing of its milestones
+    # a training resumed at step 20 has missed its milestones
     curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
     assert run(curriculum, slots, range(20, 24)) == [2, 3, 7, 7]
-    # one that skips a milestone's step
+    # a training that skips a milestone's step
     curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
     assert run(curriculum, slots, range(4)) == [2] * 4
     assert run(curriculum, slots, range(6, 16)) == [2, 3, 3, 3, 3, 7, 7, 7, 7, 7]
@@ -170,7 +170,7 @@ def test_a_stage_reached_late_is_made_up_for() -> None:
 
 @pytest.mark.parametrize(("last", "written"), [(9, r"\(1, 0\)"), (10, r"\(1, 1\)")])
 def test_buffers_that_are_written_over_and_not_loaded_are_named(last: int, written: str) -> None:
-    # the first rank alone has loaded a checkpoint, and its buffers were copied to the others
+    # only the first rank loaded a checkpoint, and its buffers were copied to the others
     first, other = (SlotCurriculum([2, 3, 7], [4, 10]) for _ in range(2))
     run(first, placeholders(), range(last))
     for name, one in other.named_buffers():
@@ -280,7 +280,7 @@ def test_a_training_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
     def go_on(curriculum: SlotCurriculum, slots: nn.Parameter, *steps: int) -> list[int]:
         counts = []
         for step in range(*steps):
-            # jitter of its own at every event, whenever the training began
+            # every event has its own jitter, which does not depend on the start of the training
             torch.manual_seed(step)
             counts += run(curriculum, slots, range(step, step + 1))
         return counts
@@ -354,7 +354,7 @@ def test_a_curriculum_of_halves_goes_through_its_stages() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank found."""
+    """The results of every rank."""
     return run_ranks(curriculum_ranks.__file__, tmp_path_factory.mktemp("ranks"))
 
 
@@ -374,7 +374,7 @@ def test_all_ranks_have_the_same_slots_and_moments(ranks: list[dict[str, Any]]) 
 
 
 def test_errors_are_averaged_over_all_clips(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
-    # up to the first clone, whose jitter differs
+    # up to the first child, as jitter differs
     for step in range(MILESTONES[0] + 1):
         torch.testing.assert_close(ranks[0]["errors"][step], whole["errors"][step])
 
@@ -386,7 +386,7 @@ def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str
     expected[1] = [("broadcast", 4)]
     expected[2] = [("all_reduce", 4)]
     expected[3] = [("broadcast", 8)]
-    # step 1 is before the milestone 3, too, but its stage has not begun
+    # step 1 is also before the milestone 3, but its stage has not begun
     for rank in ranks:
         assert rank["sent"] == expected
 
@@ -457,7 +457,7 @@ def test_wrong_arguments_are_named() -> None:
     curriculum.observe(*scene(2), 0)
     with pytest.raises(ValueError, match="`optimizer` must hold `slots_param`"):
         curriculum.maybe_expand(placeholders(), 1, torch.optim.Adam([placeholders()]))
-    # nothing was half done
+    # no partial changes
     assert curriculum.n_active() == 2
     assert curriculum.maybe_expand(placeholders(), 1)
 
@@ -471,7 +471,7 @@ def test_the_documented_recipe_ends_with_all_slots(total: int, num_steps: int) -
     budgets, times = slot_schedule(total), milestones(num_steps)
     curriculum, slots = SlotCurriculum(budgets, times), placeholders(total)
     counts = run(curriculum, slots, range(num_steps))
-    # what was in use at a step: the last stage whose milestone had passed
+    # slots in use at a step: the last stage whose milestone has passed
     passed = [sum(step > one for one in times[: len(budgets) - 1]) for step in range(num_steps)]
     assert counts == [budgets[one] for one in passed]
     assert counts == [curriculum.n_active(step) for step in range(num_steps)]

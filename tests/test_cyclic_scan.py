@@ -13,7 +13,7 @@ from ssync_loss.functional import cyclic_scan
 
 
 class Recurrence:
-    """A step with weights; it writes down how it was called."""
+    """A step with weights, which records its calls."""
 
     def __init__(self, width: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def test_it_goes_forward_and_then_backward(frames: int, clips: int) -> None:
     assert outputs.keys() == {"state", "state_predicted", "masks"}
     for name, values in outputs.items():
         assert torch.equal(values, torch.stack([one[name] for one in expected], 1))
-        # the last frame is not seen twice
+        # the last frame is used once
         assert torch.equal(values[:, -1], forward[-1][name])
 
 

@@ -48,7 +48,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, num_l
 
 
 def settings_of(loss_of: Loss, **given: Any) -> dict[str, Any]:
-    """Return settings that suit small windows; ``top_k`` only where it is known."""
+    """Return settings for small windows; ``top_k`` only for the encoder."""
     wanted = {"top_k": 2, **given}
     if "decoder" in loss_of.__name__:
         del wanted["top_k"]
@@ -61,13 +61,13 @@ def step(loss_of: Loss, case: Scene, **given: Any) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Scene, dict[str, Any]]:
-    """Draw small clips: cosines that tie, duplicates, zero vectors, labels of any name; and settings."""
+    """Draw small clips with tied cosines, duplicates, zero vectors, any labels; and settings."""
     clips, frames, height, width = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2, 4), (1, 2), (1, 2, 3)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     shape = (clips, frames, 4, height, width)
     features = torch.randn(shape, generator=generator, dtype=torch.float64)
     if draw(st.booleans()):
-        # of length 2: cosines are multiples of 1/4, in any precision
+        # length 2, so that cosines are multiples of 1/4 in any precision
         anchors = torch.randint(2, shape, generator=generator).double() * 2 - 1
     else:
         anchors = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn) -> tuple[Scene, dict[str, Any]]:
     return Scene(features, anchors, labels), {
         "group_frames": group,
         "top_k": draw(st.integers(1, height * width)),
-        # the second needs the largest score taken off
+        # the second subtracts the largest score
         "temperature": draw(st.sampled_from((0.1, 0.005, 1.0))),
         "base_temperature": draw(st.sampled_from((0.07, 1.0))),
     }
@@ -135,7 +135,7 @@ def test_decoder_features_like_their_own_anchors_alone_cost_nothing() -> None:
 
 
 def test_encoder_neighbors_are_those_of_the_anchors() -> None:
-    # patches 0 and 1 look alike, and 2 and 3; the features pair 0 with 2 and 1 with 3
+    # anchors of patches 0 and 1 are equal, and of 2 and 3; features pair 0 with 2 and 1 with 3
     alike = torch.tensor([0, 0, 1, 1])
     anchors = torch.eye(2)[alike].T.reshape(1, 1, 2, 1, 4)
     labels = torch.arange(4).view(1, 1, 1, 4)
@@ -149,7 +149,7 @@ def test_encoder_neighbors_are_those_of_the_anchors() -> None:
 
 
 def test_encoder_neighbors_that_tie_with_the_last_one_are_in() -> None:
-    # patch 0 sees itself, then two others equally near: with top_k=2 both are its neighbors
+    # patch 0 is nearest to itself, then to two others equally: with top_k=2 both are its neighbors
     anchors = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [0, 0, 0, 1]]).T.reshape(1, 1, 4, 1, 4)
     data = sample(1, 1, 4, 1, 4, dtype=torch.float64)
     labels = torch.arange(4).view(1, 1, 1, 4)
@@ -187,7 +187,7 @@ def test_extreme_temperatures_are_finite_and_right(loss_of: Loss, temperature: f
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators and keeps the size of the largest storage that any of them touched."""
+    """Counts operators, and records the size of the largest storage."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -215,7 +215,7 @@ def test_a_chunk_is_all_that_is_held(loss_of: Loss) -> None:
     for clips, side, chunk_size in ((1, 6, 10), (4, 6, 10), (1, 12, 10), (4, 6, 150), (4, 6, 10**6)):
         patches = 2 * side**2
         held = min(chunk_size // patches, clips) * patches if chunk_size >= patches else chunk_size
-        # or the features of all windows
+        # or of the features of all windows
         assert cost(loss_of, clips, side, chunk_size).largest == max(held * patches, clips * patches * 3)
     assert cost(loss_of, 4, 6, None).largest == 4 * 72**2
 
@@ -224,14 +224,14 @@ def test_a_chunk_is_all_that_is_held(loss_of: Loss) -> None:
 def test_clips_and_frames_are_not_walked_through(loss_of: Loss) -> None:
     numbers = {cost(loss_of, clips, 2, None).number for clips in (1, 2, 9)}
     assert len(numbers) == 1
-    # torch 2.6 has a few operators less for a slice of all
+    # torch 2.6 has a few operators less for a full slice
     assert cost(loss_of, 9, 2, 9 * 8).number <= numbers.pop()
 
 
 @BOTH
 def test_nothing_quadratic_waits_for_the_backward(loss_of: Loss) -> None:
     data = sample(1, 2, 3, 6, 6)
-    # the features, which are there anyhow, and their gradient
+    # the features and their gradient
     assert saved_elements(loss_of, *data, **settings_of(loss_of)) == [data.features.numel()] * 2
 
 
@@ -265,7 +265,7 @@ def test_more_neighbors_than_patches_are_named() -> None:
 
 
 def by_autograd(features: Tensor, anchors: Tensor, labels: Tensor, num_neighbors: int) -> Tensor:
-    """The encoder's loss of one window in the public formulation, whose gradient autograd finds."""
+    """The encoder's loss of one window in the public formulation, by autograd."""
     x, y = (torch.nn.functional.normalize(one.transpose(1, 2).flatten(2).mT, dim=2) for one in (features, anchors))
     names = labels.flatten(1)
     others = ~torch.eye(names.shape[1], dtype=torch.bool)
@@ -321,7 +321,7 @@ def test_what_all_anchors_share_costs_no_digits_of_the_gradient(offset: int) -> 
 
 
 def refusals(labels: str) -> list[tuple[dict[str, Any], type[Exception], str]]:
-    """Return what both refuse; their labels have names of their own."""
+    """Return the errors of both losses; their labels have different names."""
     return [
         ({"group_frames": 0}, ValueError, r"`group_frames` must be at least 1; got 0"),
         ({"temperature": 0.0}, ValueError, r"`temperature` must be finite and above 0.0; got 0.0"),

@@ -1,4 +1,4 @@
-"""Statistics by hand and against loops, the verdict on maps whose answer is known, and its words."""
+"""Statistics by hand and against loops, the verdict on maps with a known answer, and its words."""
 
 import math
 import pickle
@@ -170,7 +170,7 @@ def test_edge_alignment_equals_sklearn(labels: Tensor, seed: int, data: st.DataO
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_features_explain_nothing_whatever_their_size(dtype: torch.dtype) -> None:
-    # in some of these sums over the patches the mean misses the constant by an ulp
+    # in some of these, the mean misses the constant by an ulp
     for value, width in product((0.0, 0.1, 1e-30, 12345.678, 1e30), (1, 3, 6, 7, 11)):
         labels = torch.arange(3 * width).view(1, 1, 3, width) % 4
         features = torch.full((1, 1, 4, 3, width), value, dtype=dtype)
@@ -210,7 +210,7 @@ def test_products_in_single_precision_are_good_to_six_digits(dtype: torch.dtype,
     if kind == "common mean":
         features = features + 100 * torch.randn(2, 1, 70, 1, 1, generator=generator)
     elif kind == "outlier":
-        # what stands first is what all others are compared with
+        # all others are compared with the first
         features[:, 0, :, 0, 0] *= 30
     features = (features * {"large": 1e25, "small": 1e-25}.get(kind, 1.0)).to(dtype)
     valid = torch.rand(labels.shape, generator=generator) < 0.9
@@ -320,7 +320,7 @@ def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value
 
 
 def blobs(seed: int, *, clips: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of a moving square on a ground, logits sharp at its edge, and logits that blur it."""
+    """Features of a moving square on a background, logits that are sharp at its edge, and blurred ones."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(clips, 3, 12, 12, dtype=torch.int64)
     for t in range(3):
@@ -358,7 +358,7 @@ def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:
         premise(sharp.flatten(3), blurred.flatten(3), features, grid=(12, 12)),
         premise(sharp, blurred.repeat_interleave(3, 3).repeat_interleave(3, 4), features),
     ):
-        # enlarging blocks and reading them back is not exact at their edges
+        # enlarging and shrinking blocks is not exact at their edges
         assert got.enc_explained.tolist() == pytest.approx(wanted.enc_explained.tolist())
         assert got.dec_explained.tolist() == pytest.approx(wanted.dec_explained.tolist(), abs=0.05)
 
@@ -411,7 +411,7 @@ def test_a_pool_is_judged_anew() -> None:
 def test_a_premise_of_an_earlier_version_is_read_pooled_and_reported() -> None:
     features, sharp, blurred = blobs(0)
     whole = premise(sharp, blurred, features, merge_threshold=0.6)
-    # so a pickle makes it
+    # as in a pickle
     old = Premise.__new__(Premise, *whole[:12])
     assert old.merged_margin is None
     assert old.verdict() == whole.verdict() == "holds"
@@ -427,7 +427,7 @@ def test_a_premise_of_an_earlier_version_is_read_pooled_and_reported() -> None:
 
 def test_standard_errors_count_videos() -> None:
     features, sharp, blurred = blobs(0)
-    # nearly the same clip again and again says nothing new
+    # nearly equal clips add no evidence
     apart = premise(sharp, blurred, features)
     again = torch.arange(4).repeat(5)
     named = premise(sharp[again], blurred[again], features[again], groups=again)
@@ -437,7 +437,7 @@ def test_standard_errors_count_videos() -> None:
     assert errors[2] < errors[0] / 2
     assert report(named).startswith("SSync's premise holds on these 20 clips of 4 videos: margin")
     assert report(unnamed).startswith("SSync's premise holds on these 20 clips: margin")
-    # videos keep their names in a pool, and clips without one stand for themselves
+    # pooling keeps the names of videos; clips without one are their own
     pooled = pool([named, named, apart])
     mean = pooled.over_clips(pooled.margin)
     assert (mean.num_clips, mean.num_videos) == (44, 8)
@@ -448,7 +448,7 @@ def test_standard_errors_count_videos() -> None:
 
 def test_merging_what_differs_is_told_from_a_bad_encoder() -> None:
     features, sharp, blurred = blobs(0)
-    # the object and its ground are active in the same places
+    # the object and its background are active on the same patches
     everywhere = sharp + 8 * torch.ones(12, 12).tril()
     given_maps = everywhere, blurred, features
     assert premise(*given_maps).verdict() == "holds"
@@ -498,7 +498,7 @@ def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
     for unknown in (broken, empty):
         assert "Nothing can be said of memorized clips" in report(trained, fresh=unknown)
         assert "nan" not in report(trained, fresh=unknown)
-    # of one clip nothing is sure
+    # one clip gives no verdict
     assert not memorization(premise(blurred[:1], sharp[:1], features[:1]), fresh).is_alarming
 
 
@@ -597,7 +597,7 @@ def test_the_verdict_is_open_within_two_standard_errors(margins: tuple[float, ..
     text = report(verdict)
     assert [word for word, sign in words.items() if sign in text.splitlines()[0]] == [wanted]
     assert ("expected to" in text) == (wanted != "cannot tell")
-    # holds is the sign of the mean, however sure it is
+    # `holds` is the sign of the mean, with any standard error
     assert bool(verdict.holds) == (len(margins) > 0 and sum(margins) > 0)
 
 
@@ -607,7 +607,7 @@ def test_noise_seldom_gets_a_verdict(clips: int) -> None:
     maps = [torch.randn(100, clips, 2, 4, 8, 8, generator=generator) for _ in range(2)]
     features = torch.randn(100, clips, 2, 6, 8, 8, generator=generator)
     verdicts = Counter(premise(*draw).verdict() for draw in zip(*maps, features, strict=True))
-    # of two clips the quotient of mean and error is that of Student with one degree of freedom
+    # with two clips mean / error has Student's distribution with one degree of freedom
     share = {2: 0.295, 4: 0.139, 8: 0.086, 16: 0.064}[clips]
     assert abs(verdicts["holds"] + verdicts["fails"] - 100 * share) < 3 * math.sqrt(100 * share)
 

@@ -18,7 +18,7 @@ from two_processes import CASES, Host, scene, whole_batch
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank found."""
+    """The results of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
     return run_ranks(two_processes.__file__, folder)
 
@@ -62,7 +62,7 @@ def test_the_mean_of_the_ranks_means_is_another_loss(
 def test_one_collective_of_two_integers_and_none_before_the_start(name: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["global"][name]["sent"] == ([] if name == "before the start" else [(2, torch.int64)])
-        # the criterion by itself speaks to nobody
+        # the criterion alone calls no collective
         assert rank["local"][name]["sent"] == []
 
 

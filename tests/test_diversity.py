@@ -16,7 +16,7 @@ from ssync_loss.functional import mask_diversity_loss
 from ssync_loss.methods.smtc.reference import reference_mask_diversity_loss
 from steps import assert_same, step_of
 
-# masks of about 1e-13 + 1e-8: the gradient of their directions is one of differences that float32 cannot see
+# masks of about 1e-13 + 1e-8: float32 cannot represent the differences in their directions
 COLLAPSED_TOL = {torch.float32: 2e-3, torch.float64: 1e-9}
 
 
@@ -63,7 +63,7 @@ def test_uniform_masks_cost_one() -> None:
 def test_a_slot_that_takes_every_patch_costs_one() -> None:
     logits = torch.zeros(1, 1, 4, 3, 3)
     logits[:, :, 0] = 60
-    # the others are empty alike: of six pairs of them, three cost 1 and three the cosine with a full mask, which is 1
+    # the others are equally empty: three of six pairs have cosine 1, and so have the three with the full mask
     assert math.isclose(mask_diversity_loss(logits).item(), 1.0, rel_tol=1e-6)
 
 

@@ -421,7 +421,8 @@ def test_a_slot_mask_is_passed_or_found_inverted() -> None:
     assert says(found, "would keep the slots with 0% of the mass")
     assert found.line is not None
     assert "slot_mask" not in found.line.call
-    assert SSyncLoss(kind="probs")(*whole, slot_mask=torch.zeros_like(present)) == 0
+    with pytest.warns(UserWarning, match="`slot_mask` leaves no clip two slots, and the loss is 0"):
+        assert SSyncLoss(kind="probs")(*whole, slot_mask=torch.zeros_like(present)) == 0
     assert says(doctor({**right, "smask": torch.zeros_like(present)}), "would keep the slots with 0% of the mass")
     assert says(doctor({**right, "smask": present.roll(1, 1)}), "if it is no slot mask")
     unaware = {**right, "alpha": scores(B, T, S, N).softmax(2)}

@@ -69,7 +69,7 @@ def test_parameters_are_the_average_of_those_of_the_student(momentum: float, upd
         learn(student)
         before = tensors(student)
         teacher.update(student)
-        # the student is left alone
+        # the student does not change
         assert all(torch.equal(one, before[name]) for name, one in tensors(student).items())
         for name, moved in student.named_parameters():
             expected[name] = momentum * expected[name] + (1 - momentum) * moved.detach().double()
@@ -205,7 +205,7 @@ def test_arguments_and_results_pass_through() -> None:
 
 @pytest.fixture
 def _one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # gloo looks up the machine's name unless it is told an interface
+    # without an interface gloo looks up the machine's name
     monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
@@ -357,7 +357,7 @@ def test_another_model_is_refused_and_nothing_is_changed(other: nn.Module, messa
 
 
 class Kinds(nn.Module):
-    """Parameters and buffers of many types, an integer first."""
+    """Parameters and buffers of many types, first an integer."""
 
     def __init__(self, value: float) -> None:
         super().__init__()

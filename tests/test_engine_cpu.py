@@ -1,4 +1,4 @@
-"""The C library: how it comes to be, threads, forks, numbers at the edge, and its memory under the sanitizers."""
+"""The C library: compilation, threads, forks, extreme numbers, and its memory under the sanitizers."""
 
 import ctypes
 import os
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sample_maps import leaf, sample_maps
-from ssync_loss import SSyncLoss
+from ssync_loss import SSyncLoss, _forks
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.functional import selective_distillation_loss
 from ssync_loss.ssync.engines import ENGINES, cpu
 from ssync_loss.ssync.engines.cpu import library, operators, team
@@ -32,7 +33,7 @@ SOURCE = Path(library.__file__).with_name("engine.c")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder; what was loaded before is forgotten, and comes back."""
+    """An empty cache folder; the loaded library is forgotten, and restored afterwards."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
     monkeypatch.setattr(cpu, "_reasons", [])
@@ -101,7 +102,7 @@ class TestLibrary:
         elif damage == "writable by others":
             built.chmod(0o777)
         else:
-            # the loaded file stays as it is
+            # the loaded file does not change
             built.unlink()
             built.write_bytes({"truncated": content[:3000], "empty": b""}.get(damage, b"\0" + content[1:]))
             built.chmod(0o700)
@@ -138,7 +139,7 @@ class TestLibrary:
                 monkeypatch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(library.UnavailableError, match=words):
             library.load()
-        # nobody is told, and torch is taken; who asks for it learns why
+        # `"auto"` silently takes torch; `"cpu"` says why
         maps = sample_maps()
         assert_close_loss(SSyncLoss()(*maps), SSyncLoss(backend="torch")(*maps))
         with pytest.raises(ValueError, match=rf"`backend`='cpu' needs a cache folder.*{words}"):
@@ -242,7 +243,7 @@ class TestThreads:
         threads(2)
         maps = [torch.randn(8, 4, 11, 24, 24).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
-        # torch's own threads are there, too; the child must not call an operator of torch that wakes them
+        # torch's threads are used, too
         torch.randn(1 << 20).exp().sum()
         context = get_context("fork")
         queue = context.SimpleQueue()
@@ -287,34 +288,75 @@ class TestThreads:
         maps = [torch.randn(4, 4, 11, 40, 41).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
         threads(number)
-        monkeypatch.setattr(team, "_addresses", [])
+        monkeypatch.setattr(_forks, "_forked", [None])
         assert all(torch.equal(one, other) for one, other in zip(step(*maps), wanted, strict=True))
 
-    @pytest.mark.skipif(not team._find(), reason="there is no team")
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells of forks")
+    def test_a_child_may_call_what_torch_computes_a_part_of(self) -> None:
+        program = """
+            import os, signal, torch, warnings
+            from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+            torch.set_num_threads(2)
+            maps = [torch.rand(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
+            finer = torch.rand(8, 4, 11, 48, 48, requires_grad=True)
+            features = torch.rand(8, 4, 64, 24, 24)
+            torch.randn(1 << 20).exp().sum()
+            warnings.simplefilter("ignore")
+            for backward in (
+                lambda: SSyncLoss(kind="probs")(*maps).backward(),
+                lambda: SSyncLoss()(maps[0], finer).backward(),
+                lambda: SSyncLoss(backend="torch")(*maps).backward(),
+                lambda: AdaptiveSSyncLoss(SSyncLoss(), warmup=0)(*maps, features).backward(),
+            ):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(60)
+                    backward()
+                    os._exit(0)
+                print(os.waitpid(pid, 0)[1])
+        """
+        done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == ("0\n" * 4, 0), done.stderr
+
+    def test_torch_is_kept_to_one_thread_in_a_forked_process_and_it_says_so(
+        self, threads: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads(2)
+        take_one_thread_if_forked()
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(_forks, "_forked", [True])
+        with pytest.warns(UserWarning, match="was forked"):
+            SSyncLoss(kind="probs")(*(torch.rand(1, 1, 2, 4, 4, requires_grad=True) for _ in range(2)))
+        assert torch.get_num_threads() == 1
+        take_one_thread_if_forked()
+
+    @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
     def test_a_process_may_have_any_name(self) -> None:
-        wanted, place = team._find(), Path("/proc/self/comm")
+        wanted, place = _forks._read(), Path("/proc/self/comm")
         before = place.read_bytes()
         try:
-            # the system cuts a name within a letter
+            # the system truncates a name within a letter
             place.write_bytes("обучение".encode()[:15])
-            assert team._find() == wanted
+            assert _forks._read() is wanted
         finally:
             place.write_bytes(before)
 
     @pytest.mark.parametrize("told", [b"", b"1 (python) S 1", b"1 (python) S 1 1 1 0 -1 0 0 0 0 0"])
     def test_without_a_word_about_forks_there_is_no_team(self, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: told)
-        assert team._find() == []
+        assert _forks._read() is None
+        monkeypatch.setattr(_forks, "_forked", [None])
+        assert team.address_of_team() is None
 
 
 class TestNumbers:
-    """What only the library does by hand."""
+    """Parts that only the library implements by hand."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_every_half_is_read_and_written_as_torch_does(self, dtype: torch.dtype) -> None:
         every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         every = every[every.isfinite()]
-        # a single slot: the softmax is 1 and the gradient 0, so they are looked at through the scaling alone
+        # with a single slot the gradient is 0, so this tests only the scaling
         grad = torch.cat([every.float(), torch.randn(5000) * torch.logspace(-12, 6, 5000)]).view(1, 1, 1, 1, -1)
         for factor in (1.0, 3.7, 1e-3):
             got = operators._scale(grad, torch.tensor(factor), dtype)
@@ -323,7 +365,7 @@ class TestNumbers:
             got = operators._scale(torch.full((1, 1, 1, 1, 1), special), torch.tensor(1.0), dtype)
             assert torch.equal(got.float().isnan(), torch.tensor(special).isnan().expand(got.shape))
             assert got.isnan().all() or got.item() == special
-        # and through the loss that they make
+        # and the loss
         logits = torch.stack([every[: len(every) // 2 * 2], torch.zeros(len(every) // 2 * 2, dtype=dtype)]).view(
             1, 1, 2, 2, -1
         )
@@ -354,31 +396,16 @@ class TestNumbers:
         enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())
         knobs = torch.tensor([0.6, 1.0, 0.5], dtype=torch.float64)
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
-        # of uninitialized counts and labels there is nothing to compare twice: all are written
+        all_valid, cross_entropy = torch.ones(1, 4).bool(), ([1, 1, 0, 1], [0.1, 0.5])
+        squared_error = ([1, 1, 0, 0], [0.0, 1.0])
+        mixed = (leaf(enc.half()), leaf(dec.double()), region, all_valid, torch.tensor(True))
+        found = (torch.zeros(2, 1, 2, 3, 4, dtype=torch.int8), torch.zeros(1, 4, dtype=torch.int8))
         cases: list[tuple[Any, tuple[Any, ...]]] = [
-            (operators._step_operator, (enc, dec, None, None, None, knobs, 1, 1, 0, False, 0.0, 1.0, True, True, True)),
-            (
-                operators._step_operator,
-                (
-                    leaf(enc.half()),
-                    leaf(dec.double()),
-                    region,
-                    torch.ones(1, 4).bool(),
-                    torch.tensor(True),
-                    knobs,
-                    1,
-                    1,
-                    0,
-                    True,
-                    0.1,
-                    0.5,
-                    False,
-                    True,
-                    True,
-                ),
-            ),
-            (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, 1, 1, 0)),
-            (operators._distill_operator, (dec, target, region, None, True, 0.1, 1.0, "none", True)),
+            (operators._step_operator, (enc, dec, *(None,) * 5, knobs, *squared_error, True, True, True)),
+            (operators._step_operator, (*mixed, *found, knobs, *cross_entropy, False, True, True)),
+            (operators._find_operator, (enc.detach(), dec.detach(), region, None, None, knobs)),
+            (operators._label_operator, (enc.detach(), dec.detach(), region, None, knobs, *squared_error)),
+            (operators._distill_operator, (dec, target, region, None, *cross_entropy, "none", True)),
             (operators._scale_operator, (enc.detach(), torch.tensor(2.0), torch.float16)),
         ]
         for operator, inputs in cases:
@@ -403,7 +430,7 @@ def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_the_library_is_seen(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken on purpose, step by step, it no longer agrees with torch."""
+    """A mistake in any step makes it differ from torch."""
     source = SOURCE.read_text()
     breaks = {
         "value > largest[i]": "value < largest[i]",

@@ -1,4 +1,4 @@
-"""Every engine passes the same tests, and one is chosen in one place."""
+"""Every engine passes the same tests, and the choice of an engine."""
 
 import math
 import warnings
@@ -26,6 +26,9 @@ from ssync_loss.functional import (
 from ssync_loss.ssync import engines
 from ssync_loss.ssync.engines import ENGINES, check_backend, resolve
 from ssync_loss.ssync.engines.triton._limits import MIN_VERSION
+from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SlotLabels
 from ssync_loss.testing import (
     SSyncCase,
     assert_close_gradient,
@@ -41,8 +44,11 @@ from ssync_loss.testing import (
 
 __all__ = ["quick_interpreter"]
 
+# of the maps and masks that are drawn, some are as nobody means them
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
 INF, NAN = math.inf, math.nan
-# on a CPU the kernels run under Triton's interpreter
+# on a CPU the kernels run in Triton's interpreter
 DEVICES = dict.fromkeys(ENGINES, "cpu") | {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 SETTINGS: list[dict[str, Any]] = [
@@ -58,7 +64,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class Step:
-    """Terms, loss and gradients of a case, by one engine; on the CPU, wherever it ran."""
+    """Terms, loss and gradients of a case by one engine, moved to the CPU."""
 
     def __init__(self, backend: str, case: SSyncCase, **knobs: Any) -> None:
         device = DEVICES[backend]
@@ -93,10 +99,10 @@ def assert_same_step(actual: Step, wanted: Step, case: SSyncCase, **knobs: Any) 
         how = {name: knobs[name] for name in names if name in knobs}
         scale = weight * gradient_scale(region, right.shape[2], slot_mask=case.slot_mask, **how)
         if "kind" in knobs:
-            # through the logarithm a gradient is divided by a probability
+            # the logarithm divides a gradient by a probability
             scale = max(scale, float(right.abs().max()))
         if got.dtype in (torch.float16, torch.bfloat16):
-            # a half may round to either side
+            # halves may round differently
             eps = torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, right, rtol=2 * eps, atol=1e-3 * eps * min(scale, 1e3) + 1e-7)
         elif scale > 0:
@@ -286,6 +292,44 @@ class TestEveryEngine:
         none: dict[str, Any] = {"merge_threshold": None, "boundary_weight": 0.0}
         assert_same_step(Step(backend, case, **off), Step(backend, case, **none), case, **none)
 
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("threshold", [None, 0.3])
+    def test_what_was_found_is_not_computed_again(self, backend: str, threshold: float | None, masked: bool) -> None:
+        device, knobs = DEVICES[backend], Settings(threshold)
+        valid = slot_mask = None
+        if masked:
+            valid = torch.rand(2, 2, 5, 12, device=device) > 0.2
+            slot_mask = torch.tensor([[True] * 4, [True, True, False, True]], device=device)
+        enc, dec = (leaf(one.detach().to(device)) for one in sample_maps())
+        maps = Maps(enc, dec, valid, slot_mask)
+        engine = ENGINES[backend]
+        found, slow = (ENGINES[name].slot_labels(maps, knobs) for name in (backend, "reference"))
+        cells = torch.ones_like(slow.hard, dtype=torch.bool) if valid is None else valid.expand_as(slow.hard)
+        assert torch.equal(found.hard[cells].long(), slow.hard[cells])
+        assert torch.equal(found.representative.long(), slow.representative)
+        assert found.clean
+
+        def step(knobs: Settings, found: SlotLabels | None) -> list[Tensor]:
+            loss = engine.loss(maps, knobs, found)
+            return [loss, *torch.autograd.grad(loss, (maps.enc, maps.dec))]
+
+        itself = torch.arange(4, device=device).to(found.representative).expand(2, 4)
+        for again, plain in (
+            (step(knobs, found), step(knobs, None)),
+            (step(knobs, found._replace(representative=itself)), step(Settings(None), None)),
+        ):
+            assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
+        # other labels, other regions: nothing is a boundary
+        assert not step(knobs, found._replace(hard=torch.zeros_like(found.hard)))[2].any()
+
+    def test_what_was_found_of_maps_with_nan_is_not_clean(self, backend: str) -> None:
+        enc, dec = (one.detach().to(DEVICES[backend]) for one in sample_maps())
+        enc[1, 0, 2, 3, 4] = NAN
+        engine, maps = ENGINES[backend], Maps(enc, dec, None, None)
+        found = engine.slot_labels(maps, Settings())
+        assert not found.clean
+        assert engine.loss(maps, Settings(), found).isnan()
+
     @pytest.mark.parametrize("function", [boundary_refinement_loss, interior_denoising_loss])
     def test_the_halves(self, backend: str, function: Any) -> None:
         pairs = []
@@ -335,7 +379,7 @@ class TestEveryEngine:
             assert all(one.grad is not None and one.grad.shape == one.shape for one in maps)
             assert SSyncLoss(backend=backend).terms(*maps).labels.boundary.dtype == torch.bool  # type: ignore[arg-type]
 
-    # torch's compiler looks at the .grad of all it is given
+    # torch's compiler reads the .grad of all inputs
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("knobs", [{}, {"criterion": "cross_entropy", "boundary_weight": 0.5}])
@@ -413,7 +457,7 @@ class TestChoice:
         assert resolve("auto", maps) is ENGINES["torch"]
         with pytest.raises(ValueError, match=r"`backend`='triton' needs Triton 3.6 or above; got 3.5"):
             check_backend("triton")
-        # of a package by another name the version is not known
+        # the version of a package with another name is unknown
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (0, 0))
         assert resolve("auto", maps) is ENGINES["triton"]
 
@@ -481,8 +525,7 @@ class TestTrust:
                 return result._replace(labels=result.labels._replace(interior=~result.labels.interior))
             raise OSError("out of order")
 
-        target = ENGINES["cpu"] if part != "pseudo_labels" else engines.cpu.operators
-        monkeypatch.setattr(target, part, wrong)
+        monkeypatch.setattr(ENGINES["cpu"], part, wrong)
         with pytest.warns(UserWarning, match=r"Engine 'cpu' does not agree with plain torch on cpu.*report this"):
             loss = SSyncLoss()(enc, dec)
         assert torch.equal(loss, wanted)
@@ -490,7 +533,7 @@ class TestTrust:
             warnings.simplefilter("error")
             assert torch.equal(SSyncLoss()(enc, dec), wanted)
         if part != "terms":
-            # what is asked for by name is not second-guessed
+            # a named engine is not tested
             assert resolve("cpu", enc, dec) is ENGINES["cpu"]
 
     @pytest.mark.usefixtures("fresh_compiler")

@@ -1,4 +1,4 @@
-"""`python -m ssync_loss.env`: what it says where all is well, and where parts are missing, hang or crash."""
+"""`python -m ssync_loss.env`: its report, also if parts are missing, hang or crash."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert said["variables"].startswith("CC=~/no-compiler")
     assert said["cache"].startswith("~/.cache/ssync-loss, ")
     assert str(home) not in done.stdout
-    # the compiler that is there in place of the one that is not
+    # it takes another compiler than the missing one
     if not said["C compiler"].startswith("none"):
         assert said["auto on CPU"] == "cpu"
         assert ", 1 libraries of " in said["cache"]
@@ -106,7 +106,7 @@ def test_gpus_are_told_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestElsewhere:
     def test_what_hangs_is_ended(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        # a process of its own, too, which would go on
+        # its child process would go on
         lines = ("printf 'C compiler: cc\\nauto on CPU: '", f"(sleep 4; touch {tmp_path}/late) &", "sleep 60")
         monkeypatch.setattr(sys, "executable", script(tmp_path / "python", *lines))
         started = time.monotonic()

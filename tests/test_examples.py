@@ -73,7 +73,7 @@ class TestMovingObjects:
         assert torch.equal(clips.video.movedim(2, -1), clips.colors[rows, clips.ids])
 
     def test_later_objects_cover_earlier_ones(self) -> None:
-        # the shapes are convex: seen whole, an object fills one run of pixels in every line
+        # shapes are convex: a whole object fills one run of pixels in every line
         clips = moving_objects.moving_objects(150, seed=2)
         last = clips.ids == clips.num_objects.view(-1, 1, 1, 1)
         assert _runs(last).max() == 1
@@ -237,7 +237,7 @@ class TestDenseAlignment:
 
     @staticmethod
     def made(*, num_clips: int = 2) -> tuple[DenseAlignment, SlotOutput, Tensor]:
-        """Return the terms, an output whose parts are all leaves, and the features."""
+        """Return the terms, an output of leaves, and the features."""
         torch.manual_seed(0)
         features = torch.randn(num_clips, 4, 5, 4, 4, requires_grad=True)
         output = SlotModel(3, feature_dim=5, dim=8)(features)
@@ -341,7 +341,7 @@ def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path
     for asked in (data.trained, data.fresh):
         verdict = ask_premise(state.model, asked, settings.threshold)
         assert verdict.holds
-        # and not by a hair: over three seeds the example finds +0.06 to +0.09 on fresh clips
+        # with a clear margin: three seeds of the example give +0.06 to +0.09 on fresh clips
         assert verdict.margin.mean() > 0.01
 
 
@@ -367,7 +367,7 @@ def laid_out(*seeds: list[tuple[float, float | None]]) -> tuple[list[str], dict[
 def stopped(
     step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """Press Ctrl-C in the midst of the n-th training step, and return what is printed."""
+    """Press Ctrl-C during the n-th training step, and return the output."""
     calls = count(1)
 
     def pressed(output: SlotOutput, features: Tensor) -> Tensor:
@@ -437,7 +437,7 @@ class TestTheCommand:
         assert cells["difference, seed 1"][0] == "+0.300"
 
     def test_a_second_ctrl_c_is_not_swallowed(self) -> None:
-        # a process started in the background may ignore the signal altogether
+        # a process started in the background may ignore the signal
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with training.stop_on_ctrl_c() as stop:
@@ -555,7 +555,7 @@ class TestCompareDense:
             "Median step from step 3 on, seed 0: with SSync 1.05 times and with dense alignment 4.00 times "
             "as long as with own losses."
         )
-        # a run that was cut short before it could be timed
+        # a run that ended before it could be timed
         lines, cells = laid_out([(0.5, 40.0), (0.5, 42.0), (0.5, 160.0)], [(0.5, 40.0), (0.5, 42.0), (0.5, None)])
         assert sum(line.startswith("Median step") for line in lines) == 1
         assert cells["+ dense alignment (SRL)"][-1] == "-"
@@ -574,7 +574,7 @@ def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
     assert "+ SSync, adaptive: difference" in printed
     (baseline,), (adaptive,) = saved(whole, "baseline"), saved(whole, "adaptive")
     assert baseline["history"][:3] == adaptive["history"][:3]
-    # of so few steps it listens to none
+    # it listens for more steps than these
     assert [losses["ssync"] > 0 for losses in adaptive["history"][:4]] == [False] * 3 + [True]
     assert adaptive["adaptive"]["levels"].sum() == 7
     assert adaptive["adaptive"]["levels"][0] == 0

@@ -76,7 +76,7 @@ class TestCrops:
         monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(corners))
         method = example.Affinity(model, SETTINGS)
         with torch.no_grad():
-            model.encoder.get_parameter("mlp.1.weight").mul_(2)  # the teacher remembers what was before
+            model.encoder.get_parameter("mlp.1.weight").mul_(2)  # the teacher depends on the earlier weights
         student, teacher = [], []
         for t, (y, x) in enumerate(corners):
             here = (..., slice(y, y + 6), slice(x, x + 6))

@@ -24,7 +24,7 @@ GRAY = 0.2
 
 
 def png(color: int, depth: int, *, transparent: bool) -> bytes:
-    """Write a picture of 16 x 16 by hand: black on the left, and on the right `GRAY`, or white if that has no code."""
+    """Write a picture of 16 x 16 by hand: black on the left, and on the right `GRAY`, or white if it has no gray."""
     white = 2**depth - 1
     level = white * GRAY if (white * GRAY).is_integer() else white
     left, right = ([value] * CHANNELS[color] for value in (0, int(level)))
@@ -127,7 +127,7 @@ class TestClips:
 
 
 class TestPictures:
-    """What they hold is black on the left, and `GRAY` or white on the right; read by 8 bits, 16 would all be white."""
+    """They are black on the left, and `GRAY` or white on the right; 16 bits read as 8 would be all white."""
 
     @pytest.mark.parametrize(
         ("color", "depth", "transparent"),
@@ -225,7 +225,7 @@ def _audio(path: Path) -> None:
 @pytest.mark.parametrize(("num_videos", "kept"), [(1, []), (2, [1]), (4, [3]), (11, [4, 9])])
 def test_videos_are_trained_on_or_fresh_and_never_cut_in_two(num_videos: int, kept: list[int], tmp_path: Path) -> None:
     for video in range(num_videos):
-        # two clips of a gray each, by which they are told apart
+        # two clips of different grays
         grays = [np.full((48, 48, 3), 20 * video + clip, np.uint8) for clip in (3, 7) for _ in range(4)]
         write_frames(tmp_path / f"{video:02}", [encoded(gray, kind="PNG") for gray in grays], count=8)
     data = read_data(tmp_path, match="*", stride=1, num_premise=9, num_test=99)

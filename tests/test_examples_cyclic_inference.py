@@ -23,7 +23,7 @@ def features(frames: int, clips: int = 2) -> Tensor:
 def looks(
     scan: example.Scan, model: SlotModel, clip: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[int, bool]]:
-    """Scan, and list which frame every step saw, and whether as a first one."""
+    """Scan, and list the frame of every step, and whether it was a first one."""
     tokens, see, seen = model.encoder(clip), model.see, []
 
     def spy(prior: Tensor, frame: Tensor, *, first: bool) -> object:
@@ -93,13 +93,13 @@ class TestLongerFirstLook:
 
 class TestScores:
     def test_identity_is_asked_of_objects_seen_at_both_ends(self) -> None:
-        # of the objects 1 to 4: stays, changes its slot, is gone, stays by its larger part
+        # object 1 keeps its slot, 2 changes it, 3 is gone, 4 keeps it by its larger part
         ids = torch.tensor([[[[0, 1, 2, 3, 4, 4, 4]], [[0, 0, 0, 0, 0, 0, 0]], [[0, 1, 2, 0, 4, 4, 4]]]])
         labels = torch.tensor([[[[0, 1, 2, 3, 4, 4, 0]], [[5, 5, 5, 5, 5, 5, 5]], [[0, 1, 1, 0, 2, 4, 4]]]])
         assert example.identity(labels, ids) == pytest.approx(2 / 3)
 
     def test_frames_are_scored_one_by_one_and_together(self) -> None:
-        # the same two objects twice: found, and cut the wrong way
+        # the same two objects twice: segmented, and divided wrongly
         ids = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 1, 2, 2]]]])
         labels = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 2, 1, 2]]]])
         scores = example.score(labels, ids)

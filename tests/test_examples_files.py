@@ -1,4 +1,4 @@
-"""The front door of the commands: what is no checkpoint, no file of results, no number and no place to write to."""
+"""Bad inputs of the commands: checkpoints, files of results, numbers, output paths."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from benchmarks import child
 from benchmarks import report as benchmark_report
 from benchmarks import run as benchmarks
-from benchmarks.child import Worker
 from benchmarks.results import Results
 from examples import arguments, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def refusal(name: str, *given: object) -> str:
-    """Return the line that a command ends with."""
+    """Return the last line of a command's output."""
     with pytest.raises(SystemExit) as ended:
         COMMANDS[name](list(map(str, given)))
     said = str(ended.value.code)
@@ -55,8 +55,8 @@ def refusal(name: str, *given: object) -> str:
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no command get as far as its work."""
-    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (Worker, "call")):
+    """Keep commands from starting their work."""
+    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (child, "call")):
         monkeypatch.setattr(place, function, lambda *_, **__: pytest.fail("it has begun"))
 
 
@@ -132,7 +132,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def read(name: str, path: Path) -> object:
-    """Read a file of results as its command does, and lay out its tables."""
+    """Read a file of results as its command does, and make its tables."""
     if name == "example":
         return report.table(Report.load(path))
     if name == "neighbor":
@@ -238,8 +238,7 @@ class TestOut:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study, "run_seed", lambda *_: {})
-        monkeypatch.setattr(Worker, "call", lambda _, function, **given: Machine().call(function, **given))
-        monkeypatch.setattr(Worker, "start", lambda _: None)
+        monkeypatch.setattr(child, "call", Machine().call)
         monkeypatch.setattr(os, "replace", _full)
         more = ["--suite", "kernels"] if name == "benchmark" else QUICK
         assert "No space left on device" in refusal(name, "--quick", *more, "--out", tmp_path / "x")
@@ -309,7 +308,7 @@ def test_an_interrupted_study_keeps_its_seeds(
 
 
 class Trap:
-    """Leaves a trace where it is unpickled."""
+    """Leaves a trace if it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -324,7 +323,7 @@ def _folder(path: Path) -> None:
 
 
 def _like_a_script(path: Path) -> None:
-    """Add what only an archive of TorchScript holds."""
+    """Add a file that only archives of TorchScript have."""
     with ZipFile(path, "a") as archive:
         archive.writestr(f"{archive.namelist()[0].split('/')[0]}/constants.pkl", b"")
 

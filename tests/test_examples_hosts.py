@@ -1,4 +1,4 @@
-"""Every way of registering the loss runs on the host that it is for, in small."""
+"""Every way of registering the loss runs on a small model of its host."""
 
 import copy
 import importlib
@@ -43,6 +43,14 @@ def loss_of(host: Miniature) -> Any:
 
 def batches_of(host: Miniature, number: int) -> list[Any]:
     return [host.batch(2, 3 if host.is_video else 1) for _ in range(number)]
+
+
+def test_an_entry_of_ones_own_finds_both_maps(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(HOSTS / "own_model.py"), run_name="__main__")
+    encoder, decoder, call = capsys.readouterr().out.splitlines()[1:]
+    assert encoder == "encoder: dots of `to_q` (slots) and `to_k` (patches), scale 0.3536, 1 head"
+    assert decoder == "decoder: output of `alpha`: logits"
+    assert call.count("with gradient") == 2
 
 
 @pytest.mark.parametrize("name", MINIATURES)
@@ -232,7 +240,7 @@ class TestGenera1ZMetric:
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """Read mappings in YAML, by their indentation; a scalar is a number or a string."""
+    """Read nested mappings in YAML; a scalar is a number or a string."""
     tree: dict[str, Any] = {}
     open_at: list[tuple[int, dict[str, Any]]] = [(-1, tree)]
     for line in text.splitlines():
@@ -288,7 +296,7 @@ class TestLightningModule:
             monkeypatch.setitem(sys.modules, "lightning", lightning_stand_in)
             return lightning_stand_in
 
-    # the real one warns of few workers, and of what torch will deprecate
+    # the real one warns of few workers, and of deprecations
     @pytest.mark.filterwarnings("default")
     def test_it_fits(self, lightning: Any) -> None:
         module = runpy.run_path(str(HOSTS / "lightning_module.py"))["SSyncModule"]
@@ -311,7 +319,7 @@ class TestLightningModule:
         trainer.fit(model, training, validation)
         # two steps of two parts an epoch
         assert [step for step, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
-        # the same batches again, little changed but for the line
+        # the same batches again, with little change except for the line
         assert all(later > 1.02 * earlier for (_, earlier), (_, later) in zip(seen[:4], seen[4:], strict=True))
         assert not any(name.startswith(("maps", "criterion")) for name in model.state_dict())
         assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())

@@ -1,4 +1,4 @@
-"""The picture of a run that was watched."""
+"""The picture of a monitored run."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def watch(folder: Path, *, steps: int, **given: Any) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are written."""
+    """The figures of the run."""
     figures: list[Any] = []
     whole = Figure.savefig
 
@@ -42,14 +42,14 @@ def test_numbers_are_drawn_over_steps_and_panels_below(tmp_path: Path, drawn: li
     (figure,) = drawn
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:4] == [title for title, *_ in monitored_run.GRAPHS]
-    # of seven panels four, the first and the last among them
+    # four of seven panels, with the first and the last
     assert titles[4:] == ["step 0", "step 20", "step 40", "step 60"]
     values = monitored_run.read_values(tmp_path / "values.csv")
     assert values["step"] == [0, 10, 20, 30, 40, 50, 60]
     lines = {line.get_label(): line for axis in figure.axes[:4] for line in axis.lines}
     assert lines["margin"].get_ydata().tolist() == values["margin"]
     assert lines["dec_gradient"].get_xdata().tolist() == values["step"]
-    # there was no loss of a host
+    # without a host's loss
     assert not {"host_enc_gradient", "host_dec_gradient"} & lines.keys()
 
 

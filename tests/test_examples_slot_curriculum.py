@@ -1,4 +1,4 @@
-"""The example of the curriculum: slots that are born, pieces that are counted."""
+"""The example of the curriculum: newborn slots, and the count of pieces."""
 
 from math import isnan
 
@@ -25,7 +25,7 @@ def test_slots_are_born_at_the_milestones_and_trained_from_then_on() -> None:
         after = run.model.initial_slots.detach().clone()
         changed = (after != before).any(1)
         seen.append(num_slots)
-        # rows in use are trained; the next ones are written at a milestone; nobody else is touched
+        # rows in use are trained; a milestone writes the next ones; no other row changes
         written = run.method.curriculum.n_active()
         assert changed.tolist() == [True] * written + [False] * (6 - written)
         before = after
@@ -42,13 +42,13 @@ def test_the_model_runs_with_the_slots_in_use_and_the_curriculum_adds_no_loss() 
 
 
 def test_pieces_are_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    # slots 0 and 1 share the background, 2 and 3 the first object, and nobody has the second
+    # slots 0 and 1 share the background, 2 and 3 the first object, and no slot has the second
     ids = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 2]]).view(1, 1, 3, 4)
     slots = torch.tensor([[0, 0, 2, 2], [1, 1, 3, 3], [1, 1, 1, 1]]).view(1, 1, 3, 4)
     logits = 9.0 * torch.nn.functional.one_hot(slots, 4).movedim(-1, 2)
     monkeypatch.setattr(example, "maps_of", lambda *_: (logits, logits))
     data = EvaluationSet(torch.zeros(1, 1, 3, 3, 4), torch.zeros(1, 1, 24, 3, 4), ids)
     assert example.pieces(SlotModel(4), data) == {"fragmentation_found": 2.0, "fragmentation_background": 2.0}
-    # a slot that has everything has the background more than any object
+    # a slot with all patches has more of the background than of any object
     monkeypatch.setattr(example, "maps_of", lambda *_: (torch.ones(1, 1, 1, 3, 4),) * 2)
     assert isnan(example.pieces(SlotModel(1), data)["fragmentation_found"])

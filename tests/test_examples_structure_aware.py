@@ -68,7 +68,7 @@ class TestEdges:
         assert example.edge_contrast(torch.ones_like(wanted), wanted, self.ids) == 0
 
     def test_contrast_looks_at_edges_in_both_directions_and_nowhere_else(self) -> None:
-        # steps of 1 to the right and 2 down, of which the ids cross one right and two down
+        # steps of 1 to the right and 2 down; ids change at one right and two down
         wanted = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
         ids = torch.tensor([[0, 1], [2, 2]]).view(1, 1, 2, 2)
         made = torch.tensor([[0.0, 3.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)

@@ -77,7 +77,7 @@ def test_every_method_is_run_without_and_with_ssync_and_read_in_every_way() -> N
     rows = ["own losses", "+ SSync", "+ noise", "+ noise + SSync", "+ more noise"]
     assert list(scores) == [row + end for row in rows for end in ("", ", twice")]
     assert all(scores[f"{row}, twice"]["norm"] == 2 * scores[row]["norm"] for row in rows)
-    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are one
+    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are equal
     assert all(run["ms"] > 0 for run in scores.values())
 
 
@@ -101,20 +101,18 @@ class TestTable:
         lines = table(report((0.25, 0.5, 0.75), (0.75, 1.0, 1.5))).splitlines()
         cells = dict(re.findall(r"^\| ([^|]+?) +\| ([^|]+?) +\|", "\n".join(lines), flags=re.MULTILINE))
         assert cells["own losses"] == "0.50 ± 0.35"
-        assert cells["+ x: difference"] == "+0.25 ± 0.00"
-        assert cells["+ x: seed 1"] == "+0.25"
-        assert cells["+ x + SSync: difference"] == "+0.62 ± 0.18"
-        assert lines[0] == "What. Mean ± sd over seeds; differences are to own losses and paired."
+        assert cells["+ x"] == "+0.25 ± 0.00"
+        assert cells["+ x + SSync"] == "+0.62 ± 0.18"
+        assert lines[0] == "What. Below the first row: paired differences to it or to the run named."
+        assert lines[1].endswith("seed 0, 1 (mean ± sd).")
         assert lines[2] == "CPU, 2 threads, torch 2.13, commit abc, today."
 
     def test_one_seed_has_no_spread(self) -> None:
-        text = table(report((0.25, 0.5, 0.75)))
-        assert "±" not in text
-        assert "seed 0:" not in text
+        assert "±" not in table(report((0.25, 0.5, 0.75)))
 
     def test_a_row_may_be_compared_with_another(self) -> None:
         text = table(report((0.25, 0.5, 0.75), compared_with={"+ x + SSync": "+ x"}))
-        assert re.search(r"\+ x \+ SSync: difference to \+ x +\| \+0\.25 ", text)
+        assert re.search(r"\+ x \+ SSync \(to \+ x\) +\| \+0\.25 ", text)
 
 
 # the runs of every example, and what each is compared with
@@ -145,8 +143,8 @@ def test_a_rehearsal_has_every_run_and_prints_what_it_writes(
     head, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:2] == "| ")
     assert head == ["", *(column.title for column in example.COLUMNS)]
     runs, others = zip(*(row.partition(" to ")[::2] for row in ROWS[name].split("; ")), strict=True)
-    differences = [f"{run}: difference{other and ' to '}{other}" for run, other in zip(runs, others, strict=True)]
-    assert [row[0] for row in rows] == [OWN, *runs, *differences]
+    named = [run + (other and f" (to {other})") for run, other in zip(runs, others, strict=True)]
+    assert [row[0] for row in rows] == [OWN, *named]
     report = StudyReport.load(out)
     assert {seed: list(runs) for seed, runs in report.seeds.items()} == {3: [OWN, *runs]}
     assert (report.settings["steps"], report.settings["slots"]) == (10, 6)

@@ -34,14 +34,14 @@ def method() -> example.Correspondence:
 class TestCorrespondence:
     def test_it_is_the_sum_of_the_three_terms(self, method: example.Correspondence) -> None:
         with torch.no_grad():
-            # a student that has left its teacher behind, with masks that are sharp enough for slots to count
+            # a student that differs from its teacher, with masks sharp enough for slots to count
             method.model.attention.to_query.weight.mul_(30)
             next(method.project.parameters()).mul_(2)
         ours, taught = method.model(FEATURES), method.teacher.model(FEATURES)
         assert not torch.equal(ours.enc_logits, taught.enc_logits)
         embedded = F.normalize(method.project(ours.slots), dim=3).unsqueeze(2)
         teacher_embedded = F.normalize(method.teacher_project.model(taught.slots), dim=3).unsqueeze(2)
-        # a slot counts where it wins, with a probability above a half, more than a twentieth of a frame
+        # a slot counts if its probability is above a half on more than a twentieth of a frame
         shares = ((output.enc_logits.softmax(2) > 0.5).double().mean((3, 4)) for output in (ours, taught))
         valid, teacher_valid = (share.unsqueeze(2) > 0.05 for share in shares)
         assert valid.any()
@@ -73,7 +73,7 @@ class TestCorrespondence:
         for first, (_, student) in zip(before, pairs, strict=True):
             assert all(torch.equal(first[name], value) for name, value in student.state_dict().items())
         with torch.no_grad():
-            run.model.attention.to_query.weight.mul_(30)  # else no slot is sharp enough to count
+            run.model.attention.to_query.weight.mul_(30)  # otherwise no slot counts
         run.train(FEATURES, until=1, criterion=None, title="")
         for first, (teacher, student) in zip(before, pairs, strict=True):
             now = student.state_dict()
@@ -106,11 +106,11 @@ class TestKept:
         assert example.kept(masks, ids) == (0, 1)
 
     def test_objects_must_be_seen_in_both_frames(self) -> None:
-        # the first is seen in two frames in a row, the second in the first frame alone
+        # the first is seen in two consecutive frames, the second only in the first frame
         ids, masks = clip([1, 1, 2, 2], [1, 1, 0, 0], [0, 0, 0, 0]), clip([0, 0, 1, 1], [0, 0, 2, 2], [3, 3, 3, 3])
         following, last = example.kept(masks, ids)
         assert following == 1
-        assert last != last  # nothing is seen in the first frame and in the last
+        assert last != last  # no object is seen in the first and the last frame
 
     def test_the_best_slot_is_that_of_the_largest_overlap_per_union(self) -> None:
         # slot 0 has two thirds of the object, and all that is around it; slot 1 has nothing else

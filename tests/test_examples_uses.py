@@ -1,4 +1,4 @@
-"""The short examples: each runs, and shows what it says it shows."""
+"""The short examples run, and show what they claim."""
 
 import runpy
 import subprocess
@@ -31,7 +31,7 @@ def test_the_model_of_ten_lines_trains_with_the_line(capsys: pytest.CaptureFixtu
     assert [int(row[1].rstrip(":")) for row in rows] == list(range(20, 201, 20))
     own, ssync = ([float(row[column]) for row in rows] for column in (4, 6))
     assert own[-1] < own[0]
-    # it starts at step 60, and then there is something to teach
+    # the loss starts at step 60, and is then above 0
     assert ssync[:3] == [0, 0, 0]
     assert ssync[3] > ssync[-1] > 0
 
@@ -41,7 +41,7 @@ def test_one_cost_is_linear_and_the_other_quadratic(capsys: pytest.CaptureFixtur
     assert [int(row[0]) for row in rows] == [4**k for k in range(4, 9)]
     assert [row[2] == "-" for row in rows] == [False, False, False, True, True]
     ssync, dense = [float(row[1]) for row in rows], [float(row[2]) for row in rows[:3]]
-    # 16 times the patches are 256 times the pairs
+    # 16 times the patches have 256 times the pairs
     assert dense[2] > 20 * dense[0]
     assert ssync[4] < dense[2]
 

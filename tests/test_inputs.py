@@ -373,7 +373,7 @@ class TestDirt:
     @pytest.mark.parametrize("value", [NAN, INF])
     def test_a_patch_that_nobody_selects_counts_too(self, value: float) -> None:
         # everything is interior, nothing is boundary, and only a boundary would teach the decoder
-        enc = F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2).float()
+        enc = 2.0 * F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2)
         dec = enc.clone()
         dec[0, 0, 1, 0, 0] = value
         terms = loss_of(enc, dec)

@@ -1,6 +1,6 @@
-"""What is peculiar to the kernels: sizes, cuts, strides, precision; ``test_engines.py`` has what all engines share.
+"""Tests of the kernels alone: sizes, tiles, strides, precision. ``test_engines.py`` tests all engines.
 
-They run in Triton's interpreter, on a GPU where there is one, against the torch path and the definitions.
+They run in Triton's interpreter, or on a GPU if there is one, against the torch path and the definitions.
 """
 
 import math
@@ -33,14 +33,14 @@ __all__ = ["quick_interpreter"]
 
 INF, NAN = math.inf, math.nan
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
-# an interpreter's work grows with the number of tiles, and every clip has at least one a frame
+# the interpreter's time grows with the number of tiles, at least one a frame of every clip
 MAPS = map_pairs(batch=3, max_frames=2, minus_inf=True)
 
 
 def random_case(
     *shape: int, seed: int = 0, masks: bool = True, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2
 ) -> SSyncCase:
-    """Return blurred noise, in which slots overlap, neighbors agree and nothing is at a threshold."""
+    """Return blurred noise: slots overlap, neighbors agree, and no comparison is close."""
     generator = torch.Generator().manual_seed(seed)
     B, T, S, H, W = shape
 
@@ -130,7 +130,7 @@ class TestSizes:
     @pytest.mark.parametrize("num_warps", [1, 4])
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     def test_work_cut_into_many_pieces(self, criterion: str, num_warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        # several tiles a frame, parts a clip, chunks a frame, shares a loss; none of them a divisor of anything
+        # several tiles a frame, parts a clip, chunks a frame, shares a loss, without common divisors
         monkeypatch.setattr(_tiling, "THREAD_CELLS", 2)
         monkeypatch.setattr(_tiling, "NUM_WARPS", num_warps)
         monkeypatch.setattr(_tiling, "MANY_TILES", 1)
@@ -163,7 +163,7 @@ class TestSizes:
 
 
 class TestMemoryLayout:
-    """Maps, masks and gradients that lie in memory in another order than their axes, with gaps, or twice."""
+    """Maps, masks and gradients with permuted, gapped or repeated memory."""
 
     @pytest.mark.parametrize(
         "view",
@@ -202,7 +202,7 @@ class TestMemoryLayout:
                 assert_close_gradient(grad, other, scale=2.0 * float(upstream.abs().max()))
 
     def test_offsets_beyond_32_bits(self) -> None:
-        # memory that is reserved, and never touched but for a few pages
+        # reserved memory, of which only a few pages are used
         far = 2**30 + 64
         try:
             memory = torch.empty(2 * far + 256, dtype=torch.float16, device=DEVICE)
@@ -226,7 +226,7 @@ class TestPrecision:
     @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
     @pytest.mark.parametrize("confidence", [1e-3, 3.0, 8.0, 15.0, 40.0, 3e4])
     def test_from_undecided_to_saturated(self, confidence: float, criterion: str, smoothing: float) -> None:
-        # the label's slot ahead on even patches, behind on odd ones
+        # the label's slot is the largest on even patches, the smallest on odd ones
         logits = torch.randn(1, 2, 6, 3, 4)
         target = torch.randint(6, (1, 2, 3, 4))
         sign = torch.tensor([1.0, -1.0]).repeat(12).view(1, 2, 1, 3, 4)
@@ -240,7 +240,7 @@ class TestPrecision:
         (grad,) = torch.autograd.grad(actual.sum(), case.logits)
         assert_close_gradient(grad, torch.autograd.grad(expected.sum(), slow)[0], scale=2.0)
 
-    # a sum of what wrong labels cost at the smallest temperature
+    # a sum of the values of wrong labels at the smallest temperature
     @pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning")
     @pytest.mark.parametrize("temperature", [1.2e-38, 0.07, 1e4])
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
@@ -255,7 +255,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("num_patches", [41, 47, 55, 61, 83])
     def test_a_mean_is_a_sum_divided_by_a_count(self, num_patches: int) -> None:
-        # times the rounded 1/41 a sum of ones is below 1: all slots would be active everywhere, and one
+        # a sum of ones times the rounded 1/41 is below 1: all slots would be active, with overlap 1
         enc = torch.ones(1, 1, 3, 1, num_patches)
         labels = labels_of(SSyncCase(enc, enc, None, None), merge_threshold=0.0)
         assert labels.representative.tolist() == [[0, 1, 2]]

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: values, races, waiting, CUDA graphs, memory that is not theirs."""
+"""The kernels on a GPU: values, races, waiting, CUDA graphs, reads and writes out of bounds."""
 
 import os
 import shutil
@@ -29,14 +29,14 @@ pytestmark = [
 PUBLISHED = [(64, 4, 11, 24, 24), (64, 4, 7, 37, 37), (16, 4, 15, 24, 24)]
 # tiles of four warps, chunks of frames, every power of two of slots, one clip of very many patches
 LARGE = [(2, 3, 8, 96, 128), (2, 2, 24, 130, 67), (1, 2, 64, 80, 80), (1, 16, 11, 256, 256), (4096, 1, 5, 6, 6)]
-# off every small fraction
+# far from small fractions
 THRESHOLD = 0.6180339887
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 
 
 def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, seed: int = 0) -> SSyncCase:
-    """Return blobs and noise on the device; multiples of 1/8, so that a mean compares alike in any order."""
+    """Return blobs and noise on the device, as multiples of 1/8: comparisons with a mean do not depend on order."""
     generator = torch.Generator("cuda").manual_seed(seed)
     B, T, S, H, W = shape
     maps = []
@@ -44,7 +44,7 @@ def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, 
         coarse = torch.randint(-24, 25, (B * T, S, (H + 5) // 6, (W + 5) // 6), generator=generator, device="cuda")
         blobs = torch.nn.functional.interpolate(coarse.float(), size=(H, W)).view(shape)
         maps.append(((blobs + torch.randint(-6, 7, shape, generator=generator, device="cuda")) / 8).to(dtype))
-    # slots that repeat others, so that there is something to merge
+    # copies of slots, which merge
     maps[0][:, :, 1::3] = maps[0][:, :, : maps[0][:, :, 1::3].shape[2]].clone()
     enc, dec = maps
     if not masks:
@@ -120,7 +120,7 @@ class TestValues:
         labels = KERNELS.pseudo_labels(Maps(enc, dec, None, None, None), Settings())
         for one in labels:
             assert torch.equal(one[-1], one[0])
-        # or gradients, divided by so many patches, would be below the smallest half
+        # else gradients, divided by the number of patches, would be below the smallest half
         weights: dict[str, Any] = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
         terms, grads = taken(SSyncCase(enc, dec, None, None), **weights)
         for one in grads:
@@ -130,7 +130,7 @@ class TestValues:
 
     def test_the_current_device_need_not_be_that_of_the_maps(self) -> None:
         if torch.cuda.device_count() == 1:
-            # what can be asked of one: the device is set, and set back
+            # one GPU can test that the device is set and restored
             with torch.cuda.device(0):
                 taken(scene(1, 1, 3, 8, 8))
             assert torch.cuda.current_device() == 0
@@ -186,7 +186,7 @@ class TestWaiting:
             torch.autograd.grad(KERNELS.loss(maps, Settings()), (maps.enc, maps.dec))
             torch.cuda.synchronize()
         launches = [one.name for one in profile.events() or [] if one.device_type.name == "CUDA"]
-        # with the 1 that a backward begins with
+        # with the 1 at the start of a backward
         assert len(launches) == 8, launches
 
 
@@ -207,7 +207,7 @@ def test_the_sanitizer_has_nothing_to_say(tool: str) -> None:
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
-    # in torch's pool a neighbor's memory, and what was there before, would pass for a tensor's own
+    # torch's pool would hide reads of neighboring memory and of old contents
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch: compilation, fake tensors, gradients, launches, memory, what they need."""
+"""The kernels as operators of torch: compilation, fake tensors, gradients, launches, memory, requirements."""
 
 import subprocess
 import sys
@@ -60,11 +60,20 @@ def distill(logits: Tensor, reduction: Any = "mean") -> Tensor:
 
 
 OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]]] = {
-    "label": (_labels.label, lambda enc, dec: (enc, dec, None, None, 0.6, None, 1, 1, 0, True, True)),
+    "label": (_labels.label, lambda enc, dec: (enc, dec, None, None, 0.6, None, None, None, 1, 1, 0, True, True)),
     "label, masked, without targets": (
         _labels.label,
-        lambda enc, dec: (enc, dec, *list(masks().values())[:2], None, None, 1, 1, 0, False, True),
+        lambda enc, dec: (enc, dec, *list(masks().values())[:2], *(None,) * 4, 1, 1, 0, False, True),
     ),
+    "label, of what was found": (
+        _labels.label,
+        lambda enc, dec: (
+            *(enc, dec, None, None, None, None, torch.stack([PATCHES] * 2).char()),
+            *(torch.zeros(len(enc), enc.shape[2], dtype=torch.int8, device=DEVICE), 1, 1, 0, True, True),
+        ),
+    ),
+    "find": (_labels.find, lambda enc, dec: (enc, dec, None, None, 0.6, None)),
+    "find, unmerged": (_labels.find, lambda enc, dec: (enc, dec, None, None, None, None)),
     "loss": (
         _loss.loss,
         lambda enc, dec: (enc, dec, torch.stack([PATCHES] * 2).char(), None, None, "mse", 0.0, 1.0, 1.0, 1.0),
@@ -135,7 +144,7 @@ class TestOperators:
             loss = compiled(enc, dec)
             assert torch.equal(loss, total(enc, dec))
             loss.backward()
-        # the first size, and all others
+        # one graph for the first size, and one for all others
         assert counter.frame_count == 2
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -157,7 +166,7 @@ class TestGradients:
             grads = torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
             alone = torch.autograd.grad(getattr(terms, name), (enc, dec), allow_unused=True)
             taught, other = (1, 0) if name == "boundary" else (0, 1)
-            # not a map of zeros, which somebody would have to fill
+            # not a map of zeros, which would be filled
             assert alone[other] is None
             torch.testing.assert_close(alone[taught] * weight, grads[taught])
 
@@ -251,7 +260,7 @@ OPERATORS = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches of kernels, and of whatever torch runs around and inside the operators but taking memory."""
+    """Counts launches of kernels, and all other operators of torch except allocations."""
 
     FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten.view", "aten.alias", "aten.expand")
 
@@ -263,7 +272,7 @@ class Launches(TorchDispatchMode):
 
         def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
             self.kernels.append(kernel.__name__)
-            # what the interpreter does with memory is none of ours
+            # the interpreter's own memory does not count
             with torch._C._DisableTorchDispatch():
                 launch(kernel, *arguments, **constants)
 
@@ -297,7 +306,7 @@ class TestLaunches:
             "finish_kernel",
             "gradient_kernel",
         ]
-        # the 1 that a backward begins with
+        # the 1 at the start of a backward
         assert launches.others == ["aten.ones_like.default"]
 
     @pytest.mark.parametrize("masked", [False, True])
@@ -326,7 +335,7 @@ class TestLaunches:
         with Launches(monkeypatch) as launches:
             call(given)
         assert len(launches.kernels) == number
-        # where a backward begins with a 1
+        # the backward starts with a 1
         assert launches.others in ([], ["aten.ones_like.default"])
 
     def test_the_record_sees_what_torch_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +350,7 @@ class TestLaunches:
             torch.zeros(2, device=DEVICE)
             total(*given)
         assert launches.others == ["aten.zeros.default", "aten.add.Tensor"]
-        assert len(OPERATORS) == 5
+        assert len(OPERATORS) == 6
 
     def test_no_axis_of_a_grid_but_the_first_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         grids = []
@@ -358,7 +367,7 @@ class TestLaunches:
 class TestMemory:
     @pytest.fixture
     def kept(self) -> Iterator[list[Tensor]]:
-        """What autograd keeps for a backward."""
+        """The tensors that autograd keeps for a backward."""
         kept: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -377,7 +386,7 @@ class TestMemory:
         assert all(one.dtype == dtype for one in own)
         assert loss.requires_grad
         by_type = {one.dtype: one.untyped_storage().nbytes() for one in stored.values()}
-        # targets, scales, and the slot mask that was handed in: its one row
+        # targets, scales, and the given slot mask, one row
         assert by_type == {torch.int8: 2 * PATCHES.numel(), torch.float32: 8, torch.bool: 4}
 
     @pytest.mark.parametrize("which", [0, 1])
@@ -456,7 +465,7 @@ class TestFacts:
 
 
 def test_the_torch_path_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # or all comparisons with it would say nothing
+    # else comparisons with it would prove nothing
     monkeypatch.setattr(_launch, "launch", None)
     enc, dec = maps()
     run = Run("torch", SSyncCase(enc, dec, None, None))

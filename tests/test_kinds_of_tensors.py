@@ -1,4 +1,4 @@
-"""Every public function, given tensors of every kind: what cannot be used is refused by name, the rest works."""
+"""Every public function with tensors of every kind: it works, or names the wrong argument."""
 
 import inspect
 import re
@@ -58,7 +58,7 @@ def integers(high: int, *size: int) -> Tensor:
 
 
 def taking_labels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the fields of pseudo-labels under their names in messages, which the function takes as one argument."""
+    """Name the fields of pseudo-labels as messages do, although they are one argument."""
 
     @wraps(function)
     def call(**given: Any) -> Any:
@@ -201,14 +201,14 @@ def is_integer(tensor: Tensor) -> bool:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """The same numbers, in whatever class."""
+    """Require the same numbers in any class."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # --- what is no dense tensor ---
 
 with warnings.catch_warnings():
-    # they are called prototypes
+    # these are called prototypes
     warnings.simplefilter("ignore")
     PIECES = [torch.ones(2), torch.ones(3)]
     NOT_DENSE = {
@@ -271,7 +271,7 @@ def test_a_tensor_on_another_device_is_refused_by_name(name: str, argument: str)
 
 # --- wrong settings ---
 
-# what a setting of each type may not be, and the words for it
+# wrong values of a setting of each type, and the error messages
 SETTINGS: dict[type, list[tuple[object, type[Exception], str]]] = {
     float: [("1", TypeError, "must be a number; got str."), (True, TypeError, "must be a number; got bool.")],
     int: [(1.5, TypeError, "must be an integer; got float."), (True, TypeError, "must be an integer; got bool.")],
@@ -322,7 +322,7 @@ def test_integers_of_any_width_are_equal(name: str, argument: str, dtype: torch.
     assert_same(call(**{argument: call.tensors[argument].to(dtype)}), wanted)
 
 
-# elsewhere they are only names
+# elsewhere integers are only names
 INDEXED = {
     "selective_distillation_loss": "target",
     "boundary_refinement_loss": "labels.enc_labels",
@@ -368,11 +368,11 @@ def test_as_index_is_for_compilers_too() -> None:
 
 
 class Sub(Tensor):
-    """A subclass with numbers of its own, as those of torchvision or of a data set."""
+    """A subclass with its own numbers, like those of torchvision."""
 
 
 class Wrapper(Tensor):
-    """A subclass whose numbers are those of another tensor, as those of distributed ones."""
+    """A subclass with the numbers of another tensor, like distributed tensors."""
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> "Wrapper":
@@ -500,7 +500,7 @@ def test_whether_there_is_an_object_is_a_question_of_shape_on_meta_tensors() -> 
 
 # --- vectors of any length ---
 
-# in these only directions count, apart from a factor
+# in these only directions matter, up to a factor
 TURNED = {
     "temporal_slot_contrast_loss": ["slots"],
     "affinity_consistency_loss": ["s", "t"],
@@ -554,7 +554,7 @@ def test_a_head_knows_prototypes_and_tokens_of_any_length(factor: float) -> None
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-20])
 def test_clones_of_slots_of_any_length_stretch_with_them(factor: float) -> None:
-    # with the mean length goes an epsilon of 1e-8: smaller slots have smaller steps
+    # the mean length includes 1e-8: smaller slots have smaller steps
     slots, counts = signed(numbers(3, 5)), torch.tensor([1, 2, 0])
     found, wanted = (
         fn.spawn_children(slots * scale, counts, generator=torch.Generator().manual_seed(0)) / scale

@@ -1,4 +1,4 @@
-"""Masked tokens: published numbers, the slow definition, the center on the way, gradients, bad input."""
+"""Masked tokens: published numbers, the slow definition, moves of the center, gradients, bad input."""
 
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
 
 
 def centered(Kp: int = 5, seed: int = 1, **given: Any) -> CenteredCrossEntropy:
-    """Return a criterion whose center is somewhere."""
+    """Return a criterion with a random center."""
     criterion = CenteredCrossEntropy(Kp, **given)
     criterion.center = torch.rand(Kp, generator=torch.Generator().manual_seed(seed)) - 0.5
     return criterion
@@ -68,7 +68,7 @@ def test_loss_gradient_and_center_are_those_of_the_slow_definition(
 ) -> None:
     s, t, mask = sample(*shape, dtype=torch.float64, seed=seed)
     if bare:
-        # a frame in which nothing is masked: it is left out, and moves no center
+        # a frame without masked positions does not count and does not move the center
         mask[:, 0] = False
     criterion = centered(shape[3], seed % 7, tau_s=taus[0], tau_t=taus[1], m_c=m_c)
     knobs: dict[str, Any] = {"tau_s": taus[0], "tau_t": taus[1], "m_c": m_c, "update_center": update_center}

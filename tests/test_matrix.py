@@ -1,4 +1,4 @@
-"""The table of versions is the one of versions.json, and a row holds what pytest found."""
+"""Both tables of versions equal versions.json, and a row holds pytest's results."""
 
 import shutil
 import subprocess
@@ -40,6 +40,12 @@ def test_left_out():
     pass
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.skipif(True, reason="torch 2.6 cannot")
+def test_limit(number):
+    pass
+
+
 @pytest.mark.compiles
 @pytest.mark.kernels
 def test_kernels():
@@ -47,6 +53,12 @@ def test_kernels():
 
 
 @pytest.mark.kernels
+def test_kernels_of_a_newer_version():
+    pytest.skip("needs Triton 9.9 or above")
+
+
+@pytest.mark.kernels
+@pytest.mark.cuda
 @pytest.mark.skipif(True, reason="needs a CUDA device")
 def test_gpu():
     pass
@@ -64,16 +76,16 @@ def counts(**some: int) -> dict[str, int]:
 
 def row(python: str = "3.11.7", torch: str = "2.13.0", **more: Any) -> matrix.Row:
     columns = {name: counts(passed=1) for name in matrix.COLUMNS.values()}
-    rest = {"triton": "3.7.1", "date": "2026-01-31", "commit": "abcdef0", "failures": []}
+    rest = {"triton": "3.7.1", "date": "2026-01-31", "commit": "abcdef0", "failures": [], "limits": {}}
     return {"python": python, "torch": torch} | rest | columns | more
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A repository with a few tests that end in every way."""
+    """A repository with tests of every outcome."""
     folder = tmp_path / "suite"
     folder.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    compiles\n    kernels\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    compiles\n    kernels\n    cuda\n")
     (folder / "test_tiny.py").write_text(TINY)
     (folder / "test_broken.py").write_text("import a_module_that_is_not_there\n")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -85,9 +97,11 @@ def suite(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("several", [[], ["-n", "2", "--dist", "loadfile"]], ids=["one process", "two"])
 def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
     found = matrix.measured(sys.executable, suite, *several)
-    assert found["eager"] == counts(passed=1, skipped=1, failed=2)
+    assert found["eager"] == counts(passed=1, skipped=3, failed=2)
+    assert found["limits"] == {"torch 2.6 cannot": 2}
     assert found["compile"] == counts(passed=2, skipped=1, failed=1)
     assert found["Triton's kernels"] == counts(passed=1, untested=1)
+    assert found["GPU"] == counts(untested=1)
     failures = ["test_broken.py", "test_tiny.py::test_compiled[3]", "test_tiny.py::test_with_a_bad_end"]
     assert found["failures"] == failures
     assert found["python"] == sys.version.split()[0]
@@ -150,6 +164,18 @@ def test_an_environment_without_the_package_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of tests with one row, in a repository."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    monkeypatch.setattr(matrix, "HERE", tests)
+    for page, (start, end) in ((tests, (matrix.START, matrix.END)), (tmp_path, matrix.IN_SHORT)):
+        (page / "README.md").write_text(f"before\n{start}\ntyped\n{end}\nafter\n")
+    matrix.save(tests, [row(torch="2.6.0")])
+    return tests
+
+
 class TestRows:
     def test_a_rerun_replaces_its_row_and_versions_are_in_order(self) -> None:
         rows: list[matrix.Row] = []
@@ -169,31 +195,46 @@ class TestRows:
     def test_the_table_names_what_failed(self) -> None:
         bad = row(triton=None, compile=counts(failed=1), failures=["tests/test_a.py::test_b"])
         head, line, first, second, *below = matrix.table([row(), bad]).split("\n")
-        assert head == "| Python | torch | Triton | eager | compile | Triton's kernels | run |"
-        assert line == "|---|---|---|---|---|---|---|"
-        assert first == "| 3.11.7 | 2.13.0 | 3.7.1 | 1 passed | 1 passed | 1 passed | 2026-01-31, abcdef0 |"
+        assert head == "| Python | torch | Triton | eager | compile | Triton's kernels | GPU | run |"
+        assert line == "|---|---|---|---|---|---|---|---|"
+        assert first == "| 3.11.7 | 2.13.0 | 3.7.1 | 1 passed | 1 passed | 1 passed | 1 passed | 2026-01-31, abcdef0 |"
         assert second.startswith("| 3.11.7 | 2.13.0 | none | 1 passed | **1 failed** |")
         assert below == ["", "Failed with Python 3.11.7, torch 2.13.0:", "", "- `tests/test_a.py::test_b`"]
 
+    def test_in_short_a_column_has_a_mark(self) -> None:
+        one = row(eager=counts(passed=1200, untested=3), compile=counts(passed=998, failed=2))
+        del one["GPU"]
+        assert matrix.in_short([one]).split("\n") == [
+            "| Python | torch | eager | compile | Triton's kernels | GPU |",
+            "|---|---|---|---|---|---|",
+            "| 3.11.7 | 2.13.0 | ✓ | ✗ 2 of 1,000 | ✓ | untested |",
+        ]
+        assert matrix.cell({}) == "none"
+
+    def test_the_table_says_what_a_version_cannot(self) -> None:
+        *_, before, said, between, limit = matrix.table([row(limits={"torch 2.6 cannot": 7})]).split("\n")
+        assert before == between == ""
+        assert said == "Skipped as impossible with Python 3.11.7, torch 2.13.0:"
+        assert limit == "- torch 2.6 cannot (7 tests)"
+
     @pytest.mark.parametrize("text", ["", matrix.START, f"{matrix.END}\n{matrix.START}"])
-    def test_a_page_without_markers_is_left_alone(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "README.md").write_text(text)
+    def test_a_page_without_markers_is_left_alone(self, folder: Path, text: str) -> None:
+        page, rows = folder / "README.md", folder / "versions.json"
+        before = page.read_text(), rows.read_text()
+        (folder.parent / "README.md").write_text(text)
+        with pytest.raises(ValueError, match=r"^README.md must have one line '<!-- support"):
+            matrix.save(folder, [row()])
+        assert (page.read_text(), rows.read_text()) == before
+        page.write_text(text)
         with pytest.raises(ValueError, match=r"^README.md must have one line '<!-- versions"):
-            matrix.save(tmp_path, [row()])
-        assert not (tmp_path / "versions.json").exists()
+            matrix.save(folder, [row()])
+        assert (page.read_text(), rows.read_text()) == (text, before[1])
 
 
 class TestCommand:
     @pytest.fixture
-    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(matrix, "HERE", tmp_path)
-        (tmp_path / "README.md").write_text(f"before\n{matrix.START}\ntyped\n{matrix.END}\nafter\n")
-        matrix.save(tmp_path, [row(torch="2.6.0")])
-        return tmp_path
-
-    @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """What was run in place of the whole suite, and of pip."""
+        """The commands that replaced the whole suite, and pip."""
         calls: list[tuple[str, ...]] = []
 
         def measured(python: str, root: Path, *arguments: str) -> matrix.Row:
@@ -211,6 +252,9 @@ class TestCommand:
         assert matrix.load(folder) == rows
         page = (folder / "README.md").read_text()
         assert page == f"before\n{matrix.START}\n{matrix.table(rows)}\n{matrix.END}\nafter\n"
+        front = (folder.parent / "README.md").read_text()
+        start, end = matrix.IN_SHORT
+        assert front == f"before\n{start}\n{matrix.in_short(rows)}\n{end}\nafter\n"
 
     def test_without_a_python_the_table_is_written_again(self, folder: Path, asked: list[tuple[str, ...]]) -> None:
         page = (folder / "README.md").read_text()
@@ -234,9 +278,11 @@ class TestCommand:
         assert pin.read_text() == "torch==2.6.0\n"
 
 
-def test_the_committed_table_is_the_one_of_the_rows() -> None:
-    text = (matrix.HERE / "README.md").read_text()
-    assert text == matrix.between_markers(text, matrix.table(matrix.load(matrix.HERE)))
+def test_the_committed_tables_are_those_of_the_rows() -> None:
+    text, front = ((folder / "README.md").read_text() for folder in (matrix.HERE, matrix.ROOT))
+    rows = matrix.load(matrix.HERE)
+    assert text == matrix.between_markers(text, matrix.table(rows))
+    assert front == matrix.between_markers(front, matrix.in_short(rows), *matrix.IN_SHORT)
 
 
 def test_marks_of_columns_are_those_of_the_suite(pytestconfig: pytest.Config) -> None:

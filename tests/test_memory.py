@@ -1,4 +1,4 @@
-"""Work and memory, counted and not timed: linear in patches and in clips, whatever the settings."""
+"""Counted work and memory: linear in patches and in clips, for all settings."""
 
 import gc
 import math
@@ -30,9 +30,9 @@ PLAIN = [name for name, settings in SETTINGS.items() if "masks" not in settings]
 
 
 class Meter(TorchDispatchMode):
-    """Counts operators, the elements they read and write, and the bytes they keep alive.
+    """Counts operators, the elements that they read and write, and the bytes that they keep.
 
-    Views cost nothing. Memory given at the start is not counted.
+    Views do not count, nor does memory of the inputs.
     """
 
     def __init__(self, given: Iterable[Tensor] = ()) -> None:
@@ -61,7 +61,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def alive(self) -> int:
-        """Bytes that are still in use."""
+        """Bytes in use."""
         self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
         return sum(size for _, size in self._alive.values())
 
@@ -156,7 +156,7 @@ def test_of_the_library_nothing_waits_for_the_backward_but_the_gradients(
     with Meter([enc, dec, *given.values()]) as meter:
         loss = SSyncLoss(**SETTINGS[name], backend="cpu")(enc, dec, **given)
         assert 2.0 <= meter.alive / one_map < 2.001
-        # a gradient that came in and is 1 is handed on: no third map
+        # an incoming gradient of 1 needs no third map
         grads = torch.autograd.grad(loss, (enc, dec))
         assert meter.peak / one_map < 2.001
         del grads, loss
@@ -205,7 +205,7 @@ def test_nothing_outlives_the_loss(engine: Any, name: str, backward: bool) -> No
                 terms.total.backward()
                 enc.grad = dec.grad = None
             del terms
-            # freed by counting references: a cycle would wait for the collector
+            # reference counting frees it: a cycle would need the collector
             assert meter.alive == 0
     finally:
         gc.enable()

@@ -51,8 +51,8 @@ from ssync_loss.metrics import (
 from ssync_loss.metrics._contingency import Per
 
 VOID = -1
-# names carry no order and no size: ids next to each other, ids whose table is better sorted than laid out
-# in full (0 and 299 on both sides), and ids too far apart to subtract
+# ids are only names: adjacent ids, ids whose table is sorted rather than full
+# (0 and 299 on both sides), and ids too far apart to subtract
 TARGET_IDS = [VOID, 0, 1, 9, 299, 2**40, -(2**62)]
 PRED_IDS = [0, 1, 2, 299, -7, 2**62]
 
@@ -128,7 +128,7 @@ def overlaps(pixels: list[Pixel], background: int | None) -> list[list[Fraction]
 
 
 def best_matching(iou: list[list[Fraction]]) -> Fraction:
-    """Try every way of giving the objects slots of their own."""
+    """Try all one-to-one assignments of objects to slots."""
     num_slots = max(len(iou), *(len(row) for row in iou))
     padded = [row + [Fraction(0)] * (num_slots - len(row)) for row in iou]
     ways = itertools.permutations(range(num_slots), len(iou))
@@ -233,7 +233,7 @@ class TestAgainstTheReference:
 
 def sklearn_ari(target: Tensor, pred: Tensor) -> float:
     with warnings.catch_warnings():
-        # it suspects a regression target where most labels are different
+        # it warns of a regression target if most labels differ
         warnings.filterwarnings("ignore", message="The number of unique classes")
         return float(adjusted_rand_score(target.flatten().numpy(), pred.flatten().numpy()))
 
@@ -383,7 +383,7 @@ class TestLabels:
         target = torch.randint(0, 2**62, (2, 3, 40, 40), generator=generator)
         target[:, :, :20] = target[:, :, 20:]
         pred[:, :, :20] = pred[:, :, 20:]
-        # pairs of pixels, each pair an object and a slot of its own: everything is right
+        # pairs of pixels, each pair one object and one slot: a perfect score
         assert torch.equal(metric(pred, target, background=None), torch.ones(2, dtype=torch.float64))
 
     def test_strided_labels(self) -> None:
@@ -398,7 +398,7 @@ class TestLabels:
 
 class TestMasksToLabels:
     def test_resizes_probabilities_before_the_argmax(self) -> None:
-        # two patches of three slots: slot 1 wins neither, and half-way between them by probability
+        # two patches of three slots: slot 1 wins neither, but by probability it wins half-way between them
         probs = torch.tensor([[0.6, 0.0], [0.4, 0.45], [0.0, 0.55]])
         masks = probs.log().view(1, 1, 3, 1, 2)
         # an odd width has a pixel on the border: .3 .425 .275
@@ -437,7 +437,7 @@ class TestMasksToLabels:
         masks[:, :, 0] = -torch.inf
         masks[:, :, 2] = 1.0
         assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]
-        # no slot is present at the middle patch: pixels that reach a neighbor take its slot
+        # no slot is present at the middle patch: pixels near a neighbor take its slot
         masks[..., 1] = -torch.inf
         assert masks_to_labels(masks, (1, 3)).tolist() == [[[[2, 0, 2]]]]
         assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]

@@ -1,4 +1,4 @@
-"""J and F against pixels compared one by one, disks laid out in full, and numbers worked out by hand."""
+"""J and F against loops over pixels, full disks, and numbers worked out by hand."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ measures = [region_similarity, contour_accuracy, j_and_f]
 
 @st.composite
 def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
-    """Draw a ground truth, and a prediction that is right at some of its pixels."""
+    """Draw a ground truth, and a prediction that is right at some pixels."""
     shape = draw(st.tuples(st.integers(1, 2), st.integers(1, frames), st.integers(1, 4), st.integers(1, 5)))
     target_ids = draw(st.lists(st.sampled_from(TARGET_IDS), min_size=1, max_size=4))
     pred_ids = draw(st.lists(st.sampled_from(PRED_IDS), min_size=1, max_size=4))
@@ -45,7 +45,7 @@ tolerances = st.sampled_from([0, 0.008, 0.2, 0.3, 1.0])
 
 
 def at_most(clip: tuple[Tensor, Tensor], skip_first: int, skip_last: int) -> tuple[int, int]:
-    """Skip so many frames, or as many as leave one."""
+    """Skip some frames, but leave one."""
     rest = clip[0].shape[1] - 1
     return min(skip_first, rest), min(skip_last, rest - min(skip_first, rest))
 
@@ -171,7 +171,7 @@ class TestAgainstTheReference:
         skip_first, _ = at_most(clip, first, 0)
         options: dict[str, Any] = {"background": background, "tolerance": tolerance, "skip_first": skip_first}
         options["matching"] = "hungarian"
-        # several matchings may be equally good, and J and F are those of one of them
+        # several matchings may be equally good; J and F are of one of them
         for i, video in enumerate(zip(*clip, strict=True)):
             j, f, both = (measure(*clip, **options)[i].item() for measure in measures)
             ways = reference_video(*video, **options)
@@ -241,7 +241,7 @@ class TestByHand:
 
 class TestMatching:
     def test_a_slot_without_an_annotated_pixel_is_no_empty_mask_to_choose(self) -> None:
-        # as an empty mask slot 6 would be right in three of four frames
+        # an empty mask would be right in three of four frames
         target = frames([1, 1, VOID], [0, 0, 0], [0, 0, 0], [0, 0, 0])
         pred = frames([5, 5, 6], [5, 5, 5], [5, 5, 5], [5, 5, 5])
         assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [1 / 4])

@@ -1,4 +1,4 @@
-"""Every miniature trains, and has the quirks that the hosts are known for."""
+"""Every miniature trains, and has the quirks of its host."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from ssync_loss.methods.srl.temporal import TemporalSlotContrastLoss, temporal_s
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-# what a constructor needs beside settings
+# arguments of constructors that are no settings
 POSITIONAL: dict[str, tuple[Any, ...]] = {
     "CenteredCrossEntropy": (2,),
     "MaskedTokenLoss": (CenteredCrossEntropy(2),),
@@ -137,7 +137,7 @@ def test_the_merge_threshold_is_always_shown() -> None:
 
     assert repr(Merging()) == "Merging(merge_threshold=0.6)"
     assert repr(Merging(merge_threshold=None, step=3)) == "Merging(merge_threshold=None, step=3)"
-    # a loss may switch it later, without reading it back
+    # a loss may change the setting later
     assert repr(Merging(merge_threshold=torch.tensor(0.5))) == "Merging(merge_threshold=tensor(0.5000))"  # type: ignore[arg-type]
 
 

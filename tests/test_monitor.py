@@ -1,4 +1,4 @@
-"""What the monitor writes, where it writes it, and what it leaves alone."""
+"""The monitor: its values, its sinks, and its lack of side effects."""
 
 import csv
 import resource
@@ -40,7 +40,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 class Recorder:
-    """What a TensorBoard writer is given."""
+    """Records calls of a TensorBoard writer."""
 
     def __init__(self) -> None:
         self.scalars: dict[str, tuple[float, int]] = {}
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_both_losses_at_both_maps(tmp_path: Path) -> None
 
 
 def test_a_map_that_is_stacked_of_frames_is_traced_back_to_them(tmp_path: Path) -> None:
-    # as most hosts make it: (B, S, N) a frame, of which the host's own loss sees each by itself
+    # as in most hosts: (B, S, N) a frame, and the host's loss reads single frames
     leaf = torch.randn(3, 2, 4, 30, requires_grad=True)
     frames = [2 * one for one in leaf]
     enc = torch.stack(frames, 1).unflatten(3, (5, 6)).to(torch.float64)
@@ -130,7 +130,7 @@ def test_a_map_that_is_stacked_of_frames_is_traced_back_to_them(tmp_path: Path) 
     loss, host_loss = criterion(enc, dec), 5 * (frames[0].sum() + frames[2].sum())
     values = Monitor(criterion, to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=host_loss)
     assert values is not None
-    # at two frames of three, of 240 numbers each
+    # two of three frames, with 240 numbers each
     for side in ("enc", "dec"):
         assert values[f"host_{side}_gradient"] == pytest.approx(5 * 480**0.5)
     by_hand = torch.autograd.grad(loss, [*frames])
@@ -197,8 +197,10 @@ def test_the_layout_and_the_settings_are_those_of_the_criterion(tmp_path: Path) 
     laid_out = Monitor(criterion, to=tmp_path)(
         (flat[0], flat[1]), step=0, loss=torch.zeros(()), features=features.flatten(3).mT, num_frames=3
     )
+    of_defaults = Monitor(to=tmp_path)((enc, dec), step=0, loss=torch.zeros(()), features=features)
     assert plain is not None
     assert laid_out == pytest.approx(plain)
+    assert of_defaults == plain
 
 
 def test_a_schedule_needs_no_step_of_its_own(tmp_path: Path) -> None:
@@ -272,7 +274,7 @@ def test_tensorboard_gets_scalars_and_an_image() -> None:
     picture, step = writer.images["ssync/panel"]
     assert step == 300
     assert torch.equal(picture, panel(video, enc, dec)[0])
-    # one that takes no images
+    # one without images
     numbers = SimpleNamespace(add_scalar=writer.add_scalar)
     assert Monitor(SSyncLoss(), to=numbers)((enc, dec), step=0, loss=enc.sum(), video=video)
 
@@ -300,7 +302,7 @@ def test_weights_and_biases_get_a_dictionary_with_the_step_and_an_image(monkeypa
     kind, pixels = told.pop("ssync/panel")
     assert (told, step, kind) == ({f"ssync/{name}": value for name, value in values.items()}, 100, "image")
     assert np.array_equal(pixels, panel(video, *maps)[0].permute(1, 2, 0).numpy())
-    # a run of something else that logs
+    # another object with `log`
     monkeypatch.delitem(sys.modules, "wandb")
     monitor.picture(maps, video, step=100)
     assert len(logged) == 1
@@ -322,7 +324,7 @@ def test_it_says_once_a_map_that_the_gradient_dwarfs_the_hosts(tmp_path: Path) -
     monitor((enc, dec), step=100, loss=loss, host_loss=host_loss)
     with pytest.warns(UserWarning, match="At the encoder's map .* lower `interior_weight` and `boundary_weight`"):
         monitor((enc, dec), step=200, loss=2 * loss, host_loss=host_loss)
-    # nothing to compare with
+    # without a host's loss
     Monitor(SSyncLoss(), to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=0 * host_loss)
 
 
@@ -344,7 +346,7 @@ def test_after_backward_it_says_so_and_goes_on(tmp_path: Path) -> None:
 
 @contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
-    """Let writes fail half-way, as on a full disk."""
+    """Let writes fail in the middle, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -365,7 +367,7 @@ def test_a_full_disk_stops_no_training_and_leaves_no_half_of_anything(tmp_path: 
     assert said[0].filename == __file__
     assert all(values)
     assert (tmp_path / "values.csv").read_bytes() == table
-    # of a file of its own, the picture's, nothing is left either
+    # the picture's file is removed, too
     with no_file_larger_than(100):
         monitor.picture(maps, given["video"], step=300)
     assert [one.name for one in tmp_path.glob("*.png")] == ["panel_0000000.png"]

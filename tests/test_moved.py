@@ -1,4 +1,4 @@
-"""Import paths of earlier versions, and what was pickled under them."""
+"""Import paths of earlier versions, and pickles of them."""
 
 import base64
 import pickle
@@ -21,7 +21,7 @@ from ssync_loss._moved import MOVED
 
 TESTS = Path(__file__).parent
 
-# what was where in version 0.1.0
+# names and paths of version 0.1.0
 OLD = {
     "attention": ["CorrelationFusion", "SemanticAwareSlotAttention", "SemanticSlots"],
     "attention.correlation": ["CorrelationFusion"],
@@ -100,7 +100,7 @@ def test_an_old_path_holds_the_objects_of_the_new_one(old: str) -> None:
     shared = {name for name in there if not name.startswith("__")} & here.keys()
     assert len(shared) > 1
     assert all(here[name] is there[name] for name in shared)
-    # where the file is gone, it holds all of them
+    # a removed file has all of its names
     if not Path(here.get("__file__") or "").is_file():
         assert {name for name in there if not name.startswith("__")} <= here.keys()
         assert here["__doc__"].startswith("Moved to ssync_loss.")
@@ -161,7 +161,7 @@ def unpickled() -> dict[str, nn.Module]:
 
 def test_every_loss_is_among_the_old_pickles(unpickled: dict[str, nn.Module]) -> None:
     classes = {name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)}
-    # there was none of it then
+    # version 0.1.0 did not have it
     classes.remove("AdaptiveSSyncLoss")
     assert unpickled.keys() == classes | {"CorrelationFusion", "SlotCurriculum"}
 

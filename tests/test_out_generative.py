@@ -31,7 +31,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Vi
 
 
 def centered(Kp: int = 5, seed: int = 1, **given: Any) -> CenteredCrossEntropy:
-    """Return a criterion whose center is somewhere."""
+    """Return a criterion with a random center."""
     criterion = CenteredCrossEntropy(Kp, **given)
     criterion.center = torch.rand(Kp, generator=torch.Generator().manual_seed(seed)) - 0.5
     return criterion
@@ -85,12 +85,12 @@ def test_loss_gradients_and_center_are_those_of_the_slow_definition(
 
 
 def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() -> None:
-    # distributions are one-hot: what is asked for costs nothing, everything else 1 / tau_s = 10
+    # distributions are one-hot: a match has value 0, all else 1 / tau_s = 10
     views = torch.eye(2)[:, None].expand(1, 2, 1, 2)
     wrong, right = views.flip(1), views
     local = torch.tensor([1.0, 0.0]).expand(1, 2, 8, 2)
     criterion = CenteredCrossEntropy(2, tau_t=1e-3)
-    # the frames ask for different prototypes: global crops predict the other frame's
+    # the frames have different prototypes: global crops predict the other frame's
     nothing_global = out_generative_loss(wrong, local, views, criterion)
     all_global = out_generative_loss(right, local, views, criterion)
     assert (all_global - nothing_global).item() == pytest.approx(10 * 2 / 34, rel=1e-4)
@@ -126,7 +126,7 @@ def test_clips_and_views_are_not_walked_through() -> None:
 
 
 def test_views_meet_without_a_copy_of_their_prototypes_for_each() -> None:
-    # 34 terms a pair: one by one their distributions alone would be 34 x 2 x 1000 numbers
+    # 34 terms a pair, whose distributions would be 34 x 2 x 1000 numbers
     views = sample(1, 4, 1, 8, 1000)
     with Meter(views) as meter:
         out_generative_loss(*views, centered(1000)).backward()

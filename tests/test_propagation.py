@@ -1,4 +1,4 @@
-"""Label propagation: the slow definition, chunks, memory, what moves with what, the read-out, bad input."""
+"""Label propagation: the slow definition, chunks, memory, context and window, the read-out, bad input."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_masks_are_those_of_the_slow_definition(
 ) -> None:
     features, masks = sample(*shape, seed=seed)
     if ties:
-        # cosines are multiples of 1/4: what ties, ties in any precision
+        # cosines are multiples of 1/4, so ties are ties in any precision
         features = torch.zeros(*shape[:2], 4, *shape[3:]).double()
         features += torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     if zero:
@@ -82,10 +82,10 @@ def test_masks_are_those_of_the_slow_definition(
 
 @pytest.mark.parametrize(("num_context", "found"), [(0, False), (2, False), (3, True), (4, True), (9, True)])
 def test_a_frame_is_found_again_while_it_is_in_the_context(num_context: int, found: bool) -> None:
-    # two patches: in frame 1 they change places (and so do the masks); frame 4 looks like frame 1 and nothing else
+    # two patches swap in frame 1, and so do the masks; frame 4 is similar to frame 1 only
     left, right = [0, 2, 4, 6, 3], [1, 3, 5, 7, 2]
     features = torch.stack([torch.eye(8)[left], torch.eye(8)[right]], 2).view(1, 5, 8, 1, 2)
-    # what ties the frames: 1 sees 0 through a hint
+    # a weak similarity links frame 1 to frame 0
     features[0, 1, 1, 0, 0] = features[0, 1, 0, 0, 1] = 0.5
     masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
     carried = propagate_masks(features, masks, num_context=num_context, top_k=1)[0, :, 0, 0]
@@ -165,7 +165,7 @@ def test_a_mask_that_is_the_same_everywhere_is_not_normalized() -> None:
     features, labels = a_scene(3)
     found = propagate_labels(features, torch.full((1, 8, 12), 9))
     assert (found == 9).all()
-    # object 2 looks like the background from frame 1 on: its mask is 0 everywhere
+    # object 2 equals the background from frame 1 on: its mask is 0 everywhere
     features, labels = a_scene(3)
     gone = labels == 2
     gone[:, 0] = False
@@ -180,7 +180,7 @@ def test_what_a_clip_does_not_show_is_never_assigned() -> None:
     both = torch.cat([labels[:, 0] + 3, labels[:, 0]])
     found = propagate_labels(features.repeat(2, 1, 1, 1, 1), both)
     assert torch.equal(found[0], found[1] + 3)
-    # one pixel that no center of the grid meets
+    # one pixel that no center of the grid is in
     fine = labels[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2)
     fine[0, 0, 0] = 8
     found = propagate_labels(features, fine)
@@ -189,7 +189,7 @@ def test_what_a_clip_does_not_show_is_never_assigned() -> None:
 
 
 def test_not_even_rounding_assigns_what_a_clip_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    # label 0 is in the second clip alone; the masks of 1 and 2 are smallest at the same pixel
+    # label 0 is only in the second clip; the masks of 1 and 2 are smallest at the same pixel
     masks = torch.zeros(2, 1, 3, 1, 2)
     masks[0, 0, 1:] = torch.tensor([0.5, 0.6])
     masks[1, 0, 0] = 1
@@ -257,7 +257,7 @@ def peak(frames: int, side: int, chunk_size: int | None, num_context: int = 2) -
 def test_a_chunk_bounds_what_is_held() -> None:
     for side in (12, 16):
         places = side**2
-        # two maps of scores at most, and what is linear: the context, the result and a frame
+        # at most two maps of scores, and linear memory: the context, the result and a frame
         linear = 4 * places * (3 * 5 + 6 * 2 + 8 * 3)
         for chunk_size in (8, 32):
             assert peak(6, side, chunk_size) < linear + 2 * 4 * chunk_size * 3 * places

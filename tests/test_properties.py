@@ -1,4 +1,4 @@
-"""What must hold for any maps: renaming, merging, flips, poison, cropping, shifts, empty selections, order."""
+"""Properties of any maps: renaming, merging, flips, NaN, cropping, shifts, empty selections, order."""
 
 import math
 from itertools import product
@@ -40,6 +40,9 @@ from ssync_loss.testing import (
     valid_masks,
 )
 
+# of the maps and masks that are drawn, some are as nobody means them
+pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
+
 INF, NAN = math.inf, math.nan
 RUBBISH = (NAN, INF, -INF)
 SOFT = [("mse", 0.0), ("cross_entropy", 0.2)]
@@ -53,7 +56,7 @@ GENERIC = thresholds(tied=False)
 
 
 class Result(NamedTuple):
-    """The terms of a loss and what the total sends back to both maps."""
+    """The terms of a loss, and the total's gradients at both maps."""
 
     terms: SSyncTerms
     enc_grad: Tensor
@@ -75,14 +78,14 @@ def run(
 
 
 def assert_same(actual: Result, expected: Result) -> None:
-    """To the last bit."""
+    """Require bitwise equality."""
     assert_same_labels(actual.terms.labels, expected.terms.labels)
     for got, wanted in zip((*actual.terms[:5], *actual[1:]), (*expected.terms[:5], *expected[1:]), strict=True):
         assert torch.equal(got, wanted)
 
 
 def assert_close(actual: Result, expected: Result, *, slot_mask: Tensor | None = None, **knobs: Any) -> None:
-    """Same selection, losses and gradients up to rounding; labels may bear other names."""
+    """Require the same selection, losses and gradients up to rounding; labels may have other names."""
     labels = expected.terms.labels
     assert torch.equal(actual.terms.num_boundary, expected.terms.num_boundary)
     assert torch.equal(actual.terms.num_interior, expected.terms.num_interior)
@@ -108,7 +111,7 @@ def clips_of(case: SSyncCase, clips: Tensor) -> SSyncCase:
 
 
 def cells_of(case: SSyncCase) -> Tensor:
-    """Valid patches (B, T, H, W), those of clips without a present slot left out."""
+    """Valid patches (B, T, H, W), without clips that have no present slot."""
     cells = torch.ones_like(case.enc_logits[:, :, 0], dtype=torch.bool)
     if case.valid is not None:
         cells = cells & (case.valid if case.valid.ndim == 4 else case.valid[:, :, None, None])
@@ -116,7 +119,7 @@ def cells_of(case: SSyncCase) -> Tensor:
 
 
 def seen_by(case: SSyncCase) -> Tensor:
-    """The entries of a map that may matter, (B, T, S, H, W)."""
+    """The cells of a map that may matter, (B, T, S, H, W)."""
     cells = cells_of(case)[:, :, None].expand_as(case.enc_logits)
     return cells if case.slot_mask is None else cells & case.slot_mask[:, None, :, None, None]
 
@@ -216,7 +219,7 @@ class TestAgreement:
 
 
 def shared_length(first: int, first_of: int, second: int, second_of: int) -> int:
-    """How much cell `first` of `first_of` and cell `second` of `second_of` share, in units of 1 / (product)."""
+    """The overlap of cell `first` of `first_of` and cell `second` of `second_of`, in units of 1 / (product)."""
     low = max(first * second_of, second * first_of)
     high = min((first + 1) * second_of, (second + 1) * first_of)
     return max(high - low, 0)
@@ -460,7 +463,7 @@ class TestCropping:
         numerator, denominator = ratio
         size = (h * numerator // denominator, w * numerator // denominator)
         enc, dec = (torch.randn(b, t, s, *one, dtype=torch.float64, generator=generator) for one in ((h, w), size))
-        # the box ends where cells of both grids end
+        # the box ends at ends of cells of both grids
         box = data.draw(boxes(t, h, w, step=denominator))
         before = run(enc, dec, valid=box.valid(b, (t, h, w)))
         dec_box = box.scaled(numerator, denominator)
@@ -512,7 +515,7 @@ class TestSlotMask:
 
 
 def shift_of(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """A dyadic constant for every patch, (B, T, 1, H, W): no two slots come to tie by rounding."""
+    """A dyadic constant for every patch, (B, T, 1, H, W), so that rounding makes no ties."""
     return torch.randint(-64, 65, (*maps.shape[:2], 1, *maps.shape[3:]), generator=generator) / 8
 
 
@@ -545,7 +548,7 @@ class TestShifts:
             assert_close_loss(loss(enc + shift, dec, labels=labels), loss(enc, dec, labels=labels))
 
     def test_a_shift_of_the_encoder_can_change_the_groups(self) -> None:
-        # slots are active in the first and in the last place, until the first is raised for both
+        # slots are active on the first and the last patch, until both rise on the first
         enc = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 4.0]]).view(1, 1, 2, 1, 3)
         raised = enc + torch.tensor([90.0, 0.0, 0.0])
         assert torch.equal(torch.softmax(raised, 2), torch.softmax(enc, 2))
@@ -612,14 +615,14 @@ class TestOrder:
     def test_large_planes_are_added_up_as_small_ones(self, engine: Any, size: tuple[int, int], constant: bool) -> None:
         enc, dec = torch.randn(2, 1, 1, 3, *size).unbind()
         if constant:
-            # every square is rounded to the same side
+            # every square is rounded in the same direction
             enc, dec = torch.zeros_like(enc), torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand_as(dec)
         everywhere: Settings = {"min_different": 0, "min_same": 0, "max_different": 10, "merge_threshold": None}
         criterion = SSyncLoss(**everywhere).eval()
         exact = criterion.terms(enc.double(), dec.double())
         with engine():
             terms = criterion.terms(enc, dec)
-        # more than two bytes count
+        # needs more than two bytes
         assert terms.num_boundary == terms.num_interior == math.prod(size)
         assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-6)
         assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-6)

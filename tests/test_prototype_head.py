@@ -1,4 +1,4 @@
-"""The prototype head: cosines with prototypes, what its weights are, gradients, types, bad input."""
+"""The prototype head: cosines with prototypes, initial weights, gradients, types, bad input."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from ssync_loss import CenteredCrossEntropy, PrototypeHead
 
 
 def small(**given: Any) -> PrototypeHead:
-    """Return a head whose layers do something."""
+    """Return a head with large random weights."""
     head = PrototypeHead(6, **{"Kp": 7, "hidden": 5, "bottleneck": 4, **given})
     with torch.no_grad():
         for one in head.parameters():
@@ -27,7 +27,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def by_hand(head: PrototypeHead, x: Tensor) -> Tensor:
-    """The same, one step after the other, in float64."""
+    """The definition, step by step, in float64."""
     linears = [one for one in head.mlp if isinstance(one, nn.Linear)]
     x = x.double()
     for number, linear in enumerate(linears):

@@ -3,11 +3,11 @@
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import re
-import subprocess
 import sys
-import zipfile
+from doctest import DocTestParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import ssync_loss
-from api_pages import PUBLIC, WITHOUT_ALL, public_names
+from api_pages import PAGES, PUBLIC, WITHOUT_ALL, public_names
 from ssync_loss import functional, losses
+from try_wheel import asked_for, built, contents, metadata_of, run
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ssync_loss"
@@ -28,23 +29,15 @@ def all_modules() -> list[str]:
 
 
 def public_objects() -> dict[str, Any]:
-    """Every public class and function under the name of where it is defined."""
+    """Every public class and function, by the name of its module."""
     found: dict[str, Any] = {}
-    for module in PUBLIC:
+    for module in PAGES:
         there = importlib.import_module(module)
         for name in public_names(module):
             one = getattr(there, name)
             if inspect.isclass(one) or inspect.isfunction(one):
                 found[f"{one.__module__}.{name}"] = one
     return found
-
-
-def run_python(*arguments: str, cwd: Path) -> str:
-    """Run an interpreter of its own, which sees no PYTHONPATH and no working directory."""
-    command = [sys.executable, "-I", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
 
 
 # --- names ---
@@ -85,7 +78,7 @@ METHODS = ("ino", "slotcurri", "slotcurri.curriculum", "smtc", "smtc.attention",
 
 def test_every_module_is_public_private_or_behind_a_public_one() -> None:
     packages = {name for name in PUBLIC if (SOURCE / name.partition(".")[2].replace(".", "/")).is_dir()}
-    # what these define is taken from `functional`, is for reading, or is asked for by `backend`
+    # names in these come from `functional`, are for reading, or are chosen by `backend`
     packages |= {"ssync_loss.reference", "ssync_loss.methods", "ssync_loss.ssync", "ssync_loss.ssync.engines"}
     packages |= {f"ssync_loss.ssync.engines.{one}" for one in ("cpu", "triton", "triton.gpu")}
     packages |= {f"ssync_loss.methods.{one}" for one in METHODS}
@@ -141,8 +134,9 @@ def test_a_setting_has_one_default_wherever_labels_are_made_or_taught() -> None:
         for setting, one in parameters.items()
         if setting in SETTINGS and one.default not in (SETTINGS[setting], inspect.Parameter.empty)
     ]
-    # without a threshold the question is of the maps as they are
-    assert other == [("ssync_loss.diagnostics.verdict.premise", "merge_threshold")]
+    # without a threshold the premise is about unmerged labels; the criterion of a monitor is a loss
+    premise, monitor = "ssync_loss.diagnostics.verdict.premise", "ssync_loss.monitor.Monitor"
+    assert other == [(premise, "merge_threshold"), (monitor, "criterion")]
 
 
 @pytest.mark.parametrize("name", functional.__all__)
@@ -157,20 +151,62 @@ def test_tensors_come_by_position_and_settings_by_name(name: str) -> None:
 # --- docstrings ---
 
 
-def test_every_public_object_shows_an_example() -> None:
-    objects = public_objects()
-    assert len(objects) > 60
-    assert [
-        name for name, one in objects.items() if not one.__doc__ or one.__doc__.startswith(one.__name__ + "(")
-    ] == []
-    # a tuple explains its fields; what a strategy draws differs from run to run, so its module shows a test
-    shown = {
-        name
-        for name, one in objects.items()
-        if not hasattr(one, "_fields") and one.__module__ != "ssync_loss.testing.strategies"
-    }
-    assert [name for name in shown if ">>> " not in objects[name].__doc__] == []
-    assert ">>> " in (importlib.import_module("ssync_loss.testing.strategies").__doc__ or "")
+OBJECTS = public_objects()
+# targets of :func:`name`
+NAMED = {name.rpartition(".")[2]: one for name, one in OBJECTS.items()}
+SHAPE = re.compile(r"\((?:\.+|[A-Z]\w*)(?:, ?[\w. */+-]+)*,?\)|\bscalars?\b|\bof one shape\b")
+# these refuse nothing: their inputs are those that the library takes
+UNCHECKED = ("ssync_loss.ssync.reference.", "ssync_loss.testing.", "ssync_loss.env.")
+
+
+def has_fields(one: Any) -> bool:
+    return hasattr(one, "_fields") or hasattr(one, "__dataclass_fields__")
+
+
+def words(one: Any) -> str:
+    """A docstring with those of the names that it refers to."""
+    said = f"{inspect.getdoc(one)}\n{inspect.getdoc(one.__call__) if inspect.isclass(one) else ''}"
+    others = re.findall(r"(?:Module of|as in|as for|those of)\s+:(?:func|class):`(?:[\w.]+\.)?(\w+)`", said)
+    return "\n".join([said, *(words(NAMED[name]) for name in others)])
+
+
+class TestDocstrings:
+    """Each test names those that lack something."""
+
+    def test_they_are_written_by_hand(self) -> None:
+        assert len(OBJECTS) > 140
+        made = [name for name, one in OBJECTS.items() if not one.__doc__ or one.__doc__.startswith(f"{one.__name__}(")]
+        assert made == []
+
+    def test_a_value_is_checked(self) -> None:
+        # a tuple explains its fields; what a strategy draws differs from run to run, so its module shows a test
+        strategies = "ssync_loss.testing.strategies"
+        shown = {
+            name: DocTestParser().get_examples(one.__doc__)
+            for name, one in OBJECTS.items()
+            if not has_fields(one) and not name.startswith(strategies)
+        }
+        values = {name: "".join(each.want for each in examples) for name, examples in shown.items()}
+        assert [name for name, said in values.items() if not re.search(r"\d|True|False|'|Error", said)] == []
+        assert ">>> " in (importlib.import_module(strategies).__doc__ or "")
+
+    def test_shapes_are_given(self) -> None:
+        def takes_tensors(one: Any) -> bool:
+            taken = inspect.signature(getattr(one, "forward", one)).parameters.values()
+            return any("Tensor" in (kind := str(each.annotation)) and "Callable" not in kind for each in taken)
+
+        assert [name for name, one in OBJECTS.items() if takes_tensors(one) and not SHAPE.search(words(one))] == []
+
+    def test_errors_are_named(self) -> None:
+        checked = {name: one for name, one in OBJECTS.items() if not has_fields(one) and not name.startswith(UNCHECKED)}
+        assert [name for name, one in checked.items() if "Raises:" not in words(one)] == []
+
+    def test_fields_are_explained(self) -> None:
+        for name, one in OBJECTS.items():
+            if has_fields(one):
+                said = one.__doc__.partition("Attributes:")[2] or one.__doc__.partition("Args:")[2]
+                missing = [field for field in inspect.signature(one).parameters if not re.search(rf"\b{field}\b", said)]
+                assert missing == [], name
 
 
 def test_every_public_method_says_what_it_does() -> None:
@@ -190,7 +226,7 @@ def test_every_public_method_says_what_it_does() -> None:
 
 
 def test_importing_pulls_no_optional_package_and_the_front_door_nothing_else_at_all(tmp_path: Path) -> None:
-    # hypothesis is asked for by name, in one module; the kernels import triton when one is launched
+    # one module imports hypothesis by name; the first launch imports triton
     modules = [
         name
         for name in all_modules()
@@ -210,7 +246,7 @@ optional = {'av', 'hypothesis', 'kornia', 'matplotlib', 'PIL', 'pytest', 'scipy'
             'torchmetrics', 'tqdm', 'triton'}
 print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} & optional))
 """
-    assert run_python("-c", code, str(ROOT / "src"), *modules, cwd=tmp_path) == "[]"
+    assert run(sys.executable, "-I", "-c", code, ROOT / "src", *modules, cwd=tmp_path) == "[]"
 
 
 def imports_of(path: Path) -> set[str]:
@@ -233,7 +269,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
-    # the strategies are imported by name when they are first asked for
+    # the first use imports the strategies by name
     order = list(TopologicalSorter(graph).static_order())
     assert set(order) == set(graph)
     assert sum(map(len, graph.values())) > 50
@@ -242,7 +278,7 @@ def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
 # a file may import what stands in a line above its own
 LAYERS: list[set[str]] = [
     {"_autocast", "_checks", "_compilers", "_moved"},
-    {"_attached", "_autograd", "_axes", "_inputs", "_settings"},
+    {"_attached", "_autograd", "_axes", "_forks", "_inputs", "_settings"},
     {"_module", "_rows", "_vectors"},
     {"ssync", "methods"},
     {"attention", "curriculum", "ema", "losses", "reference"},
@@ -276,16 +312,7 @@ def test_nothing_reaches_into_the_private_parts_of_a_package(graph: dict[str, se
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
-
-
-def metadata_of(wheel: Path) -> str:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [one for one in archive.namelist() if one.endswith(".dist-info/METADATA")]
-        return archive.read(name).decode()
+    return built(tmp_path_factory.mktemp("wheel"))[1]
 
 
 def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
@@ -293,13 +320,13 @@ def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", version)
     assert wheel.name == f"ssync_loss-{version}-py3-none-any.whl"
     assert f"\nVersion: {version}\n" in metadata_of(wheel)
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[0]
+    assert newest == version
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = {one for one in archive.namelist() if ".dist-info/" not in one}
-        licenses = [one for one in archive.namelist() if one.endswith("licenses/LICENSE")]
+    names = {one for one in contents(wheel) if ".dist-info/" not in one}
+    licenses = [one for one in contents(wheel) if one.endswith("licenses/LICENSE")]
     # the folders' READMEs are documentation that travels with the code
     files = [*SOURCE.rglob("*.py"), *SOURCE.rglob("README.md")]
     expected = {f"ssync_loss/{one.relative_to(SOURCE).as_posix()}" for one in files}
@@ -308,10 +335,18 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_needs_torch_einops_kornia_and_numpy(wheel: Path) -> None:
-    requirements = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata_of(wheel), flags=re.MULTILINE)
-    assert {name for name, rest in requirements if "extra ==" not in rest} == {"einops", "kornia", "numpy", "torch"}
+    assert sorted(re.split(r"\W", one)[0] for one in asked_for(wheel)) == ["einops", "kornia", "numpy", "torch"]
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata_of(wheel), flags=re.MULTILINE))
     assert extras >= {"examples", "test"}
+
+
+def test_the_wheel_names_the_pythons_that_the_tests_ran_on(wheel: Path) -> None:
+    rows = json.loads((ROOT / "tests" / "versions.json").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"^Classifier: Programming Language :: Python :: (3\.\d+)$", metadata_of(wheel), flags=re.MULTILINE
+    )
+    assert set(named) == {".".join(row["python"].split(".")[:2]) for row in rows}
+    assert f"\nRequires-Python: >={min(named, key=lambda one: int(one[2:]))}\n" in metadata_of(wheel)
 
 
 def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
@@ -324,7 +359,7 @@ def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> N
         "--disable-pip-version-check",
         "--root-user-action=ignore",
     ]
-    run_python("-m", "pip", "install", *quiet, "--target", str(target), str(wheel), cwd=tmp_path)
+    run(sys.executable, "-I", "-m", "pip", "install", *quiet, "--target", target, wheel, cwd=tmp_path)
     code = """
 import importlib, pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -340,7 +375,7 @@ loss.backward()
 print(loss.item(), (pathlib.Path(sys.argv[1]) / 'ssync_loss' / 'py.typed').exists())
 """
     modules = [one for one in all_modules() if one != "ssync_loss.testing.strategies"]
-    printed = run_python("-c", code, str(target), *modules, cwd=tmp_path)
+    printed = run(sys.executable, "-I", "-c", code, target, *modules, cwd=tmp_path)
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, 4, 6, 6) for _ in range(2)]
     loss = ssync_loss.SSyncLoss(merge_threshold=0.6).eval()(*maps)

@@ -68,7 +68,7 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
 ) -> None:
     attention, slots = sample(*shape, dtype=torch.float64, seed=seed)
     if twins:
-        # as similar as can be, and equally far from uniform
+        # equal slots, equally far from uniform
         attention = attention.detach().clone()
         attention[:, :, -1], slots[:, :, -1] = attention[:, :, 0], slots[:, :, 0]
     expected = step_of(reference_slot_redundancy_loss, attention, slots, num_picked=num_picked)
@@ -80,7 +80,7 @@ def test_the_less_decided_slot_of_the_most_similar_pair_is_picked() -> None:
     far, near = torch.tensor([[9.0, 2.0, 3.0, 0.0]]), torch.tensor([[9.0, 3.0, 2.0, 0.0]])
     assert redundant_slots(far, slots, num_picked=1).tolist() == [[1]]
     assert redundant_slots(near, slots, num_picked=1).tolist() == [[2]]
-    # then of 0 and 2 the latter, and of 0 and 3 the latter; 0 has no partner left
+    # then 2 of the pair (0, 2), and 3 of (0, 3); 0 remains
     assert redundant_slots(far, slots, num_picked=9).tolist() == [[1, 2, 3]]
 
 
@@ -137,7 +137,7 @@ class TestContract(LossContract):
 
     def case(self) -> Case:
         attention, slots = sample()
-        # nearly empty patches have no second derivative that can be measured
+        # the second derivative of nearly empty patches cannot be measured
         attention = attention.sqrt()
         return Case(self.make(), {"attention": attention}, {"slots": slots})
 

@@ -89,7 +89,7 @@ class TestGoldenFiles:
 
 
 def closure(links: Tensor) -> Tensor:
-    """Reachability (S, S) by asking for every middle slot, the schoolbook way."""
+    """Reachability (S, S) by Warshall's algorithm."""
     reach = links | torch.eye(len(links), dtype=torch.bool)
     for middle in range(len(links)):
         reach = reach | (reach[:, middle, None] & reach[middle])
@@ -257,7 +257,7 @@ class TestSlotOverlap:
         assert self.overlap([[2.0, 2.0]], [[2.0, 0.0]]) == [[0.0, 0.0], [0.0, 1.0]]
 
     def test_minus_infinity(self) -> None:
-        # throughout: inactive; once: the mean is -inf and every other patch exceeds it
+        # -inf everywhere: inactive; -inf once: the mean is -inf and every other patch exceeds it
         never, once = [[-INF, -INF, -INF]], [[-INF, 0.0, -9.0]]
         assert self.overlap(never, once, [[0.0, 1.0, 1.0]]) == [[0, 0, 0], [0, 1, 1], [0, 1, 1]]
 

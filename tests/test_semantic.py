@@ -118,7 +118,7 @@ def test_features_without_a_direction_are_finite(eps: float, marginals: Any) -> 
         loss, gradient = step(case, eps=eps, marginals=marginals)
         assert loss.isfinite()
         assert gradient.isfinite().all()
-    # without any weight nothing is asked for
+    # a frame without weight has no target
     assert (loss == 0) == (marginals == "l1")
     assert gradient.any() == (marginals == "uniform")
 
@@ -147,7 +147,7 @@ def test_extreme_entropies_are_finite_and_right(eps: float) -> None:
 
 
 def peak_in_kernels(frames: int, **given: Any) -> float:
-    """Peak of a step, in kernels (B, N, N)."""
+    """Peak memory of a step, in kernels (B, N, N)."""
     case = sample(2, frames, 2, 16, 16, channels=3)
     with Meter(case) as meter:
         step(case, **given)
@@ -213,7 +213,7 @@ class TestContract(LossContract):
 
 
 class TestInLogarithms(TestContract):
-    """A small entropy takes another way."""
+    """A small entropy uses logarithms."""
 
     knobs: ClassVar = {"eps": 0.01, "iters": 2, "marginals": "uniform", "pool": 2, "chunk_size": None}
     settings: ClassVar = {"eps": 0.02, "iters": 3, "marginals": "l1", "pool": 1}

@@ -87,7 +87,7 @@ def test_two_stages_are_those_of_the_slow_definition(
 def test_hard_gates_are_those_of_the_slow_definition(gate: Any, gate_thr: float) -> None:
     module, (features, noise) = attention(gate=gate, gate_thr=gate_thr), sample(1, 1, 3, 4)
     actual = module(features, noise)
-    # nobody is shut out, and the 1e-8 of hard gates is all that differs
+    # all gates are open, and only the 1e-8 of hard gates differs
     logits = actual.logits.softmax(2) if gate == "prob" else actual.logits
     open_ = logits > gate_thr
     assert open_.flatten(3).any(3).all()
@@ -140,7 +140,7 @@ def test_sigma_starts_at_about_one() -> None:
 
 def test_only_the_last_step_and_the_start_get_a_gradient() -> None:
     module, (features, noise) = attention(), sample()
-    # a step from where the slots are, with the start added to it, as a constant
+    # a step from the present slots, with the gradient of the initial ones
     frames = module.norm_features(features.flatten(0, 1).flatten(2).mT)
     keys, values = module.to_k(frames), module.to_v(frames)
     start = module.mu.expand(len(frames), 1, -1, -1)
@@ -160,7 +160,7 @@ def test_a_single_step_is_differentiated_whole() -> None:
     module, (features, noise) = attention(iters=1), sample(1, 1, 2, 3)
     found = module(features, noise).slots.square().sum()
     (actual,) = torch.autograd.grad(found, module.mu)
-    # the slow definition cuts nothing out of the gradient
+    # the slow definition has the whole gradient
     mu = module.mu.detach().requires_grad_()
     slots, _ = reference_slot_attention(mu, features[0, 0].flatten(1).T, module.state_dict(), iters=1)
     torch.testing.assert_close(actual, torch.autograd.grad(slots.square().sum(), mu)[0])

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from limits import MAPPING_IN_A_GRAPH
 from ssync_loss import SSyncLoss
 from ssync_loss.adapters import LogitTap, OutputTap, SlotMaps
 
@@ -66,9 +67,7 @@ class TestPair:
         maps, criterion = pair(**masks), SSyncLoss().eval()
         assert torch.equal(criterion(**maps, step=3), criterion(*maps, step=3, **masks))
 
-    @pytest.mark.skipif(
-        not hasattr(torch._dynamo.variables, "UserDefinedTupleVariable"), reason="this compiler makes no such tuples"
-    )
+    @MAPPING_IN_A_GRAPH
     @pytest.mark.compiles
     def test_traces(self, masks: dict[str, Tensor]) -> None:
         def function(enc_logits: Tensor, dec_logits: Tensor, **masks: Tensor) -> tuple[dict[str, Tensor], SlotMaps]:

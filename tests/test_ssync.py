@@ -1,4 +1,4 @@
-"""The modules: settings, terms, schedule, warnings, gradients, labels handed over."""
+"""The modules: settings, terms, schedule, warnings, gradients, given labels."""
 
 import inspect
 import linecache
@@ -99,14 +99,14 @@ def test_terms_are_tensors_of_known_types() -> None:
 
 def test_terms_count_their_regions_and_carry_the_merged_labels() -> None:
     enc, dec = sample_maps()
-    # a slot that is active wherever the first one is, and nowhere the strongest
+    # a slot that is active where the first one is, but wins no patch
     enc = torch.cat([enc, enc[:, :, :1] - 0.5], 2)
     dec = torch.cat([dec, dec[:, :, :1] + 9.0], 2)
     terms = SSyncLoss().terms(enc, dec)
     assert torch.equal(terms.num_boundary, terms.labels.boundary.sum())
     assert torch.equal(terms.num_interior, terms.labels.interior.sum())
     assert terms.labels.representative.tolist() == [[0, 1, 2, 3, 0]] * 2
-    # slot 4 wins everywhere in the decoder's map and speaks as slot 0
+    # slot 4 wins everywhere in the decoder's map; its representative is slot 0
     assert not terms.labels.dec_labels.any()
     assert_same_labels(terms.labels, pseudo_labels(enc, dec))
 
@@ -192,7 +192,7 @@ def test_before_the_start_the_total_is_an_attached_zero_whatever_the_maps_hold(m
     total = result if method == "forward" else result.total
     assert total.item() == 0.0
     assert total.grad_fn is not None
-    # beside a host's loss, and through what made the maps
+    # with a host's loss, and through the layers that made the maps
     (total + 0.0 * torch.nan_to_num(enc).sum()).backward()
     for one in (enc, dec):
         assert one.grad is not None
@@ -272,7 +272,7 @@ def test_nobody_is_warned_who_does_not_train() -> None:
         assert caught(criterion.train(), enc, dec) == []
     with torch.inference_mode():
         assert caught(criterion, enc, dec) == []
-    # none of these counted as the one time
+    # none of these has warned
     assert len(caught(criterion, enc, dec)) == 1
 
 
@@ -313,7 +313,7 @@ def test_terms_can_be_added_by_hand() -> None:
     enc, dec = sample_maps()
     expected = gradients(SSyncLoss(boundary_weight=2.0, interior_weight=0.5)(enc, dec), enc, dec)
     terms = SSyncLoss().terms(enc, dec)
-    # a term may enter twice, beside the total
+    # a term may be added to the total once more
     actual = gradients(terms.total + terms.boundary - 0.5 * terms.interior, enc, dec)
     for one, other in zip(actual, expected, strict=True):
         assert one is not None

@@ -1,13 +1,17 @@
-"""What every loss must do, of the three modules of SSync, by plain torch and by the C library."""
+"""The contract of every loss, for the three modules of SSync, with plain torch and with the C library."""
 
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
 from contract import NAN, Case, LossContract
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss
+
+# the contract tries masks that leave nothing
+pytestmark = pytest.mark.filterwarnings("ignore:.*`slot_mask` leaves")
 
 # settings of labels and criteria, other than those of the case
 LABELS: dict[str, Any] = {"merge_threshold": 0.2}
@@ -27,7 +31,7 @@ class SSyncContract(LossContract):
     twice_differentiable: ClassVar = True
     knobs: ClassVar = {"criterion": "cross_entropy"}
     inert: ClassVar = {"grid": (3, 4), "axes": "b t s h w", "backend": "auto"}
-    # arguments that get gradients, and others than maps and masks
+    # arguments with gradients, and arguments besides maps and masks
     taught: ClassVar[tuple[str, ...]]
     more: ClassVar[dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""Temporal slot contrast: published numbers, the slow definition, what moves it and what does not, bad input."""
+"""Temporal slot contrast: published numbers, the slow definition, invariances, bad input."""
 
 import math
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ NEGATIVES = pytest.mark.parametrize("negatives", ["batch", "video"])
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Return slots (B, T, S, D) that stay much the same over time."""
+    """Return slots (B, T, S, D) that change little over time."""
     clips, frames, num_slots, channels = shape or (2, 3, 4, 5)
     generator = torch.Generator().manual_seed(seed)
     still = torch.randn(clips, 1, num_slots, channels, generator=generator, dtype=torch.float64)
@@ -77,8 +77,8 @@ def test_a_slot_that_is_found_again_costs_what_the_others_leave() -> None:
 
 
 def test_the_scale_of_the_supervised_kind_is_its_temperature_over_the_published_one() -> None:
-    # one slot in four frames: frames 0 and 3 know one positive, which is all there is: log 1 = 0; frames 1 and 2
-    # know two alike: log 2
+    # one slot in four frames: frames 0 and 3 have one positive and nothing else, log 1 = 0; frames 1 and 2
+    # have two equal ones, log 2
     slots = torch.ones(1, 4, 1, 2)
     for temperature in (0.07, 0.14, 1.0):
         loss = temporal_slot_contrast_loss(slots, kind="supervised", temperature=temperature)

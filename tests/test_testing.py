@@ -51,14 +51,14 @@ Drawn = TypeVar("Drawn")
 
 @pytest.fixture(autouse=True)
 def _the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep hypothesis from drawing constants of whatever modules other tests have loaded."""
+    """Keep hypothesis from drawing constants of the modules that other tests load."""
     monkeypatch.setattr(providers, "_get_local_constants", Constants)
 
 
 def tally(
     strategy: st.SearchStrategy[Drawn], count: Callable[[Drawn], dict[str, int]], examples: int = 40
 ) -> Counter[str]:
-    """Draw examples, always the same, and add up what is counted in each."""
+    """Draw the same examples every time, and add up counts of each."""
     totals: Counter[str] = Counter()
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
@@ -197,7 +197,7 @@ class TestSlotGraphs:
 
 
 def longest_detour(overlap: Tensor, threshold: float | None) -> int:
-    """Return how many links two slots of one group can be apart."""
+    """Return the largest number of links between two slots of a group."""
     if threshold is None:
         return 0
     links = overlap > torch.tensor(threshold)

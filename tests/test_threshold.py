@@ -21,7 +21,7 @@ from ssync_loss.diagnostics import (
 from ssync_loss.testing import SSyncCase, reference_pseudo_labels, reference_slot_overlap, ssync_cases
 
 few = settings(max_examples=25, deadline=None)
-# off every small fraction, so that no rounding decides
+# far from small fractions, so that rounding does not decide
 KEEP = st.sampled_from([0.3183098862, 0.6180339887, 0.9091909391])
 
 
@@ -40,12 +40,12 @@ def row(*slots: list[float]) -> Tensor:
     return torch.tensor(slots)[None, None, :, None]
 
 
-# --- what it is checked against: every threshold that matters, one after the other ---
+# --- the slow search: every threshold that matters, one after the other ---
 
 
 def slow_explained(case: SSyncCase, features: Tensor, threshold: float | None) -> float:
     labels = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold).enc_labels
-    # what is not valid has a label all the same, and a clip without slots has no valid patch
+    # invalid patches have labels, too, and a clip without slots has no valid patch
     valid = torch.ones_like(labels, dtype=torch.bool)
     if case.valid is not None:
         valid = valid & (case.valid if case.valid.dim() == 4 else case.valid[:, :, None, None])
@@ -60,7 +60,7 @@ def test_no_lower_threshold_keeps_enough(case: SSyncCase, seed: int, keep: float
     features = features_of(case.enc_logits, seed)
     overlap = reference_slot_overlap(case.enc_logits, valid=case.valid, slot_mask=case.slot_mask)
     levels = sorted({0.0, *overlap.triu(1).flatten().tolist()})
-    # equal overlaps that were rounded apart
+    # equal overlaps with different rounding
     assume(all(high - low > 1e-6 for low, high in pairwise(levels)))
     advice = advise(case.enc_logits, case.dec_logits, features, keep=keep, valid=case.valid, slot_mask=case.slot_mask)
     whole = slow_explained(case, features, None)
@@ -69,7 +69,7 @@ def test_no_lower_threshold_keeps_enough(case: SSyncCase, seed: int, keep: float
         assert advice.threshold == 1
         return
     kept = [slow_explained(case, features, level) for level in levels]
-    # the more is merged, the less is explained
+    # more merging explains less
     assert all(low <= high + 1e-6 for low, high in pairwise(kept))
     lowest = next(number for number, one in enumerate(kept) if one >= keep * whole - 1e-9)
     above = [*levels[1:], 1.0][lowest]
@@ -136,7 +136,7 @@ def test_all_that_overlaps_is_merged_where_nothing_must_be_kept() -> None:
 
 
 def test_pairs_that_tie_are_merged_together_or_not_at_all() -> None:
-    # 0 and 1 overlap as 2 and 3 do; the first two hold other features, the last two the same
+    # 0 and 1 overlap as much as 2 and 3; the first two have different features, the last two equal ones
     enc = row([9.0, 0, 0, 0], [8.0, 9, 0, 0], [0, 0, 9.0, 0], [0, 0, 8.0, 9])
     advice = advise(enc, enc.clone(), row([0.0, 4.0, 9.0, 9.0]), keep=1.0)
     assert advice.threshold == pytest.approx((1 / 2 + 1) / 2)
@@ -144,7 +144,7 @@ def test_pairs_that_tie_are_merged_together_or_not_at_all() -> None:
 
 
 def test_slots_that_lie_on_each_other_may_be_worth_keeping() -> None:
-    # an overlap of 1 is merged by no threshold of 1
+    # a threshold of 1 does not merge an overlap of 1
     enc = row([9.0, 8.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0])
     advice = advise(enc, enc.clone(), row([0.0, 6.0, 3.0, 3.0]), keep=0.5)
     assert (advice.threshold, advice.pairs.tolist(), advice.groups.tolist()) == (1.0, [0], [3])

@@ -1,4 +1,4 @@
-"""Pictures by hand, pixel by pixel, and what must hold of any of them."""
+"""Pictures by hand, pixel by pixel, and properties of all pictures."""
 
 import math
 from itertools import pairwise
@@ -133,7 +133,7 @@ def test_an_outline_is_the_rim_of_a_region_and_closes_at_the_frame() -> None:
     rim = [[9, 9, 9, 9, 9], [9, 0, 0, 0, 9], [9, 0, 0, 0, 9], [9, 0, 0, 0, 9], [9, 9, 9, 9, 9]]
     assert picture[0, 0, 0].tolist() == [line + [0] * 5 for line in rim]
     assert (picture[0, 0, :, 0, 0]).tolist() == [9, 8, 7]
-    # a wider one grows inward, and an empty region has none
+    # a wider line grows inward, and an empty region has none
     wide = outline(torch.zeros(1, 1, 3, 6, 6), region[..., :1], width=2)[0, 0, 0]
     assert (wide == 255).sum() == 36 - 4
     assert (wide[2:4, 2:4] == 0).all()
@@ -171,11 +171,11 @@ def test_a_filmstrip_lays_frames_side_by_side() -> None:
 def test_a_histogram_has_bars_like_roots_and_a_line() -> None:
     picture = histogram(torch.tensor([16, 4, 0, 1], dtype=torch.uint8), at=0.5, height=8, width=2)
     blue, orange = (torch.tensor(one, dtype=torch.uint8)[:, None] for one in (ENCODER_TAUGHT, DECODER_TAUGHT))
-    # the line of 0.5 is the first column of the third bin
+    # the line at 0.5 is the first column of the third bin
     assert (picture[:, :, 4] == orange).all()
     filled = (picture == blue.unsqueeze(2)).all(0)
     assert filled.sum(0).tolist() == [8, 8, 4, 4, 0, 0, 2, 2]
-    # bars stand on the ground
+    # bars start at the bottom
     assert (filled.int().diff(dim=0) >= 0).all()
     assert (picture[:, ~filled][:, picture[1, ~filled] != DECODER_TAUGHT[1]] == 255).all()
     assert (histogram(torch.zeros(3, dtype=torch.int64)) == 255).all()
@@ -226,7 +226,7 @@ def test_scale_enlarges_every_pixel_of_the_video() -> None:
     video, maps = noise_video(1, 2, 3, 6, 9), noise_maps(1, 2, 3, 3, 3)
     small, large = panel(video, *maps, gap=0), panel(video, *maps, gap=0, scale=3)
     assert large.shape == (1, 3, 5 * 18, 2 * 27)
-    # the lines around disagreements grow with the frames too, all else is the same pixels thrice
+    # lines around disagreements are scaled with the frames; all else is the same pixels three times
     enlarged = small.repeat_interleave(3, 2).repeat_interleave(3, 3)
     assert torch.equal(large, enlarged)
 

@@ -1,6 +1,6 @@
-"""Asks in two processes: python two_adaptive.py RANK FOLDER.
+"""Trains the adaptive loss in two processes: python two_adaptive.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: the state it ends with, and how many numbers were sent.
+Each rank writes FOLDER/RANK.pt: its last state, and how many numbers were sent.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from sample_maps import sample_maps
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 
 STEPS = 4
-# clips of each rank
+# clips a rank
 SHARES = [slice(0, 1), slice(1, 4)]
 
 
 def scene(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maps, features and valid patches of a step: in the first clip the encoder is right, in the others the decoder.
+    """Maps, features and valid patches of a step: the encoder is right in the first clip, the decoder in the others.
 
-    Later the second rank's features are constant, then NaN, then nothing is valid there.
+    Later the second rank's features are constant, then NaN, then no patch is valid.
     """
     enc, dec = sample_maps(4)
     features = torch.stack([enc[0], *dec[1:]]).detach().clone()

@@ -1,6 +1,6 @@
 """Moves centers in two processes: python two_centers.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: the centers it ends with, the losses on the way, and how many numbers were sent.
+Each rank writes FOLDER/RANK.pt: its last centers, its losses, and how many numbers were sent.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def scene() -> dict[str, Tensor]:
 
 
 def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = None) -> dict[str, Tensor]:
-    """Return the centers after two steps of every kind, and the losses met on the way."""
+    """Return the centers after two steps of every kind, and the losses."""
     found = {}
     for kind in ("explicit", "masked", "frames", "pairs"):
         criterion = CenteredCrossEntropy(NUM_PROTOTYPES, m_c=0.7, all_reduce=all_reduce, group=group)
@@ -57,7 +57,7 @@ def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = 
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    """Return the moves of one rank, with the other and by itself."""
+    """Return the moves of one rank, with the other and alone."""
     sent: list[int] = []
     all_reduce = dist.all_reduce
 

@@ -20,7 +20,7 @@ NUM_CLIPS = 4
 MASKED = torch.ones(NUM_CLIPS, 2, 5, 12, dtype=torch.bool)
 MASKED[0, :, 1:4] = False
 MASKED[3, 1] = False
-# the second process has nothing to learn from
+# the second process selects nothing
 HALF = torch.ones(NUM_CLIPS, 2, dtype=torch.bool)
 HALF[2:] = False
 SLOTS = torch.tensor([[True] * 4, [True, True, False, False], [True, True, True, False], [False, True, True, True]])
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
 
 
 class Host(nn.Module):
-    """A model of both maps with parameters of its own: it mixes the slots of given maps."""
+    """A model of both maps that mixes the slots of given maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def one_rank(rank: int, *, use_global_mean: bool) -> dict[str, Any]:
 
 
 def uneven(rank: int) -> dict[str, Any]:
-    """A batch of one clip beside a batch of three, and a group that is named."""
+    """Batches of one clip and of three clips, and a named group."""
     share = slice(0, 1) if rank == 0 else slice(1, NUM_CLIPS)
     model = DistributedDataParallel(Host())
     enc, dec = model(*(maps[share] for maps in scene()))

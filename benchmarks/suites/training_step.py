@@ -1,213 +1,136 @@
-"""The share of a training step that the loss takes."""
+"""The share of a training step that the loss takes: of the example, and of a model of the published size."""
 
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from examples.checkpoint import Settings
 from examples.slot_model import SlotModel, reconstruction_loss, slot_contrast_loss
 from torch import Tensor, nn
 
-from benchmarks.contenders import CONTENDERS, TWO_THREADS, Contender, ssync_contender, ssync_criterion
-from benchmarks.memory import peak_memory
-from benchmarks.results import Row, RowId, Spread, values_to_json
-from benchmarks.session import Options, Session, Task
-from benchmarks.slot_video_model import PUBLISHED, SlotVideoModel, Workload, own_loss
-from benchmarks.timing import Samples, Work, clock_of, interleave
+from benchmarks.contenders import TWO_THREADS, name_of, ssync_criterion
+from benchmarks.counted import peak_memory
+from benchmarks.plan import Job, Options
+from benchmarks.results import Key, Spread, Values
+from benchmarks.slot_video_model import PUBLISHED, published_model
+from benchmarks.timing import Work, clock_of, interleave, over
 
 SUITE = "training_step"
-MODULE = "benchmarks.suites.training_step"
 EXAMPLE = "the example"
 # of the example: twelve by twelve patches with 24 features
-EXAMPLE_SHAPE = {"T": 4, "S": 9, "H": 12, "W": 12}
+SETTINGS = Settings(data="", num_clips=0)
+EXAMPLE_SHAPE = {"B": SETTINGS.batch_size, "T": 4, "S": 9, "H": 12, "W": 12}
 EXAMPLE_FEATURES = 24
 
-
-class Parts(NamedTuple):
-    """A model's step, taken apart.
-
-    Attributes:
-        model: what is trained.
-        maps_and_loss: a forward: both maps, and the model's own loss.
-        learning_rate: of Adam.
-    """
-
-    model: nn.Module
-    maps_and_loss: Callable[[], tuple[Tensor, Tensor, Tensor]]
-    learning_rate: float
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-def plan(options: Options) -> list[Task]:
-    """Plan a row for every contender in the example, and for the first, whose share of a long step is of interest."""
-    first, *_ = everyone = [one.name for one, _ in contenders_of(options)]
+# a model, and a forward that gives both maps and the model's own loss
+Parts = tuple[nn.Module, Callable[[], tuple[Tensor, Tensor, Tensor]]]
+
+
+def plan(options: Options) -> list[Job]:
+    """Plan a row for everyone in the example, and for the first, whose share of a long step is of interest."""
+    names = [name_of(one) for one in options.backends]
+    pairs = [(EXAMPLE, one) for one in names]
+    pairs += [(case, names[0]) for case in (["MOVi-C"] if options.quick else PUBLISHED)]
     if options.device == "cpu":
-        everyone.insert(1, first + TWO_THREADS)
-    published = ["MOVi-C"] if options.quick else PUBLISHED
-    return [_task(EXAMPLE, name, options) for name in everyone] + [_task(case, first, options) for case in published]
+        pairs.insert(1, (EXAMPLE, names[0] + TWO_THREADS))
+    jobs = []
+    for case, name in pairs:
+        shape = EXAMPLE_SHAPE if case == EXAMPLE else {axis: PUBLISHED[case][axis] for axis in "BTSHW"}
+        if options.quick and case != EXAMPLE:
+            # an eighth of one clip: more would be most of the rehearsal
+            shape = shape | {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
+        key = Key(SUITE, case, name, tuple(shape.items()), "float16" if options.device == "cuda" else "float32")
+        jobs.append(Job(share, [key], "share", threads=2 if name.endswith(TWO_THREADS) else None, alone=True))
+    return jobs
 
 
-def contenders_of(options: Options) -> list[tuple[Contender, str]]:
-    """Return who takes part, and in which dtype."""
-    return [(ssync_contender(backend), _dtype(options)) for backend in options.backends]
-
-
-def _task(case: str, name: str, options: Options) -> Task:
-    shape = _published_shape(case)
-    if options.quick and case != EXAMPLE:
-        # an eighth of one clip: more would be most of the rehearsal
-        shape |= {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
-    key = RowId.of(SUITE, case, name, "share", shape, _dtype(options))
-    contender = name.removesuffix(TWO_THREADS)
-
-    def run(session: Session) -> None:
-        stopped = session.stopped_at_gate(contender)
-        if stopped is not None:
-            session.add(session.row(key, stopped))
-            return
-        batch = largest = key.sizes["B"]
-        if case != EXAMPLE and batch > 1:
-            tried = session.call(f"{MODULE}:try_step", plain=True, case=case, shape=shape, device=options.device)
-            if tried.status != "measured":
-                session.add(session.row(key, tried))
-                return
-            # what one clip takes bounds what more take, clip for clip
-            affordable = min(options.time_cap / tried.value["seconds"], options.memory_cap / tried.value["bytes"])
-            while batch > 1 and batch > affordable:
-                batch //= 2
-        outcome = session.call(
-            f"{MODULE}:measure",
-            plain=True,
-            alone=True,
-            threads=2 if name.endswith(TWO_THREADS) else None,
-            case=case,
-            contender=contender,
-            shape=shape | {"B": batch},
-            device=options.device,
-            budget=options.budget,
-        )
-        row = session.row(key, outcome)
-        fewer = f"{batch} of {largest} clips: memory and time of this machine" if batch < largest else ""
-        session.add(Row(key, row.status, row.note or fewer, row.values))
-
-    return Task([key], run)
-
-
-def _dtype(options: Options) -> str:
-    return "float16" if options.device == "cuda" else "float32"
-
-
-def _published_shape(case: str) -> dict[str, int]:
-    if case == EXAMPLE:
-        return {"B": Settings(data="", num_clips=0).batch_size, **EXAMPLE_SHAPE}
-    one = PUBLISHED[case]
-    return {"B": one.batch, "T": one.frames, "S": one.slots, "H": one.height, "W": one.width}
-
-
-def try_step(case: str, shape: dict[str, int], device: str) -> dict[str, float]:
-    """Take a step on one clip: what it costs."""
-    parts = _parts(case, shape | {"B": 1}, device)
-    take = _step(parts, None, device)
-    clock = clock_of(device)
-
-    def once() -> list[float]:
-        marks = take(clock.mark)
-        clock.wait()
-        return [clock.seconds(marks[0], marks[1])]
-
-    # optimizer state and weights count, too
-    return {"bytes": peak_memory(once, device)["allocated"], "seconds": once()[0]}
-
-
-def measure(case: str, contender: str, shape: dict[str, int], device: str, budget: float) -> dict[str, Any]:
+def share(keys: Sequence[Key], options: Options) -> list[Values]:
     """Time a step without the loss, with it, and the loss alone on the maps of such a step, in turn."""
-    criterion = ssync_criterion(CONTENDERS[contender])
-    parts = _parts(case, shape, device)
+    (key,) = keys
+    criterion, device = ssync_criterion(key.contender), options.device
+    batch = affordable(key, options)
+    parts = _parts(key.case, key.sizes | {"B": batch}, device)
     with _precision(device):
-        enc, dec, _ = parts.maps_and_loss()
+        enc, dec, _ = parts[1]()
     # detached, they keep their strides
     maps = [one.detach().requires_grad_() for one in (enc, dec)]
     one = torch.ones((), device=device)
 
-    def alone(mark: Callable[[], Any]) -> list[Any]:
-        before = mark()
+    def alone() -> None:
         with _precision(device):
             loss = criterion(*maps)
         torch.autograd.grad(loss, maps, grad_outputs=one)
-        return [before, mark()]
 
-    works: dict[str, Work] = {
-        "without": _step(parts, None, device),
-        "with": _step(parts, criterion, device),
-        "alone": alone,
-    }
-    samples = interleave(works, clock_of(device), budget=budget)
-    with_loss, without = samples["with"], samples["without"]
-    return values_to_json(
+    works = {"without": step_of(parts, None, device), "with": step_of(parts, criterion, device), "alone": alone}
+    rounds = interleave({name: Work(call) for name, call in works.items()}, clock_of(device), options.budget)
+    pairs = zip(rounds["with"], rounds["without"], strict=True)
+    return [
         {
-            **{name: sample.whole() for name, sample in samples.items()},
-            "share": samples["alone"].over(with_loss),
-            "difference": _difference(with_loss, without),
-            "batch": shape["B"],
+            **{name: Spread.of(seconds) for name, seconds in rounds.items()},
+            "share": over(rounds["alone"], rounds["with"]),
+            # how much longer a step with the loss took, as a share of it, round by round
+            "difference": Spread.of([(longer - shorter) / longer for longer, shorter in pairs]),
+            "batch": batch,
         }
-    )
+    ]
 
 
-def _difference(with_loss: Samples, without: Samples) -> Spread:
-    """Summarize how much longer a step with the loss took, as a share of it, round by round."""
-    pairs = zip(with_loss.per_round(), without.per_round(), strict=True)
-    return Spread.of([(longer - shorter) / longer for longer, shorter in pairs])
+def affordable(key: Key, options: Options) -> int:
+    """Return the clips of a step that time and memory allow: what one takes bounds what more take, clip for clip."""
+    batch = key.sizes["B"]
+    if key.case == EXAMPLE or batch == 1:
+        return batch
+    seconds, num_bytes = one_clip(key, options.device)
+    clips = min(options.time_cap / seconds, options.memory_cap / num_bytes)
+    while batch > 1 and batch > clips:
+        batch //= 2
+    return batch
+
+
+def one_clip(key: Key, device: str) -> tuple[float, int]:
+    """Return the seconds and the bytes of a step on one clip; optimizer state and weights count, too."""
+    take = step_of(_parts(key.case, key.sizes | {"B": 1}, device), None, device)
+    num_bytes = peak_memory(take, device)["allocated"]
+    return timeit.timeit(take, timer=clock_of(device).read, number=1), num_bytes
 
 
 def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
     torch.manual_seed(0)
-    if case == EXAMPLE:
-        return _example(shape, device)
     clips, frames, slots, height, width = (shape[axis] for axis in "BTSHW")
-    workload = Workload(clips, frames, slots, height, width, PUBLISHED[case].feature_dim)
-    model = SlotVideoModel(workload).to(device)
-    features = torch.randn(clips, frames, height * width, workload.feature_dim).to(device)
+    dim = EXAMPLE_FEATURES if case == EXAMPLE else PUBLISHED[case]["D"]
+    model = SlotModel(slots, feature_dim=dim) if case == EXAMPLE else published_model(slots, height * width, dim)
+    model, features = model.to(device), torch.randn(clips, frames, dim, height, width).to(device)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
         output = model(features)
-        return output.enc_logits, output.dec_logits, own_loss(output, features)
-
-    return Parts(model, forward, 8e-4)
-
-
-def _example(shape: dict[str, int], device: str) -> Parts:
-    settings = Settings(data="", num_clips=0)
-    model = SlotModel(shape["S"], feature_dim=EXAMPLE_FEATURES).to(device)
-    clips, frames, height, width = (shape[axis] for axis in "BTHW")
-    features = torch.randn(clips, frames, EXAMPLE_FEATURES, height, width).to(device)
-
-    def forward() -> tuple[Tensor, Tensor, Tensor]:
-        output = model(features)
-        loss = reconstruction_loss(output, features) + settings.contrast_weight * slot_contrast_loss(output.slots)
+        loss = reconstruction_loss(output, features) + SETTINGS.contrast_weight * slot_contrast_loss(output.slots)
         return output.enc_logits, output.dec_logits, loss
 
-    return Parts(model, forward, settings.learning_rate)
+    return model, forward
 
 
-def _step(parts: Parts, criterion: Callable[[Tensor, Tensor], Tensor] | None, device: str) -> Work:
+def step_of(parts: Parts, criterion: Criterion | None, device: str) -> Callable[[], None]:
     """Return a whole training step: forward, backward, clipping, Adam."""
-    optimizer = torch.optim.Adam(parts.model.parameters(), parts.learning_rate)
+    model, forward = parts
+    optimizer = torch.optim.Adam(model.parameters(), SETTINGS.learning_rate)
     # half precision on a GPU, as published
     scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
 
-    def step(mark: Callable[[], Any]) -> list[Any]:
-        before = mark()
+    def step() -> None:
         with _precision(device):
-            enc, dec, loss = parts.maps_and_loss()
+            enc, dec, loss = forward()
             if criterion is not None:
                 loss = loss + criterion(enc, dec)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parts.model.parameters(), 0.05)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         scaler.step(optimizer)
         scaler.update()
-        return [before, mark()]
 
     return step
 

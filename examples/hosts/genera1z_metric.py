@@ -5,7 +5,7 @@ In a configuration, with ``learn`` the host's ``object_centric_bench.learn``::
     from object_centric_bench import learn
 
     SSyncMetric, SSyncMaps = for_host(learn)
-    loss_fn_t["ssync"] = loss_fn_v["ssync"] = ssync_term(SSyncMetric, start_step=15000)
+    loss_fn["ssync"] = ssync_term(SSyncMetric, start_step=15000)  # in xSSC's, loss_fn_t and loss_fn_v
     callback_t.insert(1, dict(type=SSyncMaps))
     callback_v.insert(1, dict(type=SSyncMaps))
 
@@ -25,7 +25,7 @@ from ssync_loss.adapters import attach
 def for_host(learn: Any) -> tuple[type, type]:
     """Return a metric and a callback of the host's own kinds."""
 
-    class SSyncMetric(learn.Metric):  # type: ignore[misc]
+    class SSyncMetric(learn.metric.Metric):  # type: ignore[misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__()
             self.criterion = SSyncLoss(**settings)

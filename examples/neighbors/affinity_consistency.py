@@ -1,25 +1,25 @@
-"""INO's affinity consistency (Pan et al., ACM MM 2022): do the tokens of an object hold together over time?
+"""INO's affinity consistency (Pan et al., ACM MM 2022): do the tokens of an object stay similar over time?
 
     python examples/neighbors/affinity_consistency.py                  # one seed, under four minutes on one core
     python examples/neighbors/affinity_consistency.py --seeds 0 1 2    # mean ± sd over three
     python examples/neighbors/affinity_consistency.py --table examples/neighbors/results/affinity_consistency.json
 
-The encoder's tokens are trained for reconstruction alone, and may forget what tells objects apart. With one line more,
-the patches of a frame are as affine to those of the next as a moving average of the encoder finds them. It is measured
-as in the publication: the true labels of the first frame are carried through a clip by the affinities of tokens alone,
-and scored with J&F, as in video object segmentation. As a reference the frozen input features carry them, too.
+The encoder's tokens are trained for reconstruction alone, and may forget how objects differ. One line more teaches the
+tokens of consecutive frames the affinities that a moving average of the encoder finds. As published, the affinities of
+tokens then propagate the true labels of the first frame through a clip, and J&F scores the result. The frozen input
+features are the reference.
 
-The published student sees frames in part, with masked patches, and its features are the logits of a prototype head.
-Here it sees a crop of every frame, each frame its own, and the features are the tokens. The encoder looks at patches
-one by one, so it could not guess a masked one from others. And without crops there is a way around the task: tokens
-that tell nothing but their place are affine to the same place of all frames, and so are those of their teacher. On
-development clips tokens then carried labels worse than without the loss. A place in a crop tells no place in the frame.
+The published student sees masked frames, and its features are the logits of a prototype head. Here it sees a random
+crop of every frame, and the features are the tokens: this encoder sees single patches, so it could not guess a masked
+one. Without crops there is a shortcut. Tokens that only know their position have high affinity to the same position of
+all frames, and so have the teacher's. On development clips such tokens propagated labels worse than without the loss.
+A position in a crop is no position in the frame.
 
-What comes of the crops alone? Another run has the same crops and the same teacher, but looks at no affinities and at
-no second frame: the token of a patch agrees with the teacher's of that patch.
+What do the crops do alone? Another run has the same crops and the same teacher, but no affinities and no second frame:
+the token of a patch is compared with the teacher's token of that patch.
 
-The size of the crops and both weights were chosen on development clips with seed 0, and how labels are carried by what
-serves the frozen features best there.
+The size of the crops and both weights were chosen on development clips with seed 0, the settings of the propagation by
+the frozen features there.
 """
 
 import sys
@@ -50,15 +50,12 @@ NUM_FRAMES = 8
 
 COLUMNS = (
     Column("J&F of tokens", "j_and_f", 3),
-    Column("J", "j", 3),
-    Column("F", "f", 3),
     Column("FG-ARI", "dec_fg_ari", 3),
-    Column("mBO", "dec_mbo", 3),
 )
 
 
 class Affinity(Method):
-    """Tokens of crops, as affine from frame to frame as a teacher that sees whole frames finds the same patches."""
+    """Tokens of crops learn the affinities of a teacher that sees whole frames."""
 
     weight = 0.01
     # of 12 patches
@@ -82,12 +79,12 @@ class Affinity(Method):
         return term
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:  # noqa: ARG002 (the same at all steps)
-        """Draw the teacher to the student."""
+        """Move the teacher toward the student."""
         self.teacher.update(self.model.encoder)
 
 
 class Agreement(Affinity):
-    """The same crops and teacher, but tokens are compared patch by patch."""
+    """The same crops and teacher, but a comparison patch by patch."""
 
     weight = 0.3
 
@@ -114,9 +111,9 @@ def crop(maps: Tensor, corners: Sequence[tuple[int, int]], side: int) -> Tensor:
 
 
 def carry(features: Tensor, ids: Tensor) -> Scores:
-    """Score labels of the first frame that features carry through clips; the first frame itself does not count.
+    """Score labels that features propagate from the first frame, which does not count itself.
 
-    Objects that it does not show cannot be carried: they are background.
+    Objects that are not in the first frame become background.
 
     Shape:
         features: (B, T, D, h, w). ids: (B, T, H, W), 0 for the background.
@@ -139,13 +136,13 @@ def carry(features: Tensor, ids: Tensor) -> Scores:
 
 @torch.no_grad()
 def score(model: SlotModel, data: EvaluationSet, threshold: float | None) -> Scores:
-    """Score the tokens by the labels that they carry, and the masks as they are."""
+    """Score the tokens by label propagation, and the masks."""
     assert data.ids is not None  # these clips have ground truth
     return evaluate(model, data, threshold) | carry(tokens_of(model.encoder, data.features), data.ids)
 
 
 def build(options: Options) -> tuple[Study, Tensor]:
-    """Make the clips, and say what is compared."""
+    """Make the clips and the study."""
     num_train, num_test = (48, 8) if options.quick else (1500, 100)
     features, featurize = training_clips(num_train)
     test = held_out(featurize, num_test, seed=TEST_SEED, num_frames=NUM_FRAMES)
@@ -153,9 +150,8 @@ def build(options: Options) -> tuple[Study, Tensor]:
     frozen = {f"frozen_{name}": value for name, value in carry(test.features, test.ids).items()}
     settings = Settings(data=DESCRIPTION, num_clips=num_train, slots=options.slots, steps=options.steps)
     study = Study(
-        title=f"Labels of the first frame, carried through fresh clips of {NUM_FRAMES} frames by tokens (J&F, J, F), "
-        "and masks of the decoder (FG-ARI and mBO of clips); trained on 4 frames. Carried by the frozen input "
-        f"features, J&F is {frozen['frozen_j_and_f']:.3f}.",
+        title=f"J&F of labels that tokens propagate through {NUM_FRAMES} frames, trained on 4; frozen features reach "
+        f"{frozen['frozen_j_and_f']:.3f}. FG-ARI of decoder masks.",
         methods={OWN: Method, AFFINITY: Affinity, AGREEMENT: Agreement},
         readings={"": lambda model: score(model, test, settings.threshold) | frozen},
         columns=COLUMNS,

@@ -1,4 +1,4 @@
-"""One small model trained in a few ways: what a method adds to it, what SSync adds, and what both do.
+"""One small model trained in a few ways: with a method, with SSync, and with both.
 
 Every example of this folder is a `Study`: the model with its own losses, the model with a method, and both again with
 SSync from 30 % of the training on. Runs with and without SSync share the steps before, to the bit.
@@ -18,8 +18,8 @@ import torch
 from examples.arguments import add_training_options, explained
 from examples.checkpoint import Settings, make_optimizer
 from examples.files import check_fields, must_be_ours, must_be_writable, read_json, write_text
-from examples.machine import check_origin, this_machine
-from examples.markdown import markdown, mean_sd, number
+from examples.machine import check_origin, machine_line, this_machine
+from examples.markdown import markdown, mean_sd
 from examples.slot_model import SlotModel, SlotOutput
 from examples.training import train
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ OWN, SSYNC = "own losses", "SSync"
 
 
 class Method:
-    """What a run does beside the model's own losses: this one, nothing. Methods override what they need.
+    """The additions of a run to the model's own losses, here none. Methods override some of them.
 
     Args:
-        model: the one that is trained.
+        model: the model to train.
         settings: of the training.
     """
 
@@ -42,7 +42,7 @@ class Method:
         self.model, self.settings = model, settings
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what is trained beside the model."""
+        """List parameters besides the model's."""
         return []
 
     def forward(self, features: Tensor) -> SlotOutput:
@@ -51,11 +51,11 @@ class Method:
         return output
 
     def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (for those who override)
-        """Compute what is added to the loss of a step."""
+        """Compute the term to add to the loss of a step."""
         return features.new_zeros(())
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
-        """Do what is to be done after the optimizer's step."""
+        """Do nothing after the optimizer's step."""
 
 
 class Column(NamedTuple):
@@ -71,16 +71,16 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and how it is read.
+    """The runs of a comparison, and their scores.
 
     Attributes:
-        title: of the table, a sentence.
-        methods: by name, what runs do beside the own losses; a run without, `OWN`, comes first.
-        readings: by name, how a trained model is scored; the name is put behind that of the run, "" for nothing.
-        columns: of the table. Milliseconds of a step are scores, too: "ms".
+        title: sentences above the table.
+        methods: by name; a run with the own losses alone, `OWN`, comes first.
+        readings: by name, functions that score a trained model; the name follows that of the run.
+        columns: of the table. Milliseconds of a step are a score, too: "ms".
         settings: of the training.
-        compared_with: by row of the table, the row that it is compared with where that is not the first.
-        alone: names of the methods that are run without SSync only.
+        compared_with: by run, the run that it is compared with if that is not the first.
+        alone: names of the methods that run only without SSync.
     """
 
     title: str
@@ -155,7 +155,7 @@ def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
         for run, line in runs:
             title = with_ssync(name) if line is not None else name
             run.train(features, until=settings.steps, criterion=line, title=f"seed {seed}, {title}")
-            # of the steps in which SSync is on, where it is
+            # of the steps from the start of SSync on
             ms = 1000 * median(run.times[settings.start_step :])
             for reading, measure in study.readings.items():
                 scores[title + reading] = measure(run.model) | {"ms": ms}
@@ -173,7 +173,7 @@ def with_ssync(name: str) -> str:
 
 @dataclass
 class StudyReport:
-    """The scores by seed, run and score, and what makes them credible."""
+    """The scores by seed, run and name, with settings and machine."""
 
     title: str
     columns: list[Column]
@@ -183,15 +183,15 @@ class StudyReport:
     compared_with: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write a JSON file."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "StudyReport":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
-            ValueError: if it is another file; it names the file and what was found.
+            ValueError: if it is another file; the message names it and what it holds.
         """
         content = read_json(path)
         parts = dict.fromkeys(("settings", "machine", "seeds", "compared_with"), dict) | {"title": str, "columns": list}
@@ -218,31 +218,23 @@ class StudyReport:
 
 
 def table(report: StudyReport) -> str:
-    """Lay out the scores as Markdown: the runs, then what each gained on its seed's first one, or the one named."""
-    columns = report.columns
-    runs = list(report.seeds.values())
-    names = list(runs[0])
+    """Lay out the scores as Markdown: those of the first run, and what others gain on it, or on the run named."""
+    columns, runs = report.columns, list(report.seeds.values())
+    first, *others = runs[0]
     rows = [["", *(column.title for column in columns)]]
-    rows += [[name, *(mean_sd([run[name][c.key] for run in runs], c.digits) for c in columns)] for name in names]
-    for name in names[1:]:
-        other = report.compared_with.get(name, names[0])
-        gains = [{c.key: run[name][c.key] - run[other][c.key] for c in columns} for run in runs]
-        to = f" to {other}" * (other != names[0])
-        rows.append([f"{name}: difference{to}", *(mean_sd([g[c.key] for g in gains], c.digits, "+") for c in columns)])
-        if len(gains) > 1:
-            for seed, gain in zip(report.seeds, gains, strict=True):
-                rows.append([f"{name}: seed {seed}", *(number(gain[c.key], c.digits, "+") for c in columns)])
-    settings, machine = report.settings, report.machine
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
-    to = f"{names[0]}, or to the run named," if report.compared_with else names[0]
-    spread = f" Mean ± sd over seeds; differences are to {to} and paired." if len(runs) > 1 else ""
+    rows.append([first, *(mean_sd([run[first][c.key] for run in runs], c.digits) for c in columns)])
+    for name in others:
+        other = report.compared_with.get(name, first)
+        gains = (mean_sd([run[name][c.key] - run[other][c.key] for run in runs], c.digits, "+") for c in columns)
+        rows.append([name if other == first else f"{name} (to {other})", *gains])
+    settings, spread = report.settings, " (mean ± sd)" * (len(runs) > 1)
     return "\n".join(
         [
-            f"{report.title}{spread}",
+            f"{report.title} Below the first row: paired differences to it or to the run named.",
             f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
             f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
-            f"seed {', '.join(map(str, report.seeds))}.",
-            f"{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.",
+            f"seed {', '.join(map(str, report.seeds))}{spread}.",
+            machine_line(report.machine),
             "",
             *markdown(rows),
         ]
@@ -250,7 +242,7 @@ def table(report: StudyReport) -> str:
 
 
 class Options(NamedTuple):
-    """What the command line says: see `main`."""
+    """Options of the command line: see `main`."""
 
     steps: int
     slots: int

@@ -1,4 +1,4 @@
-"""The value of a loss of nothing."""
+"""The value of a loss without patches."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from ssync_loss._autocast import at_least_float32
 
 
 def attached_zero(*maps: Tensor) -> Tensor:
-    """Return exactly 0 with a graph to the maps, whatever they hold; no cell is read.
+    """Return exactly 0, attached to the graph of the maps; no cell is read.
 
     >>> import torch
     >>> attached_zero(torch.tensor([float("nan")], requires_grad=True)).item()

@@ -1,19 +1,19 @@
-"""One place that switches autocast off: a loss is a float32 island."""
+"""Switch autocast off: losses are computed in float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-# asked once: torch 2.11 cannot compile the question
+# at import, as torch 2.11 cannot compile the call
 DEVICE_TYPES = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(one)]
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which nothing on the tensor's device is cast down.
+    """Return a context without autocast on the tensor's device.
 
-    Intersections are counted by matrix products of zeros and ones; in half precision those round from
-    2048 (float16) or 256 (bfloat16) on.
+    Matrix products of zeros and ones count patches; in half precision they round from 2048 (float16) or 256 (bfloat16)
+    on.
     """
     device_type = tensor.device.type
     if device_type in DEVICE_TYPES and torch.is_autocast_enabled(device_type):
@@ -22,5 +22,5 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return halves as float32, float32 and float64 as they are."""
+    """Return halves as float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

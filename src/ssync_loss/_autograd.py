@@ -1,4 +1,4 @@
-"""Gradients that are written out by hand: their functions are called fast, and have no second derivative."""
+"""Gradients that are written by hand: their functions are fast to call, and have no second derivative."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,14 +16,14 @@ Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
 def differentiable(
     operator: CustomOpDef, compute: Callable[..., Any], save: Callable[..., None], derive: Backward
 ) -> Callable[..., Any]:
-    """Give an operator of torch a gradient, and return what is to be called in its place.
+    """Give an operator of torch a gradient, and return a function to call in its place.
 
     ``torch.func.grad`` ignores the gradient of an operator, and its forward derivative would silently be 0. An autograd
-    function works with ``torch.func.grad``, and refuses the forward derivative. A compiler takes the operator.
+    function works with ``torch.func.grad``, and refuses the forward derivative. A compiler gets the operator.
 
     Args:
-        operator: what compilers and fake tensors see.
-        compute: what it computes by; called on plain tensors without the dispatcher, which takes twice as long.
+        operator: the operator, for compilers and fake tensors.
+        compute: its function. Plain tensors call it directly, as the dispatcher doubles the time of a call.
         save: ``setup_context`` of the gradient.
         derive: its ``backward``.
     """
@@ -38,7 +38,7 @@ def differentiable(
         backward = staticmethod(derive)
 
     class Plain(torch.autograd.Function):
-        """The same in the form that `torch.func` cannot have, which takes half as long to call."""
+        """The same in a form that `torch.func` refuses, with calls in half the time."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -61,7 +61,7 @@ def differentiable(
 def learns(tensor: Tensor) -> bool:
     """Tell whether a forward must write a gradient.
 
-    Within ``torch.func`` always, as ``requires_grad`` tells of one level only; and in a program that is exported.
+    It must always within ``torch.func``, where ``requires_grad`` is about one level only, and in an exported program.
     """
     if not torch.is_grad_enabled():
         return False
@@ -69,7 +69,7 @@ def learns(tensor: Tensor) -> bool:
 
 
 def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """Return what is to be called in place of ``apply``: a program that is exported differentiates the forward."""
+    """Return a function to call in place of ``apply``; an exported program differentiates the forward."""
 
     def call(*inputs: Any) -> Tensor:
         output: Tensor = function.forward(*inputs) if is_exporting() else function.apply(*inputs)
@@ -79,14 +79,14 @@ def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]
 
 
 def savable(tensor: Tensor) -> Tensor:
-    """Return a tensor that a backward may keep: of one of inference mode, outside of it, a copy."""
-    # a compiler asks no such thing, and keeps what it likes
+    """Return a tensor that a backward may keep: outside of inference mode, a copy of an inference tensor."""
+    # a compiler may keep any tensor
     fits = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
     return tensor if fits else tensor.clone()
 
 
 def _are_plain(inputs: tuple[Any, ...]) -> bool:
-    """Tell whether all tensors hold their numbers as they are, and nobody watches what is called."""
+    """Tell whether all tensors are ordinary ones, and no mode watches the calls."""
     tensors = [one for one in inputs if isinstance(one, Tensor)]
     plain = all(type(one) is Tensor and not one.is_neg() and not one._is_zerotensor() for one in tensors)
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
@@ -96,14 +96,14 @@ def _are_plain(inputs: tuple[Any, ...]) -> bool:
 def once_differentiable(backward: Backward) -> Backward:
     """Make it an error to differentiate the gradients that a backward returns.
 
-    torch's own decorator does so only where the gradient that came in can be differentiated. A loss is mostly
-    differentiated from a constant 1, and there a Hessian would silently be 0. One of the tensors that were saved must
-    have a graph: an input, or an output of the function itself.
+    torch's own decorator does so only if the incoming gradient can be differentiated. For a loss it is mostly the
+    constant 1, and a Hessian would silently be 0. One of the saved tensors must have a graph: an input, or an output of
+    the function.
     """
 
     @wraps(backward)
     def wrapped(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        # a graph of the backward is made only on demand, and never by a compiler
+        # without gradients, or in a compiler, the backward has no graph
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return backward(ctx, *incoming)
         with torch.no_grad():
@@ -115,7 +115,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 
 class _DeadEnd(torch.autograd.Function):
-    """A gradient as it is, with a graph that leads nowhere."""
+    """Return a gradient with a graph whose backward is an error."""
 
     @staticmethod
     def forward(grad: Tensor, source: Tensor) -> Tensor:  # noqa: ARG004 (autograd sees it)

@@ -1,4 +1,4 @@
-"""Layouts in einops' words: which axis of a tensor is which, and a view of it in the library's own order."""
+"""Layouts in einops' notation: view a tensor in the library's order of axes."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,7 +29,7 @@ def arrange(
     num_frames: int | None = None,
     num_slots: int | None = None,
 ) -> Tensor:
-    """View a tensor that is laid out as ``axes`` says as (B, T, S, H, W), or (B, T, S, N) without a grid for ``(h w)``.
+    """View a tensor of layout ``axes`` as (B, T, S, H, W), or as (B, T, S, N) if the grid of ``(h w)`` is unknown.
 
     ``axes`` names b, t, s, h and w in einops' notation, in any order, any of them merged. Without b there is one clip,
     without t one frame.
@@ -49,15 +49,15 @@ def arrange(
 def arrange_maps(
     enc: Tensor, dec: Tensor, axes: object, grids: Sequence[tuple[int, int] | None], num_frames: int | None
 ) -> tuple[Tensor, Tensor]:
-    """View both maps as (B, T, S, H, W), each on its grid: what one does not show is taken from the other.
+    """View both maps as (B, T, S, H, W), each on its grid. Sizes that one does not show come from the other.
 
-    A grid that is neither shown nor given is the other map's where N agrees, or else a square.
+    A grid that is neither shown nor given is the other map's if N agrees, else a square.
     """
     maps = list(zip(("enc_logits", "dec_logits"), (enc, dec), check_axes(axes), strict=True))
     own: list[Sizes] = [{} if grid is None else {"h": grid[0], "w": grid[1]} for grid in grids]
     sizes: list[Sizes] = [{}, {}]
     shared = {} if num_frames is None else {"t": num_frames}
-    # b, t and s may be learned one by one, each from the other map
+    # each of b, t and s may become known from the other map, in turn
     for turn in (0, 1, 0, 1, 0):
         if [letter for letter in "bts" if letter not in sizes[turn]]:
             sizes[turn] = solve(*maps[turn], {**own[turn], **shared})
@@ -84,7 +84,7 @@ def arrange_maps(
 
 def square(num_patches: int) -> tuple[int, int] | None:
     """Return the grid of a square number of patches; None of another."""
-    # a size that a compiler left open becomes a constant: it has no symbol for a root
+    # `index` makes a symbolic size of a compiler constant: it cannot trace a root
     root = isqrt(index(num_patches))
     return (root, root) if root * root == num_patches else None
 
@@ -140,7 +140,7 @@ def _parse(axes: str, letters: str) -> Groups:
 
 
 def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAPS) -> Sizes:
-    """Return by letter the sizes known and those a tensor's shape shows; where only h * w is shown, that as "n"."""
+    """Return the known sizes and those that a tensor's shape shows, by letter; "n" is h * w if it shows only that."""
     check_tensor(name, tensor)
     groups, shape = parse(axes, letters), tensor.shape
     named = [letter for group in groups for letter in group]
@@ -171,9 +171,9 @@ def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAP
 
 
 def place(name: str, tensor: Tensor, axes: str, sizes: Sizes, letters: str = MAPS) -> Tensor:
-    """View a tensor in the order of the letters, by sizes that are solved; ``(h w)`` of an unknown grid stays as it is.
+    """View a tensor in the order of the letters, with known sizes; ``(h w)`` of an unknown grid stays one axis.
 
-    Axes are only split and reordered, which is a view whatever the strides.
+    Axes are only split and reordered, which is a view for all strides.
     """
     named = "".join([letter for group in parse(axes, letters) for letter in group])
     if "n" in sizes and "hw" in named:

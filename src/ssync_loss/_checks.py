@@ -1,4 +1,4 @@
-"""Argument checks: every message names the argument, what was wanted and what came."""
+"""Checks of arguments. Every message names the argument, what was wanted and what came."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str, int]:
     """Bind the axes of a tensor to names, e.g. ``"B T S H W"``, and require the sizes already known.
 
-    A name that stands twice asks for equal sizes. Returns the known sizes together with those bound here.
+    A name that occurs twice requires equal sizes. Returns the known sizes together with those bound here.
 
     >>> check_shape("labels", torch.zeros(2, 3), "B N", B=2)
     {'B': 2, 'N': 3}
@@ -32,7 +32,7 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str,
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Require a tensor whose numbers lie in memory one by one: neither sparse nor nested, quantized or of oneDNN."""
+    """Require a dense tensor: not sparse, nested, quantized or of oneDNN."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(tensor).__name__}.")
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
@@ -41,7 +41,7 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_type(name: str, value: object, wanted: type, *, optional: bool = False) -> None:
-    """Require an object of a class, or also None."""
+    """Require an object of a class; if ``optional``, or None."""
     if not (isinstance(value, wanted) or (optional and value is None)):
         raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
@@ -52,7 +52,7 @@ def check_not_empty(name: str, sizes: dict[str, int], axes: str) -> None:
             raise ValueError(f"`{name}` must have {axis} >= 1; got {axis}={sizes[axis]}.")
 
 
-# an integer may be finite, and more than any float; torch 2.6 cannot compile the question
+# a bound instead of `isfinite`, which fails for huge integers, and which torch 2.6 cannot compile
 LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,9 +75,9 @@ def check_integer(name: str, tensor: Tensor) -> None:
 
 
 def as_index(name: str, tensor: Tensor) -> Tensor:
-    """Require an integer tensor and return it as int64: for others torch lacks operators, of unsigned ones most.
+    """Require an integer tensor and return it as int64, as torch lacks operators for other integers.
 
-    What int64 cannot hold is an error where :func:`check_label_range` can look, and negative elsewhere.
+    A number that int64 cannot hold is an error if :func:`read_numbers` can see it, else negative.
     """
     check_integer(name, tensor)
     index = tensor.to(torch.int64)
@@ -140,24 +140,24 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_positive(name: str, tensor: Tensor) -> None:
-    """Require numbers above 0, where :func:`read_numbers` can see them; NaN passes."""
+    """Require numbers above 0, if :func:`read_numbers` can see them; NaN passes."""
     values = read_numbers(tensor)
     if values is not None and (lowest := values.min().item()) <= 0:
         raise ValueError(f"`{name}` must be above 0 everywhere; got {lowest}.")
 
 
 def check_nonnegative(name: str, tensor: Tensor) -> None:
-    """Require numbers of at least 0, likewise; infinities pass, too: what is computed of them is not finite either."""
-    # torch finds no least one of some unsigned types
+    """Require numbers of at least 0, likewise; infinities pass, too, and give results that are not finite."""
+    # torch has no minimum for some unsigned types
     values = read_numbers(tensor) if tensor.dtype.is_signed else None
     if values is not None and float("-inf") < (lowest := values.min().item()) < 0:
         raise ValueError(f"`{name}` must be at least 0; got {lowest}.")
 
 
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
-    """Require slot labels within [0, num_slots), where :func:`read_numbers` can see them.
+    """Require slot labels within [0, num_slots), likewise.
 
-    Elsewhere an index out of range trips the device's own assertion.
+    If it cannot see them, an index out of range trips the device's own assertion.
     """
     values = read_numbers(labels)
     if values is None:
@@ -191,10 +191,10 @@ def check_equal_counts(name: str, mask: Tensor) -> None:
 
 
 def read_numbers(tensor: Tensor) -> Tensor | None:
-    """Return the numbers of a tensor where a look waits for no device and breaks no trace; None elsewhere, and of none.
+    """Return the numbers of a tensor if reading them waits for no device and breaks no trace, else None.
 
-    They have to lie in CPU memory of the tensor's own. Fake tensors and those inside vmap, grad or functionalize have
-    none, and what a tracer records is not read.
+    They must be in CPU memory of the tensor's own, unlike those of fake tensors and inside vmap, grad or functionalize.
+    An empty tensor gives None.
     """
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
@@ -203,6 +203,6 @@ def read_numbers(tensor: Tensor) -> Tensor | None:
         storage = tensor.untyped_storage()
         own = storage.device.type == "cpu" and storage.data_ptr() != 0
     except (NotImplementedError, RuntimeError):
-        # a wrapper's numbers are those of another tensor
+        # a wrapper has no numbers of its own
         return None
     return tensor.detach().as_subclass(Tensor) if own and tensor.numel() > 0 else None

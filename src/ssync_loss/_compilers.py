@@ -1,4 +1,4 @@
-"""What the library tells torch's compiler, and asks it."""
+"""Hints for torch's compiler, and questions to it."""
 
 import sys
 from collections.abc import Callable
@@ -12,28 +12,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def constant(function: Function) -> Function:
     """Let a compiler call a function while it traces, and take the answer as a constant.
 
-    This is ``torch.compiler.assume_constant_result``, which would import the compiler and all it needs.
+    ``torch.compiler.assume_constant_result`` does the same, but imports the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def is_traced() -> bool:
-    """Tell whether a compiler reads the code, rather than runs it."""
+    """Tell whether a compiler traces the code."""
     return torch.compiler.is_compiling()
 
 
 def is_recomputing() -> bool:
-    """Tell whether a backward is running: a forward is then one that an activation checkpoint repeats.
+    """Tell whether a backward is running, so that an activation checkpoint repeats this forward.
 
-    What is compiled cannot tell: its code is read once, and runs in both.
+    Compiled code cannot tell: it is traced once, and runs in both.
     """
     return not is_traced() and torch._C._current_graph_task_id() != -1
 
 
 @constant
 def is_exporting() -> bool:
-    """Tell whether ``torch.export`` traces: of an autograd function it keeps what is computed, but no gradient."""
+    """Tell whether ``torch.export`` traces: it drops the gradient of an autograd function."""
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
     # torch 2.6

@@ -1,4 +1,4 @@
-"""What the losses ask of the tensors they are given."""
+"""Checks of the tensors that losses take."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ def check_floats(
 ) -> dict[str, int]:
     """Require a floating-point tensor whose axes, e.g. ``"B T D H W"``, have the known sizes, and return all sizes.
 
-    Axes that are ``filled`` must not be empty; the device must be that of the tensor ``beside``.
+    Axes in ``filled`` must not be empty; the device must be that of the tensor ``beside``.
     """
     size = _check_axes(name, tensor, axes, known)
     check_not_empty(name, size, filled)
@@ -51,7 +51,7 @@ def _check_axes(name: str, tensor: Tensor, axes: str, known: Mapping[str, int]) 
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """Return the type that all of them fit into: float32, or float64 if one of them is."""
+    """Return float64 if one of the tensors has it, else float32."""
     dtype = torch.float32
     for one in tensors:
         dtype = torch.promote_types(dtype, one.dtype)

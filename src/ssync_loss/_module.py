@@ -1,4 +1,4 @@
-"""What modules of losses have in common: settings by name, a repr, and a word when nothing can be taught."""
+"""Base of all modules of losses: settings by name, a repr, and a warning of detached maps."""
 
 import sys
 import warnings
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class LossModule(nn.Module):
-    """A loss that remembers its settings, the keyword arguments of its constructor, as attributes.
+    """A loss that keeps its settings, the keyword arguments of its constructor, as attributes.
 
-    A subclass hands them to ``super().__init__``, or calls ``self.remember(locals())``, and names what checks them:
+    A subclass passes them to ``super().__init__``, or calls ``self.remember(locals())``, and names their check:
     ``class A(LossModule, check=...)``.
 
     >>> from ssync_loss import TemporalSlotContrastLoss
@@ -43,7 +43,7 @@ class LossModule(nn.Module):
         super().__init_subclass__(**rest)
         if check is not None:
             cls.check_settings = staticmethod(check)
-        # a host's subclass may have a constructor of its own, and keeps the settings of its parent
+        # a subclass in a host may have another constructor, and keeps the settings of its parent
         if cls.__module__.partition(".")[0] == "ssync_loss":
             cls._defaults = cls.__init__.__kwdefaults__ or {}
 
@@ -54,7 +54,7 @@ class LossModule(nn.Module):
             setattr(self, name, value)
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Call ``__init__`` with those of a constructor's arguments, its ``locals()``, that are settings."""
+        """Call ``__init__`` with the settings among a constructor's arguments, its ``locals()``."""
         LossModule.__init__(self, **{name: arguments[name] for name in self._defaults})
 
     @property
@@ -63,7 +63,7 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in type(self)._defaults}
 
     def extra_repr(self) -> str:
-        """Show the settings that differ from the defaults, and the merge threshold always."""
+        """Show the settings that differ from the defaults, and always the merge threshold."""
         return ", ".join(
             f"{name}={value!r}"
             for name, value in self.settings.items()
@@ -78,7 +78,7 @@ class LossModule(nn.Module):
             if not hasattr(self, name):
                 setattr(self, name, value)
 
-    # nn.Module types calls and attributes as anything, or as tensors and modules
+    # nn.Module types calls as Any, and attributes as tensors or modules
     if TYPE_CHECKING:
 
         def __call__(self: "_HasForward[P]", *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -90,16 +90,16 @@ class LossModule(nn.Module):
 
 
 class DetachedWarning:
-    """Warns, once, when a map that is to be taught carries no gradient.
+    """Warns once of a student that carries no gradient, in training mode with gradients enabled.
 
-    Only in training mode with gradients enabled; a compiled step is not interrupted.
+    It does nothing in compiled code.
     """
 
     def __init__(self) -> None:
         self.said = False
 
     def __call__(self, module: nn.Module, **taught: tuple[Tensor, str]) -> None:
-        """Look at maps by name, each with the term that teaches it."""
+        """Check students by name, each with the term that teaches it."""
         if torch.compiler.is_compiling() or self.said or not module.training or not torch.is_grad_enabled():
             return
         detached = []
@@ -118,7 +118,7 @@ class DetachedWarning:
 
 
 def _callers_stacklevel() -> int:
-    """Return the ``stacklevel`` that points at the user's line, below frames of this package and of torch."""
+    """Return the ``stacklevel`` of the user's line, below frames of this package and of torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("ssync_loss", "torch"):
         frame, level = frame.f_back, level + 1

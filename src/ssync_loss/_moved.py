@@ -1,7 +1,4 @@
-"""Import paths of earlier versions.
-
-An old path gives a module of its own, which holds the names of the modules that took its place.
-"""
+"""Import paths of earlier versions. An old path is a module with the names of the modules that replaced it."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +7,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# below `ssync_loss`: where a module was, and where its names are now, one place or several
+# old path and new paths, below `ssync_loss`
 MOVED = {
     "attention.correlation": "methods.smtc.attention.correlation",
     "attention.semantic": "methods.smtc.attention.semantic",
@@ -22,7 +19,7 @@ MOVED = {
     "curriculum.schedule": "methods.slotcurri.curriculum.schedule",
     "distillation": "ssync.distillation ssync.functions ssync.settings",
     "inference": "methods.slotcurri.inference",
-    # pickles of earlier versions ask for it
+    # pickles of earlier versions need it
     "losses._modules": "_module",
     "kernels": "ssync.engines.triton",
     "losses.affinity": "methods.ino.affinity",
@@ -86,5 +83,5 @@ _finder = _Moved()
 def install() -> None:
     """Let old paths be imported; a second call changes nothing."""
     if _finder not in sys.meta_path:
-        # first: a folder that an update left behind would be a package of its own
+        # first, as a folder that an update left behind would be a package
         sys.meta_path.insert(0, _finder)

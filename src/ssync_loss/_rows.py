@@ -1,7 +1,7 @@
-"""Cross-entropies of similarities with soft targets, and their gradients beside them, some rows at a time.
+"""Cross-entropies of similarities with soft targets, computed with their gradients, some rows at a time.
 
-The gradient of a row's loss with respect to its scores is the softmax minus the targets, and both are at hand when
-the loss is. Formed there, it costs the products that any backward needs, and no score is kept or computed twice.
+The gradient of a row's loss with respect to its scores is the softmax minus the targets. The forward has both, so it
+also forms the gradients of queries and keys: no score is kept or computed twice.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exponentials of scores of this size neither overflow nor underflow, and sum up in float32
+# exponentials of scores up to this size and their sums neither overflow nor underflow in float32
 LARGEST_SCORE = 40.0
 
 
 class Targets(NamedTuple):
-    """What is wanted of some rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
+    """Targets of rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
 
-    Three are (w, r, 1), marks (w, r, M). The caller differentiates ``linear``. Before all else ``close`` writes
-    :func:`lowest` over scores that are out of the softmax, where marks are 0.
+    Marks are (w, r, M), the others (w, r, 1). The caller differentiates ``linear``. ``close`` first writes
+    :func:`lowest` over scores outside the softmax, where marks are 0.
     """
 
     share: Tensor
@@ -29,7 +29,7 @@ class Targets(NamedTuple):
 
 
 def lowest(scores: Tensor) -> float:
-    """Return a score so low that its exponential is 0, but finite: 0 times it is 0."""
+    """Return a finite score whose exponential is 0."""
     return torch.finfo(scores.dtype).min / 2
 
 
@@ -54,10 +54,10 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Return the sum of the losses of all rows of all windows, with the scores ``s_ij = q_i k_j / temperature``.
 
-    Queries (W, M, D) are of length 1 or 0, and so are keys before their center (W, 1, D) was taken off: no softmax
-    knows it, and of keys that are nearly equal less is lost to rounding. Gradients are added to the ``slopes``, but for
-    what lies along a key, see :func:`through_lengths`. ``targets`` is asked for some windows and some of their rows,
-    ``chunk_size`` at once: windows in whole if they fit, or a part of one.
+    Queries (W, M, D) have length 1 or 0, and so have keys plus their center (W, 1, D). The center does not change the
+    softmax, and without it less of nearly equal keys is lost to rounding. Gradients are added to the ``slopes``, except
+    for the part along a key, see :func:`through_lengths`. ``targets`` is called for ``chunk_size`` rows at a time, of
+    whole windows if they fit, else of one.
     """
     num_windows, num_rows, _ = queries.shape
     windows = rows = None
@@ -88,7 +88,7 @@ def _loss(
     if close is not None:
         close(scores)
     if marks is not None:
-        # as products of rows: no other map is needed
+        # products of rows need no other map
         losses = losses - weight * (marks.unsqueeze(2) @ scores.unsqueeze(3)).squeeze(3)
     if 2 / temperature > LARGEST_SCORE:
         shift = scores.amax(2, keepdim=True)
@@ -100,10 +100,10 @@ def _loss(
         scores.mul_(share / total)
         if marks is not None:
             scores.addcmul_(marks, weight, value=-1)
-        # in place: as an expression, torch 2.13 compiles this and what follows to wrong numbers on a CPU
+        # in place: torch 2.13 compiles an expression here to wrong numbers on a CPU
         by_query.baddbmm_(scores, keys, alpha=1 / temperature)
         if by_key is not None:
             by_key.baddbmm_(scores.mT, queries - center, alpha=1 / temperature)
-            # the slope along a key is lost with its length: there the center may be the key
+            # together they subtract the unit key from the queries, which only changes the part along it
             by_key.addcmul_(scores.sum(1).unsqueeze(2), keys, value=-1 / temperature)
     return (losses + share * total.log()).sum()

@@ -1,4 +1,4 @@
-"""What settings may be: rules by name, and one check of all of them."""
+"""Rules of settings by name, and one check of all of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Require None, or what a rule does."""
+    """Accept None, or apply a rule."""
 
     def check(name: str, value: object) -> None:
         if value is not None:
@@ -33,7 +33,7 @@ OPTIONAL_COUNT = optional(COUNT)
 
 
 def check_by(**rules: Rule) -> Callable[..., None]:
-    """Return a check of settings by name; what has no rule may be anything.
+    """Return a check of settings by name; a setting without a rule passes.
 
     >>> check = check_by(temperature=POSITIVE, chunk_size=OPTIONAL_COUNT)
     >>> check(temperature=0.0, chunk_size=None)

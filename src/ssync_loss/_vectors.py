@@ -1,4 +1,4 @@
-"""What the contrastive losses share: directions, products, a value whose gradient was computed beside it."""
+"""Helpers of the contrastive losses: directions, products, values with known gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +10,22 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import exportable, once_differentiable
 from ssync_loss._compilers import is_exporting
 
-# between these, largest entries have squares that neither overflow nor underflow
+# squares of entries between these neither overflow nor underflow
 SQUARABLE = (1e-15, 1e15)
 
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale vectors (..., D) to length 1, and return beside them the inverse lengths (..., 1).
+    """Scale vectors (..., D) to length 1, and return them and their inverse lengths (..., 1).
 
-    A zero vector stays zero, its inverse length is 0 and so is its gradient. Zero is what has no entry from the least
-    normal number on, 1e-38 in float32. NaN and infinity give NaN.
+    A zero vector stays zero, with inverse length 0 and gradient 0. A vector counts as zero if all entries are below the
+    smallest normal number, 1e-38 in float32. NaN and infinity give NaN.
     """
     with torch.no_grad():
         low, high = vectors.aminmax(dim=-1, keepdim=True)
         largest = torch.maximum(high, -low)
         zero = largest < torch.finfo(vectors.dtype).tiny
         plain = (largest > SQUARABLE[0]) & (largest < SQUARABLE[1])
-        # by infinity a vector becomes zero, and so does its gradient
+        # division by infinity makes a vector and its gradient zero
         scale = torch.where(zero, float("inf"), torch.where(plain, 1.0, largest))
     vectors = vectors / scale
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).masked_fill(zero, 1.0)
@@ -33,16 +33,16 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_lengths(slope: Tensor, units: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient with respect to vectors, written over that with respect to their directions.
+    """Turn the gradient with respect to directions into that with respect to vectors, in place.
 
-    Along a vector nothing changes, as its length is divided out.
+    It has no part along a vector, as the length is divided out.
     """
     along = (slope * units).sum(-1, keepdim=True)
     return slope.addcmul_(units, along, value=-1).mul_(inverse)
 
 
 class _Products(torch.autograd.Function):
-    """``left @ right.mT``, and gradients that no autocast around the backward casts down either."""
+    """``left @ right.mT``, with a backward outside autocast."""
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _Products(torch.autograd.Function):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A value attached to the tensor with respect to which its gradient is known already."""
+    """Attach a value to a tensor; the gradient is given."""
 
     @staticmethod
     def forward(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG004 (for the backward)
@@ -84,9 +84,9 @@ _known_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = _KnownGradient.app
 
 
 def known_gradient(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Attach a value to the tensor with respect to which its gradient is known already."""
+    """Attach a value to a tensor, given the gradient ``slope``."""
     if not is_exporting():
         return _known_gradient(source, value, slope)
-    # what has no slope may hold anything
+    # without a slope the source may be NaN
     source = torch.where(slope == 0, 0.0, source.to(slope.dtype))
     return value + ((source - source.detach()) * slope).sum()

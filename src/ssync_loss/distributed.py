@@ -1,4 +1,4 @@
-"""The mean of SSync over all ranks, when it is asked for: no loss has a collective of its own."""
+"""The mean of SSync over all ranks. The losses themselves call no collectives."""
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,14 @@ def global_mean(
 ) -> Tensor:
     """Compute the loss so that data parallelism optimizes the mean over the selection of *all* ranks.
 
-    Ranks select different numbers of patches, so the average of their means is not the mean of the whole
-    batch. Here each rank's mean is weighted with its share, ``world_size * n_rank / sum n``; where gradients are
-    averaged over ranks (DDP, FSDP), they then equal those of one process with the whole batch. The value itself
-    is this rank's part; its average over ranks is the loss of the whole batch::
+    Ranks select different numbers of patches, so the average of their means is not the mean of the whole batch. This
+    weights each rank's mean with its share, ``world_size * n_rank / sum n``. Gradients that are averaged over ranks
+    (DDP, FSDP) then equal those of one process with the whole batch. The value is this rank's part; its average over
+    ranks is the loss of the whole batch::
 
         loss = loss + global_mean(criterion, enc_logits, dec_logits)  # instead of criterion(...)
 
-    One all-reduce of two integers; before ``start_step`` none. Without an initialized process group it is
+    It is one all-reduce of two integers, and none before ``start_step``. Without an initialized process group it is
     ``criterion(...)``. All ranks must call it at the same step.
 
     Shape: As :class:`SSyncLoss`; returns a scalar.
@@ -46,7 +46,7 @@ def global_mean(
     >>> global_mean(SSyncLoss(interior_weight=0.0), sharp, blurred).item()
     0.25
     """
-    # one that is compiled stands in a module of torch's
+    # torch wraps a compiled module
     check_type("criterion", getattr(criterion, "_orig_mod", criterion), SSyncLoss)
     check_group("group", group)
     if not (dist.is_available() and dist.is_initialized()) or not criterion.is_on(step):
@@ -56,6 +56,6 @@ def global_mean(
     local = num_averaged(selected, terms.labels.representative.shape[1], slot_mask, criterion.criterion)
     everywhere = local.clone()
     dist.all_reduce(everywhere, group=group)
-    # not integer by integer: that would be a float32 beside a float64 loss
+    # divide in the loss's type: integers would give float32
     share = local.to(terms.total.dtype) / everywhere.clamp_min(1) * dist.get_world_size(group)
     return criterion.weigh(terms.boundary * share[0], terms.interior * share[1], step)

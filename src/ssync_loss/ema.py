@@ -1,4 +1,4 @@
-"""A teacher that is the student's recent past: an exponential moving average of its parameters."""
+"""A teacher whose parameters are an exponential moving average of the student's."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -11,15 +11,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ssync_loss._checks import check_flag, check_int, check_number, read_numbers
 
-# what can hold an average; halves and shorter types cannot, and integers and bools are copied
+# types that can hold an average; halves cannot, integers and bools are copied
 AVERAGED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class EmaTeacher(nn.Module):
     """Hold a copy of a model whose parameters follow those of the model.
 
-    ``teacher = momentum * teacher + (1 - momentum) * student``, at every :meth:`update`, after the optimizer's step.
-    The copy stays in evaluation mode, computes without gradient, and none of its parameters asks for one::
+    ``teacher = momentum * teacher + (1 - momentum) * student`` at every :meth:`update`, after the optimizer's step. The
+    copy stays in evaluation mode and computes without gradient::
 
         teacher = EmaTeacher(model)
         targets = teacher(views)  # what the copy returns, without gradient
@@ -27,28 +27,28 @@ class EmaTeacher(nn.Module):
         optimizer.step()
         teacher.update(model)
 
-    What is no floating-point number becomes that of the student. Numbers that a failed step made NaN or infinite are
-    left out: there the teacher stays as it was. ``num_left_out`` counts the tensors that had some, and is not saved.
+    Integers and bools are copied from the student. Where the student is NaN or infinite, the teacher stays as it was;
+    ``num_left_out`` counts the tensors with such numbers, and is not saved.
 
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
-    updates, whose number is in the ``state_dict``. There is no collective: under DDP every rank keeps its own, outside
-    of the wrapper. Wrapped and compiled students are looked into. The copy may be compiled, :meth:`update` not. A
-    student is sharded (FSDP2) after its teacher was made; every update then gathers it, one parameter at a time, on all
-    ranks, unless ``fully_shard(teacher.model)`` has sharded the teacher too.
+    updates. The ``state_dict`` holds the number of updates. There is no collective: under DDP every rank keeps its own
+    teacher, outside of the wrapper. Wrapped and compiled students are unwrapped. The copy may be compiled, but not
+    :meth:`update`. Shard a student (FSDP2) after its teacher was made. Every update then gathers the student, one
+    parameter at a time, on all ranks, unless ``fully_shard(teacher.model)`` has sharded the teacher, too.
 
     Args:
-        model: the student; a deep copy is taken.
-        momentum: share of the past. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
-        final_momentum: where it ends, or None for a constant.
-        num_steps: when it ends there, with ``final_momentum`` only.
-        copy_buffers: whether buffers, such as the statistics of a batch norm, become those of the student.
+        model: the student; it is deep-copied.
+        momentum: weight of the teacher. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
+        final_momentum: the last momentum, or None for a constant.
+        num_steps: number of updates to ``final_momentum``.
+        copy_buffers: whether to copy buffers, such as the statistics of a batch norm, from the student.
         skip: pieces of names; parameters and buffers whose name contains one stay as they were.
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
         ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
-    Raises: TypeError if the model is no module or cannot be copied, or has parameters in a half that are not skipped,
-        whose last digit is more than what is added; ValueError on wrong settings, or when the student's parameters are
-        not those of the teacher.
+    Raises: TypeError if the model is no module or cannot be copied, or has parameters in half precision, too coarse for
+        an average, that are not skipped; ValueError on wrong settings, or when the student's parameters are not those
+        of the teacher.
 
     >>> student = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(student.weight)
@@ -97,12 +97,12 @@ class EmaTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the copy makes of the arguments, without gradient."""
+        """Call the copy, without gradient."""
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Draw the copy to the student, once for every step of the optimizer."""
+        """Move the copy toward the student, once for every step of the optimizer."""
         model = _bare(model)
         self._check_widths()
         parameters = self._pairs(self.model.named_parameters(), model.named_parameters())
@@ -112,14 +112,14 @@ class EmaTeacher(nn.Module):
             for teacher, student in pairs:
                 left_out = _move(*_on_this_rank(teacher, student), share)
                 if left_out is not None:
-                    # it goes where the numbers are, so that no device is waited for
+                    # the count moves to the device, so that nothing waits
                     self.num_left_out = self.num_left_out.to(left_out.device).add_(left_out)
         self.num_updates += 1
 
     def _pairs(
         self, teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pair tensors by name, all but those that are skipped."""
+        """Pair tensors by name, without those that are skipped."""
         ours, theirs = dict(teacher), dict(student)
         wanted, given = ({name: tuple(one.shape) for name, one in some.items()} for some in (ours, theirs))
         for name in wanted | given:
@@ -138,15 +138,15 @@ class EmaTeacher(nn.Module):
         return self.final_momentum + (self.momentum - self.final_momentum) * (1 + cos(pi * progress)) / 2
 
     def train(self, mode: bool = True) -> "EmaTeacher":  # noqa: ARG002 (torch's name)
-        """Stay in evaluation mode, whatever is asked for."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Return what the ``state_dict`` holds beside tensors."""
+        """Return the part of the ``state_dict`` that is no tensor."""
         return {"num_updates": self.num_updates}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take up what :meth:`get_extra_state` returned."""
+        """Load the result of :meth:`get_extra_state`."""
         self.num_updates = state["num_updates"]
 
     def extra_repr(self) -> str:
@@ -168,7 +168,7 @@ class EmaTeacher(nn.Module):
 
 
 def _bare(model: object) -> nn.Module:
-    """Take a module out of what data parallelism and compilation wrap around it."""
+    """Unwrap a module from data parallelism and compilation."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a module; got {type(model).__name__}.")
     wrapped = isinstance(model, (DistributedDataParallel, DataParallel))
@@ -177,7 +177,7 @@ def _bare(model: object) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Copy a module, and what it computes and keeps, such as the weight of a weight norm, as plain numbers."""
+    """Copy a module; tensors that it computes and keeps, such as a normalized weight, lose their graph."""
     copies: dict[int, Any] = {}
     # in inference mode the copy could never be updated
     with torch.inference_mode(False), torch.no_grad():
@@ -195,7 +195,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
-    """Return the numbers of both that this rank averages: of shards, if the teacher is sharded."""
+    """Return the parts of both that this rank averages: shards, if the teacher is sharded."""
     if not hasattr(student, "full_tensor"):
         return teacher, student
     if not hasattr(teacher, "full_tensor"):
@@ -204,18 +204,17 @@ def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
 
 
 def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
-    """Draw a tensor to another one by a share, but for numbers that are not finite; return whether there are any.
+    """Move a tensor toward another one by a share, where that is finite.
 
-    The answer is a scalar tensor, or None where it is known to be no.
+    Returns a scalar tensor: whether a number was not finite; None if all are known to be finite.
     """
-    # one on another device, or in a half, is brought over
     student = student.to(teacher)
     if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):
         teacher.copy_(student)
         return None
-    # a sum takes one pass, and no memory
+    # a sum takes one pass and no memory
     finite = student.sum(dtype=torch.promote_types(student.dtype, torch.float32)).isfinite()
-    # where a look waits for no device, the rule needs no memory either
+    # if reading the answer waits for no device, no mask is needed
     if read_numbers(finite):
         teacher.lerp_(student, share) if share < 1.0 else teacher.copy_(student)
         return None

@@ -1,6 +1,6 @@
-"""What a bug report needs: ``python -m ssync_loss.env``.
+"""Facts for a bug report: ``python -m ssync_loss.env``.
 
-The compiler, the engines and the GPUs are asked in a process of their own. If it hangs or crashes, the report says so.
+A process of its own asks the compiler, the engines and the GPUs. If it hangs or crashes, the report says so.
 """
 
 import os
@@ -28,7 +28,7 @@ __all__ = ["report"]
 
 PACKAGES = ("torch", "einops", "numpy", "kornia")
 VARIABLES = ("CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", library.CACHE_VARIABLE, "TRITON_INTERPRET")
-# the GPU's engine is compiled where it was never run
+# long enough to compile the GPU's engine
 SECONDS = 120.0
 COMPILER_SECONDS = 10.0
 
@@ -36,12 +36,12 @@ Parts = Mapping[str, Callable[[], str]]
 
 
 def report(limit: float = SECONDS) -> str:
-    """Describe versions, machine, compiler, engines, cache and GPUs, a line each; the user's home is ``~``.
+    """Describe versions, machine, compiler, engines, cache and GPUs, one line each; the user's home is ``~``.
 
     Args:
         limit: seconds that compiler, engines, cache and GPUs may take together.
 
-    Returns: the text. What cannot be had is said in its line.
+    Returns: the text. The line of a missing part says why it is missing.
 
     >>> [line.partition(":")[0] for line in report(limit=0).splitlines()[:3]]
     ['ssync-loss', 'torch', 'einops']
@@ -51,10 +51,10 @@ def report(limit: float = SECONDS) -> str:
 
 
 def answer(ask: Callable[[], str]) -> str:
-    """Ask, and take an error for an answer."""
+    """Call a function, and return an error as the answer."""
     try:
         said = ask()
-    except Exception as error:  # a report with a hole is better than none
+    except Exception as error:  # the other lines are still useful
         said = f"unknown, {type(error).__name__}: {error}"
     return said.replace("\n", "\n    ")
 
@@ -92,7 +92,7 @@ def variables() -> str:
 
 
 def compiler() -> str:
-    """Return the compiler's path and the first line of what it says of itself."""
+    """Return the compiler's path and the first line of its version."""
     try:
         command = library.find_compiler()
     except library.UnavailableError as error:
@@ -173,7 +173,7 @@ ASKED: Parts = {
 
 
 def _asked_elsewhere(limit: float) -> str:
-    """Run the parts that may hang in a process of their own; what it said before it hung or crashed is kept."""
+    """Run the parts that may hang in a process of their own; keep its output if it hangs or crashes."""
     command = [sys.executable, "-W", "ignore", "-m", "ssync_loss.env", "--asked"]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with TemporaryFile() as said:
@@ -196,7 +196,7 @@ def _asked_elsewhere(limit: float) -> str:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and those it started; one that a driver holds on to is left alone."""
+    """Kill a process and its children; do not wait long for one that a driver holds."""
     with suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -207,12 +207,12 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the report, or ask what may hang."""
+    """Print the report, or only the parts that may hang."""
     if arguments != ["--asked"]:
         print(report())
         return
     for name, ask in ASKED.items():
-        # the name first: it stands there when the answer does not come
+        # the name first, in case the answer does not come
         print(f"{name}: ", end="", flush=True)
         print(answer(ask), flush=True)
 

@@ -1,4 +1,4 @@
-"""Every pure function of the library in one place; modules only remember their arguments."""
+"""All functions of the library; the modules keep their arguments."""
 
 from ssync_loss.curriculum import allot_children, milestones, slot_error, slot_schedule, spawn_children
 from ssync_loss.methods.ino.affinity import affinity_consistency_loss

@@ -1,4 +1,4 @@
-"""What a user watches while the loss is on, without ground truth: numbers and a picture, for any logger."""
+"""Watch the loss while it trains, without ground truth: numbers and pictures, for any logger."""
 
 import os
 import struct
@@ -35,9 +35,9 @@ VALUES = (
     *("enc_slots", "dec_slots", "enc_groups", "dec_groups", "merges", "agreement", "enc_flips", "dec_flips"),
     *("boundary_share", "interior_share", "untaught_share", "margin", "merged_margin"),
 )
-# by how much this loss's gradient may exceed the host's at a map without a word; a rule of thumb
+# the monitor warns if this loss's gradient at a map is so many times the host's; a rule of thumb
 DWARFS = 10.0
-# nodes of a graph that hand every number on, and so leave the norm of a gradient as it is
+# nodes of a graph that only move numbers, and so keep the norm of a gradient
 _REARRANGES = frozenset(
     (
         *("AliasBackward", "CatBackward", "CloneBackward", "PermuteBackward", "ReshapeAliasBackward"),
@@ -49,14 +49,14 @@ _NO_GRADIENT = """\
 The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set \
 torch._functorch.config.donated_buffer = False; checkpoint with use_reentrant=False."""
 
-# writes the values of a step, and a picture (3, h, w) uint8 on the CPU where there is one
+# writes the values of a step, and if given a picture (3, h, w) uint8 on the CPU
 Sink: TypeAlias = Callable[[dict[str, float], Tensor | None, int], None]
 
 
 class Monitor:
     """Watch the loss while it trains: numbers every k-th step, and a picture of one clip.
 
-    Call it with what the loss was called with, **before** ``backward()``::
+    Call it with the arguments of the loss, **before** ``backward()``::
 
         monitor = Monitor(criterion, every=500)
         ...
@@ -64,41 +64,40 @@ class Monitor:
         monitor(maps, step=step, loss=loss, host_loss=host_loss, features=features, video=video)
         (host_loss + loss).backward()
 
-    It writes at steps that ``every`` divides, and does nothing but compare two integers at others. What it
-    writes are means over the clips of the batch:
+    It writes at steps that ``every`` divides, and costs nothing at others. It writes means over the clips of the batch:
 
     - ``enc_slots``, ``dec_slots``: slots that win a patch, before merging; ``enc_groups``, ``dec_groups``: after it;
-      ``merges``: slots renamed by it. One group is a collapse: raise the merge threshold;
+      ``merges``: slots that merging renames. One group is a collapse: raise the merge threshold;
     - ``agreement``, ``enc_flips``, ``dec_flips``, ``boundary_share``, ``interior_share``, ``untaught_share``: those of
       ``diagnostics.summary``, of merged labels;
-    - ``margin``, ``merged_margin``: those of ``diagnostics.premise``, given ``features``. A merged margin below 0 says
-      that the target explains less than the decoder does, at this threshold;
-    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's gradient at each map, on
-      all its ways through the model, and ``host_enc_gradient``, ``host_dec_gradient`` that of the host's loss. Where
-      this loss's is more than ten times the host's it says, once, what to lower; ten is a rule of thumb.
+    - ``margin``, ``merged_margin``: those of ``diagnostics.premise``, if ``features`` are given. If the merged margin
+      is below 0, the target explains less than the decoder at this threshold;
+    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's whole gradient at each map;
+      ``host_enc_gradient``, ``host_dec_gradient``: that of the host's loss. If this loss's is more than ten times the
+      host's, a warning says once which setting to lower. Ten is a rule of thumb.
 
-    What is not given or cannot be had is left out, and empty in the file: so is a gradient of a loss that does not
-    reach a map, as where a tap computes the map beside the host's own, or a compiled model hands both maps out. A map
-    that is stacked, joined or reshaped of others is traced back to them. Both losses must be scaled alike.
+    Values that are not available are left out, and empty in the file. The gradient of a loss is missing if it does not
+    reach the map, as when a tap computes the map beside the host's own, or a compiled model returns both maps. A map
+    that is stacked, joined or reshaped from others is traced back to them. Both losses must be scaled alike.
 
-    The picture is ``visualize.panel`` of the first clip of the batch, given ``video``. To watch one fixed clip, run
-    the model on it where ``is_due(step)``, and hand its maps and video to :meth:`picture`.
+    The picture is ``visualize.panel`` of the first clip of the batch, if ``video`` is given. To watch one fixed clip,
+    run the model on it if ``is_due(step)``, and pass its maps and video to :meth:`picture`.
 
-    A logged step takes two more backward passes from the losses to the maps, which keep their graph, and waits for the
-    device; ``.grad`` of parameters stays as it is. Where torch refuses them (after ``backward()``, of a compiled model
-    with donated buffers, under reentrant checkpoints) a warning says so, once, and gradients are left out. In a process
-    group all ranks must call it, and rank 0 writes, of its own clips. Of an ``AdaptiveSSyncLoss`` labels and merging
-    are those of its criterion.
+    A logged step waits for the device and takes two more backward passes from the losses to the maps. They keep the
+    graph, and ``.grad`` of parameters does not change. If torch refuses them (after ``backward()``, in a compiled model
+    with donated buffers, under reentrant checkpoints), a warning says so once, and gradients are left out. In a process
+    group all ranks must call the monitor; rank 0 writes, about its own clips. For an ``AdaptiveSSyncLoss`` labels and
+    merging are those of its criterion.
 
     Args:
-        criterion: the loss that is watched; its merge threshold, layout and settings are taken.
+        criterion: the loss to watch, for its merge threshold, layout and settings; None for those of ``SSyncLoss()``.
         every: write at steps that it divides.
-        to: a folder (``values.csv``, and a PNG file a picture), to which a run that goes on adds; or an object with
+        to: a folder (``values.csv``, and a PNG file per picture), to which a resumed run appends; or an object with
             ``add_scalar`` and, for pictures, ``add_image`` (TensorBoard); with ``log_dict`` (a LightningModule, no
             pictures and Lightning's own steps); with ``log`` (a run of Weights & Biases). Names begin with ``ssync/``.
         features_axes: layout of the features, as in ``AdaptiveSSyncLoss``.
 
-    A folder that cannot be written to, such as on a full disk, stops no training: a warning says so, once.
+    If a folder cannot be written to, as on a full disk, a warning says so once and training continues.
 
     Raises: TypeError, ValueError on a wrong argument, at logged steps.
 
@@ -117,7 +116,7 @@ class Monitor:
 
     def __init__(
         self,
-        criterion: SSyncLoss | AdaptiveSSyncLoss,
+        criterion: SSyncLoss | AdaptiveSSyncLoss | None = None,
         *,
         every: int = 100,
         to: Any = "ssync_monitor",
@@ -126,6 +125,7 @@ class Monitor:
         if isinstance(criterion, AdaptiveSSyncLoss):
             features_axes = criterion.features_axes if features_axes is None else features_axes
             criterion = criterion.criterion
+        criterion = SSyncLoss() if criterion is None else criterion
         check_type("criterion", criterion, SSyncLoss)
         check_int("every", every, 1)
         self.criterion, self.every, self.features_axes = criterion, every, features_axes
@@ -133,7 +133,7 @@ class Monitor:
         self._said: set[str] = set()
 
     def is_due(self, step: int) -> bool:
-        """Tell whether this is a step that is written.
+        """Tell whether to write at this step.
 
         Raises: TypeError if the step is no integer of Python's or NumPy's.
         """
@@ -150,12 +150,12 @@ class Monitor:
         video: Tensor | None = None,
         num_frames: int | None = None,
     ) -> dict[str, float] | None:
-        """Write what is watched, if it is time to, and return it; None at other steps.
+        """Write and return the values if :meth:`is_due`, else return None.
 
         Args:
-            maps: what the loss was given, ``SlotMaps`` or (encoder's, decoder's); masks come with ``SlotMaps``.
+            maps: the maps of the loss, ``SlotMaps`` or (encoder's, decoder's); masks come with ``SlotMaps``.
             step: the training step.
-            loss: what the criterion returned, a scalar.
+            loss: the value of the criterion, a scalar.
             host_loss: the model's own loss, a scalar.
             features: (B, T, D, H, W) on the encoder's grid, or what ``features_axes`` says.
             video: (B, T, 3, h, w), floating point within [0, 1], or uint8.
@@ -181,14 +181,14 @@ class Monitor:
     def picture(
         self, maps: SlotMaps | tuple[Tensor, Tensor], video: Tensor, *, step: int, num_frames: int | None = None
     ) -> None:
-        """Write the panel of a batch's first clip, if it is time to; arguments as in a call."""
+        """Write the panel of a batch's first clip if :meth:`is_due`; arguments as in a call."""
         if self.is_due(step):
             enc, dec, given = self._take_apart(maps, num_frames)
             labels = self._look(enc, dec, given)[1]
             self._write({}, panel(video, enc, dec, labels=labels, **given)[0].cpu(), int(step))
 
     def _take_apart(self, maps: object, num_frames: int | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return both maps, and their layout and masks by name."""
+        """Return both maps, and their layout and masks as keyword arguments."""
         if not isinstance(maps, (tuple, list)) or len(maps) != 2:
             got = f"{len(maps)} of them" if isinstance(maps, (tuple, list)) else type(maps).__name__
             raise TypeError(f"`maps` must be SlotMaps or a pair (enc_logits, dec_logits); got {got}.")
@@ -200,7 +200,7 @@ class Monitor:
     @torch.no_grad()
     def _look(self, enc: Tensor, dec: Tensor, given: dict[str, Any]) -> tuple[Maps, PseudoLabels]:
         maps = prepare_maps(enc, dec, **given)
-        # the settings of no step, which has no ramp
+        # without a step there is no ramp
         return maps, labels_of(maps, self.criterion.settings_at(None, maps.enc), self.criterion.backend)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class Monitor:
             features = place_features(features, self.features_axes, maps.enc)
             num_slots = maps.enc.shape[2]
             shares, variance = explained_shares(features, *plain, num_slots, maps.counted, labels.representative)
-            # a clip of constant features is none to ask, and maps with NaN have labels all the same
+            # clips with constant features do not count; maps with NaN have labels, too, but no margin
             weight = maps.spoil() / (variance != 0).sum().clamp_min(1)
             means["margin"] = (shares[0] - shares[1]).sum() * weight
             means["merged_margin"] = (shares[2] - shares[1]).sum() * weight
@@ -223,7 +223,7 @@ class Monitor:
         return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
 
     def _gradients(self, prefix: str, loss: Tensor, enc: Tensor, dec: Tensor) -> dict[str, float]:
-        """Return a loss, and the norms of its gradient at the maps that it reaches."""
+        """Return a loss and the norms of its gradient at the maps that it reaches."""
         values = {f"{prefix}loss": loss.item()}
         edges = {side: _sources(one) for side, one in (("enc", enc), ("dec", dec)) if one.requires_grad}
         if loss.requires_grad and edges:
@@ -241,8 +241,8 @@ class Monitor:
         return values
 
     def _compare(self, values: dict[str, float]) -> None:
-        """Say, once a map, that the gradient of this loss dwarfs that of the host's."""
-        # the boundary term reaches the encoder, too, through the slots that are decoded
+        """Warn once a map if the gradient of this loss dwarfs that of the host's."""
+        # through the decoded slots the boundary term also reaches the encoder
         both, boundary = "`interior_weight` and `boundary_weight`", "`boundary_weight`"
         for side, name, weights in (("enc", "encoder", both), ("dec", "decoder", boundary)):
             ours, theirs = values.get(f"{side}_gradient", 0.0), values.get(f"host_{side}_gradient", 0.0)
@@ -254,7 +254,7 @@ class Monitor:
                 )
 
     def _write(self, values: dict[str, float], picture: Tensor | None, step: int) -> None:
-        # a backward pass may hold collectives, and so every rank has come this far
+        # all ranks come this far, as a backward pass may contain collectives
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return
         try:
@@ -269,7 +269,7 @@ class Monitor:
 
 
 def _sources(maps: Tensor) -> list[GradientEdge]:
-    """Return where the numbers of a map come from: a stack of frames lies beside the path of the host's loss."""
+    """Return the graph's nodes that computed the numbers of a map: the host's loss does not pass a stack of frames."""
     found: dict[GradientEdge, None] = {}
     left = [get_gradient_edge(maps)]
     while left:
@@ -314,7 +314,7 @@ def _append(path: Path, header: str, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n" if size else f"{header}\n{line}\n")
     except OSError:
-        # a full disk leaves no half of a line
+        # remove a part of a line that a full disk has left
         with suppress(OSError):
             os.truncate(path, size)
         raise
@@ -334,7 +334,7 @@ def _to_module(module: Any, values: dict[str, float], _: Tensor | None, __: int)
 
 def _to_run(run: Any, values: dict[str, float], picture: Tensor | None, step: int) -> None:
     told: dict[str, Any] = {f"ssync/{name}": value for name, value in values.items()}
-    # whoever has a run has imported it
+    # a run exists, so wandb is imported
     wandb = sys.modules.get("wandb")
     if picture is not None and wandb is not None:
         told["ssync/panel"] = wandb.Image(picture.permute(1, 2, 0).numpy())
@@ -345,7 +345,7 @@ def _to_run(run: Any, values: dict[str, float], picture: Tensor | None, step: in
 def _png(picture: Tensor) -> bytes:
     """Encode a picture (3, h, w) uint8."""
     _, height, width = picture.shape
-    # every row begins with a filter, which is none
+    # every row begins with its filter, 0 for none
     rows = F.pad(picture.permute(1, 2, 0).reshape(height, 3 * width), (1, 0)).numpy().tobytes()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")

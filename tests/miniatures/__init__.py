@@ -152,6 +152,7 @@ MINIATURES: dict[str, Miniature] = {
     "slotcontrast image mlp": _slotcontrast("image", "MLPDecoder"),
     "slotcontrast image mixer": _slotcontrast("image", "SlotMixerDecoder"),
     "slotcontrast image broadcast": _slotcontrast("image", "SpatialBroadcastDecoder"),
+    "slotcontrast dynamics": _slotcontrast("video", "MLPDecoder", predicts=True),
     "slotcurri": _slotcontrast("video", "MLPDecoder", cycle=True),
     "slotcurri broadcast": _slotcontrast("video", "SpatialBroadcastDecoder", cycle=True),
     "randsfq": _genera1z(genera1z.ARTransformerDecoder),

@@ -6,6 +6,7 @@ its cross-attention, so the sum over slots is below one, and in training it make
 """
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,11 +165,15 @@ def build_from_config(config: Any) -> Any:
     return config["type"](**built) if "type" in config else built
 
 
-class Metric(nn.Module):
+class _Metric(nn.Module):
     """Returns (loss (b,), valid (b,)); the host's own losses are means, so b is 1."""
 
 
-class MSELoss(Metric):
+# of a module of its own: the package has its metrics and callbacks, but not what metrics derive from
+metric = SimpleNamespace(Metric=_Metric)
+
+
+class MSELoss(_Metric):
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002
         loss = F.mse_loss(input, target)[None]
         return loss, torch.ones(1, dtype=torch.bool)
@@ -192,7 +197,7 @@ class MetricWrap(nn.Module):
         for name, one in self.metrics.items():
             given = {arg: getitem(pack, path) for arg, path in one["map"].items()}
             transform: Callable[..., dict[str, Any]] | None = one.get("transform")
-            assert isinstance(one["metric"], Metric)
+            assert isinstance(one["metric"], _Metric)
             loss, valid = one["metric"](**(given if transform is None else transform(**given)))
             losses[name] = loss * one.get("weight", 1.0), valid
         return losses

@@ -29,7 +29,8 @@ class AttachedMaps(Hooked):
 
     A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
     asks about is forgotten at the next. Copies of the model, deep or unpickled, are not tapped, and a copy of this
-    gives nothing. It is a context manager, which takes the hooks off in the end.
+    gives nothing. It is a context manager, which takes the hooks off in the end. Inside of a compiled function
+    torch 2.6 takes no ``**maps()``; newer ones do.
 
     >>> from slot_attention import SlotAttention
     >>> from ssync_loss.adapters import attach
@@ -60,11 +61,14 @@ class AttachedMaps(Hooked):
         self._warn = DetachedWarning()
         self._compared: set[bool] = set()
         self._seen = "not called yet"
+        self._mask: Tensor | None = None
         # how many forwards learned since the last call, by the weights that they found; whether so at the call before
         self._begun, self._weights, self._repeats = 0, [-1], False
         # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
+        # the decoder's first map, where it runs again
+        self._first: Tensor | None = None
         enc = found.enc
         self._dec_source = dec
         self._enc = _tap(enc)
@@ -93,7 +97,7 @@ class AttachedMaps(Hooked):
         self._ran = ["given"]
         caught, self._caught = self._caught, {}
         enc = self._enc.pop()
-        dec = self._pop_decoder()
+        dec, self._first = self._pop_decoder() if self._first is None else self._first, None
         if self._found.pick_frames is not None:
             enc = self._found.pick_frames(enc, dec)
         enc, given = SlotMaps.join(enc, dec)
@@ -130,6 +134,9 @@ class AttachedMaps(Hooked):
             )
         lines.append(f"decoder: {self._tell(self._dec_source)}")
         lines.append(f"last call: {self._seen}")
+        if self._mask is not None:
+            kept = self._mask.sum(1)
+            lines.append(f"slot mask: keeps {int(kept.min())} to {int(kept.max())} of {self._mask.shape[1]} slots")
         return "\n".join(lines)
 
     def remove(self) -> None:
@@ -141,17 +148,16 @@ class AttachedMaps(Hooked):
                 self._dec.remove()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._caught = [], {}
+        self._handles, self._caught, self._first = [], {}, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._alive = False
-        self._handles = []
-        self._caught = {}
+        self._handles, self._caught = [], {}
 
     def _on_encoder(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         if self._alive and not is_recomputing():
             self._ran = ["encoder"]
-            self._caught = {}
+            self._caught, self._first = {}, None
             if not is_traced() and torch.is_grad_enabled():
                 self._count()
             if self._own is not None:
@@ -168,6 +174,8 @@ class AttachedMaps(Hooked):
     def _on_decoder(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if self._alive and not is_recomputing():
             self._ran.append("decoder")
+            if self._found.decodes_again and self._first is None:
+                self._first = self._pop_decoder()
 
     def _on_seen(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -201,7 +209,7 @@ class AttachedMaps(Hooked):
                 f"{decoder} has not run since {self._name(enc.covers)} began: encoder and decoder must be of one "
                 "forward."
             )
-        if times > 1:
+        if times > 1 and not self._found.decodes_again:
             raise RuntimeError(
                 f"{decoder} has run {times} times since {self._name(enc.covers)} began, so its last map is not of the "
                 "encoder's forward. Take the maps right after the model's own forward. If it runs frame by frame, "
@@ -239,6 +247,7 @@ class AttachedMaps(Hooked):
         gradient = [f"with{'' if one.requires_grad else 'out'} gradient" for one in maps]
         self._seen = f"encoder {tuple(enc.shape)} {gradient[0]}, decoder {tuple(dec.shape)} {gradient[1]}"
         self._seen += "".join(f", {name}" for name in maps.keys()[2:])
+        self._mask = maps.slot_mask
         if enc.dim() == 4:
             self._seen += f"; N={enc.shape[3]} shows no grid: give `grid`"
         # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see

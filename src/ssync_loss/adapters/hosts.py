@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ssync_loss.adapters.logit_tap import HeadSoftmax
 from ssync_loss.ssync.maps import Kind
 
+__all__ = ["EXAMPLE", "HOSTS", "Dots", "Found", "Host", "Output", "Seen", "reach"]
+
 
 @dataclass(frozen=True)
 class Dots:
@@ -78,6 +80,7 @@ class Found:
         shuffled: modules whose patches do not stand in the order of the encoder's.
         grid: any tensor whose last two axes are those of the patches.
         pick_frames: takes both maps as they were tapped, and returns the encoder's frames that were decoded.
+        decodes_again: whether a forward decodes what are not the encoder's slots after those that are.
     """
 
     enc: Dots
@@ -87,6 +90,7 @@ class Found:
     shuffled: tuple[nn.Module, ...] = ()
     grid: Seen | None = None
     pick_frames: Callable[[Tensor, Tensor], Tensor] | None = None
+    decodes_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,9 @@ def _slotcontrast(model: Any) -> Found:
     processor, decoder = reach(model, "processor"), reach(model, "decoder")
     corrector = reach(processor, "corrector")
     enc = Dots(corrector.to_q, corrector.to_k, corrector.scale, processor)
-    return Found(enc, _alpha(decoder), pick_frames=_last_pass)
+    # slots that it predicts are decoded, too
+    predicts = getattr(model, "dynamics_predictor", None) is not None
+    return Found(enc, _alpha(decoder), pick_frames=_last_pass, decodes_again=predicts)
 
 
 def _alpha(decoder: Any) -> Dots | Output | str:
@@ -301,12 +307,20 @@ def _lucidrains(model: Any) -> Found:
     )
 
 
+def _metaslot(_model: Any) -> Found:
+    raise ValueError(
+        "`model` must keep its slots in order; got a MetaSlotAttention, which merges and reorders them after the "
+        "attention, so that slot s of the encoder's map is not slot s of the decoder's."
+    )
+
+
 HOSTS: tuple[Host, ...] = (
     Host("slotcontrast", ("processor.corrector.to_q", "processor.corrector.to_k", "decoder"), _slotcontrast),
     Host("genera1z", ("aggregat.proj_q", "aggregat.proj_k", "decode"), _genera1z),
     Host("steve", ("steve_encoder.savi.project_q", "steve_decoder.tf.blocks"), _steve),
     Host("oclf", ("perceptual_grouping.slot_attention.to_q", "object_decoder"), _oclf),
     Host("spot", ("slot_attn.slot_attention.project_q", "forward_decoder", "dec"), _spot),
+    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot),
     Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 

@@ -125,7 +125,8 @@ class SlotMaps(tuple[Tensor, Tensor]):
             )
         B, T, S = shape[:3]
         dec_logits = _take(dec, T, S)
-        return cls(enc_logits, _ordered(dec_logits, B, T, S, by_frame=by_frame))
+        num_patches = enc_logits.shape[3:].numel()
+        return cls(enc_logits, _ordered(dec_logits, B, T, S, num_patches, by_frame=by_frame))
 
 
 def _check_order(enc: Source, dec: Source) -> None:
@@ -139,16 +140,24 @@ def _check_order(enc: Source, dec: Source) -> None:
         )
 
 
-def _ordered(dec: Tensor, B: int, T: int, S: int, *, by_frame: bool) -> Tensor:
+def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> Tensor:
     """Put clips, frames and slots in order: whatever the map leads with, it ends in N or H, W."""
     if by_frame and dec.shape[:2] == (B * S, T) and dec.dim() in (3, 4):
         return rearrange(dec, "(b s) t ... -> b t s ...", s=S)
     for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
-        if dec.shape[: len(lead)] == lead and dec.dim() - len(lead) in (1, 2):
-            return dec.reshape(B, T, S, *dec.shape[len(lead) :])
+        rest = dec.shape[len(lead) :]
+        # slots and the encoder's patches are no grid: what leads is frames, and as many as there are slots
+        if dec.shape[: len(lead)] == lead and len(rest) in (1, 2) and rest != (S, N):
+            return dec.reshape(B, T, S, *rest)
     hint = ""
-    if dec.dim() == 4 and dec.shape[-1] == S:
+    if dec.dim() in (3, 4) and dec.shape[-1] == S:
         hint = " Are its last two axes the other way round? Swap a tap's projections, or say so by `axes`."
+    elif dec.numel() > B * T * S * N and dec.numel() % (B * T * S * N) == 0:
+        times = dec.numel() // (B * S * N)
+        hint = (
+            f" If it holds {times} frames, and the encoder one in each call, the tap has kept the last: give it the "
+            "`host` (an entry its `covers`) that is called once a clip."
+        )
     raise ValueError(
         f"`dec` must have shape (B={B}, T={T}, S={S}, ...) or (B*T={B * T}, S={S}, ...) or (B*T*S={B * T * S}, ...), "
         f"ending in N or H, W, to go with `enc`; got {tuple(dec.shape)}.{hint}"

@@ -1,4 +1,4 @@
-"""Parts of a model that find semantics in frames, and instances inside each."""
+"""Parts of a model that decompose frames into semantics, and semantics into instances."""
 
 from ssync_loss.methods.smtc.attention.correlation import CorrelationFusion
 from ssync_loss.methods.smtc.attention.semantic import SemanticAwareSlotAttention, SemanticSlots

@@ -1,4 +1,4 @@
-"""What goes on while the loss is on, and whether to switch it on: plain tensors for any logger."""
+"""Statistics of a run, and whether to switch the loss on: plain tensors for any logger."""
 
 from ssync_loss.diagnostics.fit import edge_alignment, explained_variance
 from ssync_loss.diagnostics.statistics import (

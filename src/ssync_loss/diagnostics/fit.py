@@ -1,4 +1,4 @@
-"""How well a partition into slots fits the features it was made from."""
+"""How well a partition into slots fits features."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from ssync_loss.diagnostics.statistics import valid_patches
 from ssync_loss.ssync.fit import explained_shares
 from ssync_loss.ssync.merging import unmerged
 
-# features are taken to float64 this many channels at a time: exact sums at the memory of a thin slice
+# this many channels at a time become float64, to save memory
 _CHANNELS = 64
 
 
 def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's feature variance that a partition explains: ``1 - SS_within / SS_total``.
 
-    ``SS_total`` is the summed squared distance of all patches of the clip to their mean, ``SS_within`` to the
+    ``SS_total`` is the sum over all patches of the clip of the squared distance to their mean, ``SS_within`` to the
     mean of their own slot over the whole clip.
 
-    Shape: features: (B, T, D, H, W), floating point; a large common mean does no harm. labels: (B, T, H, W) integers
-        within [0, num_slots). valid: (B, T) or (B, T, H, W) bool. Returns (B,), float64, within [0, 1]; 0 where
-        features are constant or no patch is valid, NaN where features of a valid patch are not finite.
+    Shape: features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers within [0, num_slots). valid: (B, T)
+        or (B, T, H, W) bool. Returns (B,), float64, within [0, 1]; 0 if features are constant or no patch is valid, NaN
+        if features of a valid patch are not finite.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit, or labels are seen to be out of range.
 
@@ -42,16 +42,15 @@ def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, vali
 
 
 def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Tell how well label edges follow feature edges, as an AUC.
+    """Measure how well label edges follow feature edges, as an AUC.
 
-    Of all pairs of side-by-side patches in a frame (four neighbors), some carry two labels. The value is the
-    probability that the features of such a pair are further apart than those of a pair with one label,
-    ``P(edge > no edge) + P(edge == no edge) / 2``: 1 when every label edge is a stronger feature edge than
-    all the rest, 0.5 for chance.
+    A pair of adjacent patches of a frame (four neighbors) has an edge if its labels differ. The value is the
+    probability that the features of a pair with an edge are further apart than those of a pair without,
+    ``P(edge > no edge) + P(edge == no edge) / 2``: 1 if all label edges are the strongest feature edges, 0.5 by chance.
 
     Shape: features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool;
-        a pair counts when both patches do. Returns (B,), float64; 0.5 where there is no pair of one or of the other
-        sort, NaN where features of a valid pair are not finite.
+        a pair counts if both patches are valid. Returns (B,), float64; 0.5 without pairs with or without an edge, NaN
+        if features of a valid pair are not finite.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit.
 
@@ -83,12 +82,12 @@ def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor
 
 
 def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
-    """Rank statistic of Mann and Whitney per row, ties counted half."""
+    """Rank statistic of Mann and Whitney per row; ties count half."""
     positive, negative = positive & counted, ~positive & counted
-    # what does not count sorts behind every score and is never reached by one
+    # all other pairs sort behind every score
     ranked = torch.where(negative, score, float("inf")).sort(dim=1).values
     score = score.contiguous()
-    # integers: twice the number of won pairs, exact at any size
+    # twice the number of won pairs, an exact integer
     won = torch.searchsorted(ranked, score) + torch.searchsorted(ranked, score, right=True)
     won = torch.where(positive, won, 0).sum(1)
     pairs = positive.sum(1) * negative.sum(1)

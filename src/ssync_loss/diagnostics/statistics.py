@@ -1,4 +1,4 @@
-"""What the pseudo-labels of a step look like, as tensors a logger can take."""
+"""Statistics of the pseudo-labels of a step, as tensors for a logger."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,16 @@ from ssync_loss.ssync.types import PseudoLabels
 
 
 class Summary(NamedTuple):
-    """One value per clip for each thing worth watching while the loss is on.
-
-    The three shares and the agreement are of the clip's valid patches, the flips of its valid pairs of
-    consecutive frames; slots and merges are counts.
+    """Statistics of pseudo-labels, one value per clip. Shares are of its valid patches, or of pairs of them in time.
 
     Attributes:
         boundary_share: (B,), where the encoder teaches the decoder.
         interior_share: (B,), where the decoder teaches the encoder.
         untaught_share: (B,), where neither teaches the other.
-        agreement: (B,), where both maps carry the same merged label.
-        enc_slots, dec_slots: (B,) int64, different merged labels in each map.
-        merges: (B,) int64, slots renamed to another one by merging.
-        enc_flips, dec_flips: (B,), labels that change from one frame to the next.
+        agreement: (B,), where both maps have the same merged label.
+        enc_slots, dec_slots: (B,) int64, number of different merged labels in each map.
+        merges: (B,) int64, number of slots that merging renames.
+        enc_flips, dec_flips: (B,), where the label changes from one frame to the next.
     """
 
     boundary_share: Tensor
@@ -42,13 +39,13 @@ class Summary(NamedTuple):
 def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Summary:
     """Summarize pseudo-labels per clip, without waiting for the device.
 
-    Everything is read from the labels *after* merging. A logger takes the means over the batch as
+    All values are of the labels *after* merging. A logger takes the means over the batch as
     ``{f"ssync/{name}": value.float().mean() for name, value in summary(labels)._asdict().items()}``.
 
     Shape: valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
 
-    ``labels`` are what ``pseudo_labels`` or ``SSyncLoss.terms`` returned, ``valid`` and ``slot_mask`` as given there; a
-    clip without any slot has no valid patch.
+    ``labels`` come from ``pseudo_labels`` or ``SSyncLoss.terms``, with the same ``valid`` and ``slot_mask``. A clip
+    without any slot has no valid patch.
 
     Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
@@ -99,10 +96,9 @@ def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
 
 
 def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Share of a clip's valid patches on which both maps carry one label: ``mean(enc == dec)``.
+    """Share of a clip's valid patches on which both maps have one label: ``mean(enc == dec)``.
 
-    Shape: enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in
-        :func:`region_share`.
+    Shape: enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, results and errors are as in :func:`region_share`.
 
     >>> agreement(torch.tensor([[[[0, 0, 1, 1]]]]), torch.tensor([[[[0, 0, 0, 1]]]])).tolist()
     [0.75]
@@ -116,8 +112,7 @@ def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = 
 def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Count the different labels on a clip's valid patches.
 
-    A slot that wins a single patch of the clip is in use. Give labels before merging to count slots, after
-    merging to count objects.
+    A slot that wins one patch of the clip is in use. Labels before merging count slots, labels after merging groups.
 
     Shape: labels: (B, T, H, W), integer >= 0. valid: (B, T) or (B, T, H, W) bool. Returns (B,), int64; 0 for a clip
         without a valid patch.
@@ -130,7 +125,7 @@ def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     check_not_empty("labels", check_shape("labels", labels, "B T H W"), "T H W")
     index = as_index("labels", labels)
     check_nonnegative("labels", index)
-    # sorted, equal labels stand together and every new value starts a run; -1 keeps the invalid apart
+    # in sorted order every new label starts a run; invalid patches are -1
     values = index.masked_fill(~valid_patches(valid, labels), -1).flatten(1).sort(dim=1).values
     starts = F.pad(values.diff(dim=1) != 0, (1, 0), value=True)
     return (starts & (values >= 0)).sum(1)
@@ -139,10 +134,9 @@ def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
 def merges(representative: Tensor) -> Tensor:
     """Count the slots that merging renames: ``(representative != arange(S)).sum()``.
 
-    Three slots merged into one object are two merges.
+    Three slots merged into one group are two merges.
 
-    Shape: representative: (B, S), integer, the slot that stands for each slot, from ``merge_slots`` or
-        ``PseudoLabels``. Returns (B,), int64.
+    Shape: representative: (B, S), integer, from ``merge_slots`` or ``PseudoLabels``. Returns (B,), int64.
 
     Raises: TypeError, ValueError if the dtype or rank does not fit.
 
@@ -157,11 +151,10 @@ def merges(representative: Tensor) -> Tensor:
 def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of patches whose label changes from one frame to the next: ``mean(l[t + 1] != l[t])``.
 
-    Counted over the pairs (t, t + 1) of one place that are valid in both frames. Objects that move flip
-    labels too, so compare maps of the same clips.
+    It is a share of the places that are valid in both frames. Moving objects also flip labels, so compare maps of the
+    same clips.
 
-    Shape: labels: (B, T, H, W), integer. ``valid``, what is returned and raised is as in :func:`region_share`; 0
-        without a pair, as for T = 1.
+    Shape: labels: (B, T, H, W), integer. ``valid``, results and errors are as in :func:`region_share`; 0 for T = 1.
 
     >>> label_flips(torch.tensor([[[[0, 0, 1, 1]], [[0, 1, 1, 1]]]])).tolist()
     [0.25]
@@ -177,7 +170,7 @@ def _share(event: Tensor, counted: Tensor) -> Tensor:
 
 
 def valid_patches(valid: Tensor | None, labels: Tensor) -> Tensor:
-    """Bring ``valid`` to the (B, T, H, W) of the labels; everything where it is None."""
+    """Return ``valid`` as (B, T, H, W); None is valid everywhere."""
     if valid is None:
         return torch.ones_like(labels, dtype=torch.bool)
     return check_valid(valid, dict(zip("BTHW", labels.shape, strict=True)), labels=labels)

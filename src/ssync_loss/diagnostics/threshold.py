@@ -1,4 +1,4 @@
-"""Which merge threshold a model's own maps and features suggest."""
+"""Suggest a merge threshold from a model's maps and features."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from torch import Tensor
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes
 from ssync_loss._checks import check_number, check_type
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import place_features, slot_sums
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
@@ -19,14 +20,14 @@ NUM_BINS = 20
 
 
 class SlotStatistics(NamedTuple):
-    """What merging the slots of a batch depends on, by :func:`slot_statistics`: small, and without the maps.
+    """Statistics of a batch that decide how slots merge, by :func:`slot_statistics`.
 
     Attributes:
-        overlap: (B, S, S), how far two slots are active in the same places, as ``functional.slot_overlap`` says.
-        area: (B, S) int64, valid patches that a slot wins in the encoder's map.
-        present: (B, S) bool, slots that there are; none in a clip without a valid patch.
-        products: (B, S, S) float64, products of the slots' summed features, which are centered per clip.
-        variance: (B,) float64, the summed square of the centered features; NaN where something is not finite.
+        overlap: (B, S, S), ``functional.slot_overlap`` of the encoder's map.
+        area: (B, S) int64, number of valid patches that a slot wins in the encoder's map.
+        present: (B, S) bool, present slots; none in a clip without a valid patch.
+        products: (B, S, S) float64, products of the slots' sums of features, which are centered per clip.
+        variance: (B,) float64, sum of the squared centered features; NaN if a map or feature is not finite.
     """
 
     overlap: Tensor
@@ -37,16 +38,15 @@ class SlotStatistics(NamedTuple):
 
 
 class MergeAdvice(NamedTuple):
-    """A merge threshold, and what it would merge, by :func:`suggest_merge_threshold`.
+    """A merge threshold and its effect, by :func:`suggest_merge_threshold`.
 
     Attributes:
         threshold: for the criterion's ``merge_threshold``.
         explained: mean over clips of the feature variance that the encoder's hard labels explain.
-        merged_explained: the same of its merged labels.
-        pairs: (B,) int64, pairs of slots that overlap by more than the threshold.
-        groups: (B,) int64, what the present slots are merged into: as many as there are if nothing is merged.
-        histogram: (20,) int64, how many pairs of present slots overlap by how much, in equal steps from 0 to 1. The
-            first bin holds 0, the last one 1.
+        merged_explained: the same for its merged labels.
+        pairs: (B,) int64, number of pairs of slots that overlap by more than the threshold.
+        groups: (B,) int64, number of groups of present slots after merging.
+        histogram: (20,) int64, numbers of pairs of present slots by overlap, in equal bins from 0 to 1.
     """
 
     threshold: float
@@ -71,9 +71,9 @@ def slot_statistics(
     slot_mask: Tensor | None = None,
     num_frames: int | None = None,
 ) -> SlotStatistics:
-    """Measure on a batch what :func:`suggest_merge_threshold` needs; arguments as in :func:`premise`.
+    """Measure the statistics that :func:`suggest_merge_threshold` needs; arguments as in :func:`premise`.
 
-    Merging and fit are of the encoder's map. Of the decoder's one only the layout counts, and that it is finite.
+    Merging and fit are of the encoder's map. The decoder's map must only be finite.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit.
 
@@ -84,7 +84,9 @@ def slot_statistics(
     ([1.0, 0.5, 0.0], [[1, 1, 2]])
     """
     given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
+    given |= {"grid": grid, "axes": axes}
+    maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
+    warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
     features = place_features(features, features_axes, maps.enc)
     num_slots = maps.enc.shape[2]
     labels = hard_labels(maps)[0].flatten(2)
@@ -93,7 +95,7 @@ def slot_statistics(
     member = (F.one_hot(labels, num_slots) * counted.unsqueeze(3)).double()
     area = member.sum((1, 2))
     sums, variance = slot_sums(features, member, counted)
-    # the mean comes off both
+    # subtract the mean
     mean = sums.sum(2, keepdim=True) / area.sum(1).clamp_min(1)[:, None, None]
     variance = variance - area.sum(1) * mean.square().sum((1, 2))
     sums = sums - area.unsqueeze(1) * mean
@@ -110,28 +112,27 @@ def slot_statistics(
 
 @torch.no_grad()
 def suggest_merge_threshold(statistics: Iterable[SlotStatistics], *, keep: float = 0.95) -> MergeAdvice:
-    """Suggest the merge threshold that merges most, and loses little of what the slots explain of the features.
+    """Suggest the lowest merge threshold at which merging loses little of the explained variance.
 
-    The lowest threshold at which the encoder's merged labels explain at least ``keep`` of what its labels explain
-    unmerged, both as means over clips of :func:`explained_variance`. A lower threshold merges more and explains no
-    more, so that there is one. Between two overlaps that occur every threshold merges the same: the middle is taken.
-    Where nothing is explained (constant features, one slot in use, no clip), there is nothing to go by, and it is 1,
-    which merges nothing.
+    At this threshold the encoder's merged labels explain at least ``keep`` of the variance that its unmerged labels
+    explain, both as means over clips of :func:`explained_variance`. A lower threshold merges more and never explains
+    more, so there is one. All thresholds between two overlaps that occur merge the same slots; the middle is taken. If
+    nothing is explained (constant features, one slot in use, no clip), it is 1, which merges nothing.
 
-    A rule of thumb, which beat no fixed threshold where ``examples/study.py`` tried it with one seed: it suggested 0.62
-    where 0.6 was the best of 0.6, 0.75 and 0.9, and 0.71 where 0.6 was the worst of them, and came out between. The
-    published ones are 0.6, 0.65, 0.7 and 0.9, see ``SSyncLoss.from_preset``, and ``keep=0.95`` was chosen, not tuned.
-    Look at the histogram, which ``visualize.histogram`` draws: a gap that the threshold falls into speaks for it. Take
-    clips of many videos, of a model trained with its own losses.
+    This is a rule of thumb. ``examples/study.py`` tried it in two settings with one seed, and it was behind the best
+    fixed threshold in both: it suggested 0.62 where 0.6 was the best of 0.6, 0.75 and 0.9, and 0.71 where 0.6 was the
+    worst. The published ones are 0.6, 0.65, 0.7 and 0.9, see ``SSyncLoss.from_preset``, and ``keep=0.95`` is not tuned.
+    ``visualize.histogram`` draws the histogram; a threshold in a gap is safe. Take clips of many videos, and a model
+    trained with its own losses.
 
     Args:
         statistics: of the batches of an evaluation set, by :func:`slot_statistics`. They are read on the host.
         keep: share of the explained variance to keep, within [0, 1].
 
-    Returns: the threshold and what it would merge; tensors are on the CPU.
+    Returns: the threshold and its effect; tensors are on the CPU.
 
-    Raises: TypeError if there is anything but SlotStatistics; ValueError if there is none, if maps or features of a
-        clip were not finite, or ``keep`` is out of range.
+    Raises: TypeError if an element is no SlotStatistics; ValueError if there is none, if maps or features of a clip
+        were not finite, or ``keep`` is out of range.
 
     >>> features = torch.tensor([0.0, 1.0, 5.0, 6.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 0.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 3, 1, 4)
@@ -151,7 +152,7 @@ def suggest_merge_threshold(statistics: Iterable[SlotStatistics], *, keep: float
     if not all(bool(part.variance.isfinite().all()) for part in parts):
         raise ValueError("`statistics` must be of finite maps and features; got NaN or infinities.")
     overlaps = torch.cat([part.overlap[_pairs(part)] for part in parts])
-    # a threshold merges what lies above it: all but pairs without any overlap at 0, nothing at the largest overlap
+    # a threshold merges larger overlaps: 0 merges all pairs that overlap, the largest overlap merges none
     levels = torch.cat([overlaps, overlaps.new_zeros(1)]).unique()
     wanted = keep * (explained := _explained(parts, None))
     threshold = 1.0
@@ -183,7 +184,7 @@ def _pairs(part: SlotStatistics) -> Tensor:
 
 
 def _explained(parts: Iterable[SlotStatistics], threshold: float | None) -> float:
-    """Average over clips what the labels explain, merged at a threshold."""
+    """Return the mean over clips of the variance that labels explain, merged at a threshold."""
     shares = []
     for part in parts:
         slots = torch.arange(part.overlap.shape[1])
@@ -193,7 +194,7 @@ def _explained(parts: Iterable[SlotStatistics], threshold: float | None) -> floa
         joined = (group.unsqueeze(2) == slots).double()
         area = (part.area.double().unsqueeze(1) @ joined).squeeze(1)
         between = ((joined.mT @ part.products @ joined).diagonal(dim1=1, dim2=2) / area.clamp_min(1)).sum(1)
-        # one slot explains nothing, and not what is left by rounding
+        # one slot explains exactly 0, whatever rounding leaves
         between = between.masked_fill((area > 0).sum(1) < 2, 0.0)
         shares.append(between / torch.where(part.variance == 0, 1.0, part.variance))
     whole = torch.cat(shares)

@@ -1,8 +1,7 @@
-"""Does the premise of the loss hold for a model? Asked of its maps and features, without ground truth.
+"""Test the premise of the loss on a model's maps and features, without ground truth.
 
-The loss copies encoder labels into the decoder at boundaries and decoder labels into the encoder in
-interiors. It can only help where the encoder has something to teach: where its partition fits the image
-better than the decoder's. Fit is measured on the features both maps are made from.
+The encoder teaches the decoder at boundaries. This can only help if the encoder's partition fits the features better
+than the decoder's.
 """
 
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from ssync_loss._checks import as_index, check_type
 from ssync_loss._inputs import check_labels
 from ssync_loss.diagnostics.fit import edge_alignment
 from ssync_loss.diagnostics.statistics import agreement, label_flips, slots_in_use
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import explained_shares, place_features
 from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
@@ -28,29 +28,29 @@ Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 Reason: TypeAlias = Literal[
     "no clip", "not finite", "unexplained", "one slot", "merging", "encoder", "decoder", "undecided", "one video"
 ]
-# a model has memorized clips where it explains less than this share of as much on fresh ones: one study found a half
-# for a model of 41 clips, and no drop for one of 1,500
+# a model has memorized its clips if it explains less than this share on fresh ones. One study found a half for a model
+# of 41 clips, and no drop for one of 1,500.
 MEMORIZED = 0.75
 
 
 class Premise(NamedTuple):
-    """What :func:`premise` measures, one value per clip unless said otherwise.
+    """The result of :func:`premise`, one value per clip unless said otherwise.
 
     Attributes:
-        enc_explained, dec_explained: (B,), share of the feature variance explained by the hard partition of a map.
-        enc_confidence, dec_confidence: (B,), mean of its largest slot probability.
-        enc_edge_alignment, dec_edge_alignment: (B,), AUC of the feature distance across its label edges.
-        enc_flicker, dec_flicker: (B,), share of its labels that change from one frame to the next.
+        enc_explained, dec_explained: (B,), share of the feature variance that the hard labels of a map explain.
+        enc_confidence, dec_confidence: (B,), mean of the largest slot probability.
+        enc_edge_alignment, dec_edge_alignment: (B,), AUC of the feature distance across label edges.
+        enc_flicker, dec_flicker: (B,), share of labels that change from one frame to the next.
         agreement: (B,), share of patches with one label in both maps.
         margin: (B,), ``enc_explained - dec_explained``.
-        measured: (B,) bool, clips with a valid patch; the others are left out of every mean.
-        holds: scalar bool, ``margin[measured].mean() > 0``; :meth:`verdict` asks how sure that is.
-        merged_explained: (B,), ``enc_explained`` of the encoder's labels as the loss merges them.
+        measured: (B,) bool, clips with a valid patch; the others enter no mean.
+        holds: scalar bool, ``margin[measured].mean() > 0``; :meth:`verdict` adds the standard error.
+        merged_explained: (B,), ``enc_explained`` of the encoder's merged labels.
         merged_margin: (B,), ``merged_explained - dec_explained``. Without a merge threshold it is ``margin``.
-        target_slots: (B,) int64, slots that win a patch of the encoder's merged labels.
+        target_slots: (B,) int64, number of slots in the encoder's merged labels.
         groups: (B,) int64, the video of every clip; a clip with -1 is a video of its own.
 
-    The last four are None in a Premise of an earlier version, or one made without them.
+    The last four are None in a Premise of an earlier version.
     """
 
     enc_explained: Tensor
@@ -73,9 +73,9 @@ class Premise(NamedTuple):
     def verdict(self) -> Verdict:
         """Tell whether the mean of the merged margin is more than two standard errors away from zero.
 
-        "holds" above, "fails" below, "cannot tell" within, and where there is no standard error: of fewer than two
-        videos, or with a margin that is not finite. Where merging leaves one slot in most clips, it "fails". Of noise
-        "holds" is said once in 40 times, of few videos more often. It reads the tensors, like :func:`report`.
+        The verdict is "holds" above, "fails" below, and "cannot tell" within, or with fewer than two videos or a margin
+        that is not finite. It is "fails" if merging leaves one slot in most clips. Noise "holds" once in 40 times, and
+        more often with few videos. This reads the tensors, like :func:`report`.
 
         >>> clip, yes = torch.zeros(1), torch.tensor([True])
         >>> parts = [Premise(*[clip] * 9, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, 0.5)]
@@ -85,13 +85,12 @@ class Premise(NamedTuple):
         return "fails" if "one slot" in self.reasons() else self.over_clips(self.decisive).verdict()
 
     def reasons(self) -> tuple[Reason, ...]:
-        """Tell what the verdict rests on, by name; :func:`report` puts the names in words.
+        """Name the reasons of the verdict; :func:`report` puts them in words.
 
-        The last is ``"encoder"`` or ``"decoder"``, whose partition explains more; ``"undecided"`` within two standard
-        errors; ``"one video"`` without one; ``"no clip"`` or ``"not finite"`` where there is no margin. Before it stand
-        ``"unexplained"``, where no partition explains anything, as of constant features; and ``"merging"``, where the
-        plain margin holds and the merged one does not. Where merging leaves one slot in most clips, ``"one slot"``
-        stands in place of the last.
+        The last reason is ``"encoder"`` or ``"decoder"``, whose partition explains more; ``"undecided"`` within two
+        standard errors; ``"one video"``; ``"no clip"`` or ``"not finite"`` without a margin; or ``"one slot"`` if
+        merging leaves one slot in most clips. ``"unexplained"`` comes before it if no partition explains anything, as
+        with constant features, and ``"merging"`` if the plain margin holds and the merged one does not.
 
         >>> clips, yes = torch.tensor([0.5, 0.5]), torch.tensor([True, True])
         >>> Premise(*[clips] * 9, margin=clips, measured=yes, holds=yes[0], merged_margin=-clips).reasons()
@@ -114,7 +113,7 @@ class Premise(NamedTuple):
 
     @property
     def decisive(self) -> Tensor:
-        """The margin that the verdict is of: the merged one where there is one."""
+        """The margin of the verdict: the merged one if there is one."""
         return self.margin if self.merged_margin is None else self.merged_margin
 
     def over_clips(self, values: Tensor) -> "MeanOverClips":
@@ -126,7 +125,7 @@ class Premise(NamedTuple):
             videos = torch.where(self.groups.cpu() < 0, alone, self.groups.cpu())
         videos, video = videos[measured].unique(return_inverse=True)
         mean, number = kept.mean(), len(videos)
-        # of clips that are videos of their own, this is their standard deviation over the root of their number
+        # if every clip is a video, this is the standard deviation over the root of the number of clips
         deviation = torch.zeros(number, dtype=torch.float64).index_add(0, video, kept - mean)
         error = nan
         if number > 1:
@@ -135,7 +134,7 @@ class Premise(NamedTuple):
 
 
 class MeanOverClips(NamedTuple):
-    """Mean over clips, its standard error (NaN below two videos), and how many clips and videos there are."""
+    """Mean over clips, its standard error (NaN below two videos), and the numbers of clips and videos."""
 
     value: float
     error: float
@@ -165,29 +164,28 @@ def premise(
     merge_threshold: float | Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Premise:
-    """Ask whether the encoder's partition explains more of the features than the decoder's.
+    """Test whether the encoder's partition explains more of the features than the decoder's.
 
-    ``holds = mean(explained(enc) - explained(dec)) > 0``, with :func:`explained_variance` of the unmerged
-    hard labels. Given the ``merge_threshold`` of the loss, the encoder's labels are also merged as the loss merges
-    them, and :meth:`Premise.verdict` is of that margin, which told the sign of the effect more often in trials on small
-    models.
+    ``holds = mean(explained(enc) - explained(dec)) > 0``, with :func:`explained_variance` of the unmerged hard labels.
+    With the ``merge_threshold`` of the loss, the encoder's labels are also merged, and :meth:`Premise.verdict` is about
+    that margin. In trials on small models it told the sign of the effect more often.
 
-    Ask it of a model trained with its own losses, before this one is switched on, and **of the clips it is trained
-    on**: that is where the loss acts. Ask fresh ones beside them, and :func:`memorization` compares the two.
-    :func:`pool` puts batches together, :func:`report` puts the verdict in words. Confidence, edge alignment, flicker
-    and agreement are there to be looked at; they do not enter the verdict.
+    Test a model trained with its own losses, before this one is switched on, and **on the clips it is trained on**:
+    there the loss acts. :func:`memorization` compares them with fresh clips. :func:`pool` joins batches,
+    :func:`report` puts the verdict in words. Confidence, edge alignment, flicker and agreement do not enter the
+    verdict.
 
-    NaN or +inf in a valid patch of either map (or -inf for every slot of it), and NaN or infinities in its
-    features, make the clip's margins NaN, and then the premise does not hold.
+    A clip's margins are NaN, and the premise does not hold, if a valid patch has NaN or +inf in a map, -inf for all
+    slots, or features that are not finite.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. features: (B, T, D, H, W) on
         the encoder's grid, or what ``features_axes`` says. groups: (B,) integers. Returns (B,) tensors, all but the
         counts in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
 
-    ``features`` are what the model encodes, for example backbone features, in any floating point. ``features_axes`` is
-    their layout in einops' words, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``. ``groups`` names the
-    video that each clip was cut from: standard errors then count videos. Other arguments are as in ``pseudo_labels``; a
-    clip without any slot present has no valid patch.
+    ``features`` are the input of the slots, for example backbone features, in any floating point. ``features_axes`` is
+    their layout in einops' notation, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``. ``groups`` names the
+    video of each clip: standard errors then count videos. Other arguments are as in ``pseudo_labels``. A clip without a
+    present slot has no valid patch.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit, or features are on another grid than the
         encoder map.
@@ -201,7 +199,9 @@ def premise(
     """
     with torch.no_grad():
         given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, **given)
+        given |= {"grid": grid, "axes": axes}
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
+        warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
         features = place_features(features, features_axes, maps.enc)
         B, _, S = maps.enc.shape[:3]
         if groups is not None:
@@ -220,7 +220,7 @@ def premise(
             fit[f"{side}_confidence"] = _confidence(logits, patches, maps.slot_mask)
             fit[f"{side}_edge_alignment"] = edge_alignment(features, labels, valid=patches)
             fit[f"{side}_flicker"] = label_flips(labels, valid=patches).double()
-        # a map that holds NaN has an argmax all the same, and would be judged by it
+        # a map with NaN has an argmax, too, but no valid margin
         sound = (fit["enc_confidence"] + fit["dec_confidence"]).isfinite()
         margin, merged_margin = (torch.where(sound, one - shares[1], torch.nan) for one in (shares[0], shares[2]))
         measured = patches.flatten(1).any(1)
@@ -239,10 +239,9 @@ def premise(
 
 
 def pool(parts: Iterable[Premise]) -> Premise:
-    """Put the clips of several batches together and judge them as one set.
+    """Join the clips of several batches into one set.
 
-    The verdict is of all clips, each counted once; it is not a vote of the batches. Parts, one per batch, lie on one
-    device; their clips keep the order given.
+    The verdict counts each clip once. The parts, one per batch, must be on one device; clips stay in order.
 
     Raises: TypeError, ValueError if there is none, or one is no Premise.
 
@@ -258,14 +257,14 @@ def pool(parts: Iterable[Premise]) -> Premise:
         check_type("parts", part, Premise)
     whole = {}
     for name, values in zip(Premise._fields, zip(*parts, strict=True), strict=True):
-        # what one of them lacks, all do
+        # a field that is None in one part is None in the whole
         if name != "holds" and all(one is not None for one in values):
             whole[name] = torch.cat(values)
     return Premise(**whole, holds=_holds(whole["margin"], whole["measured"]))
 
 
 class Memorization(NamedTuple):
-    """How much of the features the decoder explains on clips trained on and on fresh ones, by :func:`memorization`.
+    """The explained variance of the decoder on trained and on fresh clips, by :func:`memorization`.
 
     Attributes:
         trained, fresh: means over clips of ``dec_explained``.
@@ -287,10 +286,10 @@ class Memorization(NamedTuple):
 
 
 def memorization(trained: Premise, fresh: Premise) -> Memorization:
-    """Compare what the decoder explains on the clips a model is trained on and on fresh ones.
+    """Compare the explained variance of the decoder on the clips that a model is trained on and on fresh ones.
 
-    A large drop says that the model has memorized its clips. On them the decoder is then the better map, and
-    the loss can be expected to harm; on fresh ones any encoder looks good beside it. It reads the tensors.
+    A large drop shows that the model has memorized its clips. On these the decoder is then the better map, and the loss
+    can be expected to harm. On fresh clips any encoder looks good beside such a decoder. This reads the tensors.
 
     Raises: TypeError if one is no Premise.
 

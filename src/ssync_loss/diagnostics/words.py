@@ -11,10 +11,9 @@ from ssync_loss.diagnostics.verdict import MeanOverClips, Premise, Reason, memor
 def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     """Put a verdict in words, with mean ± standard error over clips and with its limits.
 
-    It takes what :func:`premise` or :func:`pool` returned of clips that the model is trained on, and gives a few lines
-    to print; the first says what :meth:`Premise.verdict` does, and those below what :meth:`Premise.reasons` are. Given
-    ``fresh`` clips too, it says whether the model has memorized the others, by :func:`memorization`. This one reads
-    the tensors: call it where a wait for the device does no harm.
+    ``premise`` is a result of :func:`premise` or :func:`pool` on clips that the model is trained on. The text begins
+    with :meth:`Premise.verdict` and ends with :meth:`Premise.reasons`. With ``fresh`` clips it also tells whether the
+    model has memorized the others, by :func:`memorization`. This reads the tensors, and so waits for the device.
 
     Raises: TypeError if it is no Premise.
 
@@ -29,7 +28,7 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     check_type("fresh", fresh, Premise, optional=True)
     margin, reasons = premise.over_clips(premise.decisive), premise.reasons()
     plain, merged = premise.enc_explained, premise.merged_explained
-    # without a threshold they are the same, NaN too
+    # without a threshold they are equal
     is_merged = merged is not None and not torch.equal(merged.nan_to_num(), plain.nan_to_num())
     if isfinite(margin.value):
         words = _HEADLINES[premise.verdict()].format(_clips(margin))

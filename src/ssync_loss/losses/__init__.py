@@ -1,4 +1,4 @@
-"""Losses as modules: a module remembers settings, a function computes."""
+"""Losses as modules: a module keeps settings and calls a function."""
 
 from ssync_loss.methods.ino.affinity import AffinityConsistencyLoss
 from ssync_loss.methods.ino.centered import CenteredCrossEntropy

@@ -1,1 +1,1 @@
-"""The methods beside SSync, a folder each: losses, parts of a model, and a slow reference."""
+"""The methods beside SSync, one folder each: losses, parts of a model, and a slow reference."""

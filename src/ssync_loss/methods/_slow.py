@@ -1,8 +1,8 @@
-"""What the slow definitions of the methods share.
+"""Helpers of the slow definitions of the methods.
 
-The module ``reference`` of a method says what its losses and parts compute, and the others say it fast. Nothing but
-this is shared, so that a mistake has to be made twice to go unnoticed. A slow definition takes what the function of
-that name takes, checks nothing, computes in float64 and returns float32 or wider; shapes are said where they differ.
+The module ``reference`` of a method defines its losses and parts. It shares only this with the fast code, so that one
+mistake cannot be in both. A slow definition has the arguments of the function of that name, checks nothing, computes in
+float64 and returns float32 or float64. Its docstring gives shapes that differ.
 """
 
 import torch
@@ -12,7 +12,7 @@ from ssync_loss._inputs import widest
 
 
 def unit(vector: Tensor) -> Tensor:
-    """Scale a vector to length 1, in float64; one without a normal number becomes zero, without gradient."""
+    """Scale a vector to length 1, in float64; without a normal number it becomes zero, without gradient."""
     largest = vector.detach().abs().max().double()
     if largest < torch.finfo(torch.promote_types(vector.dtype, torch.float32)).tiny:
         return vector.double() * 0
@@ -21,10 +21,10 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def mean(values: list[Tensor], like: Tensor) -> Tensor:
-    """Return the mean, and an attached 0 of nothing."""
+    """Return the mean; without values 0, attached to the graph."""
     return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
 
 
 def widened(value: Tensor, *given: Tensor) -> Tensor:
-    """Return a value in float32, or float64 if something given is."""
+    """Return a value in float64 if an argument has it, else in float32."""
     return value.to(widest(*given))

@@ -1,7 +1,7 @@
 """Metrics on hard slot labels, each with its definition in its name.
 
-"FG-ARI 55" says little: on one and the same prediction the usual definitions lie 30 points and more apart.
-Here two slots swap their objects between two frames, and are otherwise right to the pixel:
+The usual definitions of a metric differ by 30 points and more on the same prediction. In this example two slots swap
+their objects between two frames, and all else is right:
 
 >>> import torch
 >>> target = torch.tensor([[[[0, 0, 1, 1, 2, 2]], [[0, 0, 1, 1, 2, 2]]]])
@@ -18,46 +18,43 @@ image_mbo(background=0) = 1.0000 over 2 frames
 So print the definition with the number, as :class:`MetricAverage` does. Four choices make a definition:
 
 ==============  ==========================================  ==================================================
-choice          here                                        what it moves
+choice          here                                        effect
 ==============  ==========================================  ==================================================
 unit            ``video_`` pools the pixels of a clip,      a video score punishes identity switches, a mean
-                ``image_`` scores frames, then the mean;    over frames cannot see them;
-                ``j_and_f`` scores frames, but an object    J&F punishes them, too
+                ``image_`` scores frames, then the mean;    over frames does not;
+                ``j_and_f`` scores frames, but an object    J&F does
                 keeps its slot
 background      ``background=`` is always given: an id,     ``ari`` rewards a clean background, ``fg_ari``
-                or None if no id stands for it              does not look at it
-annotation      a negative target id drops the pixel        COCO drops what two objects claim
+                or None if there is no such id              ignores it
+annotation      a negative target id drops the pixel        COCO drops pixels that two objects claim
                 from truth and prediction
 matching        ``mbo``: the best slot for each object,     a slot that covers two objects serves both in
-                ``miou``: a slot for one object only;       mBO, one in mIoU; propagated labels bear the names
-                ``j_and_f``: ``matching=`` says it          of objects, and need no matching
+                ``miou``: a slot for one object only;       mBO, one in mIoU; propagated labels are names of
+                ``j_and_f``: ``matching=``                  objects, and need no matching
 ==============  ==========================================  ==================================================
 
-**Labels.** ``pred`` and ``target`` are (B, T, H, W) integers; the numbers are names and may be any, of any
-size, except that negative target ids are "not annotated". A still image is T=1. ``masks_to_labels`` makes
-``pred`` from soft masks, ``objects_to_labels`` makes ``target`` from one mask per object. Compare unmerged
-decoder masks: merged labels are training targets. Every function returns (B,) float64.
+**Labels.** ``pred`` and ``target`` are (B, T, H, W) integers. The numbers are names, so any will do, except that a
+negative target id is "not annotated". A still image is T=1. ``masks_to_labels`` makes ``pred`` from soft masks,
+``objects_to_labels`` makes ``target`` from one mask per object. Compare unmerged decoder masks: merged labels are
+training targets. Every function returns (B,) float64.
 
 **Video object segmentation.** ``j_and_f`` is DAVIS's J&F, the mean of ``region_similarity`` J (overlap) and
-``contour_accuracy`` F (outline). It scores labels that were propagated from a first frame, with
-``skip_first=1``, as that frame was given; and slots, with ``matching="hungarian"``.
+``contour_accuracy`` F (outline). It scores labels that are propagated from the first frame, with ``skip_first=1``, or
+slots, with ``matching="hungarian"``.
 
-**The background trap.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO
-annotate objects only, so their "ARI with background" *is* FG-ARI, and removing the first mask as if it were
-the background deletes an object. Say ``background=None`` if ids from 0 are objects and everything else is
--1. For overlaps go through ``objects_to_labels`` and say ``background=0``: published mBO charges a slot for
-the pixels it covers outside all objects, and a pixel marked -1 is charged to nobody. A void id such as 255
-is an object until it is mapped to -1.
+**Background.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO annotate objects
+only. Their "ARI with background" *is* FG-ARI, and to remove the first mask as background deletes an object. Use
+``background=None`` if ids from 0 are objects and all else is -1. For overlaps use ``objects_to_labels`` and
+``background=0``: in published mBO the pixels that a slot covers outside all objects count against it, but pixels of -1
+count nowhere. A void id such as 255 is an object until it is mapped to -1.
 
-**Nothing to score.** No function returns NaN. A video without an object has an FG-ARI of 1.0 (the
-denominator is 0) and overlaps, J&F, recall and fragmentation of 0.0; neither says anything, so leave such
-videos out: ``has_objects`` finds them, and :class:`MetricAverage` weighs them with zero. Some published code
-counts a frame that shows nothing but annotated background as 1.0; a mean over frames can be a little higher
-there. J&F is such code, and ``j_and_f`` does so: an object that is rightly not seen in a frame counts 1.0.
+**Nothing to score.** No function returns NaN. A video without an object has an FG-ARI of 1.0 (the denominator is 0)
+and overlaps, J&F, recall and fragmentation of 0.0. Leave such videos out: ``has_objects`` finds them, and
+:class:`MetricAverage` gives them weight 0. Some published code counts a frame without objects as 1.0, which raises a
+mean over frames. J&F does so, too: an object that is correctly absent from a frame counts 1.0.
 
-**Precision.** Counts and scores are float64: the pixel pairs of 30 frames of 518 x 518 reach 6e13, where
-float32 is exact to 2^24 only and products of pairs overflow int64. ``ari`` equals scikit-learn's. These
-functions read data on the host and belong in evaluation, not in a training step.
+**Precision.** Counts and scores are float64: 30 frames of 518 x 518 have up to 6e13 pairs of pixels. ``ari`` equals
+scikit-learn's. These functions read data on the host, so use them in evaluation, not in a training step.
 """
 
 from ssync_loss.metrics.accumulator import MetricAverage

@@ -1,4 +1,4 @@
-"""The table under every metric: how many pixels each object shares with each slot."""
+"""The table of every metric: the number of pixels that each object shares with each slot."""
 
 from typing import Literal, NamedTuple
 
@@ -10,14 +10,14 @@ from ssync_loss._inputs import check_labels
 
 Per = Literal["video", "image"]
 
-# tables and id ranges up to this size are cheaper to lay out in full than to sort for
+# full tables and id ranges up to this size cost less than sorting
 _SMALL = 2**16
 
 
 class Contingency(NamedTuple):
-    """Pixel counts of the (object, slot) pairs that share a pixel, unit by unit: in a whole video or a single frame.
+    """Pixel counts of the (object, slot) pairs that share a pixel, by unit: a video or a frame.
 
-    Pairs that never meet are absent, so ids may be as many and as large as they like.
+    Other pairs are absent, so ids may be many and large.
     """
 
     num_units: int
@@ -40,7 +40,6 @@ class Contingency(NamedTuple):
         return self.object_area[self.pair_object] + self.slot_area[self.pair_slot] - self.shared
 
     def is_object(self, background: int | None) -> Tensor:
-        # the background is a row of the table like them
         if background is None:
             return torch.ones_like(self.object_id, dtype=torch.bool)
         return self.object_id != background
@@ -56,7 +55,7 @@ def contingency(pred: Tensor, target: Tensor, keep: Tensor, per: Per) -> Conting
     row = unit_index(pred, per)[keep] * num_objects + object_code
     pair, shared = _tally(row * num_slots + slot_code, num_units * num_objects * num_slots)
 
-    # pairs come sorted by (unit, object, slot), so the objects of a unit lie side by side
+    # pairs are sorted by (unit, object, slot), so the objects of a unit are adjacent
     rows, pair_object = torch.unique_consecutive(pair // max(num_slots, 1), return_inverse=True)
     object_unit = rows // max(num_objects, 1)
     columns = object_unit[pair_object] * num_slots + pair % max(num_slots, 1)
@@ -83,7 +82,7 @@ def unit_index(labels: Tensor, per: Per) -> Tensor:
 def check_unit(
     pred: Tensor, target: Tensor, background: object, per: object = "video"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check what is scored, and by what unit; return both labels as int64, and where pixels are annotated."""
+    """Check labels and unit; return both labels as int64, and the annotated pixels."""
     sizes = check_labels("pred", pred, "B T H W", {})
     check_shape("target", target, "B T H W", **sizes)
     check_same_device("pred", pred, target=target)
@@ -94,19 +93,19 @@ def check_unit(
 
 
 def check_target(target: Tensor, background: object) -> tuple[Tensor, Tensor]:
-    """Check a ground truth and the id of its background; return it as int64, and where its pixels are annotated."""
+    """Check a ground truth and the id of its background; return it as int64, and the annotated pixels."""
     check_labels("target", target, "B T H W", {})
     if background is not None:
         check_int("background", background, 0)
     ids = target.to(torch.int64)
-    # the largest unsigned ids wrap around in int64: still names of their own, and never "not annotated"
+    # the largest unsigned ids become negative in int64, but are annotated
     annotated = ids >= 0 if target.dtype.is_signed else torch.ones_like(ids, dtype=torch.bool)
     return ids, annotated
 
 
 def check_data(name: str, tensor: Tensor) -> None:
-    """Require a tensor that holds numbers, on whatever device: metrics read them."""
-    # a fake tensor's device is what it stands for, and its storage's is not
+    """Require a tensor with numbers, as metrics read them."""
+    # a fake tensor has a real device, but a meta storage
     if tensor.is_meta or (type(tensor) is not Tensor and tensor.untyped_storage().device.type == "meta"):
         raise ValueError(f"`{name}` must hold numbers, which are read here; got a meta or fake tensor.")
 

@@ -1,4 +1,4 @@
-"""Contours of masks, and how much of one runs along another."""
+"""Contours of masks, and the share of one contour that is close to another."""
 
 from math import isqrt
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 def contours(masks: Tensor) -> Tensor:
     """Mark the pixels of masks (..., H, W) that differ from the one to the right, below or right below."""
-    # a pixel stands for those beyond its border, from which it cannot differ
+    # a pixel at the border is its own neighbor outside, and does not differ
     right = torch.cat([masks[..., 1:], masks[..., -1:]], -1)
     below, right_below = (torch.cat([one[..., 1:, :], one[..., -1:, :]], -2) for one in (masks, right))
     return (masks ^ right) | (masks ^ below) | (masks ^ right_below)
 
 
 def within(marks: Tensor, radius: int) -> Tensor:
-    """Mark the pixels of (..., H, W) that lie at a distance of at most ``radius`` from a mark."""
-    # columns of the disk grow towards its middle, so that each is the one before and a little more
+    """Mark the pixels of (..., H, W) at a distance of at most ``radius`` from a mark."""
+    # columns of the disk grow toward its middle: each extends the one before
     near, column = marks.clone(), marks.clone()
     height = 0
     for across in range(radius, -1, -1):
@@ -28,11 +28,11 @@ def within(marks: Tensor, radius: int) -> Tensor:
 
 
 def share_near(marks: Tensor, near: Tensor) -> Tensor:
-    """Return which share of the marks in (F, N, H, W) lies in each of (F, K, H, W): (F, N, K), 0 without marks."""
+    """Return the share of the marks in (F, N, H, W) that is in each of (F, K, H, W): (F, N, K), 0 without marks."""
     frame, name, row, column = marks.nonzero(as_tuple=True)
     mask = frame * marks.shape[1] + name
     num_masks = marks.shape[0] * marks.shape[1]
-    # few pixels are marked: looked up one by one, they cost less than products of whole maps
+    # few pixels are marked: looking them up costs less than products of whole maps
     hits = torch.zeros(num_masks, near.shape[1], dtype=torch.float64, device=marks.device)
     hits.index_add_(0, mask, near[frame, :, row, column].to(torch.float64))
     total = torch.bincount(mask, minlength=num_masks)

@@ -1,4 +1,4 @@
-"""What a metric adds up before it divides, and how a metric is made of that."""
+"""The sums of a metric before the division, and a decorator that makes a metric of them."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -14,9 +14,9 @@ P = ParamSpec("P")
 
 
 class Scores(NamedTuple):
-    """A sum and how many of what is ``counted`` it is of, both (B,) float64 for each video.
+    """A sum and the number of things ``counted``, both (B,) float64 for each video.
 
-    The metric is their quotient. A mean over a data set weighs every video, frame, object or slot alike.
+    The metric is their quotient. A mean over a data set gives every video, frame, object or slot the same weight.
     """
 
     total: Tensor
@@ -24,12 +24,12 @@ class Scores(NamedTuple):
     counted: str
 
 
-# what every metric of the package adds up
+# the sums of every metric of the package
 SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {}
 
 
 def averaged(*, empty: float) -> Callable[[Callable[P, Scores]], Callable[P, Tensor]]:
-    """Make a metric of what it adds up: one value per video, ``empty`` where nothing was counted."""
+    """Make a metric of its sums: one value per video, ``empty`` where nothing was counted."""
 
     def decorate(scores: Callable[P, Scores]) -> Callable[P, Tensor]:
         @wraps(scores)
@@ -46,16 +46,16 @@ def averaged(*, empty: float) -> Callable[[Callable[P, Scores]], Callable[P, Ten
 
 
 def scores_of_units(value: Tensor, scored: Tensor, *, batch: int, per: Per) -> Scores:
-    """Gather one value per unit into videos, leaving out the units that have nothing to score."""
+    """Sum one value per unit over videos, without the units that have nothing to score."""
     kept = torch.where(scored, value, 0.0)
-    # the quotient rather than -1, which an empty batch leaves undefined
+    # not -1, which an empty batch leaves undefined
     shape = (batch, len(value) // max(batch, 1))
     total, weight = (x.to(torch.float64).view(shape).sum(1) for x in (kept, scored))
     return Scores(total, weight, "videos" if per == "video" else "frames")
 
 
 def assignment(needed_by: str) -> Any:
-    """Return scipy's linear assignment, an optional extra that most metrics do without."""
+    """Return scipy's linear assignment, which few metrics need."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:

@@ -12,14 +12,14 @@ from ssync_loss.metrics._scores import SCORES
 
 
 class MetricAverage:
-    """Mean of a metric over all batches seen, in float64, with the definition printed beside the number.
+    """Mean of a metric over all batches, in float64, printed with its definition.
 
-    The mean is taken over what the metric counts: videos (``per="video"``), frames (``per="image"``),
-    objects (J, F), objects in frames (recall, fragmentation) or slots. What has nothing to score is left
-    out, so a video without an object neither helps nor harms: ``mean = state[0] / state[1]``, sum and count.
+    The mean is over the things that the metric counts: videos (``per="video"``), frames (``per="image"``), objects (J,
+    F), objects in frames (recall, fragmentation) or slots. ``mean = state[0] / state[1]``, sum and count. Videos with
+    nothing to score do not count.
 
-    Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`,
-    ``dist.all_reduce(average.state)``; it is one float64 tensor, on the CPU unless moved.
+    Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`:
+    ``dist.all_reduce(average.state)``. It is one float64 tensor, on the CPU unless moved.
 
     ``metric`` is a function of this package, e.g. ``video_fg_ari``, and ``options`` are its keyword arguments.
 
@@ -57,7 +57,7 @@ class MetricAverage:
         self._counted = ""
 
     def update(self, *labels: Tensor) -> None:
-        """Add a batch: the tensors that the metric takes, ``pred, target`` for most.
+        """Add a batch: the tensors of the metric, mostly ``pred, target``.
 
         Raises: TypeError, ValueError as the metric does, or if there are too few or too many tensors.
         """
@@ -78,7 +78,7 @@ class MetricAverage:
     def compute(self) -> Tensor:
         """Return the mean, a float64 tensor without axes.
 
-        Raises: RuntimeError if nothing that could be scored was seen, as no number stands for that.
+        Raises: RuntimeError if no batch had anything to score.
         """
         if self.state[1] == 0:
             wanted = "call update() first, with at least one video that has something to score"

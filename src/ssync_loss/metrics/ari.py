@@ -1,4 +1,4 @@
-"""Adjusted Rand index of slots against objects: over every pixel, or over the foreground alone."""
+"""Adjusted Rand index of slots against objects: over all pixels, or over the foreground alone."""
 
 import torch
 from torch import Tensor
@@ -18,15 +18,15 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
         expected = a * b / (n * (n - 1))
         ari = (r - expected) / ((a + b) / 2 - expected)      # 1.0 if the denominator is 0
 
-    This is ``sklearn.metrics.adjusted_rand_score``. It is 1 for equal partitions whatever the names of
-    their parts, about 0 for unrelated ones, and may be negative.
+    This is ``sklearn.metrics.adjusted_rand_score``. It is 1 for equal partitions, about 0 for unrelated ones, and may
+    be negative.
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an annotated
         pixel.
 
-    Labels are any integers, they are only names; a negative target id is a pixel without annotation, which is left out.
-    ``per="video"`` pools the pixels of all frames, so that an identity switch costs; "image" scores each frame by
-    itself and returns the mean over the frames with an annotated pixel.
+    Labels are any integers, used as names. A pixel with a negative target id is not annotated, and is left out.
+    ``per="video"`` pools the pixels of all frames, so that identity switches lower the score. "image" scores each frame
+    by itself and returns the mean over the frames with an annotated pixel.
 
     Raises: TypeError if labels are not integers; ValueError if shapes differ or ``per`` is unknown.
     Source: L. Hubert and P. Arabie, Comparing partitions, 1985.
@@ -41,7 +41,9 @@ def ari(pred: Tensor, target: Tensor, *, per: Per = "video") -> Scores:
 
 @averaged(empty=1.0)
 def video_ari(pred: Tensor, target: Tensor) -> Scores:
-    """Score a video as one set of pixels, background included: ``ari(..., per="video")``.
+    """Score a video as one set of pixels, background included: :func:`ari` with ``per="video"``.
+
+    Shapes and errors are those of :func:`ari`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # (0 - 4/3) / (4 - 4/3)
@@ -52,7 +54,9 @@ def video_ari(pred: Tensor, target: Tensor) -> Scores:
 
 @averaged(empty=1.0)
 def image_ari(pred: Tensor, target: Tensor) -> Scores:
-    """Score each frame, background included, and take the mean: ``ari(..., per="image")``.
+    """Score each frame, background included, and take the mean: :func:`ari` with ``per="image"``.
+
+    Shapes and errors are those of :func:`ari`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_ari(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames)  # each frame is right
@@ -65,15 +69,13 @@ def image_ari(pred: Tensor, target: Tensor) -> Scores:
 def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
     """Adjusted Rand index over the pixels of objects: :func:`ari` without the pixels of the background.
 
-    The pixels whose ground truth is the background leave truth and prediction, so how the slots divide the
-    background costs nothing::
+    Pixels of the background leave truth and prediction, so it does not matter how slots divide the background::
 
         fg_ari(pred, target, background=0) == ari(pred, torch.where(target == 0, -1, target))
 
-    With ``background=None`` no id is removed. That is right for ground truth that names objects only
-    (YouTube-VIS, COCO: object ids from 0 and -1 elsewhere): it is FG-ARI already, and removing id 0 would
-    delete the first object. It is wrong, and silently gives :func:`ari`, if some id stands for the
-    background (MOVi, DAVIS: 0).
+    With ``background=None`` no id is removed. That is right if the ground truth names objects only (YouTube-VIS, COCO:
+    ids from 0, and -1 elsewhere): to remove id 0 would delete the first object. It is wrong, and silently gives
+    :func:`ari`, if an id is the background (MOVi, DAVIS: 0).
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an object, as
         the denominator is 0.
@@ -93,7 +95,9 @@ def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "
 
 @averaged(empty=1.0)
 def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Score a video as one set of object pixels: ``fg_ari(..., per="video")``, the usual FG-ARI of videos.
+    """Score a video as one set of object pixels: the usual FG-ARI of videos.
+
+    This is :func:`fg_ari` with ``per="video"``. Shapes and errors are those of :func:`fg_ari`.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> video_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
@@ -104,7 +108,9 @@ def video_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Sco
 
 @averaged(empty=1.0)
 def image_fg_ari(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Score the object pixels of each frame and take the mean: ``fg_ari(..., per="image")``.
+    """Score the object pixels of each frame and take the mean: :func:`fg_ari` with ``per="image"``.
+
+    Shapes and errors are those of :func:`fg_ari`.
 
     >>> frames = torch.tensor([[[[0, 1, 2]], [[0, 1, 2]]]])
     >>> image_fg_ari(torch.tensor([[[[4, 5, 6]], [[4, 6, 5]]]]), frames, background=0)
@@ -118,12 +124,12 @@ def _ari_scores(pred: Tensor, target: Tensor, background: int | None, per: Per) 
     if background is not None:
         keep = keep & (target != background)
     table = contingency(pred, target, keep, per)
-    # float64 throughout: the pixel pairs of a clip outgrow float32 (2^24) and the products below int64
+    # in float64: pairs of pixels exceed float32 (2^24), and the products below exceed int64
     num_pixels = table.per_unit(table.object_area, table.object_unit)
     both = table.per_unit(_pairs(table.shared), table.object_unit[table.pair_object])
     same_object = table.per_unit(_pairs(table.object_area), table.object_unit)
     same_slot = table.per_unit(_pairs(table.slot_area), table.slot_unit)
-    # dividing before multiplying keeps the degenerate denominator exactly 0
+    # dividing first keeps the degenerate denominator exactly 0
     expected = same_object * (same_slot / _pairs(num_pixels).clamp_min(1.0))
     gap = (same_object + same_slot) / 2 - expected
     degenerate = gap == 0

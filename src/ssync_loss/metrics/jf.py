@@ -1,4 +1,4 @@
-"""J and F: how well regions and contours of objects are followed through a video, frame by frame."""
+"""J and F: how well slots or labels follow regions and contours of objects through a video."""
 
 import math
 from typing import Literal
@@ -29,40 +29,39 @@ def j_and_f(
     skip_last: int = 0,
     tolerance: float = 0.008,
 ) -> Scores:
-    """J&F, the number of video object segmentation: half region similarity J, half contour accuracy F.
+    """J&F, the score of video object segmentation: half region similarity J, half contour accuracy F.
 
-    As code, with ``J`` and ``F`` (objects, slots) the means over frames of what :func:`region_similarity` and
-    :func:`contour_accuracy` measure between an object and a slot::
+    As code, with ``J`` and ``F`` (objects, slots) the means over frames of :func:`region_similarity` and
+    :func:`contour_accuracy` between an object and a slot::
 
         J_and_F = (J + F) / 2
         objects, slots = scipy.optimize.linear_sum_assignment(J_and_F, maximize=True)    # "hungarian"
         slots = objects                                                                  # "ids"
         j_and_f = J_and_F[objects, slots].mean()
 
-    An object keeps its slot for the whole video, so an identity switch costs, and it is scored in every frame of
-    the video, also where it cannot be seen: a frame where neither object nor slot shows a pixel counts 1, as in the
-    published code. The objects are all that the ground truth shows anywhere in the video, skipped frames included.
-    With fewer slots than objects, those left over are compared with an empty mask.
+    An object keeps its slot for the whole video, so identity switches lower the score. It is scored in every frame. A
+    frame with neither the object nor the slot counts 1, as in the published code. The objects are all ids of the ground
+    truth in the video, with skipped frames. If there are fewer slots than objects, the rest are compared with an empty
+    mask.
 
-    Two things are compared here:
+    Two tasks are scored:
 
-    - **Label propagation** (semi-supervised). Predicted ids are object ids; predictions of any other id count as
-      background. The first frame was given and has to be left out: ``skip_first=1``. Scores published for DAVIS
-      leave out the last one, too: ``skip_first=1, skip_last=1``.
-    - **Slots** (unsupervised). ``matching="hungarian"`` finds a slot for each object, by J&F, for all frames at once.
-      It needs scipy: ``pip install "ssync-loss[metrics]"``. Used on propagated labels it would excuse a mix-up.
+    - **Label propagation** (semi-supervised). Predicted ids are object ids; any other id counts as background. The
+      first frame is given, so leave it out: ``skip_first=1``. Published scores of DAVIS leave out the last one, too:
+      ``skip_first=1, skip_last=1``.
+    - **Slots** (unsupervised). ``matching="hungarian"`` finds a slot for each object, by J&F over all frames. It needs
+      scipy: ``pip install "ssync-loss[metrics]"``. It would hide confused ids of propagated labels.
 
-    Pixels without annotation belong to no mask, of truth or prediction, and a frame without any annotation is not
-    scored. A score of a data set is the mean over all of its objects, as published; :class:`MetricAverage` takes it.
+    Pixels without annotation belong to no mask. A frame without any annotation is not scored. The published score of a
+    data set is the mean over all of its objects, as :class:`MetricAverage` computes it.
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, the mean over its objects;
         0.0 for a video without an object, or without an annotated frame to score.
 
-    Labels are any integers, which are only names if they are matched; a negative target id is a pixel without
-    annotation. ``background`` is the id of the background, or None if every id is an object. The first
-    ``skip_first`` and the last ``skip_last`` frames are left out. ``tolerance`` is how far contours may lie apart, as a
-    share of the frame's diagonal, rounded up to whole pixels: 8 for frames of 480 x 854. It is idle in J, but for the
-    matching of slots.
+    Labels are any integers. A pixel with a negative target id is not annotated. ``background`` is the id of the
+    background, or None if every id is an object. The first ``skip_first`` and the last ``skip_last`` frames are left
+    out. ``tolerance`` is the largest distance of matching contours, as a share of the frame's diagonal, rounded up to
+    whole pixels: 8 for frames of 480 x 854. In J it only affects the matching of slots.
 
     Raises: ImportError if slots are to be matched and scipy is missing; TypeError if labels, ``background`` or the
         frames to skip are not integers, or ``tolerance`` is no number; ValueError if shapes differ, ``background`` is
@@ -104,9 +103,9 @@ def region_similarity(
 
         J = (object & slot).sum() / (object | slot).sum()        # 1.0 where both are empty
 
-    The value of an object is the mean over frames, that of a video the mean over objects. :func:`video_miou` divides
-    pixels of all frames together, and :func:`image_miou` matches in each frame anew. Arguments, errors and what is
-    returned are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`; slots are matched by it.
+    The value of an object is the mean over frames, that of a video the mean over objects. :func:`video_miou` instead
+    counts pixels of all frames together, and :func:`image_miou` matches each frame anew. Arguments, errors and results
+    are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`, and which matches the slots.
 
     Source: Perazzi et al., CVPR 2016, region similarity; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -140,14 +139,13 @@ def contour_accuracy(
         recall = (contour(object) & near(contour(slot))).sum() / contour(object).sum()
         F = 2 * precision * recall / (precision + recall)    # 1.0 where both are empty, 0.0 where one is
 
-    A contour follows the border between two pixels and is marked above and to the left of it; the border of the frame
-    is no contour. The last row compares to the right alone, the last column down alone, and their corner is never
-    marked. So a mask that fills the frame has no contour, and a frame of one pixel counts 1. The value of an object
-    is the mean over frames, that of a video the mean over objects. Arguments, errors and what is returned are those of
-    :func:`j_and_f`, which is the mean of :func:`region_similarity` and F.
+    A contour is marked above and to the left of the border between two pixels. The border of the frame is no contour:
+    the last row is compared to the right alone, the last column down alone, and their corner is never marked. So a mask
+    that fills the frame has no contour, and a frame of one pixel counts 1. The value of an object is the mean over
+    frames, that of a video the mean over objects. Arguments, errors and results are those of :func:`j_and_f`, which is
+    the mean of :func:`region_similarity` and F.
 
-    The paper defines F by matching the pixels of two contours one to one, and takes this as its stand-in for speed,
-    as the public code does. The masks of one frame are held at once, and of more frames while these are small.
+    The paper defines F by a matching of contour pixels. It and the public code use this faster form in its place.
 
     Source: Perazzi et al., CVPR 2016, contour accuracy; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -187,7 +185,6 @@ def _track_scores(
     to_score = annotated & (frame >= skip_first) & (frame < frames - skip_last)
 
     total, weight = torch.zeros(2, batch, dtype=torch.float64, device=pred.device)
-    # videos show different objects, and each is matched by itself
     for i in range(batch):
         shown = to_score[i].flatten(1).any(1)
         objects = _distinct(target[i][is_object[i]])
@@ -210,8 +207,8 @@ def _track_scores(
 def _tables(
     pred: Tensor, target: Tensor, annotated: Tensor, objects: Tensor, slots: Tensor, radius: int | None
 ) -> Tensor:
-    """Return J and F of every object with every slot of a video, as means over frames; F is 0 without radius."""
-    # slots without a name stay empty: one for each object that is left over
+    """Return J and F of every object with every slot of a video, as means over frames; F is 0 without a radius."""
+    # if there are fewer slots than objects, empty slots fill up
     num_frames, num_objects, num_slots = len(pred), len(objects), max(len(slots), len(objects))
     total = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
     block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
@@ -230,12 +227,12 @@ def _tables(
 
 
 def _distinct(ids: Tensor) -> Tensor:
-    # labels come in runs, and sorting every pixel of a video takes longer than all the rest
+    # labels come in runs: sorting all pixels of a video would take longest
     return torch.as_tensor(ids.unique_consecutive().unique())
 
 
 def _number(labels: Tensor, names: Tensor, keep: Tensor) -> Tensor:
-    """Replace labels by their places among ascending names, and what has none or is not kept by -1."""
+    """Replace labels by their indices among ascending names, or by -1 if they have no name or are not kept."""
     place = torch.searchsorted(names, labels).clamp_max(len(names) - 1)
     return torch.where(keep & (names[place] == labels), place, -1)
 

@@ -1,4 +1,4 @@
-"""From masks to the hard labels that metrics compare."""
+"""Make the hard labels of metrics from masks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -23,17 +23,17 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int], *, kind: Literal["logi
         probs = masks.softmax(2)                          # unless they are probabilities
         labels = interpolate(probs, size, mode="bilinear", align_corners=False).argmax(2)
 
-    Probabilities are resized, not logits, and before the argmax: both choices move every metric. A tie
-    goes to the lowest slot. Frames are resized in blocks, so memory stays bounded on long clips.
+    Probabilities are resized, not logits, and before the argmax: both choices change every metric. A tie goes to the
+    lowest slot. Frames are resized in blocks, which bounds the memory.
 
     Shape: masks: (B, T, S, h, w). Returns the labels (B, T, *size), int64, in [0, S).
 
-    ``masks`` are decoder masks, or attention of the slots: probabilities with ``kind="probs"``. Logits of -inf mark
-    absent slots; a patch where no slot is present prefers none. ``size`` is height and width of the ground truth.
+    ``masks`` are decoder masks or attention; probabilities with ``kind="probs"``. Logits of -inf mark absent slots; a
+    patch without a present slot is uniform. ``size`` is height and width of the ground truth.
 
     Raises: TypeError if masks are not floating point or ``size`` holds no integers; ValueError if the rank differs, an
-        axis is empty, ``size`` is no pair of positive numbers, ``kind`` is unknown, or masks hold NaN, +inf or, as
-        probabilities, negative numbers: a label made of them would pass for a prediction.
+        axis is empty, ``size`` is no pair of positive numbers, ``kind`` is unknown, or masks hold NaN, +inf or negative
+        probabilities.
 
     >>> masks = torch.tensor([0.9, 0.2, 0.1, 0.8]).view(1, 1, 2, 1, 2)  # slot 0 fades to the right
     >>> masks_to_labels(masks, (1, 4), kind="probs").tolist()  # .9 .725 .375 .2 against .1 .275 .625 .8
@@ -65,14 +65,14 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
 
         labels = 1 + masks.argmax(2)         # 0 where nothing, -1 where two claim
 
-    Score the result with ``background=0``. That is the published FG-ARI and mBO for ground truth without a
-    mask for the background (YouTube-VIS, COCO). If the first mask is the background (MOVi), leave it out:
+    Score the result with ``background=0``. This gives the published FG-ARI and mBO if no mask is the background
+    (YouTube-VIS, COCO). If the first mask is the background (MOVi), leave it out:
     ``objects_to_labels(masks[:, :, 1:])``.
 
     Shape: masks: (B, T, K, H, W), bool. Returns (B, T, H, W), int64, in [-1, K]: 1 + k for the k-th mask.
 
-    An object may be absent from frames. ``ignore_overlaps`` drops the pixels that several objects claim from truth and
-    prediction, instead of refusing them.
+    An object may be absent from frames. ``ignore_overlaps`` drops pixels that several objects claim, from truth and
+    prediction; without it they are an error.
 
     Raises: TypeError if masks or ``ignore_overlaps`` are not bool; ValueError if the rank differs, or objects overlap
         and ``ignore_overlaps`` is False.
@@ -97,7 +97,7 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
 
 
 def has_objects(target: Tensor, *, background: int | None) -> Tensor:
-    """Tell which videos show an object at all: the others have nothing to score.
+    """Tell which videos show an object; the others have nothing to score.
 
     As code::
 
@@ -124,7 +124,7 @@ def _probabilities(masks: Tensor, kind: Literal["logits", "probs"]) -> Tensor:
     masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     probs = masks
     if kind == "logits":
-        # where no slot is present all are as likely, which leaves the choice to the patches around
+        # a patch without a present slot is uniform, so that its neighbors decide
         deserted = (masks == -torch.inf).all(1, keepdim=True)
         probs = torch.where(deserted, 0.0, masks).softmax(1)
     elif bool((masks < 0).any()):

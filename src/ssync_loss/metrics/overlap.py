@@ -17,18 +17,16 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
 
         mbo = iou.amax(1).mean()
 
-    The background id is no object here, but its pixels still count against the slots that cover them.
-    Pixels without annotation (negative ids) count nowhere. So the two are not the same thing for overlaps:
-    published numbers for YouTube-VIS and COCO let a slot pay for pixels outside every object, which asks
-    for a background id there too (:func:`objects_to_labels` makes such labels). Whether objects are
-    instances (mBO_i) or classes (mBO_c) is up to ``target``.
+    The background is no object, but its pixels count against the slots that cover them. Pixels without annotation
+    (negative ids) count nowhere. Published numbers for YouTube-VIS and COCO count pixels outside all objects, so these
+    need a background id (:func:`objects_to_labels` makes such labels). ``target`` decides whether objects are instances
+    (mBO_i) or classes (mBO_c).
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
         object.
 
-    Labels and ``per`` are those of :func:`ari`: "video" overlaps whole space-time tubes, "image" takes the mean over
-    the frames that show an object. ``background`` is the id of the background, or None if every id is an object, as
-    some code bases count it.
+    Labels and ``per`` are those of :func:`ari`: "video" compares space-time tubes, "image" takes the mean over the
+    frames that show an object. ``background`` is the id of the background, or None if every id is an object.
 
     Raises: TypeError if labels or ``background`` are not integers; ValueError if shapes differ, ``background`` is
         negative or ``per`` is unknown.
@@ -44,15 +42,15 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
 
 @averaged(empty=0.0)
 def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
-    """Mean over objects of the IoU with a slot of its own (mIoU), matched to make the sum largest.
+    """Mean over objects of the IoU with a slot of its own (mIoU), by the matching with the largest sum.
 
     As code, with ``iou`` (objects, slots)::
 
         objects, slots = scipy.optimize.linear_sum_assignment(iou, maximize=True)
         miou = iou[objects, slots].sum() / len(iou)      # an object left without a slot counts 0
 
-    Never above :func:`mean_best_overlap`, which lets slots be used again. Arguments, what is returned and raised are as
-    there. Needs scipy: ``pip install "ssync-loss[metrics]"``.
+    It is at most :func:`mean_best_overlap`. Shapes, arguments and errors are those of :func:`mean_best_overlap`. It
+    needs scipy: ``pip install "ssync-loss[metrics]"``.
 
     Raises: ImportError if scipy is missing.
     Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
@@ -70,7 +68,9 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
 
 @averaged(empty=0.0)
 def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Overlap of space-time tubes: ``mean_best_overlap(..., per="video")``.
+    """Overlap of space-time tubes: :func:`mean_best_overlap` with ``per="video"``.
+
+    Shapes and errors are those of :func:`mean_best_overlap`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
@@ -81,7 +81,9 @@ def video_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
 
 @averaged(empty=0.0)
 def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Overlap in each frame, then the mean: ``mean_best_overlap(..., per="image")``.
+    """Overlap in each frame, then the mean: :func:`mean_best_overlap` with ``per="image"``.
+
+    Shapes and errors are those of :func:`mean_best_overlap`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_mbo(torch.tensor([[[[5, 6]], [[6, 5]]]]), frames, background=None)
@@ -92,7 +94,9 @@ def image_mbo(pred: Tensor, target: Tensor, *, background: int | None) -> Scores
 
 @averaged(empty=0.0)
 def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Matched overlap of space-time tubes: ``mean_iou(..., per="video")``.
+    """Matched overlap of space-time tubes: :func:`mean_iou` with ``per="video"``.
+
+    Shapes and errors are those of :func:`mean_iou`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> video_miou(torch.tensor([[[[5, 5]], [[5, 5]]]]), frames, background=None)
@@ -103,7 +107,9 @@ def video_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Score
 
 @averaged(empty=0.0)
 def image_miou(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
-    """Matched overlap in each frame, then the mean: ``mean_iou(..., per="image")``.
+    """Matched overlap in each frame, then the mean: :func:`mean_iou` with ``per="image"``.
+
+    Shapes and errors are those of :func:`mean_iou`.
 
     >>> frames = torch.tensor([[[[1, 2]], [[1, 2]]]])
     >>> image_miou(torch.tensor([[[[5, 5]], [[5, 6]]]]), frames, background=None)
@@ -129,7 +135,7 @@ def _best_sum(iou: Tensor, table: Contingency) -> Tensor:
 
 def _matched_sum(iou: Tensor, table: Contingency) -> Tensor:
     assign = assignment("mIoU")
-    # objects, slots and pairs are sorted by unit: each unit is a slice of all three
+    # objects, slots and pairs are sorted by unit, so a unit is a slice of each
     pair_unit = table.object_unit[table.pair_object]
     objects, slots, pairs = (
         torch.bincount(unit, minlength=table.num_units) for unit in (table.object_unit, table.slot_unit, pair_unit)

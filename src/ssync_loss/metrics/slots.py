@@ -1,4 +1,4 @@
-"""How slots and objects find each other: objects recalled, objects in pieces, slots without work."""
+"""Found objects, objects in pieces, and unused slots."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Sc
 
         recall = (iou > 0.5).any(1).mean()
 
-    An object counts once in every frame that shows it. Arguments, what is returned and raised are as for
+    An object counts once in every frame that shows it. Arguments, results and errors are as in
     :func:`mean_best_overlap`.
 
     Source: W. Moon and J.-P. Heo, Selective synergistic learning, 2026.
@@ -37,7 +37,7 @@ def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Sc
 
 @averaged(empty=0.0)
 def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over: Over = "all") -> Scores:
-    """Number of slots, frame by frame, that lie mostly inside an object: the mean over objects.
+    """Mean over objects of the number of slots that lie mostly inside the object, frame by frame.
 
     A slot belongs to an object if more than half of the slot's own area lies inside. As code, for the
     objects of all frames of a video together, ``shared`` (objects, slots of that frame)::
@@ -46,9 +46,8 @@ def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over:
         fragmentation = pieces.mean()                    # over="all"
         fragmentation = pieces[pieces > 0].mean()        # over="found"
 
-    1.0 is one slot for each object. Objects that no slot belongs to pull the mean over all objects down,
-    which hides the splitting of others; ``over="found"`` counts those that at least one slot belongs to, and is never
-    below 1. Other arguments, what is raised and the 0.0 of a video without an object to count are as for
+    1.0 is one slot for each object. Objects without a slot lower the mean over all objects, which hides split objects;
+    ``over="found"`` leaves them out, and is at least 1. Other arguments, results and errors are as in
     :func:`mean_best_overlap`.
 
     Source: W. Moon and J.-P. Heo, Selective synergistic learning, 2026.
@@ -71,18 +70,18 @@ def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over:
 
 @averaged(empty=0.0)
 def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
-    """Share of the slots that own no patch.
+    """Share of the slots that win no patch.
 
     As code, with ``area`` (S,) the patches of each slot in a video or frame::
 
         unused = (area == 0).mean()
 
-    Needs no ground truth: a slot that sits on the background is in use.
+    It needs no ground truth: a slot on the background is in use.
 
     Shape: pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
 
-    ``num_slots`` is how many slots the model has. ``per="video"`` calls a slot unused if no frame of the video uses it;
-    "image" asks in each frame and returns the mean over frames.
+    ``num_slots`` is the model's number of slots. With ``per="video"`` a slot is unused if no frame of the video uses
+    it. "image" counts in each frame and returns the mean over frames.
 
     Raises: TypeError if labels or ``num_slots`` are not integers; ValueError if the rank differs, a label is out of
         range, ``num_slots`` is below 1 or ``per`` is unknown.
@@ -97,7 +96,7 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     labels = as_index("pred", pred)
     check_data("pred", pred)
     if labels.numel() > 0:
-        # two numbers instead of the labels, so that the check also reads those on an accelerator
+        # on an accelerator, the check reads two numbers
         check_label_range("pred", torch.stack(labels.aminmax()).cpu(), num_slots)
     slot = unit_index(labels, per) * num_slots + labels
     per_video = num_slots if per == "video" else frames * num_slots

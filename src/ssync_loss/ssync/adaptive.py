@@ -17,10 +17,10 @@ from ssync_loss._settings import COUNT, NOT_NEGATIVE, check_by, optional
 from ssync_loss.ssync.engines import resolve
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.fit import explained_shares, place_features
-from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Maps, bind_maps, prepare_maps
 from ssync_loss.ssync.modules import SSyncLoss
 from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SlotLabels
 
 # what the loss may be, from nothing to all of it; the last three by their numbers in `_level`
 LEVELS = ("listening", "interior", "unmerged", "full")
@@ -159,13 +159,13 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
             return criterion(enc_logits, dec_logits, step=step, **masks)
         criterion.look_at(enc_logits, dec_logits)
         maps = prepare_maps(enc_logits, dec_logits, kind=criterion.kind, **layout, **masks)
+        criterion.look_once(enc_logits, dec_logits, **masks)
         features = self._place(features, maps.enc)
         settings = criterion.settings_at(step, maps.enc)
         with no_autocast(maps.enc):
             engine = resolve(criterion.backend, maps.enc, maps.dec)
-            if asks:
-                self._ask(engine, maps, features, settings)
-            return engine.loss(maps, self._allowed(settings, maps))
+            found = self._ask(engine, maps, features, settings) if asks else None
+            return engine.loss(maps, self._allowed(settings, maps), found)
 
     def describe(self) -> dict[str, Any]:
         """Say, for a log, where it stands; this reads the tensors.
@@ -207,17 +207,17 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         return False
 
     @torch.no_grad()
-    def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> None:
-        """Take the margins of a batch into the means."""
-        # labels before merging are two argmaxes, and no engine hands them out beside the merged ones
-        enc, dec = hard_labels(maps)
-        representative = engine.pseudo_labels(maps, settings).representative
+    def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> SlotLabels:
+        """Take the margins of a batch into the means. Return the labels, merged as the level then allows."""
+        found = engine.slot_labels(maps, settings)
         num_slots = maps.enc.shape[2]
-        shares, variance = explained_shares(features, enc, dec, num_slots, maps.counted, representative)
+        enc, dec = found.hard[0], found.hard[1]
+        shares, variance = explained_shares(features, enc, dec, num_slots, maps.counted, found.representative)
         counted = variance != 0
         margins = torch.where(counted, torch.stack([shares[0], shares[2]]) - shares[1], 0.0)
         # maps with NaN have labels all the same
-        sums = torch.cat([margins.sum(1) * maps.spoil(), counted.sum().to(margins).unsqueeze(0)])
+        margins = torch.where(found.clean, margins, torch.nan)
+        sums = torch.cat([margins.sum(1), counted.sum().to(margins).unsqueeze(0)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         means, number = sums[:2] / sums[2].clamp_min(1), sums[2]
@@ -230,6 +230,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         level = self._level(moved, self.levels.sum() + moves)
         self.margins.copy_(moved)
         self.levels.add_(moves & (torch.arange(len(LEVELS), device=level.device) == level))
+        itself = torch.arange(num_slots, device=level.device).to(found.representative)
+        return SlotLabels(found.hard, torch.where(level == _FULL, found.representative, itself), found.clean)
 
     def _debiased(self, margins: Tensor, number: Tensor) -> Tensor:
         # in float32 a momentum near 1 is 1, and nothing would be left to divide by

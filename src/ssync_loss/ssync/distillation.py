@@ -1,4 +1,4 @@
-"""Distillation, plainly: one map is compared with hard labels on the patches of a region."""
+"""Distillation in plain torch: compare one map with hard labels on the patches of a region."""
 
 from collections.abc import Callable
 from math import log
@@ -12,7 +12,7 @@ from ssync_loss._autograd import exportable
 from ssync_loss.ssync.maps import first_largest, only_present
 from ssync_loss.ssync.settings import TINY, Criterion, Reduction, Settings
 
-# what a slot that cannot win costs in the cross-entropy
+# the log-probability of a slot at -inf, in the cross-entropy
 LOG_TINY = log(TINY)
 
 
@@ -35,7 +35,7 @@ def distill(
         value = squared_error(below / settings.temperature, target)
     else:
         value = cross_entropy(below, target, slot_mask, settings.temperature, settings.label_smoothing)
-    # a selected label that is no slot has no value
+    # a selected target that names no slot gives NaN
     value = torch.where(region, torch.where(is_slot, value, float("nan")), 0.0)
     if reduction == "mean":
         selected = num_averaged(region.sum((1, 2, 3)), num_slots, slot_mask, settings.criterion)
@@ -48,8 +48,8 @@ def distill(
 class _SquaredError(torch.autograd.Function):
     """Return ``sum_s (P_s - 1[s = y])^2`` as ``r^2 + Q``, with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``.
 
-    Nothing is taken from 1, so that nothing cancels in a patch that is sure of its target. The gradient, half of it, is
-    ``-P_y (r^2 + Q)`` at y and ``P_s (P_s + P_y r - Q)`` elsewhere; it can be differentiated again.
+    Nothing is subtracted from 1, so nothing cancels where P_y is near 1. Half the gradient is ``-P_y (r^2 + Q)`` at y
+    and ``P_s (P_s + P_y r - Q)`` elsewhere. It can be differentiated again.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ class _SquaredError(torch.autograd.Function):
 
 
 def _wrong_probabilities(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the target's probability, those of all other slots, and their sum and sum of squares."""
+    """Return P_y, the P_s of all other slots (0 at y), their sum and their sum of squares."""
     probs, target = scores.softmax(2), target.unsqueeze(2)
     wrong = probs.scatter(2, target, 0.0)
     return probs.gather(2, target), wrong, wrong.sum(2, keepdim=True), wrong.square().sum(2, keepdim=True)
@@ -83,12 +83,12 @@ squared_error: Callable[[Tensor, Tensor], Tensor] = exportable(_SquaredError)
 def cross_entropy(
     below: Tensor, target: Tensor, slot_mask: Tensor | None, temperature: float, smoothing: float
 ) -> Tensor:
-    """Return ``-(1 - e) log P_y - (e / S) sum_s log P_s`` with smoothing e, of logits whose largest is 0.
+    """Return ``-(1 - e) log P_y - (e / S) sum_s log P_s`` with smoothing e, for logits whose largest is 0.
 
     A logit of -inf has the log-probability of the smallest normal float32, and no gradient.
     """
     scores = below / temperature
-    # the largest exponential is 1: to add the others to it would round them off, so `log1p` adds the 1
+    # the largest exponential is 1 and would round off the others in a sum: `log1p` adds it
     peak = first_largest(scores).unsqueeze(2)
     scores = scores - scores.gather(2, peak)
     log_total = scores.exp().scatter(2, peak, 0.0).sum(2, keepdim=True).log1p()
@@ -102,26 +102,25 @@ def cross_entropy(
 
 
 def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Return how far every present slot lies below the largest; absent slots are at -inf.
+    """Subtract the largest logit of every patch; absent slots are at -inf.
 
-    Patches that are not selected, and those whose slots are all at -inf, count as undecided: all zeros, without a
-    gradient. What they hold is not read.
+    Unselected patches, and those whose slots are all at -inf, become zeros without a gradient.
     """
     if slot_mask is not None:
-        # a clip without slots selects nothing: with all of them present no softmax is over nothing
+        # a clip without slots selects nothing, but its softmax must have slots
         slot_mask = slot_mask | ~slot_mask.any(1, keepdim=True)
     scores = only_present(logits, slot_mask)
     decided = region.unsqueeze(2) & (scores.amax(2, keepdim=True) != float("-inf"))
     scores = only_present(torch.where(decided, scores, 0.0), slot_mask)
     peak = scores.detach().amax(2, keepdim=True)
-    # +inf less itself is NaN, for all slots of the patch
+    # where the peak is +inf, `peak - peak` makes all slots NaN
     return scores - peak + (peak - peak)
 
 
 def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:
-    """Count what a mean divides by, from the selected patches of every clip: (.., B) -> (..).
+    """Return the divisor of a mean, from the number of selected patches of every clip: (.., B) -> (..).
 
-    Selected patches, for the squared criterion times present slots.
+    It is the number of selected patches, for the squared error times present slots.
     """
     if criterion == "cross_entropy":
         return selected.sum(-1)
@@ -131,7 +130,7 @@ def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, cri
 
 
 def _num_present(patches: Tensor, num_slots: int, slot_mask: Tensor | None) -> Tensor | int:
-    """Count the slots of every clip, as it broadcasts against patches (B, T, H, W)."""
+    """Return the number of present slots: S, or (B, 1, 1, 1) with a mask."""
     if slot_mask is None:
         return num_slots
     return slot_mask.sum(1).clamp_min(1).to(patches.dtype)[:, None, None, None]

@@ -1,18 +1,21 @@
-"""How well partitions into slots fit the features that both maps are made from."""
+"""How much of the variance of features a partition into slots explains."""
 
 import torch
 from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import FEATURES, place, solve
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss._inputs import check_floats, widest
 
-# channels at once: what lies between features and sums stays in a processor's cache
+# channels at a time, so that intermediate values stay in a processor's cache
 _CHANNELS = 64
 
 
 def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
-    """View features, laid out as ``axes`` says, as (B, T, D, H, W) on the grid of the encoder's map (B, T, S, H, W)."""
+    """View features of layout ``axes`` as (B, T, D, H, W), on the grid of the encoder's map (B, T, S, H, W)."""
+    # torch computes labels and sums of features, with any engine
+    take_one_thread_if_forked()
     B, T, _, H, W = enc.shape
     if axes is not None:
         shown = solve("features", features, axes, {"b": B, "t": T, "h": H, "w": W}, FEATURES)
@@ -35,14 +38,14 @@ def explained_shares(
     valid: Tensor | None,
     representative: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the shares of the variance that two partitions and the first one merged explain, and the variance.
+    """Return the share of the variance that each of three partitions explains, and the variance.
 
-    With ``x_p`` a patch's features less their mean over the clip, ``R = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2``.
-    Labels and ``valid`` are (B, T, H, W), int64 and bool; ``valid`` is None where all patches count. A slot is merged
-    into its ``representative``, (B, S). Returns (3, B) and ``sum_p |x_p|^2`` (B,), in float64: a share is 0 where
-    features are constant, NaN where they are not finite.
+    The partitions are ``labels``, ``others``, and ``labels`` merged by ``representative`` (B, S). With ``x_p`` a
+    patch's features minus their mean over the clip, ``R = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2``. Labels are
+    (B, T, H, W) int64, ``valid`` is (B, T, H, W) bool or None. Returns (3, B) and ``sum_p |x_p|^2`` (B,) in float64. A
+    share is 0 if features are constant, NaN if they are not finite.
 
-    Features are read once. They are multiplied in float32, or float64 if they are, per frame, and added up in float64.
+    Features are read once. Products are in float32 (float64 for float64 features), sums over frames in float64.
     """
     slots = torch.arange(num_slots, device=features.device)
     first, second = (one.flatten(2).unsqueeze(3) == slots for one in (labels, others))
@@ -53,17 +56,17 @@ def explained_shares(
         num_patches = counted.flatten(1).sum(1)
     first, second = first.to(widest(features)), second.to(widest(features))
     area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
-    # as sum and difference: equal partitions get equal shares, to the last bit, and swapped ones swap theirs
+    # by sum and difference, equal partitions get bitwise equal shares, and swapped ones swapped shares
     sums, total = slot_sums(features, torch.cat([first + second, first - second], 3), counted)
     both, apart = sums.chunk(2, 2)
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
     sums, area = torch.cat([sums, sums[:, :1] @ joined.unsqueeze(1)], 1), torch.cat([area, area[:, :1] @ joined], 1)
-    # the mean comes off both; measured from a patch it is seldom long, so that little cancels
+    # subtract the mean: it is relative to a patch, hence small, and little cancels
     of_mean = sums[:, 0].sum(2).square().sum(1) / num_patches.clamp_min(1)
     total = total - of_mean
     between = (sums.square().sum(2) / area.clamp_min(1)).sum(2) - of_mean.unsqueeze(1)
-    # one slot explains nothing, and not what is left by rounding
+    # one slot explains exactly 0, whatever rounding leaves
     between = between.masked_fill((area > 0).sum(2) < 2, 0.0)
     shares = between / torch.where(total == 0, 1.0, total).unsqueeze(1)
     shares = torch.where(total.isfinite().unsqueeze(1), shares, torch.nan)
@@ -71,10 +74,10 @@ def explained_shares(
 
 
 def slot_sums(features: Tensor, member: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Add up features (B, T, D, H, W) by members (B, T, N, K), and their squares: (B, D, K) and (B,), in float64.
+    """Sum features (B, T, D, H, W) over members (B, T, N, K), and their squares: (B, D, K) and (B,), in float64.
 
-    Features are measured from a patch that counts, so that constant ones are exactly 0; ``counted`` is (B, T, N), or
-    None where all patches do. ``member`` is of the type that is multiplied in.
+    A counted patch is subtracted from all, so that constant features are exactly 0. ``counted`` is (B, T, N), or None.
+    Products are in the type of ``member``.
     """
     patches = features.flatten(3)
     origin = patches[:, 0, :, 0]

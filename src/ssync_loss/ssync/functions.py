@@ -1,4 +1,4 @@
-"""The method's functions as a user calls them: arguments are checked, an engine is chosen, and computes."""
+"""The public functions of SSync: check the arguments, choose an engine, and call it."""
 
 from typing import Any
 
@@ -33,17 +33,16 @@ def pseudo_labels(
 ) -> PseudoLabels:
     """Compute the targets and regions of both SSync losses, in time linear in the patches.
 
-    ``e = argmax_s enc``, ``d = argmax_s dec`` (first index on ties); slots whose activations overlap by more
-    than ``merge_threshold`` are merged transitively (:func:`slot_overlap`, :func:`merge_slots`, with the hard
-    area of ``e``), and both label maps are rewritten with the representatives. ``boundary`` comes from the
-    merged ``e``, ``interior`` from the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
+    ``e = argmax_s enc``, ``d = argmax_s dec`` (first index on ties). Slots that overlap by more than
+    ``merge_threshold`` are merged transitively (:func:`slot_overlap`, :func:`merge_slots` with areas from ``e``), and
+    their representatives replace them in both label maps. ``boundary`` comes from the merged ``e``, ``interior`` from
+    the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
 
     Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. dec_logits: the same, on any grid.
 
     Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid``, ``slot_mask`` and ``num_frames`` are those of
-    its ``forward``.
-    Probabilities of the encoder are compared with their mean as log p: a *different* merging rule, which wants its own
-    threshold.
+    its ``forward``. With an encoder's probabilities, merging compares log p with its mean. This is a *different* rule,
+    and needs its own threshold.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
     Raises: TypeError, ValueError on wrong shapes, dtypes or settings; the message names the argument.
@@ -84,23 +83,23 @@ def selective_distillation_loss(
     NaN included, and they get no gradient.
 
     With a slot mask the sums run over present slots and S is their number in each clip, S_b; the mean of the
-    squared criterion is then ``sum over selected patches and slots / sum_b M_b S_b`` with M_b selected patches.
+    squared criterion is then ``(sum over selected patches and slots) / sum_b M_b S_b`` with M_b selected patches.
 
-    Two limits are fixed by convention. A selected patch whose slots are all -inf counts as uniform, without
-    gradient. In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32,
-    -87.3, without gradient, so that a slot which cannot win costs much, but not infinitely much.
+    Two limits are fixed by convention. A selected patch whose slots are all -inf counts as uniform, without gradient.
+    In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32, -87.3, without
+    gradient.
 
     Shape: logits: (B, T, S, H, W). target: (B, T, H, W) integers within [0, S). region: (B, T, H, W) bool. slot_mask:
         (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or float64 if the logits
         are.
 
-    ``logits`` is the map to be taught, and the only argument that gets a gradient; ``target`` the slot index of every
-    patch, ``region`` the patches that count. Absent slots leave the softmax. ``reduction`` is ``"none"`` (0 where
-    unselected), ``"sum"`` or ``"mean"``. Settings are those of :class:`ssync_loss.SSyncLoss`.
+    ``logits`` is the student, and the only argument that gets a gradient. ``target`` is the slot of every patch,
+    ``region`` the selected patches. Absent slots leave the softmax. ``reduction`` is ``"none"`` (0 where unselected),
+    ``"sum"`` or ``"mean"``. Settings are those of :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
-    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings. Labels out of range are found where that
-        needs no waiting for a device: on a CPU, outside compilation.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings. Labels out of range are an error on a
+        CPU outside compilation, where reading them waits for no device.
 
     >>> import torch
     >>> logits = torch.tensor([3.0, 1.0]).log().view(1, 1, 2, 1, 1)  # P = (3/4, 1/4)
@@ -152,8 +151,8 @@ def boundary_refinement_loss(
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. Returns a scalar.
 
-    ``labels`` were computed before by :func:`pseudo_labels`, and make the settings of merging and of the region idle;
-    None computes them. Other arguments are as there and in :func:`selective_distillation_loss`.
+    ``labels`` come from :func:`pseudo_labels`, and the settings of merging and of the region are then not used; None
+    computes them. Other arguments are as there and in :func:`selective_distillation_loss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
     Raises: TypeError, ValueError on wrong shapes, dtypes or settings.
@@ -218,7 +217,7 @@ def _term(
     backend: Backend,
     given: dict[str, Any],
 ) -> Tensor:
-    """Compute the boundary or the interior term: labels are computed, or those given are checked."""
+    """Compute the boundary or the interior term, with given labels or new ones."""
     settings.check()
     check_backend(backend)
     maps = prepare_maps(enc_logits, dec_logits, **given)
@@ -232,7 +231,7 @@ def _term(
         target = as_index(f"labels.{teacher}", target)
         check_label_range(f"labels.{teacher}", target, size["S"])
         check_mask(f"labels.{name}", region, "B T H W", size, enc_logits=maps.enc)
-        # what is not valid now may have been so before
+        # the labels may come from a call with other masks
         region = region if maps.counted is None else region & maps.counted
         if maps.slot_mask is not None:
             check_labels_present(f"labels.{teacher}", target, region, maps.slot_mask)
@@ -241,6 +240,6 @@ def _term(
 
 
 def labels_of(maps: Maps, settings: Settings, backend: Backend) -> PseudoLabels:
-    """Compute :func:`pseudo_labels` of maps that are prepared already."""
+    """Compute :func:`pseudo_labels` of prepared maps."""
     with no_autocast(maps.enc):
         return resolve(backend, maps.enc, maps.dec).pseudo_labels(maps, settings)

@@ -1,4 +1,4 @@
-"""Pseudo-labels, plainly: hard labels, merged slots, two regions. No gradient."""
+"""Pseudo-labels in plain torch: hard labels, merged slots, two regions. Nothing here has a gradient."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,27 @@ from ssync_loss.ssync.maps import Maps, first_largest, only_present
 from ssync_loss.ssync.merging import mean_overlap, representatives, unmerged
 from ssync_loss.ssync.regions import select_boundary, select_interior
 from ssync_loss.ssync.settings import Settings
-from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 
 @torch.no_grad()
 def find_labels(maps: Maps, settings: Settings) -> PseudoLabels:
-    """Compute :func:`ssync_loss.functional.pseudo_labels` of maps that are checked."""
+    """Compute :func:`ssync_loss.functional.pseudo_labels` without checks."""
+    hard = torch.stack(hard_labels(maps))
+    return merge_labels(hard, _representative(maps, hard[0], settings), maps, settings)
+
+
+@torch.no_grad()
+def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
+    """Compute labels before merging, and representatives."""
+    hard = torch.stack(hard_labels(maps))
+    return SlotLabels(hard, _representative(maps, hard[0], settings), maps.is_clean())
+
+
+def merge_labels(hard: Tensor, representative: Tensor, maps: Maps, settings: Settings) -> PseudoLabels:
+    """Merge the labels of both maps, (2, B, T, H, W), and select the regions."""
     valid = maps.counted
-    enc_labels, dec_labels = hard_labels(maps)
-    representative = _representative(maps.enc.to(maps.dtype), enc_labels, valid, maps.slot_mask, settings)
-    enc_labels, dec_labels = (
-        representative.gather(1, labels.flatten(1)).view_as(labels) for labels in (enc_labels, dec_labels)
-    )
+    enc_labels, dec_labels = (representative.gather(1, labels.flatten(1)).view_as(labels) for labels in hard)
     if valid is not None:
         enc_labels, dec_labels = enc_labels.masked_fill(~valid, 0), dec_labels.masked_fill(~valid, 0)
     return PseudoLabels(
@@ -41,18 +50,18 @@ def _largest_slot(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
     labels = first_largest(scores)
     if slot_mask is None:
         return labels
-    # where no present slot is above -inf, an absent one may come first
+    # if all present slots are at -inf, an absent slot may come first
     first = slot_mask.to(torch.uint8).argmax(1)[:, None, None, None]
     return torch.where(scores.amax(2) == float("-inf"), first, labels)
 
 
-def _representative(
-    enc: Tensor, enc_labels: Tensor, valid: Tensor | None, slot_mask: Tensor | None, settings: Settings
-) -> Tensor:
-    """Return the slot that every slot is merged into: (B, S)."""
-    num_clips, _, num_slots = enc.shape[:3]
+def _representative(maps: Maps, enc_labels: Tensor, settings: Settings) -> Tensor:
+    """Return the representative of every slot, (B, S)."""
+    num_clips, _, num_slots = maps.enc.shape[:3]
     if settings.merge_threshold is None:
-        return unmerged(num_clips, num_slots, enc.device)
+        return unmerged(num_clips, num_slots, maps.enc.device)
+    valid = maps.counted
     counted = torch.ones_like(enc_labels) if valid is None else valid.long()
     area = enc_labels.new_zeros(num_clips, num_slots).scatter_add(1, enc_labels.flatten(1), counted.flatten(1))
-    return representatives(mean_overlap(enc, valid, slot_mask), area, settings.merge_threshold)
+    overlap = mean_overlap(maps.enc.to(maps.dtype), valid, maps.slot_mask)
+    return representatives(overlap, area, settings.merge_threshold)

@@ -1,7 +1,4 @@
-"""From what a host gives to two maps on one grid: binding of shapes, probabilities, resizing, masks.
-
-Everything behind this file sees logits (B, T, S, H, W).
-"""
+"""Bring a host's two maps to logits (B, T, S, H, W) on one grid: shapes, probabilities, resizing, masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from ssync_loss._checks import (
     check_shape,
     check_tensor,
 )
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss._inputs import check_mask
 from ssync_loss.ssync.settings import TINY
 
@@ -36,12 +34,11 @@ KINDS = ("logits", "probs")
 
 @dataclass(frozen=True)
 class Maps:
-    """Both maps on the encoder's grid, and which of their cells count.
+    """Both maps on the encoder's grid, and their masks.
 
-    Logits are (B, T, S, H, W), of any floating type: halves are widened where they are read. ``valid`` (B, T, H, W)
-    and ``slot_mask`` (B, S) are None where everything counts. ``clean`` is a scalar bool: whether no valid cell of a
-    present slot held NaN or +inf in a decoder map that was resized, which need not read every cell; None where it was
-    not.
+    Logits are (B, T, S, H, W) of any floating type. ``valid`` (B, T, H, W) and ``slot_mask`` (B, S) are None where
+    everything counts. ``clean`` is None unless the decoder's map was resized, which may skip cells. Then it is a scalar
+    bool: False if a valid cell of a present slot held NaN or +inf.
     """
 
     enc: Tensor
@@ -52,27 +49,27 @@ class Maps:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 if a map is."""
-        # asking torch takes as long as many an operator
+        """The type of the computation: float64 if a map has it, else float32."""
+        # `promote_types` takes as long as an operator
         return torch.float64 if torch.float64 in (self.enc.dtype, self.dec.dtype) else torch.float32
 
     @property
     def counted(self) -> Tensor | None:
-        """What is valid, nothing in a clip without a present slot: (B, T, H, W) bool, or None."""
+        """``valid``, and False in a clip without a present slot: (B, T, H, W) bool, or None."""
         if self.slot_mask is None:
             return self.valid
         has_slots = self.slot_mask.any(1)[:, None, None, None]
         B, T, _, H, W = self.enc.shape
         return has_slots.expand(B, T, H, W) if self.valid is None else self.valid & has_slots
 
-    def spoil(self) -> Tensor:
-        """Return 1, or NaN where a valid patch of a present slot holds NaN or +inf: labels then mean nothing.
-
-        Whatever is multiplied by it, a map or a loss, is as it was, or becomes NaN with its gradient.
-        """
+    def is_clean(self) -> Tensor:
+        """Return a scalar bool: whether no valid patch of a present slot holds NaN or +inf."""
         enc, dec = (is_clean(peak_of(one.detach(), self.slot_mask), self.valid) for one in (self.enc, self.dec))
-        clean = enc & dec if self.clean is None else enc & dec & self.clean
-        return torch.where(clean, 1.0, float("nan")).to(self.dtype)
+        return enc & dec if self.clean is None else enc & dec & self.clean
+
+    def spoil(self) -> Tensor:
+        """Return a factor of maps and losses: 1, or NaN if the maps are not clean."""
+        return torch.where(self.is_clean(), 1.0, float("nan")).to(self.dtype)
 
 
 def check_kind(kind: object) -> tuple[Kind, Kind]:
@@ -86,7 +83,7 @@ def check_kind(kind: object) -> tuple[Kind, Kind]:
 
 
 def check_grid(grid: object) -> tuple[Size | None, Size | None]:
-    """Return the grids of the encoder's and the decoder's map; None where it is to be inferred."""
+    """Return the grids of the encoder's and the decoder's map; None is inferred later."""
     if grid is None:
         return None, None
     if isinstance(grid, Sequence) and len(grid) == 2:
@@ -117,7 +114,7 @@ def bind_maps(
     slot_mask: Tensor | None = None,
     num_frames: int | None = None,
 ) -> Maps:
-    """Check shapes, dtypes and devices, and view both maps as (B, T, S, H, W), each on a grid of its own."""
+    """Check shapes, dtypes and devices; view both maps as (B, T, S, H, W), each on its own grid."""
     enc_grid, dec_grid = check_grid(grid)
     if num_frames is not None:
         check_int("num_frames", num_frames, 1)
@@ -131,7 +128,7 @@ def bind_maps(
     enc = _on_grid("enc_logits", enc_logits, enc_grid)
     size = check_shape("enc_logits", enc, "B T S H W", **({} if num_frames is None else {"T": num_frames}))
     check_not_empty("enc_logits", size, "T S H W")
-    # a grid for the encoder speaks for a flat decoder map too; a decoder map with H, W speaks for itself
+    # a flat decoder map takes the encoder's grid
     if dec_grid is None and isinstance(dec_logits, Tensor) and dec_logits.dim() == 4:
         dec_grid = enc_grid
     dec = _on_grid("dec_logits", dec_logits, dec_grid)
@@ -146,7 +143,7 @@ def bind_maps(
 
 
 def _refuse_images(*maps: Tensor) -> None:
-    """Refuse flat maps that may be images (B, S, H, W), and would be read as clips without a word."""
+    """Refuse maps of four axes that may be images (B, S, H, W)."""
     if any(not isinstance(one, Tensor) or one.dim() != 4 for one in maps):
         return
     sizes = [(one.shape[2], one.shape[3]) for one in maps]
@@ -161,7 +158,7 @@ def _refuse_images(*maps: Tensor) -> None:
 
 
 def _image_beside(image: Tensor, clip: Tensor) -> Tensor:
-    """View an image (B, S, H, W) as a clip of one frame, beside one of S slots."""
+    """View an image (B, S, H, W) as a clip of one frame, if the other map is one."""
     if not (isinstance(image, Tensor) and isinstance(clip, Tensor)) or (image.dim(), clip.dim()) != (4, 5):
         return image
     B, T, S = clip.shape[:3]
@@ -169,7 +166,7 @@ def _image_beside(image: Tensor, clip: Tensor) -> Tensor:
 
 
 def _grid_beside(flat: Tensor, whole: Tensor) -> Size | None:
-    """The grid of the other map, when a flat one has as many patches: 18 x 32 is a square number, too."""
+    """Return the grid of the other map if a flat one has as many patches: 18 x 32 patches could also be 24 x 24."""
     if not (isinstance(flat, Tensor) and isinstance(whole, Tensor)) or (flat.dim(), whole.dim()) != (4, 5):
         return None
     height, width = whole.shape[3:]
@@ -185,7 +182,8 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
             raise ValueError(f"`{name}` must have H, W = {grid} as `grid` says; got {shape}.")
         return logits
     if logits.dim() != 4:
-        raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.")
+        hint = " An image's (B, S, N) takes axes='b s (h w)'." if logits.dim() == 3 else ""
+        raise ValueError(f"`{name}` must have shape (B, T, S, H, W), or (B, T, S, N); got {shape}.{hint}")
     num_patches = shape[3]
     size = square(num_patches) if grid is None else grid
     if size is None:
@@ -225,11 +223,11 @@ def prepare_maps(
     slot_mask: Tensor | None = None,
     num_frames: int | None = None,
 ) -> Maps:
-    """Bring both maps to logits on the encoder's grid; logits that are there already stay as they are.
+    """Bring both maps to logits on the encoder's grid; logits that are on it stay as they are.
 
-    Probabilities are put to zero for absent slots, renormalized over slots, clamped at the smallest normal float32 and
-    logged. A negative one is an error where it can be seen without waiting for a device, and becomes NaN elsewhere. A
-    cell of a decoder grid of its own is invalid when no valid patch of the encoder overlaps it.
+    Probabilities of absent slots become 0; the others are normalized over slots and clamped to the smallest normal
+    float32 before the logarithm. A negative one is an error if reading it waits for no device, else NaN. A decoder cell
+    on another grid is valid if it overlaps a valid patch of the encoder.
     """
     enc_kind, dec_kind = check_kind(kind)
     maps = bind_maps(
@@ -237,8 +235,8 @@ def prepare_maps(
     )
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
-        # nothing to do, and nothing is launched
         return maps
+    take_one_thread_if_forked()
     counted, clean = maps.counted, None
     with no_autocast(enc):
         usable = _usable(counted, slot_mask)
@@ -283,29 +281,29 @@ def first_largest(scores: Tensor) -> Tensor:
 
 
 def only_present(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Put absent slots at -inf; the logits themselves where every slot is present."""
+    """Put absent slots at -inf; return the logits themselves without a mask."""
     return logits if slot_mask is None else logits.masked_fill(~slot_mask[:, None, :, None, None], float("-inf"))
 
 
 def peak_of(logits: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Return the largest logit of the present slots, which also shows a NaN or a +inf of any of them."""
+    """Return the largest logit of the present slots; NaN if one of them is NaN."""
     return only_present(logits, slot_mask).amax(2)
 
 
 def is_clean(peak: Tensor, valid: Tensor | None) -> Tensor:
-    """Tell, as a scalar tensor, whether all valid patches have a largest logit below +inf; NaN is not."""
+    """Return a scalar bool: whether the peaks of all valid patches are below +inf and not NaN."""
     if valid is None and peak.numel() > 0:
-        # a maximum is a tenth of the work of a comparison for every patch, and NaN if one is
+        # a maximum, which is NaN if a peak is, takes a tenth of the time of a comparison per patch
         return peak.amax() < float("inf")
     below = peak < float("inf")
     return below.all() if valid is None else (below | ~valid).all()
 
 
 def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
-    """Which cells of another grid share area with a valid cell of this one: (B, T, H, W) -> (B, T, *size)."""
+    """Tell which cells of another grid overlap a valid cell of this one: (B, T, H, W) -> (B, T, *size)."""
     shared = []
     for num_to, num_from in zip(size, valid.shape[2:], strict=True):
-        # cell i of n covers [i/n, (i+1)/n]; written with integers, touching ends do not count
+        # cell i of n covers [i/n, (i+1)/n]; in integers the ends are compared exactly
         to = torch.arange(num_to, device=valid.device)[:, None]
         start = torch.arange(num_from, device=valid.device)
         shared.append(((start * num_to < (to + 1) * num_from) & (to * num_from < (start + 1) * num_to)).float())
@@ -313,12 +311,12 @@ def _overlapping(valid: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _resize(logits: Tensor, size: Sequence[int], valid: Tensor | None, usable: Tensor | None) -> Tensor:
-    # invalid cells get no weight, and the rest is renormalized: at the edge of a valid box as at a grid's own
+    # invalid cells get weight 0, and the other weights are normalized
     impossible = logits == float("-inf")
     if usable is not None:
         impossible = impossible & usable
         logits = torch.where(usable, logits, 0.0)
-    # zero weight times infinity would be NaN: infinities travel on a map of their own, and any weight gives -inf
+    # 0 * -inf is NaN: the mask of -inf is resized on its own, and any weight of it gives -inf
     resized = _interpolate(logits.masked_fill(impossible, 0.0), size)
     if valid is not None:
         weight = _interpolate(valid.unsqueeze(2).to(logits.dtype), size)

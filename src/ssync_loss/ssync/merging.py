@@ -1,4 +1,4 @@
-"""Redundant slots: which are active in the same places, and which slot represents each group."""
+"""Redundant slots: how far they overlap, and which slot represents each group."""
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from ssync_loss.ssync.settings import check_scalar
 
 
 def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
-    """Measure how far two slots are active on the same patches.
+    """Measure how far every two slots are active on the same patches.
 
-    A slot is active where its logit exceeds its own mean over the clip, ``A = logits > mean``. Per frame
-    ``IoU[i, j] = |A_i and A_j| / |A_i or A_j|`` (0 where the union is empty), then the mean over frames.
-    Invalid patches are not active and do not enter the mean; a frame without valid patches leaves the mean over
-    frames; absent slots overlap with nobody. No gradient flows.
+    A slot is active where its logit exceeds its own mean over the clip, ``A = logits > mean``. The overlap is the mean
+    over frames of ``IoU[i, j] = |A_i and A_j| / |A_i or A_j|`` (0 where the union is empty). An invalid patch is active
+    for no slot and enters no mean. A frame without valid patches does not count. An absent slot has overlap 0. No
+    gradient flows.
 
-    The rule is about logits: log-probabilities differ from them by a shift per patch, which changes it.
+    The rule is meant for logits. Log-probabilities have another shift at every patch, which changes the overlap.
 
     Shape: logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B, S, S) within
         [0, 1], symmetric; the diagonal is the share of frames a slot is active in.
@@ -49,7 +49,7 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
 
 
 def mean_overlap(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None) -> Tensor:
-    """Compute :func:`slot_overlap` without checks, of float32 or wider."""
+    """Compute :func:`slot_overlap` without checks, for float32 or float64."""
     active = logits > slot_mean(logits, valid)
     if valid is not None:
         active = active & valid.unsqueeze(2)
@@ -67,7 +67,7 @@ def mean_overlap(logits: Tensor, valid: Tensor | None, slot_mask: Tensor | None)
 
 
 def slot_mean(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """Average every slot over the valid patches of a clip, a sum over a count: (B, 1, S, 1, 1)."""
+    """Return the mean of every slot over the valid patches of a clip, (B, 1, S, 1, 1)."""
     if valid is None:
         return logits.sum((1, 3, 4), keepdim=True) / (logits.shape[1] * logits.shape[3] * logits.shape[4])
     total = torch.where(valid.unsqueeze(2), logits, 0.0).sum((1, 3, 4), keepdim=True)
@@ -77,18 +77,18 @@ def slot_mean(logits: Tensor, valid: Tensor | None) -> Tensor:
 def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | None) -> Tensor:
     """Merge slots transitively and name each slot's representative.
 
-    Slots i != j are linked when ``overlap[i, j] > threshold``; the connected components of that graph are the
-    objects: links A-B and B-C merge A with C too. The representative of a component is its member with the
-    largest area, the lowest index among equals. This is union-find, as repeated
-    squaring of a boolean matrix: batched, of fixed length, without a look at the data.
+    Slots i != j are linked when ``overlap[i, j] > threshold``. The connected components of that graph are the groups:
+    links A-B and B-C merge A with C, too. The representative of a group is its member with the largest area, or the
+    lowest index among equals. Repeated squaring of a boolean matrix finds the groups. It is batched, has a fixed length
+    and reads no value on the host.
 
     Shape: overlap: (B, S, S). A link in either direction counts. area: (B, S), integer or floating point. Returns (B,
         S) int64: the representative of every slot.
 
     Args:
         overlap: how far slots overlap, see :func:`slot_overlap`.
-        area: hard area of every slot; NaN is less than any number.
-        threshold: within [0, 1], or a scalar tensor; 1 merges nothing. None merges nothing either.
+        area: number of patches with the label of each slot; NaN is less than any number.
+        threshold: within [0, 1], or a scalar tensor. 1 and None merge nothing.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), transitive pseudo-label merging.
     Raises: TypeError if the threshold is no number, or a tensor of the wrong dtype; ValueError if the threshold lies
@@ -112,13 +112,13 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
         overlap = at_least_float32(overlap)
         area = area if area.is_floating_point() else as_index("area", area)
         numbers = ~area.isnan()
-        # areas decide an order alone: how many slots are smaller is an integer for any of them
+        # only the order of areas matters: each is replaced by the number of smaller ones
         smaller = (area.unsqueeze(-1) > area.unsqueeze(-2)) | (numbers.unsqueeze(-1) & ~numbers.unsqueeze(-2))
         return representatives(torch.fmax(overlap, overlap.mT), smaller.sum(-1), threshold)
 
 
 def representatives(overlap: Tensor, area: Tensor, threshold: float | Tensor) -> Tensor:
-    """Merge as :func:`merge_slots` does, by a symmetric overlap and counts of patches (B, S), without checks."""
+    """Compute :func:`merge_slots` without checks, for a symmetric overlap and integer areas."""
     num_slots = overlap.shape[-1]
     itself = torch.eye(num_slots, dtype=torch.bool, device=overlap.device)
     linked = (overlap > threshold) | itself
@@ -129,5 +129,5 @@ def representatives(overlap: Tensor, area: Tensor, threshold: float | Tensor) ->
 
 
 def unmerged(num_clips: int, num_slots: int, device: torch.device) -> Tensor:
-    """Return representatives (B, S) of slots of which each stands for itself."""
+    """Return representatives (B, S) where every slot represents itself."""
     return torch.arange(num_slots, device=device).repeat(num_clips, 1)

@@ -1,4 +1,4 @@
-"""The three modules of SSync: each remembers settings, and calls the functions."""
+"""The three modules of SSync. Each keeps settings and calls the functions."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +14,9 @@ from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
+from ssync_loss._compilers import is_traced
 from ssync_loss._module import DetachedWarning, LossModule
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
 from ssync_loss.ssync.engines.contract import weigh
 from ssync_loss.ssync.functions import boundary_refinement_loss, interior_denoising_loss
@@ -25,7 +27,7 @@ from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# all settings but the weights of the terms, which come last
+# all settings but the last two, the weights of the terms
 _UNWEIGHTED = [one.name for one in fields(Settings)][:-2]
 
 # merge thresholds of the published configurations
@@ -33,12 +35,22 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """What the three have in common: how settings are checked, and a warning."""
+    """Base of the three: the check of settings, and warnings of likely mistakes."""
+
+    # whether the maps of a call were checked for likely mistakes
+    _looked = False
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Begin to warn, too."""
+        """Keep the settings, and prepare the warning of detached maps."""
         super().remember(arguments)
         self._warn = DetachedWarning()
+
+    def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
+        """Warn in the first call of maps of another ``kind`` and of an inverted mask, if they are in CPU memory."""
+        if not (is_traced() or self._looked):
+            self._looked = True
+            given = {"grid": self.grid, "axes": self.axes, **masks}
+            warn_of_doubts(enc_logits, dec_logits, self.kind, wait=False, note=" (Said once.)", **given)
 
     @staticmethod
     def check_settings(
@@ -63,7 +75,7 @@ class _SSyncModule(LossModule):
 
 
 class _OneTermLoss(_SSyncModule):
-    """One of the two terms: a function, and which of the maps it teaches."""
+    """One of the two terms: its function and its student."""
 
     _function: ClassVar[Callable[..., Tensor]]
     _student: ClassVar[str]
@@ -83,8 +95,9 @@ class _OneTermLoss(_SSyncModule):
         _check_two(enc_logits, dec_logits)
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
-        given = {"labels": labels, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        return type(self)._function(enc_logits, dec_logits, **given, **self.settings)
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        self.look_once(enc_logits, dec_logits, **masks)
+        return type(self)._function(enc_logits, dec_logits, labels=labels, **masks, **self.settings)
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
@@ -163,9 +176,9 @@ class SSyncLoss(_SSyncModule):
     see :func:`ssync_loss.distributed.global_mean` for a mean over all ranks.
 
     Args:
-        merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. The
-            sensitive knob: see :meth:`from_preset` for the published values. It may be a scalar tensor on the maps'
-            device, as the weights may.
+        merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. This is the
+            sensitive setting: see :meth:`from_preset` for the published values. It and the weights may be scalar
+            tensors on the maps' device.
         boundary_weight: weight of the boundary term, at least 0.
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
@@ -176,23 +189,23 @@ class SSyncLoss(_SSyncModule):
         max_different: differing neighbors allowed in an interior; 0 to 10.
         kind: what the maps hold: ``"logits"``, ``"probs"``, or a pair for encoder and decoder. With an
             encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
-        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)); None takes the grid of
-            the other map where that has as many patches, and else N for a square.
-        axes: layout of the maps in einops' words, one or a pair (encoder, decoder): b, t, s, h and w in any order, any
-            of them merged, b or t left out where there is one. An image is ``"b s h w"``, slots in the last axis are
-            ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. What one map does not show is taken from the
-            other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N); without ``grid`` two
-            (B, T, S, N) maps are refused where N is a square and S and N could be height and width of an image, neither
-            more than twice the other.
+        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)). None takes the other map's grid if it has as many
+            patches, else a square.
+        axes: layout of the maps in einops' notation, one or a pair (encoder, decoder): b, t, s, h and w in any order,
+            any of them merged. b or t may be missing where its size is 1. An image is ``"b s h w"``, slots in the last
+            axis are ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. Sizes that one map does not show come
+            from the other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N). Without ``grid``
+            it refuses two (B, T, S, N) maps that could be images: N is a square, and neither of S and N is more than
+            twice the other.
         start_step: step from which the loss is on. The published start is 30 % of training.
         ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
-        backend: the engine that computes; the value does not depend on it. ``"torch"`` runs anywhere. ``"cpu"`` is a
-            C library, compiled at first use and kept in the user's cache folder (the variable SSYNC_LOSS_CACHE moves
-            it), for CPU maps of up to 64 slots. ``"triton"`` is CUDA kernels, for float16, bfloat16 and float32 maps of
-            up to 64 slots. ``"auto"`` takes either where it can be had and agrees with torch on a small case, and
-            ``"torch"`` else. ``"reference"`` is slow loops, for checking. What is asked for and cannot be had is an
-            error.
+        backend: the engine; the value does not depend on it. ``"torch"`` runs anywhere. ``"cpu"`` is a C library for
+            CPU maps of up to 64 slots, compiled at first use and kept in the user's cache folder (or in the folder that
+            the variable SSYNC_LOSS_CACHE names). ``"triton"`` is CUDA kernels for float16, bfloat16 and float32 maps of
+            up to 64 slots. ``"reference"`` is slow loops, for checking. ``"auto"`` takes ``"cpu"`` or ``"triton"`` if
+            it is available and agrees with torch on a small case, else ``"torch"``. An engine that is named but not
+            available is an error.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, float16, bfloat16, float32 or
         float64. Returns a float32 scalar (float64 for float64 maps).
@@ -256,9 +269,9 @@ class SSyncLoss(_SSyncModule):
     ) -> Tensor:
         """Return the loss to add to a model's own.
 
-        Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode,
-        a map that should be taught and carries no gradient (a host that hands out detached attention, say) is
-        warned about once.
+        Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode it warns
+        once of a student that carries no gradient, such as detached attention. On a CPU, and not in a compiled step,
+        the first call that computes also warns of probabilities given as logits, and of an inverted ``slot_mask``.
 
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
@@ -270,15 +283,17 @@ class SSyncLoss(_SSyncModule):
             slot_mask: (B, S) bool, slots that are present.
             num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
         """
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         self.look_at(enc_logits, dec_logits)
-        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        given = {"grid": self.grid, "axes": self.axes, **masks}
         if not self.is_on(step):
             bound = bind_maps(enc_logits, dec_logits, **given)
             if self.backend != "auto":
-                # what cannot be had is said now, and not when the loss starts
+                # a missing engine is an error now, not at `start_step`
                 resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
         maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
+        self.look_once(enc_logits, dec_logits, **masks)
         with no_autocast(maps.enc):
             return resolve(self.backend, maps.enc, maps.dec).loss(maps, self.settings_at(step, maps.enc))
 
@@ -294,19 +309,20 @@ class SSyncLoss(_SSyncModule):
     ) -> SSyncTerms:
         """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
 
-        Before ``start_step`` all but ``total``, which is 0, are what they would be: NaN for maps with NaN, too.
+        Before ``start_step`` ``total`` is 0; the other values are computed.
         """
         is_on = self.is_on(step)
-        given = {"grid": self.grid, "axes": self.axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
+        masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, axes=self.axes, **masks)
         self.look_at(enc_logits, dec_logits)
+        self.look_once(enc_logits, dec_logits, **masks)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
         return terms if is_on else terms._replace(total=attached_zero(enc_logits, dec_logits))
 
     def is_on(self, step: int | None) -> bool:
-        """Tell whether the loss has started, and check the step.
+        """Check the step, and tell whether the loss has started.
 
         Raises: TypeError, ValueError if the step is no integer, or there is a schedule and no step.
         """
@@ -326,7 +342,7 @@ class SSyncLoss(_SSyncModule):
         """Return the settings of a step, the ramp in the weights."""
         weights = self.boundary_weight, self.interior_weight
         if step is not None and self.ramp_steps > 0:
-            # as a tensor the step enters one graph; as a number every step of the ramp would be a graph
+            # a tensor: as a number, every step of the ramp would be compiled anew
             dtype = torch.promote_types(like.dtype, torch.float32)
             progress = torch.full((), as_step(step) - self.start_step, device=like.device, dtype=dtype)
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
@@ -335,10 +351,10 @@ class SSyncLoss(_SSyncModule):
         return Settings(**settings, boundary_weight=weights[0], interior_weight=weights[1])
 
     def look_at(self, enc_logits: Tensor, dec_logits: Tensor) -> None:
-        """Refuse one tensor as both maps; warn, once, of one that a term should teach and that carries no gradient."""
+        """Refuse one tensor as both maps; warn once of a student without a gradient."""
         _check_two(enc_logits, dec_logits)
         taught = {}
-        # a weight that is a tensor may be anything
+        # the value of a tensor is not read
         if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:
             taught["dec_logits"] = (dec_logits, "boundary")
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:
@@ -347,16 +363,16 @@ class SSyncLoss(_SSyncModule):
 
 
 def _check_two(enc_logits: Tensor, dec_logits: Tensor) -> None:
-    """Refuse to train one tensor as both maps, which have nothing to teach each other."""
+    """Refuse to train one tensor as both maps."""
     if enc_logits is dec_logits and isinstance(enc_logits, Tensor) and enc_logits.requires_grad:
         raise ValueError("`dec_logits` must be the decoder's own map; got the tensor that is `enc_logits`.")
 
 
 def as_step(step: object) -> int:
-    """Return a step as a Python int: hosts count with NumPy's integers, too."""
+    """Return a step as a Python int; NumPy's integers are steps, too."""
     if isinstance(step, int) and not isinstance(step, bool):
         return step
-    # reading a tensor would wait for its device; older versions of NumPy take a bool for an integer
+    # reading a tensor would wait for its device; older versions of NumPy accept a bool as an integer
     if not isinstance(step, (bool, np.bool_, Tensor)):
         with suppress(TypeError):
             return index(step)  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""SSync written out slowly: one clip, one frame, one slot, one neighbor at a time.
+"""SSync in loops: one clip, one frame, one slot, one neighbor at a time.
 
-This module says what the library computes, the rest of the package says it fast. Nothing but the result
-type is shared with the fast path, so that a mistake has to be made twice to go unnoticed. All functions
-take logits ``(B, T, S, H, W)`` of both maps on one grid; half precision is widened to float32 and float64
-stays float64. Meant for tests and for reading, not for training.
+This module defines what the library computes, for tests and for reading. It shares only the result type with the other
+engines, so that one mistake cannot be in both. Maps are logits ``(B, T, S, H, W)`` on one grid. Halves are computed in
+float32, float64 in float64.
 
 Source: Moon & Heo, Selective Synergistic Learning, ECCV 2026 (arXiv 2606.15527).
 """
@@ -26,7 +25,7 @@ NEIGHBORS = (
     (1, 0, 0),
 )
 
-# what a slot with logit -inf pays in cross-entropy instead of infinity
+# the log-probability of a slot at -inf, in the cross-entropy
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
@@ -46,7 +45,7 @@ class UnionFind:
         self.parent = list(range(size))
 
     def find(self, item: int) -> int:
-        """Return the root of the set that holds ``item``, hanging everything on the way directly below it."""
+        """Return the root of the set of ``item``, and make it the parent of all items on the way."""
         root = item
         while self.parent[root] != root:
             root = self.parent[root]
@@ -69,7 +68,12 @@ class UnionFind:
 
 
 class ReferenceSSync(NamedTuple):
-    """Both unweighted losses and the labels they were computed from."""
+    """Both unweighted losses and the labels they were computed from.
+
+    Attributes:
+        boundary, interior: scalars.
+        labels: the merged labels and the regions behind them.
+    """
 
     boundary: Tensor
     interior: Tensor
@@ -97,13 +101,12 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
 
 
 def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
-    """Measure how much every two slots are active in the same places.
+    """Measure how far every two slots are active on the same patches.
 
-    A slot is active on a patch where its logit exceeds its own mean over the clip, strictly. Per frame,
-    ``IoU(i, j) = |A_i and A_j| / |A_i or A_j|`` (0 where neither is active); the overlap is the mean over
-    frames. Invalid patches are active for nobody and enter no mean; a frame without a valid patch is not
-    averaged. An absent slot overlaps nothing, a clip without a valid patch has overlap 0 throughout. The
-    diagonal is the share of frames in which the slot is active at all.
+    A slot is active on a patch where its logit exceeds its own mean over the clip, strictly. The overlap is the mean
+    over frames of ``IoU(i, j) = |A_i and A_j| / |A_i or A_j|`` (0 where neither is active). An invalid patch is active
+    for no slot and enters no mean. A frame without a valid patch does not count. An absent slot, or a clip without a
+    valid patch, has overlap 0. The diagonal is the share of frames in which the slot is active.
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or
         wider.
@@ -144,11 +147,11 @@ def _iou(first: set[tuple[int, int]], second: set[tuple[int, int]]) -> float:
 
 
 def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
-    """Name, for every slot, the slot that stands for its group.
+    """Name the representative of every slot.
 
-    Slots i ≠ j are linked when ``overlap[b, i, j] > threshold`` (strictly, in the precision of
-    ``overlap``), and the connected components of that graph are the groups. A group is represented by its
-    member of the largest area, the lowest index on ties. ``threshold=None`` links nothing.
+    Slots i ≠ j are linked when ``overlap[b, i, j] > threshold``, strictly and in the precision of ``overlap``. The
+    connected components of that graph are the groups. The representative of a group is its member with the largest
+    area, or the lowest index on ties. ``threshold=None`` links nothing.
 
     Shape: overlap: (B, S, S), area: (B, S). Returns (B, S), int64.
 
@@ -185,8 +188,8 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
 def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Count, for every patch, how many of its ten neighbors carry another label.
 
-    The neighbors are the eight around it in its frame and itself one frame earlier and later; coordinates
-    outside the clip are clamped into it. An invalid neighbor counts as agreeing, an invalid patch has count 0.
+    The neighbors are the eight around it in its frame, and the same place one frame earlier and later. Coordinates
+    outside the clip are clamped into it. An invalid neighbor does not differ, an invalid patch has count 0.
 
     Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
 
@@ -197,7 +200,7 @@ def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None
 
 
 def _count_differing(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the counts of all patches, and which of these are valid."""
+    """Return the counts of all patches, and which patches are valid."""
     size = check_shape("labels", labels, "B T H W")
     check_integer("labels", labels)
     valid = _valid_cells(valid, size)
@@ -215,7 +218,7 @@ def _count_differing(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tens
 def reference_boundary_region(
     labels: Tensor, *, min_different: int = 1, min_same: int = 1, valid: Tensor | None = None
 ) -> Tensor:
-    """Select the valid patches on an edge that are not isolated.
+    """Select the valid patches on boundaries.
 
     ``different >= min_different and 10 - different >= min_same`` with the count of
     :func:`reference_neighbor_difference`.
@@ -230,7 +233,7 @@ def reference_boundary_region(
 
 
 def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | None = None) -> Tensor:
-    """Select the valid patches that (almost) all neighbors agree with.
+    """Select the valid patches inside objects.
 
     ``different <= max_different`` with the count of :func:`reference_neighbor_difference`.
 
@@ -256,10 +259,9 @@ def reference_pseudo_labels(
 ) -> PseudoLabels:
     """Turn two maps into merged hard labels and the regions where each map teaches the other.
 
-    Slots are merged by the overlap of the encoder map and represented by their area in the encoder's labels
-    before merging. The boundary region comes from the merged encoder labels, the interior region from the
-    merged decoder labels. Invalid patches have label 0 and lie in no region; a clip without a present slot
-    is invalid throughout; an absent slot represents itself.
+    Slots are merged by their overlap in the encoder's map; areas are counted in its labels before merging. The boundary
+    region comes from the encoder's merged labels, the interior region from the decoder's. Invalid patches have label 0
+    and lie in no region. A clip without a present slot is invalid throughout. An absent slot represents itself.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns labels and
         regions (B, T, H, W) and the representatives (B, S).
@@ -307,20 +309,18 @@ def reference_selective_distillation_loss(
 ) -> Tensor:
     """Compare a map with hard labels in a region, in the textbook form and differentiable by autograd.
 
-    With ``P = softmax(logits / temperature)`` over the S_b present slots of a clip and ``q`` the one-hot of
-    the target, a selected patch is worth ``(1 / S_b) Σ_s (P_s - q_s)²`` for "mse" and ``-Σ_s q_s log P_s``
-    for "cross_entropy", where smoothing makes ``q = (1 - ε) onehot + ε / S_b``. The reduction "none" gives
-    these values, 0 where unselected, "sum" adds them up, and "mean" divides by what was selected: the
-    squares of all selected patches and present slots by ``Σ_b M_b S_b``, cross-entropy by ``Σ_b M_b``.
+    With ``P = softmax(logits / temperature)`` over the S_b present slots of a clip and ``q`` the one-hot of the target,
+    the value of a selected patch is ``(1 / S_b) Σ_s (P_s - q_s)²`` for "mse" and ``-Σ_s q_s log P_s`` for
+    "cross_entropy". Smoothing makes ``q = (1 - ε) onehot + ε / S_b``. The reduction "none" gives these values, 0 where
+    unselected, and "sum" their sum. With M_b selected patches in a clip, "mean" divides the sum of squares over patches
+    and slots by ``Σ_b M_b S_b``, and the cross-entropy by ``Σ_b M_b``.
 
-    Nothing selected is exactly 0, attached to the graph. What unselected patches and absent slots contain
-    never matters, and their gradient is 0; so is that of a clip without a present slot, where nothing can
-    be selected. A patch whose present logits are all -inf is uniform, without gradient; else a slot at -inf
-    has probability 0 and for cross-entropy the log-probability log(finfo(float32).tiny), without gradient.
-    NaN or +inf in a selected patch makes its value NaN.
+    Nothing selected is exactly 0, attached to the graph. Nothing is selected in a clip without a present slot.
+    Unselected patches and absent slots may hold anything and have gradient 0. A patch whose present logits are all -inf
+    is uniform, without gradient. Otherwise a slot at -inf has probability 0, and in the cross-entropy the
+    log-probability log(finfo(float32).tiny), without gradient. NaN or +inf in a selected patch makes its value NaN.
 
-    Computed in float64 whatever comes in, so that it can referee faster forms; the result is float32 or
-    wider.
+    The computation is in float64; the result is float32, or float64 for float64 logits.
 
     Shape: logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
         Returns a scalar, or (B, T, H, W) for "none".
@@ -348,7 +348,7 @@ def reference_selective_distillation_loss(
     if criterion == "mse" and label_smoothing > 0:
         raise ValueError(f"`label_smoothing` needs criterion='cross_entropy'; got {label_smoothing} with 'mse'.")
 
-    # the sum of no elements: 0 whatever the logits hold, and attached to the graph
+    # the sum of no elements: 0 for any logits, and attached to the graph
     zero = logits.flatten()[:0].sum().double()
     total, divisor, clips = zero, 0, []
     for b, slots in enumerate(_present_slots(slot_mask, size)):
@@ -379,7 +379,7 @@ def reference_selective_distillation_loss(
 
 
 def _one_hot(target: Tensor, slots: list[int]) -> Tensor:
-    """Return a row per target with a one in the column of that slot among the present ones."""
+    """Return one row per target; its columns are the present slots."""
     for label in target.tolist():
         if label not in slots:
             raise ValueError(f"`target` must name a present slot, one of {slots}; got {label}.")
@@ -402,9 +402,9 @@ def reference_ssync(
 ) -> ReferenceSSync:
     """Compute both losses of SSync from two maps.
 
-    Boundary refinement holds the decoder map against the merged encoder labels in the boundary region,
-    interior denoising the encoder map against the merged decoder labels in the interior region. NaN or +inf
-    in a valid patch of a present slot of either map makes both NaN.
+    Boundary refinement compares the decoder's map with the encoder's merged labels in the boundary region. Interior
+    denoising compares the encoder's map with the decoder's merged labels in the interior region. NaN or +inf in a valid
+    patch of a present slot of either map makes both NaN.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns two
         scalars and the labels.
@@ -454,7 +454,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _valid_cells(valid: Tensor | None, size: dict[str, int]) -> Tensor:
-    """Return a mask (B, T, H, W) on the CPU: everything valid when nothing was said."""
+    """Return ``valid`` as (B, T, H, W) on the CPU; None is valid everywhere."""
     shape = tuple(size[axis] for axis in "BTHW")
     if valid is None:
         return torch.ones(shape, dtype=torch.bool)
@@ -474,7 +474,7 @@ def _what_counts(
 
 
 def _present_slots(slot_mask: Tensor | None, size: dict[str, int]) -> list[list[int]]:
-    """Return, per clip, the indices of the present slots: all of them when nothing was said."""
+    """Return the present slots of every clip; None is all of them."""
     if slot_mask is None:
         return [list(range(size["S"])) for _ in range(size["B"])]
     check_shape("slot_mask", slot_mask, "B S", **size)

@@ -1,7 +1,4 @@
-"""The adaptive loss written out slowly: one clip, one slot, one question at a time.
-
-It stands on :mod:`ssync_loss.ssync.reference` alone, for tests and for reading.
-"""
+"""The adaptive loss in loops, for tests and for reading. It uses :mod:`ssync_loss.ssync.reference` alone."""
 
 from math import isfinite
 from typing import Any, NamedTuple
@@ -13,7 +10,7 @@ from ssync_loss.ssync.reference import reference_hard_labels, reference_pseudo_l
 
 
 class ReferenceAdaptiveState(NamedTuple):
-    """Running means of both margins, not debiased, and how many questions they are of."""
+    """Running means of both margins, not debiased, and the number of questions."""
 
     margin: float = 0.0
     merged_margin: float = 0.0
@@ -21,7 +18,7 @@ class ReferenceAdaptiveState(NamedTuple):
 
 
 def reference_explained(points: Tensor, names: list[int]) -> float:
-    """Share of the variance of points (N, D) that a partition into names explains.
+    """Return the share of the variance of points (N, D) that a partition into names explains.
 
     >>> reference_explained(torch.tensor([[0.0], [2.0], [6.0], [8.0]]), [0, 0, 1, 1])
     0.9
@@ -44,7 +41,7 @@ def reference_margins(
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
 ) -> list[tuple[float, float]]:
-    """Both margins of every clip that counts: with features that vary over its valid patches.
+    """Return both margins of every clip whose features vary over its valid patches.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W). features: (B, T, D, H, W). valid: (B, T) or (B, T, H, W). slot_mask:
         (B, S).

@@ -1,4 +1,4 @@
-"""Where each map is reliable: counting differing neighbors, boundaries, interiors."""
+"""Where each map is reliable: differing neighbors, boundaries and interiors."""
 
 from collections.abc import Iterator
 
@@ -14,10 +14,10 @@ NUM_NEIGHBORS = 10
 def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Count, for every patch, how many of its ten neighbors carry another label.
 
-    ``n[p] = #{q in neighbors(p): labels[q] != labels[p]}``: eight neighbors in the frame, one in the previous
-    and one in the next frame. A neighbor outside the clip is clamped to the nearest patch inside it, so that
-    at an edge a diagonal neighbor falls on the along-edge one, which then counts twice. An invalid patch has
-    count 0 and, as a neighbor, agrees with everyone.
+    ``n[p] = #{q in neighbors(p): labels[q] != labels[p]}``: eight neighbors in the frame, one in the previous and one
+    in the next frame. The nearest patch inside the clip replaces a neighbor outside it. At an edge a diagonal neighbor
+    thus is the one along the edge, which then counts twice. An invalid patch has count 0, and as a neighbor it does not
+    differ.
 
     Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within [0, 10].
 
@@ -33,7 +33,7 @@ def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tenso
 def boundary_region(
     labels: Tensor, *, min_different: int = 1, min_same: int = 1, valid: Tensor | None = None
 ) -> Tensor:
-    """Select patches on an edge that are not isolated: there the encoder teaches the decoder.
+    """Select the patches on boundaries, where the encoder teaches the decoder.
 
     ``n >= min_different and 10 - n >= min_same`` with n from :func:`neighbor_difference`. A patch that agrees
     with fewer than ``min_same`` neighbors is noise, not a boundary. Invalid patches are never selected.
@@ -52,7 +52,7 @@ def boundary_region(
 
 
 def interior_region(labels: Tensor, *, max_different: int = 0, valid: Tensor | None = None) -> Tensor:
-    """Select patches inside an object: there the decoder teaches the encoder.
+    """Select the patches inside objects, where the decoder teaches the encoder.
 
     ``n <= max_different`` with n from :func:`neighbor_difference`. Invalid patches are never selected.
 
@@ -93,7 +93,7 @@ def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
     differs = [neighbor != labels for neighbor in _neighbors(labels)]
     if valid is not None:
         differs = [one & counts for one, counts in zip(differs, _neighbors(valid), strict=True)]
-    # added one by one: torch 2.6 compiles a sum in uint8 to C++ that no compiler takes
+    # one by one: torch 2.6 compiles a sum of uint8 to invalid C++
     count = differs[0].to(torch.uint8)
     for one in differs[1:]:
         count += one
@@ -101,7 +101,7 @@ def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _neighbors(cells: Tensor) -> Iterator[Tensor]:
-    """Return the ten neighbors of every patch; those outside the clip are clamped into it."""
+    """Yield the ten neighbors of all patches; coordinates are clamped into the clip."""
     height, width = cells.shape[2:]
     wide = torch.cat([cells[..., :1], cells, cells[..., -1:]], 3)
     around = torch.cat([wide[:, :, :1], wide, wide[:, :, -1:]], 2)

@@ -1,4 +1,4 @@
-"""The settings of SSync, as one value that all stages and engines take."""
+"""The settings of SSync, as all stages and engines take them."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -13,16 +13,16 @@ Reduction: TypeAlias = Literal["none", "sum", "mean"]
 
 CRITERIA = ("mse", "cross_entropy")
 REDUCTIONS = ("none", "sum", "mean")
-# the smallest normal float32: the least temperature, and where a probability of 0 is put before its logarithm
+# the smallest normal float32: the least temperature, and the least probability before a logarithm
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the value of both terms; :class:`ssync_loss.SSyncLoss` says what each setting means.
+    """The settings of both terms; :class:`ssync_loss.SSyncLoss` explains each.
 
-    The merge threshold and the weights may be scalar tensors on the maps' device: a caller can then change them
-    without a wait for the device. A threshold of infinity merges nothing, as None does.
+    The merge threshold and the weights may be scalar tensors on the maps' device, which a caller can change without
+    waiting for the device. A threshold of None or infinity merges nothing.
     """
 
     merge_threshold: float | Tensor | None = 0.6
@@ -61,7 +61,7 @@ class Settings:
 def check_scalar(name: str, value: object, low: float, high: float | None = None) -> None:
     """Require a number within [low, high], or a floating-point tensor without axes.
 
-    A tensor is read where nothing waits for it, and may be infinite: a caller can turn merging off by it.
+    A tensor is checked if reading it waits for no device. It may be infinite, which turns merging off.
     """
     if not isinstance(value, Tensor):
         check_number(name, value, low, high)

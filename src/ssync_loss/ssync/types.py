@@ -1,4 +1,4 @@
-"""What the stages of the method hand to each other."""
+"""The results of SSync."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class PseudoLabels(NamedTuple):
         dec_labels: the same of the decoder's map, merged with the same representatives.
         boundary: (B, T, H, W) bool, where ``enc_labels`` teach the decoder.
         interior: (B, T, H, W) bool, where ``dec_labels`` teach the encoder. May overlap with ``boundary``.
-        representative: (B, S) int64, the slot each slot was merged into; itself where it was not.
+        representative: (B, S) int64, the slot that each slot was merged into, or itself.
     """
 
     enc_labels: Tensor
@@ -23,15 +23,29 @@ class PseudoLabels(NamedTuple):
     representative: Tensor
 
 
-class SSyncTerms(NamedTuple):
-    """What :meth:`ssync_loss.SSyncLoss.terms` returns: tensors only, so that logging decides when to wait for a device.
+class SlotLabels(NamedTuple):
+    """Hard labels of both maps before merging, and representatives.
 
     Attributes:
-        total: weighted, ramped sum; what ``forward`` returns.
-        boundary: unweighted mean of the boundary term, which teaches the decoder.
-        interior: unweighted mean of the interior term, which teaches the encoder.
-        num_boundary: number of boundary patches in the batch, int64.
-        num_interior: number of interior patches in the batch, int64.
+        hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
+        representative: (B, S) integer, the slot that each slot is merged into, or itself.
+        clean: scalar bool, False if a valid patch of a present slot holds NaN or +inf.
+    """
+
+    hard: Tensor
+    representative: Tensor
+    clean: Tensor
+
+
+class SSyncTerms(NamedTuple):
+    """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
+
+    Attributes:
+        total: scalar, the weighted, ramped sum; what ``forward`` returns.
+        boundary: scalar, the unweighted mean of the boundary term, which teaches the decoder.
+        interior: scalar, the unweighted mean of the interior term, which teaches the encoder.
+        num_boundary: scalar, the number of boundary patches in the batch, int64.
+        num_interior: scalar, the number of interior patches in the batch, int64.
         labels: the merged labels and the regions behind them.
     """
 

@@ -1,7 +1,6 @@
-"""What makes tests of merging, regions and losses easy: a slow reference, hypothesis strategies, comparisons.
+"""Helpers for tests of merging, regions and losses: a slow reference, hypothesis strategies, comparisons.
 
-The strategies need ``hypothesis`` (``pip install "ssync-loss[test]"``) and are imported when they are first
-asked for; everything else works without it.
+Only the strategies need ``hypothesis`` (``pip install "ssync-loss[test]"``). They are imported at first use.
 """
 
 from importlib import import_module

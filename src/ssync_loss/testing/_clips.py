@@ -1,7 +1,7 @@
-"""Small clips from a seed: what the hypothesis strategies are made of.
+"""Small clips from a seed, for the hypothesis strategies.
 
-The seed 0 makes the plainest clip, so that a failing batch shrinks to the one clip that matters among plain ones.
-Logits are multiples of a power of two: their sums are exact, hence no comparison with a mean hangs on rounding.
+Seed 0 makes the plainest clip, so that a failing batch shrinks to one failing clip among plain ones. Logits are
+multiples of a power of two: their sums are exact, and no comparison with a mean depends on rounding.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-# few values, so that overlaps equal each other and a threshold all the time
+# few values, so that overlaps often equal each other and the threshold
 OVERLAPS = (0.0, 0.25, 0.5, 0.6, 0.75, 1.0)
 
 # logits are integers times this
@@ -21,7 +21,7 @@ UNIT = 1 / 8
 
 
 def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, Ints]:
-    """Return a symmetric overlap (S, S) of a random graph, groups that are cliques or a loose tree, and areas (S,)."""
+    """Return a symmetric overlap (S, S) of a random graph, of cliques or of a tree, and areas (S,)."""
     rng = np.random.default_rng(seed)
     overlap = np.zeros((slots, slots))
     area = np.zeros(slots, dtype=np.int64)
@@ -34,14 +34,14 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
             group = rng.integers(0, 3, size=slots)
             overlap[:] = np.where(group[:, None] == group, rng.choice(OVERLAPS[3:]), rng.choice(OVERLAPS[:3]))
         else:
-            # every slot with one before it, or, strongly, with the last one before it: one long path
+            # every slot is linked to an earlier one; with `is_path` to the last one: one long path
             order, is_path = rng.permutation(slots), rng.random() < 0.5
             for child in range(1, slots):
                 parent = child - 1 if is_path else rng.integers(child)
                 overlap[order[child], order[parent]] = 1.0 if is_path and rng.random() < 0.5 else rng.choice(OVERLAPS)
         overlap = np.maximum(overlap, overlap.T)
         np.fill_diagonal(overlap, rng.choice([0.0, 0.5, 1.0], size=slots, p=[0.1, 0.1, 0.8]))
-        # three values among many slots: the largest area of a group is often shared
+        # three values among many slots, so that largest areas often tie
         area = rng.choice([0, 5, 9], size=slots)
     if distinct_areas:
         area = rng.permutation(slots)
@@ -49,7 +49,7 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
 
 
 def label_clip(seed: int, shape: Sequence[int], slots: int) -> Ints:
-    """Return labels (T, H, W) within [0, slots): of one frame each, noise, checkers, dots or moving boxes."""
+    """Return labels (T, H, W) within [0, slots): one label a frame, noise, checkers, dots or moving boxes."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape, dtype=np.int64)
     style = rng.integers(6) if seed else None
@@ -87,7 +87,7 @@ def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, mi
         enc = _logits(rng, shape, slots)
         _make_redundant(rng, enc)
         relation = rng.integers(4)
-        # a place to the right, the maps agree but at the edges
+        # one patch to the right, or equal maps
         dec = _logits(rng, shape, slots) if relation > 1 else np.roll(enc, relation, axis=3)
     maps = (_to_floats(rng, enc, ties=ties), _to_floats(rng, dec, ties=ties))
     if minus_inf and seed:
@@ -97,7 +97,7 @@ def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, mi
 
 
 def _logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    """Draw objects, few values, many values, or slots that are constant over the clip, of which none is active."""
+    """Draw objects, few values, many values, or slots that are constant over the clip, and so never active."""
     full = (shape[0], slots, *shape[1:])
     style = rng.integers(5)
     if style == 0:
@@ -128,7 +128,7 @@ def _to_floats(rng: np.random.Generator, logits: Ints, *, ties: bool) -> Floats:
 
 
 def _punch(rng: np.random.Generator, logits: Floats, *, whole_patches: bool) -> None:
-    """Set single logits, a slot throughout and, if wanted, whole patches to -inf; else never a whole one."""
+    """Set single logits, a whole slot and, only if wanted, whole patches to -inf."""
     before = logits.copy()
     logits[rng.random(logits.shape) < rng.choice([0.0, 0.1, 0.5])] = -np.inf
     if rng.random() < 0.3:
@@ -142,7 +142,7 @@ def _punch(rng: np.random.Generator, logits: Floats, *, whole_patches: bool) -> 
 
 
 def mask_clip(seed: int, shape: Sequence[int], *, plain: bool, empty: bool = True) -> Bools:
-    """Return a set of cells: ``plain`` for the seed 0, else none, all, one, a box, some of the first axis, or some."""
+    """Return a mask: ``plain`` for seed 0, else none, all, one, a box, some of the first axis, or some cells."""
     rng = np.random.default_rng(seed)
     style = rng.integers(6) if seed else int(plain)
     mask = np.full(shape, style == 1)

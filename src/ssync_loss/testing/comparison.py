@@ -1,4 +1,4 @@
-"""Compare labels, losses and gradients with those of the reference, each in the measure that fits it."""
+"""Compare labels, losses and gradients with those of the reference."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ GRADIENT_TOL = 3e-6
 def assert_same_labels(actual: PseudoLabels, expected: PseudoLabels, *, clips: Tensor | None = None) -> None:
     """Require labels, regions and representatives to be identical, dtypes included.
 
-    With ``clips``, (B,) bool, only those clips are looked at (see :func:`decidable_clips`).
+    With ``clips``, (B,) bool, only those clips are compared (see :func:`decidable_clips`).
 
     Raises: AssertionError names the first field that differs, and where.
 
@@ -46,6 +46,10 @@ def assert_close_loss(actual: Tensor, expected: Tensor, *, rtol: float = LOSS_RT
     Raises: AssertionError when a value, the shape or the dtype differs.
 
     >>> assert_close_loss(torch.tensor(0.5), torch.tensor(0.5000001))
+    >>> assert_close_loss(torch.tensor(0.5), torch.tensor(0.50001))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    AssertionError: Scalars are not close!
+    ...
     """
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -58,12 +62,11 @@ def gradient_scale(
     temperature: float = 1.0,
     slot_mask: Tensor | None = None,
 ) -> float:
-    """Return how large an entry of the gradient of a mean loss can get, about.
+    """Return an upper bound, up to rounding, of the entries of the gradient of a mean loss.
 
-    ``2 / (temperature * Σ_b M_b * S_b)`` for "mse" and ``1 / (temperature * Σ_b M_b)`` for "cross_entropy",
-    with M_b selected patches and S_b present slots in clip b. A gradient is right to a fraction of this
-    number, not of each of its own entries: those that nearly cancel are rounding. Infinite where nothing is
-    selected.
+    It is ``2 / (temperature * Σ_b M_b * S_b)`` for "mse" and ``1 / (temperature * Σ_b M_b)`` for "cross_entropy", with
+    M_b selected patches and S_b present slots in clip b, and infinite if nothing is selected. Errors of a gradient are
+    a fraction of this number, not of each entry: entries that nearly cancel are rounding.
 
     Shape: region: (B, T, H, W), bool, slot_mask: (B, S), bool.
 
@@ -82,12 +85,15 @@ def assert_close_gradient(
 ) -> None:
     """Require gradients of one shape to agree: ``|actual - expected| <= tol * scale`` everywhere, and NaN nowhere.
 
-    A gradient that is None fails. ``scale`` is that of :func:`gradient_scale`: infinite when nothing is selected, where
-    both must be exactly 0.
+    A gradient that is None fails. ``scale`` comes from :func:`gradient_scale`; if it is infinite, as nothing is
+    selected, both must be exactly 0.
 
     Raises: AssertionError when a value or the shape differs, or a gradient is missing.
 
     >>> assert_close_gradient(torch.tensor([0.1]), torch.tensor([0.1000001]), scale=0.1)
+    >>> assert_close_gradient(None, torch.tensor([0.1]), scale=0.1)
+    Traceback (most recent call last):
+    AssertionError: a gradient is missing: actual None, expected tensor([0.1000]).
     """
     if actual is None or expected is None:
         raise AssertionError(f"a gradient is missing: actual {actual}, expected {expected}.")

@@ -1,4 +1,4 @@
-"""Which clips leave no room for rounding or for ties, and how to hide rubbish where nobody may look."""
+"""Clips whose labels do not depend on rounding or on ties, and NaN in cells that must not matter."""
 
 import math
 
@@ -19,12 +19,12 @@ def decidable_clips(
     slot_mask: Tensor | None = None,
     dyadic: bool = False,
 ) -> Tensor:
-    """Say for which clips merging cannot hang on floating point.
+    """Tell for which clips merging does not depend on rounding.
 
-    Two correct implementations owe each other the same labels where every valid logit of a present slot keeps
-    ``|logit - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of exactly 0
-    and 1 are exact anyhow. Without a threshold every clip is decidable. ``dyadic`` logits are all multiples of one not
-    too small power of two, as those of :func:`map_pairs` are: means compare exactly, and only overlaps need a margin.
+    Two correct implementations must give the same labels if every valid logit of a present slot has
+    ``|logit - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of 0 and 1 are
+    always exact. Without a threshold every clip is decidable. ``dyadic`` logits are multiples of one power of two that
+    is not too small, as those of :func:`map_pairs`: then means are exact, and only overlaps need a margin.
 
     Shape: enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
 
@@ -43,7 +43,7 @@ def decidable_clips(
     seen = _seen(logits, valid, slot_mask)
     count = seen.sum((1, 3, 4), keepdim=True)
     mean = torch.where(seen, logits, 0.0).sum((1, 3, 4), keepdim=True) / count.clamp_min(1)
-    # whether a logit exceeds a mean of -inf hangs on no rounding
+    # a comparison with a mean of -inf needs no rounding
     near = seen & mean.isfinite() & ((logits - mean).abs() <= MEAN_MARGIN * mean.abs().clamp_min(1))
     return clear & ~near.flatten(1).any(1)
 
@@ -56,10 +56,10 @@ def untied_clips(
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
 ) -> Tensor:
-    """Say for which clips the order of the slots decides nothing.
+    """Tell for which clips the order of the slots does not matter.
 
-    There, every valid patch of both maps has one strongest present slot, and every group of merged slots
-    has one member of the largest area: renaming the slots renames the labels.
+    In these, every valid patch of both maps has one strongest present slot, and every group of merged slots has one
+    member with the largest area: renaming the slots renames the labels.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,),
         bool.

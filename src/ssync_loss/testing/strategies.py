@@ -1,13 +1,13 @@
 """Hypothesis strategies for slot graphs, label videos, masks and pairs of maps.
 
-One example is a batch of many small clips, made quickly from one seed each: ``max_examples`` times
-``batch`` clips are tested. Ties, constants, empty masks, single frames, single slots and maps that are not
-square are common. When a test fails, hypothesis shrinks the sizes, and every clip that does not matter to
-its plainest form (all zero, all valid, nothing selected); pass ``batch=1`` to see the clip alone.
+One example is a batch of many small clips, each quickly made from a seed: ``max_examples`` times ``batch`` clips are
+tested. Ties, constants, empty masks, single frames, single slots and maps that are not square are common. When a test
+fails, hypothesis shrinks the sizes, and every irrelevant clip to its plainest form (all zero, all valid, nothing
+selected); ``batch=1`` shows the clip alone.
 
-Everywhere ``batch`` is the number of clips in an example, ``max_slots``, ``max_frames``, ``max_height`` and
-``max_width`` are the largest sizes, and ``maps`` is where maps come from, ``map_pairs()`` if nothing is said. With
-``empty=False`` no clip is without a valid patch or a present slot. ``draw`` is handed over by hypothesis.
+In all strategies ``batch`` is the number of clips in an example, ``max_slots``, ``max_frames``, ``max_height`` and
+``max_width`` are the largest sizes, and ``maps`` is the strategy for maps, by default ``map_pairs()``. With
+``empty=False`` every clip has a valid patch and a present slot. hypothesis passes ``draw``.
 
 >>> from hypothesis import given, settings
 >>> from ssync_loss.testing import map_pairs, reference_slot_overlap
@@ -30,28 +30,40 @@ from torch import Tensor
 
 from ssync_loss.testing import _clips
 
-# off every small fraction, so that the rounding of a small map's overlap hardly ever decides
+# far from small fractions, so that rounding of an overlap hardly ever decides
 GENERIC_THRESHOLDS = (0.6180339887, 0.3535533906, 0.7853981634, 0.1234567891, 0.9091909391)
 
 
 class SlotGraph(NamedTuple):
-    """What merging reads: overlap (B, S, S), symmetric, and area (B, S), int64."""
+    """The input of merging.
+
+    Attributes:
+        overlap: (B, S, S), symmetric.
+        area: (B, S), int64.
+    """
 
     overlap: Tensor
     area: Tensor
 
 
 class MapPair(NamedTuple):
-    """An encoder and a decoder map (B, T, S, H, W)."""
+    """Two maps.
+
+    Attributes:
+        enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
+    """
 
     enc_logits: Tensor
     dec_logits: Tensor
 
 
 class SSyncCase(NamedTuple):
-    """Two maps (B, T, S, H, W), valid patches, (B, T) or (B, T, H, W), and present slots, (B, S), or None.
+    """Two maps and their masks, named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
 
-    The fields are named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
+    Attributes:
+        enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
+        valid: (B, T) or (B, T, H, W), bool, valid patches, or None.
+        slot_mask: (B, S), bool, present slots, or None.
     """
 
     enc_logits: Tensor
@@ -61,10 +73,13 @@ class SSyncCase(NamedTuple):
 
 
 class DistillationCase(NamedTuple):
-    """A map (B, T, S, H, W), labels and region (B, T, H, W), and present slots, (B, S) or None.
+    """A student, its targets and its region: ``selective_distillation_loss(**case._asdict())``.
 
-    Every label names a present slot, except in a clip that has none, where it is 0. The fields are named like
-    the arguments they fit: ``selective_distillation_loss(**case._asdict())``.
+    Attributes:
+        logits: (B, T, S, H, W), the map.
+        target: (B, T, H, W), int64. Every label names a present slot, except in a clip that has none, where it is 0.
+        region: (B, T, H, W), bool.
+        slot_mask: (B, S), bool, present slots, or None.
     """
 
     logits: Tensor
@@ -76,9 +91,9 @@ class DistillationCase(NamedTuple):
 def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
     """Draw a merge threshold, or None for no merging.
 
-    Tied ones are values that the overlaps of :func:`slot_graphs` take, so that an overlap equals the threshold all the
-    time. The others are 0, 1 and values off every small fraction, for tests from end to end, where rounding must not
-    decide (to be sure: :func:`decidable_clips`).
+    Tied thresholds are values of the overlaps of :func:`slot_graphs`, so that an overlap often equals the threshold.
+    The others are 0, 1 and values far from small fractions, for tests from end to end, where rounding must not decide
+    (:func:`decidable_clips` makes sure).
     """
     return st.sampled_from((None, *(_clips.OVERLAPS if tied else (0.0, 1.0, *GENERIC_THRESHOLDS))))
 
@@ -98,12 +113,10 @@ def slot_graphs(
     distinct_areas: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> SlotGraph:
-    """Draw what merging reads: long paths, trees, cliques and random graphs.
+    """Draw inputs of merging: long paths, trees, cliques and random graphs.
 
-    Overlaps and areas take few values: overlaps equal to each other or to the threshold, and groups in which
-    several slots share the largest area, come up all the time.
-
-    With ``distinct_areas`` no two slots of a clip have the same area; ``dtype`` is that of the overlap.
+    Overlaps and areas have few values, so that overlaps often equal each other or the threshold, and largest areas of a
+    group often tie. With ``distinct_areas`` all slots of a clip have different areas. ``dtype`` is that of the overlap.
     """
     slots = draw(_up_to(max_slots))
     clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]
@@ -141,11 +154,11 @@ def map_pairs(
 ) -> MapPair:
     """Draw an encoder and a decoder map (B, T, S, H, W): objects, noise, constants, redundant slots.
 
-    All logits are dyadic, so that a mean over a clip compares alike in every precision and order of
-    summation. The decoder map equals the encoder's, is shifted against it or has nothing to do with it.
+    All logits are dyadic, so that comparisons with a mean do not depend on precision and order of summation. The
+    decoder's map equals the encoder's, is shifted, or is unrelated.
 
-    Without ``ties`` no two slots have the same logit on a patch: every argmax is unique. With ``minus_inf`` some
-    logits, some slots throughout and (with ``ties``) some whole patches are -inf.
+    Without ``ties`` all slots of a patch have different logits, and every argmax is unique. With ``minus_inf`` some
+    logits, some whole slots and (with ``ties``) some whole patches are -inf.
     """
     slots = draw(_up_to(max_slots))
     shape = draw(_shapes(max_frames, max_height, max_width))
@@ -156,7 +169,7 @@ def map_pairs(
 
 @st.composite
 def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
-    """Draw valid patches of the given size, B, T, H, W or B, T: all, a box, some frames, some patches, none."""
+    """Draw valid patches of the given size, (B, T, H, W) or (B, T): all, a box, some frames, some patches, none."""
     batch, *shape = size
     return _stack(_clips.mask_clip(seed, shape, plain=True, empty=empty) for seed in draw(_seeds(batch)))
 
@@ -168,7 +181,7 @@ def slot_masks(batch: int, slots: int, *, empty: bool = True) -> st.SearchStrate
 
 @st.composite
 def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None) -> SSyncCase:
-    """Draw everything that pseudo-labels read: two maps, and now and then valid patches and present slots.
+    """Draw inputs of pseudo-labels: two maps, and sometimes valid patches and present slots.
 
     As code::
 
@@ -190,13 +203,13 @@ def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[
 def distillation_cases(
     draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None
 ) -> DistillationCase:
-    """Draw a map, the decoder's of ``maps``, labels, a region, often empty or full, and now and then present slots."""
+    """Draw the decoder's map of ``maps``, labels, a region, often empty or full, and sometimes present slots."""
     logits = draw(map_pairs() if maps is None else maps).dec_logits
     batch, frames, slots, height, width = logits.shape
     slot_mask = draw(st.none() | slot_masks(batch, slots, empty=empty))
     shape = (frames, height, width)
     region = _stack(_clips.mask_clip(seed, shape, plain=False) for seed in draw(_seeds(batch)))
-    # labels index the present slots of their clip, and wrap around where there are fewer
+    # labels index the present slots of their clip, modulo their number
     labels = _stack(_clips.label_clip(seed, shape, slots) for seed in draw(_seeds(batch)))
     present = torch.ones(batch, slots, dtype=torch.bool) if slot_mask is None else slot_mask
     # present slots first, in order
@@ -211,7 +224,7 @@ def _seeds(batch: int) -> st.SearchStrategy[list[int]]:
 
 
 def _up_to(largest: int) -> st.SearchStrategy[int]:
-    # uniform, where integers() would prefer the ends
+    # uniform; `integers()` prefers the ends
     return st.sampled_from(range(1, largest + 1))
 
 

@@ -1,7 +1,7 @@
 """Pictures of both maps and of who teaches whom, as uint8 tensors.
 
-:func:`overlay` and :func:`outline` take and give videos (B, T, 3, h, w), so that one can be drawn over the
-other; :func:`filmstrip` lays frames side by side; :func:`panel` does it all::
+:func:`overlay` and :func:`outline` take and return videos (B, T, 3, h, w), so that one can be drawn over the other.
+:func:`filmstrip` puts frames side by side. :func:`panel` does it all::
 
     picture = panel(video, enc_logits, dec_logits)  # (B, 3, height, width), uint8
 
@@ -11,7 +11,7 @@ other; :func:`filmstrip` lays frames side by side; :func:`panel` does it all::
     PIL.Image.fromarray(picture[0].permute(1, 2, 0).numpy()).save("ssync.png")
     plt.imsave("ssync.png", picture[0].permute(1, 2, 0).numpy())
 
-Take ``.cpu()`` first where the picture lives on an accelerator.
+Call ``.cpu()`` first if the picture is on an accelerator.
 """
 
 from ssync_loss.visualize.colors import (

@@ -1,4 +1,4 @@
-"""The colors of slots, and of who is taught."""
+"""The colors of slots, and of students."""
 
 from functools import cache
 from typing import TypeAlias
@@ -12,7 +12,7 @@ from ssync_loss._checks import check_int
 
 Color: TypeAlias = tuple[int, int, int]
 
-# who is taught on a patch, by the other map
+# the student on a patch
 ENCODER_TAUGHT: Color = (58, 134, 255)
 DECODER_TAUGHT: Color = (255, 146, 20)
 BOTH_TAUGHT: Color = (214, 70, 196)
@@ -20,7 +20,7 @@ NOBODY_TAUGHT: Color = (150, 150, 150)
 INVALID: Color = (24, 24, 24)
 WHITE: Color = (255, 255, 255)
 
-# indexed by whether the encoder is taught, and twice whether the decoder is
+# index: 1 if the encoder is taught, plus 2 if the decoder is taught
 BY_ROLE = (NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT)
 
 # a legend, in the words of the loss
@@ -33,7 +33,7 @@ ROLE_COLORS: dict[str, Color] = {
 }
 
 NUM_COLORS = 256
-# the first slots' colors are chosen by eye
+# the colors of the first slots, chosen by eye
 _FIRST_COLORS: tuple[Color, ...] = (
     (62, 136, 246),
     (242, 142, 43),
@@ -51,11 +51,10 @@ _FIRST_COLORS: tuple[Color, ...] = (
 
 
 def palette(num_slots: int) -> Tensor:
-    """Give every slot a color that is told from the others, the same for any number of slots.
+    """Return distinct colors of slots.
 
-    ``palette(n)[:k] == palette(k)``: a slot keeps its color from one model to the next.
-
-    Returns (num_slots, 3) uint8, red, green, blue.
+    They do not depend on the number of slots: ``palette(n)[:k] == palette(k)``. Returns (num_slots, 3) uint8: red,
+    green, blue.
 
     Raises: TypeError, ValueError if the number is no integer within [1, 256].
 
@@ -68,12 +67,12 @@ def palette(num_slots: int) -> Tensor:
 
 @cache
 def _colors() -> tuple[Color, ...]:
-    """All colors: the first by eye, then again and again the candidate furthest from those before it."""
+    """Return all colors: the first by eye, then repeatedly the candidate furthest from all before it."""
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     place = _oklab(candidates)
     chroma = np.hypot(place[:, 1], place[:, 2])
-    # neither near black, white or gray, which are the video's, nor glaring
+    # neither close to black, white or gray, as the video may be, nor glaring
     usable = (place[:, 0] > 0.42) & (place[:, 0] < 0.92) & (chroma > 0.05) & (chroma < 0.18)
     candidates, place = candidates[usable], place[usable]
     chosen = np.array(_FIRST_COLORS)
@@ -86,7 +85,7 @@ def _colors() -> tuple[Color, ...]:
 
 
 def _oklab(colors: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Where colors lie in Oklab, in which distance is about how different they look.
+    """Convert colors to Oklab, where distance is close to the perceived difference.
 
     Source: Ottosson, A perceptual color space for image processing (2020).
     """

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssync_loss._axes import Axes
 from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
+from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.functions import pseudo_labels
 from ssync_loss.ssync.labels import hard_labels
 from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
@@ -43,25 +44,26 @@ def panel(
     scale: int = 1,
     gap: int = 2,
 ) -> Tensor:
-    """Show a step of the loss in one picture per clip: a column per frame, a row for each of ``PANEL_ROWS``.
+    """Draw a step of the loss as one picture per clip: a column per frame, a row for each of ``PANEL_ROWS``.
 
     - input: the video;
     - encoder: its hard labels before merging, over the gray video;
     - decoder: its hard labels before merging, likewise;
-    - merged: the encoder's labels after merging; white lines around what the merged decoder sees otherwise;
-    - who is taught: ``ROLE_COLORS``. The decoder learns where the encoder sees a boundary
-      (``DECODER_TAUGHT``), the encoder where the decoder sees an interior (``ENCODER_TAUGHT``).
+    - merged: the encoder's labels after merging, with white lines around patches where the decoder's merged labels
+      differ;
+    - who is taught: ``ROLE_COLORS``. The decoder learns on boundaries (``DECODER_TAUGHT``), the encoder in interiors
+      (``ENCODER_TAUGHT``).
 
-    A slot has one color throughout, a merged one that of its representative; invalid patches are dark.
+    A slot has one color in all rows, a merged slot that of its representative. Invalid patches are dark.
 
     Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, H and
         W apart from h and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
         ``width = T * scale * w + (T - 1) * gap``.
 
     ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
-    ``SSyncLoss.terms`` or ``pseudo_labels``, to show what the loss used; they are computed when None, with
-    ``merge_threshold``. Maps, ``kind``, ``grid``, ``axes``, ``valid``, ``slot_mask`` and ``num_frames`` are as in
-    ``pseudo_labels``. ``scale`` enlarges frames by a whole number; small frames are hard to see in a browser.
+    ``SSyncLoss.terms`` or ``pseudo_labels``; None computes them with ``merge_threshold``. Maps, ``kind``, ``grid``,
+    ``axes``, ``valid``, ``slot_mask`` and ``num_frames`` are as in ``pseudo_labels``. ``scale`` enlarges frames by a
+    whole number.
 
     Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape, device or number does not fit.
 
@@ -79,6 +81,7 @@ def panel(
     given |= {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, **given)
+        warn_of_doubts(enc_logits, dec_logits, wait=True, **given)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
@@ -100,5 +103,5 @@ def panel(
             blended(gray, roles(labels, valid=counted), alpha),
         ]
         strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)
-        # rows are laid out like frames, on their side
+        # a filmstrip of transposed rows puts them below each other
         return filmstrip(strips.mT, gap=gap).mT.contiguous()

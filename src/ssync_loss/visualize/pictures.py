@@ -1,7 +1,4 @@
-"""Drawing over videos: slots, outlines, roles; and laying frames side by side.
-
-Pictures go in and come out as (B, T, 3, h, w), so that one can be drawn over another.
-"""
+"""Draw slots, outlines and roles over videos (B, T, 3, h, w), and put frames side by side."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -37,9 +34,9 @@ _GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor | None = None) -> Tensor:
-    """Lay the color of its slot over every patch: ``(1 - alpha) * video + alpha * palette[label]``.
+    """Draw the color of its slot over every patch: ``(1 - alpha) * video + alpha * palette[label]``.
 
-    Labels are enlarged to the frames by nearest neighbor. Invalid patches go dark.
+    Labels are enlarged to the frames by nearest neighbor. Invalid patches become dark.
 
     Shape: video: (B, T, 3, h, w), floating point within [0, 1] (clamped into it, NaN to 0), or uint8. labels: (B, T, H,
         W) integers >= 0; from 256 on the colors start over. valid: (B, T) or (B, T, H, W) bool, all when None. Returns
@@ -69,13 +66,12 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
 def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, width: int = 1) -> Tensor:
     """Draw the inner border of a region: its pixels within ``width`` of a pixel outside.
 
-    The region is enlarged to the frames by nearest neighbor; a frame's edge counts as outside, so that every
-    line closes. An empty region draws nothing.
+    The region is enlarged to the frames by nearest neighbor. The edge of a frame counts as outside.
 
     Shape: video: (B, T, 3, h, w), as in :func:`overlay`. region: (B, T, H, W), bool, for example
         ``PseudoLabels.boundary``. Returns (B, T, 3, h, w), uint8.
 
-    ``color`` is red, green and blue within 0..255, ``width`` that of the line in pixels of the video.
+    ``color`` is red, green and blue within 0..255, ``width`` the width of the line in pixels of the video.
 
     Raises: TypeError, ValueError if a dtype, shape, device, color or width does not fit.
 
@@ -97,7 +93,7 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
         check_int("color", part, 0, 255)
     with torch.no_grad():
         inside = enlarged(region, size["h"], size["w"])
-        # what is near a pixel of the complement, frame's edge included, along one axis after the other
+        # dilate the complement, with the outside of the frame, along one axis after the other
         near_outside = F.pad(~inside, [width] * 4, value=True)
         for axis in (-2, -1):
             inner = near_outside.shape[axis] - 2 * width
@@ -108,13 +104,13 @@ def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, widt
 
 
 def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
-    """Color every patch by who is taught there, as ``ROLE_COLORS`` says.
+    """Color every patch by its student, as in ``ROLE_COLORS``.
 
-    ``ENCODER_TAUGHT`` in the interior, ``DECODER_TAUGHT`` on the boundary, ``BOTH_TAUGHT`` where the two
-    overlap, ``NOBODY_TAUGHT`` in neither, ``INVALID`` where no patch is.
+    The color is ``ENCODER_TAUGHT`` in interiors, ``DECODER_TAUGHT`` on boundaries, ``BOTH_TAUGHT`` where the two
+    overlap, ``NOBODY_TAUGHT`` in neither, and ``INVALID`` at invalid patches.
 
-    Shape: labels: what ``pseudo_labels`` or ``SSyncLoss.terms`` returned. valid: (B, T) or (B, T, H, W) bool, as given
-        there. Returns (B, T, 3, H, W), uint8, a pixel per patch.
+    Shape: labels: from ``pseudo_labels`` or ``SSyncLoss.terms``. valid: (B, T) or (B, T, H, W) bool, as given there.
+        Returns (B, T, 3, H, W), uint8, one pixel per patch.
 
     Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
@@ -135,7 +131,7 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
 
 
 def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
-    """Lay the frames of every clip side by side.
+    """Put the frames of every clip side by side.
 
     Shape: video: (B, T, 3, h, w), as in :func:`overlay`. Returns (B, 3, h, T * w + (T - 1) * gap), uint8, with ``gap``
         white pixels between two frames.
@@ -148,7 +144,7 @@ def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
     size = check_video(video)
     check_int("gap", gap, 0)
     with torch.no_grad():
-        # a gap right of every frame, the last one cut off again
+        # a gap right of every frame, without the last one
         frames = F.pad(as_bytes(video), [0, gap], value=255)
         strip = rearrange(frames, "b t c h w -> b c h (t w)")
         return strip[..., : size["T"] * (size["w"] + gap) - gap]
@@ -157,8 +153,8 @@ def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
 def histogram(counts: Tensor, *, at: float | None = None, height: int = 64, width: int = 8) -> Tensor:
     """Draw counts in bins of equal width from 0 to 1 as bars, and a line at a value.
 
-    A bar is as high as the square root of its count, the highest as high as the picture: rare ones are seen beside
-    frequent ones. With ``MergeAdvice.histogram`` and its threshold it shows what merging joins, right of the line.
+    The height of a bar is proportional to the square root of its count, so that rare counts are visible, too. With
+    ``MergeAdvice.histogram`` and its threshold, the bars right of the line are merged pairs.
 
     Shape: counts: (N,) integers >= 0. Returns (3, height, N * width), uint8.
 
@@ -195,18 +191,18 @@ def check_video(video: Tensor) -> dict[str, int]:
 
 
 def _levels(video: Tensor) -> Tensor:
-    """Bring a video to float32 within 0..255, not yet rounded."""
+    """Convert a video to float32 within 0..255, not rounded."""
     levels = video.float()
     return levels if video.dtype == torch.uint8 else levels.nan_to_num(0.0).clamp(0.0, 1.0) * 255.0
 
 
 def as_bytes(video: Tensor) -> Tensor:
-    """Bring a video to uint8."""
+    """Convert a video to uint8."""
     return video if video.dtype == torch.uint8 else _levels(video).round().to(torch.uint8)
 
 
 def as_gray(video: Tensor) -> Tensor:
-    """Take the color out of a video, in uint8 and still three channels."""
+    """Convert a video to gray, in uint8 and three channels."""
     weights = torch.tensor(_GRAY_WEIGHTS, device=video.device)[:, None, None]
     return (_levels(video) * weights).sum(2, keepdim=True).expand_as(video).round().to(torch.uint8)
 
@@ -220,13 +216,13 @@ def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
 
 
 def blended(video: Tensor, colors: Tensor, alpha: float) -> Tensor:
-    """Lay the colors (B, T, 3, H, W) of patches over a video."""
+    """Draw the colors (B, T, 3, H, W) of patches over a video."""
     planes = enlarged(colors, video.shape[-2], video.shape[-1]).float()
     return ((1.0 - alpha) * _levels(video) + alpha * planes).round().to(torch.uint8)
 
 
 def _planes(colors: Tensor, valid: Tensor | None) -> Tensor:
-    """Turn the colors (B, T, H, W, 3) of patches into a video, in which the invalid are dark."""
+    """Turn the colors (B, T, H, W, 3) of patches into a video; invalid patches are dark."""
     if valid is not None:
         colors = torch.where(valid.unsqueeze(-1), colors, _color(INVALID, colors.device))
     return rearrange(colors, "b t h w c -> b t c h w")

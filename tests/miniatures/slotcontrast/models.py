@@ -2,7 +2,8 @@
 
 Quirks kept: a video model wraps its processor and decoder, an image model does not; the first frame has 3 iterations
 and the others 2; the steps call ``self.forward(batch)``, so hooks on the model never fire; maps are probabilities.
-SlotCurri's validation goes forward and back (2T - 1 frames, of which T are decoded), and its slots grow.
+SlotCurri's validation goes forward and back (2T - 1 frames, of which T are decoded), and its slots grow. With a
+``dynamics_predictor`` the decoder runs again in the same forward, on predicted slots.
 """
 
 from collections.abc import Mapping
@@ -177,18 +178,23 @@ class ObjectCentricModel(nn.Module):
         *,
         input_type: str,
         cycle: bool = False,
+        dynamics_predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.initializer, self.encoder, self.processor, self.decoder = initializer, encoder, processor, decoder
         assert loss_weights.keys() == loss_fns.keys(), f"{loss_weights.keys()} != {loss_fns.keys()}"
         self.loss_fns, self.loss_weights = nn.ModuleDict(loss_fns), loss_weights
         self.input_key, self.cycle = input_type, cycle
+        self.dynamics_predictor = dynamics_predictor
 
     def forward(self, inputs: dict[str, Tensor], cycle: bool = False) -> dict[str, Any]:
         encoded = self.encoder(inputs[self.input_key])
         initial = self.initializer(len(encoded["features"]))
         processed = self.processor(initial, encoded["features"], **({"cycle": True} if cycle else {}))
         outputs = {"encoder": encoded, "processor": processed, "decoder": self.decoder(processed["state"])}
+        if self.dynamics_predictor is not None:
+            predicted = self.decoder(self.dynamics_predictor(processed["state"])[:, :-1])
+            outputs["decoder"] |= {f"predicted_{key}": value for key, value in predicted.items()}
         outputs["targets"] = {name: loss.get_target(inputs, outputs) for name, loss in self._losses()}
         return outputs
 
@@ -226,5 +232,7 @@ def build(config: Mapping[str, Any]) -> ObjectCentricModel:
     }
     fns = {name: losses.build({**defaults, **one}) for name, one in config["losses"].items()}
     initializer = FixedLearnedInit(config.get("n_slots", 4), dim)
-    settings = {"input_type": config["input_type"], "cycle": config.get("cycle", False)}
+    settings: dict[str, Any] = {"input_type": config["input_type"], "cycle": config.get("cycle", False)}
+    if config.get("predicts"):
+        settings["dynamics_predictor"] = nn.Linear(dim, dim)
     return ObjectCentricModel(initializer, encoder, processor, decoder, fns, config["loss_weights"], **settings)

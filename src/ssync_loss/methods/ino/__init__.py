@@ -1,1 +1,1 @@
-"""INO: affinity consistency, centered cross-entropy and what is built on it, label propagation."""
+"""INO: affinity consistency, centered cross-entropy and the losses that use it, label propagation."""

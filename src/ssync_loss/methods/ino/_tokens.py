@@ -1,4 +1,4 @@
-"""Features on a grid and lists of tokens: one is seen as the other."""
+"""Features on a grid, and lists of tokens."""
 
 from einops import rearrange
 from torch import Tensor
@@ -7,9 +7,9 @@ from ssync_loss._inputs import check_floats, check_mask
 
 
 def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict[str, int]:
-    """Check a list of tokens (B, T, N, D), or else features (B, T, D, H, W), and return their sizes.
+    """Check a list of tokens (B, T, N, D), or features (B, T, D, H, W), and return their sizes.
 
-    Which of both is told by the sizes, if they say so. A list, and a batch, may be empty.
+    Known sizes N or H decide which of both it must be. A list, or a batch, may be empty.
     """
     is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
     axes, filled = ("N {}", "{}") if is_list else ("{} H W", "{} H W")
@@ -28,5 +28,5 @@ def check_kept(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) 
 
 
 def as_list(tokens: Tensor) -> Tensor:
-    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list as it is."""
+    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D); a list stays."""
     return rearrange(tokens, "b t d h w -> b t (h w) d") if tokens.ndim == 5 else tokens

@@ -1,4 +1,4 @@
-"""Affinity consistency: which patch of the next frame a patch is like, as a teacher sees it."""
+"""Affinity consistency: a student matches patches of consecutive frames as its teacher does."""
 
 import torch
 from torch import Tensor
@@ -26,27 +26,27 @@ def affinity_consistency_loss(
     tau_t: float = 0.04,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Ask a student to find a patch again in the next frame where its teacher finds it.
+    """Teach a student the teacher's affinities between the patches of consecutive frames.
 
-    With the tokens at length 1, ``A_i[u, v] = token u of frame i times token v of frame i + 1``, one direction:
-    ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. The
-    temperatures differ, so that the loss of a student that equals its teacher is above 0. No position is a label:
-    frames may be cropped each on its own, and several crops of a frame are clips of their own, (B g, T, n, D).
+    With tokens of length 1, ``A_i[u, v]`` is the product of token u of frame i and token v of frame i + 1:
+    ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. As the
+    temperatures differ, the loss of a student that equals its teacher is above 0. Positions do not matter: frames may
+    be cropped independently, and several crops of a frame may be clips of their own, (B g, T, n, D).
 
-    Time is quadratic in the n tokens of a frame, kept or not; the gradient is formed in the forward. Memory is two maps
-    of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with
-    everything and gets no gradient. A single frame, no clips, no tokens and an empty mask give exactly 0, attached to
-    the graph (the published code: NaN).
+    Time is quadratic in the n tokens of a frame, kept or not. The forward forms the gradient. Memory is two maps of
+    B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with all others
+    and gets no gradient. A single frame, no clips, no tokens and an empty mask give exactly 0, attached to the graph
+    (the published code: NaN).
 
     Args:
-        s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of what may be masked frames; the
-            only argument that gets a gradient. Published are the logits of a :class:`PrototypeHead`.
-        t: likewise, the teacher's features of whole frames, which may have channels of their own.
-        mask: (B, T, H, W) or (B, T, n), bool, positions that take part, as many in every frame; None for all. Where
-            numbers cannot be seen without waiting, on an accelerator and under compilation, this is not checked.
+        s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of frames that may be masked; the
+            only argument that gets a gradient. The published features are the logits of a :class:`PrototypeHead`.
+        t: likewise, the teacher's features of whole frames, possibly with another number of channels.
+        mask: (B, T, H, W) or (B, T, n), bool, positions that count, the same number in every frame; None for all. The
+            number is not checked on an accelerator or under compilation.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0.
-        chunk_size: rows of affinities that are held at once, over all pairs of frames; None for all.
+        chunk_size: rows of affinities at a time, over all pairs of frames; None for all.
 
     Returns: a scalar in float32, or float64 if one of the features is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
@@ -73,17 +73,17 @@ def affinity_consistency_loss(
         return attached_zero(s, t.detach())
     with_slope = learns(s)
     with torch.no_grad(), no_autocast(s):
-        # what is dropped may hold anything
+        # dropped positions may hold anything
         vectors, aims = (torch.where(kept.unsqueeze(3), one.to(widest(s, t)), 0.0) for one in (tokens, targets))
         units, inverse = directions(vectors)
         aims, _ = directions(aims)
-        # every pair of frames by itself, (B (T-1), n, .)
+        # pairs of frames, (B (T-1), n, .)
         (here, there), (source, goal), (rows, columns) = map(_pairs, (units, aims, kept))
         counted, closed = rows & columns.any(1, keepdim=True), ~columns.unsqueeze(1)
 
         def seen_by_the_teacher(some: slice, part: slice) -> Targets:
             def close(scores: Tensor) -> Tensor:
-                # as marks sum to 1, the loss is the same for scores that are moved, and rounded less
+                # as marks sum to 1, a shift of the scores does not change the loss, but reduces rounding
                 scores.masked_fill_(closed[some], lowest(scores))
                 return scores.sub_(scores.amax(2, keepdim=True))
 
@@ -108,7 +108,7 @@ def affinity_consistency_loss(
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Return every frame but the last, and beside each the next one, over all clips."""
+    """Return all frames but the last, and the next one of each, over all clips."""
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 

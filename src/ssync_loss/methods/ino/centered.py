@@ -1,4 +1,4 @@
-"""Centered cross-entropy: a student predicts its teacher's distribution over prototypes."""
+"""Centered cross-entropy: a student learns its teacher's distribution over prototypes."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from ssync_loss._settings import POSITIVE, SHARE, check_by
 
 
 def targets(t: Tensor, center: Tensor, tau_t: float) -> Tensor:
-    """Return the distributions (..., Kp) that teacher logits ask for, without gradient."""
+    """Return the target distributions (..., Kp) of teacher logits, without gradient."""
     with torch.no_grad():
         return ((t - center) / tau_t).softmax(-1)
 
@@ -34,13 +34,13 @@ def cross_entropies(s: Tensor, t: Tensor, center: Tensor, tau_s: float, tau_t: f
 def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
     """Return the center (Kp,) before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
 
-    The means are those of groups of rows, from their sums (n, Kp) and counts (n,); no rows move nothing.
+    The means are of groups of rows, with sums (n, Kp) and counts (n,). A group without rows does not move the center.
     """
     moves = (counts > 0).cumsum(0)
-    # how many moves lie behind each of the centers
+    # number of moves before each center
     behind = torch.nn.functional.pad(moves, (1, 0))
     since = (behind.unsqueeze(1) - moves).to(sums)
-    # a center knows the moves before it
+    # only earlier moves have weight
     weights = ((1 - momentum) * momentum**since).tril(-1)
     # 0 where there are no rows
     means = sums / counts.clamp_min(1).unsqueeze(1)
@@ -51,26 +51,26 @@ _check_settings = check_by(tau_s=POSITIVE, tau_t=POSITIVE, m_c=SHARE, all_reduce
 
 
 class CenteredCrossEntropy(LossModule, check=_check_settings):
-    """Cross-entropy of a student with its teacher's sharpened distribution, whose mean is kept from collapsing.
+    """Cross-entropy of a student with its teacher's sharpened and centered distribution.
 
-    ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. A step
-    asks for the loss, ``criterion(s, t)``, and only then for the move ``center <- m_c * center + (1 - m_c) * mean over
-    rows of t``, ``criterion.update_center(t)``; where the loss is in an activation checkpoint, after the backward.
-    ``forward`` never moves the center (the authors' code moves it in every call), which is a buffer in float32, or
-    float64 once logits are. Class and patch tokens have a center each: two of these modules. With ``all_reduce``, as
-    published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. It has no place in a compiled
-    graph; everything else compiles whole.
+    ``q = softmax((t - center) / tau_t)`` and ``loss = mean over rows of -sum_k q_k log softmax(s / tau_s)_k``. In a
+    step, call ``criterion(s, t)`` and then ``criterion.update_center(t)``, which moves
+    ``center <- m_c * center + (1 - m_c) * mean over rows of t``. If the loss is in an activation checkpoint, move the
+    center after the backward. ``forward`` never moves the center (the authors' code does). The center is a buffer in
+    float32, or float64 after float64 logits. Use two modules for class and patch tokens: each has its own center. With
+    ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. Only this call
+    cannot be compiled.
 
     ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
-    is; no rows give exactly 0, attached to the graph. Rows with NaN or infinity do not move the center, although they
-    make the loss NaN: ``num_left_out`` counts them, and is not saved.
+    has it. No rows give exactly 0, attached to the graph. Rows with NaN or infinity do not move the center, although
+    they make the loss NaN: ``num_left_out`` counts them, and is not saved.
 
     Args:
         Kp: number of prototypes.
         tau_s: temperature of the student, above 0.
-        tau_t: temperature of the teacher, above 0; smaller, so that targets are sharper.
+        tau_t: temperature of the teacher, above 0; smaller for sharper targets.
         m_c: momentum of the center, within [0, 1].
-        all_reduce: whether moves take the rows of all ranks, if a process group is initialized.
+        all_reduce: whether moves use the rows of all ranks, if a process group is initialized.
         group: process group; None is the default one.
 
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294); the settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
@@ -106,7 +106,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
             self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the rows; the center stays where it is."""
+        """Return the mean cross-entropy of the rows; the center does not move."""
         check_tensor("s", s)
         self._check("t", t)
         check_same_device("s", s, t=t)
@@ -116,14 +116,14 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         with no_autocast(s):
             dtype = widest(s, t)
             rows = cross_entropies(s.to(dtype), t.to(dtype), self.center.to(dtype), self.tau_s, self.tau_t)
-            # no mean: of no rows that is NaN
+            # a mean of no rows would be NaN
             return rows.sum() / max(rows.numel(), 1)
 
     @torch.no_grad()
     def update_center(self, t: Tensor, *, mask: Tensor | None = None) -> None:
-        """Move the center once, towards the mean of teacher logits (..., Kp), or of the rows of a mask (...), bool.
+        """Move the center once, toward the mean of teacher logits (..., Kp), or of the rows in a mask (...), bool.
 
-        No rows move nothing.
+        Without rows it does not move.
         """
         self._check("t", t)
         with no_autocast(t):
@@ -140,9 +140,9 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
 
     @torch.no_grad()
     def move_center(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """Move the center once for each of n groups of rows, in order, and return where it was before each, (n, Kp).
+        """Move the center once for each of n groups of rows, in order, and return it before each move, (n, Kp).
 
-        The rows are the teacher's logits, (B, n, R, Kp). Those that count, (B, n, R), bool, and are finite move it.
+        The rows are teacher logits, (B, n, R, Kp). Only ``counted`` rows, (B, n, R), bool, that are finite move it.
         """
         check_group("group", self.group)
         if is_recomputing():
@@ -158,12 +158,12 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)
             dist.all_reduce(both, group=self.group)
             sums, counts = both[:, :-1], both[:, -1]
-        # finite rows may still overflow together
+        # a sum of finite rows may overflow
         fits = sums.isfinite().all(1)
         sums, counts = torch.where(fits.unsqueeze(1), sums, 0.0), counts * fits
         dtype = torch.promote_types(self.center.dtype, sums.dtype)
         if self.center.dtype != dtype:
-            # of a module that was cast down, or before logits as wide as these
+            # the module was cast down, or these are the first float64 logits
             self.center = self.center.to(dtype)
         centers = trajectory(self.center, sums.to(dtype), counts, self.m_c)
         self.center.copy_(centers[-1])

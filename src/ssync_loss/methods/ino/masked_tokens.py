@@ -1,4 +1,4 @@
-"""Masked tokens: at masked positions a student predicts the prototypes that its teacher sees there."""
+"""Masked tokens: at masked positions a student predicts its teacher's prototypes."""
 
 import torch
 from torch import Tensor
@@ -16,16 +16,16 @@ from ssync_loss.methods.ino.centered import CenteredCrossEntropy, check_criterio
 def masked_token_loss(
     s_pat: Tensor, t_pat: Tensor, mask: Tensor, ce_patch: CenteredCrossEntropy, *, update_center: bool = False
 ) -> Tensor:
-    """Ask a student that does not see a patch for the distribution over prototypes that its teacher sees there.
+    """Teach a student the teacher's distribution over prototypes at patches that the student does not see.
 
     ``loss = mean over frames of the mean over masked rows of -sum_k q_k log softmax(s_pat / tau_s)_k`` with
-    ``q = softmax((t_pat - center) / tau_t)``, temperatures and center being those of ``ce_patch``. Rows of a frame are
-    the masked positions of all clips, of which some may have more than others; a frame without any is left out. No
-    masked position, and no clips, give exactly 0, attached to the graph.
+    ``q = softmax((t_pat - center) / tau_t)``; ``ce_patch`` holds the temperatures and the center. The rows of a frame
+    are the masked positions of all clips. A frame without any is left out. No masked position, and no clips, give
+    exactly 0, attached to the graph.
 
     ``ce_patch.update_center(rows, mask=mask)`` moves the center. As published, with ``update_center`` in training mode,
-    it moves after every frame instead, towards the mean of that frame's masked teacher rows, before the next frame is
-    looked at. To save what positions cost that are not masked, give lists of those that are, with a mask of ones.
+    it instead moves after every frame, toward the mean of that frame's masked teacher rows, and the next frame uses the
+    moved center. To save time, pass only the masked positions as lists, with a mask of ones.
 
     Args:
         s_pat: (B, T, Kp, H, W), or a list of tokens (B, T, N, Kp), the student's logits of masked frames; the only
@@ -57,14 +57,14 @@ def masked_token_loss(
     with no_autocast(s_pat):
         dtype = widest(s_pat, t_pat)
         masked = savable(mask).flatten(2)
-        # what is not masked may hold anything
+        # positions that are not masked may hold anything
         s, t = (torch.where(masked.unsqueeze(3), as_list(one).to(dtype), 0.0) for one in (s_pat, t_pat.detach()))
         counts = masked.sum((0, 2))
         center = ce_patch.center
         if update_center and ce_patch.training:
             center = ce_patch.move_center(t, masked).unsqueeze(1)
         rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
-        # no mean: of nothing that is NaN
+        # a mean of nothing would be NaN
         frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
         return frames.sum() / (counts > 0).sum().clamp_min(1)
 

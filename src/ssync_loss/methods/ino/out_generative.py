@@ -1,4 +1,4 @@
-"""Out-generative learning: crops of a frame and of a later one predict the prototypes of a whole frame."""
+"""Out-generative learning: crops of two frames predict the teacher's prototypes of global crops."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -30,24 +30,25 @@ def out_generative_loss(
     balance: Balance = "flat",
     update_center: bool = False,
 ) -> Tensor:
-    """Ask the class tokens of a student's crops for the teacher's of whole frames, across time.
+    """Teach the class tokens of a student's crops the teacher's class tokens of global crops, across time.
 
-    Frames i and i + T/2 are a pair. Teacher views are its 2g global crops, student views the same 2g crops (which may
-    be masked) and its 2l local crops: ``loss = mean over clips and pairs of the mean over teacher views i and student
-    views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``, temperatures and
-    center being those of ``ce``. A crop does not predict itself; crops of the same frame predict each other.
+    Frames i and i + T/2 are a pair. Teacher views are its 2g global crops. Student views are the same 2g crops (which
+    may be masked) and its 2l local crops: ``loss = mean over clips and pairs of the mean over teacher views i and
+    student views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``; ``ce``
+    holds the temperatures and the center. A crop does not predict itself; crops of the same frame predict each other.
 
-    As published, with ``update_center`` in training mode, the center moves after every pair, towards the mean of that
-    pair's teacher views, before the next pair is looked at. A single frame has no pair: it, and no clips, give exactly
-    0, attached to the graph.
+    As published, with ``update_center`` in training mode, the center moves after every pair, toward the mean of that
+    pair's teacher views, and the next pair uses the moved center. A single frame has no pair: it, and no clips, give
+    exactly 0, attached to the graph.
 
     Args:
         s_glob: (B, T, g, Kp), T even or 1, the student's logits of the class tokens of global crops.
         s_loc: (B, T, l, Kp), l may be 0, the student's of local crops; these two get a gradient.
         t_glob: (B, T, g, Kp), the teacher's of the global crops.
         ce: the center of class tokens, and the temperatures.
-        balance: ``"flat"``, the authors' code, is one mean over all; ``"per_term"`` is the mean of that over global and
-            that over local student views, as the paper names two losses, or the first alone without local crops.
+        balance: ``"flat"``, the authors' code, is one mean over all student views. ``"per_term"``, the two losses of
+            the paper, is the mean of the mean over global and the mean over local views; without local crops it is the
+            first.
         update_center: whether the center moves with every pair.
 
     Returns: a scalar in float32, or float64 if one of the logits is.
@@ -79,7 +80,7 @@ def out_generative_loss(
             counted = torch.ones(t.shape[:3], dtype=torch.bool, device=t.device)
             center = ce.move_center(t, counted).unsqueeze(1)
         q = targets(t, center.to(dtype), ce.tau_t)
-        # of every teacher view with every student view, (B, T / 2, 2g, .)
+        # all teacher views times all student views, (B, T / 2, 2g, .)
         from_global, from_local = (
             products(q, (_pairs(one).to(dtype) / ce.tau_s).log_softmax(3)) for one in (s_glob, s_loc)
         )
@@ -88,7 +89,7 @@ def out_generative_loss(
         num_targets = size["B"] * size["T"] * size["g"]
         num_global, num_local = num_targets * (2 * size["g"] - 1), num_targets * 2 * s_loc.shape[2]
         if balance == "flat" or num_local == 0:
-            # of no clips, too: the center's moves are those of all ranks
+            # without clips, too, as the center may still move with other ranks
             return (global_sum + local_sum) / max(num_global + num_local, 1)
         return (global_sum / num_global + local_sum / num_local) / 2
 

@@ -1,4 +1,4 @@
-"""Label propagation: the masks of the first frame, carried through a video by features alone."""
+"""Label propagation: features propagate the masks of the first frame through a video."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from ssync_loss._rows import slices
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
 from ssync_loss._vectors import directions
 
-# affinities, or pixels of masks, that are held at once: 64 MB in float32
+# affinities, or pixels of masks, at a time: 64 MB in float32
 BLOCK_ELEMENTS = 1 << 24
 
 _check_settings = check_by(
@@ -38,13 +38,13 @@ def propagate_labels(
     normalize: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Carry the labels of the first frame through a video: how features are evaluated that know no labels.
+    """Propagate the labels of the first frame through a video, an evaluation of self-supervised features.
 
-    Labels are resized to the grid of the features (nearest) and carried as soft masks by :func:`propagate_masks`. The
-    masks of a frame are resized to ``size`` (bilinear) and, if ``normalize``, ``(x - min) / (max - min)``; a pixel has
-    the label of the largest. A mask that is the same everywhere is not normalized (the published code: NaN). A label
-    that the clip's first grid does not show is never assigned; of equals the lowest is. The first frame of the result
-    shows the labels as given. This function reads data on the host; it evaluates, and is not compiled.
+    Labels are resized to the grid of the features (nearest), and :func:`propagate_masks` propagates them as soft masks.
+    The masks of a frame are resized to ``size`` (bilinear) and, if ``normalize``, become ``(x - min) / (max - min)``. A
+    pixel gets the label of its largest mask, or the lowest label on ties. A constant mask is not normalized (the
+    published code: NaN). A label that is not on the grid of the first frame is never assigned. The first frame of the
+    result has the given labels. This reads data on the host and is not compiled.
 
     Args:
         features: (B, T, D, H, W), of patches; in a ViT an intermediate layer may be best (published: the student's
@@ -52,10 +52,10 @@ def propagate_labels(
         labels: (B, h, w), of the first frame, 0 or above; 0 is a label like others.
         num_context: as in :func:`propagate_masks`, like the next three.
         radius: half the side of the window.
-        top_k: places that a patch takes its label from.
+        top_k: number of places that give a patch its label.
         temperature: of the affinities.
-        size: height and width of the result; None for those of the labels. Published are those of the frames.
-        normalize: whether every mask is stretched to [0, 1] over its frame. Published for DAVIS, not for YouTube-VOS.
+        size: height and width of the result; None for those of the labels. The published size is that of the frames.
+        normalize: whether to stretch every mask to [0, 1] over its frame. Published for DAVIS, not for YouTube-VOS.
         chunk_size: as in :func:`propagate_masks`.
 
     Returns: (B, T, *size), int64.
@@ -123,26 +123,26 @@ def propagate_masks(
     temperature: float = 0.1,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Carry soft masks of the first frame through a video, each patch taking those of the patches it is most like.
+    """Propagate soft masks of the first frame through a video: a patch gets the masks of the most similar patches.
 
-    A frame looks at its context: the first frame, and up to ``num_context`` frames right before it. With x the
-    features at length 1, a patch p is compared with all places u of the context that are at most ``radius`` rows and
-    columns away: ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over all its frames together, and for
-    what ties with the last of them, 0 for others; ``mask_p = sum_u w_u mask_u / sum_u w_u``, which is carried on so.
+    The context of a frame is the first frame, and up to ``num_context`` frames right before it. With x the features at
+    length 1, a patch p is compared with all places u of the context at most ``radius`` rows and columns away. Let
+    ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over the whole context and all ties with the last of
+    them, else 0. Then ``mask_p = sum_u w_u mask_u / sum_u w_u``, and later frames use these masks.
 
-    Memory is one score for each of ``chunk_size`` patches of a clip with each of (num_context + 1) H W places, and the
-    features of the context. Numbers are looked at on the host, once a frame; this evaluates, and is not compiled.
+    Memory is the features of the context, and one score for each of ``chunk_size`` patches of a clip with each of
+    (num_context + 1) H W places. This reads data on the host once a frame, and is not compiled.
 
     Args:
-        features: (B, T, D, H, W), of patches, of any length; a zero vector is equally unlike everything.
-        masks: (B, K, H, W), of the first frame; where they sum to 1, so do those of later frames.
-        num_context: frames of the context beside the first; published are 10 for DAVIS, 20 for YouTube-VOS.
-        radius: half the side of the window in patches; published are 40 and 50 for patches of 8 pixels.
-        top_k: places that a patch takes its masks from.
+        features: (B, T, D, H, W), of patches, of any length; a zero vector has cosine 0 with all others.
+        masks: (B, K, H, W), of the first frame. If they sum to 1, so do those of later frames.
+        num_context: frames of the context beside the first. Published: 10 for DAVIS, 20 for YouTube-VOS.
+        radius: half the side of the window in patches. Published: 40 and 50, for patches of 8 pixels.
+        top_k: number of places that give a patch its masks.
         temperature: of the affinities, above 0.
-        chunk_size: patches of a clip that are compared at once; None for as many as 64 MB hold.
+        chunk_size: patches of a clip at a time; None for as many as fit into 64 MB.
 
-    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if one of both is, without gradient.
+    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if one of both has it, without gradient.
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
     (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or features with NaN or infinity.
@@ -160,7 +160,7 @@ def propagate_masks(
     dtype = widest(features, masks)
     clips, frames, channels, height, width = features.shape
     num_places = height * width
-    # the first frame stays, the others take the place of the oldest
+    # the first frame stays, each new frame replaces the oldest other one
     num_slots = min(1 + num_context, max(frames - 1, 1))
     if chunk_size is None:
         chunk_size = max(1, BLOCK_ELEMENTS // max(clips * num_slots * num_places, 1))
@@ -171,7 +171,6 @@ def propagate_masks(
     with no_autocast(features):
         for now in range(frames):
             units, _ = directions(features[:, now].to(dtype).flatten(2).mT)
-            # of infinity it is NaN, too
             _check_finite("features", units)
             if now > 0:
                 filled = min(now, num_slots)
@@ -196,14 +195,14 @@ def _looked_up(
     if outside is not None:
         scores.unflatten(2, context.shape[1:3]).masked_fill_(outside.unsqueeze(1), float("-inf"))
     largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
-    # in a window of fewer places the last one is -inf, and all others are in
+    # in a window of fewer places the last one is -inf, and all places count
     scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
     weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
     return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
 
 
 def _outside(here: slice, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
-    """Tell which of all places (N) lie outside the windows of some of them; None if none does."""
+    """Tell which of all places are outside the windows of some places: (n, N), or None if none is."""
     if radius >= max(height, width) - 1:
         return None
     places = torch.arange(height * width, device=device)
@@ -212,13 +211,13 @@ def _outside(here: slice, height: int, width: int, radius: int, device: torch.de
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    """Refuse numbers whose masks would pass for a prediction."""
+    """Require finite numbers."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"`{name}` must hold neither NaN nor infinity; got some.")
 
 
 def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize labels (B, h, w) to (B, *size): every cell has the label at its center."""
+    """Resize labels (B, h, w) to (B, *size): every cell gets the label at its center."""
     rows, columns = (
         ((torch.arange(new, device=labels.device) * 2 + 1) * old) // (2 * new)
         for old, new in zip(labels.shape[1:], size, strict=True)

@@ -14,10 +14,10 @@ from ssync_loss._vectors import directions, products
 class PrototypeHead(nn.Module):
     """Map tokens to their cosines with learned prototypes: the logits of the losses with a center.
 
-    ``cosines = unit(mlp(x)) @ unit(prototypes).mT`` within [-1, 1], where ``mlp`` is linear layers from C channels over
-    ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes say nothing (weight normalization
+    ``cosines = unit(mlp(x)) unit(prototypes)^T`` within [-1, 1]. ``mlp`` is linear layers from C channels over
+    ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes do not matter (weight normalization
     with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own. Layers
-    follow the autocast around them, cosines are float32, or float64 if the layers are. Where the layers return 0, all
+    follow the autocast around them; cosines are float32, or float64 if the layers are. If the layers return 0, all
     cosines are 0 and there is no gradient.
 
     ``forward(x)``, (..., C) -> (..., Kp); compiles to one graph.
@@ -54,7 +54,7 @@ class PrototypeHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, with a deviation of 0.02; biases are 0."""
+        """Draw all weights with a standard deviation of 0.02; biases are 0."""
         for name, one in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(one)

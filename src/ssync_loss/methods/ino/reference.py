@@ -1,4 +1,4 @@
-"""INO written out slowly, see :mod:`ssync_loss.methods._slow`: one token, one view, one patch at a time.
+"""INO in loops, see :mod:`ssync_loss.methods._slow`: one token, one view, one patch at a time.
 
 Source: Pan et al., ACM MM 2022 (arXiv:2203.15312).
 """
@@ -12,7 +12,7 @@ from ssync_loss.methods._slow import mean, unit, widened
 def reference_affinity_consistency_loss(
     s: Tensor, t: Tensor, *, mask: Tensor | None = None, tau_s: float = 0.1, tau_t: float = 0.04
 ) -> Tensor:
-    """Compare where a student and its teacher find every token (B, T, N, D) of a frame in the next one."""
+    """Compare the student's and the teacher's affinities of every token (B, T, N, D) with the next frame."""
     num_clips, num_frames, num_tokens, _ = s.shape
     values = []
     for b in range(num_clips):
@@ -30,7 +30,7 @@ def reference_affinity_consistency_loss(
 def reference_centered_cross_entropy(
     s: Tensor, t: Tensor, center: Tensor, *, tau_s: float = 0.1, tau_t: float = 0.04
 ) -> Tensor:
-    """Compare rows (R, Kp) of student logits with those of the teacher, whose center (Kp,) is taken off.
+    """Compare rows (R, Kp) of student logits with those of the teacher minus the center (Kp,).
 
     >>> logits = torch.tensor([[0.0, 1.0]])
     >>> round(reference_centered_cross_entropy(logits, logits, torch.zeros(2), tau_s=1.0, tau_t=1.0).item(), 4)
@@ -44,7 +44,7 @@ def reference_centered_cross_entropy(
 
 
 def reference_moved_center(center: Tensor, t: Tensor, *, m_c: float = 0.9) -> Tensor:
-    """Move a center (Kp,) towards the mean of rows (R, Kp) of teacher logits; without rows it stays. In float64.
+    """Move a center (Kp,) toward the mean of rows (R, Kp) of teacher logits, in float64; without rows it stays.
 
     >>> reference_moved_center(torch.zeros(2), torch.tensor([[0.0, 1.0], [0.0, 3.0]])).tolist()
     [0.0, 0.19999999999999996]
@@ -65,7 +65,7 @@ def reference_masked_token_loss(
     m_c: float = 0.9,
     update_center: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Go through the frames, compare their masked rows of (B, T, N, Kp), and perhaps move the center after each.
+    """Compare the masked rows of (B, T, N, Kp) frame by frame; if asked, move the center after each frame.
 
     Returns the loss and the last center.
     """
@@ -91,7 +91,7 @@ def reference_out_generative_loss(
     balance: str = "flat",
     update_center: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Go through pairs of frames and compare every view of the student with every other one of the teacher.
+    """Compare every student view with every other teacher view, pair by pair of frames.
 
     Returns the loss and the last center.
     """
@@ -127,7 +127,7 @@ def reference_propagate_masks(
     top_k: int = 5,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Give every patch the masks of the places before it that it is most like."""
+    """Give every patch the masks of the most similar places in its context."""
     num_clips, num_frames, _, height, width = features.shape
     places = [(row, column) for row in range(height) for column in range(width)]
     result = masks.double().unsqueeze(1).repeat(1, num_frames, 1, 1, 1)
@@ -152,5 +152,5 @@ def reference_propagate_masks(
 
 
 def _cross_entropy(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the cross-entropy of scores (K,) with the distribution of others, which are fixed."""
+    """Return the cross-entropy of scores (K,) with the distribution of other scores, which get no gradient."""
     return -(theirs.detach().softmax(0) * ours.log_softmax(0)).sum()

@@ -13,21 +13,21 @@ def clip_mask(
 ) -> Tensor:
     """Draw the patches of an iteration that a student does not see, one set for all frames, crops and clips.
 
-    With probability ``prob``, ``floor(r N)`` patches, all sets as likely, with r uniform within ``ratio``; otherwise
-    none, and a step of :func:`masked_token_loss` and :func:`affinity_consistency_loss` is 0. In a step::
+    With probability ``prob`` it is a uniform set of ``floor(r N)`` patches, with r uniform within ``ratio``. Otherwise
+    it is empty, and :func:`masked_token_loss` and :func:`affinity_consistency_loss` are 0. In a step::
 
         mask = clip_mask(H * W, generator=generator).view(H, W).expand(B, T, H, W)
         tokens = torch.where(mask.flatten(2).unsqueeze(3), mask_token, tokens)  # the student's, before their positions
 
-    What is drawn depends on the generator alone, which is moved as far whatever comes out: ranks that seed theirs
-    with the step draw the same mask. A compiler takes no generator, so draw outside of its graph. Returns (N,), bool,
-    on the generator's device, or else the CPU.
+    Every call draws the same number of random numbers, so ranks that seed their generators with the step get the same
+    mask. A compiler takes no generator, so draw outside of its graph. Returns (N,), bool, on the generator's device,
+    without one on the CPU.
 
     Args:
         N: patches of a frame.
         ratio: the smallest and the largest share of masked patches, within [0, 1].
-        prob: of masking at all, within [0, 1].
-        generator: where the randomness comes from; None for torch's own.
+        prob: probability of masking, within [0, 1].
+        generator: source of randomness; None for torch's own.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), mask of in-generative learning, as in the authors' code.
     Raises: TypeError if a number is of another type, ValueError if it is out of range.

@@ -1,7 +1,7 @@
-"""Structural similarity of cubes, and its gradient beside it: the library's own filters, and kornia's.
+"""Structural similarity of cubes and its gradient, by the library's own filters or by kornia's.
 
-Both compare volumes (B, T, C, H, W) whose values lie within [0, 1], and agree to rounding. Own filters are
-separable and leave an axis alone that is shorter than the window; kornia's know one Gaussian and whole cubes.
+Both compare volumes (B, T, C, H, W) with values within [0, 1], and agree up to rounding. The own filters are separable,
+and do not average over an axis that is shorter than the window. kornia has one Gaussian and whole cubes only.
 """
 
 from math import exp
@@ -18,7 +18,7 @@ AXES = (1, 3, 4)
 
 
 class Similarity(NamedTuple):
-    """What makes cubes similar: their odd edge, the width of the Gaussian over them, the constants of both ratios."""
+    """Settings of the index: the odd edge of a cube, the width of its Gaussian, the constants of both ratios."""
 
     window: int
     sigma: float
@@ -31,30 +31,30 @@ class Similarity(NamedTuple):
         return [one / sum(bell) for one in bell]
 
     def axes(self, volumes: Tensor) -> list[int]:
-        """Return the axes that a window fits into."""
+        """Return the axes that are at least as long as the window."""
         return [axis for axis in AXES if volumes.shape[axis] >= self.window]
 
     def num_cubes(self, volumes: Tensor) -> int:
-        """Return the cubes of one channel of a clip."""
+        """Return the number of cubes of one channel of a clip."""
         inside = self.axes(volumes)
         frames, height, width = (volumes.shape[axis] - (self.window - 1 if axis in inside else 0) for axis in AXES)
         return frames * height * width
 
     def blurred(self, volumes: Tensor, axes: list[int]) -> Tensor:
-        """Average windows along some axes, each of which becomes shorter."""
+        """Average windows along some axes, which become shorter."""
         last, weights = self.window - 1, self.weights()
         for axis in axes:
             size = volumes.shape[axis] - last
             total = volumes.narrow(axis, last // 2, size) * weights[last // 2]
             for i in range(last // 2):
-                # a Gaussian has two sides
+                # the Gaussian is symmetric
                 pair = volumes.narrow(axis, i, size) + volumes.narrow(axis, last - i, size)
                 total.add_(pair, alpha=weights[i])
             volumes = total
         return volumes
 
     def passed_back(self, cubes: Tensor, axes: list[int]) -> Tensor:
-        """Give back to every cell what its windows got of it: the transpose of blurring, by a Gaussian of two sides."""
+        """Apply the transpose of blurring, which a symmetric Gaussian and padding turn into blurring."""
         for axis in axes:
             pad = [0, 0] * (cubes.ndim - 1 - axis) + [self.window - 1] * 2
             cubes = self.blurred(F.pad(cubes, pad), [axis])
@@ -62,19 +62,19 @@ class Similarity(NamedTuple):
 
 
 def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the sum over cubes of 1 - SSIM and, if asked for, its gradient with respect to ``x``.
+    """Return the sum over cubes of 1 - SSIM and, if wanted, its gradient with respect to ``x``.
 
     With d = x - y it is ``p + q - p q`` with ``p = mean(d)^2 / (mean(x)^2 + mean(y)^2 + c1)`` and
-    ``q = var(d) / (var(x) + var(y) + c2)``: the same index, and nothing is lost where little differs.
+    ``q = var(d) / (var(x) + var(y) + c2)``. This is the same index, but precise for small differences.
     """
     axes = like.axes(x)
-    # variances are differences of squares: around the mean of a channel these are small, and so is what they lose
+    # variances are differences of squares; around the mean of a channel these are small and lose little
     center = y.mean(AXES, keepdim=True)
     x, y = x - center, y - center
     apart = x - y
     mean_x, mean_y = like.blurred(x, axes), like.blurred(y, axes)
     mean_apart, level = mean_x - mean_y, mean_x + center
-    # in place: what is memory costs more here than what is arithmetic
+    # in place: memory takes more time here than arithmetic
     size = (mean_y + center).square_().addcmul_(level, level).add_(like.c1)
     spread = like.blurred((x * x).addcmul_(y, y), axes)
     spread.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1).add_(like.c2)
@@ -83,7 +83,7 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
     total = torch.addcmul(p + q, p, q, value=-1).sum()
     if not with_slope:
         return total, None
-    # half the slopes by the mean of d^2, of x^2 and of x
+    # half the slopes with respect to the means of d^2, of x^2 and of x
     by_apart = (1 - p).div_(spread)
     by_square = (by_apart * q).neg_()
     by_mean = (1 - q).div_(size).mul_(torch.addcmul(mean_apart, p, level, value=-1))
@@ -93,11 +93,11 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
 
 
 def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the same from kornia's index, which must fit; kornia is imported here, on first use."""
+    """Return the same by kornia's index, if :func:`why_not_kornia` is None; this imports kornia."""
     from kornia.metrics import ssim3d
 
     def total_of(volumes: Tensor) -> Tensor:
-        # what kornia adds to the denominator, 1e-5 of it where all is dark, is no part of the definition
+        # eps=0: kornia's default adds to the denominator, 1e-5 of it in dark cubes
         index = ssim3d(volumes.transpose(1, 2), y.transpose(1, 2), like.window, eps=0.0, padding="valid")
         return (1 - index).sum()
 
@@ -108,18 +108,18 @@ def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: 
 
 
 def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
-    """Say why kornia cannot tell the similarity of such volumes exactly, or None where it can."""
+    """Say why kornia cannot compute the index of such volumes exactly, or return None."""
     if (like.sigma, like.c1, like.c2) != (1.5, 0.01**2, 0.03**2):
         return "sigma=1.5, k1=0.01 and k2=0.03"
     if len(like.axes(volumes)) < len(AXES):
         return f"T, H and W of at least {like.window}"
     if volumes.device.type != "cpu":
-        # by default cuDNN convolves float32 with 10 bits, and differences of squares keep none of them
+        # by default cuDNN convolves float32 with 10 bits, too few for differences of squares
         return "a CPU tensor"
     if is_exporting():
         return "no torch.export"
     try:
-        # torch.func differentiates kornia's index, and enters this
+        # `torch.func` enters the same context
         with torch.autograd.graph.disable_saved_tensors_hooks(""):
             return None
     except RuntimeError:

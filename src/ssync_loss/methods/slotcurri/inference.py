@@ -1,4 +1,4 @@
-"""What a trained model does at inference only."""
+"""Cyclic inference with a trained model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -12,18 +12,18 @@ Step: TypeAlias = Callable[[Any, Tensor, int | None], Mapping[str, Any]]
 
 
 def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor]:
-    """Run a recurrent model over a clip forward and then backward, and return what it says on the way back.
+    """Run a recurrent model over a clip forward and then backward, and return the outputs of the way back.
 
-    The forward pass goes from the first frame to the last. The backward pass starts from what the last frame predicts
-    for the next one, and goes from the last frame but one to the first, so that these are seen by slots that know the
-    clip. The last frame is not seen twice. Not causal, and not for training; call it under ``torch.no_grad()``.
+    The forward pass goes from the first frame to the last. The backward pass starts with the state that the last frame
+    predicts, and goes from the last frame but one to the first, so that slots know the clip. The last frame is used
+    once. This is not causal and not for training; call it under ``torch.no_grad()``.
 
     Args:
-        step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors, among them
-            ``"state_predicted"``, the state that the next call gets. ``t`` is the index of the frame in the forward
-            pass and None in the backward pass, where, as published, no frame is treated as the first one.
-        init_state: the state that the first frame gets.
-        inputs: (B, T, ...), what the model sees of every frame.
+        step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors with ``"state_predicted"``, the
+            state of the next call. ``t`` is the index of the frame in the forward pass and None in the backward pass,
+            where, as published, no frame is treated as the first one.
+        init_state: the state of the first call.
+        inputs: (B, T, ...), the model's input for every frame.
 
     Returns: every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), cyclic inference.
@@ -45,7 +45,7 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
     for t, frame in [*enumerate(frames), *((None, frame) for frame in reversed(frames[:-1]))]:
         outputs.append(_checked(step(state, frame, t)))
         state = outputs[-1]["state_predicted"]
-    # of the last frame, then of the backward pass, in the order of time
+    # the last frame and the backward pass, in the order of time
     outputs = outputs[len(frames) - 1 :][::-1]
     return {name: torch.stack([one[name] for one in outputs], 1) for name in outputs[0]}
 

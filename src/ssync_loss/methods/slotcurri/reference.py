@@ -1,4 +1,4 @@
-"""SlotCurri written out slowly, see :mod:`ssync_loss.methods._slow`: one cube, one patch, one slot at a time.
+"""SlotCurri in loops, see :mod:`ssync_loss.methods._slow`: one cube, one patch, one slot at a time.
 
 Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758).
 """
@@ -32,7 +32,7 @@ def reference_structure_aware_loss(
             seen = everything if normalize == "joint" else everything[:, c]
             low, high = seen.min(), seen.max()
             x, y = ((one[:, c] - low) / (high - low + eps) for one in (clip, clip_target))
-            # an axis that is shorter than a window is taken cell by cell
+            # an axis that is shorter than the window is compared cell by cell
             edges = [window if size >= window else 1 for size in x.shape]
             for place in product(*(range(size - edge + 1) for size, edge in zip(x.shape, edges, strict=True))):
                 cube = tuple(slice(first, first + edge) for first, edge in zip(place, edges, strict=True))
@@ -41,7 +41,7 @@ def reference_structure_aware_loss(
 
 
 def _similarity(x: Tensor, y: Tensor, window: int, sigma: float, c1: float, c2: float) -> Tensor:
-    """Return the index of one cube, by deviations from its means."""
+    """Return the index of one cube, from deviations from its means."""
     weights = torch.ones(x.shape, dtype=torch.float64)
     for cell in product(*map(range, x.shape)):
         for place, size in zip(cell, x.shape, strict=True):
@@ -56,7 +56,7 @@ def _similarity(x: Tensor, y: Tensor, window: int, sigma: float, c1: float, c2: 
 
 
 def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
-    """Give every slot its part of the squared error of every patch."""
+    """Divide the squared error of every patch among the slots."""
     num_clips, num_frames, num_channels, height, width = recon.shape
     errors = torch.zeros(masks.shape[2], dtype=torch.float64)
     recon_, target_, masks_ = (one.detach().double() for one in (recon, target, masks))
@@ -69,7 +69,7 @@ def reference_slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor
 
 
 def reference_allot_children(errors: list[float], n_new: int) -> list[int]:
-    """Share out new slots in exact fractions: whole shares first, then one each to the largest remainders.
+    """Divide new slots in exact fractions: whole shares first, then one each to the largest remainders.
 
     >>> reference_allot_children([5.0, 3.0, 0.0, 2.0], 4)
     [2, 1, 0, 1]
@@ -96,7 +96,7 @@ def reference_place_children(
     min_radius: float = 1e-3,
     unborn: Tensor | None = None,
 ) -> Tensor:
-    """Set one child after the other beside its parent, along the direction (n_new, D) given for it.
+    """Place one child after the other near its parent, along its given direction (n_new, D).
 
     >>> slots, up = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0]])
     >>> reference_place_children(slots, [1, 0], up, beta=0.7).tolist()
@@ -106,7 +106,7 @@ def reference_place_children(
     rows = [one.double() for one in slots_active]
     if neighbors == "all" and unborn is not None:
         rows += [one.double() for one in unborn]
-    # who is most similar is asked once, before anything is written
+    # the most similar rows are found once, before any child is written
     nearest = [
         max((j for j in range(len(rows)) if j != i), key=lambda j: float(unit(rows[i]) @ unit(rows[j])), default=i)
         for i in range(num_active)

@@ -1,4 +1,4 @@
-"""Structure of features: what is reconstructed must vary in space and time as its target does."""
+"""Structure of features: a reconstruction must vary in space and time as its target does."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -54,30 +54,29 @@ def structure_aware_loss(
 ) -> Tensor:
     """Compare cubes of reconstructed features with those of their target, channel by channel.
 
-    With x and y the values of both brought to [0, 1] together, ``v -> (v - lo) / (hi - lo + eps)``, and means,
-    variances and the covariance under a Gaussian over ``window**3`` cells:
+    Let x and y be both values scaled to [0, 1] together, ``v -> (v - lo) / (hi - lo + eps)``, with means, variances and
+    the covariance under a Gaussian over ``window**3`` cells:
     ``loss = 1 - mean over cubes of (2 m_x m_y + c1) (2 s_xy + c2) / ((m_x^2 + m_y^2 + c1) (s_x^2 + s_y^2 + c2))``
-    with ``c1 = k1^2`` and ``c2 = k2^2``. It lies within [0, 2]; the published weight beside a mean squared error
-    is 0.05. Cubes lie inside the clip. An axis shorter than the window is not averaged over: images, and clips of
-    two frames, are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient.
-    The gradient is formed in the forward and is all that is kept.
+    with ``c1 = k1^2`` and ``c2 = k2^2``. It is within [0, 2]. The published weight beside a mean squared error is 0.05.
+    Cubes are inside the clip. An axis shorter than the window is not averaged over: images, and clips of two frames,
+    are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient. The forward
+    forms the gradient and keeps nothing else.
 
     Args:
         pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
         target: (B, T, D, H, W), features of the backbone.
         window: edge of a cube, odd.
         sigma: width of the Gaussian, above 0.
-        k1: what keeps the ratio of means finite, above 0.
-        k2: what keeps that of variances finite, above 0.
-        eps: what keeps a clip without contrast finite, above 0.
-        normalize: ``"joint"``, as published, takes one lo and hi for all channels of a clip, so that an outlier, which
-            large backbones have, hides the others; ``"channel"`` takes a lo and hi per channel.
-        chunk_size: channels that are compared at once; None for all. The value is the same to rounding.
-        filters: ``"torch"`` takes the library's own separable filters, and so does ``"auto"``. ``"kornia"`` takes
-            ``kornia.metrics.ssim3d``, several times slower and a hundred times less exact in float32, as a check;
-            before kornia 0.9 its window is rounded to float32, which costs 1e-6 in float64 too. It needs the published
-            constants, T, H and W of at least ``window``, a CPU, and no hooks for saved tensors, such as those of a
-            checkpoint.
+        k1: constant of the ratio of means, above 0.
+        k2: constant of the ratio of variances, above 0.
+        eps: constant that keeps a clip without contrast finite, above 0.
+        normalize: ``"joint"``, as published, uses one lo and hi for all channels of a clip, so that an outlier channel,
+            which large backbones have, hides the others. ``"channel"`` uses a lo and hi per channel.
+        chunk_size: channels at a time; None for all. The value is the same up to rounding.
+        filters: ``"torch"`` and ``"auto"`` use the library's own separable filters. ``"kornia"`` uses
+            ``kornia.metrics.ssim3d`` as a check; it is several times slower and in float32 a hundred times less exact.
+            Before kornia 0.9 its window is rounded to float32, an error of 1e-6. It needs the published constants, T, H
+            and W of at least ``window``, a CPU, and no hooks for saved tensors, such as those of a checkpoint.
 
     Returns: a scalar in float32, or float64 if one of the features is.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), and its public code.
@@ -99,7 +98,7 @@ def structure_aware_loss(
     dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
     with_slope = learns(pred)
-    # not times a mean: without clips that is NaN
+    # a mean of no clips would be NaN
     share = 1 / max(size["B"] * size["D"] * like.num_cubes(pred), 1)
     with torch.no_grad(), no_autocast(pred):
         total = torch.zeros((), dtype=dtype, device=pred.device)
@@ -113,7 +112,7 @@ def structure_aware_loss(
             value, gradient = dissimilarity(x, y, like, with_slope=with_slope)
             if slope is not None and gradient is not None:
                 slope[:, :, some] = gradient * scale * share
-            # last: torch 2.14 does not trace a loop that ends in a condition, on Python 3.13
+            # last, as torch 2.14 on Python 3.13 does not trace a loop that ends in a condition
             total += value * share
     return total if slope is None else known_gradient(pred, total, slope)
 
@@ -147,6 +146,6 @@ class StructureAwareLoss(LossModule, check=_check_settings):
 
 
 def _span(pred: Tensor, target: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the least and the largest value of both."""
+    """Return the smallest and the largest value of both."""
     low = torch.minimum(pred.amin(axes, keepdim=True), target.amin(axes, keepdim=True))
     return low, torch.maximum(pred.amax(axes, keepdim=True), target.amax(axes, keepdim=True))

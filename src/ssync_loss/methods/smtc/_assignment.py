@@ -1,4 +1,4 @@
-"""Which of P things is which of P others: the one-to-one assignment with the largest sum, exactly."""
+"""The one-to-one assignment of P rows to P columns with the largest sum, exactly."""
 
 from collections.abc import Callable
 from math import factorial
@@ -16,8 +16,8 @@ MOST_ENUMERATED = 6
 def best_assignment(scores: Tensor) -> Tensor:
     """Assign every row of scores (..., P, P) a column of its own, (..., P), so that their sum is largest.
 
-    Up to P = 6 all permutations are compared by tensor operations; of equally good ones the first in the order of the
-    alphabet is taken. Beyond, scipy solves one problem after the other on the host.
+    Up to P = 6 tensor operations compare all permutations, and the lexicographically first wins ties. Beyond, scipy
+    solves one problem after the other on the host.
     """
     num_things = scores.shape[-1]
     if num_things > MOST_ENUMERATED:
@@ -25,11 +25,11 @@ def best_assignment(scores: Tensor) -> Tensor:
             raise RuntimeError(
                 f"More than {MOST_ENUMERATED} instances are assigned by scipy, which torch.export cannot follow."
             )
-        # made where it is called: the decorator imports the whole compiler
+        # here, as `torch.compiler.disable` imports the whole compiler
         assign: Callable[[Tensor], Tensor] = torch.compiler.disable(_on_host)
         return assign(scores)
     orders = _permutations(num_things, scores.device)
-    # all problems beside each other, where picking a column copies a whole row
+    # problems in the last axis, so that selecting a column copies whole rows
     columns = scores.reshape(-1, num_things, num_things).permute(1, 2, 0).contiguous()
     sums = columns[0].index_select(0, orders[:, 0])
     for row in range(1, num_things):
@@ -39,9 +39,9 @@ def best_assignment(scores: Tensor) -> Tensor:
 
 
 def _permutations(size: int, device: torch.device) -> Tensor:
-    """Return all orders of 0, 1, ..., size - 1 in the order of the alphabet, made where they are needed."""
+    """Return all permutations of 0, 1, ..., size - 1 in lexicographic order."""
     number = torch.arange(factorial(size), device=device)
-    # the rank of each entry among those that are left, then, from the end, its value
+    # the rank of each entry among the remaining ones; then, from the end, its value
     orders = torch.stack([number // factorial(size - 1 - i) % (size - i) for i in range(size)], 1)
     for i in reversed(range(size - 1)):
         orders[:, i + 1 :] += orders[:, i + 1 :] >= orders[:, i : i + 1]
@@ -50,13 +50,13 @@ def _permutations(size: int, device: torch.device) -> Tensor:
 
 def _on_host(scores: Tensor) -> Tensor:
     try:
-        # here and not above: scipy is an optional extra, and few slots do without it
+        # an optional extra, not needed for few instances
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(
             f'More than {MOST_ENUMERATED} instances are assigned by scipy: pip install "ssync-loss[metrics]".'
         ) from error
-    # a loss of NaN says so itself; scipy would refuse to assign it
+    # scipy refuses NaN, but the loss is then NaN, too
     problems = scores.nan_to_num().reshape(-1, *scores.shape[-2:]).cpu().numpy()
     columns = [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in problems]
     empty = torch.empty(0, scores.shape[-1], dtype=torch.int64)

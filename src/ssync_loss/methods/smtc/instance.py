@@ -1,4 +1,4 @@
-"""Instance consistency: what one frame shows is found again in the others, and told apart from the rest."""
+"""Instance consistency: instances of one frame match those of other frames, and differ from the rest."""
 
 from functools import partial
 from typing import Literal, TypeAlias, get_args
@@ -20,7 +20,7 @@ from ssync_loss.methods.smtc._assignment import best_assignment
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 METRICS = get_args(Metric)
 
-# what keeps a mean over no valid instance finite
+# keeps a mean over no valid instance finite
 EPSILON = 1e-10
 
 _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_number, low=-1.0, high=1.0))
@@ -37,16 +37,16 @@ def _check_settings(*, margin: object, metric: object, same_frame: object) -> No
 def valid_instances(
     logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
-    """Say which instances are worth comparing: their semantic covers enough, and they are of its kind.
+    """Select the instances whose semantic covers enough patches, and which are similar to it.
 
     ``valid[s, p] = (share of patches where softmax_S(logits)[s] > p_thr) > area_thr and
-    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with everything. A model whose slots
-    are the instances asks for the area alone with ``slots.unsqueeze(3)`` for the instances.
+    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with all others. For a model whose slots
+    are the instances, pass ``slots.unsqueeze(3)`` as instances: then only the area counts.
 
     Args:
         logits: (B, T, S, H, W), masks of the semantics before the softmax.
         slots: (B, T, S, D), the semantics.
-        instances: (B, T, S, P, D), what was found inside each, before any projection.
+        instances: (B, T, S, P, D), the instances inside each, before any projection.
         p_thr: probability above which a patch belongs to a semantic; 0.3 in the authors' later code.
         area_thr: share of the patches that a semantic must exceed.
         sim_thr: cosine that an instance must exceed.
@@ -67,7 +67,7 @@ def valid_instances(
     check_floats("instances", instances, "B T S P D", given, filled="P", logits=logits)
     with no_autocast(logits):
         inside = at_least_float32(logits).softmax(2) > p_thr
-        # a count and a quotient: a mean may multiply by the inverse, and an area at the threshold would pass it
+        # a true quotient: a mean may multiply by the inverse, and an area at the threshold would exceed it
         area = inside.sum((3, 4)) / (size["H"] * size["W"])
         kind, _ = directions(at_least_float32(slots))
         found, _ = directions(at_least_float32(instances))
@@ -85,28 +85,28 @@ def instance_consistency_loss(
     metric: Metric = "cosine",
     same_frame: bool = True,
 ) -> Tensor:
-    """Draw every instance to the one a teacher saw in another frame, and away from its neighbors there.
+    """Pull every instance to the teacher's matching one in another frame, and push it away from the others there.
 
-    With O the student's unit vectors and O' the teacher's, for all pairs of frames t, j of a clip and every
-    semantic: ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over
-    all of them, valid or not. A valid instance costs ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
-    valid'_j[e(p)] O_t[p] O'_j[e(p)]``, which lies in [-1, 1.5]; the loss is the mean over the valid ones (their number
-    + 1e-10 for each of all). ``metric="euclidean"`` is the form on the authors' poster, its sign corrected: ``(sum over
-    q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
+    Let O be the student's unit vectors and O' the teacher's. For all pairs of frames t, j of a clip and every semantic,
+    ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over all
+    instances, valid or not. The value of a valid instance is ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
+    valid'_j[e(p)] O_t[p] O'_j[e(p)]``, within [-1, 1.5]. The loss is the mean over valid instances (with 1e-10 for each
+    of all in the divisor). ``metric="euclidean"`` is the form on the authors' poster, with its sign corrected: ``(sum
+    over q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
 
-    A slot model without semantics has S = 1 and its slots as instances. No valid instance, and no clips, give exactly
-    0, attached to the graph. Up to P = 6 all P! assignments are compared; beyond, scipy solves them on the host, which
-    waits for the device and breaks the graph of a compiler.
+    A slot model without semantics has S = 1, and its slots are the instances. No valid instance, and no clips, give
+    exactly 0, attached to the graph. Up to P = 6 all P! assignments are compared. Beyond, scipy solves them on the
+    host, which waits for the device and breaks the graph of a compiler.
 
     Args:
-        embeddings: (B, T, S, P, D), the student's instances, projected and scaled to length 1, which is not done here;
-            the only argument that gets a gradient.
-        teacher_embeddings: (B, T, S, P, D), the same of a teacher.
+        embeddings: (B, T, S, P, D), the student's instances, already projected and scaled to length 1; the only
+            argument that gets a gradient.
+        teacher_embeddings: (B, T, S, P, D), the teacher's.
         valid: (B, T, S, P), bool, instances that count, from :func:`valid_instances`.
-        teacher_valid: (B, T, S, P), bool, the teacher's instances that others are drawn to.
-        margin: cosine above which others are pushed away, or distance below which they are.
+        teacher_valid: (B, T, S, P), bool, the teacher's instances that pull.
+        margin: cosine above which, or distance below which, others push away.
         metric: ``"cosine"`` as in the authors' code, or ``"euclidean"``.
-        same_frame: whether pairs with t = j count; yes in the authors' code, no on the poster.
+        same_frame: whether pairs with t = j count; True in the authors' code, False on the poster.
 
     Returns: a scalar in float32, or float64 if one of the embeddings is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
@@ -129,25 +129,25 @@ def instance_consistency_loss(
     if size["B"] == 0 or (size["T"] == 1 and not same_frame):
         return attached_zero(embeddings).to(dtype)
     with no_autocast(embeddings):
-        # every instance of every frame against every other: (B, S, T P, T P)
+        # all pairs of instances of all frames: (B, S, T P, T P)
         ours, theirs = (
             rearrange(one, "b t s p d -> b s (t p) d").to(dtype) for one in (embeddings, teacher_embeddings.detach())
         )
         theirs, valid, teacher_valid = map(savable, (theirs, valid, teacher_valid))
         cosines = _by_frames(products(ours, theirs), size["P"])
-        # as bools: who is assigned to whom
+        # the assignment as bools
         matched = best_assignment(cosines.detach()).unsqueeze(5) == torch.arange(size["P"], device=cosines.device)
         if metric == "cosine":
             pull, push = -cosines, (cosines - margin).relu()
         else:
-            # differences, not products: two equal vectors have a distance of 0, and a gradient of 0
+            # differences, not products, so that equal vectors have distance 0 and gradient 0
             distances = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist")
             pull = _by_frames(distances, size["P"])
             push = (margin - pull).relu()
         apart = torch.where(matched, 0.0, push).sum(5)
         if metric == "cosine":
             apart = apart / max(size["P"] - 1, 1)
-        # (B, S, t, j, p, q): who counts there, and who counts here
+        # (B, S, t, j, p, q): valid instances of the teacher, then of the student
         wanted = matched & rearrange(teacher_valid, "b j s q -> b s () j () q")
         costs = apart + torch.where(wanted, pull, 0.0).sum(5)
         counted = rearrange(valid, "b t s p -> b s t () p").expand(costs.shape)
@@ -160,7 +160,7 @@ def instance_consistency_loss(
 
 
 def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
-    """(B, S, T P, T P) -> (B, S, T, T, P, P)."""
+    """Reshape (B, S, T P, T P) to (B, S, T, T, P, P)."""
     return rearrange(pairs, "b s (t p) (j q) -> b s t j p q", p=num_instances, q=num_instances)
 
 

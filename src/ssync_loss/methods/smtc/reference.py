@@ -1,4 +1,4 @@
-"""SMTC written out slowly, see :mod:`ssync_loss.methods._slow`: one pair of frames, one patch, one instance at a time.
+"""SMTC in loops, see :mod:`ssync_loss.methods._slow`: one pair of frames, one patch, one instance at a time.
 
 Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
 """
@@ -14,7 +14,7 @@ from ssync_loss.methods._slow import mean, unit, widened
 
 
 def reference_sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
-    """Rescale rows and columns of ``exp(-cost / eps)`` in turn, as numbers and not as logarithms."""
+    """Rescale rows and columns of ``exp(-cost / eps)`` in turn, without logarithms."""
     plans = [_plan(*given, eps, iters) for given in zip(cost.double(), mu.double(), nu.double(), strict=True)]
     return widened(torch.stack(plans) if plans else cost, cost, mu, nu)
 
@@ -29,7 +29,7 @@ def reference_semantic_consistency_loss(
     marginals: str = "l1",
     pool: int = 1,
 ) -> Tensor:
-    """Ask every patch for the semantics of the patches it is transported to, one pair of frames after the other."""
+    """Compare the semantics of every patch with those of the patches it is transported to, pair by pair of frames."""
     values = []
     for clip, teacher, keys in zip(logits, teacher_logits.detach(), feats.detach(), strict=True):
         student_patches, teacher_patches = (
@@ -44,7 +44,7 @@ def reference_semantic_consistency_loss(
             )
             cost = torch.stack([torch.stack([1 - u @ v for v in units[j]]) for u in units[t]])
             value = ours[0].sum() * 0
-            # a frame without any weight is not transported
+            # a frame without weight is not transported
             if mu.sum() > 0 and nu.sum() > 0:
                 for row, patch in zip(_plan(cost, mu, nu, eps, iters), ours, strict=True):
                     for share, other in zip(row, theirs, strict=True):
@@ -113,7 +113,7 @@ def reference_instance_consistency_loss(
 
 
 def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Correlate every patch with every patch of the frame before, and add what a linear map (C, H * W) makes of it.
+    """Correlate every patch with every patch of the frame before, and add a linear map (C, H * W) of it.
 
     >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
     >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
@@ -132,7 +132,7 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
 def reference_slot_attention(
     slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Let slots (K, D) compete for the patches (N, D) of one frame, inside a mask (N,), with the whole gradient.
+    """Let slots (K, D) compete for the patches (N, D) of one frame, with a gate (N,) and the whole gradient.
 
     Returns the slots and the logits (K, N) of the last step.
     """

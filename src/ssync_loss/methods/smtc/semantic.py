@@ -1,4 +1,4 @@
-"""Semantic consistency: patches that correspond belong to the same semantic, whatever the frame."""
+"""Semantic consistency: corresponding patches of different frames belong to the same semantic."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -18,14 +18,14 @@ from ssync_loss.methods.smtc.sinkhorn import scalings, transport_plan
 Marginals: TypeAlias = Literal["l1", "uniform"]
 MARGINALS = get_args(Marginals)
 
-# what keeps the logarithm of a probability of 0 finite
+# keeps the logarithm of a probability of 0 finite
 EPSILON = 1e-8
 
 _check_settings = check_by(
     eps=POSITIVE, iters=COUNT, marginals=one_of(*MARGINALS), pool=COUNT, chunk_size=OPTIONAL_COUNT
 )
 
-# a kernel between exp(-25) and exp(25) is scaled in float32 without a logarithm: scalings stay within its cube
+# float32 needs no logarithms for a kernel within exp(-25) and exp(25): its scalings stay within the cubes of these
 LARGEST_SCORE = 25.0
 
 
@@ -40,29 +40,29 @@ def semantic_consistency_loss(
     pool: int = 1,
     chunk_size: int | None = 1,
 ) -> Tensor:
-    """Ask every patch to belong to the semantics that a teacher gives the corresponding patches of other frames.
+    """Teach every patch the semantics that a teacher gives the corresponding patches of other frames.
 
     With f the features at length 1, M = softmax over S of the logits, M' the teacher's, for all ordered pairs of
     frames t != j: ``plan = sinkhorn(1 - f_t f_j^T, mu_t, mu_j)`` and
     ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
-    Slot s must be the same thing in all frames: global slots, or slots that are handed from frame to frame.
+    Slot s must be the same thing in all frames: global slots, or slots that are passed from frame to frame.
 
-    Time is quadratic in the patches N of a frame, for each of T (T - 1) / 2 pairs of frames. Held at once are
-    B x ``chunk_size`` kernels of N x N, with the same value and gradient whatever the size; all that waits for the
-    backward is linear. A single frame and no clips give exactly 0, attached to the graph. A zero vector has cosine 0
-    with everything and no weight under ``"l1"``; a frame of zero vectors is consistent with anything.
+    Time is quadratic in the patches N of a frame, for each of T (T - 1) / 2 pairs of frames. Memory is
+    B x ``chunk_size`` kernels of N x N in the forward, and linear in N for the backward. A single frame and no clips
+    give exactly 0, attached to the graph. A zero vector has cosine 0 with all others, and no weight under ``"l1"``. A
+    frame of zero vectors is consistent with all frames.
 
     Args:
         logits: (B, T, S, H, W), the student's map; the only argument that gets a gradient.
         teacher_logits: (B, T, S, H, W), of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
-        feats: (B, T, D, H, W), what finds correspondences, such as keys of a backbone.
+        feats: (B, T, D, H, W), features for correspondences, such as keys of a backbone.
         eps: weight of the entropy in the plan.
         iters: iterations of the plan.
         marginals: weight of a patch in the plan: ``"l1"``, as published, the sum of the absolute values of f, or
             ``"uniform"``.
-        pool: side of the square of patches whose probabilities and features are averaged first, which divides H and
-            W; time falls with its fourth power. 1 is the published loss.
-        chunk_size: pairs of frames whose kernels are held at once; None for all. More than 1 saves launches.
+        pool: side of the squares of patches that are averaged first; it must divide H and W. Time falls with its
+            fourth power. The published loss has 1.
+        chunk_size: pairs of frames at a time; None for all. More than 1 saves launches.
 
     Returns: a scalar in float32, or float64 if one of the tensors is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), there a sum over pairs, in the authors' code a mean.
@@ -98,21 +98,21 @@ def semantic_consistency_loss(
 
 
 def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: int, chunk_size: int | None) -> Tensor:
-    """Return what the teacher's maps (B, T, S, N) of all other frames say of every patch, summed: (B, T, S, N)."""
+    """Return the target of every patch: the teacher's maps (B, T, S, N) of all other frames, transported and summed."""
     num_frames, num_patches = units.shape[1:3]
     mass = weights.sum(2, keepdim=True)
-    # not `> 0`: what is NaN must stay
+    # not `> 0`: NaN must stay
     known = mass != 0
     weights = torch.where(known, weights / torch.where(known, mass, 1.0), 1 / num_patches)
     known = known.unsqueeze(3)
     maps = torch.where(known, maps, 0.0)
-    # every pair once: what is cheap from one frame to the other is cheap on the way back
+    # every pair once: the way back has the transposed cost
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
     wanted = torch.zeros_like(maps)
     by_products = 1 / eps <= LARGEST_SCORE
     for some in slices(len(first), chunk_size):
         pair = first[some], second[some]
-        # for a cost of 1 - cosine: the 1 scales the whole kernel, and scaling it is what comes next
+        # the 1 in the cost 1 - cosine only scales the kernel, and the plan does not depend on its scale
         scores = (units[:, pair[0]] / eps) @ units[:, pair[1]].mT
         if by_products:
             scores.exp_()
@@ -125,7 +125,7 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
                 carried = carried @ transport_plan(scores, mu, nu, iters).mT
             wanted.index_add_(1, here, carried)
             scores = scores.mT
-        # before the next ones are there
+        # free the memory before the next ones
         del scores
     return torch.where(known, wanted, 0.0)
 

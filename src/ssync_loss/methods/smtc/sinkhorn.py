@@ -1,4 +1,4 @@
-"""Optimal transport with an entropy: rows and columns are rescaled in turn."""
+"""Optimal transport with an entropy, by rescaling rows and columns in turn."""
 
 import torch
 from torch import Tensor
@@ -13,23 +13,23 @@ _check_settings = check_by(eps=POSITIVE, iters=COUNT)
 
 @torch.no_grad()
 def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: int = 3) -> Tensor:
-    """Transport one set of weights to another at little cost: a plan, without gradient.
+    """Return a plan that transports one set of weights to another at low cost, without gradient.
 
     With ``K = exp(-cost / eps)`` and mu, nu scaled to sum 1: ``b = 1``, then ``iters`` times ``a = mu / (K b)`` and
-    ``b = nu / (K^T a)``; ``plan[n, m] = a[n] K[n, m] b[m]``. Columns sum to nu exactly, as they are scaled last; rows
-    sum to mu in the limit of many iterations. Computed in the logarithm, so that no ``eps`` underflows.
+    ``b = nu / (K^T a)``; ``plan[n, m] = a[n] K[n, m] b[m]``. Columns sum to nu exactly, as they are scaled last. Rows
+    sum to mu in the limit of many iterations. The computation uses logarithms, so a small ``eps`` does not underflow.
 
     Args:
-        cost: (B, N, M), of moving a unit from n to m.
-        mu: (B, N), what there is, above 0.
-        nu: (B, M), what is wanted, above 0.
-        eps: weight of the entropy; a small one moves everything along the cheapest ways.
-        iters: how often both sides are rescaled.
+        cost: (B, N, M), cost of moving one unit from n to m.
+        mu: (B, N), weights of the sources, above 0.
+        nu: (B, M), weights of the destinations, above 0.
+        eps: weight of the entropy; a small one uses only the cheapest ways.
+        iters: number of rescalings of both sides.
 
     Returns: (B, N, M) in float32, or float64 if one of them is.
     Source: Cuturi, NeurIPS 2013; settings of Qian et al., ICCV 2023 (arXiv:2308.09951).
-    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings; on a marginal that is not positive,
-        where it can be seen without waiting for a device.
+    Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or on a weight that is not positive, if
+        reading it waits for no device.
 
     >>> free = torch.zeros(1, 2, 2)  # nothing costs anything: the plan is mu x nu
     >>> sinkhorn(free, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))
@@ -59,14 +59,14 @@ def transport_plan(scores: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor
     for _ in range(iters - 1):
         log_b = log_nu - (scores + log_a).logsumexp(-2, keepdim=True)
         log_a = log_mu - (scores + log_b).logsumexp(-1, keepdim=True)
-    # the last scaling of the columns, whose sums are right however large the scores
+    # the last scaling of the columns as a softmax, so that their sums are right for large scores, too
     return (scores + log_a).softmax(-2) * nu.unsqueeze(-2)
 
 
 def scalings(kernel: Tensor, mu: Tensor, nu: Tensor, iters: int) -> tuple[Tensor, Tensor]:
-    """Return what scales the rows, (..., N, 1), and the columns, (..., 1, M), of a kernel that does not underflow.
+    """Return the scalings of rows, (..., N, 1), and columns, (..., 1, M), of a kernel that does not underflow.
 
-    ``a * kernel * b`` is the plan of :func:`transport_plan`, by products alone.
+    ``a * kernel * b`` is the plan of :func:`transport_plan`, computed without logarithms.
     """
     mu, nu = mu.unsqueeze(-1), nu.unsqueeze(-1)
     b = torch.ones_like(nu)

@@ -1,6 +1,6 @@
-"""How dense alignment is computed: the targets of a patch, and the mean over all patches of all windows.
+"""The computation of dense alignment: targets of every patch, and the mean over patches of all windows.
 
-Targets that are uniform over a label enter through the sum of the label's vectors: linear in the patches.
+A target that is uniform over a label is the sum of the label's vectors, in time linear in the patches.
 """
 
 import torch
@@ -25,7 +25,7 @@ def align(
     base_temperature: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """Compare all patches of a window with its anchors, or those that have neighbors with each other.
+    """Compare all patches of a window with its anchors, or with ``num_neighbors`` with each other.
 
     Only the features get a gradient.
     """
@@ -41,14 +41,14 @@ def align(
         keys = keys - center
         sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
-            # every patch is drawn to its own anchor, and as much to those of its label
+            # half the target is the patch's own anchor, half the anchors of its label
             linear = (sums / counts + keys) / 2
         else:
-            # to the others of its label; these point back at it with the same weight
+            # the other patches of its label, which have the patch as target with the same weight
             counts -= 1
             linear = (sums - keys) * _half_of(counts)
 
-        # rounded as scores are
+        # the same rounding as that of the scores
         hits = (units / temperature * linear).sum(2, keepdim=True)
 
         def wanted(some: slice, rows: slice) -> Targets:
@@ -61,7 +61,7 @@ def align(
         if with_slope:
             slope = linear * (-(1 if to_anchors else 2) / temperature)
             if not to_anchors:
-                # as for keys in all: the center in place of what lies along them
+                # replaces the center by the patch itself, which only changes the part along it
                 slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         total = soft_cross_entropy(
             units,
@@ -72,26 +72,26 @@ def align(
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        # no mean: without clips that is NaN
+        # a mean of no clips would be NaN
         scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale
         slope = through_lengths(slope, units, inverse * scale)
-        # by the windows of a clip: the number of clips may be 0
+        # the number of clips may be 0, so give the number of windows a clip
         per_clip = num_frames // group_frames
         slope = rearrange(slope, "(b k) (g h w) d -> b (k g) d h w", k=per_clip, g=group_frames, h=height)
     return known_gradient(features, total * scale, slope)
 
 
 def _neighbors(anchors: Tensor, is_labeled: Tensor, linear: Tensor, rows: slice, num_neighbors: int) -> Targets:
-    """Draw some patches to those whose anchors are nearest, if any; a patch is not among its own."""
+    """Return the targets of some patches: the other patches with the nearest anchors, and those of their label."""
     near = anchors[:, rows] @ anchors.mT
-    # ties with the last neighbor are neighbors too
+    # ties with the last neighbor are neighbors, too
     farthest = near.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
     first = rows.start or 0
     near.ge_(farthest).diagonal(first, 1, 2).zero_()
     counts = near.sum(2, keepdim=True)
-    # what is NaN among the anchors must not pass for a patch without neighbors
+    # NaN among the anchors must give NaN, not a patch without neighbors
     share = ((counts > 0).to(near) + is_labeled) / 2 + farthest * 0
     return Targets(
         share, linear, _half_of(counts), near, lambda scores: scores.diagonal(first, 1, 2).fill_(lowest(scores))
@@ -99,20 +99,20 @@ def _neighbors(anchors: Tensor, is_labeled: Tensor, linear: Tensor, rows: slice,
 
 
 def _windows(frames: Tensor, group_frames: int) -> Tensor:
-    """(B, T, D, H, W) -> (B T / g, g H W, D)."""
+    """Reshape (B, T, D, H, W) to (B T / g, g H W, D)."""
     return rearrange(frames, "b (k g) d h w -> (b k) (g h w) d", g=group_frames)
 
 
 def _half_of(counts: Tensor) -> Tensor:
-    """Return the weight of one of so many targets in half a mean, 0 where there are none."""
+    """Return the weight of each of ``counts`` targets in half a mean, 0 if there are none."""
     return (counts > 0) / (2 * counts.clamp_min(1))
 
 
 def _sums_of_labels(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every patch (w, M, D) the sum of the vectors of its label (w, M, 1), and how many they are, (w, M, 1)."""
+    """Return for every patch the sum (w, M, D) and the number (w, M, 1) of the vectors of its label (w, M, 1)."""
     labels = labels.squeeze(2).to(torch.int64).contiguous()
     ordered = labels.sort(1).values
-    # a label's name is the place of its first patch in their order
+    # rename a label to the index of its first patch in sorted order
     names = torch.searchsorted(ordered, labels).unsqueeze(2)
     counts = torch.searchsorted(ordered, labels, right=True).unsqueeze(2) - names
     names = names.expand_as(vectors)

@@ -24,24 +24,24 @@ def dense_decoder_alignment_loss(
     base_temperature: float = 0.07,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Draw what the decoder reconstructs at a patch to the anchors of the patches that the encoder groups with it.
+    """Align the decoder's features of a patch with the anchors of all patches that have its label in the encoder.
 
     Within a window of ``group_frames`` frames, M patches, with x and y the features and anchors at length 1:
     ``P_i = softmax_j(x_i y_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
-    -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself is one of its label's.
+    -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself has its label.
 
-    Time is quadratic in M; the gradient is formed in the forward. Memory is a map of M x M scores of all windows, or of
-    ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with everything and gets no
+    Time is quadratic in M. The forward forms the gradient. Memory is a map of M x M scores of all windows, or of
+    ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with all others and gets no
     gradient. No clips give exactly 0, attached to the graph.
 
     Args:
         features: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
         anchors: (B, T, D, H, W), features of the backbone.
         enc_labels: (B, T, H, W), hard labels of the encoder's map, any integers.
-        group_frames: frames of a window, which divide T; None for the whole clip. Images need 1 or None.
+        group_frames: frames of a window, a divisor of T; None for the whole clip. Images need 1 or None.
         temperature: of the softmax, above 0.
-        base_temperature: what the loss is scaled by, above 0.
-        chunk_size: rows of scores that are held at once, over all windows; None for all.
+        base_temperature: divisor of the loss, above 0.
+        chunk_size: rows of scores at a time, over all windows; None for all.
 
     Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the decoder's deblurring.
@@ -76,24 +76,23 @@ def dense_encoder_alignment_loss(
     base_temperature: float = 0.07,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Draw the encoder's features of patches together that look alike or that the decoder groups.
+    """Align the encoder's features of patches with similar anchors or with the same label in the decoder.
 
     Within a window of ``group_frames`` frames, M patches, with x the features at length 1:
     ``P_i = softmax_{j != i}(x_i x_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
     -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. Neighbors are the
-    ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, all that tie with the last
-    one included, and i itself, which is among them, taken out. A mean over nothing is 0. The rest is as in
-    :func:`dense_decoder_alignment_loss`, with two maps.
+    ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, with all ties of the last one, but
+    without i itself. A mean over nothing is 0. The rest is as in :func:`dense_decoder_alignment_loss`, with two maps.
 
     Args:
         features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.
-        anchors: (B, T, C, H, W), features of the backbone, for finding neighbors.
+        anchors: (B, T, C, H, W), features of the backbone, which decide who is a neighbor.
         dec_labels: (B, T, H, W), hard labels of the decoder's map, any integers.
         group_frames: as in :func:`dense_decoder_alignment_loss`, like the last three.
-        top_k: neighbors per frame of the window, the patch itself among them.
+        top_k: neighbors per frame of the window, with the patch itself.
         temperature: of the softmax.
-        base_temperature: what the loss is scaled by.
-        chunk_size: rows of scores that are held at once.
+        base_temperature: divisor of the loss.
+        chunk_size: rows of scores at a time.
 
     Returns: a scalar in float32, or float64 if the features or the anchors are.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), the encoder's denoising.

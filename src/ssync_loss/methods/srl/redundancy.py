@@ -1,4 +1,4 @@
-"""Slot redundancy: of slots that say the same, the least decided ones are pushed to idle."""
+"""Slot redundancy: of similar slots, those with the least decided attention are pushed to uniform attention."""
 
 from math import log
 
@@ -12,23 +12,23 @@ from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, check_by
 from ssync_loss._vectors import directions
 
-# what keeps the logarithm of an attention of 0 finite
+# keeps the logarithm of an attention of 0 finite
 EPSILON = 1e-8
 
 _check_settings = check_by(num_picked=COUNT)
 
 
 def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 5) -> Tensor:
-    """Push the redundant slots of a clip towards attending everywhere alike.
+    """Push the redundant slots of a clip toward uniform attention.
 
     ``loss = mean over picked slots of D_s`` with ``D_s = mean over frames of sum_n a_n (log(a_n + 1e-8) + log N)``,
-    the divergence of a slot's attention from 1/N. ``num_picked`` times, at most S - 1, the two most similar slots
-    (cosine, last frame) are taken among those left, and the one of them with the smaller D is picked and leaves: the
-    lower index if they are equal. A single slot, and no clips, give exactly 0, attached. Slots get no gradient.
+    the divergence of a slot's attention from 1/N. The following is repeated ``num_picked`` times, at most S - 1: of the
+    two most similar slots that are left (cosine, last frame), the one with the smaller D is picked and removed, or the
+    lower index on ties. A single slot, and no clips, give exactly 0, attached. Slots get no gradient.
 
     Args:
-        attention: (B, T, S, N) or (B, T, S, H, W), the softmax over *patches* of the attention logits, where slot
-            attention usually has one over slots; the mean over the iterations where there are several.
+        attention: (B, T, S, N) or (B, T, S, H, W), the softmax of the attention logits over *patches*, not over slots;
+            with several iterations their mean.
         slots: (B, T, S, D), of every frame.
         num_picked: slots to pick in a clip, at least 1.
 
@@ -53,7 +53,7 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
         attention = at_least_float32(attention)
         from_uniform = (attention * ((attention + EPSILON).log() + log(size["N"]))).sum(3).mean(1)
         picks = redundant_slots(from_uniform, slots[:, -1], num_picked=num_picked)
-        # what is NaN among the slots must not pass for a similarity
+        # NaN among the slots must give NaN, not a similarity
         clean = 1 + (slots.detach() * 0).sum(dtype=from_uniform.dtype)
         return clean * from_uniform.gather(1, picks).sum() / max(picks.numel(), 1)
 

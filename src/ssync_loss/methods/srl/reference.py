@@ -1,4 +1,4 @@
-"""SRL written out slowly, see :mod:`ssync_loss.methods._slow`: one window, one patch, one pair, one slot at a time.
+"""SRL in loops, see :mod:`ssync_loss.methods._slow`: one window, one patch, one pair, one slot at a time.
 
 Sources: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390); Manasyan et al., CVPR 2025 (arXiv:2412.14295; "adjacent").
 """
@@ -61,12 +61,12 @@ def reference_dense_encoder_alignment_loss(
 
 
 def reference_slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 5) -> Tensor:
-    """Pick one of the two most similar slots, again and again: attention (B, T, S, N), slots (B, T, S, D)."""
+    """Pick one of the two most similar slots, repeatedly: attention (B, T, S, N), slots (B, T, S, D)."""
     num_slots = attention.shape[2]
     picked = []
     for clip, clip_slots in zip(attention.double(), slots.detach().double(), strict=True):
         last = [unit(slot) for slot in clip_slots[-1]]
-        # of every slot and frame from 1/N
+        # divergence of every slot and frame from 1/N
         apart = (clip * ((clip + 1e-8).log() + math.log(clip.shape[2]))).sum(2)
         divergence = [mean(list(apart[:, s]), clip) for s in range(num_slots)]
         left = set(range(num_slots))
@@ -84,9 +84,9 @@ def reference_slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_pick
 def reference_temporal_slot_contrast_loss(
     slots: Tensor, *, temperature: float = 0.1, kind: str = "adjacent", negatives: str = "batch"
 ) -> Tensor:
-    """Compare every slot with those it should be told apart from."""
+    """Compare every slot with its positives and negatives."""
     num_clips, num_frames, num_slots, _ = slots.shape
-    # the name of a token says who it is and when
+    # key: clip, slot, frame
     tokens = {
         (b, s, t): unit(slots[b, t, s]) for b, t, s in product(range(num_clips), range(num_frames), range(num_slots))
     }

@@ -1,7 +1,7 @@
-"""Engines: what computes SSync. One contract (:mod:`.contract`), and one place where an engine is chosen: here.
+"""The engines that compute SSync. They share one contract (:mod:`.contract`) and are chosen here.
 
-``"torch"`` is the method as it reads, ``"cpu"`` a C library compiled at first use, ``"triton"`` CUDA kernels,
-``"reference"`` loops.
+``"torch"`` is plain torch, ``"cpu"`` a C library compiled at first use, ``"triton"`` CUDA kernels, ``"reference"``
+loops.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssync_loss._checks import check_choice
 from ssync_loss._compilers import constant
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
 from ssync_loss.ssync.engines.plain_torch import TorchEngine
@@ -28,14 +29,14 @@ ENGINES: dict[str, Engine] = {
     "reference": ReferenceEngine(),
 }
 BACKENDS = ("auto", *ENGINES)
-# what is faster than torch, by the type of a device
+# the engine that is faster than torch, by type of device
 FAST = {"cpu": "cpu", "cuda": "triton"}
 
 
 def check_backend(backend: object) -> None:
-    """Require a known name, and what can be asked of the machine before there are maps.
+    """Require a known name, and an engine that this machine has.
 
-    Raises: ValueError if the name is unknown, or the engine cannot be had here.
+    Raises: ValueError if the name is unknown, or the engine is not available.
     """
     check_choice("backend", backend, BACKENDS)
     if backend != "auto":
@@ -43,10 +44,10 @@ def check_backend(backend: object) -> None:
 
 
 def resolve(backend: Backend, *maps: Tensor) -> Engine:
-    """Return what computes for these maps.
+    """Return the engine for these maps.
 
-    ``"auto"`` takes a fast engine where it can take the maps and has agreed with torch on a small case, once a process
-    and device; torch everywhere else. What is asked for by name is not second-guessed.
+    ``"auto"`` is the fast engine if it can take the maps and :func:`is_trusted`, else torch. A named engine is not
+    tested.
 
     Raises: ValueError if the name is unknown, or the engine cannot take the maps.
 
@@ -56,20 +57,26 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     check_choice("backend", backend, BACKENDS)
     if backend != "auto":
         _require(backend, *maps)
-        return ENGINES[backend]
+        return _ready(backend)
     device = maps[0].device
     fast = FAST.get(device.type)
     if fast is not None and ENGINES[fast].missing(*maps) is None and is_trusted(fast, str(device)):
-        return ENGINES[fast]
-    return ENGINES["torch"]
+        return _ready(fast)
+    return _ready("torch")
+
+
+def _ready(name: str) -> Engine:
+    if name == "torch":
+        take_one_thread_if_forked()
+    return ENGINES[name]
 
 
 @constant
 def is_trusted(name: str, device: str) -> bool:
     """Tell whether an engine agrees with torch on a device: values, labels and gradients of a small case.
 
-    Asked once a process and device; a compiler asks while it traces, and takes the answer as a constant. While a CUDA
-    graph is captured nothing is run: an answer from before holds, and without one it is no.
+    The test runs once a process and device. A compiler runs it while it traces, and takes the answer as a constant. It
+    cannot run while a CUDA graph is captured: without an earlier answer the answer is then no.
     """
     if (name, device) not in _answers:
         if device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -1,22 +1,24 @@
-"""What an engine computes, and how a step is put together from its parts."""
+"""What an engine computes, and how both terms are put together from its parts."""
 
 from typing import Protocol
 
 from torch import Tensor
 
+from ssync_loss.ssync.labels import merge_labels
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 
 class Engine(Protocol):
-    """Computes SSync on maps that are checked, on one grid, and outside autocast. Values do not depend on it.
+    """Computes SSync outside autocast, on checked maps of one grid. Values do not depend on the engine.
 
-    A new engine is a class with these members, in a module beside this one, and an entry in ``ENGINES``.
+    A new engine is a subclass in a module beside this one, and an entry in ``ENGINES``.
     """
 
-    def missing(self, *maps: Tensor) -> str | None:
-        """Say what keeps the engine from taking maps (B, T, S, H, W), without a look at data; None: nothing does."""
+    def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (an engine may look at them)
+        """Say why the engine cannot take maps (B, T, S, H, W), without reading data; None if it can."""
+        return None
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""
@@ -32,16 +34,21 @@ class Engine(Protocol):
     ) -> Tensor:
         """Compare one map with labels on a region."""
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute labels before merging, and representatives."""
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
+        """Compute the weighted sum of both terms, with the labels ``found`` or new ones."""
+        if found is None:
+            return self.terms(maps, settings).total
+        return _teach(self, maps, settings, merge_labels(found.hard, found.representative, maps, settings)).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels; parts can be differentiated, and may share one graph."""
+        """Compute that sum with its parts and labels. The parts can be differentiated, and may share one graph."""
+        return _teach(self, maps, settings, self.pseudo_labels(maps, settings))
 
 
-def compose(engine: Engine, maps: Maps, settings: Settings) -> SSyncTerms:
-    """Compute both terms from labels and two distillations."""
-    labels = engine.pseudo_labels(maps, settings)
+def _teach(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels) -> SSyncTerms:
     boundary = one_term(engine, maps.dec, labels.enc_labels, labels.boundary, maps, settings)
     interior = one_term(engine, maps.enc, labels.dec_labels, labels.interior, maps, settings)
     total = weigh(boundary, interior, settings)
@@ -49,13 +56,13 @@ def compose(engine: Engine, maps: Maps, settings: Settings) -> SSyncTerms:
 
 
 def one_term(engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings) -> Tensor:
-    """Teach one of the maps; the loss and all of its gradient are NaN where a map holds NaN or +inf."""
+    """Compute one term; it and all of its gradient are NaN if a map holds NaN or +inf."""
     spoil = maps.spoil()
     return engine.distill(student.to(maps.dtype) * spoil, target, region, maps.slot_mask, settings) * spoil
 
 
 def weigh(boundary: Tensor, interior: Tensor, settings: Settings) -> Tensor:
-    """Add both terms with their weights; a weight of 1 costs nothing."""
+    """Return the weighted sum of both terms; a weight of 1 multiplies nothing."""
     weights = settings.boundary_weight, settings.interior_weight
     parts = [
         part if not isinstance(weight, Tensor) and weight == 1 else weight * part

@@ -1,20 +1,21 @@
-"""Engine ``"reference"``: loops over clips, frames, slots and neighbors, for checking."""
+"""Engine ``"reference"``: loops over clips, frames, slots and neighbors, for tests."""
 
+import torch
 from torch import Tensor
 
-from ssync_loss.ssync.engines.contract import compose
+from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.reference import reference_pseudo_labels, reference_selective_distillation_loss
+from ssync_loss.ssync.reference import (
+    reference_hard_labels,
+    reference_pseudo_labels,
+    reference_selective_distillation_loss,
+)
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 
-class ReferenceEngine:
-    """The slow definitions."""
-
-    def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (it takes all maps)
-        """Say that nothing is missing."""
-        return None
+class ReferenceEngine(Engine):
+    """The slow definitions of :mod:`ssync_loss.ssync.reference`."""
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives."""
@@ -53,10 +54,8 @@ class ReferenceEngine:
             reduction=reduction,
         )
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms."""
-        return self.terms(maps, settings).total
-
-    def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels."""
-        return compose(self, maps, settings)
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute labels before merging, and representatives."""
+        masks = {"valid": maps.counted, "slot_mask": maps.slot_mask}
+        hard = torch.stack([reference_hard_labels(one, **masks) for one in (maps.enc, maps.dec)])
+        return SlotLabels(hard, self.pseudo_labels(maps, settings).representative, maps.is_clean())

@@ -1,4 +1,4 @@
-"""Whether a fast engine may be trusted: it has to agree with plain torch on a small case."""
+"""Test whether a fast engine agrees with plain torch on a small case."""
 
 from threading import Thread
 
@@ -14,16 +14,16 @@ CASES = (Settings(merge_threshold=0.3), Settings(0.3, 2, 2, 1, "cross_entropy", 
 
 
 def complaint_about(engine: Engine, torch_engine: Engine, device: str) -> str | None:
-    """Say how an engine differs from torch on a device, or return None; an exception is a difference, too."""
+    """Say how an engine differs from torch on a device, or return None. An exception is a difference."""
     complaints: list[str | None] = []
 
     def ask() -> None:
         try:
             complaints.append(_compare(engine, torch_engine, device))
-        except Exception as error:  # whatever it is, torch can compute instead
+        except Exception as error:  # torch can compute instead
             complaints.append(f"{type(error).__name__}: {error}")
 
-    # a thread of its own is in none of the caller's modes: fake tensors, autocast, no gradients, torch.func
+    # a new thread has none of the caller's modes: fake tensors, autocast, no gradients, torch.func
     thread = Thread(target=ask)
     try:
         thread.start()
@@ -40,7 +40,7 @@ def _compare(engine: Engine, torch_engine: Engine, device: str) -> str | None:
             for part, right in wanted.items():
                 scale = float(right.abs().max())
                 off = float((got[part] - right).abs().max())
-                # NaN is off, too
+                # not `>`, as NaN must fail
                 if not off <= TOLERANCE * scale:
                     return f"{part} is off by {off} where {scale} is the largest, {masked=}, {settings}."
     return None
@@ -49,7 +49,7 @@ def _compare(engine: Engine, torch_engine: Engine, device: str) -> str | None:
 def _results(engine: Engine, settings: Settings, masked: bool, device: str) -> dict[str, Tensor]:
     maps = _small_maps(masked, device)
     terms, loss = engine.terms(maps, settings), engine.loss(maps, settings)
-    # the second of a gradient that is not 1
+    # the incoming gradients 1 and 2
     grads = torch.autograd.grad(loss, (maps.enc, maps.dec), retain_graph=True)
     twice = torch.autograd.grad(2 * loss, (maps.enc, maps.dec))
     values = [*terms[:5], loss, *grads, *twice, *terms.labels]
@@ -58,7 +58,7 @@ def _results(engine: Engine, settings: Settings, masked: bool, device: str) -> d
 
 
 def _small_maps(masked: bool, device: str) -> Maps:
-    """Return two clips of three blobs, two of which share a place; no comparison is close."""
+    """Return two clips of three blobs, of which two overlap; no comparison is close to a tie."""
     shape = (2, 2, 3, 5, 7)
     axes = [torch.arange(size, dtype=torch.float32, device=device) for size in shape]
     clip, frame, slot, row, column = torch.meshgrid(*axes, indexing="ij")

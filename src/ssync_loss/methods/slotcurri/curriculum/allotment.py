@@ -1,4 +1,4 @@
-"""How many clones each slot gets."""
+"""Number of children of each slot."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from ssync_loss._inputs import check_floats
 def allot_children(errors: Tensor, n_new: int) -> Tensor:
     """Allot new slots to the present ones in proportion to their errors, by largest remainders: (K,), int64.
 
-    ``a = errors * n_new / errors.sum()``; every slot gets ``floor(a)``, and what is left goes one each to the largest
-    ``a - floor(a)``, to the lower index among equals. Computed in float64. Errors that are all 0, or among them one
-    that is negative, NaN or infinite, say nothing: then the slots take turns, from the first on.
+    ``a = n_new errors / sum errors``, in float64. Every slot gets ``floor(a)``. The rest go one each to the slots with
+    the largest ``a - floor(a)``, to the lower index on ties. If all errors are 0, or one is negative, NaN or infinite,
+    the slots take turns, from the first on.
 
     Args:
         errors: (K,), of the present slots, see :func:`slot_error`.
@@ -37,5 +37,5 @@ def allot_children(errors: Tensor, n_new: int) -> Tensor:
     counts = whole + (rank < n_new - whole.sum())
     in_turn = n_new // size["K"] + (index < n_new % size["K"])
     known = total.isfinite() & (total > 0) & (errors >= 0).all()
-    # a NaN is no integer: it must be gone before it becomes one
+    # NaN must be replaced before the conversion to integers
     return torch.where(known, counts, in_turn.double()).to(torch.int64)

@@ -1,4 +1,4 @@
-"""Where the clones of a slot are placed."""
+"""Places of the children of a slot."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -31,24 +31,25 @@ def spawn_children(
     min_radius: float = 1e-3,
     unborn: Tensor | None = None,
 ) -> Tensor:
-    """Clone slots, and set every clone a little apart from its parent.
+    """Place children of slots near their parents.
 
     ``child = s_i + r_i * v`` with v uniform on the unit sphere, one per child, and
-    ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``, where j is the slot most similar to i (cosine) and
-    m the mean length of the slots, plus 1e-8. A slot without another one uses ``|s_i|`` in place of the distance.
+    ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``. Slot j is the most similar to i (cosine), and m is
+    the mean length of the slots plus 1e-8. A single slot uses ``|s_i|`` as the distance.
 
-    The public code has ``neighbors="all"``, where a parent's children replace unborn slots before the next parent is
-    looked at, and ``min_radius=0``, where a twin has a clone equal to itself. The counts are read on the host.
+    The public code has ``neighbors="all"``, where the children of a parent replace unborn slots before the next parent
+    has children, and ``min_radius=0``, where two equal slots have children equal to themselves. The counts are read on
+    the host.
 
     Args:
         slots_active: (K, D), the present slots.
-        counts: (K,), children of each, integers of at least 0, see :func:`allot_children`.
+        counts: (K,), number of children of each, integers of at least 0, see :func:`allot_children`.
         beta: jitter, at least 0.
         generator: of the directions; None for torch's own.
-        neighbors: where j is looked for, among the present slots, as the paper says (``"active"``), or with those yet
-            unborn, which are nearest most of the time (``"all"``).
+        neighbors: candidates for j: the present slots, as in the paper (``"active"``), or also the unborn ones, which
+            are mostly the nearest (``"all"``).
         min_radius: least radius, in units of the mean length, at least 0.
-        unborn: (U, D), placeholders that are not in use yet, in their order; needed with ``neighbors="all"``.
+        unborn: (U, D), placeholders that are not in use yet, in order; needed with ``neighbors="all"``.
 
     Returns: (n_new, D) in the slots' dtype, the children of slot 0, then those of slot 1, ...
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the initialization of new slots.
@@ -95,7 +96,7 @@ def place_children(
     min_radius: float,
     unborn: Tensor | None,
 ) -> Tensor:
-    """Place one child along each direction (n_new, D), as :func:`spawn_children` does along its own.
+    """Place one child along each direction (n_new, D), as :func:`spawn_children` does along random ones.
 
     >>> slots, counts = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1, 0])
     >>> up = torch.tensor([[0.0, 1.0]])
@@ -113,20 +114,20 @@ def place_children(
             some = slice(first, first + count)
             children[some] = rows[parent] + _radii(rows, nearest, beta, min_radius)[parent] * directions[some]
             if neighbors == "all":
-                # these are among the placeholders that the next parent sees
+                # the next parent sees them among the placeholders
                 rows[num_parents:][some] = children[some]
             first += count
     return children.to(slots_active.dtype)
 
 
 def _most_similar(rows: Tensor) -> Tensor:
-    """Return the index of the row most similar to each, which is its own where there is no other."""
+    """Return the index of the row most similar to each; a single row has its own."""
     units, _ = directions(rows)
     return (units @ units.mT).fill_diagonal_(float("-inf")).argmax(1)
 
 
 def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Tensor:
-    """Return how far from each row its children lie."""
+    """Return the distance of children from each row."""
     length = _length(rows)
     distance = _length(rows - rows[nearest]) if len(rows) > 1 else length
     # a sum of lengths may overflow

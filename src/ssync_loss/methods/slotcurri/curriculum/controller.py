@@ -1,4 +1,4 @@
-"""The curriculum as a module: it watches errors before a milestone, and adds slots at it."""
+"""The curriculum as a module: it averages errors before a milestone, and adds slots at it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from ssync_loss.methods.slotcurri.curriculum.moments import hold_rows, inherit_m
 
 
 class SlotCurriculum(nn.Module):
-    """Train with few slots first, and clone at milestones those that reconstruct worst.
+    """Train with few slots first, and at milestones add children of those with the largest error.
 
-    The model needs learned placeholders, a parameter with a row per slot, and modules that take any number of slots.
-    In a training loop::
+    The model needs learned placeholders (a parameter with a row per slot) and modules for any number of slots. In a
+    training loop::
 
         curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
         for step in range(max_steps):
@@ -30,21 +30,21 @@ class SlotCurriculum(nn.Module):
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
 
-    Only ``take`` may be compiled. The rows are written after the milestone's own step, which is the last with the old
-    budget. A milestone that a resumed training has gone past is made up for. With a process group the errors are
-    averaged over all ranks and all get the newborn rows of the first: all ranks must call both methods at the same
-    steps, and load the checkpoint, as state is in buffers. A batch whose errors are NaN or infinite is left out;
-    ``num_left_out`` counts these, and is not saved. Where nothing is left, slots take turns. A teacher of the model
-    begins anew where ``maybe_expand`` returns True, by ``teacher.model.load_state_dict(model.state_dict())``.
+    Only ``take`` may be compiled. The rows are written after the milestone's own step, the last with the old number of
+    slots. A resumed training makes up for a missed milestone. With a process group the errors are averaged over all
+    ranks, and all get the newborn rows of the first. All ranks must call both methods at the same steps, and load the
+    checkpoint, as the state is in buffers. A batch with NaN or infinite errors is left out; ``num_left_out`` counts
+    these, and is not saved. If no batch remains, slots take turns. If ``maybe_expand`` returns True, reset a teacher of
+    the model with ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
-        budgets: slots of each stage, which grow, see :func:`slot_schedule`.
-        milestones: the steps after which slots are added, one fewer, see :func:`milestones`. They never fall: of stages
-            that begin at the same step the last one does. More than needed are dropped from the end.
-        beta: jitter of the clones, see :func:`spawn_children`.
+        budgets: growing numbers of slots, one per stage, see :func:`slot_schedule`.
+        milestones: the steps after which slots are added, one fewer, in order, see :func:`milestones`. Of stages that
+            begin at the same step only the last counts. Surplus milestones are ignored.
+        beta: jitter of children, see :func:`spawn_children`.
         neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
-        min_radius: least radius of a clone, in units of the mean length; 0 as published.
-        window: steps before a milestone whose errors are averaged; published is one.
+        min_radius: least distance of a child, in units of the mean length; published: 0.
+        window: number of steps before a milestone whose errors are averaged; published: 1.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
     Raises: TypeError, ValueError on wrong settings.
@@ -89,7 +89,7 @@ class SlotCurriculum(nn.Module):
             )
         check_placement(beta=beta, neighbors=neighbors, min_radius=min_radius)
         check_int("window", window, 1)
-        # of equal steps the later stage overwrites the earlier one
+        # a later stage at the same step replaces the earlier one
         stages = dict(zip(milestones, budgets[1:], strict=False))
         self.budgets, self.milestones, self.window = (budgets[0], *stages.values()), tuple(stages), window
         self.beta, self.min_radius = beta, min_radius
@@ -100,19 +100,19 @@ class SlotCurriculum(nn.Module):
                 self.register_buffer(name, torch.zeros((), dtype=torch.int64))
             self.register_buffer("errors", torch.zeros(self.budgets[-1]))
             self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
-        # the same as numbers, so that no step waits for a device
+        # copies of the buffers on the host, so that no step waits for a device
         self._stage = self._num_observed = 0
         nn.Module.register_load_state_dict_post_hook(self, _read_buffers)
 
     def n_active(self, step: int | None = None) -> int:
-        """Return the number of slots in use: now, or by the schedule in a step counted from 0."""
+        """Return the number of slots in use: now, or in a step of the schedule, counted from 0."""
         if step is None:
             return self.budgets[self._stage]
         check_int("step", step, 0)
         return self.budgets[sum(step > one for one in self.milestones)]
 
     def take(self, slots: Tensor) -> Tensor:
-        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D); no fewer."""
+        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D)."""
         check_tensor("slots", slots)
         if slots.ndim < 2 or slots.shape[-2] < self.n_active():
             raise ValueError(f"`slots` must have shape (..., S >= {self.n_active()}, D); got {tuple(slots.shape)}.")
@@ -121,10 +121,10 @@ class SlotCurriculum(nn.Module):
     def observe(
         self, recon: Tensor, target: Tensor, masks: Tensor, step: int, *, group: dist.ProcessGroup | None = None
     ) -> None:
-        """Take down the :func:`slot_error` of the slots in use, if a milestone is near; else nothing is done.
+        """Record the :func:`slot_error` of the slots in use if a milestone is near, else do nothing.
 
-        The step of the training is counted from 0; no group is the default one. What an activation checkpoint computes
-        again is not taken down again.
+        The step of the training is counted from 0; ``group=None`` is the default group. A call that an activation
+        checkpoint repeats is not recorded again.
 
         Raises: TypeError on a wrong dtype; ValueError on wrong shapes, as masks of another number of slots;
             RuntimeError if the buffers were written over, rather than loaded.
@@ -138,7 +138,7 @@ class SlotCurriculum(nn.Module):
         known = error.float().isfinite().all()
         error = torch.where(known, error, 0.0)
         if _has_ranks():
-            # all patches of all ranks count alike
+            # all patches of all ranks have the same weight
             weight = known * recon[:, :, 0].numel()
             sums = torch.cat([error * weight, weight.to(error).view(1)])
             dist.all_reduce(sums, group=group)
@@ -157,14 +157,14 @@ class SlotCurriculum(nn.Module):
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> bool:
-        """Write newborn rows into the placeholders if a milestone is reached, and tell whether it was.
+        """Write newborn rows into the placeholders if a milestone is reached, and tell whether it is.
 
-        To be called in every step, after ``optimizer.step()``. One stage at a time is made up for.
+        Call it in every step, after ``optimizer.step()``. A call makes up for at most one missed stage.
 
         Args:
-            slots_param: the placeholders (K_max, D) or (1, K_max, D), no fewer than the last budget; written in place.
+            slots_param: the placeholders (K_max, D) or (1, K_max, D), at least the last budget; written in place.
             step: as in :meth:`observe`.
-            optimizer: whose moments newborn rows inherit, see :func:`inherit_moments`; None as published.
+            optimizer: if given, newborn rows inherit its moments, see :func:`inherit_moments`; published: None.
             generator: of the jitter; None for torch's own.
             group: as in :meth:`observe`.
 
@@ -215,9 +215,9 @@ class SlotCurriculum(nn.Module):
     def hold_unborn(self, slots_param: nn.Parameter, optimizer: Optimizer) -> None:
         """Keep the optimizer from changing placeholders that are not in use, from now on.
 
-        Weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing ever reads them, and this is
-        not needed. A checkpoint does not remember it: a training that goes on calls it again. Takes and raises the same
-        as :meth:`maybe_expand`.
+        Weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing reads them, and this is not
+        needed. Checkpoints do not save it: a resumed training calls it again. Arguments and errors are as in
+        :meth:`maybe_expand`.
         """
         self._check_placeholders(slots_param)
         hold_rows(optimizer, slots_param, self.n_active)
@@ -233,7 +233,7 @@ class SlotCurriculum(nn.Module):
         milestone = self.milestones[self._stage]
         if step < milestone or self._num_observed > 0:
             return milestone - self.window <= step < milestone
-        # late, perhaps as the first rank alone has loaded a checkpoint, and its buffers were copied to the others
+        # a missed milestone may mean that only the first rank loaded the checkpoint, and DDP copied its buffers
         known, written = (self._stage, self._num_observed), (int(self.stage), int(self.num_observed))
         if known != written:
             raise RuntimeError(
@@ -263,7 +263,7 @@ def _has_ranks() -> bool:
 
 
 def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch passes it)
-    """Make the numbers those of the buffers that were loaded."""
+    """Copy the loaded buffers to the host."""
     stage = int(curriculum.stage)
     check_int("stage", stage, 0, len(curriculum.milestones))
     curriculum._stage, curriculum._num_observed = stage, int(curriculum.num_observed)

@@ -1,4 +1,4 @@
-"""Which slot is to blame for what is reconstructed badly."""
+"""The reconstruction error of each slot."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._inputs import check_floats, widest
 
-# channels that are compared at once
+# channels at a time
 CHANNELS = 64
 
 
 @torch.no_grad()
 def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
-    """Divide the mean squared error of a reconstruction among the slots that made it.
+    """Divide the mean squared error of a reconstruction among its slots.
 
     ``e_k = mean over patches of a_k * l`` with a the masks and ``l = mean over channels of (recon - target)^2``. As the
     masks of a patch sum to 1, the errors sum to the mean squared error. No clips give zeros.
@@ -39,6 +39,6 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
         error = torch.zeros(*recon.shape[:2], *recon.shape[3:], dtype=dtype, device=recon.device)
         for one, other in zip(recon.split(CHANNELS, 2), target.split(CHANNELS, 2), strict=True):
             error += (at_least_float32(one) - at_least_float32(other)).square_().sum(2)
-        # as a product of matrices, no map of all slots is made
+        # a product of matrices makes no map of all slots
         shares = masks.to(dtype).flatten(3) @ error.flatten(2).unsqueeze(3)
         return shares.sum((0, 1, 3)) / max(recon.numel(), 1)

@@ -1,4 +1,4 @@
-"""What an optimizer knows of rows that are born during training, and what it does to those that are not yet."""
+"""An optimizer's state of newborn rows, and its updates of unborn ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ from ssync_loss._checks import as_index, check_type
 def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Tensor, first: int) -> None:
     """Give newborn rows of a parameter the optimizer's moments of their parents.
 
-    Adam's moments of an unborn row are 0 while their bias correction has long come to an end: the first steps of a
-    newborn row are several times too long and undo its jitter. All state in the shape of the parameter is inherited.
+    Adam's moments of an unborn row are 0, but their bias correction has ended. The first steps of a newborn row would
+    be several times too long and undo its jitter. All state in the shape of the parameter is inherited.
 
     Args:
         optimizer: holds the parameter.
@@ -41,12 +41,12 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
 def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[], int]) -> None:
     """Keep an optimizer from changing the rows of a parameter from ``first()`` on.
 
-    Weight decay shrinks them without a gradient. Around every step they are put back, and their moments are 0.
+    Weight decay shrinks them without a gradient. Hooks of every step restore them, and set their moments to 0.
 
     Args:
         optimizer: holds the parameter.
         slots_param: the placeholders.
-        first: asked at every step for the first row to hold.
+        first: returns the first row to hold, at every step.
 
     Raises: TypeError if that is no optimizer; ValueError if it does not hold the parameter.
 
@@ -81,10 +81,10 @@ def rows_of(slots: Tensor) -> Tensor:
 
 
 def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]:
-    """Return what the optimizer keeps of every row."""
+    """Return the optimizer's state of every row."""
     check_type("optimizer", optimizer, Optimizer)
     if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
         raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
-    # no lookup by item: that would make a state
+    # a lookup by item would create a state
     known = optimizer.state.get(slots_param, {}).values()
     return [rows_of(one) for one in known if isinstance(one, Tensor) and one.shape == slots_param.shape]

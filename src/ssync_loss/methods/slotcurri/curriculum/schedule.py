@@ -1,4 +1,4 @@
-"""How many slots there are, and when more come."""
+"""The numbers of slots, and the steps at which they grow."""
 
 from ssync_loss._checks import check_int, check_number
 
@@ -6,15 +6,15 @@ from ssync_loss._checks import check_int, check_number
 def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float | None = None) -> list[int]:
     """List the slot budgets of the stages of a curriculum.
 
-    Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``, and a
-    stage that adds nothing is left out. With it, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, the
-    paper's rule, and the last must have ``total``. For 7, 11 and 15 slots, sigma 1, 3 and 5, both are published.
+    Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``, without
+    stages that add nothing. With it, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, the paper's rule,
+    and the last must have ``total``. Both give the published budgets for 7, 11 and 15 slots, with sigma 1, 3 and 5.
 
     Args:
         total: slots of the last stage, at least ``start``.
-        stages: their number, 2 or 3; with ``sigma`` also more.
+        stages: number of stages, 2 or 3; with ``sigma`` also more.
         start: slots of the first stage, at least 1.
-        sigma: how fast the budgets grow.
+        sigma: linear growth of the budgets.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum: K(m) and sigma, M stages.
     Raises: TypeError on a wrong type, ValueError if no such budgets exist.

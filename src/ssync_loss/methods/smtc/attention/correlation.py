@@ -1,4 +1,4 @@
-"""Features that know where their patch came from: a projected correlation with the frame before."""
+"""Features with their correlation with the frame before."""
 
 from math import isqrt
 
@@ -15,16 +15,16 @@ class CorrelationFusion(nn.Module):
     """Add to the features of a frame a linear map of their correlation with the frame before.
 
     With K_t the features (C, N) of frame t and K'_t those of the frame before, resized to ``n_ref`` cells:
-    ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The frame before the first is the last; an image is its
-    own. Computed as ``(W K'_t^T) K_t``, in C^2 (n_ref + N) operations, in float32 or wider, autocast or not. For slot
-    attention; :func:`ssync_loss.functional.semantic_consistency_loss` takes the features before the fusion.
+    ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The frame before the first is the last; an image is its own.
+    The order ``(W K'_t^T) K_t`` takes C^2 (n_ref + N) operations, in float32 or float64, without autocast. The result
+    is for slot attention; :func:`ssync_loss.functional.semantic_consistency_loss` takes the features before the fusion.
 
-    ``forward(keys)``, (B, T, C, H, W) to the same, in the same type.
+    ``forward(keys)`` keeps shape (B, T, C, H, W) and type.
 
     Args:
         dim: C.
-        n_ref: the grid (h, w), such as that of training, to which the frame before is resized, bilinearly; a number
-            stands for a square grid of so many cells.
+        n_ref: the grid (h, w) to which the frame before is resized (bilinear), such as that of training, or the number
+            of cells of a square grid.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), fusion of features and correlation.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes, or a number of cells that is no square.

@@ -1,4 +1,4 @@
-"""Slot attention twice with one set of weights: first semantics, then the instances inside each."""
+"""Slot attention in two stages with the same weights: semantics, then the instances inside each."""
 
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -15,19 +15,19 @@ from ssync_loss._vectors import directions
 Gate: TypeAlias = Literal["soft", "prob", "logit"]
 GATES = get_args(Gate)
 
-# what every slot attends to every patch with, at least
+# least attention of every slot to every patch
 EPSILON = 1e-8
-# attention that sums to less is no attention; its inverse has room for a gradient in float32
+# least sum of attention over patches; the gradient of its inverse fits into float32
 LEAST_ATTENTION = 1e-30
 
 
 class SemanticSlots(NamedTuple):
-    """What two stages of slot attention found in each frame.
+    """The result of two stages of slot attention for each frame.
 
     Attributes:
         slots: (B, T, S, D), the semantics.
         logits: (B, T, S, H, W), their masks before the softmax over S.
-        instances: (B, T, S, P, D), what was found inside each semantic.
+        instances: (B, T, S, P, D), the instances inside each semantic.
         instance_logits: (B, T, S, P, H, W), their masks before the softmax over P.
     """
 
@@ -37,7 +37,7 @@ class SemanticSlots(NamedTuple):
     instance_logits: Tensor
 
     def masks(self) -> Tensor:
-        """Return how far every patch belongs to every instance, (B, T, S, P, H, W), 1 in sum over S and P."""
+        """Return the share of every instance in every patch, (B, T, S, P, H, W), with sum 1 over S and P."""
         return self.logits.softmax(2).unsqueeze(3) * self.instance_logits.softmax(3)
 
     def scores(self) -> Tensor:
@@ -51,16 +51,16 @@ class SemanticAwareSlotAttention(nn.Module):
 
     A step from slots s to features F, without positions or a recurrent unit: ``q = W_q LN(s)``,
     ``Z = q (W_k LN(F))^T / sqrt(D)``, ``A = (softmax of Z over the competing slots + 1e-8) G``,
-    ``s = s + (A / sum of A over patches) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` of them with
-    the same weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic
-    and frame, which compete within their semantic, G being its mask in stage 1. Only the last step gets a gradient,
-    which is passed on to where the slots started.
+    ``s = s + (A / sum_patches A) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` steps with the same
+    weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic and frame,
+    which compete within their semantic; G is its mask in stage 1. Only the last step has a gradient, which also reaches
+    the initial slots.
 
-    The same semantic has the same index in all frames and clips; frames do not see each other. Computed in float32 or
-    wider, apart from layers that are held in a half.
+    A semantic has the same index in all frames and clips; frames do not see each other. The computation is in float32
+    or float64, except for layers in half precision.
 
-    ``forward(features, noise=None, *, iters=None)``: features (B, T, D, H, W) and xi (B, T, S, P, D), drawn afresh
-    without noise, to :class:`SemanticSlots`.
+    ``forward(features, noise=None, *, iters=None)`` takes features (B, T, D, H, W) and xi (B, T, S, P, D), which is
+    drawn if None, and returns :class:`SemanticSlots`.
 
     Args:
         dim: D.
@@ -69,10 +69,10 @@ class SemanticAwareSlotAttention(nn.Module):
         iters: steps of each stage. Published: 3 in training, 5 (in ``forward``) in evaluation.
         hidden: width of the MLP; None for max(D, 128).
         gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
-            it exceeds ``gate_thr``. ``"logit"``: whether its *logit* does, as in the authors' later code. The last two
-            have no gradient.
+            the probability exceeds ``gate_thr``. ``"logit"``: whether the *logit* does, as in the authors' later code.
+            The last two have no gradient.
         gate_thr: see ``gate``.
-        reparam: whether the draws pass gradients to mu and sigma; in the authors' code they do not.
+        reparam: whether mu and sigma get gradients through the draws; in the authors' code they do not.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), semantic-aware masked slot attention.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
@@ -119,7 +119,7 @@ class SemanticAwareSlotAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor, noise: Tensor | None = None, *, iters: int | None = None) -> SemanticSlots:
-        """Return what was found; ``iters`` are those of this call."""
+        """Return semantics and instances; ``iters`` replaces the setting in this call."""
         iters = self.iters if iters is None else iters
         check_int("iters", iters, 1)
         size = check_floats("features", features, "B T D H W", {"D": self.dim}, filled="T H W", mu=self.mu)
@@ -128,7 +128,7 @@ class SemanticAwareSlotAttention(nn.Module):
         if noise is None:
             noise = torch.randn(*wanted.values(), dtype=mu.dtype, device=mu.device)
         check_floats("noise", noise, "B T S P D", wanted, features=features)
-        # autocast would keep the weights it cast for the steps without gradient, and there would be none
+        # autocast would cache its casts of weights from the steps without gradient, and the last step would have none
         with no_autocast(features):
             frames = self.norm_features(rearrange(savable(features), "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
             keys, values = at_least_float32(self.to_k(frames)), at_least_float32(self.to_v(frames))
@@ -147,7 +147,7 @@ class SemanticAwareSlotAttention(nn.Module):
         )
 
     def _gate(self, logits: Tensor) -> Tensor:
-        """Turn logits (M, 1, S, N) into what each semantic lets through, (M, S, 1, N)."""
+        """Turn logits (M, 1, S, N) into the gate of each semantic, (M, S, 1, N)."""
         logits = logits.transpose(1, 2)
         gate = logits if self.gate == "logit" else logits.softmax(1)
         return gate if self.gate == "soft" else (gate > self.gate_thr).to(gate.dtype)
@@ -160,7 +160,7 @@ class SemanticAwareSlotAttention(nn.Module):
         with torch.no_grad():
             for _ in range(iters - 1):
                 slots, _ = self._step(slots, keys, values, gate)
-        # their value, with the gradient of where they started
+        # the value of the slots, with the gradient of the initial ones
         return self._step(slots.detach() + (start - start.detach()), keys, values, gate)
 
     def _step(self, slots: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ class SemanticAwareSlotAttention(nn.Module):
         if gate is not None:
             attention = attention * gate
         total = attention.sum(3, keepdim=True)
-        # a hard gate may let nothing through, as in the authors' code; a soft one only where it underflows
+        # a hard gate may be 0 everywhere, as in the authors' code; a soft one only if it underflows
         hard = gate is not None and self.gate != "soft"
         attention = attention / (total + EPSILON if hard else total.clamp_min(LEAST_ATTENTION))
         slots = slots + (attention.flatten(1, 2) @ values).unflatten(1, slots.shape[1:3])

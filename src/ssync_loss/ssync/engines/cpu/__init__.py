@@ -1,26 +1,26 @@
-"""Engine ``"cpu"``: the method as one C file, compiled at first use and called on data pointers."""
+"""Engine ``"cpu"``: one C file, compiled at first use."""
 
 import warnings
 
 from torch import Tensor
 
 from ssync_loss._compilers import constant
-from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.contract import Engine, weigh
 from ssync_loss.ssync.engines.cpu import operators
 from ssync_loss.ssync.engines.cpu.calls import KINDS, MAX_SLOTS
 from ssync_loss.ssync.engines.cpu.library import BrokenError, UnavailableError, load
 from ssync_loss.ssync.maps import Maps
-from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.settings import Settings
+from ssync_loss.ssync.types import SlotLabels, SSyncTerms
 
 __all__ = ["CpuEngine"]
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """The C library; :mod:`.operators` makes its functions operators of torch."""
 
     def missing(self, *maps: Tensor) -> str | None:
-        """Say what keeps the library from taking maps."""
+        """Say why the library cannot take the maps."""
         for one in maps:
             if one.device.type != "cpu":
                 return f"CPU tensors; got {one.device.type}"
@@ -30,41 +30,29 @@ class CpuEngine:
                 return f"S <= {MAX_SLOTS}; got S={one.shape[2]}"
         return missing_library()
 
-    def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
-        """Compute labels, regions and representatives."""
-        return operators.pseudo_labels(maps, settings)
+    pseudo_labels = staticmethod(operators.pseudo_labels)
+    distill = staticmethod(operators.distill)
+    slot_labels = staticmethod(operators.find_slots)
 
-    def distill(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        region: Tensor,
-        slot_mask: Tensor | None,
-        settings: Settings,
-        reduction: Reduction = "mean",
-    ) -> Tensor:
-        """Compare one map with labels on a region."""
-        return operators.distill(logits, target, region, slot_mask, settings, reduction)
-
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
-        """Compute the weighted sum of both terms; the weights are in the gradients that the forward writes."""
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
+        """Compute the weighted sum of both terms; the library multiplies by the weights."""
         weights = settings.boundary_weight, settings.interior_weight
-        # the gradient of a weight is the term itself
+        # the gradient of a weight needs both terms
         learned = any(isinstance(one, Tensor) and one.requires_grad for one in weights)
-        boundary, interior, _ = operators.step(maps, settings, summed=not learned)
+        boundary, interior, _ = operators.step(maps, settings, found, summed=not learned)
         return weigh(boundary, interior, settings) if learned else boundary
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels."""
         boundary, interior, counts = operators.step(maps, settings, summed=False)
-        labels = operators.pseudo_labels(maps, settings)
+        labels = self.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
         return SSyncTerms(weigh(boundary, interior, settings), boundary, interior, num_boundary, num_interior, labels)
 
 
 @constant
 def missing_library() -> str | None:
-    """Say why there is no library, or return None: asked once a process. What is broken is warned about once."""
+    """Say why there is no library, or return None; found out once a process. Warn of a broken compiler."""
     if not _reasons:
         try:
             load()
@@ -80,5 +68,5 @@ def missing_library() -> str | None:
     return _reasons[0]
 
 
-# the answer, once there is one
+# empty, or the one answer
 _reasons: list[str | None] = []

@@ -1,4 +1,4 @@
-"""Call the C functions of `engine.c` on tensors: only pointers, shapes and strides travel."""
+"""Call the C functions of `engine.c` on tensors: pass pointers, shapes and strides."""
 
 import ctypes
 from ctypes import Structure, c_double, c_int64, c_void_p
@@ -13,6 +13,9 @@ from ssync_loss.ssync.engines.cpu.team import address_of_team
 MAX_SLOTS = 64
 KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+# fields of `Call` that are settings
+INTEGERS = ("min_different", "min_same", "max_different", "cross_entropy")
+NUMBERS = ("label_smoothing", "temperature")
 
 
 class _Tensor(Structure):
@@ -27,13 +30,15 @@ class _Call(Structure):
         ("team", c_void_p),
         *((name, _Tensor) for name in ("enc", "dec", "valid")),
         *((name, c_void_p) for name in ("slot_mask", "clean", "knobs")),
-        *((name, c_int64) for name in ("min_different", "min_same", "max_different", "cross_entropy")),
-        *((name, c_double) for name in ("label_smoothing", "temperature")),
+        *((name, c_int64) for name in INTEGERS),
+        *((name, c_double) for name in NUMBERS),
         *((name, _Tensor) for name in ("target", "region")),
         *((name, c_void_p) for name in ("boundary_mean", "interior_mean", "values", "counts", "grad_enc", "grad_dec")),
         *((name, c_void_p) for name in ("enc_labels", "dec_labels", "representative", "boundary", "interior")),
+        *((name, c_void_p) for name in ("hard", "names", "found_clean")),
         *((name, c_int64) for name in ("reduction", "kind")),
         *((name, c_void_p) for name in ("targets", "sums", "selected", "dirty")),
+        ("given", c_int64),
         ("scales", c_double * 2),
     )
 
@@ -46,11 +51,11 @@ def call(
     Args:
         function: its name, without the type.
         shape: (B, T, S, H, W).
-        dtype: what is computed in.
+        dtype: the type of the computation.
         strided: fields of the call that are tensors with any strides.
-        **fields: all other fields; of a contiguous tensor the call gets the address.
+        **fields: all other fields; a contiguous tensor is passed as its address.
 
-    Raises: MemoryError if there is no memory for what the function works with.
+    Raises: MemoryError if the function finds no memory.
     """
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value

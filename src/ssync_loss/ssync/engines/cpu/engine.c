@@ -1,16 +1,16 @@
 /* SSync on a CPU: hard labels, merged slots, regions, and both losses with their gradients.
 
-   Moon & Heo, ECCV 2026 (arXiv:2606.15527). The steps stand in the order of the method:
+   Moon & Heo, ECCV 2026 (arXiv:2606.15527). The steps of the method:
 
      1. hard labels of both maps, and the mean of every encoder slot       hard_labels, add_slots
-     2. overlap of slots, from bit planes of where they are active          count_overlap
+     2. overlap of slots, from one bit a patch: is the slot active?         count_overlap
      3. merging by union-find; the largest member represents its group      merge_slots
      4. differing neighbors, the boundary and the interior                  select_region
      5. distillation: softmax, loss and gradient in one pass                teach_frame
 
    Maps are (B, T, S, H, W) with any strides. The file includes itself twice, for float and for double. A task is a
-   clip (steps 1 to 4) or a frame (step 5). Every task writes to a place of its own, and one thread adds the places up
-   in order: the bits do not depend on the number of threads. */
+   clip (steps 1 to 4) or a frame (step 5). Every task writes its own result, and one thread adds the results up in
+   order, so the number of threads does not change a bit. */
 
 #ifndef REAL
 
@@ -46,29 +46,33 @@ typedef void Team(void (*function)(void *), void *data, unsigned num_threads, un
 typedef struct {
     int64_t num_clips, num_frames, num_slots, height, width, num_threads;
     Team *team;                 /* NULL, as in a forked child: threads are started for this call, and end with it */
-    Tensor enc, dec, valid;     /* of one map alone: `enc` */
+    Tensor enc, dec, valid;     /* one map alone is `enc` */
     const uint8_t *slot_mask;   /* (B, S), or NULL */
     const uint8_t *clean;       /* one bool, or NULL */
     const double *knobs;        /* merge threshold, weight of the boundary term, weight of the interior term */
     int64_t min_different, min_same, max_different;
     int64_t cross_entropy;
     double label_smoothing, temperature;
-    Tensor target, region;      /* of one map alone: int64 and bool */
-    void *boundary_mean;        /* weighted; NULL if labels alone are wanted */
-    void *interior_mean;        /* weighted; NULL if the first is to be the sum of both */
-    void *values;               /* of one map alone: the loss, or that of every patch */
+    Tensor target, region;      /* one map alone: int64 and bool */
+    void *boundary_mean;        /* weighted; NULL if only labels are wanted */
+    void *interior_mean;        /* weighted; NULL if `boundary_mean` is the sum of both */
+    void *values;               /* one map alone: the loss, or the value of every patch */
     int64_t *counts;            /* selected patches of both regions */
-    void *grad_enc, *grad_dec;  /* contiguous, NULL where they are not wanted */
-    int64_t *enc_labels, *dec_labels, *representative;
+    void *grad_enc, *grad_dec;  /* contiguous; NULL where not wanted */
+    int64_t *enc_labels, *dec_labels, *representative; /* merged; NULL where not wanted */
     uint8_t *boundary, *interior;
-    int64_t reduction;          /* of one map alone: 0 every patch, 1 sum, 2 mean */
-    int64_t kind;               /* of a scaled gradient */
-    /* set up by the call */
-    int8_t *targets;            /* two planes (B, T, N): of the decoder's map, of the encoder's */
-    double *sums;               /* of the errors of every frame, of both maps */
-    int64_t *selected;          /* patches of every clip, of both regions */
-    uint8_t *dirty;             /* clips with NaN or +inf */
-    double scales[2];
+    int8_t *hard;               /* two planes (B, T, N): labels before merging, -1 at invalid patches */
+    int8_t *names;              /* (B, S): representatives */
+    uint8_t *found_clean;       /* one bool: no map holds NaN or +inf */
+    int64_t reduction;          /* one map alone: 0 every patch, 1 sum, 2 mean */
+    int64_t kind;               /* type of a scaled gradient */
+    /* the rest is working memory of a call */
+    int8_t *targets;            /* two planes (B, T, N): for the decoder's map, for the encoder's */
+    double *sums;               /* error of every frame, of both maps */
+    int64_t *selected;          /* number of patches of every clip, in both regions */
+    uint8_t *dirty;             /* 1 for a clip with NaN or +inf */
+    int64_t given;              /* 1 if `hard` and `names` are inputs */
+    double scales[2];           /* factors of both gradients */
 } Call;
 
 typedef int Task(const Call *call, int64_t task, void *scratch);
@@ -143,7 +147,7 @@ static uint16_t to_half(float value) {
     uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return sign | 0x7e00;
     if (magnitude >= 0x477ff000) return sign | 0x7c00;
-    /* below the smallest normal half, an addition rounds to its multiples */
+    /* below the smallest normal half, adding 0.5f rounds to a multiple of the smallest half */
     if (magnitude < 0x38800000) return sign | (uint16_t)(as_bits(as_float(magnitude) + 0.5f) - 0x3f000000);
     return sign | (uint16_t)((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
@@ -156,12 +160,12 @@ static uint16_t to_bfloat(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The place of clip b and frame t. */
+/* The offset of frame t of clip b. */
 static int64_t frame_offset(const Tensor *tensor, int64_t b, int64_t t) {
     return b * tensor->strides[0] + t * tensor->strides[1];
 }
 
-/* Which patches of a frame count, one byte each: all, where nothing is said. */
+/* Reads the mask of a frame, one byte a patch; without a mask all patches count. */
 static void read_bytes(const Call *call, const Tensor *tensor, int64_t b, int64_t t, uint8_t *bytes) {
     if (!tensor->data) {
         memset(bytes, 1, call->height * call->width);
@@ -173,7 +177,7 @@ static void read_bytes(const Call *call, const Tensor *tensor, int64_t b, int64_
             *bytes++ = first[h * tensor->strides[3] + w * tensor->strides[4]] != 0;
 }
 
-/* The present slots of a clip. */
+/* Lists the present slots of a clip; returns their number. */
 static int list_slots(const Call *call, int64_t b, int *slots) {
     int number = 0;
     for (int s = 0; s < call->num_slots; s++)
@@ -200,8 +204,8 @@ static void merge_slots(int num_slots, const double *overlap, double threshold, 
     for (int s = 0; s < num_slots; s++) name[s] = (int8_t)largest[find(parent, s)];
 }
 
-/* Step 4: labels of a clip, -1 where a patch does not count; such a neighbor agrees. `framed` holds the clip with a
-   replicated rim of one patch around every frame, so that a neighbor of all patches is the same memory, shifted. */
+/* Step 4: labels of a clip are -1 at invalid patches, which differ from no neighbor. `framed` holds the clip with a
+   replicated rim of one patch around every frame: each neighbor of all patches is then the same array, shifted. */
 static void add_rims(const Call *call, const int8_t *labels, int8_t *framed) {
     int64_t H = call->height, W = call->width;
     for (int64_t t = 0; t < call->num_frames; t++, labels += H * W)
@@ -234,14 +238,48 @@ static int64_t select_region(const Call *call, const int8_t *framed, int64_t low
 }
 
 static void write_labels(const int8_t *from, int64_t *to, int64_t size) {
-    for (int64_t i = 0; to && i < size; i++) to[i] = from[i] < 0 ? 0 : from[i];
+    for (int64_t i = 0; i < size; i++) to[i] = from[i] < 0 ? 0 : from[i];
 }
 
 static void write_region(const int8_t *targets, uint8_t *to, int64_t size) {
-    for (int64_t i = 0; to && i < size; i++) to[i] = targets[i] >= 0;
+    for (int64_t i = 0; i < size; i++) to[i] = targets[i] >= 0;
 }
 
-/* Returns what a mean divides by; writes the number of selected patches. */
+/* Memory of `select_clip`: merged labels of a clip, and with rims a frame and a clip. */
+static size_t select_scratch(const Call *call) {
+    return call->num_frames * call->height * call->width +
+           (call->num_frames + 1) * (call->height + 2) * (call->width + 2) + 1;
+}
+
+/* Step 4 of a clip: merged labels and both regions. */
+static int select_clip(const Call *call, int64_t b, void *memory) {
+    int64_t S = call->num_slots, size = call->num_frames * call->height * call->width, start = b * size;
+    const int8_t *name = call->names + b * S;
+    int8_t *merged = memory, *chosen = merged + size, *framed = chosen + (call->height + 2) * (call->width + 2);
+    int64_t *written[] = {call->enc_labels, call->dec_labels};
+    uint8_t *regions[] = {call->boundary, call->interior};
+    const int64_t low[] = {call->min_different, 0}, high[] = {10 - call->min_same, call->max_different};
+    for (int map = 0; map < 2; map++) {
+        int64_t place = map * call->num_clips * size + start;
+        const int8_t *hard = call->hard + place;
+        int8_t *targets = call->targets + place;
+        for (int64_t i = 0; i < size; i++) merged[i] = hard[i] < 0 ? NOT_TAUGHT : name[hard[i]];
+        add_rims(call, merged, framed);
+        call->selected[map * call->num_clips + b] = select_region(call, framed, low[map], high[map], chosen, targets);
+        if (written[map]) write_labels(merged, written[map] + start, size);
+        if (regions[map]) write_region(targets, regions[map] + start, size);
+    }
+    for (int s = 0; call->representative && s < S; s++) call->representative[b * S + s] = name[s];
+    return 0;
+}
+
+static int is_dirty(const Call *call) {
+    int dirty = call->clean && !*call->clean;
+    for (int64_t b = 0; b < call->num_clips; b++) dirty |= call->dirty[b];
+    return dirty;
+}
+
+/* Returns the divisor of a mean; writes the number of selected patches. */
 static double divisor(const Call *call, int map, int64_t *selected) {
     double by = 0;
     int slots[MAX_SLOTS];
@@ -276,8 +314,8 @@ static double divisor(const Call *call, int map, int64_t *selected) {
 
 #else /* REAL */
 
-/* 2^x for x <= 0: 0 below the exponents of normal numbers, and for NaN. The polynomial is 2^f on [-1/2, 1/2], met at
-   Chebyshev points: 2.5e-9 off for float, 4e-18 for double. */
+/* 2^x for x <= 0; 0 below the normal numbers, and for NaN. The polynomial interpolates 2^f on [-1/2, 1/2] at Chebyshev
+   points, with errors of 2.5e-9 (float) and 4e-18 (double). */
 static inline REAL TYPED(power_of_two)(REAL x) {
 #if IS_FLOAT
     REAL low = -126, bounded = x > low ? x : low, whole = floorf(bounded + 0.5f), f = bounded - whole;
@@ -299,7 +337,7 @@ static inline REAL TYPED(power_of_two)(REAL x) {
     return x > low ? p * scale : 0;
 }
 
-/* The frame of a map as contiguous (S, N) numbers: where it lies, or widened and put in order in `scratch`. */
+/* Returns a frame of a map as contiguous (S, N) numbers: the frame itself, or a converted copy in `scratch`. */
 static const REAL *TYPED(read_frame)(const Call *call, const Tensor *map, int64_t b, int64_t t, REAL *scratch) {
     int64_t S = call->num_slots, H = call->height, W = call->width, first = frame_offset(map, b, t);
     const int64_t *strides = map->strides;
@@ -329,7 +367,7 @@ static const REAL *TYPED(read_frame)(const Call *call, const Tensor *map, int64_
     return scratch;
 }
 
-/* Step 1: the first largest present slot of every patch, -1 where it does not count. Tells of NaN and +inf. */
+/* Step 1: the first largest present slot of every patch, -1 if it is invalid. Returns whether NaN or +inf was found. */
 static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *slots, int num_present,
                               const uint8_t *valid, int8_t *labels) {
     int64_t N = call->height * call->width;
@@ -362,7 +400,7 @@ static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *sl
     return dirty;
 }
 
-/* Adds the valid patches of every present slot of a frame: a run in lanes, runs in double. */
+/* Sums every present slot over the valid patches of a frame: in lanes within a run, in double over runs. */
 static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slots, int num_present,
                              const uint8_t *valid, double *totals) {
     int64_t N = call->height * call->width;
@@ -382,8 +420,8 @@ static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slo
     }
 }
 
-/* Step 2: adds a frame's IoU of every two slots. A slot is a plane of bits, one where it exceeds its mean. Which bit
-   stands for which patch does not matter, as long as it is the same for all slots. */
+/* Step 2: adds a frame's IoU of every two slots. A slot is a plane of bits: a bit is 1 where the slot exceeds its mean.
+   The order of the bits does not matter, as it is the same for all slots. */
 static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int *slots, int num_present,
                                  const uint8_t *valid, const REAL *mean, uint64_t *planes, double *overlap) {
     int64_t N = call->height * call->width, words = (N + 63) / 64, S = call->num_slots, area[MAX_SLOTS];
@@ -399,7 +437,7 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
             for (int byte = 0; byte < 8; byte++) {
                 uint64_t eight;
                 memcpy(&eight, active + 8 * byte, 8);
-                /* gathers the lowest bits of eight bytes in the highest byte */
+                /* the product has the lowest bits of the eight bytes in its highest byte */
                 bits = bits << 8 | (eight * 0x0102040810204080u) >> 56;
             }
             plane[word] = bits;
@@ -416,28 +454,24 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
         }
 }
 
-/* Memory of a task of `label_clip`: a frame, bit planes, labels of both maps, bytes of every frame, a clip
-   and a frame with rims. */
-static size_t TYPED(label_scratch)(const Call *call) {
-    int64_t N = call->height * call->width, T = call->num_frames;
-    return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + 3 * T * N +
-           (T + 1) * (call->height + 2) * (call->width + 2);
+/* Memory of `find_slots`: a frame, bit planes, a mask. */
+static size_t TYPED(find_scratch)(const Call *call) {
+    int64_t N = call->height * call->width;
+    return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + call->num_frames * N + 1;
 }
 
-/* Steps 1 to 4 of a clip. */
-static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
+/* Steps 1 to 3 of a clip: labels before merging, and representatives. */
+static int TYPED(find_slots)(const Call *call, int64_t b, void *memory) {
     int64_t N = call->height * call->width, T = call->num_frames, S = call->num_slots;
     int64_t num_valid = 0, num_frames = 0, area[MAX_SLOTS] = {0};
     uint64_t *planes = memory;
     REAL *scratch = (REAL *)(planes + S * ((N + 63) / 64)), mean[MAX_SLOTS];
-    int8_t name[MAX_SLOTS];
-    int8_t *enc_labels = (int8_t *)(scratch + S * N), *dec_labels = enc_labels + T * N;
-    uint8_t *valid = (uint8_t *)(dec_labels + T * N);
-    int8_t *chosen = (int8_t *)(valid + T * N), *framed = chosen + (call->height + 2) * (call->width + 2);
+    uint8_t *valid = (uint8_t *)(scratch + S * N);
+    int8_t *enc_labels = call->hard + b * T * N, *dec_labels = enc_labels + call->num_clips * T * N;
     double totals[MAX_SLOTS] = {0}, overlap[MAX_SLOTS * MAX_SLOTS], threshold = (REAL)call->knobs[0];
     int slots[MAX_SLOTS], num_present = list_slots(call, b, slots), dirty = 0;
 
-    if (!num_present) memset(enc_labels, NOT_TAUGHT, 2 * T * N);
+    if (!num_present) memset(enc_labels, NOT_TAUGHT, T * N), memset(dec_labels, NOT_TAUGHT, T * N);
     for (int64_t t = 0; t < T && num_present; t++) {
         uint8_t *counted = valid + t * N;
         read_bytes(call, &call->valid, b, t, counted);
@@ -464,29 +498,14 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
         }
         for (int i = 0; i < S * S; i++) overlap[i] = (REAL)(overlap[i] / (double)num_frames);
     }
-    merge_slots((int)S, overlap, threshold, area, name);
-    for (int64_t i = 0; i < 2 * T * N; i++) enc_labels[i] = enc_labels[i] < 0 ? NOT_TAUGHT : name[enc_labels[i]];
-
-    int64_t start = b * T * N, all = call->num_clips * T * N;
-    int8_t *for_dec = call->targets + start, *for_enc = call->targets + all + start;
-    add_rims(call, enc_labels, framed);
-    call->selected[b] = select_region(call, framed, call->min_different, 10 - call->min_same, chosen, for_dec);
-    add_rims(call, dec_labels, framed);
-    call->selected[call->num_clips + b] = select_region(call, framed, 0, call->max_different, chosen, for_enc);
-    if (call->enc_labels) {
-        write_labels(enc_labels, call->enc_labels + start, T * N);
-        write_labels(dec_labels, call->dec_labels + start, T * N);
-        write_region(for_dec, call->boundary + start, T * N);
-        write_region(for_enc, call->interior + start, T * N);
-        for (int s = 0; s < S; s++) call->representative[b * S + s] = name[s];
-    }
+    merge_slots((int)S, overlap, threshold, area, call->names + b * S);
     return 0;
 }
 
-/* Exponentials of a block of patches, and what both criteria need of them. */
+/* The exponentials of a block of patches, and their sums. */
 typedef struct {
-    REAL exps[MAX_SLOTS][BLOCK]; /* of how far a logit lies below the largest, over the temperature; 0 if absent */
-    REAL peak[BLOCK];            /* the largest logit, or 0 where all are -inf */
+    REAL exps[MAX_SLOTS][BLOCK]; /* of (logit - peak) / temperature; 0 if absent */
+    REAL peak[BLOCK];            /* the largest logit, or 0 if all are -inf */
     REAL own[BLOCK];             /* exponential of the target */
     REAL others[BLOCK];          /* sum of the exponentials of all other slots */
     REAL squares[BLOCK];         /* sum of their squares */
@@ -525,8 +544,8 @@ static inline void TYPED(exponentials)(const REAL *block, int64_t N, const int *
     }
 }
 
-/* r^2 + Q with r = sum_{s != y} P_s and Q = sum_{s != y} P_s^2, which nothing cancels in; its slope, over 2 / tau, is
-   -P_y (r^2 + Q) at y and P_s (P_s + P_y r - Q) elsewhere. Where all is -inf: uniform, no slope. */
+/* r^2 + Q with r = sum_{s != y} P_s and Q = sum_{s != y} P_s^2, without cancellation. Its gradient, over 2 / tau, is
+   -P_y (r^2 + Q) at y and P_s (P_s + P_y r - Q) elsewhere. If all logits are -inf: uniform, without gradient. */
 static inline void TYPED(squared_error)(const TYPED(Block) *in, int64_t N, const int *slots, int num_present, int size,
                                         REAL scale, REAL *error, REAL *grad) {
     REAL inverse[BLOCK], excess[BLOCK];
@@ -548,8 +567,8 @@ static inline void TYPED(squared_error)(const TYPED(Block) *in, int64_t N, const
     }
 }
 
-/* -(1 - e) log P_y - (e / S) sum_s log P_s, where log P_s is that of the smallest normal float if the logit is -inf.
-   Its slope, over 1 / tau, is P_s sum_k q_k - q_s with q_s = (1 - e) 1[s = y] + e / S, over slots above -inf. */
+/* -(1 - e) log P_y - (e / S) sum_s log P_s; if the logit is -inf, P_s is the smallest normal float. Its gradient, over
+   1 / tau, is P_s sum_k q_k - q_s with q_s = (1 - e) 1[s = y] + e / S, over slots above -inf. */
 static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *block, int64_t N, const int *slots,
                                         int num_present, int size, double smoothing, double temperature, REAL scale,
                                         REAL *error, REAL *grad) {
@@ -557,7 +576,7 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
     REAL log_total[BLOCK], aims[BLOCK], possible[BLOCK], unmet[BLOCK];
     for (int i = 0; i < size; i++) {
         REAL total = in->own[i] + in->others[i];
-        /* beside a target with exponential 1 the loss is all in the others: to add them to 1 would round it off */
+        /* a target with exponential 1 would round off the others in a sum, and they are the loss */
         log_total[i] = (REAL)(in->own[i] == 1 ? log1p((double)in->others[i]) : log((double)total));
         error[i] = aims[i] = 0;
         possible[i] = total > 0, unmet[i] = aim;
@@ -574,7 +593,7 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
             aims[i] += is_possible ? aimed : 0;
         }
     }
-    /* an absent slot cannot win either */
+    /* a target that is absent has the log-probability of a slot at -inf */
     for (int i = 0; i < size; i++) error[i] -= unmet[i] * log_tiny;
     for (int i = 0; i < size; i++) error[i] = possible[i] > 0 ? error[i] : (REAL)log((double)num_present);
     for (int k = 0; grad && k < num_present; k++) {
@@ -589,8 +608,8 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
     }
 }
 
-/* Step 5: a frame of one map. Patches that are not taught have no gradient; those with NaN or +inf, or a target that is
-   no slot, have NaN for a value and a gradient. Writes every patch's value, or returns their sum. */
+/* Step 5: a frame of one map. Patches that are not taught have no gradient. The value and the gradient are NaN for
+   patches with NaN or +inf, or with a target that is no slot. Returns the sum of the values; writes each if asked. */
 static double TYPED(teach_frame)(const Call *call, const Tensor *map, int64_t b, int64_t t, const int8_t *targets,
                                  double scale, REAL *grads, REAL *values, REAL *scratch) {
     int64_t N = call->height * call->width, S = call->num_slots;
@@ -633,7 +652,7 @@ static double TYPED(teach_frame)(const Call *call, const Tensor *map, int64_t b,
     return sum;
 }
 
-/* A frame of the step: first all of the decoder's map, then all of the encoder's. */
+/* A frame of the step. The first half of the tasks are frames of the decoder's map, the others of the encoder's. */
 static int TYPED(teach_task)(const Call *call, int64_t task, void *memory) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, frame = task % frames;
     int map = task >= frames;
@@ -648,25 +667,43 @@ static int TYPED(teach_task)(const Call *call, int64_t task, void *memory) {
     return 0;
 }
 
-/* The labels of both maps, and if they are wanted both means with their gradients. */
+static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
+    if (!call->given) TYPED(find_slots)(call, b, memory);
+    return select_clip(call, b, memory);
+}
+
+/* Labels of both maps before merging, and representatives. */
+int TYPED(ssync_find)(Call *call) {
+    call->dirty = calloc(call->num_clips + 1, 1);
+    int failed = !call->dirty || run(TYPED(find_slots), call, call->num_clips, TYPED(find_scratch)(call));
+    if (!failed) *call->found_clean = !is_dirty(call);
+    free(call->dirty);
+    return failed;
+}
+
+/* Labels of both maps, and if wanted both means and their gradients. Computes `hard` and `names` unless given. */
 int TYPED(ssync_step)(Call *call) {
-    int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width;
+    int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, S = call->num_slots;
+    size_t to_find = TYPED(find_scratch)(call), to_select = select_scratch(call);
+    int8_t *own = NULL;
+    call->given = call->hard != NULL;
+    if (!call->given) call->hard = own = malloc(2 * frames * N + call->num_clips * S + 1);
+    if (own) call->names = own + 2 * frames * N;
     call->targets = malloc(2 * frames * N + 1);
     call->sums = calloc(2 * frames + 1, sizeof(double));
     call->selected = calloc(2 * call->num_clips + 1, sizeof(int64_t));
     call->dirty = calloc(call->num_clips + 1, 1);
-    int failed = !call->targets || !call->sums || !call->selected || !call->dirty;
-    failed = failed || run(TYPED(label_clip), call, call->num_clips, TYPED(label_scratch)(call) + 1);
+    int failed = !call->hard || !call->targets || !call->sums || !call->selected || !call->dirty;
+    failed = failed || run(TYPED(label_clip), call, call->num_clips, to_find > to_select ? to_find : to_select);
     if (!failed && call->boundary_mean) {
-        int dirty = call->clean && !*call->clean;
+        int dirty = is_dirty(call);
         double by[2];
-        for (int64_t b = 0; b < call->num_clips; b++) dirty |= call->dirty[b];
         for (int map = 0; map < 2; map++) {
             by[map] = divisor(call, map, &call->counts[map]);
             double steepness = (call->cross_entropy ? 1 : 2) / call->temperature;
             call->scales[map] = dirty ? NAN : call->knobs[1 + map] * steepness / by[map];
         }
-        failed = run(TYPED(teach_task), call, 2 * frames, sizeof(REAL) * call->num_slots * N + 1);
+        failed = run(TYPED(teach_task), call, 2 * frames, sizeof(REAL) * S * N + 1);
         REAL means[2];
         for (int map = 0; map < 2; map++) {
             double sum = 0;
@@ -676,11 +713,12 @@ int TYPED(ssync_step)(Call *call) {
         *(REAL *)call->boundary_mean = call->interior_mean ? means[0] : means[0] + means[1];
         if (call->interior_mean) *(REAL *)call->interior_mean = means[1];
     }
-    free(call->targets), free(call->sums), free(call->selected), free(call->dirty);
+    free(call->targets), free(call->sums), free(call->selected), free(call->dirty), free(own);
+    if (!call->given) call->hard = call->names = NULL;
     return failed;
 }
 
-/* Targets of a frame from labels and a region. */
+/* Writes the targets of a frame, from labels and a region. */
 static int TYPED(target_task)(const Call *call, int64_t frame, void *memory) {
     int64_t N = call->height * call->width, b = frame / call->num_frames, t = frame % call->num_frames, number = 0;
     int slots[MAX_SLOTS], has_slots = list_slots(call, b, slots) > 0;
@@ -696,7 +734,7 @@ static int TYPED(target_task)(const Call *call, int64_t frame, void *memory) {
             targets[i] = !region[i] || !has_slots ? NOT_TAUGHT : in_range ? (int8_t)label : NO_SLOT;
             number += targets[i] != NOT_TAUGHT;
         }
-    /* a count for each frame: threads must not add to one */
+    /* one count a frame: threads must not share one */
     call->sums[frame] = (double)number;
     return 0;
 }
@@ -706,7 +744,7 @@ static int TYPED(distill_task)(const Call *call, int64_t frame, void *memory) {
     int slots[MAX_SLOTS], number = list_slots(call, b, slots);
     double scale = call->scales[0];
     REAL *values = call->reduction == 0 ? (REAL *)call->values + frame * N : NULL;
-    /* a patch's own value is a mean over slots; the mean over a batch divides by all of them at once */
+    /* a patch's value is a mean over slots; the mean over a batch divides by slots and patches at once */
     double over = call->reduction == 2 || call->cross_entropy || !number ? 1 : number;
     double sum = TYPED(teach_frame)(call, &call->enc, b, t, call->targets + frame * N, scale / over, call->grad_enc,
                                     values, memory);
@@ -715,7 +753,7 @@ static int TYPED(distill_task)(const Call *call, int64_t frame, void *memory) {
     return 0;
 }
 
-/* The distillation of one map. */
+/* Distillation of one map. */
 int TYPED(ssync_distill)(Call *call) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, selected;
     call->targets = malloc(frames * N + 1);
@@ -737,7 +775,7 @@ int TYPED(ssync_distill)(Call *call) {
     return failed;
 }
 
-/* A gradient times the one that came in, in the type of the map: a frame, or all patches of one. */
+/* Multiplies a frame of a gradient by the incoming one, a number or one per patch, in the type of the map. */
 static int TYPED(scale_task)(const Call *call, int64_t frame, void *memory) {
     int64_t N = call->height * call->width, S = call->num_slots;
     const REAL *from = (const REAL *)call->enc.data + frame * S * N;

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("engine.c")
-# -fno-trapping-math and -fno-math-errno let the loops' selects be vectors; neither assumes anything about NaN.
-# A loop split by whether there is a mask takes longer to compile and to run, hence -fno-unswitch-loops.
+# -fno-trapping-math and -fno-math-errno let the compiler vectorize selects; both keep NaN as it is.
+# -fno-unswitch-loops: a loop that is split by its mask takes longer to compile and to run.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fno-trapping-math", "-fno-math-errno", "-fno-unswitch-loops"),
@@ -27,19 +27,20 @@ CACHE_VARIABLE = "SSYNC_LOSS_CACHE"
 
 
 class UnavailableError(Exception):
-    """This machine cannot have the engine; no fault of anybody."""
+    """This machine lacks what the engine needs."""
 
 
 class BrokenError(Exception):
-    """The engine should have been had here, and was not."""
+    """This machine has what the engine needs, but the compiler failed."""
 
 
 @lru_cache(maxsize=1)
 def load() -> CDLL:
-    """Return the engine's library, compiled if it is not in the cache yet.
+    """Return the engine's library; compile it if the cache lacks it.
 
-    Raises: UnavailableError without a compiler, without a cache folder that can be trusted and written, or where
-        libraries of that folder cannot be loaded; BrokenError if the compiler fails, or takes more than 10 seconds.
+    Raises: UnavailableError without a compiler, or without a cache folder that is safe, writable and allows loading;
+        BrokenError if the compiler fails, or takes more than 10 seconds, or more on a machine with more to do than
+            processors.
     """
     if sys.platform == "win32":
         raise UnavailableError("a POSIX system")
@@ -56,7 +57,7 @@ def load() -> CDLL:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the system's compiler; a variable CC may hold arguments, too."""
+    """Return the command of the system's compiler; the variable CC may contain arguments."""
     wanted = os.environ.get("CC", "").split()
     for name in (*wanted[:1], *COMPILERS):
         path = shutil.which(name)
@@ -66,7 +67,7 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Make the cache folder, and require that nobody but this user can have put anything into it."""
+    """Make the cache folder, and require that only this user can write to it."""
     chosen = os.environ.get(CACHE_VARIABLE)
     base = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -93,7 +94,7 @@ def cache_folder() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Hash what a library depends on: source, flags, compiler and processor."""
+    """Hash all that a library depends on: source, flags, compiler and processor."""
     program = os.stat(compiler[0])
     machine = (platform.machine(), _processor())
     parts = (SOURCE.read_bytes(), FLAGS, compiler, program.st_size, program.st_mtime_ns, machine)
@@ -101,7 +102,7 @@ def _key(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Describe what `-march=native` depends on."""
+    """Describe the processor as far as `-march=native` depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -111,7 +112,7 @@ def _processor() -> str:
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """Return a library whose content still has the hash in its name: a truncated one is never loaded."""
+    """Return a library whose content has the hash in its name; a truncated one has not."""
     for path in folder.glob(f"engine-{key}-*.so"):
         status = path.lstat()
         ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
@@ -125,14 +126,14 @@ def _name(key: str, path: Path) -> str:
 
 
 def _build(folder: Path, compiler: list[str]) -> Path:
-    """Compile beside, and rename: several processes may do so at once."""
+    """Compile to a temporary name and rename: several processes may build at once."""
     try:
         handle, beside = tempfile.mkstemp(dir=folder, suffix=".so.part")
     except OSError as error:
         raise UnavailableError(f"a cache folder that can be written; {CACHE_VARIABLE} names one ({error})") from None
     os.close(handle)
     try:
-        # not every compiler knows its machine
+        # not every compiler accepts -march=native
         for flags in (FLAGS, [flag for flag in FLAGS if flag != "-march=native"]):
             complaint = _compile([*compiler, *flags, str(SOURCE), "-o", beside, "-lm"])
             if complaint is None:
@@ -148,15 +149,17 @@ def _build(folder: Path, compiler: list[str]) -> Path:
 
 
 def _compile(command: list[str]) -> str | None:
-    # a session of its own, so that the parts of a compiler that hangs end with it
+    # a new session, so that all processes of a compiler that hangs can be killed
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
+        # beside other work a compiler takes longer
+        limit = SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         try:
-            said, _ = process.communicate(timeout=SECONDS)
+            said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            raise BrokenError(f"`{' '.join(command)}` took more than {SECONDS:g} s") from None
+            raise BrokenError(f"`{' '.join(command)}` took more than {limit:.3g} s") from None
     text = said.decode(errors="replace").strip()[-2000:]
     return f"`{' '.join(command)}` failed with {process.returncode}: {text}" if process.returncode else None

@@ -1,49 +1,57 @@
-"""The C library's functions as operators of torch: shapes for fake tensors, and gradients.
+"""The C library's functions as operators of torch, with shapes for fake tensors and with gradients.
 
-The forward writes the gradients of both maps, weights included. Nothing else waits for the backward, which multiplies
-them by the gradient that came in, unless that is 1.
+The forward writes the gradients of both maps, with the weights of the terms. The backward multiplies them by the
+incoming gradient, unless that is 1.
 """
 
-from typing import Any, TypeAlias
+# torch 2.6 infers an operator's schema only from `typing.Sequence`
+from typing import Any, Sequence, TypeAlias  # noqa: UP035
 
 import torch
 from torch import Tensor
 
 from ssync_loss._autograd import differentiable, learns, once_differentiable
 from ssync_loss._checks import read_numbers
-from ssync_loss.ssync.engines.cpu.calls import KINDS, REDUCTIONS, call
+from ssync_loss.ssync.engines.cpu.calls import INTEGERS, KINDS, NUMBERS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels
 
 # the fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-# means of boundary and interior (or their weighted sum, and an empty tensor), how many patches they are of, gradients
-# of decoder and encoder (those wanted), anchor
+# boundary mean and interior mean (or their weighted sum and an empty tensor), both counts of selected patches, the
+# wanted gradients of decoder and encoder, anchor
 Step: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def step(maps: Maps, settings: Settings, *, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute both means, and both counts of patches. If summed, the first is their weighted sum, the second empty."""
+def step(
+    maps: Maps, settings: Settings, found: SlotLabels | None = None, *, summed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute both means (if ``summed`` their weighted sum and an empty tensor), and both counts of patches."""
     weights = (settings.boundary_weight, settings.interior_weight) if summed else (1.0, 1.0)
     boundary, interior, counts, *_ = _differentiable_step(
         maps.enc,
         maps.dec,
         maps.valid,
         maps.slot_mask,
-        maps.clean,
+        maps.clean if found is None else found.clean,
+        None if found is None else found.hard.contiguous(),
+        None if found is None else found.representative.contiguous(),
         _knobs(settings.merge_threshold, *weights),
-        settings.min_different,
-        settings.min_same,
-        settings.max_different,
-        settings.criterion == "cross_entropy",
-        settings.label_smoothing,
-        settings.temperature,
+        *_numbers(settings),
         summed,
         learns(maps.dec),
         learns(maps.enc),
     )
     return boundary, interior, counts
+
+
+def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
+    """Compute labels before merging, and representatives."""
+    knobs = _knobs(settings.merge_threshold, 1.0, 1.0)
+    inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, maps.clean, knobs
+    found: tuple[Tensor, Tensor, Tensor] = _find_operator(*inputs)
+    return SlotLabels(*found)
 
 
 def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
@@ -54,34 +62,42 @@ def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
         maps.valid,
         maps.slot_mask,
         _knobs(settings.merge_threshold, 1.0, 1.0),
-        settings.min_different,
-        settings.min_same,
-        settings.max_different,
+        *_numbers(settings),
     )
     return PseudoLabels(*labels)
 
 
 def distill(
-    logits: Tensor, target: Tensor, region: Tensor, slot_mask: Tensor | None, settings: Settings, reduction: Reduction
+    logits: Tensor,
+    target: Tensor,
+    region: Tensor,
+    slot_mask: Tensor | None,
+    settings: Settings,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compare one map with labels on a region."""
     value: Tensor
     value, *_ = _differentiable_distill(
-        logits,
-        target,
-        region,
-        slot_mask,
-        settings.criterion == "cross_entropy",
-        settings.label_smoothing,
-        settings.temperature,
-        reduction,
-        learns(logits),
+        logits, target, region, slot_mask, *_numbers(settings), reduction, learns(logits)
     )
     return value
 
 
+def _numbers(settings: Settings) -> tuple[list[int], list[float]]:
+    """Return the settings that are always numbers, in the order of the call's fields."""
+    regions = settings.min_different, settings.min_same, settings.max_different
+    return [*regions, int(settings.criterion == "cross_entropy")], [settings.label_smoothing, settings.temperature]
+
+
+def _fields(slot_mask: Tensor | None, integers: Sequence[int], numbers: Sequence[float]) -> dict[str, Any]:
+    """Return the fields that all calls share."""
+    names = (*INTEGERS, *NUMBERS)
+    contiguous = None if slot_mask is None else slot_mask.contiguous()
+    return {"slot_mask": contiguous, **dict(zip(names, (*integers, *numbers), strict=True))}
+
+
 def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> Tensor:
-    """Put what may be numbers or tensors into one tensor (3,), which the library reads."""
+    """Put the settings that may be numbers or tensors into one tensor (3,), which the library reads."""
     knobs = [float("inf") if merge_threshold is None else merge_threshold, *weights]
     if not any(isinstance(knob, Tensor) for knob in knobs):
         return torch.tensor(knobs, dtype=torch.float64, device="cpu")
@@ -98,13 +114,11 @@ def _step(
     valid: Tensor | None,
     slot_mask: Tensor | None,
     clean: Tensor | None,
+    hard: Tensor | None,
+    names: Tensor | None,
     knobs: Tensor,
-    min_different: int,
-    min_same: int,
-    max_different: int,
-    cross_entropy: bool,
-    label_smoothing: float,
-    temperature: float,
+    integers: Sequence[int],
+    numbers: Sequence[float],
     summed: bool,
     for_dec: bool,
     for_enc: bool,
@@ -115,15 +129,11 @@ def _step(
         enc.shape,
         _dtype_of(enc, dec),
         {"enc": enc, "dec": dec, "valid": valid},
-        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        **_fields(slot_mask, integers, numbers),
         clean=clean,
+        hard=hard,
+        names=names,
         knobs=knobs,
-        min_different=min_different,
-        min_same=min_same,
-        max_different=max_different,
-        cross_entropy=cross_entropy,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
         boundary_mean=boundary,
         interior_mean=None if summed else interior,
         counts=counts,
@@ -143,7 +153,7 @@ def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
 
 def _new_step(enc: Tensor, dec: Tensor, summed: bool, for_dec: bool, for_enc: bool) -> Step:
     dtype = _dtype_of(enc, dec)
-    # one allocation for both gradients: two smaller ones go back to the system, and every page faults at the next step
+    # one allocation: two smaller ones would go back to the system, and their pages fault at every step
     return (
         enc.new_empty((), dtype=dtype),
         enc.new_empty(0 if summed else (), dtype=dtype),
@@ -158,9 +168,9 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
     _, interior, counts, grads, anchor = output
     ctx.dtypes, ctx.summed = (dec.dtype, enc.dtype), interior.dim() == 1
     ctx.mark_non_differentiable(counts, grads)
-    # or autograd fills zeros for what nobody differentiates
+    # autograd would fill zeros for unused outputs
     ctx.set_materialize_grads(False)
-    # the anchor has the graph of this function, by which a second derivative is refused
+    # the anchor has the graph of this function, which `once_differentiable` needs
     ctx.save_for_backward(grads, anchor)
 
 
@@ -171,35 +181,43 @@ def _derive_step(
     grads, _ = ctx.saved_tensors
     if ctx.summed:
         of_interior = of_boundary
+    is_one = _are_one(of_boundary) if ctx.summed else _are_one(of_boundary, of_interior)
     grad_enc = grad_dec = None
     if of_boundary is not None and ctx.needs_input_grad[1]:
-        grad_dec = _times(grads[0], of_boundary, ctx.dtypes[0])
+        grad_dec = _times(grads[0], of_boundary, ctx.dtypes[0], is_one)
     if of_interior is not None and ctx.needs_input_grad[0]:
-        grad_enc = _times(grads[-1], of_interior, ctx.dtypes[1])
-    return grad_enc, grad_dec, *(None,) * 13
+        grad_enc = _times(grads[-1], of_interior, ctx.dtypes[1], is_one)
+    return grad_enc, grad_dec, *(None,) * 11
 
 
 _differentiable_step = differentiable(_step_operator, _step, _save_step, _derive_step)
 
 
-def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply a gradient that the forward wrote, never in place; by 1 return it as it is, unless the graph is kept."""
-    if grad.dtype == dtype and incoming.dim() == 0 and not _may_come_again():
-        number = read_numbers(incoming)
-        if number is not None and number.item() == 1:
-            return grad
+def _are_one(*incoming: Tensor | None) -> bool:
+    """Tell whether incoming gradients are known to be 1, and the graph is not kept for another backward."""
+    scalars = [one for one in incoming if one is not None and one.dim() == 0]
+    if not scalars or _is_kept():
+        return False
+    numbers = [read_numbers(one) for one in scalars]
+    return all(number is not None and number.item() == 1 for number in numbers)
+
+
+def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype, is_one: bool) -> Tensor:
+    """Multiply a gradient that the forward wrote, never in place; by 1 return it as it is."""
+    if is_one and grad.dtype == dtype:
+        return grad
     result: Tensor = _scale_operator(grad, incoming, dtype)
     return result
 
 
-def _may_come_again() -> bool:
-    """Tell whether the graph is kept for another backward, as far as torch says."""
+def _is_kept() -> bool:
+    """Tell whether the graph is kept for another backward; True if torch does not say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 
 
 def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a gradient times a number, or times one for every patch, in the type of its map."""
+    """Return a gradient times a number, or times a number per patch, in the type of its map."""
     scaled = torch.empty_like(grad, dtype=dtype)
     factor = incoming.to(grad.dtype).contiguous()
     call(
@@ -223,15 +241,50 @@ def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: AR
     return torch.empty_like(grad, dtype=dtype)
 
 
+def _find(
+    enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, clean: Tensor | None, knobs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    hard, names, found_clean = _new_slots(enc)
+    call(
+        "find",
+        enc.shape,
+        _dtype_of(enc, dec),
+        {"enc": enc, "dec": dec, "valid": valid},
+        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        clean=clean,
+        knobs=knobs,
+        hard=hard,
+        names=names,
+        found_clean=found_clean,
+    )
+    return hard, names, found_clean
+
+
+_find_operator = torch.library.custom_op("ssync_loss::cpu_find", _find, mutates_args=())
+
+
+@_find_operator.register_fake
+def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_slots(enc)
+
+
+def _new_slots(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    clips, frames, slots, height, width = enc.shape
+    return (
+        enc.new_empty((2, clips, frames, height, width), dtype=torch.int8),
+        enc.new_empty((clips, slots), dtype=torch.int8),
+        enc.new_empty((), dtype=torch.bool),
+    )
+
+
 def _label(
     enc: Tensor,
     dec: Tensor,
     valid: Tensor | None,
     slot_mask: Tensor | None,
     knobs: Tensor,
-    min_different: int,
-    min_same: int,
-    max_different: int,
+    integers: Sequence[int],
+    numbers: Sequence[float],
 ) -> Labels:
     labels = _new_labels(enc)
     call(
@@ -239,11 +292,8 @@ def _label(
         enc.shape,
         _dtype_of(enc, dec),
         {"enc": enc, "dec": dec, "valid": valid},
-        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
+        **_fields(slot_mask, integers, numbers),
         knobs=knobs,
-        min_different=min_different,
-        min_same=min_same,
-        max_different=max_different,
         **dict(zip(PseudoLabels._fields, labels, strict=True)),
     )
     return labels
@@ -274,9 +324,8 @@ def _distill(
     target: Tensor,
     region: Tensor,
     slot_mask: Tensor | None,
-    cross_entropy: bool,
-    label_smoothing: float,
-    temperature: float,
+    integers: Sequence[int],
+    numbers: Sequence[float],
     reduction: str,
     for_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,10 +335,7 @@ def _distill(
         logits.shape,
         _dtype_of(logits),
         {"enc": logits, "target": target.long(), "region": region},
-        slot_mask=None if slot_mask is None else slot_mask.contiguous(),
-        cross_entropy=cross_entropy,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
+        **_fields(slot_mask, integers, numbers),
         reduction=REDUCTIONS[reduction],
         values=value,
         grad_enc=grad if for_logits else None,
@@ -329,7 +375,7 @@ def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 @once_differentiable
 def _derive_distillation(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, _ = ctx.saved_tensors
-    return None if incoming is None else _times(grad, incoming, ctx.dtype), *(None,) * 8
+    return None if incoming is None else _times(grad, incoming, ctx.dtype, _are_one(incoming)), *(None,) * 7
 
 
 _differentiable_distill = differentiable(_distill_operator, _distill, _save_distillation, _derive_distillation)

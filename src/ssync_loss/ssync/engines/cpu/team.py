@@ -1,34 +1,21 @@
-"""Finds the threads that torch's operators run on, so that the engine's C code can run on them, too."""
+"""Find the threads of torch's operators, so that the C code can use them."""
 
-import os
 from ctypes import CDLL, c_void_p, cast
-from pathlib import Path
 
-# a flag of a process in /proc/self/stat: it was forked, and still runs the program of its parent
-FORKED = 0x40
+from ssync_loss._forks import is_forked
 
 
 def address_of_team() -> int | None:
-    """Return the address of ``GOMP_parallel`` in torch's OpenMP library, or None in a forked process.
-
-    There the library would wait forever for threads that only the parent has.
-    """
-    return _addresses[0] if _addresses else None
+    """Return the address of ``GOMP_parallel`` in torch's OpenMP library, or None if the process may be forked."""
+    return _address if is_forked() is False else None
 
 
-def _find() -> list[int | None]:
+def _find() -> int | None:
     try:
-        # bytes, as the name of the program stands there, and may be cut within a letter
-        flags = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6])
-        # gVisor and WSL 1 tell of no flags, and so of no fork
-        may_be_forked = flags == 0 or flags & FORKED
-        # torch loads its library for everybody to see
-        return [] if may_be_forked else [cast(CDLL(None).GOMP_parallel, c_void_p).value]
-    except (OSError, AttributeError, IndexError, ValueError):
-        return []
+        # torch loads its library with global symbols
+        return cast(CDLL(None).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
-# none, or one
-_addresses = _find()
-if _addresses:
-    os.register_at_fork(after_in_child=_addresses.clear)
+_address = _find()

@@ -1,32 +1,34 @@
 """Engine ``"triton"``: SSync as CUDA kernels, 7 launches from two maps to both gradients.
 
-How they work is told in the README beside this file. ``triton`` is imported when a kernel is launched first.
+The README beside this file explains the kernels. The first launch imports ``triton``.
 """
+
+from typing import Any
 
 from torch import Tensor
 
-from ssync_loss.ssync.engines.contract import weigh
+from ssync_loss.ssync.engines.contract import Engine, weigh
 from ssync_loss.ssync.engines.triton._distill import differentiable_distill
-from ssync_loss.ssync.engines.triton._labels import label
+from ssync_loss.ssync.engines.triton._labels import find, label
 from ssync_loss.ssync.engines.triton._limits import MAX_SLOTS, missing
 from ssync_loss.ssync.engines.triton._loss import differentiable_loss
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
-from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
+from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 
 __all__ = ["MAX_SLOTS", "TritonEngine", "missing"]
 
 
-class TritonEngine:
-    """The kernels. NaN or +inf in a valid patch of a present slot makes a step NaN, with all of its gradients."""
+class TritonEngine(Engine):
+    """The kernels. NaN or +inf in a valid patch of a present slot makes the loss and all of its gradient NaN."""
 
     def missing(self, *maps: Tensor) -> str | None:
-        """Say what keeps the kernels from taking maps."""
+        """Say why the kernels cannot take the maps."""
         return missing(*maps)
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives: 4 launches, 2 without merging."""
-        _, *labels = _label(maps, settings, with_targets=False, with_labels=True)
+        _, *labels = _label(maps, settings, None, with_targets=False, with_labels=True)
         return PseudoLabels._make(labels)
 
     def distill(
@@ -40,25 +42,30 @@ class TritonEngine:
     ) -> Tensor:
         """Compare one map with labels on a region: 2 launches, 1 with ``reduction="none"``, and 1 for the backward.
 
-        A selected label that is no slot at all makes its patch NaN: it cannot be found in time to complain.
+        A selected label that is no slot makes its patch NaN: an error would have to wait for the device.
         """
         value: Tensor
         value, *_ = differentiable_distill(logits, target, region, slot_mask, *_criterion(settings), reduction)
         return value
 
-    def loss(self, maps: Maps, settings: Settings) -> Tensor:
+    def slot_labels(self, maps: Maps, settings: Settings) -> SlotLabels:
+        """Compute labels before merging, and representatives: 3 launches, 1 without merging."""
+        found: tuple[Tensor, Tensor] = find(*_inputs(maps, settings))
+        return SlotLabels(*found, maps.is_clean())
+
+    def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
         """Compute the weighted sum of both terms: 6 launches, 4 without merging, and 1 for the backward."""
-        return _step(maps, settings, with_labels=False).total
+        return _step(maps, settings, found, with_labels=False).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels, by as many launches."""
-        return _step(maps, settings, with_labels=True)
+        """Compute that sum with its parts and labels, in as many launches."""
+        return _step(maps, settings, None, with_labels=True)
 
 
-def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> SSyncTerms:
-    targets, *labels = _label(maps, settings, with_targets=True, with_labels=with_labels)
+def _step(maps: Maps, settings: Settings, found: SlotLabels | None, *, with_labels: bool) -> SSyncTerms:
+    targets, *labels = _label(maps, settings, found, with_targets=True, with_labels=with_labels)
     weights = settings.boundary_weight, settings.interior_weight
-    # a kernel takes numbers
+    # a kernel takes only numbers; weights that are tensors are applied afterwards
     numbers = [1.0 if isinstance(weight, Tensor) else weight for weight in weights]
     total, boundary, interior, num_boundary, num_interior, _ = differentiable_loss(
         maps.enc, maps.dec, targets, maps.slot_mask, maps.clean, *_criterion(settings), *numbers
@@ -68,14 +75,20 @@ def _step(maps: Maps, settings: Settings, *, with_labels: bool) -> SSyncTerms:
     return SSyncTerms(total, boundary, interior, num_boundary, num_interior, PseudoLabels._make(labels))
 
 
-def _label(maps: Maps, settings: Settings, *, with_targets: bool, with_labels: bool) -> tuple[Tensor, ...]:
-    threshold = settings.merge_threshold
-    # an operator of torch takes a number here, and a tensor there
-    thresholds = (None, threshold.detach()) if isinstance(threshold, Tensor) else (threshold, None)
+def _label(
+    maps: Maps, settings: Settings, found: SlotLabels | None, *, with_targets: bool, with_labels: bool
+) -> tuple[Tensor, ...]:
+    given = (None, None) if found is None else (found.hard.contiguous(), found.representative.contiguous())
     regions = settings.min_different, settings.min_same, settings.max_different
-    inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask
-    outputs: tuple[Tensor, ...] = label(*inputs, *thresholds, *regions, with_targets, with_labels)
+    outputs: tuple[Tensor, ...] = label(*_inputs(maps, settings), *given, *regions, with_targets, with_labels)
     return outputs
+
+
+def _inputs(maps: Maps, settings: Settings) -> tuple[Any, ...]:
+    threshold = settings.merge_threshold
+    # the operator has one argument for a number, and one for a tensor
+    thresholds = (None, threshold.detach()) if isinstance(threshold, Tensor) else (threshold, None)
+    return maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, *thresholds
 
 
 def _criterion(settings: Settings) -> tuple[str, float, float]:

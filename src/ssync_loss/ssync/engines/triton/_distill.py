@@ -1,4 +1,4 @@
-"""One map compared with labels on a region as an operator of torch, and its backward as another."""
+"""Two operators of torch: compare one map with labels on a region, and its backward."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ def distill(
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, int8 targets (B, T, H, W), and what the gradient of a scalar loss is scaled by."""
+    """Return the loss, int8 targets (B, T, H, W), and the factor of a scalar loss's gradient."""
     from ssync_loss.ssync.engines.triton.gpu.distill import distill_kernel, finish_distill_kernel
 
     value, targets, scale = outputs = _new_distillation(logits, reduction)
     by_patch = reduction == "none"
-    tiling, pays = Tiling.of(logits), criterion_of(criterion, label_smoothing, temperature)
+    tiling, settings = Tiling.of(logits), criterion_of(criterion, label_smoothing, temperature)
     errors, tallies = _launch.shares(logits, 1, tiling)
     num_programs = errors.shape[1]
     with torch.cuda.device_of(logits):
@@ -36,7 +36,7 @@ def distill(
                 distill_kernel,
                 tiling.num_tiles if by_patch else num_programs,
                 *(strided(logits), masked(slot_mask), strided(target), strided(region), targets),
-                *(value if by_patch else None, errors, tallies, pays, tiling.shape, tiling.num_tiles),
+                *(value if by_patch else None, errors, tallies, settings, tiling.shape, tiling.num_tiles),
                 **tiling.constants,
                 OVER_SLOTS=_over_slots(criterion, reduction),
             )
@@ -44,7 +44,7 @@ def distill(
             _launch.launch(
                 finish_distill_kernel,
                 1,
-                *(errors, tallies, value, scale, pays, num_programs),
+                *(errors, tallies, value, scale, settings, num_programs),
                 PROGRAMS=_launch.SHARES_AT_ONCE,
                 MEAN=reduction == "mean",
                 num_warps=NUM_WARPS,
@@ -69,7 +69,7 @@ def _new_distillation(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, T
 
 
 def _over_slots(criterion: str, reduction: str) -> bool:
-    """Tell whether a patch's own value is a mean over slots; the mean over a batch divides by all of them at once."""
+    """Tell whether a patch's value is a mean over slots; the mean over a batch divides by slots and patches at once."""
     return criterion == "mse" and reduction != "mean"
 
 

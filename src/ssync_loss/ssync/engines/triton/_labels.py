@@ -1,7 +1,4 @@
-"""Labels, regions and targets of both maps as an operator of torch: opaque to compilers, with shapes for fake tensors.
-
-Grids and scratch memory of its launches come from shapes alone.
-"""
+"""An operator of torch: labels, regions and targets of both maps. Its launches depend on shapes alone."""
 
 from typing import Any, TypeAlias
 
@@ -11,25 +8,24 @@ from torch import Tensor
 from ssync_loss.ssync.engines.triton import _launch
 from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
-# programs that label a map, about; those that share a clip are at most so many, as what they found is added up
-# by every program of the overlap
+# label: about this many programs a map, and at most this many a clip. Each writes one part, the sums of its patches.
 LABEL_PROGRAMS = 8192
 MAX_PARTS = 256
-# patches a program of the overlap takes, about: so many, or so many for each part that it adds up; and at once
+# overlap: every program adds up all parts of its clip, so a clip of many parts gets more patches a program
 OVERLAP_PATCHES = 512
 PATCHES_PER_PART = 4
+# patches that a program of the overlap reads at a time
 OVERLAP_TILE = 32
-# sums of parts that are added up at once
+# numbers that a program adds up at a time: sums of parts in overlap, cells of frames in merge
 PARTS_CELLS = 1024
-# cells of the frames that are merged at once
 MERGE_CELLS = 2048
-# patches of a program that handles labels alone
+# target: patches a program
 TARGET_TILE = 256
 
 # targets, and the five of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# labels of both maps before merging (2, B, T, H, W), and of every clip's parts, if slots are merged: sums of every slot
-# (B, parts, S), and numbers of patches (B, parts)
+# labels of both maps before merging (2, B, T, H, W); if slots are merged, for every part of a clip the sum of each slot
+# (B, parts, S) and the number of patches (B, parts)
 HardLabels: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
 
 
@@ -41,35 +37,34 @@ def label(
     slot_mask: Tensor | None,
     merge_threshold: float | None,
     threshold_tensor: Tensor | None,
+    hard: Tensor | None,
+    table: Tensor | None,
     min_different: int,
     min_same: int,
     max_different: int,
     with_targets: bool,
     with_labels: bool,
 ) -> Labels:
-    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``; empty what is not wanted.
+    """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``, empty if not wanted.
 
-    The threshold is a number, or a tensor, or neither: nothing is merged.
+    The threshold is a number or a tensor. Without either, nothing is merged. The results of :func:`find` may be given.
     """
     outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:
         return outputs
     from ssync_loss.ssync.engines.triton.gpu.targets import target_kernel
 
-    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
     tiling = Tiling.of(enc)
     with torch.cuda.device_of(enc):
-        found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
-        table = None
-        if threshold is not None:
-            table = find_representatives(tiling, enc, slot_mask, found, threshold)
+        if hard is None:
+            hard, table = _find(tiling, enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
         num_tiles = ceil_divide(tiling.num_frames * tiling.num_patches, TARGET_TILE)
         _, enc_labels, dec_labels, boundary, interior, names = outputs
         written = ((enc_labels, boundary), (dec_labels, interior), names) if with_labels else (None, None, None)
         _launch.launch(
             target_kernel,
             2 * tiling.num_clips * num_tiles,
-            *(found[0], table, outputs[0] if with_targets else None, *written),
+            *(hard, table, outputs[0] if with_targets else None, *written),
             *((min_different, 10 - min_same, max_different), tiling.plane_size),
             *((tiling.num_frames, tiling.height, tiling.width), num_tiles),
             S=tiling.num_slots,
@@ -99,10 +94,57 @@ def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
     )
 
 
+@torch.library.custom_op("ssync_loss::find_slots", mutates_args=())
+def find(
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the labels before merging, (2, B, T, H, W) int8, and the representatives, (B, S) int8."""
+    if enc.shape[0] == 0:
+        return _new_slots(enc)
+    with torch.cuda.device_of(enc):
+        hard, table = _find(Tiling.of(enc), enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
+    if table is None:
+        itself = torch.arange(enc.shape[2], dtype=torch.int8, device=enc.device)
+        table = itself.repeat(enc.shape[0], 1)
+    return hard, table
+
+
+@find.register_fake
+def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _new_slots(enc)
+
+
+def _new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
+    num_clips, num_frames, num_slots, height, width = maps.shape
+    return (
+        maps.new_empty((2, num_clips, num_frames, height, width), dtype=torch.int8),
+        maps.new_empty((num_clips, num_slots), dtype=torch.int8),
+    )
+
+
+def _find(
+    tiling: Tiling,
+    enc: Tensor,
+    dec: Tensor,
+    valid: Tensor | None,
+    slot_mask: Tensor | None,
+    merge_threshold: float | None,
+    threshold_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    threshold = merge_threshold if threshold_tensor is None else threshold_tensor.float()
+    found = find_labels(tiling, enc, dec, valid, slot_mask, merges=threshold is not None)
+    return found[0], None if threshold is None else find_representatives(tiling, enc, slot_mask, found, threshold)
+
+
 def find_labels(
     tiling: Tiling, enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, *, merges: bool
 ) -> HardLabels:
-    """Label both maps, and add up what merging needs: 1 launch."""
+    """Label both maps; if slots are merged, sum them in parts: 1 launch."""
     from ssync_loss.ssync.engines.triton.gpu.labels import label_kernel
 
     num_parts = min(tiling.clip_tiles, MAX_PARTS, max(LABEL_PROGRAMS // tiling.num_clips, 1))
@@ -123,19 +165,19 @@ def find_labels(
 
 
 def find_representatives(
-    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, found: HardLabels, threshold: float | Tensor
+    tiling: Tiling, enc: Tensor, slot_mask: Tensor | None, hard: HardLabels, threshold: float | Tensor
 ) -> Tensor:
-    """Name every slot's representative, (B, S) int8: 2 launches."""
+    """Return the representative of every slot, (B, S) int8: 2 launches."""
     from ssync_loss.ssync.engines.triton.gpu.merge import merge_kernel
     from ssync_loss.ssync.engines.triton.gpu.overlap import overlap_kernel
 
-    planes, parts = found
+    planes, parts = hard
     assert parts is not None
     num_parts = parts[0].shape[1]
-    # matrix products want 16 rows, and as many columns
+    # matrix products need at least 16 rows and columns
     slots = max(tiling.slots, 16)
     tile = min(OVERLAP_TILE, max(power_of_two(tiling.num_patches), 16))
-    # so that adding up the parts costs less than reading the map
+    # adding up the parts must take less time than reading the map
     patches = max(OVERLAP_PATCHES, PATCHES_PER_PART * num_parts)
     num_chunks = ceil_divide(tiling.num_patches, patches)
     chunk_tiles = ceil_divide(tiling.num_patches, num_chunks * tile)

@@ -1,6 +1,6 @@
-"""What all launches share; nothing here or in the operators looks at data or waits for a device.
+"""Helpers of all launches. Neither they nor the operators read data or wait for a device.
 
-The kernels' own modules are imported when one of them is launched first, so that the operators need no triton.
+Only a launch imports the kernels' modules, so that the operators can be defined without triton.
 """
 
 from math import e, log2
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from ssync_loss.ssync.engines.triton._tiling import Tiling
 
-# registers of a thread: with no limit at all the assembler spills a few to fit one more program beside the others
+# registers a thread: without a limit the assembler spills some of them so that one more program fits
 MAX_REGISTERS = 168
-# programs that share the loss of a map, at most: one program adds up what they found
+# at most this many programs share the loss of a map, and one program adds up this many shares at a time
 MAX_SHARES = 8192
 SHARES_AT_ONCE = 1024
 
 
 def launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on one axis of programs; the second and third hold no more than 65,535."""
+    """Launch a kernel on the first axis of programs: the others hold no more than 65,535."""
     kernel[(num_programs,)](*arguments, maxnreg=MAX_REGISTERS, **constants)
 
 
 def criterion_of(name: str, label_smoothing: float, temperature: float) -> tuple[float | None, ...]:
-    """Return what a patch pays, as the kernels take it; what is None they are not compiled for.
+    """Return the settings of distillation as the kernels take them; None is compiled away.
 
     >>> criterion_of("cross_entropy", 0.1, 2.0)[1:], criterion_of("mse", 0.0, 2.0)[1:]
     ((0.5, 1, 0.1), (0.5, None, None))
@@ -33,7 +33,7 @@ def criterion_of(name: str, label_smoothing: float, temperature: float) -> tuple
 
 
 def shares(maps: Tensor, num_maps: int, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """Return memory for the errors and counts of the programs that share a loss."""
+    """Allocate the errors and counts of the programs that share a loss."""
     num_programs = min(tiling.num_tiles, MAX_SHARES)
     errors = maps.new_empty((num_maps, num_programs), dtype=torch.float32)
     return errors, maps.new_empty((num_maps, 3, num_programs), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What the kernels can take: known of a tensor without its data, and to a compiler."""
+"""Which maps the kernels can take. Nothing here reads data, so a compiler can ask, too."""
 
 import os
 import re
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 MAX_SLOTS = 64
-# the patches of a clip are counted in int32, those by which its last tile sticks out among them
+# patches of a clip are counted in int32, with those by which the last tile exceeds the clip
 MAX_PATCHES = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# of GPUs; torch's own compiler asks for as much
+# torch's own compiler needs the same
 MIN_CAPABILITY = 7
 
-# the first that the kernels were run and compiled with; torch 2.10 brings it
+# the oldest Triton that the kernels were compiled and run with; torch 2.10 brings it
 MIN_VERSION = (3, 6)
 NO_VERSION = (0, 0)
 INSTALLED = find_spec("triton") is not None
@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 
 
 def triton_version() -> tuple[int, int]:
-    """Return the first two numbers of Triton's version, without importing it; zeros where there is none to be found."""
+    """Return the first two numbers of Triton's version without importing it; zeros if it has none."""
     for name in ("triton", "pytorch-triton"):
         with suppress(PackageNotFoundError):
             major, minor = re.findall(r"\d+", version(name))[:2]
@@ -35,12 +35,12 @@ def triton_version() -> tuple[int, int]:
     return NO_VERSION
 
 
-# asked once: a compiler cannot
+# a compiler cannot call the function
 VERSION = triton_version()
 
 
 def missing(*maps: Tensor) -> str | None:
-    """Say what keeps the kernels from taking maps (B, T, S, H, W), or return None when nothing does.
+    """Say why the kernels cannot take maps (B, T, S, H, W), or return None.
 
     >>> missing(torch.zeros(1, 1, 4, 2, 2, dtype=torch.float64)) is None
     False
@@ -65,7 +65,7 @@ def _lack_of_device(device: torch.device) -> str | None:
         return "a CUDA tensor; got one of ROCm"
     # a fake tensor may name a GPU where there is none
     if torch.cuda.is_available():
-        # a compiler knows these, and not what `get_device_capability` returns
+        # a compiler can trace this, but not `get_device_capability`
         gpu = torch.cuda.get_device_properties(device)
         if gpu.major < MIN_CAPABILITY:
             return f"a GPU of compute capability {MIN_CAPABILITY}.0 or above; got {gpu.major}.{gpu.minor}"

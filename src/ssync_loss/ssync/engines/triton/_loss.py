@@ -1,4 +1,4 @@
-"""The loss of both maps by given targets as an operator of torch, and its backward as another."""
+"""Two operators of torch: the loss of both maps with given targets, and its backward."""
 
 from typing import Any, TypeAlias
 
@@ -27,13 +27,13 @@ def loss(
     boundary_weight: float,
     interior_weight: float,
 ) -> Losses:
-    """Return the weighted total, both means, both counts of selected patches, and the scales of the gradients.
+    """Return the weighted total, both means, both counts of selected patches, and the factors of the gradients.
 
-    2 launches. ``clean`` is False where NaN or +inf was found already, in cells that were not handed on.
+    2 launches. ``clean`` is False if NaN or +inf was found before resizing.
     """
     from ssync_loss.ssync.engines.triton.gpu.losses import finish_kernel, loss_kernel
 
-    tiling, pays = Tiling.of(enc), criterion_of(criterion, label_smoothing, temperature)
+    tiling, settings = Tiling.of(enc), criterion_of(criterion, label_smoothing, temperature)
     outputs = _new_losses(enc)
     errors, tallies = _launch.shares(enc, 2, tiling)
     num_programs = errors.shape[1]
@@ -43,13 +43,13 @@ def loss(
                 loss_kernel,
                 2 * num_programs,
                 *(strided(enc), strided(dec), masked(slot_mask), targets, errors, tallies),
-                *(pays, tiling.shape, tiling.plane_size, tiling.num_tiles),
+                *(settings, tiling.shape, tiling.plane_size, tiling.num_tiles),
                 **tiling.constants,
             )
         _launch.launch(
             finish_kernel,
             1,
-            *(errors, tallies, clean, outputs, (boundary_weight, interior_weight), pays, num_programs),
+            *(errors, tallies, clean, outputs, (boundary_weight, interior_weight), settings, num_programs),
             PROGRAMS=_launch.SHARES_AT_ONCE,
             num_warps=NUM_WARPS,
         )
@@ -90,13 +90,13 @@ def loss_backward(
     for_enc: bool,
     for_dec: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both maps, empty what is not wanted: 1 launch."""
+    """Return the gradients of both maps, empty if not wanted: 1 launch."""
     from ssync_loss.ssync.engines.triton.gpu.gradients import gradient_kernel
 
     grad_enc, grad_dec = _new_gradient(enc, for_enc), _new_gradient(dec, for_dec)
     if enc.shape[0]:
         tiling = Tiling.of(enc)
-        # a gradient that is not wanted has no programs, and what would be written is never touched
+        # a gradient that is not wanted has no programs, and the tensor in its place is not written
         num_dec = tiling.num_tiles * for_dec
         with torch.cuda.device_of(enc):
             _launch.launch(
@@ -126,9 +126,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Losses) -> None:
     *_, num_boundary, num_interior, scales = output
     for_enc, for_dec, *_ = ctx.needs_input_grad
     ctx.mark_non_differentiable(num_boundary, num_interior, scales)
-    # or autograd fills zeros for outputs that nobody differentiates: a launch each
+    # autograd would fill zeros for unused outputs, one launch each
     ctx.set_materialize_grads(False)
-    # a map that learns nothing is not kept: the other stands in its place, and is not read there
+    # a map without a gradient is not kept; the other takes its place and is not read there
     ctx.save_for_backward(enc if for_enc else dec, dec if for_dec else enc, targets, slot_mask, scales)
 
 

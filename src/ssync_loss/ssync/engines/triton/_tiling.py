@@ -1,4 +1,4 @@
-"""How maps are cut into tiles, and where in memory their frames lie: numbers from shapes and strides."""
+"""How maps are cut into tiles, and where their frames are in memory; from shapes and strides alone."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 from ssync_loss.ssync.engines.triton._limits import VERSION
 
-# cells of a tile for each of 32 threads of a warp, all of them in registers; fewer where there are many slots, as
-# a thread keeps more than cells for each of its slots. Triton 3.6 would spill hundreds of bytes of more cells.
+# cells of a tile per thread, all of them in registers; with many slots half of it, as a thread keeps more numbers for
+# each slot. With 32 cells Triton 3.6 spills hundreds of bytes.
 THREAD_CELLS = 32 if VERSION >= (3, 7) else 16
 MANY_SLOTS = 64
-# warps of a program, if a frame has that many tiles then; small frames are cut more finely
+# a program has this many warps if a frame then has at least this many tiles, else one
 NUM_WARPS = 4
 MANY_TILES = 8
 
@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, maps: Tensor) -> "Tiling":
-        """Cut maps; a power of two slots and of patches."""
+        """Cut maps; the numbers of slots and patches of a tile are powers of two."""
         num_clips, num_frames, num_slots, height, width = maps.shape
         slots = power_of_two(num_slots)
         num_patches = height * width
@@ -53,7 +53,7 @@ class Tiling(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """The argument of this name of the kernels."""
+        """The kernels' argument ``shape``."""
         return self.num_frames, self.num_patches, self.width, self.num_chunks
 
     @property
@@ -73,14 +73,14 @@ class Tiling(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """What a kernel over tiles is compiled for."""
+        """The constants that a kernel over tiles is compiled with."""
         columns = max(self.tile // (32 * self.num_warps), 1)
         cells = {"S": self.num_slots, "SLOTS": self.slots, "TILE": self.tile, "COLUMNS": columns}
         return cells | {"num_warps": self.num_warps}
 
 
 def strided(tensor: Tensor | None) -> tuple[Tensor, tuple[int | None, ...]] | None:
-    """Return a tensor (B, T, .., H, W) with strides as the kernels take them, see their ``tiles``.
+    """Return a tensor (B, T, .., H, W) and its strides as the module ``tiles`` explains them.
 
     >>> import torch
     >>> whole = torch.empty(1, 1, 2, 4, 5)
@@ -94,7 +94,7 @@ def strided(tensor: Tensor | None) -> tuple[Tensor, tuple[int | None, ...]] | No
     if sum((size - 1) * stride for size, stride in zip(tensor.shape[2:], tensor.stride()[2:], strict=True)) >= 2**31:
         return tensor, (*outer, row, column, 1)
     if width == 1:
-        # one patch a row: a patch further is a row further
+        # one patch a row: the next patch is the next row
         return tensor, (*outer, None, row, None)
     return tensor, (*outer, None if height == 1 or row == width * column else row, column, None)
 
@@ -109,5 +109,5 @@ def power_of_two(number: int) -> int:
 
 
 def ceil_divide(number: int, by: int) -> int:
-    """Return how many pieces of a size it takes."""
+    """Divide, and round up."""
     return -(-number // by)

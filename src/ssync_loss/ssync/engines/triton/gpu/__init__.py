@@ -1,1 +1,1 @@
-"""Code that runs on the device. These modules import triton, and nothing imports them before a launch."""
+"""Code that runs on the device. These modules import triton, so only a launch imports them."""

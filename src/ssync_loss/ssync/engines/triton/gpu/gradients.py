@@ -1,4 +1,4 @@
-"""Last pass over both maps: their gradients, from the logits once more and the int8 targets of the forward."""
+"""Last pass over both maps: their gradients, from the logits and the int8 targets of the forward."""
 
 import triton
 import triton.language as tl
@@ -27,9 +27,9 @@ def gradient_kernel(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write ``grad_dec`` with the first ``num_dec_programs``, ``grad_enc`` with the others; either may have none.
+    """Write ``grad_dec`` in the first ``num_dec_programs`` programs, ``grad_enc`` in the others. Either may have none.
 
-    ``incoming`` are the gradients of the total and of both means, None where they are zero.
+    ``incoming`` are the gradients of the total and of both means; None is zero.
     """
     program = tl.program_id(0)
     if program < num_dec_programs:
@@ -55,15 +55,15 @@ def _upstream(scale, grad_total, weight, grad_term):
 
 @triton.jit
 def _nan_or_zero(upstream):
-    """Return NaN for NaN, as it comes where a map holds NaN or +inf: then no cell of a gradient means anything."""
-    return tl.where(upstream == upstream, 0.0, upstream)  # noqa: PLR0124 (only NaN is not itself)
+    """Return NaN for NaN, else 0. It is NaN if a map holds NaN or +inf, and the whole gradient is then NaN."""
+    return tl.where(upstream == upstream, 0.0, upstream)  # noqa: PLR0124 (only NaN differs from itself)
 
 
 @triton.jit
 def write_slopes(
     maps, slot_mask, targets, upstream, elsewhere, grads, place, criterion, shape, S: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Write the gradient of one tile; patches that are not taught get the number ``elsewhere``, whatever they hold."""
+    """Write the gradient of one tile; patches that are not taught get the number ``elsewhere``."""
     inside = place[3]
     target = tl.load(targets + in_plane(place, shape), mask=inside, other=-1).to(tl.int32)
     slots = slots_of(slot_mask, place[0], S, SLOTS)

@@ -1,4 +1,4 @@
-"""First pass over both maps: hard labels of every patch, and what merging must know of the encoder's slots."""
+"""First pass over both maps: hard labels of every patch, and sums of the encoder's slots."""
 
 import triton
 import triton.language as tl
@@ -22,11 +22,11 @@ def label_kernel(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write int8 labels (2, B, T, H, W), the encoder's and the decoder's, -1 where a patch does not count.
+    """Write int8 labels (2, B, T, H, W), the encoder's and the decoder's, -1 at invalid patches.
 
-    One half of the programs reads the encoder, the other the decoder. A clip is shared by ``num_parts`` programs
-    a map; those of the encoder write ``parts``: (B, parts, S), float32, a slot's logits summed over the patches that
-    count, and (B, parts), int32, the number of these patches. Without merging it is None.
+    The first half of the programs reads the encoder's map, the second the decoder's. Of each map, ``num_parts``
+    programs share a clip. Each of the encoder's writes one of the ``parts``: (B, parts, S) float32, the sums of slots
+    over valid patches, and (B, parts) int32, the numbers of valid patches. ``parts`` is None without merging.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
@@ -66,8 +66,7 @@ def _label(
         if valid is not None:
             counts = counts & (read_patches(valid, place, shape) != 0)
         x = read_tile(maps, slot_mask, slots, place, shape, S, SLOTS)
-        # NaN, which fails this comparison, wins as in torch's argmax: the label of such a patch means nothing, but
-        # it names a present slot
+        # NaN fails this comparison: it becomes +inf, so that the label is a present slot
         x = tl.where(x <= float("inf"), x, float("inf"))
         leads = (x == tl.max(x, 0)[None, :]) & present[:, None]
         label = tl.min(tl.where(leads, number[:, None], SLOTS), 0)

@@ -1,4 +1,4 @@
-"""Third pass over both maps: the loss, in partial sums that are added in a fixed order."""
+"""Third pass over both maps: the loss, as partial sums that are added in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -25,11 +25,11 @@ def loss_kernel(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write every program's share of the errors, and what it counted.
+    """Write every program's share of the errors and of three counts.
 
-    ``errors`` (2, programs) float32 and ``tallies`` (2, 3, programs) int32 (selected patches, the same times
-    present slots, whether a patch that counts is undefined): of what the decoder is taught, then of what the
-    encoder is taught. One half of the programs reads each map.
+    ``errors`` are (2, programs) float32, ``tallies`` (2, 3, programs) int32: selected patches, selected patches times
+    present slots, and whether a valid patch is undefined. The first of the 2 is the decoder as student, the second the
+    encoder. One half of the programs reads each map.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
@@ -70,14 +70,14 @@ def _sum_patches(
         error += tl.where(taught, value, 0.0)
         selected += taught.to(tl.int32)
         weighted += tl.where(taught, slots[2], 0)
-        # NaN and +inf count wherever a patch does, taught or not
+        # NaN and +inf count in all valid patches, taught or not
         undefined |= tl.where(is_defined | (target == INVALID), 0, 1)
     write_share(share, error, selected, weighted, undefined)
 
 
 @triton.jit
 def write_share(share, error, selected, weighted, undefined):
-    """Write what one program found, sums over its lanes; a share is where to write, which program and of how many."""
+    """Write the sums of one program. ``share`` is both arrays, the program, and the number of programs."""
     errors, tallies, program, num_programs = share
     tl.store(errors + program, tl.sum(error, 0))
     tl.store(tallies + program, tl.sum(selected, 0))
@@ -87,10 +87,10 @@ def write_share(share, error, selected, weighted, undefined):
 
 @triton.jit
 def add_shares(errors, tallies, num_programs, criterion, PROGRAMS: tl.constexpr):
-    """Add up what all programs found, in float64 and int64.
+    """Add up the shares of all programs, in float64 and int64.
 
-    Returns the error, how many patches were selected, one over what a mean divides by (selected patches, for the
-    squared error times present slots), and whether a patch was undefined.
+    Returns the error, the number of selected patches, one over the divisor of the mean (selected patches, for the
+    squared error times present slots), and whether a patch is undefined.
     """
     error = tl.zeros([PROGRAMS], tl.float64)
     selected = tl.zeros([PROGRAMS], tl.int64)
@@ -110,9 +110,9 @@ def add_shares(errors, tallies, num_programs, criterion, PROGRAMS: tl.constexpr)
 
 @triton.jit
 def finish_kernel(errors, tallies, clean, outputs, weights, criterion, num_programs, PROGRAMS: tl.constexpr):
-    """Add up the shares: the weighted total, both means, both counts, and what the gradients are scaled by.
+    """Add up the shares: the weighted total, both means, both counts, and the factors of the gradients.
 
-    The scales are one over what each mean divides by, NaN where a map held NaN or +inf, as the means are.
+    The factors are one over the divisors of the means. They and the means are NaN if a map holds NaN or +inf.
     """
     error, selected, scale, undefined = add_shares(errors, tallies, num_programs, criterion, PROGRAMS)
     errors += num_programs

@@ -1,4 +1,4 @@
-"""From shared patches to representatives: one program a clip."""
+"""Representatives of slots, from shared patches: one program a clip."""
 
 import triton
 import triton.language as tl
@@ -20,9 +20,8 @@ def merge_kernel(
 ):
     """Write ``table`` (B, S), int8: the representative of every slot.
 
-    IoU of every frame, their mean over frames with a patch that counts, links above the threshold, and the
-    transitive closure by ceil(log2 S) squarings; a group's representative has the largest area, the lowest
-    index among equals.
+    It takes the mean IoU over frames with a valid patch, links slots above the threshold, and squares the links
+    ceil(log2 S) times. The representative of a group has the largest area, or the lowest index among equals.
     """
     clip = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, SLOTS)
@@ -47,7 +46,7 @@ def merge_kernel(
         either = own[:, :, None] + own[:, None, :] - both
         iou = tl.math.div_rn(both.to(tl.float32), tl.maximum(either, 1).to(tl.float32))
         overlap += tl.sum(iou.to(tl.float64), 0)
-        # every patch that counts is won by one slot
+        # every valid patch is won by one slot
         num_counted += tl.sum((tl.sum(won, 1) > 0).to(tl.int32), 0)
         area += tl.sum(won, 0)
     mean = (overlap / tl.maximum(num_counted, 1)).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Second pass over the encoder's map: on how many patches of a frame two slots are active together."""
+"""Second pass over the encoder's map: the number of patches of a frame on which two slots are active."""
 
 import triton
 import triton.language as tl
@@ -27,8 +27,8 @@ def overlap_kernel(
 ):
     """Write ``counts`` (B, T, chunks, S, S) of patches where both slots are active, and ``areas`` (B, T, chunks, S).
 
-    A slot is active where its logit exceeds its mean over the clip, which every program adds up once more. Its
-    area is the number of patches it has won. A program takes a chunk of one large frame, or a group of small
+    A slot is active where its logit exceeds its mean over the clip. Every program computes that mean from the parts.
+    The area of a slot is the number of its patches. A program takes a chunk of one large frame, or a group of small
     frames. Products of zeros and ones, added in float32, count exactly.
     """
     program = tl.program_id(0)

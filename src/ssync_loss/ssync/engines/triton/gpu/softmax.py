@@ -1,22 +1,22 @@
-"""One tile in registers: what its patches pay for missing their labels, and the gradient of that.
+"""One tile in registers: the values of its patches, and their gradients.
 
-Tiles are (slots, patches) of float32 with absent slots at -inf; a label below 0 hits no slot. ``criterion`` is
+Tiles are (slots, patches) of float32 with absent slots at -inf. A label below 0 is no slot. ``criterion`` is
 (log2(e) / temperature, 1 / temperature, None for the squared error, label smoothing or None).
 """
 
 import triton
 import triton.language as tl
 
-# minus the logarithm of the smallest normal float32: what a slot at -inf pays in cross-entropy
+# minus the logarithm of the smallest normal float32: the value of a slot at -inf in the cross-entropy
 FLOOR = tl.constexpr(87.33654475055310898657)
 
 
 @triton.jit
 def _split(x, hit, exponent):
-    """Return exponentials of a tile, those that miss the label, and two sums: of the label's own and the others.
+    """Return the exponentials of a tile, the same with 0 at the label, the label's own, and the sum of the others.
 
-    ``2^((x - peak) * exponent)`` with ``exponent = log2(e) / temperature``: the peak is taken off first, so that
-    it cannot overflow. The sums are NaN where a slot holds NaN or +inf, and 0 where all slots are at -inf.
+    They are ``2^((x - peak) * exponent)`` with ``exponent = log2(e) / temperature``, which cannot overflow. The sums
+    are NaN if a slot holds NaN or +inf, and 0 if all slots are at -inf.
     """
     level = _level(x)
     exps = tl.exp2((x - level[None, :]) * exponent)
@@ -27,13 +27,13 @@ def _split(x, hit, exponent):
 @triton.jit
 def _level(x):
     peak = tl.max(x, 0)
-    # where all slots are at -inf there is nothing to take off
+    # -inf - -inf would be NaN
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
 @triton.jit
 def patch_values(x, label, slots, criterion):
-    """Return what each patch pays, for the squared error summed over slots, and whether its softmax is defined."""
+    """Return the value of each patch, the squared error as a sum over slots, and whether its softmax is defined."""
     number, present, num_present = slots
     hit = number[:, None] == label[None, :]
     _, misses, own, wrong = _split(x, hit, criterion[0])
@@ -43,14 +43,14 @@ def patch_values(x, label, slots, criterion):
     uniform = total == 0.0
     if criterion[2] is not None:
         log_total = _log_total(own, wrong)
-        # the temperature is at work after the peak is taken off, here as there
+        # subtract the peak before the temperature, as in `_split`
         level = _level(x)
         own_x = tl.sum(tl.where(hit, x, 0.0), 0)
         value = tl.where(own_x == float("-inf"), FLOOR, log_total - (own_x - level) * criterion[1])
         if criterion[3] is not None:
-            pays = log_total[None, :] - (x - level[None, :]) * criterion[1]
-            pays = tl.where(x == float("-inf"), FLOOR, pays)
-            spread = tl.sum(tl.where(present[:, None], pays, 0.0), 0)
+            minus_log = log_total[None, :] - (x - level[None, :]) * criterion[1]
+            minus_log = tl.where(x == float("-inf"), FLOOR, minus_log)
+            spread = tl.sum(tl.where(present[:, None], minus_log, 0.0), 0)
             value = (1.0 - criterion[3]) * value + (criterion[3] / num_present) * spread
         value = tl.where(uniform, tl.log(num_present), value)
     else:
@@ -58,16 +58,16 @@ def patch_values(x, label, slots, criterion):
         total = tl.where(uniform, 1.0, total)
         value = (wrong * wrong + tl.sum(misses * misses, 0)) / (total * total)
         value = tl.where(uniform, 1.0 - 1.0 / num_present, value)
-    # NaN fails this comparison
+    # NaN is not defined
     return value, total >= 0.0
 
 
 @triton.jit
 def _log_total(own, wrong):
-    """Return log(own + wrong), where own is often 1 and wrong so small that it is lost in the sum."""
+    """Return log(own + wrong), precisely where own is 1 and wrong is too small for the sum."""
     total = own + wrong
     lost = total - 1.0
-    # Higham's log1p: the error of the sum is undone by a quotient
+    # Higham's log1p: a quotient corrects the rounding of the sum
     ratio = tl.where(lost == 0.0, 1.0, wrong / tl.where(lost == 0.0, 1.0, lost))
     log1p = tl.where(lost == 0.0, wrong, tl.log(tl.where(total == 0.0, 1.0, total)) * ratio)
     plain = tl.log(tl.where(total == 0.0, 1.0, total))
@@ -76,7 +76,7 @@ def _log_total(own, wrong):
 
 @triton.jit
 def patch_slopes(x, label, slots, upstream, criterion):
-    """Return the gradient of ``upstream`` (patches) times :func:`patch_values`, a tile."""
+    """Return the gradient of ``upstream`` (patches) times :func:`patch_values`, as a tile."""
     number, present, num_present = slots
     hit = number[:, None] == label[None, :]
     exps, misses, own, wrong = _split(x, hit, criterion[0])
@@ -89,7 +89,7 @@ def patch_slopes(x, label, slots, upstream, criterion):
         aim = tl.where(hit, 1.0, 0.0)
         if criterion[3] is not None:
             aim = (1.0 - criterion[3]) * aim + tl.where(present[:, None], criterion[3] / num_present, 0.0)
-        # what a slot at -inf pays is constant
+        # the value of a slot at -inf is constant
         aim = tl.where(x > float("-inf"), aim, 0.0)
         slope = (exps * (inverse * tl.sum(aim, 0))[None, :] - aim) * upstream[None, :]
     else:

@@ -1,9 +1,9 @@
-"""What each patch teaches: merged labels of it and its neighbors, the two regions, int8 targets."""
+"""Int8 targets of every patch, from merged labels and the two regions."""
 
 import triton
 import triton.language as tl
 
-# what a target holds where there is none
+# targets that name no slot
 UNSELECTED = tl.constexpr(-1)
 INVALID = tl.constexpr(-2)
 
@@ -24,12 +24,12 @@ def target_kernel(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write int8 targets (2, B, T, H, W), what is wanted of the decoder and of the encoder, and labels if asked.
+    """Write int8 targets (2, B, T, H, W) of the decoder and of the encoder, and the fields of ``PseudoLabels``.
 
-    A target is the slot a patch should belong to, -1 where nothing is taught and -2 where the patch does not
-    count. ``table`` is None without merging; either ``targets`` may be, or what makes ``PseudoLabels``: merged labels
-    and region of either map, and representatives. ``regions`` are how many neighbors must differ in a boundary, and
-    may in a boundary and in an interior. ``size`` is frames, height and width.
+    A target is the slot that a patch should belong to, -1 where nothing is taught, -2 at invalid patches. ``table`` is
+    None without merging. ``targets`` may be None, or else the fields: merged labels and region of either map, and
+    representatives. ``regions`` are the least and the largest number of differing neighbors on a boundary, and the
+    largest in an interior. ``size`` is frames, height and width.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
@@ -77,7 +77,7 @@ def _select(
 
 @triton.jit
 def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Write the representatives of a clip as int64, once; without merging every slot is its own."""
+    """Write the representatives of a clip as int64, in one of its programs; without merging every slot is its own."""
     slots = tl.arange(0, SLOTS)
     at = (program // num_tiles).to(tl.int64) * S + slots
     leader = slots if table is None else tl.load(table + at, mask=slots < S, other=0)
@@ -86,12 +86,12 @@ def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.
 
 @triton.jit
 def _count_differing(labels, table, patches, inside, size):
-    """Return the merged labels of patches of a clip, -1 where invalid, and how many of ten neighbors differ."""
+    """Return the merged labels of patches of a clip, -1 where invalid, and the number of differing neighbors."""
     num_frames, height, width = size
     column = patches % width
     row = patches // width % height
     frame = patches // (width * height)
-    # steps to the neighbors; at an edge of the clip none is taken
+    # offsets of the neighbors, 0 at the edges of the clip
     left, right = tl.where(column > 0, -1, 0), tl.where(column < width - 1, 1, 0)
     up, down = tl.where(row > 0, -width, 0), tl.where(row < height - 1, width, 0)
     before = tl.where(frame > 0, -height * width, 0)
@@ -119,5 +119,5 @@ def _merged(labels, table, inside):
 @triton.jit
 def _differs(own, labels, table, inside):
     other = _merged(labels, table, inside)
-    # an invalid neighbor agrees with everyone; what an invalid patch counts is not looked at
+    # an invalid neighbor does not differ; the count of an invalid patch is not used
     return ((own != other) & (other >= 0)).to(tl.int32)

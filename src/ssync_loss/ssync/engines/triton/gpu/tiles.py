@@ -1,12 +1,12 @@
 """How a program finds its cells: a tile is (slots, patches) of one frame, read once and kept in registers.
 
-What travels together is a tuple everywhere:
+Four kinds of tuples are arguments of most functions:
 
 - ``shape``: frames of a clip, patches of a frame, width, tiles of a frame;
 - ``place``: clip, frame, patches of the frame, which of them exist;
-- ``slots``: their numbers, which of them are present, how many are;
-- a tensor, and its strides (B, T, .., row, column, far): ``row`` is None where rows follow each other, so that no
-  division is needed, and ``far`` is not None where offsets within a frame need int64.
+- ``slots``: their numbers, which of them are present, how many are present;
+- a tensor and its strides (B, T, .., row, column, far): ``row`` is None if rows are contiguous, which saves a division;
+  ``far`` is None unless offsets within a frame need int64.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(tile, shape, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the place of a tile of the batch."""
+    """Return the place of a tile."""
     row = tile // shape[3]
     patches, inside = patches_of(tile % shape[3], shape, TILE, COLUMNS)
     return row // shape[0], row % shape[0], patches, inside
@@ -25,8 +25,8 @@ def locate(tile, shape, TILE: tl.constexpr, COLUMNS: tl.constexpr):
 def patches_of(chunk, shape, TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Return the patches of a tile of a frame, and which of them exist.
 
-    A thread is told to read no more than COLUMNS of them side by side. So it holds all slots of its patches, and
-    what goes over slots needs no other thread.
+    A thread reads at most COLUMNS adjacent patches. It then holds all slots of its patches, and a reduction over slots
+    needs no other thread.
     """
     patches = tl.max_contiguous(chunk * TILE + tl.arange(0, TILE), COLUMNS)
     return patches, patches < shape[1]
@@ -34,7 +34,7 @@ def patches_of(chunk, shape, TILE: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def in_plane(place, shape):
-    """Return where patches lie in a plane (B, T, H, W) without gaps."""
+    """Return the offsets of patches in a contiguous (B, T, H, W)."""
     return (place[0].to(tl.int64) * shape[0] + place[1]) * shape[1] + place[2]
 
 
@@ -49,7 +49,7 @@ def read_patches(strided, place, shape):
 
 @triton.jit
 def map_cells(strided, place, slots, shape):
-    """Return where the cells (slots, patches) of a frame lie in a map."""
+    """Return the addresses of the cells (slots, patches) of a frame in a map."""
     maps, strides = strided
     start = maps + place[0].to(tl.int64) * strides[0] + place[1].to(tl.int64) * strides[1]
     if strides[5] is not None:
@@ -67,13 +67,13 @@ def _within(patches, row, column, far, width):
 
 @triton.jit
 def tile_mask(slots, inside, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Tell which cells of a tile exist: it has a power of two slots, and may stick out of its frame."""
+    """Tell which cells of a tile exist: it has a power of two slots, and may exceed its frame."""
     return inside[None, :] if S == SLOTS else (slots < S)[:, None] & inside[None, :]
 
 
 @triton.jit
 def slots_of(slot_mask, clip, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Return the slots of a clip: without a mask all S are present. At least 1 is counted."""
+    """Return the slots of a clip; without a mask all S are present. The number is at least 1."""
     slots = tl.arange(0, SLOTS)
     present = slots < S
     if slot_mask is not None:
@@ -85,15 +85,15 @@ def slots_of(slot_mask, clip, S: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def read_tile(maps, slot_mask, slots, place, shape, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Read a tile as float32, -inf where it sticks out and in absent slots: these win nothing and have no share.
+    """Read a tile as float32, -inf where it exceeds the map and in absent slots.
 
-    Where slots lie side by side in memory threads would share them out: each would do the work of all its patches
-    over again, and run out of registers. So every slot is read on its own, and the cache sees to the rest.
+    If slots were adjacent in memory, the compiler would divide them among threads, and each thread would run out of
+    registers. The hint lets every slot be read on its own.
     """
     alone = tl.max_contiguous(tl.arange(0, SLOTS), 1)
     cells = map_cells(maps, place, alone, shape)
     x = tl.load(cells, mask=tile_mask(slots[0], place[3], S, SLOTS), other=float("-inf")).to(tl.float32)
-    # what sticks out is -inf already
+    # cells outside the map are -inf already
     if slot_mask is not None:
         x = tl.where(slots[1][:, None], x, float("-inf"))
     return x

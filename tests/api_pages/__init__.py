@@ -1,6 +1,7 @@
 """The API reference, built from the docstrings: ``python -m tests.api_pages`` writes it to build/api.
 
-Warnings are errors, and so is a reference to a name that has no page.
+Warnings are errors, and so is a reference to a name that has no page. Formulas are drawn by the browser, without a
+script: the pages need no network.
 """
 
 import importlib
@@ -9,6 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from .formulas import is_formula, to_mathml
+from .tables import to_markdown
 
 # these have a page, and what is on it is public
 PUBLIC = [
@@ -32,19 +36,22 @@ WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTe
 # what an entry for a host of one's own is made of
 HOSTS = "ssync_loss.adapters.hosts"
 PAGES = [*PUBLIC, HOSTS]
-FOLDER = Path(__file__).resolve().parents[1] / "build" / "api"
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "api"
 ROLE = re.compile(r":(?:mod|func|class|meth|attr):`([^`]+)`")
 # sections of one line, which are no sections to pdoc
+CODE = re.compile(r"``(.+?)``", flags=re.DOTALL)
 SECTION = re.compile(r"^(Shape|Returns|Source|Raises|Args): (?=\S)", flags=re.MULTILINE)
+STYLE = """<style>
+.formula { font-size: 1.1em; font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", math, serif; }
+.formula math { font-family: inherit; math-style: normal; }
+/* a long name goes on below the button of the menu */
+@media (max-width: 769px) { h1.modulename { padding-right: 60px; overflow-wrap: anywhere; } }
+</style>"""
 
 
 def public_names(module: str) -> list[str]:
     """Return the names that a module offers."""
     there = importlib.import_module(module)
-    if module == HOSTS:
-        return [
-            name for name, one in vars(there).items() if name[0] != "_" and getattr(one, "__module__", "") == module
-        ]
     return getattr(there, "__all__", None) or [WITHOUT_ALL[module]]
 
 
@@ -70,12 +77,13 @@ class Names:
                 self.members |= members
 
     def prepared(self, docstring: str) -> str:
-        """Write references in full, so that pdoc links them from every page, and sections of one line as paragraphs.
+        """Write what pdoc can read: references in full, formulas as MathML, tables, sections of one line as paragraphs.
 
         Raises:
             ValueError: if a name is referred to that has no page.
         """
-        return SECTION.sub(r"\n**\1.** ", ROLE.sub(lambda match: f"`{self._in_full(match[1])}`", docstring))
+        linked = ROLE.sub(lambda match: f"`{self._in_full(match[1])}`", to_markdown(docstring))
+        return SECTION.sub(r"\n**\1.** ", CODE.sub(drawn, linked))
 
     def _in_full(self, said: str) -> str:
         name, dot, member = said.partition(".")
@@ -87,8 +95,15 @@ class Names:
         raise ValueError(f"a docstring refers to {said!r}, which has no page")
 
 
-def to_classes(page: str) -> str:
-    """Let links to a member that a class inherits, and that pdoc does not show, lead to the class."""
+def drawn(match: re.Match[str]) -> str:
+    """Draw what stands in code marks, if it is a formula."""
+    code = " ".join(match[1].split())
+    return to_mathml(code) if is_formula(code) else match[0]
+
+
+def finished(page: str) -> str:
+    """Add the style, and let links to a member that a class inherits, and that has no place, lead to the class."""
+    page = page.replace("</head>", f"{STYLE}</head>")
     anchors = set(re.findall(r'id="([\w.]+)"', page))
     return re.sub(
         r'href="#(\w+)\.(\w+)"', lambda link: link[0] if link[0][7:-1] in anchors else f'href="#{link[1]}"', page
@@ -123,7 +138,7 @@ def build(folder: Path) -> None:
     with patch.object(docstrings, "convert", convert_prepared), warnings.catch_warnings():
         warnings.simplefilter("error")
         pages = {
-            f"{name.replace('.', '/')}.html": to_classes(render.html_module(one, modules))
+            f"{name.replace('.', '/')}.html": finished(render.html_module(one, modules))
             for name, one in modules.items()
         }
         pages |= {"index.html": render.html_index(modules), "search.js": render.search_index(modules)}
@@ -131,8 +146,3 @@ def build(folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    build(FOLDER)
-    print(FOLDER / "index.html")

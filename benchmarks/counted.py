@@ -1,0 +1,108 @@
+"""What is counted and not timed: bytes that a step takes beyond its inputs, launches, and host reads."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# what asks a device for a number
+HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
+
+
+def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
+    """Run a piece of work once; return the bytes it held, with what it returns and without its inputs.
+
+    ``allocated`` is what torch's allocator had handed out at its largest, exact; ``kept``, at the end. ``resident``, on
+    a CPU, is the growth of the process at its peak: it comes in pages, holds the profiler's and the interpreter's own,
+    and alone has what an operator takes past torch's allocator.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = work()
+        torch.cuda.synchronize()
+        on_gpu = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
+        del kept
+        return {name: value - before for name, value in on_gpu.items()}
+    # or torch 2.11 warns that the events of a cycle are forgotten after it
+    recorder = partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    # starting the first one takes memory that is not the work's
+    with recorder():
+        pass
+    resident = []
+    with recorder() as record:
+        # here, as a recorder that starts gives back what the one before held
+        with suppress(OSError):
+            # forget the peak of the process, where the system lets us
+            Path("/proc/self/clear_refs").write_text("5")
+            resident.append(_resident("smaps_rollup", "Rss"))
+        kept = work()
+        resident.append(_resident("status", "VmHWM"))
+    del kept
+    kineto: Any = record.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    now = list(accumulate((event.nbytes() for event in events), initial=0))
+    values = {"allocated": max(now), "kept": now[-1]}
+    return values | ({"resident": max(resident[1] - resident[0], 0)} if len(resident) == 2 else {})
+
+
+def _resident(file: str, name: str) -> int:
+    lines = (Path("/proc/self") / file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts operators that are no views, and those that read data on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launches = 0
+        self.host_reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches += not func.is_view
+        self.host_reads += func._schema.name in HOST_READS
+        return func(*args, **(kwargs or {}))
+
+
+def count(work: Callable[[], object], device: str) -> dict[str, int]:
+    """Count launches and host reads once; on a CPU an operator stands for the launch that it would be."""
+    if device == "cuda":
+        return _count_on_gpu(work)
+    # a first call may look at its arguments
+    work()
+    with OperatorCount() as counts:
+        work()
+    return {"launches": counts.launches, "host_reads": counts.host_reads}
+
+
+def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
+    """Count kernels, copies and memory sets on the device's own record, and synchronizations by their warnings."""
+    work()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    synchronizing = [one for one in caught if "synchronizing" in str(one.message)]
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
+        work()
+        torch.cuda.synchronize()
+    on_device = [one for one in record.events() or [] if one.device_type.name == "CUDA"]
+    launches = [one for one in on_device if not one.is_user_annotation]
+    return {"launches": len(launches), "host_reads": len(synchronizing)}
