@@ -62,9 +62,11 @@ def _read(tensor: Tensor, wait: bool) -> Tensor | None:
 
 
 def _is_one(maps: Maps, read: list[Tensor | None]) -> bool:
-    """Say whether two maps that learn are views of one tensor."""
-    places = {None if one is None else (one.data_ptr(), one.shape) for one in read}
-    return len(places) == 1 and None not in places and maps.enc.requires_grad and maps.dec.requires_grad
+    """Tell whether two maps that learn are views of one tensor."""
+    if any(one is None for one in read) or not (maps.enc.requires_grad and maps.dec.requires_grad):
+        return False
+    enc, dec = ((one.untyped_storage().data_ptr(), one.storage_offset(), one.shape) for one in (maps.enc, maps.dec))
+    return enc == dec
 
 
 def _is_probabilities(maps: Tensor) -> bool:
