@@ -76,7 +76,7 @@ class TestKind:
 
 def test_views_of_one_tensor_are_no_two_maps() -> None:
     enc = maps()["enc_logits"]
-    twice = "`dec_logits` is `enc_logits`, in the same memory: neither has anything to learn."
+    twice = "`dec_logits` is `enc_logits`, in the same memory: each would teach itself."
     assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.view_as(enc)) == [twice]
     assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.clone()) == []
     assert said(SSyncLoss().eval(), enc_logits=enc.detach(), dec_logits=enc.detach()) == []

@@ -295,7 +295,8 @@ class TestThreads:
     def test_a_child_may_call_what_torch_computes_a_part_of(self) -> None:
         program = """
             import os, signal, torch, warnings
-            from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
+            from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, SSyncLoss
+            from ssync_loss.monitor import Monitor
             torch.set_num_threads(2)
             maps = [torch.rand(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
             finer = torch.rand(8, 4, 11, 48, 48, requires_grad=True)
@@ -306,6 +307,8 @@ class TestThreads:
                 lambda: SSyncLoss(kind="probs")(*maps).backward(),
                 lambda: SSyncLoss()(maps[0], finer).backward(),
                 lambda: SSyncLoss(backend="torch")(*maps).backward(),
+                lambda: BoundaryRefinementLoss()(*maps).backward(),
+                lambda: Monitor(SSyncLoss(), to="/dev/null")(maps, step=0, loss=SSyncLoss()(*maps)),
                 lambda: AdaptiveSSyncLoss(SSyncLoss(), warmup=0)(*maps, features).backward(),
             ):
                 pid = os.fork()
@@ -316,19 +319,19 @@ class TestThreads:
                 print(os.waitpid(pid, 0)[1])
         """
         done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
-        assert (done.stdout, done.returncode) == ("0\n" * 4, 0), done.stderr
+        assert (done.stdout, done.returncode) == ("0\n" * 6, 0), done.stderr
 
     def test_torch_is_kept_to_one_thread_in_a_forked_process_and_it_says_so(
         self, threads: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         threads(2)
-        take_one_thread_if_forked()
+        take_one_thread_if_forked("cpu")
         assert torch.get_num_threads() == 2
         monkeypatch.setattr(_forks, "_forked", [True])
         with pytest.warns(UserWarning, match="was forked"):
             SSyncLoss(kind="probs")(*(torch.rand(1, 1, 2, 4, 4, requires_grad=True) for _ in range(2)))
         assert torch.get_num_threads() == 1
-        take_one_thread_if_forked()
+        take_one_thread_if_forked("cpu")
 
     @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
     def test_a_process_may_have_any_name(self) -> None:

@@ -18,9 +18,9 @@ def is_forked() -> bool | None:
 
 
 @constant
-def take_one_thread_if_forked() -> None:
-    """Limit torch to one thread in a forked process, for good, as a backward comes later."""
-    if is_forked() and torch.get_num_threads() > 1:
+def take_one_thread_if_forked(device: str) -> None:
+    """Limit torch to one thread on the CPU of a forked process, for good, as a backward comes later."""
+    if device == "cpu" and is_forked() and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(
             "torch.set_num_threads(1) was called: this process was forked, and an operator of torch could wait there "

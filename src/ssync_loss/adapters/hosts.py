@@ -309,8 +309,8 @@ def _lucidrains(model: Any) -> Found:
 
 def _metaslot(_model: Any) -> Found:
     raise ValueError(
-        "`model` must keep its slots in order; got a MetaSlotAttention, which merges and reorders them after the "
-        "attention, so that slot s of the encoder's map is not slot s of the decoder's."
+        "`model` must keep its slots in order; got what looks like a MetaSlotAttention, which merges and "
+        "reorders them after the attention, so that slot s of the encoder's map is not slot s of the decoder's."
     )
 
 

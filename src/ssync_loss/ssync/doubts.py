@@ -14,6 +14,8 @@ from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kin
 
 # tolerance for a sum of probabilities, which may come from halves
 ABOUT = 0.01
+# how far probabilities differ between patches at least
+SPREAD = 0.05
 # the least share of a map that present slots have
 NEGLIGIBLE = 1e-3
 
@@ -46,7 +48,7 @@ def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
     if said:
         said.append(f"Is kind={kinds[0] if kinds[0] == kinds[1] else tuple(kinds)!r} meant?")
     if _is_one(maps, read):
-        said.append("`dec_logits` is `enc_logits`, in the same memory: neither has anything to learn.")
+        said.append("`dec_logits` is `enc_logits`, in the same memory: each would teach itself.")
     mask = None if maps.slot_mask is None else _read(maps.slot_mask, wait)
     if mask is not None:
         meant = "it is True where a slot is present. Is it inverted?"
@@ -77,14 +79,23 @@ def _is_probabilities(maps: Tensor) -> bool:
     total = at_least_float32(maps).sum(2)
     # invalid patches may be 0
     total = total[total > 0]
-    return bool(total.max() - total.min() <= ABOUT * total.max())
+    if not bool(total.max() - total.min() <= ABOUT * total.max()):
+        return False
+    # logits of a fresh layer are nearly the same everywhere, and so is their sum
+    return abs(total.max().item() - 1) <= ABOUT or bool((maps.amax((3, 4)) - maps.amin((3, 4))).max() > SPREAD)
 
 
 def _is_outside(maps: Tensor | None, kind: Kind, mask: Tensor) -> bool:
-    """Tell whether the present slots of a mask (B, S) have almost no share of a map, in clips with absent slots."""
+    """Tell whether the present slots of a mask (B, S) have almost no share of a map, in clips with absent slots.
+
+    Absent slots that are the same on all patches are padding, which may hold anything.
+    """
     some = ~mask.all(1)
     if maps is None or not some.any():
         return False
-    shares = at_least_float32(maps[some])
-    shares = (shares.softmax(2) if kind == "logits" else shares).nan_to_num().sum((1, 3, 4))
-    return bool((shares * mask[some]).sum() < NEGLIGIBLE * shares.sum())
+    maps, mask = at_least_float32(maps[some]), mask[some]
+    varies = maps.amax((1, 3, 4)) > maps.amin((1, 3, 4))
+    if not (varies & ~mask).any():
+        return False
+    shares = (maps.softmax(2) if kind == "logits" else maps).nan_to_num().sum((1, 3, 4))
+    return bool((shares * mask).sum() < NEGLIGIBLE * shares.sum())

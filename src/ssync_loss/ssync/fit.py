@@ -15,7 +15,7 @@ _CHANNELS = 64
 def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
     """View features of layout ``axes`` as (B, T, D, H, W), on the grid of the encoder's map (B, T, S, H, W)."""
     # torch computes labels and sums of features, with any engine
-    take_one_thread_if_forked()
+    take_one_thread_if_forked(enc.device.type)
     B, T, _, H, W = enc.shape
     if axes is not None:
         shown = solve("features", features, axes, {"b": B, "t": T, "h": H, "w": W}, FEATURES)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.ssync.maps import Maps, first_largest, only_present
 from ssync_loss.ssync.merging import mean_overlap, representatives, unmerged
 from ssync_loss.ssync.regions import select_boundary, select_interior
@@ -41,6 +42,7 @@ def merge_labels(hard: Tensor, representative: Tensor, maps: Maps, settings: Set
 
 def hard_labels(maps: Maps) -> tuple[Tensor, Tensor]:
     """Label every patch of both maps, before merging: (B, T, H, W) int64. An invalid patch may get any label."""
+    take_one_thread_if_forked(maps.enc.device.type)
     return _largest_slot(maps.enc, maps.slot_mask), _largest_slot(maps.dec, maps.slot_mask)
 
 

@@ -236,7 +236,7 @@ def prepare_maps(
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         return maps
-    take_one_thread_if_forked()
+    take_one_thread_if_forked(enc.device.type)
     counted, clean = maps.counted, None
     with no_autocast(enc):
         usable = _usable(counted, slot_mask)

@@ -15,6 +15,7 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
 from ssync_loss._compilers import is_traced
+from ssync_loss._forks import is_forked
 from ssync_loss._module import DetachedWarning, LossModule
 from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
@@ -47,7 +48,7 @@ class _SSyncModule(LossModule):
 
     def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
         """Warn in the first call of maps of another ``kind`` and of an inverted mask, if they are in CPU memory."""
-        if not (is_traced() or self._looked):
+        if not (is_traced() or is_forked() or self._looked):
             self._looked = True
             given = {"grid": self.grid, "axes": self.axes, **masks}
             warn_of_doubts(enc_logits, dec_logits, self.kind, wait=False, note=" (Said once.)", **given)

@@ -57,17 +57,17 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
     check_choice("backend", backend, BACKENDS)
     if backend != "auto":
         _require(backend, *maps)
-        return _ready(backend)
+        return _ready(backend, maps[0].device.type)
     device = maps[0].device
     fast = FAST.get(device.type)
     if fast is not None and ENGINES[fast].missing(*maps) is None and is_trusted(fast, str(device)):
-        return _ready(fast)
-    return _ready("torch")
+        return _ready(fast, device.type)
+    return _ready("torch", device.type)
 
 
-def _ready(name: str) -> Engine:
+def _ready(name: str, device: str) -> Engine:
     if name == "torch":
-        take_one_thread_if_forked()
+        take_one_thread_if_forked(device)
     return ENGINES[name]
 
 

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.ssync.labels import merge_labels
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
@@ -57,6 +58,7 @@ def _teach(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels)
 
 def one_term(engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings) -> Tensor:
     """Compute one term; it and all of its gradient are NaN if a map holds NaN or +inf."""
+    take_one_thread_if_forked(student.device.type)
     spoil = maps.spoil()
     return engine.distill(student.to(maps.dtype) * spoil, target, region, maps.slot_mask, settings) * spoil
 

@@ -39,8 +39,7 @@ def load() -> CDLL:
     """Return the engine's library; compile it if the cache lacks it.
 
     Raises: UnavailableError without a compiler, or without a cache folder that is safe, writable and allows loading;
-        BrokenError if the compiler fails, or takes more than 10 seconds, or more on a machine with more to do than
-            processors.
+        BrokenError if the compiler fails, or takes more than 10 seconds, up to a minute on a busy machine.
     """
     if sys.platform == "win32":
         raise UnavailableError("a POSIX system")
@@ -154,7 +153,7 @@ def _compile(command: list[str]) -> str | None:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         # beside other work a compiler takes longer
-        limit = SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        limit = SECONDS * min(max(1.0, _load()), 6.0)
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -163,3 +162,10 @@ def _compile(command: list[str]) -> str | None:
             raise BrokenError(f"`{' '.join(command)}` took more than {limit:.3g} s") from None
     text = said.decode(errors="replace").strip()[-2000:]
     return f"`{' '.join(command)}` failed with {process.returncode}: {text}" if process.returncode else None
+
+
+def _load() -> float:
+    """Return how many programs want a processor, for each that there is."""
+    with suppress(OSError):
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    return 1.0

@@ -5,6 +5,7 @@ The README beside this file explains the kernels. The first launch imports ``tri
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssync_loss.ssync.engines.contract import Engine, weigh
@@ -78,7 +79,11 @@ def _step(maps: Maps, settings: Settings, found: SlotLabels | None, *, with_labe
 def _label(
     maps: Maps, settings: Settings, found: SlotLabels | None, *, with_targets: bool, with_labels: bool
 ) -> tuple[Tensor, ...]:
-    given = (None, None) if found is None else (found.hard.contiguous(), found.representative.contiguous())
+    given = (
+        (None, None)
+        if found is None
+        else (found.hard.to(torch.int8).contiguous(), found.representative.to(torch.int8).contiguous())
+    )
     regions = settings.min_different, settings.min_same, settings.max_different
     outputs: tuple[Tensor, ...] = label(*_inputs(maps, settings), *given, *regions, with_targets, with_labels)
     return outputs
