@@ -119,9 +119,9 @@ def suggest_merge_threshold(statistics: Iterable[SlotStatistics], *, keep: float
     more, so there is one. All thresholds between two overlaps that occur merge the same slots; the middle is taken. If
     nothing is explained (constant features, one slot in use, no clip), it is 1, which merges nothing.
 
-    This is a rule of thumb. ``examples/study.py`` tried it in two settings with one seed, and it was behind the best
-    fixed threshold in both: it suggested 0.62 where 0.6 was the best of 0.6, 0.75 and 0.9, and 0.71 where 0.6 was the
-    worst. The published ones are 0.6, 0.65, 0.7 and 0.9, see ``SSyncLoss.from_preset``, and ``keep=0.95`` is not tuned.
+    This is a rule of thumb. ``examples/study.py`` tried it with one seed, and it was never the best: it suggested 0.62
+    where 0.6 was the best of 0.6, 0.75 and 0.9, and 0.71 and 0.67 where 0.6 was the worst. The published ones are 0.6,
+    0.65, 0.7 and 0.9, see ``SSyncLoss.from_preset``, and ``keep=0.95`` is not tuned.
     ``visualize.histogram`` draws the histogram; a threshold in a gap is safe. Take clips of many videos, and a model
     trained with its own losses.
 
