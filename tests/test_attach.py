@@ -829,7 +829,9 @@ class TestThePackage:
     def test_slots_that_are_reordered_are_refused(self) -> None:
         model = nn.ModuleDict({"slots": MetaSlotAttention(SlotAttention(S, 8), codebook_size=8)})
         model["alpha"] = nn.Linear(8, 16)
-        refuses(ValueError, "`model` must keep its slots in order; got what looks like a", attach, model, dec=model["alpha"])
+        refuses(
+            ValueError, "`model` must keep its slots in order; got what looks like a", attach, model, dec=model["alpha"]
+        )
 
 
 def test_a_model_that_is_gone_is_let_go() -> None:
