@@ -158,6 +158,11 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join([caption(rows), *map("\n".join, parts)])
 
 
+def short(rows: Sequence[Row]) -> str:
+    """Lay out gains and harms alone, as they stand in the README."""
+    return "\n\n".join([caption(rows), "\n".join(outcome(pairs(rows)))])
+
+
 def caption(rows: Sequence[Row]) -> str:
     """Say what is measured, and on what."""
     machines = {name: sorted({str(row["machine"].get(name)) for row in rows}) for name in ("cpu", "torch", "commit")}

@@ -12,7 +12,7 @@ from examples import study, training
 from examples.data import TEST_SEED
 from examples.evaluation import EvaluationSet
 from examples.moving_objects import moving_objects
-from examples.study_report import SCORES, Row, Rows, pairs, save_figure, summary, table
+from examples.study_report import SCORES, Row, Rows, pairs, save_figure, short, table
 from examples.study_settings import LEVELS, SETTINGS, Clips, Places, Setting, sprites
 from PIL import Image
 
@@ -286,6 +286,6 @@ def test_the_readme_s_tables_are_those_of_the_committed_rows() -> None:
     )
     assert shown is not None
     rows = Rows(FOLDER / "study" / "rows.jsonl").load()
-    assert shown[1].strip() == summary(rows)
+    assert shown[1].strip() == short(rows)
     assert (FOLDER / "study" / "table.md").read_text().strip() == table(rows)
     assert not any("dirty" in row["machine"]["commit"] for row in rows)
