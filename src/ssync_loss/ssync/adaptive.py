@@ -116,7 +116,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     margins: Tensor
     levels: Tensor
     # whether a checkpoint was seen to compute it again
-    _looked = False
+    _recomputed = False
 
     def __init__(
         self,
@@ -164,8 +164,12 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         settings = criterion.settings_at(step, maps.enc)
         with no_autocast(maps.enc):
             engine = resolve(criterion.backend, maps.enc, maps.dec)
-            found = self._ask(engine, maps, features, settings) if asks else None
-            return engine.loss(maps, self._allowed(settings, maps), found)
+            found = None
+            if asks:
+                found, level = self._ask(engine, maps, features, settings)
+            else:
+                level = self._level(self.margins, self.levels.sum())
+            return engine.loss(maps, self._allowed(settings, maps, level), found)
 
     def describe(self) -> dict[str, Any]:
         """Say, for a log, where it stands; this reads the tensors.
@@ -195,8 +199,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
             return False
         if not is_recomputing():
             return True
-        if not self._looked:
-            self._looked = True
+        if not self._recomputed:
+            self._recomputed = True
             if not self.levels.any():
                 warnings.warn(
                     "AdaptiveSSyncLoss has asked no question before it is computed again: in a checkpoint with "
@@ -207,8 +211,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         return False
 
     @torch.no_grad()
-    def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> SlotLabels:
-        """Take the margins of a batch into the means. Return the labels, merged as the level then allows."""
+    def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> tuple[SlotLabels, Tensor]:
+        """Take the margins of a batch into the means. Return the labels, merged as the level allows, and the level."""
         found = engine.slot_labels(maps, settings)
         num_slots = maps.enc.shape[2]
         enc, dec = found.hard[0], found.hard[1]
@@ -231,7 +235,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         self.margins.copy_(moved)
         self.levels.add_(moves & (torch.arange(len(LEVELS), device=level.device) == level))
         itself = torch.arange(num_slots, device=level.device).to(found.representative)
-        return SlotLabels(found.hard, torch.where(level == _FULL, found.representative, itself), found.clean)
+        allowed = torch.where(level == _FULL, found.representative, itself)
+        return SlotLabels(found.hard, allowed, found.clean), level
 
     def _debiased(self, margins: Tensor, number: Tensor) -> Tensor:
         # in float32 a momentum near 1 is 1, and nothing would be left to divide by
@@ -242,9 +247,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         allowed = torch.where(merged, _FULL, torch.where(plain, _UNMERGED, _INTERIOR))
         return torch.where(number < self.warmup, 0, allowed)
 
-    def _allowed(self, settings: Settings, maps: Maps) -> Settings:
-        """Return the settings of the present level: weights times 0 or 1, and a threshold or infinity."""
-        level = self._level(self.margins, self.levels.sum())
+    def _allowed(self, settings: Settings, maps: Maps, level: Tensor) -> Settings:
+        """Return the settings of a level: weights times 0 or 1, and a threshold or infinity."""
         threshold = float("inf") if settings.merge_threshold is None else settings.merge_threshold
         if not isinstance(threshold, Tensor):
             threshold = torch.full((), threshold, dtype=maps.dtype, device=level.device)

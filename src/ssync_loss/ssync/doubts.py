@@ -1,4 +1,4 @@
-"""Warnings of likely mistakes: probabilities as logits, and an inverted slot mask."""
+"""Warnings of likely mistakes: probabilities as logits, an inverted slot mask, two maps in one memory."""
 
 import warnings
 from typing import Any
