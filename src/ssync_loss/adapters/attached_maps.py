@@ -67,7 +67,7 @@ class AttachedMaps(Hooked):
         # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
-        # the decoder's first map, where it runs again
+        # the decoder's first map, if it runs twice
         self._first: Tensor | None = None
         enc = found.enc
         self._dec_source = dec

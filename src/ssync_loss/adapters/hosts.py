@@ -80,7 +80,7 @@ class Found:
         shuffled: modules whose patches do not stand in the order of the encoder's.
         grid: any tensor whose last two axes are those of the patches.
         pick_frames: takes both maps as they were tapped, and returns the encoder's frames that were decoded.
-        decodes_again: whether a forward decodes what are not the encoder's slots after those that are.
+        decodes_again: whether a forward decodes a second time, slots that are not the encoder's.
     """
 
     enc: Dots
@@ -179,7 +179,7 @@ def _slotcontrast(model: Any) -> Found:
     processor, decoder = reach(model, "processor"), reach(model, "decoder")
     corrector = reach(processor, "corrector")
     enc = Dots(corrector.to_q, corrector.to_k, corrector.scale, processor)
-    # slots that it predicts are decoded, too
+    # a predictor's slots are decoded, too
     predicts = getattr(model, "dynamics_predictor", None) is not None
     return Found(enc, _alpha(decoder), pick_frames=_last_pass, decodes_again=predicts)
 

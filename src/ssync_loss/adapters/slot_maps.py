@@ -146,7 +146,7 @@ def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> 
         return rearrange(dec, "(b s) t ... -> b t s ...", s=S)
     for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
         rest = dec.shape[len(lead) :]
-        # slots and the encoder's patches are no grid: what leads is frames, and as many as there are slots
+        # (S, N) is no grid: T equals S here, and the first axes are frames
         if dec.shape[: len(lead)] == lead and len(rest) in (1, 2) and rest != (S, N):
             return dec.reshape(B, T, S, *rest)
     hint = ""
