@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
-from ssync_loss.diagnostics import premise, slot_statistics
+from ssync_loss.diagnostics import premise
 from ssync_loss.ssync import doubts
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.visualize import panel
@@ -29,7 +29,6 @@ CALLS: dict[str, Callable[..., Callable[..., object]]] = {
     "from the start on": lambda **settings: partial(SSyncLoss(start_step=9, **settings), step=9),
     "adaptive": lambda **settings: partial(AdaptiveSSyncLoss(SSyncLoss(**settings)), features=FEATURES),
     "premise": lambda **settings: partial(premise, features=FEATURES, **settings),
-    "slot_statistics": lambda **settings: partial(slot_statistics, features=FEATURES, **settings),
     "panel": lambda **settings: partial(panel, VIDEO, **settings),
 }
 EVERY = pytest.mark.parametrize("name", CALLS)
