@@ -310,6 +310,23 @@ class TestAsTrainingDoes:
         assert_are(maps(), own)
         assert "at `model" in maps.describe()
 
+    @pytest.mark.parametrize("name", ["slotcontrast mlp", "slotcontrast mixer", "slotcontrast broadcast"])
+    def test_parts_inside_of_modules_of_the_users(self, name: str) -> None:
+        class Outer(nn.Module):
+            def __init__(self, module: nn.Module) -> None:
+                super().__init__()
+                self.module = module
+
+            def forward(self, *args: Any) -> Any:
+                return self.module(*args)
+
+        host = MINIATURES[name]
+        model: Any = host.build()
+        model.processor, model.decoder = Outer(model.processor), Outer(model.decoder)
+        maps = attach(model)
+        _, own = run(host, model)
+        assert_are(maps(), own)
+
     @SOME
     def test_autocast(self, name: str) -> None:
         host, model, maps = attached(name)
@@ -524,6 +541,20 @@ class TestWhatIsNotOneForward:
             maps,
         )
 
+    @pytest.mark.parametrize("name", ["slotcontrast mlp", "slotcontrast mixer", "slotcontrast image broadcast"])
+    def test_slots_that_attend_again_beside_the_clip(self, name: str) -> None:
+        """As for a loss of cycle consistency, to what was reconstructed."""
+        host, model, maps = attached(name)
+        processor = model.processor.module if host.is_video else model.processor
+
+        def attend_again(*_: Any) -> None:
+            processor.corrector(torch.randn(B, S, 8), torch.randn(B, 16, 8))
+
+        model.decoder.register_forward_hook(attend_again)
+        for _ in range(3):
+            _, own = run(host, model)
+            assert_are(maps(), own)
+
     def test_a_decoder_that_ran_again(self) -> None:
         host, model, maps = attached("slotcontrast mlp")
         run(host, model)
@@ -549,6 +580,52 @@ class TestWhatIsNotOneForward:
         model.decoder(torch.randn(*shape, 8))
         with pytest.raises(ValueError, match=r"`dec` must .*B=2, T=3, S=4.* to go with `enc`; got"):
             maps()
+
+
+class TestWhatTheHostShows:
+    """The maps are compared with what the host makes of them."""
+
+    @pytest.mark.parametrize("name", [name for name, host in MINIATURES.items() if host.decoder_is_linked])
+    def test_dots_of_another_scale_are_refused_until_they_are_right(self, name: str) -> None:
+        host = MINIATURES[name]
+        model: Any = host.build()
+        maps = attach(model, scale=20.0)
+        for training in (True, True, False):
+            run(host, model.train(training))
+            with pytest.raises(
+                ValueError, match=r"`enc_logits` must have the probabilities that `.*` gives; got a map"
+            ):
+                maps()
+
+    def test_a_temperature_that_the_host_keeps_to_itself(self) -> None:
+        host = MINIATURES["slotcontrast mixer"]
+        model: Any = host.build()
+        maps = attach(model)
+        model.decoder.module.scale = 5.0
+        run(host, model)
+        refuses(ValueError, "`dec_logits` must have the probabilities that `decoder` gives; got a map whose", maps)
+
+    def test_a_decoder_in_pieces_that_could_be_frames(self) -> None:
+        """There are T pieces of B rows, in the order of clips."""
+        host = MINIATURES["slotcontrast mixer"]
+        model: Any = host.build()
+        decode = model.decoder.module.forward
+
+        def in_pieces(slots: Tensor) -> dict[str, Tensor]:
+            made = [decode(piece) for piece in slots.split(B)]
+            return {key: torch.cat([one[key] for one in made]) for key in made[0]}
+
+        model.decoder.module.forward = in_pieces
+        maps = attach(model)
+        run(host, model)
+        refuses(ValueError, "`dec_logits` must have the probabilities that `decoder` gives; got a map whose", maps)
+
+    def test_a_decoder_of_the_users_is_not_the_hosts(self) -> None:
+        host = MINIATURES["slotcontrast mixer"]
+        model: Any = host.build()
+        maps = attach(model, dec=lambda: torch.randn(B, T, S, 16, requires_grad=True))
+        run(host, model)
+        maps()
 
 
 class TestRefusals:
@@ -777,6 +854,20 @@ class TestWarning:
             run(host, model)
             maps()
         assert "without gradient, decoder" in maps.describe()
+
+    def test_of_a_teachers_forward_after_the_students(self) -> None:
+        host, model, maps = attached("slotcontrast mlp")
+        for _ in range(2):
+            with torch.no_grad():
+                run(host, model)
+            _, own = run(host, model)
+            assert_are(maps(), own)
+        with torch.no_grad():
+            run(host, model)
+            maps()
+            run(host, model)
+        with pytest.warns(UserWarning, match=r"`processor` last ran without gradient.* take the maps before it"):
+            maps()
 
     def test_of_frames_that_are_forwards_of_their_own(self) -> None:
         host = MINIATURES["lucidrains"]

@@ -96,10 +96,12 @@ def attach(
             raise ValueError(f"`model`, a {type(module).__name__}, shows no map of the decoder: {tapped}.")
         raise TypeError("`dec` must be a module, a tap or a function without arguments; got str.")
     _check_decoder(tapped, enc, found)
+    # what the host shows is not what the user gives
+    found = replace(found, enc=enc, dec_probs=found.dec_probs if dec is None else None)
     kind = dec_kind or (tapped.kind if isinstance(tapped, Output) else "logits")
     names = {id(one): _plain(name) for name, one in model.named_modules()}
     title = f"{type(module).__name__} ({entry.name}{f', at `{path}`' if path else ''})"
-    return AttachedMaps(title, module, replace(found, enc=enc), tapped, kind, check_grid(grid), names)
+    return AttachedMaps(title, module, found, tapped, kind, check_grid(grid), names)
 
 
 def _entries(host: str | Host) -> tuple[Host, ...]:

@@ -21,6 +21,9 @@ from ssync_loss.adapters.slot_maps import SlotMaps
 from ssync_loss.ssync.maps import Kind, Size
 from ssync_loss.ssync.settings import TINY
 
+# of a `Found`, what the host makes of its maps
+_OWN = "enc_probs", "dec_probs"
+
 Source: TypeAlias = Dots | Output | LogitTap | OutputTap | Callable[[], Tensor]
 
 
@@ -64,6 +67,7 @@ class AttachedMaps(Hooked):
         self._mask: Tensor | None = None
         # how many forwards learned since the last call, by the weights that they found; whether so at the call before
         self._begun, self._weights, self._repeats = 0, [-1], False
+        self._learns = True
         # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
@@ -81,7 +85,7 @@ class AttachedMaps(Hooked):
         self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
         if isinstance(dec, (Dots, Output)):
             self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
-        for name in ("valid", "slot_mask", "grid"):
+        for name in ("valid", "slot_mask", "grid", *_OWN):
             seen: Seen | None = getattr(found, name)
             if seen is not None:
                 hook = partial(self._on_seen, name)
@@ -119,7 +123,7 @@ class AttachedMaps(Hooked):
         maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
         if not is_traced():
             self._say_if_last_of_many()
-            self._look_at(maps, given)
+            self._look_at(maps, given, [caught.get(name, []) for name in _OWN])
         return maps
 
     def describe(self) -> str:
@@ -158,8 +162,10 @@ class AttachedMaps(Hooked):
         if self._alive and not is_recomputing():
             self._ran = ["encoder"]
             self._caught, self._first = {}, None
-            if not is_traced() and torch.is_grad_enabled():
-                self._count()
+            if not is_traced():
+                self._learns = torch.is_grad_enabled()
+                if self._learns:
+                    self._count()
             if self._own is not None:
                 # a tap of the user's may have no host, and then keeps what nobody asked for
                 self._own.reset()
@@ -181,6 +187,8 @@ class AttachedMaps(Hooked):
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if not self._alive or is_recomputing():
+            return
+        if name in _OWN and (is_traced() or self._module.training in self._compared):
             return
         tensor = getattr(self._found, name).pick(args, kwargs, output)
         if tensor is not None:
@@ -204,6 +212,9 @@ class AttachedMaps(Hooked):
         if not isinstance(self._dec_source, (Dots, Output)):
             return
         decoder, times = self._name(_covered(self._dec_source)), len(ran) - 1
+        if times == 1 or self._found.decodes_again:
+            # what a host attends to beside its clip, such as a reconstruction
+            self._enc._missed = False
         if times == 0:
             raise RuntimeError(
                 f"{decoder} has not run since {self._name(enc.covers)} began: encoder and decoder must be of one "
@@ -241,8 +252,16 @@ class AttachedMaps(Hooked):
             )
         self._repeats = times > 1
 
-    def _look_at(self, maps: SlotMaps, given: Tensor) -> None:
+    def _look_at(self, maps: SlotMaps, given: Tensor, own: list[list[Tensor]]) -> None:
         enc, dec = maps
+        if not self._learns and torch.is_grad_enabled() and self._module.training and not self._warn.said:
+            self._warn.said = True
+            warnings.warn(
+                f"{self._name(self._found.enc.covers)} last ran without gradient, so SSync teaches nothing by these "
+                "maps. If that was a teacher's forward, take the maps before it; if it is a checkpoint with "
+                "use_reentrant=True, set that to False. (Said once.)",
+                stacklevel=_callers_stacklevel(),
+            )
         self._warn(self._module, enc_logits=(enc, "interior"), dec_logits=(dec, "boundary"))
         gradient = [f"with{'' if one.requires_grad else 'out'} gradient" for one in maps]
         self._seen = f"encoder {tuple(enc.shape)} {gradient[0]}, decoder {tuple(dec.shape)} {gradient[1]}"
@@ -253,10 +272,23 @@ class AttachedMaps(Hooked):
         # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see
         real = type(enc) is type(dec) is Tensor and not enc.is_meta
         if real and self._module.training not in self._compared:
-            self._compared.add(self._module.training)
-            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind)
+            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind) or self._unlike(maps, own)
             if problem is not None:
                 raise ValueError(problem)
+            self._compared.add(self._module.training)
+
+    def _unlike(self, maps: SlotMaps, own: list[list[Tensor]]) -> str | None:
+        """Say which map is not what the host makes of it."""
+        for (name, one), shown, side in zip(maps._asdict().items(), own, _OWN, strict=False):
+            apart = _distance(one.detach(), shown)
+            if apart > 0:
+                return (
+                    f"`{name}` must have the probabilities that {self._name(getattr(self._found, side).module)} gives; "
+                    f"got a map whose softmax over slots differs by up to {apart:.2g}. Does the host scale or "
+                    "normalize otherwise, or run in pieces? Give attach() the `scale` or `heads` that it has, or an "
+                    "entry that says where its map is."
+                )
+        return None
 
     def _tell(self, source: Source) -> str:
         if isinstance(source, Dots):
@@ -270,6 +302,24 @@ class AttachedMaps(Hooked):
 
     def _name(self, module: nn.Module) -> str:
         return f"`{self._names.get(id(module)) or type(module).__name__}`"
+
+
+def _distance(maps: Tensor, shown: list[Tensor]) -> float:
+    """Return how far a map is from the host's own probabilities; 0 if that is rounding, or there are none like it."""
+    # a call is a frame, or the first is the clip
+    probs = next((one for one in (*shown[:1], *_stacked(shown)) if one.numel() == maps.numel()), None)
+    if probs is None:
+        return 0.0
+    probs = at_least_float32(probs.detach()).reshape(maps.shape)
+    probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
+    spread = (probs.amax(2) - probs.amin(2)).amax()
+    apart = (at_least_float32(maps).softmax(2) - probs).abs().amax()
+    # up to what half precision costs
+    return float(apart) if apart > 0.1 * spread + 0.004 else 0.0
+
+
+def _stacked(frames: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(frames, 1)] if frames and all(one.shape == frames[0].shape for one in frames) else []
 
 
 def _covered(source: Dots | Output) -> nn.Module:

@@ -81,6 +81,8 @@ class Found:
         grid: any tensor whose last two axes are those of the patches.
         pick_frames: takes both maps as they were tapped, and returns the encoder's frames that were decoded.
         decodes_again: whether a forward decodes a second time, slots that are not the encoder's.
+        enc_probs, dec_probs: what the host itself makes of its maps, probabilities (B, T, S, ...) or frame by frame;
+            the maps are compared with it once in training and once in evaluation.
     """
 
     enc: Dots
@@ -91,6 +93,8 @@ class Found:
     grid: Seen | None = None
     pick_frames: Callable[[Tensor, Tensor], Tensor] | None = None
     decodes_again: bool = False
+    enc_probs: Seen | None = None
+    dec_probs: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,10 @@ def uncompiled(module: Any) -> Any:
 
 
 def inner(module: Any) -> Any:
-    """Return what a wrapper over time repeats, or the module itself."""
-    return uncompiled(getattr(module, "module", module))
+    """Return what wrappers keep as ``module``, or the module itself."""
+    while isinstance(getattr(module, "module", None), nn.Module):
+        module = uncompiled(module.module)
+    return uncompiled(module)
 
 
 def lacks(module: nn.Module, host: Host) -> list[str]:
@@ -171,6 +177,25 @@ def _third(output: Any) -> Tensor:
     return taken
 
 
+def _shown(module: nn.Module, *path: str | int, slots_last: bool = False) -> Seen:
+    """Find probabilities in what a module gives, if they are there."""
+
+    def pick(_args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        try:
+            for key in path:
+                output = output[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+        if isinstance(output, list):
+            # of every iteration
+            output = output[-1]
+        if not isinstance(output, Tensor):
+            return None
+        return output.mT if slots_last else output
+
+    return Seen(module, pick)
+
+
 # SlotContrast, VideoSAUR, SSync, SRL, SlotCurri. Their steps call `self.forward`, which no hook sees, so what covers
 # a clip are the parts: `processor` and `decoder` are called.
 
@@ -181,7 +206,14 @@ def _slotcontrast(model: Any) -> Found:
     enc = Dots(corrector.to_q, corrector.to_k, corrector.scale, processor)
     # a predictor's slots are decoded, too
     predicts = getattr(model, "dynamics_predictor", None) is not None
-    return Found(enc, _alpha(decoder), pick_frames=_last_pass, decodes_again=predicts)
+    return Found(
+        enc,
+        _alpha(decoder),
+        pick_frames=_last_pass,
+        decodes_again=predicts,
+        enc_probs=_shown(processor, "corrector", "masks"),
+        dec_probs=_shown(decoder, "masks"),
+    )
 
 
 def _alpha(decoder: Any) -> Dots | Output | str:
@@ -222,6 +254,7 @@ def _genera1z(model: Any) -> Found:
         slot_mask=Seen(attention, _smask),
         shuffled=tuple(layers),
         grid=Seen(model, _feature_grid),
+        enc_probs=_shown(attention, 1),
     )
 
 
@@ -256,6 +289,7 @@ def _steve(model: Any) -> Found:
     return Found(
         Dots(savi.project_q, savi.project_k, savi.slot_size**-0.5, savi, frames_in_key=True),
         Dots(cross.proj_k, cross.proj_q, (cross.d_model // cross.num_heads) ** -0.5, decoder, heads=cross.num_heads),
+        enc_probs=_shown(savi, 1, slots_last=True),
     )
 
 
@@ -270,6 +304,7 @@ def _oclf(model: Any) -> Found:
         Dots(attention.to_q, attention.to_k, attention.scale, grouping, heads=heads, head_softmax="joint"),
         dec,
         slot_mask=Seen(inner(grouping), _not_empty),
+        enc_probs=_shown(attention, 1),
     )
 
 
@@ -295,6 +330,7 @@ def _spot(model: Any) -> Found:
         Dots(attention.project_q, attention.project_k, scale, encoder, heads=heads, head_softmax="joint"),
         Output(model, _third, "probs"),
         shuffled=tuple(getattr(reach(model, "dec"), "blocks", ())),
+        enc_probs=_shown(encoder, 1, slots_last=True),
     )
 
 
