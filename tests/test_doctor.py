@@ -588,6 +588,45 @@ def test_maps_that_do_not_go_together() -> None:
     assert says(found, "No two maps go together")
 
 
+@pytest.mark.parametrize("frames", [T - 1, 2 * T - 1])
+def test_frames_that_were_not_decoded_are_not_taken_for_heads(frames: int) -> None:
+    found = doctor({"attn": scores(B, frames, S, N).softmax(2), "dec_masks": scores(B, T, S, N).softmax(2)})
+    assert says(found, "No two maps go together")
+    assert found.lines == ()
+
+
+def test_frames_in_front() -> None:
+    outputs = {"attn": scores(T, B, S, N).softmax(2), "dec_masks": scores(B * T, S, H, W).softmax(1)}
+    found = doctor(outputs, video=(B, T, 3, 8 * H, 8 * W))
+    assert found.line is not None
+    expected = SSyncLoss(kind="probs")(
+        outputs["attn"].transpose(0, 1).unflatten(3, (H, W)), outputs["dec_masks"].unflatten(0, (B, T))
+    )
+    torch.testing.assert_close(loss_of(found.line, outputs), expected)
+
+
+@pytest.mark.parametrize("hint", [{}, {"video": (B, T, 3, 8 * H, 8 * W)}])
+def test_a_list_of_frames(hint: dict[str, Any]) -> None:
+    frames = [scores(B, S, N).softmax(1) for _ in range(T)]
+    found = doctor({"attn": frames, "alpha": scores(B, T, S, N).softmax(2)}, **hint)
+    assert says(found, f'outputs["attn"] is a list of {T} tensors {B, S, N}: if they are frames, look at torch.stack')
+    assert not says(doctor(frames), "is a list of")
+
+
+def test_a_log_of_zero() -> None:
+    probs = scores(B, T, S, N).softmax(2)
+    probs = torch.where(probs < 0.02, 0.0, probs)
+    found = doctor({"attn": probs.log(), "alpha": scores(B, T, S, N)})
+    assert says(found, 'outputs["attn"] is the log() of a probability of 0, whose gradient is NaN')
+    assert doctor({"attn": probs.clamp_min(1e-9).log(), "alpha": scores(B, T, S, N)}).problems == ()
+
+
+def test_maps_are_looked_at_before_what_only_looks_like_one() -> None:
+    crowd = {f"x{index}": scores(B, T, S, N) for index in range(20)}
+    found = doctor({**crowd, **pair()})
+    assert found.line == doctor(pair()).line
+
+
 def test_slots_in_the_batch_of_both_maps_are_not_taken_for_other_slots() -> None:
     # B*T*S = 1*2*2, which is no map of four slots
     outputs = {"encoder": {"attn": scores(4, 4, 4)}, "alpha": scores(2, 2, 16).softmax(1).flatten(0, 1)}

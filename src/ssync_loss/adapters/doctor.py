@@ -14,6 +14,7 @@ from ssync_loss.adapters._doctor.traps import (
     notes_on,
     notes_on_grids,
     problems_of,
+    problems_of_lists,
     problems_of_pairs,
     slot_mask_of,
     unlike,
@@ -72,9 +73,9 @@ def doctor(
     with torch.no_grad():
         found = [one for one in tensors_in(outputs, name) if not isinstance(one.tensor, nn.Parameter)]
         suspects, reasons = suspects_in(found, hints)
-        for one in suspects[MAX_SUSPECTS:]:
+        for one in sorted(suspects, key=lambda one: (not one.sure, one.role == "unknown"))[MAX_SUSPECTS:]:
             reasons[one.path] = f"not looked at, after {MAX_SUSPECTS} others"
-        suspects = suspects[:MAX_SUSPECTS]
+            suspects.remove(one)
         maps, problems = _distinct(suspects)
         if len(maps) > 1 and len({one.role for one in maps}) == 1:
             # a weak name shared by all says nothing
@@ -82,7 +83,8 @@ def doctor(
                 one.role = role_of(one.found.names, strong=True)
         pairs = pairs_of(maps, hints)
         slot_mask, wrong = slot_mask_of(found, pairs[0]) if pairs else (None, None)
-        problems += [*problems_of(suspects, found, training), *problems_of_pairs(pairs, maps)]
+        problems += [*problems_of(suspects, found, training), *problems_of_lists(found)]
+        problems += problems_of_pairs(pairs, maps)
         problems += [*([wrong] if wrong else []), *(unlike(loss, pairs[0]) if loss is not None and pairs else [])]
         candidates = tuple(_candidate(one, pairs) for one in suspects)
     lines = tuple(dict.fromkeys(line_of(one, slot_mask) for one in pairs))

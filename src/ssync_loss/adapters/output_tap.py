@@ -78,7 +78,7 @@ class OutputTap(Tap):
                 if self._axes is None:
                     raise ValueError(f"`{name}` must be None without `axes`; got {size}.")
         frames = [call.get() for call in self._take("module")]
-        if not is_traced() and any(map(_is_log_of_zero, frames)):
+        if not is_traced() and any(map(is_log_of_zero, frames)):
             raise ValueError(
                 f"`select` on {self._places['module']} must give logits or probabilities; got the log() of a "
                 "probability of 0, whose gradient is NaN. Leave the log() out, and give the loss kind='probs'."
@@ -107,7 +107,7 @@ class OutputTap(Tap):
             self._hold(f"`select` on {self._places['module']}", selected, limit)
 
 
-def _is_log_of_zero(selected: Tensor) -> bool:
+def is_log_of_zero(selected: Tensor) -> bool:
     """Say whether a tensor is a logarithm, or a view of one, and -inf somewhere; another's values are not read."""
     made_by = selected.grad_fn
     while made_by is not None and made_by.name().startswith(_VIEWS):

@@ -18,7 +18,7 @@ Role: TypeAlias = Literal["encoder", "decoder", "unknown"]
 
 MAX_TENSORS = 200
 # names are hints: what a map may be called, what it may not, and the roles they speak for, first strong then weak
-_MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment|prob|softmax")
+MAP = re.compile(r"attn|attent|mask|alpha|dots|logit|attribut|segment|prob|softmax")
 _OTHER = re.compile(r"feat(?!ure_attrib)|slots?$|hidden|state|recon|video|image|rgb|pixel|target|loss|hard|slot_?mask")
 _LOGITS, _PROBS = re.compile(r"logit|dots"), re.compile(r"prob|softmax")
 _ENCODER = (r"(^|_)enc|corrector|processor|grouping|grouper|slot_att|aggregat", r"attn|attent|attribut|dots")
@@ -83,7 +83,7 @@ def suspects_in(found: list[Found], hints: Hints) -> tuple[list[Suspect], dict[s
             floats.append((one, read_values(tensor)))
     slots = {size for _, values in floats if values for size in values.groups}
     suspects = _read(floats, hints, frozenset(slots))
-    slots |= {reading.slots for one in suspects if one.sure or _MAP.search(one.tail) for reading in one.best}
+    slots |= {reading.slots for one in suspects if one.sure or MAP.search(one.tail) for reading in one.best}
     suspects = _read(floats, hints, frozenset(slots))
     return _keep(suspects, reasons), reasons
 
@@ -136,7 +136,7 @@ def _reason_against(one: Suspect, shown: set[tuple[int, int, int]]) -> str | Non
         return f"features? axis {len(shape) - 2} has the {shape[-2]} patches, {shape[-1]} values each"
     if not one.readings:
         return "no layout of a map fits its shape and values"
-    named, fits = _MAP.search(one.tail), any(_sizes(reading) in shown for reading in one.readings)
+    named, fits = MAP.search(one.tail), any(_sizes(reading) in shown for reading in one.readings)
     if _OTHER.search(one.tail) and not (one.sure and named):
         return f"{'sums to one as a map does, but' if one.sure else 'no map, as'} its name says {one.tail!r}"
     return None if one.sure or named or fits else "no sign of a map"

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ssync_loss.adapters._doctor.pairs import Pair, settings_of
 from ssync_loss.adapters._doctor.readings import Reading, axes_in
-from ssync_loss.adapters._doctor.suspects import Suspect, probabilities_of
+from ssync_loss.adapters._doctor.suspects import MAP, Suspect, probabilities_of
 from ssync_loss.adapters._doctor.values import sums_over
 from ssync_loss.adapters._doctor.walk import Found
+from ssync_loss.adapters.output_tap import is_log_of_zero
 from ssync_loss.ssync.modules import SSyncLoss
 
 # a share of a slot mask's mass that is next to nothing
@@ -76,6 +77,11 @@ def problems_of(suspects: list[Suspect], found: list[Found], training: bool) -> 
             continue
         if training and attached and not one.tensor.requires_grad:
             yield f"{one.path} is detached: a loss of it trains nothing. Take it before the model's detach()."
+        if is_log_of_zero(one.tensor):
+            yield (
+                f"{one.path} is the log() of a probability of 0, whose gradient is NaN: leave the log() out, and pass "
+                'kind="probs" for it.'
+            )
         if one.times > 1:
             yield f"{one.path} has {one.times} times the frames that went in: were several forwards joined?"
         if not one.values.finite:
@@ -87,6 +93,22 @@ def problems_of(suspects: list[Suspect], found: list[Found], training: bool) -> 
             yield (
                 f"{one.path} is normalized over patches, not over slots: slots no longer compete for a patch. Take the "
                 "attention before that normalization."
+            )
+
+
+def problems_of_lists(found: list[Found]) -> Iterator[str]:
+    """Say which lists are named as a map and hold tensors of one shape, perhaps frames."""
+    lists: dict[tuple[str, tuple[int, ...]], int] = {}
+    for one in found:
+        path, bracket, index = one.path.rpartition("[")
+        if bracket and index[:-1].isdigit() and one.tensor.dim() > 2 and one.names and MAP.search(one.names[-1]):
+            of = path, tuple(one.tensor.shape)
+            lists[of] = lists.get(of, 0) + 1
+    for (path, shape), number in lists.items():
+        if number > 1:
+            yield (
+                f"{path} is a list of {number} tensors {shape}: if they are frames, look at torch.stack({path}, 1), "
+                "and if iterations, take the last."
             )
 
 
