@@ -100,6 +100,8 @@ class AttachedMaps(Hooked):
         self._check_forward()
         self._ran = ["given"]
         caught, self._caught = self._caught, {}
+        held = [*self._enc._calls, *getattr(self._dec, "_calls", ())]
+        halves = any(call.tensor.element_size() < 4 for call in held)
         enc = self._enc.pop()
         dec, self._first = self._pop_decoder() if self._first is None else self._first, None
         if self._found.pick_frames is not None:
@@ -123,7 +125,7 @@ class AttachedMaps(Hooked):
         maps = SlotMaps(enc, dec, valid=caught["valid"][-1] if "valid" in caught else None, slot_mask=present)
         if not is_traced():
             self._say_if_last_of_many()
-            self._look_at(maps, given, [caught.get(name, []) for name in _OWN])
+            self._look_at(maps, given, [caught.get(name, []) for name in _OWN], halves)
         return maps
 
     def describe(self) -> str:
@@ -252,7 +254,7 @@ class AttachedMaps(Hooked):
             )
         self._repeats = times > 1
 
-    def _look_at(self, maps: SlotMaps, given: Tensor, own: list[list[Tensor]]) -> None:
+    def _look_at(self, maps: SlotMaps, given: Tensor, own: list[list[Tensor]], halves: bool) -> None:
         enc, dec = maps
         if not self._learns and torch.is_grad_enabled() and self._module.training and not self._warn.said:
             self._warn.said = True
@@ -272,15 +274,17 @@ class AttachedMaps(Hooked):
         # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see
         real = type(enc) is type(dec) is Tensor and not enc.is_meta
         if real and self._module.training not in self._compared:
-            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind) or self._unlike(maps, own)
+            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind) or self._unlike(
+                maps, own, halves
+            )
             if problem is not None:
                 raise ValueError(problem)
             self._compared.add(self._module.training)
 
-    def _unlike(self, maps: SlotMaps, own: list[list[Tensor]]) -> str | None:
+    def _unlike(self, maps: SlotMaps, own: list[list[Tensor]], halves: bool) -> str | None:
         """Say which map is not what the host makes of it."""
         for (name, one), shown, side in zip(maps._asdict().items(), own, _OWN, strict=False):
-            apart = _distance(one.detach(), shown)
+            apart = _distance(one.detach(), shown, halves)
             if apart > 0:
                 return (
                     f"`{name}` must have the probabilities that {self._name(getattr(self._found, side).module)} gives; "
@@ -304,7 +308,7 @@ class AttachedMaps(Hooked):
         return f"`{self._names.get(id(module)) or type(module).__name__}`"
 
 
-def _distance(maps: Tensor, shown: list[Tensor]) -> float:
+def _distance(maps: Tensor, shown: list[Tensor], halves: bool) -> float:
     """Return how far a map is from the host's own probabilities; 0 if that is rounding, or there are none like it."""
     # a call is a frame, or the first is the clip
     probs = next((one for one in (*shown[:1], *_stacked(shown)) if one.numel() == maps.numel()), None)
@@ -314,8 +318,9 @@ def _distance(maps: Tensor, shown: list[Tensor]) -> float:
     probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
     spread = (probs.amax(2) - probs.amin(2)).amax()
     apart = (at_least_float32(maps).softmax(2) - probs).abs().amax()
-    # up to what half precision costs, where dots are large and where they are small
-    return float(apart) if apart > 0.25 * spread + 0.004 else 0.0
+    # what rounding costs where dots are large, and where they are small
+    share, least = (0.25, 0.004) if halves else (0.02, 1e-4)
+    return float(apart) if apart > share * spread + least else 0.0
 
 
 def _stacked(frames: list[Tensor]) -> list[Tensor]:
