@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,24 @@ class TestWhatIsMeant:
         loss.backward()
         assert 0 < loss.item() < 1
         assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())
+
+    @pytest.mark.parametrize("masked", [(0,), (1, 2)])
+    def test_a_slot_mask_of_some_frames_is_of_no_others(self, masked: tuple[int, ...]) -> None:
+        host, model, maps = attached("smoothsa")
+        frame = count()
+        present = torch.tensor([[True, True, True, False]] * B)
+
+        def with_mask(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return *args[:2], present if next(frame) % T in masked else None, *args[3:]
+
+        model.m.aggregat.register_forward_pre_hook(with_mask)
+        for _ in range(2):
+            _, own = run(host, model)
+            got = maps()
+            assert_are(got, own)
+            gone = (got.enc_logits[:, :, -1] == float("-inf")).flatten(2).all(2)
+            assert gone.tolist() == [[frame in masked for frame in range(T)]] * B
+            assert got["slot_mask"].all()
 
     def test_slots_of_slotcurri_grow(self) -> None:
         host, model, maps = attached("slotcurri")

@@ -71,6 +71,8 @@ class AttachedMaps(Hooked):
         # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
+        # frame by frame, None where all slots are present
+        self._masks: list[Tensor | None] = []
         # the decoder's first map, if it runs twice
         self._first: Tensor | None = None
         enc = found.enc
@@ -100,6 +102,7 @@ class AttachedMaps(Hooked):
         self._check_forward()
         self._ran = ["given"]
         caught, self._caught = self._caught, {}
+        masks, self._masks = self._masks, []
         held = [*self._enc._calls, *getattr(self._dec, "_calls", ())]
         halves = any(call.tensor.element_size() < 4 for call in held)
         enc = self._enc.pop()
@@ -109,9 +112,10 @@ class AttachedMaps(Hooked):
         enc, given = SlotMaps.join(enc, dec)
         dec = _log(given) if self._kind == "probs" else given
         present: Tensor | None = None
-        if "slot_mask" in caught:
+        some = next((one for one in masks if one is not None), None)
+        if some is not None:
             # the host masks after the tap: (B, S) once, or frame by frame
-            by_frame = torch.stack(caught["slot_mask"], 1)
+            by_frame = torch.stack([torch.ones_like(some) if one is None else one for one in masks], 1)
             enc = enc.masked_fill(~by_frame.unsqueeze(-1), float("-inf"))
             present = by_frame.any(1)
         enc_grid, dec_grid = self._grids
@@ -154,16 +158,16 @@ class AttachedMaps(Hooked):
                 self._dec.remove()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._caught, self._first = [], {}, None
+        self._handles, self._caught, self._masks, self._first = [], {}, [], None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._alive = False
-        self._handles, self._caught = [], {}
+        self._handles, self._caught, self._masks = [], {}, []
 
     def _on_encoder(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         if self._alive and not is_recomputing():
             self._ran = ["encoder"]
-            self._caught, self._first = {}, None
+            self._caught, self._masks, self._first = {}, [], None
             if not is_traced():
                 self._learns = torch.is_grad_enabled()
                 if self._learns:
@@ -193,7 +197,9 @@ class AttachedMaps(Hooked):
         if name in _OWN and (is_traced() or self._module.training in self._compared):
             return
         tensor = getattr(self._found, name).pick(args, kwargs, output)
-        if tensor is not None:
+        if name == "slot_mask":
+            self._masks.append(tensor)
+        elif tensor is not None:
             self._caught.setdefault(name, []).append(tensor)
 
     def _check_alive(self) -> None:
