@@ -528,6 +528,20 @@ class TestWhatIsNotOneForward:
         ):
             maps()
 
+    @pytest.mark.usefixtures("only_new_objects")
+    @pytest.mark.parametrize("name", ["smoothsa masked", "xssc"])
+    def test_a_step_past_the_hooks_keeps_nothing(self, name: str) -> None:
+        host, model, _maps = attached(name)
+        run(host, model)
+        given = host.batch(B, T)["batch"]
+        alive = []
+        for _ in range(3):
+            model.m.forward(*given.values())
+            # the model's parts, and not it
+            model.m.aggregat(torch.randn(B, 12, 8), torch.randn(B, S, 8))
+            alive.append(live_tensors())
+        assert alive[0] == alive[1] == alive[2]
+
     def test_a_step_that_is_a_method_is_told_what_it_called(self) -> None:
         host = MINIATURES["slotcontrast mlp"]
         model: Any = host.build()

@@ -87,9 +87,14 @@ class AttachedMaps(Hooked):
         self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
         if isinstance(dec, (Dots, Output)):
             self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
+        within = {one for one in enc.covers.modules() if one is not enc.covers}
+        # what may run several times while a clip is encoded
+        self._by_frame: set[str] = set()
         for name in ("valid", "slot_mask", "grid", *_OWN):
             seen: Seen | None = getattr(found, name)
             if seen is not None:
+                if seen.module in within:
+                    self._by_frame.add(name)
                 hook = partial(self._on_seen, name)
                 self._handles.append(seen.module.register_forward_hook(hook, with_kwargs=True))
 
@@ -195,6 +200,9 @@ class AttachedMaps(Hooked):
         if not self._alive or is_recomputing():
             return
         if name in _OWN and (is_traced() or self._module.training in self._compared):
+            return
+        if not is_traced() and not (self._enc._listening if name in self._by_frame else name not in self._caught):
+            # of no forward, or of a second decoding
             return
         tensor = getattr(self._found, name).pick(args, kwargs, output)
         if name == "slot_mask":
