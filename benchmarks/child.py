@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # glibc hands large blocks back to the system and takes fresh pages at the next step: each costs a fault, from a
 # size on, which bends the slope of time. Raised, memory stays with the process. By their numbers in malloc.h.
 RAISED = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": 64 << 20}
-NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2, "M_MMAP_MAX": -4}
+NUMBERS = {"M_MMAP_MAX": -4, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2}
 # each takes a fork most of a second to import
 PRELOADED = ["torch._dynamo", "benchmarks.gate", "benchmarks.suites.training_step"]
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
@@ -97,37 +97,31 @@ def _answer(channel: Connection, function: Callable[..., Any], arguments: tuple[
     # Ctrl-C is the parent's to deal with
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    channel.send(_outcome(function, arguments, limits))
-
-
-def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> Outcome:
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
     try:
-        torch.set_num_threads(limits.threads)
-        if limits.memory is not None:
-            _limit_memory(limits.memory)
-        if limits.raised:
-            _raise_thresholds()
-        return Outcome("measured", value=function(*arguments))
+        _limit(limits)
+        outcome = Outcome("measured", value=function(*arguments))
     except AssertionError as error:
-        return Outcome("wrong", " ".join(str(error).split())[:500] or "disagrees with the reference")
+        outcome = Outcome("wrong", " ".join(str(error).split())[:500] or "disagrees with the reference")
     except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            return Outcome("memory", f"ran out of memory at the cap of {(limits.memory or 0) / 1e9:.1f} GB")
-        traceback.print_exc()
-        return Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        outcome = Outcome("failed", said[:500])
+        if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY):
+            outcome = Outcome("memory", f"ran out of memory at the cap of {(limits.memory or 0) / 1e9:.1f} GB")
+        else:
+            traceback.print_exc()
+    channel.send(outcome)
 
 
-def _limit_memory(num_bytes: int) -> None:
-    """Let an allocation fail in this process before the machine runs out."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (now + num_bytes, hard))
-
-
-def _raise_thresholds() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, value in RAISED.items():
-        if mallopt is None or mallopt(NUMBERS[name], value) != 1:
+def _limit(limits: Limits) -> None:
+    torch.set_num_threads(limits.threads)
+    if limits.memory is not None:
+        # an allocation is to fail in this process before the machine runs out
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (now + limits.memory, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    for name, value in RAISED.items() if limits.raised else ():
+        if mallopt(NUMBERS[name], value) != 1:
             raise RuntimeError(f"this malloc has no {name}")

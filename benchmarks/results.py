@@ -31,19 +31,14 @@ class Spread(NamedTuple):
     samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float], factor: float = 1.0) -> "Spread":
-        """Summarize samples, each times a factor.
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Summarize samples.
 
         >>> Spread.of([4.0, 1.0, 2.0, 3.0, 5.0])
         Spread(median=3.0, q1=2.0, q3=4.0, samples=5)
         """
-        low, middle, high = (float(f"{factor * one:.6g}") for one in np.percentile(samples, (25, 50, 75)))
+        low, middle, high = (float(f"{one:.6g}") for one in np.percentile(samples, (25, 50, 75)))
         return cls(middle, low, high, len(samples))
-
-    @property
-    def noise(self) -> float:
-        """The interquartile range as a share of the median."""
-        return (self.q3 - self.q1) / self.median if self.median else 0.0
 
 
 Values: TypeAlias = Mapping[str, float | Spread]
@@ -96,11 +91,10 @@ class Results:
             ValueError: at the first thing that is wrong; it names the file, the place, the wanted and the found.
         """
         content = read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
+        if found != SCHEMA:
             raise ValueError(f"{path} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
-        whole: Fields = {"schema": str, "machine": dict, "settings": dict, "rows": list}
-        check_fields(content, whole, f"{path}")
+        check_fields(content, {"schema": str, "machine": dict, "settings": dict, "rows": list}, f"{path}")
         check_fields(content["machine"], MACHINE, f"{path}: `machine`")
         check_fields(content["settings"], SETTINGS, f"{path}: `settings`")
         results = cls(content["machine"], content["settings"], path=path)
@@ -162,27 +156,23 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 def _row_from_json(content: Any, where: str) -> Row:
     texts = ("suite", "case", "contender", "dtype", "status", "note")
     check_fields(content, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
+    check_fields(content["shape"], dict.fromkeys(content["shape"], int), f"{where}: `shape`")
+    check_fields(content["values"], dict.fromkeys(content["values"], (int, float, list)), f"{where}: `values`")
     for name, allowed in (("suite", SUITES), ("status", STATUSES)):
         if content[name] not in allowed:
             raise ValueError(f"{where}: `{name}` must be one of {', '.join(allowed)}; found {content[name]!r}.")
-    for axis, size in content["shape"].items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{where}: `shape.{axis}` must be a positive integer; found {size!r}.")
     if content["status"] != "measured" and not content["note"]:
         raise ValueError(f"{where}: a row with the status {content['status']!r} must have a note.")
+    values = {name: _spread(one, where) if isinstance(one, list) else one for name, one in content["values"].items()}
     shape = tuple(content["shape"].items())
     key = Key(content["suite"], content["case"], content["contender"], shape, content["dtype"])
-    values = {name: _value(one, f"{where}: `values.{name}`") for name, one in content["values"].items()}
     return Row(key, content["status"], content["note"], values)
 
 
-def _value(value: Any, where: str) -> float | Spread:
-    numbers = value if isinstance(value, list) and len(value) == len(Spread._fields) else [value]
-    if any(isinstance(one, bool) or not isinstance(one, int | float) or not abs(one) <= 1e100 for one in numbers):
-        raise ValueError(f"{where} must be a finite number, or [median, q1, q3, samples]; found {value!r:.99}.")
-    if len(numbers) == 1:
-        return value  # type: ignore[no-any-return]
-    spread = Spread(*numbers)
+def _spread(numbers: list[Any], where: str) -> Spread:
+    named = dict(zip(Spread._fields, numbers, strict=False))
+    check_fields(named, dict.fromkeys(Spread._fields, (int, float)), f"{where}: `values`")
+    spread = Spread(**named)
     if not spread.q1 <= spread.median <= spread.q3:
-        raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
+        raise ValueError(f"{where}: `values` must have a median between its quartiles; found {numbers}.")
     return spread
