@@ -12,11 +12,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -57,40 +58,29 @@ def call(function: Callable[..., Any], *arguments: Any, limits: Limits) -> Outco
         context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, arguments, limits), daemon=True)
-    with _environment(limits.threads):
-        process.start()
-    theirs.close()
-    try:
-        outcome: Outcome = ours.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            return Outcome("memory", "killed by the system, as when memory runs out")
-        return Outcome("failed", f"the process ended with code {process.exitcode}")
-    process.join()
-    return outcome
-
-
-@contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """Prepare what a process reads as it starts."""
-    before = dict(os.environ)
-    # kernels under an interpreter are there to be tested, not timed
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ |= {
+    # what a process reads as it starts
+    environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, sys.path)]),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(limits.threads),
+        "MKL_NUM_THREADS": str(limits.threads),
         # in the process itself rather than in others beside it
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # the profiler announces its starts and stops otherwise
         "KINETO_LOG_LEVEL": "99",
     }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with patch.dict(os.environ, environment):
+        # kernels under an interpreter are there to be tested, not timed
+        os.environ.pop("TRITON_INTERPRET", None)
+        process.start()
+    theirs.close()
+    with suppress(EOFError):
+        outcome: Outcome = ours.recv()
+        process.join()
+        return outcome
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return Outcome("memory", "killed by the system, as when memory runs out")
+    return Outcome("failed", f"the process ended with code {process.exitcode}")
 
 
 def _answer(channel: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> None:

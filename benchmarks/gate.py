@@ -62,7 +62,7 @@ def check_step(step: Step, definition: Step, tolerance: float = TOLERANCE["float
         torch.testing.assert_close(one.cpu().flatten(), other.flatten(), rtol=0.0, atol=rtol * scale)
 
 
-def available(contender: str, device: str) -> str:
+def missing(contender: str, device: str) -> str:
     """Say why SSync by some backend cannot be had here, or nothing."""
     try:
         ssync_criterion(contender)(*Inputs({"B": 1, "T": 1, "S": 2, "H": 2, "W": 2}, device).maps)

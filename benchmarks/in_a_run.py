@@ -89,10 +89,10 @@ def lines() -> str:
     ]
     for num_ranks in RANKS:
         for name, calls in collectives(num_ranks).items():
-            what = ", ".join(f"one {call} of {num_bytes} bytes" for call, num_bytes in calls) or "no collective"
             # a ring sends every byte to all but one, and back
-            sent = sum(num_bytes for _, num_bytes in calls) * 2 * (num_ranks - 1) / num_ranks
-            said.append(f"{num_ranks:,} GPUs, `{name}`: {what}; in a ring, a rank sends {sent:.0f} bytes.")
+            sent = 2 * (num_ranks - 1) / num_ranks
+            what = [f"one {call} of {size} bytes, {size * sent:.0f} sent by a rank in a ring" for call, size in calls]
+            said.append(f"{num_ranks:,} GPUs, `{name}`: {', '.join(what) or 'no collective'}.")
     said.append(f"Kernel launches, by Triton: {launches()}.")
     for name in ("SSyncLoss", "AdaptiveSSyncLoss"):
         said.append(f"`{name}` holds {held(name) / 1e6:.1f} MB at its peak, both gradients included.")

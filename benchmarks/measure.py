@@ -7,18 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.add_ons import CHANNELS
-from benchmarks.contenders import (
-    COMPILED,
-    COPY,
-    COPY_BYTES,
-    EXP,
-    REPLAY,
-    TORCH,
-    TWO_THREADS,
-    base_of,
-    name_of,
-    step_of,
-)
+from benchmarks.contenders import COMPILED, COPY, COPY_BYTES, EXP, REPLAY, TORCH, TWO_THREADS, base_of, name_of, step_of
 from benchmarks.counted import count, peak_memory
 from benchmarks.inputs import Inputs, Step
 from benchmarks.plan import Options

@@ -42,7 +42,7 @@ def body(found: dict[str, Results], figures: str = "results") -> str:
     parts = []
     for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
         if not any(one.machine["device"] == device for one in found.values()):
-            parts.append(f"**There is no {kind} result yet.** Nothing on this page was measured on one.")
+            parts.append(f"**There is no {kind} result yet.**")
     for name, one in found.items():
         try:
             parts.append(section(one, name, f"{figures}/{name}.png"))

@@ -19,6 +19,10 @@ MACHINE: Fields = {
     **dict.fromkeys(("cores", "threads", "memory_gb"), int),
     **dict.fromkeys(("gpu", "cuda", "triton"), (str, type(None))),
 }
+ROW: Fields = {
+    **dict.fromkeys(("suite", "case", "contender", "dtype", "status", "note"), str),
+    **dict.fromkeys(("shape", "values"), dict),
+}
 SETTINGS: Fields = {"quick": bool, "time_cap": (int, float), "memory_cap": int, "malloc": dict, "backends": list}
 
 
@@ -95,8 +99,8 @@ class Results:
         if found != SCHEMA:
             raise ValueError(f"{path} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
         check_fields(content, {"schema": str, "machine": dict, "settings": dict, "rows": list}, f"{path}")
-        check_fields(content["machine"], MACHINE, f"{path}: `machine`")
-        check_fields(content["settings"], SETTINGS, f"{path}: `settings`")
+        for part, fields in (("machine", MACHINE), ("settings", SETTINGS)):
+            check_fields(content[part], fields, f"{path}: `{part}`")
         results = cls(content["machine"], content["settings"], path=path)
         for number, one in enumerate(content["rows"]):
             row = _row_from_json(one, f"{path}: `rows[{number}]`")
@@ -154,25 +158,18 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 
 def _row_from_json(content: Any, where: str) -> Row:
-    texts = ("suite", "case", "contender", "dtype", "status", "note")
-    check_fields(content, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
+    check_fields(content, ROW, where)
     check_fields(content["shape"], dict.fromkeys(content["shape"], int), f"{where}: `shape`")
     check_fields(content["values"], dict.fromkeys(content["values"], (int, float, list)), f"{where}: `values`")
     for name, allowed in (("suite", SUITES), ("status", STATUSES)):
         if content[name] not in allowed:
             raise ValueError(f"{where}: `{name}` must be one of {', '.join(allowed)}; found {content[name]!r}.")
-    if content["status"] != "measured" and not content["note"]:
-        raise ValueError(f"{where}: a row with the status {content['status']!r} must have a note.")
-    values = {name: _spread(one, where) if isinstance(one, list) else one for name, one in content["values"].items()}
+    values = content["values"]
+    for name, one in values.items():
+        if isinstance(one, list):
+            named = dict(zip(Spread._fields, one, strict=False))
+            check_fields(named, dict.fromkeys(Spread._fields, (int, float)), f"{where}: `values.{name}`")
+            values[name] = Spread(**named)
     shape = tuple(content["shape"].items())
     key = Key(content["suite"], content["case"], content["contender"], shape, content["dtype"])
     return Row(key, content["status"], content["note"], values)
-
-
-def _spread(numbers: list[Any], where: str) -> Spread:
-    named = dict(zip(Spread._fields, numbers, strict=False))
-    check_fields(named, dict.fromkeys(Spread._fields, (int, float)), f"{where}: `values`")
-    spread = Spread(**named)
-    if not spread.q1 <= spread.median <= spread.q3:
-        raise ValueError(f"{where}: `values` must have a median between its quartiles; found {numbers}.")
-    return spread

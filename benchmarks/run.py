@@ -111,15 +111,13 @@ def available_backends(device: str, wanted: str) -> tuple[str, ...]:
     Raises:
         ValueError: if one was asked for by name and cannot be had; it says why.
     """
-    found = []
-    for backend in BACKENDS if wanted == "all" else (wanted,):
-        outcome = child.call(gate.available, name_of(backend), device, limits=Limits(alone=device == "cuda"))
-        missing = outcome.note if outcome.status != "measured" else outcome.value
-        if not missing:
-            found.append(backend)
-        elif wanted != "all":
-            raise ValueError(f"--backend {backend} cannot be had on {device}: {missing}")
-    return tuple(found)
+    limits, missing = Limits(alone=device == "cuda"), {}
+    for backend in BACKENDS:
+        outcome = child.call(gate.missing, name_of(backend), device, limits=limits)
+        missing[backend] = outcome.note or outcome.value
+    if missing.get(wanted):
+        raise ValueError(f"--backend {wanted} cannot be had on {device}: {missing[wanted]}")
+    return tuple(one for one in BACKENDS if not missing[one] and wanted in (one, "all"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

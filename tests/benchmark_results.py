@@ -65,7 +65,7 @@ class Machine:
         self.asked.append(function)
         if len(self.asked) == self.stop_at:
             raise KeyboardInterrupt
-        if function is gate.available:
+        if function is gate.missing:
             return Outcome("measured", value="it is not there" if "triton" in given[0] else "")
         keys, _options = given
         if function is gate.check and keys[0].contender == self.wrong:

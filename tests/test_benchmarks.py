@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.child import Limits, call
 from benchmarks.contenders import COPY, EXP, MERGE_THRESHOLD, STEP, TWO_THREADS, step_of
 from benchmarks.counted import count, peak_memory
 from benchmarks.inputs import Inputs, Step, moving_blobs
-from benchmarks.results import Key, Spread
+from benchmarks.results import Key, Row, Spread
 from benchmarks.slot_video_model import PUBLISHED
 from benchmarks.suites import growth, kernels, training_step
 from benchmarks.timing import MAX_CALLS, Work, interleave, over
@@ -35,7 +36,6 @@ MAPS = tuple((axis, SMALL[axis]) for axis in "BTSHW")
 QUICK = options(quick=True)
 # their definitions take seconds, or they have several outputs
 SLOW = ("StructureAware", "SemanticConsistency", "AffinityConsistency", "SemanticAware", "InstanceConsistencyLoss, P=8")
-FAST = [one for one in ADD_ONS if not one.name.startswith(SLOW)]
 
 
 def key_of(contender: str, suite: str = "add_ons", case: str = "H*W") -> Key:
@@ -51,30 +51,25 @@ class TestTiming:
     def test_contenders_take_turns_the_fast_several_and_the_slow_warm_up_once(self) -> None:
         now, calls = 0.0, ""
 
-        def work(name: str, seconds: float, before: Callable[[], object] | None = None) -> Work:
-            def call() -> None:
+        def work(name: str, seconds: float, before: float = 0.0) -> Work:
+            def spend(seconds: float, name: str = "") -> None:
                 nonlocal now, calls
                 now, calls = now + seconds, calls + name
 
-            return Work(call, before)
+            return Work(partial(spend, seconds, name), partial(spend, before) if before else None)
 
-        def wait() -> None:
-            nonlocal now
-            now += 100.0
-
-        for works, budget, expected in (
-            ([work("a", 1.0), work("b", 1.0)], 0.0, "aabb" + 3 * "ab"),
-            ([work("s", 5.0), work("f", 0.001)], 0.0, "s" + "ff" + 3 * ("s" + MAX_CALLS * "f")),
-            ([work("a", 0.5)], 4.0, (2 + 8) * "a"),
-            ([work("a", 0.5)], 1000.0, (2 + 20) * "a"),
+        for works, budget, expected, seconds in (
+            ([work("a", 1.0), work("b", 1.0)], 0.0, "aabb" + 3 * "ab", 1.0),
+            ([work("s", 5.0), work("f", 0.001)], 0.0, "s" + "ff" + 3 * ("s" + MAX_CALLS * "f"), 5.0),
+            ([work("a", 0.5)], 4.0, (2 + 8) * "a", 0.5),
+            ([work("a", 0.5)], 1000.0, (2 + 20) * "a", 0.5),
             # what comes before each call is not timed
-            ([work("w", 0.001, wait)], 0.0, "ww" + 20 * MAX_CALLS * "w"),
+            ([work("w", 0.001, before=100.0)], 1000.0, "ww" + 20 * MAX_CALLS * "w", 0.001),
         ):
             calls = ""
-            rounds = interleave(dict(enumerate(works)), lambda: now, budget or 0.001 * len(expected))
+            rounds = interleave(dict(enumerate(works)), lambda: now, budget)
             assert calls == expected
-            assert rounds[0] == pytest.approx([rounds[0][0]] * len(rounds[0]))
-            assert rounds[0][0] == pytest.approx({"s": 5.0, "w": 0.001, "a": rounds[0][0]}[expected[0]])
+            assert rounds[0] == pytest.approx([seconds] * len(rounds[0]))
         # the machine gets slower from round to round: no matter
         assert over([4.0, 40.0, 80.0], [1.0, 10.0, 20.0], 2.0) == Spread(8.0, 8.0, 8.0, 3)
 
@@ -92,13 +87,12 @@ class TestTiming:
 
     def test_every_operation_is_timed(self) -> None:
         keys = [key_of(name, "kernels", case) for case, name in kernels.names(SMALL, QUICK)]
-        yardsticks = [key_of("torch", "kernels", case) for case in (COPY, EXP)]
-        times = measure.times([*yardsticks, *keys], QUICK)
+        times = measure.times([*(key_of("torch", "kernels", case) for case in (COPY, EXP)), *keys], QUICK)
         assert (len(keys), len(times)) == (14, 16)
         for key, values in zip(keys, times[2:], strict=True):
-            assert set(values) - {"forward", "speedup"} == {"step", "over_floor", "over_exp"}
             threaded, step = key.contender.endswith(TWO_THREADS), key.case.startswith(("step", "distillation"))
-            assert ("speedup" in values, "forward" in values) == (threaded, step and not threaded)
+            parts = {"step", "over_floor", "over_exp", *["speedup"] * threaded, *["forward"] * (step and not threaded)}
+            assert set(values) == parts
 
     def test_two_threads_are_there_inside_of_a_call_alone(self) -> None:
         seen: list[int] = []
@@ -112,8 +106,7 @@ class TestTiming:
         compiler.chmod(0o700)
         monkeypatch.setenv("CC", str(compiler))
         (values,) = kernels.first_use([key_of("SSync cpu")], QUICK)
-        assert isinstance(values["step"], Spread)
-        assert values["step"].median > 0.1
+        assert Row(key_of("SSync cpu"), values=values).number("step") > 0.1
         assert (tmp_path / "used").exists()
         compiler.write_text("#!/bin/bash\nexit 7\n")
         with pytest.raises(RuntimeError, match=r"`backend`='cpu' needs a C compiler that works: .* failed with 7"):
@@ -146,7 +139,6 @@ class TestCounted:
         x = torch.ones(4)
         assert count(lambda: (x + 1).view(2, 2).sum().item(), "cpu") == {"launches": 3, "host_reads": 1}
         (values,) = measure.counts([key_of("SSync torch", "kernels", STEP)], QUICK)
-        assert values.keys() == {"launches", "host_reads"}
         assert values["host_reads"] == 0
 
     def test_memory_is_that_of_a_step(self) -> None:
@@ -154,9 +146,7 @@ class TestCounted:
         forms = ("pair by pair", "all pairs at once", "pooled 2x2")
         pairs, at_once, pooled = (memory_of(f"SemanticConsistencyLoss, {form}")["allocated"] for form in forms)
         # the kernel of a pair, or those of six, and what is linear
-        assert kernel < pairs < 3 * kernel
-        assert 6 * kernel < at_once < 12 * kernel
-        assert pooled < kernel
+        assert pooled < kernel < pairs < 3 * kernel < 6 * kernel < at_once < 12 * kernel
         assert memory_of("SlotCurriculum, elsewhere")["allocated"] == 0
         # the scores of dense alignment
         assert 2 * 4 * 2 * 384**2 < memory_of("dense")["allocated"] < 3 * 4 * 2 * 384**2
@@ -164,24 +154,22 @@ class TestCounted:
 
     def test_what_waits_for_the_backward_are_the_gradients(self) -> None:
         held, plain = (memory_of(name, "kernels", STEP) for name in ("SSync cpu", "SSync torch"))
-        assert 0 <= held["maps_waiting"] <= held["maps_beyond_gradients"] < 0.01
-        assert plain["maps_beyond_gradients"] > 1
+        assert 0 <= held["maps_waiting"] <= held["maps_beyond_gradients"] < 0.01 < 1 < plain["maps_beyond_gradients"]
         assert held["loss"] == pytest.approx(plain["loss"])
 
     def test_blobs_are_redundant_and_leave_something_to_teach(self) -> None:
         labels = pseudo_labels(*moving_blobs({"B": 2, "T": 4, "S": 11, "H": 24, "W": 24}), merge_threshold=0.7)
         # 0 and 1, 3 and 4, .. sit on the same blobs
-        for first in (0, 3, 6, 9):
-            assert torch.equal(labels.representative[:, first], labels.representative[:, first + 1])
-        assert labels.boundary.float().mean() > 0.05
-        assert labels.interior.float().mean() > 0.05
+        assert torch.equal(labels.representative[:, 0::3], labels.representative[:, 1::3])
+        assert min(labels.boundary.float().mean(), labels.interior.float().mean()) > 0.05
 
 
 class TestEntries:
     def test_every_public_loss_and_part_has_one(self) -> None:
         # the first word of a name
         measured = {re.split("[ .,]", one.name)[0] for one in ADD_ONS}
-        modules = {name for name in ssync_loss.__all__ if _is_module(getattr(ssync_loss, name))}
+        public = {name: getattr(ssync_loss, name) for name in ssync_loss.__all__}
+        modules = {name for name, one in public.items() if isinstance(one, type) and issubclass(one, nn.Module)}
         ours = {"SSyncLoss", "AdaptiveSSyncLoss", "BoundaryRefinementLoss", "InteriorDenoisingLoss"}
         ours |= {"boundary_region", "interior_region", "merge_slots", "neighbor_difference", "pseudo_labels"}
         ours |= {"selective_distillation_loss", "slot_overlap"}
@@ -199,26 +187,20 @@ class TestEntries:
         assert (cyclic - 2) * 4 == (forth - 1) * 7
 
 
-def _is_module(one: object) -> bool:
-    return isinstance(one, type) and issubclass(one, nn.Module)
-
-
 class TestGate:
     @pytest.mark.parametrize("name", [*BY_NAME, "SSync cpu", "SSync torch"])
-    def test_all_agree_with_their_definitions(self, name: str) -> None:
+    def test_who_agrees_passes_and_what_is_wrong_is_refused(self, name: str) -> None:
         for dtype in ("float32", "float16") if name.startswith("SSync") else ("float32",):
             assert gate.check([Key("gate", gate.CASE, name, MAPS, dtype)], QUICK) == [{}]
-
-    @pytest.mark.parametrize("name", [*(one.name for one in FAST), "dense chunked", "SSync cpu", "SSync torch"])
-    def test_what_is_wrong_is_refused(self, name: str) -> None:
+        if name.startswith(SLOW):
+            return
         shape = gate.SHAPE | dict(BY_NAME[name].shape) if name in BY_NAME else gate.SSYNC_SHAPES[0]
         right, again = (step_of(STEP, name, Inputs(shape), gate=True) for _ in range(2))
-        gate.check_step(right, again)
         wrong = [dataclasses.replace(right, seen=lambda outputs: _off(right.seen(outputs)))]
         # the value of the whole, and a gradient that is a little off in one of the leaves
         for leaf in right.leaves[:1] + right.leaves[-1:]:
             size = max(one.abs().max().item() for one in torch.autograd.grad(right.forward().sum(), right.leaves))
-            wrong.append(dataclasses.replace(right, forward=_nudged(right.forward, leaf, 1e-4 * size)))
+            wrong.append(dataclasses.replace(right, forward=partial(_nudged, right.forward, leaf, 1e-4 * size)))
         for one_wrong in wrong:
             with pytest.raises(AssertionError):
                 gate.check_step(one_wrong, again)
@@ -230,28 +212,23 @@ class TestGate:
         with pytest.raises(AssertionError, match="Mismatched elements: 1 /"):
             gate.check_step(dataclasses.replace(right, forward=lambda: found), again)
 
-    @pytest.mark.parametrize("shape", gate.SSYNC_SHAPES)
-    def test_rounding_decides_no_label_of_the_gate(self, shape: dict[str, int]) -> None:
-        for dtype in ("float32", "float16"):
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_rounding_decides_no_label_of_the_gate(self, dtype: str) -> None:
+        for shape in gate.SSYNC_SHAPES:
             enc, _ = Inputs(shape, dtype=dtype).maps
             assert decidable_clips(enc.detach().float(), merge_threshold=MERGE_THRESHOLD).all()
 
-    def test_backends_that_cannot_be_had_say_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert gate.available("SSync cpu", "cpu") == ""
-
-        def missing(*_: Any, **__: Any) -> Any:
-            raise RuntimeError("needs a CUDA tensor")
-
-        monkeypatch.setattr(gate, "ssync_criterion", missing)
-        assert gate.available("SSync triton", "cpu") == "needs a CUDA tensor"
+    def test_backends_that_cannot_be_had_say_why(self) -> None:
+        assert gate.missing("SSync cpu", "cpu") == ""
+        assert "got 'abacus'" in gate.missing("SSync abacus", "cpu")
 
 
 def _off(outputs: Any) -> Any:
-    return outputs * 1.001 if outputs.is_floating_point() else outputs + 1
+    return outputs * 1.001 if outputs.is_floating_point() else outputs ^ True
 
 
-def _nudged(forward: Callable[[], Tensor], leaf: Tensor, size: float) -> Callable[[], Tensor]:
-    return lambda: forward() + size * (leaf - leaf.detach()).sum()
+def _nudged(forward: Callable[[], Tensor], leaf: Tensor, size: float) -> Tensor:
+    return forward() + size * (leaf - leaf.detach()).sum()
 
 
 def process() -> tuple[int, int, int]:
@@ -301,5 +278,4 @@ class TestChild:
     )
     def test_a_call_that_fails_says_how(self, kind: str, status: str, note: str) -> None:
         outcome = call(fails, kind, limits=Limits(memory=1_000_000_000))
-        assert outcome.status == status
-        assert note in outcome.note
+        assert (outcome.status, outcome.note[: len(note)]) == (status, note)
