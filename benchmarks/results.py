@@ -89,11 +89,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a file.
-
-        Raises:
-            ValueError: at the first thing that is wrong; it names the file, the place, the wanted and the found.
-        """
+        """Read a file; a ValueError names the first thing that is wrong: the place, the wanted and the found."""
         content = read_json(path)
         found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
         if found != SCHEMA:
@@ -115,21 +111,19 @@ class Results:
     ) -> "Results":
         """Go on with a file where there is one, or start it; rows that failed are forgotten, and so tried again.
 
-        Raises:
-            ValueError: if the file was measured elsewhere or otherwise, unless told to restart; always if it has
-                another schema. It is left as it is.
+        A file that was measured elsewhere or otherwise is a ValueError unless told to restart, and left as it is.
         """
         earlier = cls.load(path) if path.exists() else None
         if earlier is None or restart:
             return cls(machine, settings, path=path)
-        for found, wanted in ((earlier.machine, machine), (earlier.settings, settings)):
-            # the digest of the sources says more than the commit
-            for name in wanted.keys() - {"date", "commit"}:
-                if found[name] != wanted[name]:
-                    raise ValueError(
-                        f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
-                        "Choose another --out, or --restart to measure anew."
-                    )
+        found, wanted = earlier.machine | earlier.settings, machine | settings
+        # the digest of the sources says more than the commit
+        for name in wanted.keys() - {"date", "commit"}:
+            if found[name] != wanted[name]:
+                raise ValueError(
+                    f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
+                    "Choose another --out, or --restart to measure anew."
+                )
         earlier.rows = {key: row for key, row in earlier.rows.items() if row.status != "failed"}
         return earlier
 

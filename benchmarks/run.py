@@ -106,11 +106,7 @@ def memory_cap(device: str, wanted: float | None) -> int:
 
 
 def available_backends(device: str, wanted: str) -> tuple[str, ...]:
-    """Find out which backends of SSync can be had, the fastest first: the others are compared with it.
-
-    Raises:
-        ValueError: if one was asked for by name and cannot be had; it says why.
-    """
+    """Find out which backends of SSync can be had, the fastest first: the others are compared with it."""
     limits, missing = Limits(alone=device == "cuda"), {}
     for backend in BACKENDS:
         outcome = child.call(gate.missing, name_of(backend), device, limits=limits)

@@ -98,12 +98,10 @@ class Machine:
         return {"step": spread(seconds(key))} | ({"ratio": ratio} if base_of(key.contender) == key.contender else {})
 
 
-def measured(
-    patch: pytest.MonkeyPatch, machine: Machine | None = None, results: Results | None = None, **changes: Any
-) -> Results:
-    """Run the suites on such a machine, from the start and without a file unless there are results."""
+def measured(patch: pytest.MonkeyPatch, machine: Machine | None = None, **changes: Any) -> Results:
+    """Run the suites on such a machine, without a file."""
     chosen = options(**changes)
-    results = results or Results(dict(MACHINE), chosen.settings())
+    results = Results(dict(MACHINE), chosen.settings())
     patch.setattr(child, "call", (machine or Machine()).call)
     for job in run.plan(chosen):
         do(job, results, chosen)

@@ -12,7 +12,7 @@ from benchmarks import child, in_a_run, report, run
 from benchmarks import results as results_module
 from benchmarks.add_ons import ADD_ONS
 from benchmarks.bars import bars, slope_of, steps
-from benchmarks.contenders import REPLAY, STEP, TWO_THREADS, base_of
+from benchmarks.contenders import BACKENDS, REPLAY, STEP, TWO_THREADS, base_of
 from benchmarks.plan import Options
 from benchmarks.results import SUITES, Key, Results, Row, Spread
 from benchmarks.suites import growth, kernels, training_step
@@ -176,22 +176,6 @@ class TestRun:
         assert {row.status for row in results.select("add_ons", contender="clip_mask")} == {"measured"}
         assert (f"**{name} is wrong**: the loss is" in section(results, "x", "x.png")) == (status == "wrong")
 
-    @pytest.mark.parametrize("stop_at", [2, 40, 75, 140])
-    def test_an_interrupted_run_goes_on_where_it_stopped(
-        self, stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path, settings = tmp_path / "results.json", options(quick=True).settings()
-        uninterrupted, stopped, again = Machine(), Machine(), Machine()
-        whole = measured(monkeypatch, uninterrupted, quick=True)
-        stopped.stop_at = stop_at
-        with pytest.raises(KeyboardInterrupt):
-            measured(monkeypatch, stopped, Results.resume(path, MACHINE, settings), quick=True)
-        assert len(Results.load(path).rows) >= stop_at // 2
-        results = measured(monkeypatch, again, Results.resume(path, MACHINE, settings), quick=True)
-        assert results.rows == whole.rows == Results.load(path).rows
-        # nothing is measured twice
-        assert stop_at - 1 + len(again.asked) == len(uninterrupted.asked)
-
 
 class TestReport:
     def test_slopes_are_those_of_the_machine(self, made: Results) -> None:
@@ -316,21 +300,27 @@ class TestCommand:
             run.main(["--backend", "triton", "--out", str(tmp_path / "out.json")])
         assert not list(tmp_path.iterdir())
 
-    def test_measures_what_is_missing_and_nothing_twice(self, machine: Machine, tmp_path: Path) -> None:
-        out = tmp_path / "out.json"
-        given = ["--quick", "--out", str(out)]
-        machine.stop_at = 12
-        assert run.main([*given, "--suite", "kernels"]) == 130
-        kept = Results.load(out).rows
-        assert len(kept) > 5
-        assert run.main(given) == 0
-        assert kept.keys() < Results.load(out).rows.keys()
-        assert {key.suite for key in Results.load(out).rows} == set(SUITES)
-        machine.asked.clear()
-        assert run.main(given) == 0
-        assert len(machine.asked) == 3
+    @pytest.mark.parametrize("stop_at", [5, 43, 78, 143])
+    def test_an_interrupted_run_goes_on_where_it_stopped_and_measures_nothing_twice(
+        self, stop_at: int, machine: Machine, tmp_path: Path
+    ) -> None:
+        def asked(name: str, *given: str) -> int:
+            machine.asked.clear()
+            assert run.main(["--quick", "--out", str(tmp_path / name), *given]) == (130 if machine.stop_at else 0)
+            # what can be had here is asked first
+            return len(machine.asked) - len(BACKENDS)
+
+        whole = asked("whole.json")
+        machine.stop_at = stop_at
+        stopped = asked("part.json") - 1
         machine.stop_at = 0
+        kept = Results.load(tmp_path / "part.json").rows
+        assert len(kept) >= stopped // 2
+        assert asked("part.json") == whole - stopped
+        assert kept.keys() < Results.load(tmp_path / "whole.json").rows.keys()
+        assert Results.load(tmp_path / "part.json").rows == Results.load(tmp_path / "whole.json").rows
+        assert asked("part.json") == 0
         with pytest.raises(SystemExit, match=r"error: .* was measured with `threads` = 1, and now it is 2"):
-            run.main([*given, "--threads", "2"])
-        assert run.main([*given, "--suite", "kernels", "--threads", "2", "--restart"]) == 0
-        assert Results.load(out).machine["threads"] == 2
+            asked("part.json", "--threads", "2")
+        assert 0 < asked("part.json", "--suite", "kernels", "--threads", "2", "--restart") < whole
+        assert Results.load(tmp_path / "part.json").machine["threads"] == 2
