@@ -46,7 +46,10 @@ def save_figure(results: Results, path: Path) -> None:
             axis.grid(visible=True, which="major", color="#e4e4e4", linewidth=0.8)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, fontsize="small")
+            axis.legend(loc="lower right", frameon=False, fontsize="small")
+        # room for the legends below the curves
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(low / (high / low) ** 0.6, high)
     for (above, below), title in zip(grid.T, TITLES, strict=True):
         above.set_title(title, fontsize="medium")
         below.set_xlabel("patches")

@@ -50,7 +50,7 @@ class Job(NamedTuple):
     rows: list[Key]
     # of a gate, there is only the row
     value: str = ""
-    # as many as were asked for, where nothing is said
+    # without threads, as many as were asked for
     threads: int | None = None
     # see Limits
     raised: bool = False

@@ -36,7 +36,7 @@ MEMORY_CAP_GB = 12.0
 TOTAL_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 # what a result depends on; what is made of results does not belong to it
 CODE = ("src/ssync_loss", "benchmarks", "examples")
-REPORT = ("report", "figure", "bars", "tables", "add_on_tables", "in_a_run", "markdown")
+REPORT = ("report", "figure", "bars", "tables", "in_a_run", "markdown")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
