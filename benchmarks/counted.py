@@ -1,5 +1,6 @@
 """What is counted and not timed: bytes that a step takes beyond its inputs, launches, and host reads."""
 
+import ctypes
 import gc
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,6 +38,9 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
         on_gpu = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
         del kept
         return {name: value - before for name, value in on_gpu.items()}
+    with suppress(AttributeError):
+        # what malloc kept of an earlier step would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     # starting the first one takes memory that is not the work's
     with recorder(activities=[ProfilerActivity.CPU], profile_memory=True):
         pass
