@@ -50,6 +50,14 @@ def seconds(key: Key) -> float:
     return cost(key, 1e-6, 1e-8, "time", 1e-7)
 
 
+ALWAYS: dict[str, dict[str, Any]] = {
+    "check": {},
+    "first_use": {"step": spread(2.5)},
+    "counts": {"launches": 9, "host_reads": 0},
+    "share": {"with": spread(1.01), "alone": spread(0.002), "share": spread(0.002)},
+}
+
+
 class Machine:
     """Answers every call with values that follow a rule, and remembers what it was asked."""
 
@@ -72,19 +80,8 @@ class Machine:
             return Outcome("wrong", "the loss is another")
         if function.__name__ == "memory" and keys[0].contender == self.too_large:
             return Outcome("memory", "ran out")
-        return Outcome("measured", value=[getattr(self, function.__name__)(key) for key in keys])
-
-    def check(self, _: Key) -> dict[str, Any]:
-        return {}
-
-    def first_use(self, _: Key) -> dict[str, Any]:
-        return {"step": spread(2.5)}
-
-    def counts(self, _: Key) -> dict[str, Any]:
-        return {"launches": 9, "host_reads": 0}
-
-    def share(self, _: Key) -> dict[str, Any]:
-        return {"with": spread(1.01), "alone": spread(0.002), "share": spread(0.002)}
+        answer = {"memory": self.memory, "times": self.times}.get(function.__name__)
+        return Outcome("measured", value=[answer(key) if answer else ALWAYS[function.__name__] for key in keys])
 
     def memory(self, key: Key) -> dict[str, Any]:
         held = int(cost(key, 100, 16, "memory", 8))
