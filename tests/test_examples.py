@@ -589,9 +589,7 @@ def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
 
 def test_the_readme_s_table_is_the_one_that_the_script_prints_first() -> None:
     folder = Path(report.__file__).parent
-    shown = re.search(
-        r"<!-- table: .*?-->\n(.*?)<!-- end of table -->", (folder / "README.md").read_text(), flags=re.DOTALL
-    )
+    shown = re.search(r"<!-- table: .*-->\n((?:.+\n)+\n(?:\|.*\n)+)", (folder / "README.md").read_text())
     assert shown is not None
     results = report.Report.load(folder / "results_dense.json")
     assert shown[1].strip() == report.in_short(results)
@@ -618,7 +616,7 @@ def test_the_numbers_bear_out_what_the_readme_says() -> None:
         assert mean["ssync"] > spread["ssync"], key
 
     longer = median(seed.runs["dense"].seconds / seed.runs["baseline"].seconds for seed in compared.seeds)
-    assert f"about {round(longer)} times as long" in (folder / "README.md").read_text()
+    assert f"about {round(longer)} times as long" in " ".join((folder / "README.md").read_text().split())
 
 
 def _runs(mask: Tensor) -> Tensor:
