@@ -1,4 +1,4 @@
-"""The README's code runs, its commands are what CI runs, and its numbers and its figure are what the scripts make."""
+"""The README's code runs, its commands are CI's, its numbers and figure are the scripts'; links of all READMEs hold."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,8 @@ import quotes
 from miniatures import MINIATURES
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("benchmarks", "examples", "src", "tests")
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).rglob("README.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -38,13 +40,14 @@ def test_two_commands_set_everything_up() -> None:
     assert re.search(r"^torch==\d", (ROOT / "tests" / "constraints.txt").read_text(), flags=re.MULTILINE)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README)
+@pytest.mark.parametrize("readme", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', readme.read_text(encoding="utf-8"))
     for target in map("".join, links):
         path, _, heading = target.partition("#")
-        assert (ROOT / path).exists(), target
+        page = readme.parent / path if path else readme
+        assert page.exists(), target
         if heading:
-            page = ROOT / path / "README.md" if (ROOT / path).is_dir() else ROOT / path
             titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 
