@@ -102,6 +102,7 @@ class Host:
         marks: paths of attributes that every member has. Wrappers that keep a module as ``module`` or ``_orig_mod``
             are looked through.
         find: takes a model with these marks and says where its maps are.
+        class_name: name of its class, or of a base of it, where the marks fit other models, too.
 
     >>> entry = next(host for host in HOSTS if host.name == "steve")
     >>> entry.marks
@@ -111,6 +112,7 @@ class Host:
     name: str
     marks: tuple[str, ...]
     find: Callable[[Any], Found]
+    class_name: str | None = None
 
 
 def reach(module: Any, path: str) -> Any:
@@ -147,6 +149,8 @@ def lacks(module: nn.Module, host: Host) -> list[str]:
             reach(module, path)
         except AttributeError:
             missing.append(path)
+    if host.class_name not in (None, *(one.__name__ for one in type(module).__mro__)):
+        missing.append(f"the class {host.class_name}")
     return missing
 
 
@@ -320,7 +324,7 @@ HOSTS: tuple[Host, ...] = (
     Host("steve", ("steve_encoder.savi.project_q", "steve_decoder.tf.blocks"), _steve),
     Host("oclf", ("perceptual_grouping.slot_attention.to_q", "object_decoder"), _oclf),
     Host("spot", ("slot_attn.slot_attention.project_q", "forward_decoder", "dec"), _spot),
-    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot),
+    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot, class_name="MetaSlotAttention"),
     Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 
