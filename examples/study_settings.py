@@ -101,23 +101,16 @@ def drawn_large(
         pretrained: whether the features are.
         swapped: train on the photographs that are else kept for the test, and score on the others.
     """
-    train, test = real_data.sources(kind)
+    sources = real_data.sources(kind)
     if swapped:
         kept, others = split(load_photographs())[::-1]
-        train = real_data.photo_composites("others-train", TRAIN_SEED, kept)
-        test = real_data.photo_composites("others-test", TEST_SEED, others)
-    store = real_data.Store(places.cache, ImgFocus())
-    (video, ids), (fresh_video, fresh_ids) = store.clips(train, num_clips), store.clips(test, num_fresh)
-    if pretrained:
-        features, fresh = (
-            store.features(one, n, fitted_on=train) for one, n in ((train, num_clips), (test, num_fresh))
+        sources = real_data.Sources(
+            real_data.photo_composites("others-train", TRAIN_SEED, kept),
+            real_data.photo_composites("others-test", TEST_SEED, others),
         )
-    else:
-        featurize = FrozenFeatures().fit(video / 255)
-        features, fresh = featurize(video / 255), featurize(fresh_video / 255)
-    some = slice(NUM_SCORED)
-    trained = EvaluationSet(video[some] / 255, features[some], ids[some].long())
-    return Clips(features, trained, EvaluationSet(fresh_video / 255, fresh, fresh_ids.long()))
+    store = real_data.Store(places.cache, ImgFocus())
+    made = real_data.make_clips(sources, store, num_train=num_clips, num_scored=num_fresh, hand_made=not pretrained)
+    return Clips(*made)
 
 
 def real_clips(num_clips: int, num_fresh: int, places: Places) -> Clips:  # noqa: ARG001 (there are as many as there are)

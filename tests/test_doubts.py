@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss.diagnostics import premise, slot_statistics
+from ssync_loss.ssync import doubts
+from ssync_loss.ssync.maps import Maps
 from ssync_loss.visualize import panel
 
 B, T, S, H, W = 2, 3, 4, 4, 5
@@ -138,3 +140,73 @@ class TestOnce:
         assert said(copy.deepcopy(criterion), **{name: one.to("meta") for name, one in probs.items()}) == []
         with FakeTensorMode() as mode:
             assert said(criterion, **{name: mode.from_tensor(one) for name, one in probs.items()}) == []
+
+
+class FakeEvent:
+    """Stands for an event of a CUDA stream: it is done once a test says so."""
+
+    done = False
+
+    def record(self, stream: object) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return FakeEvent.done
+
+
+class TestOnDevice:
+    @pytest.fixture
+    def pretended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doubts, "memory_of", lambda tensor: "cuda")
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+        monkeypatch.setattr(FakeEvent, "done", False)
+
+    @pytest.mark.usefixtures("pretended")
+    def test_a_later_call_speaks_of_the_first(self) -> None:
+        given, criterion = maps(), SSyncLoss()
+        probs = {name: one.softmax(2) for name, one in given.items()}
+        assert said(criterion, **probs) == said(criterion, **given) == []
+        for one in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+            FakeEvent.done = True
+            assert said(one, **given) == []
+        (text,) = said(criterion, **given)
+        assert text.endswith("Is kind='probs' meant?")
+        assert said(criterion, **probs) == []
+
+    @pytest.mark.usefixtures("pretended")
+    def test_a_graph_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        probs, criterion = {name: one.softmax(2) for name, one in maps().items()}, SSyncLoss()
+        FakeEvent.done = True
+        said(criterion, **probs)
+        with monkeypatch.context() as patch:
+            patch.setattr(doubts, "_is_capturing", lambda: True)
+            assert said(SSyncLoss(), **probs) == said(criterion, **probs) == []
+        assert len(said(criterion, **probs)) == 1
+
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("twice", [False, True])
+    def test_nothing_waits(self, twice: bool) -> None:
+        enc, dec = (one.softmax(2).detach().cuda().requires_grad_() for one in maps().values())
+        criterion = SSyncLoss()
+        # the self-check of an engine waits
+        SSyncLoss()(enc, dec)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert said(criterion, enc_logits=enc, dec_logits=enc.view_as(enc) if twice else dec) == []
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        (text,) = said(criterion, enc_logits=enc, dec_logits=dec)
+        assert ("in the same memory" in text) == twice
+        assert "Is kind='probs' meant?" in text
+
+
+def test_copies_of_one_tensor_stay_one() -> None:
+    enc, others = torch.randn(B, T, S, H, W, requires_grad=True), {"valid": None, "slot_mask": None}
+    once = doubts.in_cpu_memory(Maps(enc, enc.view_as(enc), **others), wait=False)
+    twice = doubts.in_cpu_memory(Maps(enc, enc.clone(), **others), wait=False)
+    assert once.enc is once.dec
+    assert twice.enc is not twice.dec
+    assert twice.dec.requires_grad

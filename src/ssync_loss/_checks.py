@@ -193,16 +193,22 @@ def check_equal_counts(name: str, mask: Tensor) -> None:
 def read_numbers(tensor: Tensor) -> Tensor | None:
     """Return the numbers of a tensor if reading them waits for no device and breaks no trace, else None.
 
-    They must be in CPU memory of the tensor's own, unlike those of fake tensors and inside vmap, grad or functionalize.
-    An empty tensor gives None.
+    They must be in CPU memory of the tensor's own, see :func:`memory_of`. An empty tensor gives None.
+    """
+    return tensor.detach().as_subclass(Tensor) if memory_of(tensor) == "cpu" and tensor.numel() > 0 else None
+
+
+def memory_of(tensor: Tensor) -> str | None:
+    """Return the type of the device whose memory holds a tensor's numbers.
+
+    Fake tensors, and those inside a trace, vmap, grad or functionalize, have none: None.
     """
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
         return None
     try:
         storage = tensor.untyped_storage()
-        own = storage.device.type == "cpu" and storage.data_ptr() != 0
+        return storage.device.type if storage.data_ptr() != 0 else None
     except (NotImplementedError, RuntimeError):
         # a wrapper has no numbers of its own
         return None
-    return tensor.detach().as_subclass(Tensor) if own and tensor.numel() > 0 else None

@@ -86,7 +86,7 @@ def slot_statistics(
     given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     given |= {"grid": grid, "axes": axes}
     maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
-    warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
+    warn_of_doubts(enc_logits, dec_logits, kind, **given)
     features = place_features(features, features_axes, maps.enc)
     num_slots = maps.enc.shape[2]
     labels = hard_labels(maps)[0].flatten(2)

@@ -201,7 +201,7 @@ def premise(
         given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         given |= {"grid": grid, "axes": axes}
         maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
-        warn_of_doubts(enc_logits, dec_logits, kind, wait=True, **given)
+        warn_of_doubts(enc_logits, dec_logits, kind, **given)
         features = place_features(features, features_axes, maps.enc)
         B, _, S = maps.enc.shape[:3]
         if groups is not None:

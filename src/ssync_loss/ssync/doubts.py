@@ -3,10 +3,11 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32
-from ssync_loss._checks import read_numbers
+from ssync_loss._checks import memory_of, read_numbers
 from ssync_loss._compilers import is_traced
 from ssync_loss._forks import is_forked
 from ssync_loss._module import _callers_stacklevel
@@ -20,36 +21,88 @@ SPREAD = 0.05
 NEGLIGIBLE = 1e-3
 
 
-def warn_of_doubts(
-    enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, *, wait: bool, note: str = "", **given: Any
-) -> None:
-    """Warn of likely mistakes in the arguments of `bind_maps`, except in compiled code."""
+def warn_of_doubts(enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, **given: Any) -> None:
+    """Warn of likely mistakes in the arguments of `bind_maps`, except in compiled code. This waits for a device."""
+    if not _cannot_look():
+        maps = bind_maps(enc_logits, dec_logits, **given)
+        _warn(doubts(maps if maps.enc.is_cpu else in_cpu_memory(maps, wait=True), kind))
+
+
+class FirstLook:
+    """Warns once of likely mistakes in the maps of a first call, and waits for no device.
+
+    Maps on a CUDA device are copied while it works. A later call that finds the copy done reads it. Maps on other
+    devices, in compiled code and in a CUDA graph are not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.looked = False
+        self._copy: tuple[Maps, torch.cuda.Event] | None = None
+
+    def __call__(self, enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, **given: Any) -> None:
+        """Look at the arguments of `bind_maps`."""
+        if _cannot_look() or (self.looked and self._copy is None) or _is_capturing():
+            return
+        if self._copy is not None:
+            maps, done = self._copy
+            if done.query():
+                self._copy = None
+                _warn(doubts(maps, kind), " (Said once.)")
+            return
+        self.looked = True
+        maps, memory = bind_maps(enc_logits, dec_logits, **given), memory_of(enc_logits)
+        if memory == "cuda":
+            copies, done = in_cpu_memory(maps, wait=False), torch.cuda.Event()
+            done.record(torch.cuda.current_stream(enc_logits.device))
+            self._copy = copies, done
+        elif memory == "cpu":
+            _warn(doubts(maps, kind), " (Said once.)")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the copy behind: an event cannot be pickled."""
+        return {"looked": self.looked, "_copy": None}
+
+
+def _cannot_look() -> bool:
     # in a forked process operators of torch may wait forever
-    if is_traced() or is_forked():
-        return
-    doubt = doubts(bind_maps(enc_logits, dec_logits, **given), kind, wait=wait)
+    return is_traced() or bool(is_forked())
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _warn(doubt: str, note: str = "") -> None:
     if doubt:
         warnings.warn(doubt + note, stacklevel=_callers_stacklevel())
 
 
-def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
-    """Describe likely mistakes in maps, each on its own grid; "" if there are none.
+def in_cpu_memory(maps: Maps, *, wait: bool) -> Maps:
+    """Copy maps to the CPU; two maps in one memory stay so. Without ``wait`` the copies are filled later."""
 
-    Numbers on a device are read only with ``wait``. Fake and traced tensors have none.
-    """
+    def copied(one: Tensor) -> Tensor:
+        return one.detach().contiguous().to("cpu", non_blocking=not wait).requires_grad_(one.requires_grad)
+
+    enc = copied(maps.enc)
+    dec = enc if _is_one(maps) else copied(maps.dec)
+    return Maps(enc, dec, None, None if maps.slot_mask is None else copied(maps.slot_mask))
+
+
+def doubts(maps: Maps, kind: KindArgument) -> str:
+    """Describe likely mistakes in maps in CPU memory, each on its own grid; "" if there are none."""
     if maps.enc.shape[2] == 1:
         return ""
+    read = [read_numbers(one) for one in (maps.enc, maps.dec)]
     said, kinds = [], list(check_kind(kind))
-    read = [_read(one, wait) for one in (maps.enc, maps.dec)]
     for turn, (name, one) in enumerate(zip(("enc_logits", "dec_logits"), read, strict=True)):
         if one is not None and kinds[turn] == "logits" and _is_probabilities(one):
             said.append(f"`{name}` looks like probabilities, and was said to be logits.")
             kinds[turn] = "probs"
     if said:
         said.append(f"Is kind={kinds[0] if kinds[0] == kinds[1] else tuple(kinds)!r} meant?")
-    if _is_one(maps, read):
+    if _is_one(maps):
         said.append("`dec_logits` is `enc_logits`, in the same memory: each would teach itself.")
-    mask = None if maps.slot_mask is None else _read(maps.slot_mask, wait)
+    mask = None if maps.slot_mask is None else read_numbers(maps.slot_mask)
     if mask is not None:
         meant = "it is True where a slot is present. Is it inverted?"
         if int(mask.sum(1).max()) < 2:
@@ -59,15 +112,12 @@ def doubts(maps: Maps, kind: KindArgument, *, wait: bool) -> str:
     return " ".join(said)
 
 
-def _read(tensor: Tensor, wait: bool) -> Tensor | None:
-    return read_numbers(tensor.detach().cpu() if wait else tensor)
-
-
-def _is_one(maps: Maps, read: list[Tensor | None]) -> bool:
+def _is_one(maps: Maps) -> bool:
     """Tell whether two maps that learn are views of one tensor."""
-    if any(one is None for one in read) or not (maps.enc.requires_grad and maps.dec.requires_grad):
+    both = (maps.enc, maps.dec)
+    if any(memory_of(one) is None or one.numel() == 0 or not one.requires_grad for one in both):
         return False
-    enc, dec = ((one.untyped_storage().data_ptr(), one.storage_offset(), one.shape) for one in (maps.enc, maps.dec))
+    enc, dec = ((one.untyped_storage().data_ptr(), one.storage_offset(), one.shape) for one in both)
     return enc == dec
 
 

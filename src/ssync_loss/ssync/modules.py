@@ -14,10 +14,8 @@ from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
-from ssync_loss._compilers import is_traced
-from ssync_loss._forks import is_forked
 from ssync_loss._module import DetachedWarning, LossModule
-from ssync_loss.ssync.doubts import warn_of_doubts
+from ssync_loss.ssync.doubts import FirstLook
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
 from ssync_loss.ssync.engines.contract import weigh
 from ssync_loss.ssync.functions import boundary_refinement_loss, interior_denoising_loss
@@ -38,20 +36,18 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 class _SSyncModule(LossModule):
     """Base of the three: the check of settings, and warnings of likely mistakes."""
 
-    # whether the maps of a call were checked for likely mistakes
-    _looked = False
-
     def remember(self, arguments: dict[str, Any]) -> None:
         """Keep the settings, and prepare the warning of detached maps."""
         super().remember(arguments)
-        self._warn = DetachedWarning()
+        self._warn, self._look = DetachedWarning(), FirstLook()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load a pickle; version 0.1.0 did not look."""
+        super().__setstate__({"_look": FirstLook(), **state})
 
     def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
-        """Warn in the first call of maps of another ``kind`` and of an inverted mask, if they are in CPU memory."""
-        if not (is_traced() or is_forked() or self._looked):
-            self._looked = True
-            given = {"grid": self.grid, "axes": self.axes, **masks}
-            warn_of_doubts(enc_logits, dec_logits, self.kind, wait=False, note=" (Said once.)", **given)
+        """Warn once of maps of another ``kind`` and of an inverted mask, see :class:`FirstLook`."""
+        self._look(enc_logits, dec_logits, self.kind, grid=self.grid, axes=self.axes, **masks)
 
     @staticmethod
     def check_settings(
@@ -271,8 +267,9 @@ class SSyncLoss(_SSyncModule):
         """Return the loss to add to a model's own.
 
         Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode it warns
-        once of a student that carries no gradient, such as detached attention. On a CPU, and not in a compiled step,
-        the first call that computes also warns of probabilities given as logits, and of an inverted ``slot_mask``.
+        once of a student that carries no gradient, such as detached attention. Outside of compiled code it also warns
+        once of probabilities given as logits, and of an inverted ``slot_mask``: it looks at the first call that
+        computes. What is on a CUDA device is copied without waiting, and a later call speaks.
 
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.

@@ -81,7 +81,7 @@ def panel(
     given |= {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
         maps = prepare_maps(enc_logits, dec_logits, **given)
-        warn_of_doubts(enc_logits, dec_logits, wait=True, **given)
+        warn_of_doubts(enc_logits, dec_logits, **given)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
