@@ -13,7 +13,7 @@ from ssync_loss._checks import check_number, check_type
 from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import place_features, slot_sums
 from ssync_loss.ssync.labels import hard_labels
-from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
+from ssync_loss.ssync.maps import Grid, KindArgument, as_logits, bind_maps
 from ssync_loss.ssync.merging import mean_overlap, representatives
 
 NUM_BINS = 20
@@ -83,10 +83,10 @@ def slot_statistics(
     >>> statistics.overlap[0, 0].tolist(), statistics.area.tolist()  # of the first two slots, one patch in two
     ([1.0, 0.5, 0.0], [[1, 1, 2]])
     """
-    given: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    given |= {"grid": grid, "axes": axes}
-    maps = prepare_maps(enc_logits, dec_logits, kind=kind, **given)
-    warn_of_doubts(enc_logits, dec_logits, kind, **given)
+    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+    bound = bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks)
+    maps = as_logits(bound, kind)
+    warn_of_doubts(bound, kind)
     features = place_features(features, features_axes, maps.enc)
     num_slots = maps.enc.shape[2]
     labels = hard_labels(maps)[0].flatten(2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -229,10 +229,13 @@ def prepare_maps(
     float32 before the logarithm. A negative one is an error if reading it waits for no device, else NaN. A decoder cell
     on another grid is valid if it overlaps a valid patch of the encoder.
     """
+    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+    return as_logits(bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks), kind)
+
+
+def as_logits(maps: Maps, kind: KindArgument) -> Maps:
+    """Turn what :func:`bind_maps` returns into what :func:`prepare_maps` returns."""
     enc_kind, dec_kind = check_kind(kind)
-    maps = bind_maps(
-        enc_logits, dec_logits, grid=grid, axes=axes, valid=valid, slot_mask=slot_mask, num_frames=num_frames
-    )
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         return maps
