@@ -154,27 +154,6 @@ def lacks(module: nn.Module, host: Host) -> list[str]:
     return missing
 
 
-# functions, which torch's compiler follows; it does not follow an `operator.itemgetter`
-
-
-def _last_channel(output: Tensor) -> Tensor:
-    return output[..., -1]
-
-
-def _last_plane(output: Tensor) -> Tensor:
-    return output[:, -1]
-
-
-def _second(output: Any) -> Tensor:
-    taken: Tensor = output[1]
-    return taken
-
-
-def _third(output: Any) -> Tensor:
-    taken: Tensor = output[2]
-    return taken
-
-
 # SlotContrast, VideoSAUR, SSync, SRL, SlotCurri. Their steps call `self.forward`, which no hook sees, so what covers
 # a clip are the parts: `processor` and `decoder` are called.
 
@@ -194,9 +173,9 @@ def _alpha(decoder: Any) -> Dots | Output | str:
         # a slot mixer: patches ask, slots answer
         return Dots(within.to_k, within.to_q, within.scale, decoder)
     if hasattr(within, "mlp"):
-        return Output(within.mlp, _last_channel)
+        return Output(within.mlp, lambda out: out[..., -1])
     if hasattr(within, "output_transform"):
-        return Output(within.output_transform, _last_plane)
+        return Output(within.output_transform, lambda out: out[:, -1])
     return (
         f"the decoder, a {type(within).__name__}, has neither `to_q` and `to_k` (a slot mixer), nor `mlp`, nor "
         "`output_transform` (spatial broadcast)"
@@ -221,7 +200,7 @@ def _genera1z(model: Any) -> Found:
     layers = getattr(getattr(decode, "backbone", None), "layers", ())
     return Found(
         Dots(attention.proj_q, attention.proj_k, scale, model),
-        Output(decode, _second, "probs"),
+        Output(decode, lambda out: out[1], "probs"),
         valid=Seen(decode, _same_frame),
         slot_mask=Seen(attention, _smask),
         shuffled=tuple(layers),
@@ -297,7 +276,7 @@ def _spot(model: Any) -> Found:
     scale = (attention.slot_size // heads) ** -0.5
     return Found(
         Dots(attention.project_q, attention.project_k, scale, encoder, heads=heads, head_softmax="joint"),
-        Output(model, _third, "probs"),
+        Output(model, lambda out: out[2], "probs"),
         shuffled=tuple(getattr(reach(model, "dec"), "blocks", ())),
     )
 
