@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ssync_loss.ssync.engines.contract import new_labels, new_slots
 from ssync_loss.ssync.engines.triton import _launch
 from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
@@ -82,16 +83,9 @@ def _(enc: Tensor, *settings: Any) -> Labels:
 
 
 def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
-    num_clips, num_frames, num_slots, height, width = maps.shape
-    patches = (num_clips, num_frames, height, width) if with_labels else (0,)
-    return (
-        maps.new_empty((2, num_clips, num_frames, height, width) if with_targets else 0, dtype=torch.int8),
-        maps.new_empty(patches, dtype=torch.int64),
-        maps.new_empty(patches, dtype=torch.int64),
-        maps.new_empty(patches, dtype=torch.bool),
-        maps.new_empty(patches, dtype=torch.bool),
-        maps.new_empty((num_clips, num_slots) if with_labels else 0, dtype=torch.int64),
-    )
+    num_clips, num_frames, _, height, width = maps.shape
+    targets = maps.new_empty((2, num_clips, num_frames, height, width) if with_targets else 0, dtype=torch.int8)
+    return targets, *new_labels(maps, wanted=with_labels)
 
 
 @torch.library.custom_op("ssync_loss::find_slots", mutates_args=())
@@ -105,7 +99,7 @@ def find(
 ) -> tuple[Tensor, Tensor]:
     """Return the labels before merging, (2, B, T, H, W) int8, and the representatives, (B, S) int8."""
     if enc.shape[0] == 0:
-        return _new_slots(enc)
+        return new_slots(enc)
     with torch.cuda.device_of(enc):
         hard, table = _find(Tiling.of(enc), enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
     if table is None:
@@ -116,15 +110,7 @@ def find(
 
 @find.register_fake
 def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _new_slots(enc)
-
-
-def _new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
-    num_clips, num_frames, num_slots, height, width = maps.shape
-    return (
-        maps.new_empty((2, num_clips, num_frames, height, width), dtype=torch.int8),
-        maps.new_empty((num_clips, num_slots), dtype=torch.int8),
-    )
+    return new_slots(enc)
 
 
 def _find(
