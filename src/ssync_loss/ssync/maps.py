@@ -21,7 +21,7 @@ from ssync_loss._checks import (
     check_tensor,
 )
 from ssync_loss._forks import take_one_thread_if_forked
-from ssync_loss._inputs import check_mask
+from ssync_loss._inputs import check_mask, widest
 from ssync_loss.ssync.settings import TINY
 
 Kind: TypeAlias = Literal["logits", "probs"]
@@ -50,8 +50,7 @@ class Maps:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the computation: float64 if a map has it, else float32."""
-        # `promote_types` takes as long as an operator
-        return torch.float64 if torch.float64 in (self.enc.dtype, self.dec.dtype) else torch.float32
+        return widest(self.enc, self.dec)
 
     @property
     def counted(self) -> Tensor | None:
@@ -135,10 +134,8 @@ def bind_maps(
     dec_size = check_shape("dec_logits", dec, "B T S H_d W_d", B=size["B"], T=size["T"], S=size["S"])
     check_not_empty("dec_logits", dec_size, "H_d W_d")
     check_same_device("dec_logits", dec, enc_logits=enc)
-    if valid is not None:
-        valid = check_valid(valid, size, enc_logits=enc)
-    if slot_mask is not None:
-        check_slot_mask(slot_mask, size, enc_logits=enc)
+    valid = check_valid(valid, size, enc_logits=enc)
+    check_slot_mask(slot_mask, size, enc_logits=enc)
     return Maps(enc, dec, valid, slot_mask)
 
 
@@ -198,8 +195,10 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
     return logits.reshape(*shape[:3], height, width)
 
 
-def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor:
-    """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W)."""
+def check_valid(valid: Tensor | None, size: dict[str, int], **beside: Tensor) -> Tensor | None:
+    """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W); None is valid everywhere."""
+    if valid is None:
+        return None
     per_frame = isinstance(valid, Tensor) and valid.dim() == 2
     check_mask("valid", valid, "B T" if per_frame else "B T H W", size, **beside)
     if per_frame:
@@ -207,9 +206,10 @@ def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor
     return valid.expand(size["B"], size["T"], size["H"], size["W"])
 
 
-def check_slot_mask(slot_mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
-    """Require ``slot_mask`` of shape (B, S)."""
-    check_mask("slot_mask", slot_mask, "B S", size, **beside)
+def check_slot_mask(slot_mask: Tensor | None, size: dict[str, int], **beside: Tensor) -> None:
+    """Require ``slot_mask`` of shape (B, S), or None."""
+    if slot_mask is not None:
+        check_mask("slot_mask", slot_mask, "B S", size, **beside)
 
 
 def prepare_maps(
