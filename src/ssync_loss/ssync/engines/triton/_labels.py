@@ -1,6 +1,6 @@
 """An operator of torch: labels, regions and targets of both maps. Its launches depend on shapes alone."""
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -76,10 +76,7 @@ def label(
     return outputs
 
 
-@label.register_fake
-def _(enc: Tensor, *settings: Any) -> Labels:
-    *_, with_targets, with_labels = settings
-    return _new_labels(enc, with_targets, with_labels)
+label.register_fake(lambda enc, *settings: _new_labels(enc, *settings[-2:]))
 
 
 def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
@@ -108,9 +105,7 @@ def find(
     return hard, table
 
 
-@find.register_fake
-def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return new_slots(enc)
+find.register_fake(lambda enc, *_: new_slots(enc))
 
 
 def _find(
