@@ -31,6 +31,7 @@ from examples.checkpoint import Settings, TrainingState
 from examples.evaluation import Asked, EvaluationSet, ask_premise, evaluate, maps_of, premise_summary
 from examples.files import must_be_ours, must_be_writable, write_text
 from examples.machine import this_machine
+from examples.merge_threshold import suggest_merge_threshold
 from examples.pieces import default_cache
 from examples.slot_model import SlotModel, SlotOutput
 from examples.study_report import SCORES, Rows, save_figure, summary, table
@@ -38,7 +39,6 @@ from examples.study_settings import LEVELS, NUM_SCORED, ROLES, SETTINGS, Clips, 
 from examples.training import Terms, terms_of, train
 
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
-from ssync_loss.diagnostics import slot_statistics, suggest_merge_threshold
 
 THRESHOLD = 0.6
 # every so many steps the margins of the loss that asks are written down
@@ -251,8 +251,8 @@ def followed(terms: Terms, adaptive: AdaptiveSSyncLoss, course: list[list[float]
 
 def suggested(model: SlotModel, data: EvaluationSet) -> float:
     """Ask which merge threshold the maps of clips that are trained on suggest."""
-    advice = suggest_merge_threshold([slot_statistics(*maps_of(model, data.features), data.features)])
-    return advice.threshold
+    enc_logits, _ = maps_of(model, data.features)
+    return suggest_merge_threshold(enc_logits, data.features)
 
 
 def digest_of(model: SlotModel) -> str:

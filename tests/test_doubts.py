@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss._axes import arrange_maps
-from ssync_loss.diagnostics import premise, slot_statistics
+from ssync_loss.diagnostics import premise
 from ssync_loss.ssync import doubts
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.visualize import panel
@@ -31,7 +31,6 @@ CALLS: dict[str, Callable[..., Callable[..., object]]] = {
     "from the start on": lambda **settings: partial(SSyncLoss(start_step=9, **settings), step=9),
     "adaptive": lambda **settings: partial(AdaptiveSSyncLoss(SSyncLoss(**settings)), features=FEATURES),
     "premise": lambda **settings: partial(premise, features=FEATURES, **settings),
-    "slot_statistics": lambda **settings: partial(slot_statistics, features=FEATURES, **settings),
     "panel": lambda **settings: partial(panel, VIDEO, **settings),
 }
 EVERY = pytest.mark.parametrize("name", CALLS)
@@ -86,7 +85,7 @@ def test_views_of_one_tensor_are_no_two_maps() -> None:
     assert said(SSyncLoss().eval(), enc_logits=enc.detach(), dec_logits=enc.detach()) == []
 
 
-@pytest.mark.parametrize("name", ["premise", "slot_statistics", "panel"])
+@pytest.mark.parametrize("name", ["premise", "panel"])
 def test_maps_are_bound_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bind = Mock(wraps=arrange_maps)
     monkeypatch.setattr("ssync_loss.ssync.maps.arrange_maps", bind)

@@ -154,7 +154,7 @@ def histogram(counts: Tensor, *, at: float | None = None, height: int = 64, widt
     """Draw counts in bins of equal width from 0 to 1 as bars, and a line at a value.
 
     The height of a bar is proportional to the square root of its count, so that rare counts are visible, too. With
-    ``MergeAdvice.histogram`` and its threshold, the bars right of the line are merged pairs.
+    ``diagnostics.overlap_histogram`` and a merge threshold, the bars right of the line are merged pairs.
 
     Shape: counts: (N,) integers >= 0. Returns (3, height, N * width), uint8.
 
