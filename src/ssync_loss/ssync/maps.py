@@ -212,29 +212,18 @@ def check_slot_mask(slot_mask: Tensor | None, size: dict[str, int], **beside: Te
         check_mask("slot_mask", slot_mask, "B S", size, **beside)
 
 
-def prepare_maps(
-    enc_logits: Tensor,
-    dec_logits: Tensor,
-    *,
-    kind: KindArgument = "logits",
-    grid: Grid = None,
-    axes: Axes = None,
-    valid: Tensor | None = None,
-    slot_mask: Tensor | None = None,
-    num_frames: int | None = None,
-) -> Maps:
-    """Bring both maps to logits on the encoder's grid; logits that are on it stay as they are.
+def prepare_maps(enc_logits: Tensor, dec_logits: Tensor, *, kind: KindArgument = "logits", **given: Any) -> Maps:
+    """Check both maps, as :func:`bind_maps` does with what is given, and turn them into logits on one grid."""
+    return as_logits(bind_maps(enc_logits, dec_logits, **given), kind)
+
+
+def as_logits(maps: Maps, kind: KindArgument) -> Maps:
+    """Bring maps of :func:`bind_maps` to logits on the encoder's grid; logits that are on it stay as they are.
 
     Probabilities of absent slots become 0; the others are normalized over slots and clamped to the smallest normal
     float32 before the logarithm. A negative one is an error if reading it waits for no device, else NaN. A decoder cell
     on another grid is valid if it overlaps a valid patch of the encoder.
     """
-    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    return as_logits(bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks), kind)
-
-
-def as_logits(maps: Maps, kind: KindArgument) -> Maps:
-    """Turn what :func:`bind_maps` returns into what :func:`prepare_maps` returns."""
     enc_kind, dec_kind = check_kind(kind)
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
