@@ -21,9 +21,15 @@ _ARGUMENTS = {MAPS: "axes", FEATURES: "features_axes"}
 
 
 def arrange(
-    name: str, tensor: Tensor, axes: str, *, num_frames: int | None = None, num_slots: int | None = None
+    name: str,
+    tensor: Tensor,
+    axes: str,
+    *,
+    grid: tuple[int, int] | None = None,
+    num_frames: int | None = None,
+    num_slots: int | None = None,
 ) -> Tensor:
-    """View a tensor of layout ``axes`` as (B, T, S, H, W), or as (B, T, S, N) if it has ``(h w)``.
+    """View a tensor of layout ``axes`` as (B, T, S, H, W), or as (B, T, S, N) if the grid of ``(h w)`` is unknown.
 
     ``axes`` names b, t, s, h and w in einops' notation, in any order, any of them merged. Without b there is one clip,
     without t one frame.
@@ -34,7 +40,8 @@ def arrange(
     >>> arrange("masks", torch.zeros(6, 25, 4), "(b t) (h w) s", num_frames=3).shape
     torch.Size([2, 3, 4, 25])
     """
-    given = {"t": num_frames, "s": num_slots}
+    height, width = grid or (None, None)
+    given = {"t": num_frames, "s": num_slots, "h": height, "w": width}
     sizes = solve(name, tensor, axes, {letter: size for letter, size in given.items() if size is not None})
     return place(name, tensor, axes, sizes)
 
