@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._axes import FEATURES, parse
-from ssync_loss._checks import check_int, check_number, check_same_device, check_type
+from ssync_loss._checks import check_int, check_number, check_same_device, check_type, has_ranks
 from ssync_loss._compilers import is_recomputing
 from ssync_loss._module import LossModule
 from ssync_loss._settings import COUNT, NOT_NEGATIVE, check_by, optional
@@ -222,7 +222,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         # maps with NaN have labels all the same
         margins = torch.where(found.clean, margins, torch.nan)
         sums = torch.cat([margins.sum(1), counted.sum().to(margins).unsqueeze(0)])
-        if dist.is_available() and dist.is_initialized():
+        if has_ranks():
             dist.all_reduce(sums)
         means, number = sums[:2] / sums[2].clamp_min(1), sums[2]
         moves = (number > 0) & means.isfinite().all()
