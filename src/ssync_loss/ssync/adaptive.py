@@ -67,7 +67,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     ============= =========================== =======================================================================
 
     Not in any paper: the rule comes from trials on small models. ``examples/study.py`` repeats them, beside settings
-    that had no part in the rule. It is opt-in. In one of the study's five development runs G rose above 0 from below,
+    that had no part in the rule. It is opt-in. In one of the study's eight development runs G rose above 0 from below,
     and the full form helped: a ``dead_zone`` of 0.01 would have held it back for a quarter of the steps, and changed no
     other run. In two runs with 160 clips the unmerged form cost 0.01 to 0.02 FG-ARI with U between 0.016 and 0.046: a
     ``dead_zone`` above that would also forbid the full form where it helps. So it stays 0. Asking at every 5th step,
