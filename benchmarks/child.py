@@ -12,11 +12,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # glibc hands large blocks back to the system and takes fresh pages at the next step: each costs a fault, from a
 # size on, which bends the slope of time. Raised, memory stays with the process. By their numbers in malloc.h.
 RAISED = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": 64 << 20}
-NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2, "M_MMAP_MAX": -4}
+NUMBERS = {"M_MMAP_MAX": -4, "M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2}
 # each takes a fork most of a second to import
 PRELOADED = ["torch._dynamo", "benchmarks.gate", "benchmarks.suites.training_step"]
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
@@ -57,77 +58,60 @@ def call(function: Callable[..., Any], *arguments: Any, limits: Limits) -> Outco
         context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, arguments, limits), daemon=True)
-    with _environment(limits.threads):
-        process.start()
-    theirs.close()
-    try:
-        outcome: Outcome = ours.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            return Outcome("memory", "killed by the system, as when memory runs out")
-        return Outcome("failed", f"the process ended with code {process.exitcode}")
-    process.join()
-    return outcome
-
-
-@contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """Prepare what a process reads as it starts."""
-    before = dict(os.environ)
-    # kernels under an interpreter are there to be tested, not timed
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ |= {
+    # what a process reads as it starts
+    environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, sys.path)]),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(limits.threads),
+        "MKL_NUM_THREADS": str(limits.threads),
         # in the process itself rather than in others beside it
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # the profiler announces its starts and stops otherwise
         "KINETO_LOG_LEVEL": "99",
     }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with patch.dict(os.environ, environment):
+        # kernels under an interpreter are there to be tested, not timed
+        os.environ.pop("TRITON_INTERPRET", None)
+        process.start()
+    theirs.close()
+    with suppress(EOFError):
+        outcome: Outcome = ours.recv()
+        process.join()
+        return outcome
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return Outcome("memory", "killed by the system, as when memory runs out")
+    return Outcome("failed", f"the process ended with code {process.exitcode}")
 
 
 def _answer(channel: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> None:
     # Ctrl-C is the parent's to deal with
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    channel.send(_outcome(function, arguments, limits))
-
-
-def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> Outcome:
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
     try:
-        torch.set_num_threads(limits.threads)
-        if limits.memory is not None:
-            _limit_memory(limits.memory)
-        if limits.raised:
-            _raise_thresholds()
-        return Outcome("measured", value=function(*arguments))
+        _limit(limits)
+        outcome = Outcome("measured", value=function(*arguments))
     except AssertionError as error:
-        return Outcome("wrong", " ".join(str(error).split())[:500] or "disagrees with the reference")
+        outcome = Outcome("wrong", " ".join(str(error).split())[:500] or "disagrees with the reference")
     except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            return Outcome("memory", f"ran out of memory at the cap of {(limits.memory or 0) / 1e9:.1f} GB")
-        traceback.print_exc()
-        return Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        outcome = Outcome("failed", said[:500])
+        if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY):
+            outcome = Outcome("memory", f"ran out of memory at the cap of {(limits.memory or 0) / 1e9:.1f} GB")
+        else:
+            traceback.print_exc()
+    channel.send(outcome)
 
 
-def _limit_memory(num_bytes: int) -> None:
-    """Let an allocation fail in this process before the machine runs out."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (now + num_bytes, hard))
-
-
-def _raise_thresholds() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, value in RAISED.items():
-        if mallopt is None or mallopt(NUMBERS[name], value) != 1:
+def _limit(limits: Limits) -> None:
+    torch.set_num_threads(limits.threads)
+    if limits.memory is not None:
+        # an allocation is to fail in this process before the machine runs out
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (now + limits.memory, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    for name, value in RAISED.items() if limits.raised else ():
+        if mallopt(NUMBERS[name], value) != 1:
             raise RuntimeError(f"this malloc has no {name}")

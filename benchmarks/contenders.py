@@ -9,9 +9,8 @@ from torch import Tensor
 
 from benchmarks.add_ons import BY_NAME
 from benchmarks.inputs import Inputs, Step
-from ssync_loss import SSyncLoss
+from ssync_loss import SSyncLoss, testing
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
-from ssync_loss.testing import reference_ssync
 
 # everything that could be measured, the fastest first; "reference" is what the gate compares with
 BACKENDS = ("cpu", "triton", "torch")
@@ -19,6 +18,15 @@ BACKENDS = ("cpu", "triton", "torch")
 AUTO = {"cpu": "cpu", "cuda": "triton"}
 MERGE_THRESHOLD = 0.7
 COMPILED = " compiled"
+STEP = "step, mse"
+OPERATIONS = (
+    "labels",
+    "pseudo-labels",
+    "distillation, mse",
+    "distillation, cross_entropy",
+    STEP,
+    "step, cross_entropy",
+)
 # not contenders: what others are measured in
 TORCH, COPY, EXP = "torch", "copy", "exp of both maps"
 COPY_BYTES = 128 << 20
@@ -40,55 +48,59 @@ def base_of(contender: str) -> str:
     return contender
 
 
-def backend_of(contender: str) -> Any:
-    """Return the backend of SSync by its name."""
-    return base_of(contender).removesuffix(COMPILED).removeprefix("SSync ")
-
-
-def ssync_criterion(contender: str, **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def ssync_criterion(contender: str, criterion: str = "mse") -> Callable[[Tensor, Tensor], Tensor]:
     """Build the loss of a contender; compiled, it is compiled once for every shape.
 
     Dynamic shapes would also make the settings symbols, and compile to slower code.
     """
-    criterion = SSyncLoss(**{"merge_threshold": MERGE_THRESHOLD, "backend": backend_of(contender), **settings})
+    chosen: dict[str, Any] = {"criterion": criterion, "backend": _backend_of(contender)}
+    loss = SSyncLoss(merge_threshold=MERGE_THRESHOLD, **chosen)
     if base_of(contender).endswith(COMPILED):
-        compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(criterion, fullgraph=True, dynamic=False)
+        compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, fullgraph=True, dynamic=False)
         return compiled
-    return criterion
+    return loss
 
 
-def step_of(case: str, contender: str, inputs: Inputs) -> Step:
-    """Make a step of whatever is measured: a method by its name, a yardstick, or an operation of SSync."""
+def step_of(case: str, contender: str, inputs: Inputs, *, gate: bool = False) -> Step:
+    """Make a step of whatever is measured: a method by its name, a yardstick, or an operation of SSync.
+
+    At the gate, the settings of a method are those for which its definition is fast enough.
+    """
     name = base_of(contender)
     if name in BY_NAME:
-        return BY_NAME[name].make(inputs, **BY_NAME[name].settings)
+        return BY_NAME[name].make(inputs, **(BY_NAME[name].gate if gate else {}))
     if name == TORCH:
         return _yardstick(case, inputs)
-    (enc, dec), backend = inputs.maps, backend_of(name)
-    kind, _, criterion = case.partition(", ")
+    enc, dec = inputs.maps
     map_bytes, patches = enc.numel() * enc.element_size(), enc[:, :, 0].numel()
+    kind, _, criterion = case.partition(", ")
     if kind == "distillation":
+        chosen: dict[str, Any] = {"criterion": criterion, "backend": _backend_of(name)}
+        distill = partial(selective_distillation_loss, **chosen)
+        definition: Any = partial(testing.reference_selective_distillation_loss, criterion=criterion)
         labels = pseudo_labels(enc, dec, merge_threshold=MERGE_THRESHOLD)
-        chosen: Any = criterion
-        distill: Any = partial(selective_distillation_loss, criterion=chosen, backend=backend)
-        step = Step.of(distill, distill, dec, labels.enc_labels, labels.boundary)
+        step = Step.of(distill, definition, dec, labels.enc_labels, labels.boundary)
         step.num_bytes = 2 * map_bytes + 9 * patches
-    elif kind in ("labels", "pseudo-labels"):
+    elif kind == "step":
+        step = Step.of(ssync_criterion(name, criterion), partial(_by_definition, criterion=criterion), enc, dec)
+        step.num_bytes = STEP_PASSES * map_bytes
+    else:
         # without merging, these are hard labels and regions alone
         threshold = None if kind == "labels" else MERGE_THRESHOLD
-        find: Any = partial(pseudo_labels, merge_threshold=threshold, backend=backend)
-        step = Step.of(find, find, enc.detach(), dec.detach())
+        find = partial(pseudo_labels, merge_threshold=threshold, backend=_backend_of(name))
+        definition = partial(testing.reference_pseudo_labels, merge_threshold=threshold)
+        step = Step.of(find, definition, enc.detach(), dec.detach())
         # two planes of labels in int64 and two regions in bytes
         step.num_bytes = 2 * map_bytes + 2 * 8 * patches + 2 * patches
-    else:
-        loss = ssync_criterion(name, criterion=criterion or "mse")
-        step = Step.of(loss, partial(_by_definition, criterion=criterion or "mse"), enc, dec)
-        step.num_bytes = STEP_PASSES * map_bytes
     return step
 
 
-def _by_definition(enc: Tensor, dec: Tensor, criterion: Any) -> Tensor:
-    terms = reference_ssync(enc.float(), dec.float(), merge_threshold=MERGE_THRESHOLD, criterion=criterion)
+def _backend_of(contender: str) -> Any:
+    return base_of(contender).removesuffix(COMPILED).removeprefix("SSync ")
+
+
+def _by_definition(enc: Tensor, dec: Tensor, criterion: str) -> Tensor:
+    terms = testing.reference_ssync(enc.float(), dec.float(), merge_threshold=MERGE_THRESHOLD, criterion=criterion)
     return terms.boundary + terms.interior
 
 
@@ -97,7 +109,7 @@ def _yardstick(case: str, inputs: Inputs) -> Step:
     if case == COPY:
         source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=inputs.device)
         target = torch.empty_like(source)
-        return Step(lambda: target.copy_(source), lambda: source, num_bytes=2 * COPY_BYTES)
+        return Step(lambda: target.copy_(source), lambda: source)
     maps = [one.detach() for one in inputs.maps]
     space = torch.empty_like(maps[0])
 

@@ -1,7 +1,7 @@
 """What is counted and not timed: bytes that a step takes beyond its inputs, launches, and host reads."""
 
+import ctypes
 import gc
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # what asks a device for a number
 HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
+# or torch 2.11 warns that the events of a cycle are forgotten after it
+recorder = partial(profile, acc_events=True)
 
 
 def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
@@ -34,13 +38,14 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
         on_gpu = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
         del kept
         return {name: value - before for name, value in on_gpu.items()}
-    # or torch 2.11 warns that the events of a cycle are forgotten after it
-    recorder = partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with suppress(AttributeError):
+        # what malloc kept of an earlier step would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     # starting the first one takes memory that is not the work's
-    with recorder():
+    with recorder(activities=[ProfilerActivity.CPU], profile_memory=True):
         pass
     resident = []
-    with recorder() as record:
+    with recorder(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         # here, as a recorder that starts gives back what the one before held
         with suppress(OSError):
             # forget the peak of the process, where the system lets us
@@ -62,47 +67,34 @@ def _resident(file: str, name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-class OperatorCount(TorchDispatchMode):
-    """Counts operators that are no views, and those that read data on the host."""
+class Operators(TorchDispatchMode):
+    """Remembers the operators of a piece of work, and the bytes of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.launches = 0
-        self.host_reads = 0
+        self.calls: list[tuple[Any, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.launches += not func.is_view
-        self.host_reads += func._schema.name in HOST_READS
+        tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
+        self.calls.append((func, sum(one.numel() * one.element_size() for one in tensors)))
         return func(*args, **(kwargs or {}))
 
 
 def count(work: Callable[[], object], device: str) -> dict[str, int]:
-    """Count launches and host reads once; on a CPU an operator stands for the launch that it would be."""
-    if device == "cuda":
-        return _count_on_gpu(work)
+    """Count launches and host reads once.
+
+    On a CPU an operator that is no view stands for the launch it would be. On a GPU these are the kernels, copies and
+    memory sets on the device's own record.
+    """
     # a first call may look at its arguments
     work()
-    with OperatorCount() as counts:
+    with Operators() as record:
         work()
-    return {"launches": counts.launches, "host_reads": counts.host_reads}
-
-
-def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
-    """Count kernels, copies and memory sets on the device's own record, and synchronizations by their warnings."""
-    work()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+    launches = sum(not func.is_view for func, _ in record.calls)
+    if device == "cuda":
+        with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as on_gpu:
             work()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    synchronizing = [one for one in caught if "synchronizing" in str(one.message)]
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
-        work()
-        torch.cuda.synchronize()
-    on_device = [one for one in record.events() or [] if one.device_type.name == "CUDA"]
-    launches = [one for one in on_device if not one.is_user_annotation]
-    return {"launches": len(launches), "host_reads": len(synchronizing)}
+            torch.cuda.synchronize()
+        events = [one for one in on_gpu.events() or [] if one.device_type.name == "CUDA"]
+        launches = sum(not one.is_user_annotation for one in events)
+    return {"launches": launches, "host_reads": sum(func._schema.name in HOST_READS for func, _ in record.calls)}

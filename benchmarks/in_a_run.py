@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # before Triton is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -17,9 +18,8 @@ import torch.distributed as dist
 from examples.files import write_text
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counted import peak_memory
+from benchmarks.counted import Operators, peak_memory
 from benchmarks.inputs import Inputs
 from benchmarks.report import HERE, between
 from benchmarks.slot_video_model import PUBLISHED, published_model
@@ -32,21 +32,6 @@ RANKS = (8, 1000)
 # of one rank: the published batch over 8
 SHAPE = {"B": 8, "T": 4, "S": 11, "H": 24, "W": 24, "D": 64}
 SMALL = {"B": 1, "T": 2, "S": 4, "H": 4, "W": 4, "D": 4}
-
-
-class Collectives(TorchDispatchMode):
-    """Records what is handed to the group: the names of operators, and their bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = [one for given in args for one in (given if isinstance(given, list) else [given])]
-            num_bytes = sum(one.numel() * one.element_size() for one in tensors if isinstance(one, Tensor))
-            self.calls.append((func.__name__.partition("_.")[0], num_bytes))
-        return func(*args, **(kwargs or {}))
 
 
 def forms(inputs: Inputs, backend: Any) -> dict[str, Callable[[], Tensor]]:
@@ -62,33 +47,26 @@ def forms(inputs: Inputs, backend: Any) -> dict[str, Callable[[], Tensor]]:
 
 
 def collectives(num_ranks: int) -> dict[str, list[tuple[str, int]]]:
-    """Count the collectives of a step of one rank among so many, forward and backward."""
+    """Count the collectives of a step of one rank among so many, forward and backward: names and bytes."""
     inputs, found = Inputs(SMALL), {}
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         for name, form in forms(inputs, "torch").items():
-            with Collectives() as record:
+            with Operators() as record:
                 torch.autograd.grad(form(), inputs.maps)
-            found[name] = record.calls
+            handed_over = [one for one in record.calls if one[0].namespace in ("c10d", "_c10d_functional")]
+            found[name] = [(func.__name__.partition("_.")[0], num_bytes) for func, num_bytes in handed_over]
     finally:
         dist.destroy_process_group()
     return found
 
 
-def launches() -> list[str]:
-    """Name the kernels of a step, as they are launched."""
-    inputs, names, launch = Inputs(SMALL, "cuda" if torch.cuda.is_available() else "cpu"), list[str](), _launch.launch
-
-    def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *arguments, **constants)
-
-    _launch.launch = counted
-    try:
+def launches() -> int:
+    """Count the kernels of a step, as they are launched."""
+    inputs = Inputs(SMALL, "cuda" if torch.cuda.is_available() else "cpu")
+    with patch.object(_launch, "launch", wraps=_launch.launch) as launch:
         torch.autograd.grad(forms(inputs, "triton")["SSyncLoss"](), inputs.maps)
-    finally:
-        _launch.launch = launch
-    return names
+    return launch.call_count
 
 
 def held(name: str) -> int:
@@ -107,18 +85,17 @@ def lines() -> str:
     gradients = sum(4 * one.numel() for one in model.parameters())
     said = [
         f"Each rank has {SHAPE['B']} clips of {SHAPE['T']} frames, {SHAPE['S']} slots, {SHAPE['H']}x{SHAPE['W']} "
-        f"patches and {SHAPE['D']} channels in float32, the published MOVi-C batch over 8. The gradients of its model "
-        f"are {gradients / 1e6:.1f} MB."
+        f"patches and {SHAPE['D']} channels in float32; the model's gradients are {gradients / 1e6:.1f} MB."
     ]
     for num_ranks in RANKS:
         for name, calls in collectives(num_ranks).items():
-            what = ", ".join(f"one {call} of {num_bytes} bytes" for call, num_bytes in calls) or "no collective"
             # a ring sends every byte to all but one, and back
-            sent = sum(num_bytes for _, num_bytes in calls) * 2 * (num_ranks - 1) / num_ranks
-            said.append(f"{num_ranks:,} GPUs, `{name}`: {what} a step; in a ring, a rank sends {sent:.0f} bytes.")
-    said.append(f"Kernel launches of a step of a rank, by Triton: {len(launches())}, on any number of GPUs.")
+            sent = 2 * (num_ranks - 1) / num_ranks
+            what = [f"one {call} of {size} bytes, {size * sent:.0f} sent by a rank in a ring" for call, size in calls]
+            said.append(f"{num_ranks:,} GPUs, `{name}`: {', '.join(what) or 'no collective'}.")
+    said.append(f"Kernel launches, by Triton: {launches()}.")
     for name in ("SSyncLoss", "AdaptiveSSyncLoss"):
-        said.append(f"`{name}` holds {held(name) / 1e6:.1f} MB of a rank at its peak, gradients of both maps included.")
+        said.append(f"`{name}` holds {held(name) / 1e6:.1f} MB at its peak, both gradients included.")
     return "\n".join(f"- {one}" for one in said)
 
 

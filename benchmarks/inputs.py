@@ -11,27 +11,26 @@ from torch import Tensor
 Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-def moving_blobs(
-    shape: Mapping[str, int], *, dtype: str = "float32", device: str = "cpu", seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def moving_blobs(shape: Mapping[str, int], *, dtype: str = "float32", device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Return an encoder and a decoder map (B, T, S, H, W): drifting blobs, every third slot redundant.
 
-    The decoder's map is the less noisy one. Both are leaves that collect gradients, drawn where they live.
+    The decoder's map is the less noisy one. Both are leaves that collect gradients. Drawn on the CPU, they are the same
+    for all devices.
     """
     clips, frames, slots, height, width = (shape[axis] for axis in "BTSHW")
-    generator = torch.Generator(device).manual_seed(seed)
-    center = torch.rand(clips, 1, slots, 1, 1, 2, generator=generator, device=device)
+    generator = torch.Generator().manual_seed(0)
+    center = torch.rand(clips, 1, slots, 1, 1, 2, generator=generator)
     # a slot and the one after it sit on the same blob
     center[:, :, 1::3] = center[:, :, 0::3][:, :, : len(range(1, slots, 3))]
     # a blob crosses a fifth of the image, however many frames that takes
-    drift = 0.2 * torch.linspace(0, 1, frames, device=device).view(1, frames, 1, 1, 1)
-    down = center[..., 0] + drift - torch.linspace(0, 1, height, device=device).view(height, 1)
-    across = center[..., 1] - torch.linspace(0, 1, width, device=device)
+    drift = 0.2 * torch.linspace(0, 1, frames).view(1, frames, 1, 1, 1)
+    down = center[..., 0] + drift - torch.linspace(0, 1, height).view(height, 1)
+    across = center[..., 1] - torch.linspace(0, 1, width)
     near = (down.square_() + across.square_()).mul_(-20)
     maps = []
     for noise in (0.5, 0.2):
-        one = torch.randn(near.shape, generator=generator, device=device).mul_(noise).add_(near)
-        maps.append(one.to(getattr(torch, dtype)).requires_grad_())
+        one = torch.randn(near.shape, generator=generator).mul_(noise).add_(near)
+        maps.append(one.to(device, getattr(torch, dtype)).requires_grad_())
     return maps[0], maps[1]
 
 
@@ -48,49 +47,37 @@ class Features(NamedTuple):
 class Inputs:
     """What clips of a shape give a loss: B, T, S, H, W, channels D, prototypes Kp and weights, as far as asked for.
 
-    What several ask for is made once. Drawn on the CPU, it is the same for all devices.
+    What several ask for is made once.
     """
 
-    def __init__(
-        self, shape: Mapping[str, int], device: str = "cpu", *, dtype: str = "float32", drawn_on: str | None = None
-    ) -> None:
+    def __init__(self, shape: Mapping[str, int], device: str = "cpu", *, dtype: str = "float32") -> None:
         self.size = dict(shape)
         self.device = device
         self.dtype = dtype
-        self.drawn_on = drawn_on or device
 
     @cached_property
     def maps(self) -> tuple[Tensor, Tensor]:
         """An encoder and a decoder map (B, T, S, H, W), leaves."""
-        enc, dec = moving_blobs(self.size, dtype=self.dtype, device=self.drawn_on)
-        return self._here(enc), self._here(dec)
+        return moving_blobs(self.size, dtype=self.dtype, device=self.device)
 
     @cached_property
     def features(self) -> Features:
         """Features that follow the same blobs, and the labels of their maps."""
-        maps = [one.detach() for one in moving_blobs(self.size, device=self.drawn_on)]
-        generator = torch.Generator(self.drawn_on).manual_seed(1)
-        directions = torch.randn(self.size["S"], self.size["D"], generator=generator, device=self.drawn_on)
-        clean = torch.einsum("btshw,sd->btdhw", maps[0].softmax(2), directions)
-        drawn = [
-            torch.randn(clean.shape, generator=generator, device=self.drawn_on).mul_(noise).add_(clean)
-            for noise in (0.3, 0.3, 0.2)
-        ]
-        leaves = [one.requires_grad_() for one in drawn[:2]]
-        return Features(*map(self._here, [*leaves, drawn[2], *(one.argmax(2) for one in maps)]))
+        enc, dec = (one.detach() for one in moving_blobs(self.size))
+        clean = torch.einsum("btshw,sd->btdhw", enc.softmax(2), self.normal("S", "D").cpu())
+        noise = [self.normal(*clean.shape, seed=seed) for seed in (1, 2, 3)]
+        drawn = [one.mul_(0.3).add_(clean.to(self.device)) for one in noise]
+        labels = [one.argmax(2).to(self.device) for one in (enc, dec)]
+        return Features(drawn[0].requires_grad_(), drawn[1].requires_grad_(), drawn[2], *labels)
 
     def normal(self, *axes: str | int, seed: int = 0) -> Tensor:
         """Draw numbers, with axes by name or by length."""
-        generator = torch.Generator(self.drawn_on).manual_seed(seed)
         sizes = [self.size[axis] if isinstance(axis, str) else axis for axis in axes]
-        return torch.randn(sizes, generator=generator, device=self.drawn_on).to(self.device)
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def leaf(self, *axes: str | int, seed: int = 0) -> Tensor:
         """Draw numbers that get a gradient."""
         return self.normal(*axes, seed=seed).requires_grad_()
-
-    def _here(self, drawn: Tensor) -> Tensor:
-        return drawn.detach().to(self.device).requires_grad_(drawn.requires_grad)
 
 
 @dataclass
@@ -101,14 +88,14 @@ class Step:
     expected: Callable[[], Outputs]
     # what gets a gradient; without any, there is no backward
     leaves: list[Tensor] = field(default_factory=list)
-    # the gradients that come in; 1 for a loss
-    incoming: tuple[Tensor, ...] = ()
     # what has to be done before each call, and is not measured
     before: Callable[[], object] | None = None
     # what of the outputs the definition is about
     seen: Callable[[Any], Outputs] = lambda outputs: outputs
     # that have to be moved: inputs read and outputs written
     num_bytes: int = 0
+    # the gradients that come in, at hand from the first call on, as they are where a loss is one of a sum
+    incoming: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, function: Callable[..., Any], reference: Callable[..., Outputs], *given: Any) -> "Step":
@@ -126,7 +113,17 @@ class Step:
         outputs = self.forward()
         if not self.leaves:
             return (outputs,)
-        # at hand from the first call on, as it is where a loss is one of a sum
-        self.incoming = self.incoming or (torch.ones_like(outputs),)
-        grads = torch.autograd.grad(outputs, self.leaves, self.incoming)
+        grads = self.gradients(as_tuple(outputs))
         return (outputs.detach() if isinstance(outputs, Tensor) else None, *grads)
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the gradients of the leaves, where a loss gets a 1, and a map numbers of both signs."""
+        self.incoming = self.incoming or tuple(
+            torch.arange(one.numel(), device=one.device, dtype=one.dtype).cos().view_as(one) for one in outputs
+        )
+        return torch.autograd.grad(outputs, self.leaves, self.incoming)
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """Return one or several outputs as several."""
+    return (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from benchmarks import child
 from benchmarks.child import RAISED, Limits
 from benchmarks.contenders import base_of
@@ -52,7 +50,7 @@ class Job(NamedTuple):
     rows: list[Key]
     # of a gate, there is only the row
     value: str = ""
-    # as many as were asked for, where nothing is said
+    # without threads, as many as were asked for
     threads: int | None = None
     # see Limits
     raised: bool = False
@@ -62,57 +60,42 @@ class Job(NamedTuple):
     check: Callable[[Results, Key, Values], Stop | None] = lambda *_: None
 
 
-class Run:
-    """Runs jobs, and writes every row down as soon as there is one."""
-
-    def __init__(self, options: Options, results: Results, bar: "tqdm[Any] | None" = None) -> None:
-        self.options = options
-        self.results = results
-        self.bar = bar
-
-    def missing(self, job: Job) -> list[Key]:
-        """Return the rows that are still to be measured."""
-        return [key for key in job.rows if self._lacks(key, job.value)]
-
-    def _lacks(self, key: Key, value: str) -> bool:
-        row = self.results.rows.get(key)
-        return row is None or (row.status == "measured" and value not in ("", *row.values))
-
-    def do(self, job: Job) -> None:
-        """Measure what is missing of a job."""
-        able = []
-        for key in self.missing(job):
-            stop = self._stopped(key) or job.stop(self.results, key, self.options)
-            if stop is None:
-                able.append(key)
-            else:
-                self.results.add([Row(key, *stop)])
-        if not able:
-            return
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{able[0].case}, {able[0].contender}", refresh=True)
-        limits = Limits(
-            threads=job.threads or self.options.threads,
-            memory=self.options.memory_cap if self.options.device == "cpu" else None,
-            raised=job.raised and self.options.device == "cpu",
-            # a process that has asked for a GPU cannot fork any more
-            alone=job.alone or self.options.device == "cuda",
-        )
-        outcome = child.call(job.measure, able, self.options, limits=limits)
-        if outcome.status == "measured":
-            self.results.add(map(self._checked, [job] * len(able), able, outcome.value))
+def do(job: Job, results: Results, options: Options) -> None:
+    """Measure what is missing of a job, and write every row down."""
+    able = []
+    for key in job.rows:
+        row = results.rows.get(key)
+        if row is not None and (row.status != "measured" or job.value in ("", *row.values)):
+            continue
+        stop = _stopped(results, key) or job.stop(results, key, options)
+        if stop is None:
+            able.append(key)
         else:
-            self.results.add(Row(key, outcome.status, outcome.note) for key in able)
+            results.add([Row(key, *stop)])
+    if not able:
+        return
+    on_cpu = options.device == "cpu"
+    limits = Limits(
+        threads=job.threads or options.threads,
+        memory=options.memory_cap if on_cpu else None,
+        raised=job.raised and on_cpu,
+        # a process that has asked for a GPU cannot fork any more
+        alone=job.alone or not on_cpu,
+    )
+    status, note, found = child.call(job.measure, able, options, limits=limits)
+    rows = []
+    for key, values in zip(able, found or [{}] * len(able), strict=True):
+        stop = job.check(results, key, values) if status == "measured" else (status, note)
+        rows.append(Row(key, values=values) if stop is None else Row(key, *stop))
+    results.add(rows)
 
-    def _checked(self, job: Job, key: Key, values: Values) -> Row:
-        stop = job.check(self.results, key, values)
-        return Row(key, values=values) if stop is None else Row(key, *stop)
 
-    def _stopped(self, key: Key) -> Stop | None:
-        """Say why a contender was stopped at the gate, in any dtype, or at the same place, measured otherwise."""
-        base = base_of(key.contender)
-        for row in self.results.select("gate", contender=base):
-            if row.status != "measured" and key.suite != "gate":
-                return row.status, row.note
-        usual = self.results.rows.get(key._replace(contender=base))
-        return (usual.status, usual.note) if usual is not None and usual.status != "measured" else None
+def _stopped(results: Results, key: Key) -> Stop | None:
+    """Say why a contender was stopped at the gate, in any dtype, or at the same place, measured otherwise."""
+    base = base_of(key.contender)
+    gates = results.select("gate", contender=base) if key.suite != "gate" else []
+    usual = results.rows.get(key._replace(contender=base))
+    for row in [*gates, *([usual] if usual else [])]:
+        if row.status != "measured":
+            return row.status, row.note
+    return None

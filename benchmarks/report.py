@@ -21,11 +21,7 @@ MARKERS = ("<!-- results: python -m benchmarks.report -->", "<!-- end of results
 
 
 def load_all(folder: Path) -> dict[str, Results]:
-    """Read every file of results, by name.
-
-    Raises:
-        ValueError: if one is not to be read, or there is none.
-    """
+    """Read every file of results, by name."""
     # not what a file system hides beside a file
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
@@ -34,15 +30,11 @@ def load_all(folder: Path) -> dict[str, Results]:
 
 
 def body(found: dict[str, Results], figures: str = "results") -> str:
-    """Write what stands between the markers.
-
-    Raises:
-        ValueError: if a file has rows that it could not have from a run.
-    """
+    """Write what stands between the markers."""
     parts = []
     for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
         if not any(one.machine["device"] == device for one in found.values()):
-            parts.append(f"**There is no {kind} result yet.** Nothing on this page was measured on one.")
+            parts.append(f"**There is no {kind} result yet.**")
     for name, one in found.items():
         try:
             parts.append(section(one, name, f"{figures}/{name}.png"))
@@ -52,11 +44,7 @@ def body(found: dict[str, Results], figures: str = "results") -> str:
 
 
 def between(text: str, content: str, name: str, markers: tuple[str, str] = MARKERS) -> str:
-    """Replace what stands between the markers of a text.
-
-    Raises:
-        ValueError: if it has not both, once.
-    """
+    """Replace what stands between the markers of a text, which must have both, once."""
     start, end = markers
     if text.count(start) != 1 or text.count(end) != 1:
         raise ValueError(f"{name} must have one line {start!r} and one line {end!r}.")

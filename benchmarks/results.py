@@ -19,6 +19,10 @@ MACHINE: Fields = {
     **dict.fromkeys(("cores", "threads", "memory_gb"), int),
     **dict.fromkeys(("gpu", "cuda", "triton"), (str, type(None))),
 }
+ROW: Fields = {
+    **dict.fromkeys(("suite", "case", "contender", "dtype", "status", "note"), str),
+    **dict.fromkeys(("shape", "values"), dict),
+}
 SETTINGS: Fields = {"quick": bool, "time_cap": (int, float), "memory_cap": int, "malloc": dict, "backends": list}
 
 
@@ -31,19 +35,14 @@ class Spread(NamedTuple):
     samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float], factor: float = 1.0) -> "Spread":
-        """Summarize samples, each times a factor.
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Summarize samples.
 
         >>> Spread.of([4.0, 1.0, 2.0, 3.0, 5.0])
         Spread(median=3.0, q1=2.0, q3=4.0, samples=5)
         """
-        low, middle, high = (float(f"{factor * one:.6g}") for one in np.percentile(samples, (25, 50, 75)))
+        low, middle, high = (float(f"{one:.6g}") for one in np.percentile(samples, (25, 50, 75)))
         return cls(middle, low, high, len(samples))
-
-    @property
-    def noise(self) -> float:
-        """The interquartile range as a share of the median."""
-        return (self.q3 - self.q1) / self.median if self.median else 0.0
 
 
 Values: TypeAlias = Mapping[str, float | Spread]
@@ -90,19 +89,14 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a file.
-
-        Raises:
-            ValueError: at the first thing that is wrong; it names the file, the place, the wanted and the found.
-        """
+        """Read a file; a ValueError names the first thing that is wrong: the place, the wanted and the found."""
         content = read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
+        if found != SCHEMA:
             raise ValueError(f"{path} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
-        whole: Fields = {"schema": str, "machine": dict, "settings": dict, "rows": list}
-        check_fields(content, whole, f"{path}")
-        check_fields(content["machine"], MACHINE, f"{path}: `machine`")
-        check_fields(content["settings"], SETTINGS, f"{path}: `settings`")
+        check_fields(content, {"schema": str, "machine": dict, "settings": dict, "rows": list}, f"{path}")
+        for part, fields in (("machine", MACHINE), ("settings", SETTINGS)):
+            check_fields(content[part], fields, f"{path}: `{part}`")
         results = cls(content["machine"], content["settings"], path=path)
         for number, one in enumerate(content["rows"]):
             row = _row_from_json(one, f"{path}: `rows[{number}]`")
@@ -117,21 +111,19 @@ class Results:
     ) -> "Results":
         """Go on with a file where there is one, or start it; rows that failed are forgotten, and so tried again.
 
-        Raises:
-            ValueError: if the file was measured elsewhere or otherwise, unless told to restart; always if it has
-                another schema. It is left as it is.
+        A file that was measured elsewhere or otherwise is a ValueError unless told to restart, and left as it is.
         """
         earlier = cls.load(path) if path.exists() else None
         if earlier is None or restart:
             return cls(machine, settings, path=path)
-        for found, wanted in ((earlier.machine, machine), (earlier.settings, settings)):
-            # the digest of the sources says more than the commit
-            for name in wanted.keys() - {"date", "commit"}:
-                if found[name] != wanted[name]:
-                    raise ValueError(
-                        f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
-                        "Choose another --out, or --restart to measure anew."
-                    )
+        found, wanted = earlier.machine | earlier.settings, machine | settings
+        # the digest of the sources says more than the commit
+        for name in wanted.keys() - {"date", "commit"}:
+            if found[name] != wanted[name]:
+                raise ValueError(
+                    f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
+                    "Choose another --out, or --restart to measure anew."
+                )
         earlier.rows = {key: row for key, row in earlier.rows.items() if row.status != "failed"}
         return earlier
 
@@ -160,29 +152,18 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 
 def _row_from_json(content: Any, where: str) -> Row:
-    texts = ("suite", "case", "contender", "dtype", "status", "note")
-    check_fields(content, dict.fromkeys(texts, str) | {"shape": dict, "values": dict}, where)
+    check_fields(content, ROW, where)
+    check_fields(content["shape"], dict.fromkeys(content["shape"], int), f"{where}: `shape`")
+    check_fields(content["values"], dict.fromkeys(content["values"], (int, float, list)), f"{where}: `values`")
     for name, allowed in (("suite", SUITES), ("status", STATUSES)):
         if content[name] not in allowed:
             raise ValueError(f"{where}: `{name}` must be one of {', '.join(allowed)}; found {content[name]!r}.")
-    for axis, size in content["shape"].items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{where}: `shape.{axis}` must be a positive integer; found {size!r}.")
-    if content["status"] != "measured" and not content["note"]:
-        raise ValueError(f"{where}: a row with the status {content['status']!r} must have a note.")
+    values = content["values"]
+    for name, one in values.items():
+        if isinstance(one, list):
+            named = dict(zip(Spread._fields, one, strict=False))
+            check_fields(named, dict.fromkeys(Spread._fields, (int, float)), f"{where}: `values.{name}`")
+            values[name] = Spread(**named)
     shape = tuple(content["shape"].items())
     key = Key(content["suite"], content["case"], content["contender"], shape, content["dtype"])
-    values = {name: _value(one, f"{where}: `values.{name}`") for name, one in content["values"].items()}
     return Row(key, content["status"], content["note"], values)
-
-
-def _value(value: Any, where: str) -> float | Spread:
-    numbers = value if isinstance(value, list) and len(value) == len(Spread._fields) else [value]
-    if any(isinstance(one, bool) or not isinstance(one, int | float) or not abs(one) <= 1e100 for one in numbers):
-        raise ValueError(f"{where} must be a finite number, or [median, q1, q3, samples]; found {value!r:.99}.")
-    if len(numbers) == 1:
-        return value  # type: ignore[no-any-return]
-    spread = Spread(*numbers)
-    if not spread.q1 <= spread.median <= spread.q3:
-        raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
-    return spread

@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from tqdm import tqdm
 
 from benchmarks import child, gate
 from benchmarks.child import ROOT, Limits
-from benchmarks.contenders import BACKENDS, base_of, name_of
-from benchmarks.plan import Job, Options, Run
+from benchmarks.contenders import BACKENDS, TORCH, base_of, name_of
+from benchmarks.plan import Job, Options, do
 from benchmarks.results import SUITES, Results
 from benchmarks.suites import growth, kernels, training_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_CAP_GB = 12.0
+TOTAL_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 # what a result depends on; what is made of results does not belong to it
 CODE = ("src/ssync_loss", "benchmarks", "examples")
 REPORT = ("report", "figure", "bars", "tables", "in_a_run", "markdown")
@@ -49,45 +51,37 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer and smaller sizes in minutes: a rehearsal")
     add("--out", type=Path, help="file of results; benchmarks/results/<device>.json, runs/ for a rehearsal")
     add("--restart", action="store_true", help="measure anew what --out holds")
-    for name, unit, help_ in (
-        ("--time-cap", "SECONDS", "no step that should take longer; 10, quick 0.5"),
-        ("--memory-cap", "GB", "no step that should take more; 12, on a GPU what it has free"),
-    ):
-        add(name, type=float, metavar=unit, action=Bounded, rules=[above(0), at_most(1_000_000)], help=help_)
+    cap: Any = {"type": float, "action": Bounded, "rules": [above(0), at_most(1_000_000)]}
+    add("--time-cap", metavar="SECONDS", help="no size that should take longer; 10, quick 0.5", **cap)
+    add("--memory-cap", metavar="GB", help="no size that should take more; 12, on a GPU what it has free", **cap)
     add_threads(parser, above(0), help="of torch, 1 if nothing is said; the kernels take one, and two")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda needs a GPU that torch can see; torch {torch.__version__} sees none")
-    if options.out is None:
-        folder = Path("runs/benchmarks") if options.quick else RESULTS
-        options.out = folder / f"{options.device}.json"
+    folder = Path("runs/benchmarks") if options.quick else RESULTS
+    options.out = options.out or folder / f"{options.device}.json"
     return options
 
 
 def plan(options: Options) -> list[Job]:
     """Plan what was asked for, the gate of everyone who takes part in front."""
-    jobs: list[Job] = []
-    for suite in options.suites:
-        one: Any = {"training_step": training_step, "kernels": kernels}.get(suite)
-        jobs += growth.plan(suite, options) if one is None else one.plan(options)
+    plans: dict[str, Any] = {training_step.SUITE: training_step.plan, kernels.SUITE: kernels.plan}
+    plans |= {suite: partial(growth.plan, suite) for suite in growth.SWEEPS}
+    jobs = [job for suite in options.suites for job in plans[suite](options)]
     measured = dict.fromkeys((base_of(key.contender), key.dtype) for job in jobs for key in job.rows)
-    # yardsticks are no contenders
-    return [*gate.plan([one for one in measured if one[0] != "torch"]), *jobs]
+    return [*gate.plan([one for one in measured if one[0] != TORCH]), *jobs]
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
     """Describe where and on what code this runs."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
+    on_gpu = device == "cuda"
     return this_machine() | {
         "threads": threads,
         "device": device,
-        "memory_gb": round(total_memory() / 1e9),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "triton": triton,
+        "memory_gb": round(TOTAL_MEMORY / 1e9),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "triton": next((one.version for one in metadata.distributions(name="triton")), None),
         "sources": sources_digest(),
     }
 
@@ -102,35 +96,24 @@ def sources_digest(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def total_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def memory_cap(device: str, wanted: float | None) -> int:
     """Return the bytes that a step may take."""
     if wanted is not None:
         return int(wanted * 1e9)
     if device == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(0).total_memory)
-    return int(min(MEMORY_CAP_GB * 1e9, 0.55 * total_memory()))
+    return int(min(MEMORY_CAP_GB * 1e9, 0.55 * TOTAL_MEMORY))
 
 
 def available_backends(device: str, wanted: str) -> tuple[str, ...]:
-    """Find out which backends of SSync can be had, the fastest first: the others are compared with it.
-
-    Raises:
-        ValueError: if one was asked for by name and cannot be had; it says why.
-    """
-    found = []
-    for backend in BACKENDS if wanted == "all" else (wanted,):
-        outcome = child.call(gate.available, name_of(backend), device, limits=Limits(alone=device == "cuda"))
-        missing = outcome.note if outcome.status != "measured" else outcome.value
-        if not missing:
-            found.append(backend)
-        elif wanted != "all":
-            raise ValueError(f"--backend {backend} cannot be had on {device}: {missing}")
-    return tuple(found)
+    """Find out which backends of SSync can be had, the fastest first: the others are compared with it."""
+    limits, missing = Limits(alone=device == "cuda"), {}
+    for backend in BACKENDS:
+        outcome = child.call(gate.missing, name_of(backend), device, limits=limits)
+        missing[backend] = outcome.note or outcome.value
+    if missing.get(wanted):
+        raise ValueError(f"--backend {wanted} cannot be had on {device}: {missing[wanted]}")
+    return tuple(one for one in BACKENDS if not missing[one] and wanted in (one, "all"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,15 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         described = machine(asked.device, asked.threads)
         results = Results.resume(asked.out, described, options.settings(), restart=asked.restart)
-    jobs = plan(options)
-    with tqdm(total=len(jobs), unit="job", dynamic_ncols=True) as bar, explained(OSError):
-        run = Run(options, results, bar)
+    with tqdm(plan(options), unit="job", dynamic_ncols=True) as jobs, explained(OSError):
         try:
             for job in jobs:
-                run.do(job)
-                bar.update()
+                jobs.set_postfix_str(f"{job.rows[0].case}, {job.rows[0].contender}")
+                do(job, results, options)
         except KeyboardInterrupt:
-            bar.write(f"stopped; the same command goes on with the rows that {asked.out} does not have")
+            jobs.write(f"stopped; the same command goes on with the rows that {asked.out} does not have")
             return 130
     for row in results.rows.values():
         if row.status in ("failed", "wrong"):

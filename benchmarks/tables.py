@@ -1,118 +1,129 @@
-"""The results of a machine as Markdown: bars, growth, steps, add-ons, and what does not look good."""
+"""The results of a machine as Markdown: what must be shown, growth, steps and add-ons."""
 
-import re
+import math
 
 from examples.machine import machine_line
 from examples.markdown import markdown, number, significant
 
-from benchmarks.add_on_tables import add_on_parts, growth_of, times
-from benchmarks.add_ons import ADD_ONS, BY_NAME, CHANNELS, DENSE
-from benchmarks.bars import (
-    FIT_FROM,
-    MAX_MEMORY_SLOPE,
-    MAX_TIME_SLOPE,
-    MISSED,
-    NOT_MEASURED,
-    SWEEPS,
-    bars,
-    here,
-    slope_of,
-)
-from benchmarks.contenders import USUAL_MALLOC
-from benchmarks.results import Results, Row, Spread
+from benchmarks.add_ons import ADD_ONS, BY_NAME, CHANNELS, DENSE, Entry
+from benchmarks.bars import FIT_FROM, MAX_MEMORY_SLOPE, MAX_TIME_SLOPE, SWEEPS, bars, here, slope_of, verdict
+from benchmarks.contenders import STEP, USUAL_MALLOC
+from benchmarks.results import Key, Results, Row, Spread
 from benchmarks.suites import growth, kernels, training_step
 
 # of all sizes, and the last
 SHOWN_EVERY = 4
 # interquartile range over median
 NOISY = 0.25
+POWERS = {0: "constant", 1: "linear", 2: "quadratic"}
+LEAST_RATIO = 0.01
+# left to --rows unless it is too steep: another form of what is shown, or next to nothing
+UNSHOWN = (
+    "dense in windows of 4",
+    "SemanticConsistencyLoss, pooled 2x2",
+    "InstanceConsistencyLoss, P=8, scipy",
+    "SlotCurriculum, elsewhere",
+    "valid_instances",
+    "clip_mask",
+)
+VALUES = ("step", "allocated")
 
 
 def section(results: Results, name: str, figure: str) -> str:
     """Lay out what is to be said about a file of results; all rows are in the file."""
-    parts = [f"## Results: {name}", _caption(results), _gate(results), "### What must be shown"]
-    parts.append(_table([["", "limit", "measured", ""], *map(list, bars(results))]))
+    found = bars(results)
+    parts = [f"## Results: {name}", "\n".join(_caption(results)), "### What must be shown", verdict(found)]
+    parts.append(table([["", "limit", "measured"], *(list(bar[:3]) for bar in found)]))
     if results.select(growth.LINEAR):
         parts += ["### Linear against quadratic", f"![Time and memory of a step, and their slopes]({figure})"]
-        parts += [_growth_note(results), _growth(results)]
+        parts += [_growth_note(results), table(_growth(results))]
     if results.select(kernels.SUITE):
-        parts += ["### Steps", _steps_note(results), _steps(results)]
+        parts += ["### Steps", _steps_note(results), table(_steps(results))]
     if results.select(growth.NEIGHBORS):
-        parts += ["### Add-ons", *add_on_parts(results)]
-    spots = weak_spots(results)
-    parts += ["### Weak spots", "\n".join(f"- {one}" for one in spots) if spots else "None by the rules of this page."]
+        parts += ["### Add-ons", _add_ons_note(results), table(_add_ons(results))]
     return "\n\n".join(parts)
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Lay out a table."""
     return "\n".join(markdown(rows))
 
 
-def _caption(results: Results) -> str:
+def _caption(results: Results) -> list[str]:
     settings = results.settings
     lines = [machine_line(results.machine)]
     if settings["malloc"]:
         raised = " ".join(f"{name}={value}" for name, value in settings["malloc"].items())
         lines.append(f"What grows is timed with `{raised}`; all else, and memory, with malloc as it comes.")
     lines.append(
-        f"A step that should take more than {settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB, going "
-        "by smaller ones, is not run: `time` and `memory` in place of a number."
+        f"What should take more than {settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB is not run, "
+        "but says `time` or `memory`."
     )
     if settings["quick"]:
         lines.append("**A rehearsal (`--quick`): few sizes, few repeats, short clips. Its numbers mean little.**")
-    return "\n".join(lines)
-
-
-def _gate(results: Results) -> str:
-    rows = results.select("gate")
-    agree = dict.fromkeys(row.key.contender for row in rows if row.status == "measured")
-    others = [f"{row.key.contender} ({row.status}: {row.note})" for row in rows if row.status != "measured"]
+    agree = dict.fromkeys(row.key.contender for row in results.select("gate") if row.status == "measured")
     ssync = [name for name in agree if name not in BY_NAME]
-    said = f"Agree with the slow definitions: {', '.join(ssync) or 'none'}, {len(agree) - len(ssync)} other rows."
-    return f"{said} Without numbers: {', '.join(others)}." if others else said
+    others = len(agree) - len(ssync)
+    lines.append(f"Agree with the slow definitions: {', '.join(ssync) or 'none'}, {others} others.")
+    stopped = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
+    lines += dict.fromkeys(f"**{row.key.contender} is {row.status}**: {row.note.split(': ', 1)[-1]}" for row in stopped)
+    timed = [row.values["step"] for row in results.rows.values() if "step" in row.values]
+    noisy = sum(isinstance(one, Spread) and one.q3 - one.q1 > NOISY * one.median for one in timed)
+    lines.append(f"{noisy} of {len(timed)} timed rows have an interquartile range above {NOISY:.0%}.")
+    return lines
 
 
 def _growth_note(results: Results) -> str:
     starts = FIT_FROM[results.machine["device"]]
     return (
-        "H·W: one clip of 16 frames; T: one clip of 16x16 patches; B: clips of 4 frames of 16x16 patches; "
-        f"{growth.SLOTS} slots. Dense alignment has both terms, {CHANNELS} channels, one window over the clip "
-        "unless windows are named, and labels for free; chunked, it holds 1,024 rows of scores at once. *ms, MB* of a "
-        "step, forward and backward, in H·W; in brackets times SSync. *Slopes* of time and memory are exponents of "
-        f"patches, from {starts['SSync']:,} on, dense from {starts['dense']:,} on; smaller sizes measure the calling."
+        f"ms, MB and times SSync of a step in H·W, {growth.SLOTS} slots. Dense alignment has both terms, {CHANNELS} "
+        "channels and labels for free; chunked, it holds 1,024 rows of scores. Slopes, in H·W, T and B, are exponents "
+        f"from {starts['SSync']:,} patches on, dense from {starts['dense']:,}: below, calling takes the time."
     )
 
 
-def _growth(results: Results) -> str:
-    rows = {(growth.size_of(row.key), row.key.contender): row for row in results.select(growth.LINEAR, case="H*W")}
-    names = [name for name in (*here(results), *DENSE) if any(one == name for _, one in rows)]
-    sizes = sorted({size for size, _ in rows})
-    table = [["patches", *names]]
-    for size in sizes[::SHOWN_EVERY]:
-        table.append([f"{size:,}", *(_both(rows.get((size, name))) for name in names)])
-    for sweep in SWEEPS:
-        slopes = [[slope_of(results, sweep, name, value) for value in ("step", "allocated")] for name in names]
-        said = [", ".join(number(one.exponent, 2) if one and one.enough else "-" for one in pair) for pair in slopes]
-        table.append([f"slopes in {sweep.replace('*', '·')}", *said])
-    return _table(table)
+def _growth(results: Results) -> list[list[str]]:
+    rows = {(row.key.contender, growth.size_of(row.key)): row for row in results.select(growth.LINEAR, case="H*W")}
+    sizes = sorted({size for _, size in rows})[SHOWN_EVERY::SHOWN_EVERY]
+    lines = [["patches", *(f"{size:,}" for size in sizes), "slopes of time", "slopes of memory"]]
+    for name in (
+        *here(results),
+        here(results)[0] + USUAL_MALLOC,
+        *(one.name for one in DENSE if one.name not in UNSHOWN),
+    ):
+        slopes = [", ".join(_slope(slope_of(results, sweep, name, value)) for sweep in SWEEPS) for value in VALUES]
+        lines.append([name, *(_both(rows.get((name, size))) for size in sizes), *slopes])
+    return [line for line in lines if any(line[1:])]
+
+
+def _slope(slope: float | None, limit: float = math.inf) -> str:
+    said = "-" if slope is None else number(slope, 2)
+    return said if slope is None or slope <= limit else f"**{said}**"
 
 
 def _both(row: Row | None) -> str:
+    """Write milliseconds, megabytes, and in brackets how many times SSync's time that is."""
     if row is None:
         return ""
     if "step" not in row.values:
         return row.status
+    said = [significant(1e3 * row.number("step"))]
+    if "allocated" in row.values:
+        said.append(significant(row.number("allocated") / 1e6))
     ratio = row.number("ratio") if "ratio" in row.values else 1.0
-    said = f"{significant(1e3 * row.number('step'))}, {significant(row.number('allocated') / 1e6)}"
-    return said if ratio == 1.0 else f"{said} ({times(ratio)})"
+    return ", ".join(said) + (f" ({times(ratio)})" if ratio != 1.0 else "")
+
+
+def times(ratio: float) -> str:
+    """Write a ratio."""
+    return f"{significant(ratio)}x" if ratio >= LEAST_RATIO else f"<{LEAST_RATIO}x"
 
 
 def _steps_note(results: Results) -> str:
     unit = "launches on the GPU" if results.machine["device"] == "cuda" else "operators dispatched"
     note = (
-        "Forward and backward of SSync to both gradients, mean squared error. *Exp*: times `torch.exp(out=...)` over "
-        f"both maps, in the same run. *Launches*: {unit}. *Maps*: memory beyond inputs and both gradients, in maps, at "
-        "the peak; *waiting*: between forward and backward."
+        f"SSync, mean squared error. In brackets: times `torch.exp(out=...)` over both maps. *Launches*: {unit}. "
+        "*Maps*: memory beyond inputs and gradients, in maps, at the peak, and between forward and backward."
     )
     for row in results.select(training_step.SUITE, case=training_step.EXAMPLE, contender="SSync torch"):
         if "share" in row.values:
@@ -120,56 +131,69 @@ def _steps_note(results: Results) -> str:
     return note
 
 
-def _steps(results: Results) -> str:
-    table = [["BxTxSxHxW", "", "", "ms", "exp", "launches", "maps", "waiting"]]
-    for row in results.select(kernels.SUITE, case=kernels.STEP):
-        shape = "x".join(str(size) for _, size in row.key.shape)
-        cells = [row.status, ""]
+def _steps(results: Results) -> list[list[str]]:
+    lines = [["BxTxSxHxW, dtype", "", "ms", "launches", "maps"]]
+    shown = [row for row in results.select(kernels.SUITE, case=STEP) if row.key.sizes["S"] == kernels.MOVI_C["S"]]
+    for row in shown:
+        shape = "x".join(str(size) for size in row.key.sizes.values())
+        if row.key.dtype != "float32":
+            shape += f", {row.key.dtype}"
+        cells = [row.status, f"{row.number('launches'):.0f}" if "launches" in row.values else ""]
         if "step" in row.values:
-            cells = [significant(1e3 * row.number("step")), f"{row.number('over_exp'):.2f}x"]
-        for value, form in (("launches", ".0f"), ("maps_beyond_gradients", ".2f"), ("maps_waiting", ".2f")):
-            cells.append(f"{row.number(value):{form}}" if value in row.values else "")
-        table.append([shape, row.key.dtype, row.key.contender, *cells])
-    return _table(table)
+            cells[0] = f"{significant(1e3 * row.number('step'))} ({row.number('over_exp'):.2f}x)"
+        maps = [row.number(name) for name in ("maps_beyond_gradients", "maps_waiting") if name in row.values]
+        lines.append([shape, row.key.contender, *cells, ", ".join(f"{one:.2f}" for one in maps)])
+    return lines
+
+
+def _add_ons_note(results: Results) -> str:
+    one = growth.REFERENCE
+    return (
+        f"{one['B']} clips of {one['T']} frames of {one['H']}x{one['W']} patches, {one['D']} channels, {one['S']} "
+        f"slots, {one['Kp']:,} prototypes, 10 tokens, {one['weights'] / 1e6:.1f} million weights. In brackets: times "
+        f"{here(results)[0]}. Slopes of time and memory, of the {growth.MIN_SIZES} largest sizes, are in patches of a "
+        "frame unless an axis is named; bold is too steep."
+    )
+
+
+def _add_ons(results: Results) -> list[list[str]]:
+    lines = [["", "ms, MB", "slopes"]]
+    for one in ADD_ONS:
+        slopes = []
+        for value, power, excess in (("step", one.time, MAX_TIME_SLOPE), ("allocated", one.memory, MAX_MEMORY_SLOPE)):
+            known = growth.history(results, growth.NEIGHBORS, one.axis, one.name, value)
+            # nothing has no logarithm; smaller sizes measure the calling
+            known = [point for point in known if point[1] > 0][-growth.MIN_SIZES :]
+            slopes.append(_slope(growth.slope(known), power + excess - 1))
+        said = ", ".join(slopes) + ("" if one.axis == "H*W" else f" in {one.axis}")
+        row = at_reference(results, one)
+        if row is not None and (one.name not in UNSHOWN or "**" in said):
+            lines.append([one.name, _both(row), said])
+    return lines
+
+
+def at_reference(results: Results, one: Entry) -> Row | None:
+    """Return the row of the shape that all sweeps go through."""
+    return results.rows.get(Key(growth.NEIGHBORS, one.axis, one.name, tuple(growth.REFERENCE.items())))
+
+
+def in_short(results: Results) -> dict[str, str]:
+    """Say what each add-on costs as the README does, such as ``"0.12x, linear"``: how it grows with patches."""
+    found = {}
+    for one in ADD_ONS:
+        row = at_reference(results, one)
+        if row is not None and "ratio" in row.values:
+            found[one.name] = f"{times(row.number('ratio'))}, {POWERS[one.time if one.axis == 'H*W' else 0]}"
+    return found
 
 
 def every_row(results: Results, suite: str) -> str:
     """Lay out all rows of a suite with all that they hold: medians of what was sampled, seconds and bytes."""
     rows = results.select(suite)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
-    table = [["case", "contender", "shape", "dtype", *names, "status"]]
+    lines = [["case", "contender", "shape", "dtype", *names, "status"]]
     for row in rows:
         shape = " ".join(f"{axis}={size}" for axis, size in row.key.shape)
         values = [f"{row.number(name):.6g}" if name in row.values else "" for name in names]
-        table.append([row.key.case, row.key.contender, shape, row.key.dtype, *values, row.note or row.status])
-    return _table(table)
-
-
-def weak_spots(results: Results) -> list[str]:
-    """Return a line for everything that is missed, slower than it could be, wrong, failed or noisy."""
-    found = [f"Missed: {bar.claim}, {bar.measured} ({bar.limit})." for bar in bars(results) if bar.verdict == MISSED]
-    unknown = [bar.claim for bar in bars(results) if bar.verdict == NOT_MEASURED]
-    if unknown:
-        found.append(f"Not measured, or not at enough sizes: {'; '.join(unknown)}.")
-    first = here(results)[0]
-    for row in results.select(growth.LINEAR):
-        if "ratio" in row.values and row.number("ratio") < 1 and row.key.contender != first:
-            found.append(f"{row.key.contender} is faster than {first} at {growth.size_of(row.key):,} patches.")
-    usual = [slope_of(results, sweep, first + USUAL_MALLOC, "step") for sweep in SWEEPS]
-    steep = [f"{one.exponent:.2f}" for one in usual if one is not None and one.exponent > MAX_TIME_SLOPE]
-    if steep:
-        found.append(f"With malloc as it comes, page faults bend slopes of {first}: {', '.join(steep)}.")
-    for one in ADD_ONS:
-        # as far above its exponent as SSync may be above 1
-        for value, limit in (("step", one.time + MAX_TIME_SLOPE - 1), ("allocated", one.memory + MAX_MEMORY_SLOPE - 1)):
-            slope = growth_of(results, one.axis, one.name, value)
-            if slope is not None and slope.enough and slope.exponent > limit:
-                found.append(f"{one.name}: the slope of `{value}` is {slope.exponent:.2f}.")
-    stopped = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
-    reasons = [f"{row.key.contender} is {row.status}: {re.sub('^as at .*?: ', '', row.note)}" for row in stopped]
-    found += dict.fromkeys(reasons)
-    timed = [row.values["step"] for row in results.rows.values() if "step" in row.values]
-    noisy = sum(isinstance(one, Spread) and one.noise > NOISY for one in timed)
-    if noisy:
-        found.append(f"{noisy} of {len(timed)} timed rows have an interquartile range above {NOISY:.0%}.")
-    return found
+        lines.append([row.key.case, row.key.contender, shape, row.key.dtype, *values, row.note or row.status])
+    return table(lines)

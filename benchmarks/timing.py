@@ -28,36 +28,30 @@ class Work(NamedTuple):
     before: Callable[[], object] | None = None
 
 
-class Clock(NamedTuple):
-    """What reads the time, and whether it waits for a device: then calls of a turn follow each other without it."""
-
-    read: Callable[[], float]
-    waits: bool = False
-
-
-def clock_of(device: str) -> Clock:
-    """Return the clock of a device; on a CPU, a call ends when its work does."""
+def clock_of(device: str) -> Callable[[], float]:
+    """Return what reads the time when a device has done its work; on a CPU, a call ends when its work does."""
 
     def read() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    return Clock(read, waits=True) if device == "cuda" else Clock(time.perf_counter)
+    return read if device == "cuda" else time.perf_counter
 
 
-def interleave(works: Mapping[Name, Work], clock: Clock, budget: float) -> dict[Name, list[float]]:
-    """Warm everything up, then let all take turns; return the median seconds of a call, round by round.
+def interleave(works: Mapping[Name, Work], clock: Callable[[], float], budget: float) -> dict[Name, list[float]]:
+    """Warm everything up, then let all take turns; return the seconds of a call, round by round.
 
-    The budget is what the rounds may take together, unless that is less than `MIN_ROUNDS` of them.
+    The budget is what the rounds may take together, unless that is less than `MIN_ROUNDS` of them. In a turn, calls
+    follow each other without a look at the clock, unless something has to be done before each: then it is their median.
     """
-    timers = {name: timeit.Timer(work.call, work.before or "pass", clock.read) for name, work in works.items()}
+    timers = {name: timeit.Timer(work.call, work.before or "pass", clock) for name, work in works.items()}
     cost = {name: _warm_up(timer) for name, timer in timers.items()}
     calls = {name: min(max(int(TURN_SECONDS / max(one, 1e-9)), 1), MAX_CALLS) for name, one in cost.items()}
     round_seconds = sum(cost[name] * calls[name] for name in works)
     rounds: dict[Name, list[float]] = {name: [] for name in works}
     for _ in range(min(max(int(budget / max(round_seconds, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)):
         for name, work in works.items():
-            number = calls[name] if clock.waits and not work.before else 1
+            number = 1 if work.before else calls[name]
             rounds[name].append(median(timers[name].repeat(calls[name] // number, number)) / number)
     return rounds
 

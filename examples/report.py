@@ -181,14 +181,29 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """Lay out the scores as a Markdown table: the runs, what is gained on own losses, and that seed by seed."""
+    """Lay out what a run prints: what stands in the README, and below it what is gained seed by seed."""
+    _, by_seed = _rows(report)
+    dense = report.settings.get("dense")
+    lines = [] if len(by_seed) == 1 else [*markdown(by_seed), ""]
+    lines += [] if dense is None else [_dense_line(dense, report.settings["steps"])]
+    return "\n".join([in_short(report), "", *lines, *_premise_lines(report), *_time_lines(report)]).rstrip()
+
+
+def in_short(report: Report) -> str:
+    """Lay out the scores as a Markdown table: the runs, and what is gained on own losses."""
+    rows, _ = _rows(report)
+    return "\n".join([*_caption(report), "", *markdown(rows)])
+
+
+def _rows(report: Report) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the rows of means, and those of single seeds where there are several, both with their head."""
     columns = report.columns()
-    with_truth = columns is COLUMNS
     names = [name for name in RUN_NAMES if any(name in seed.runs for seed in report.seeds)]
     if "dense" in names:
         columns = (*columns, TIME_COLUMN)
 
-    rows = [["", *(title for title, _, _ in columns)]]
+    head = ["", *(title for title, _, _ in columns)]
+    rows, by_seed = [head], [head]
     for name in names:
         runs = [seed.runs[name] for seed in report.seeds if name in seed.runs]
         steps = sorted({run.step for run in runs})
@@ -206,9 +221,8 @@ def table(report: Report) -> str:
         if len(paired) > 1:
             for i, seed in enumerate(paired):
                 cells = [number(gains[key][i], digits, sign="+") for _, key, digits in columns]
-                rows.append([f"{title}, seed {seed.seed}", *cells])
-    below = [*_premise_lines(report), *_time_lines(report)]
-    return "\n".join([*_caption(report, with_truth), "", *markdown(rows), "", *below]).rstrip()
+                by_seed.append([f"{title}, seed {seed.seed}", *cells])
+    return rows, by_seed
 
 
 def _last_step(report: Report, name: str) -> int:
@@ -220,26 +234,22 @@ def _gain(seed: SeedReport, name: str, key: str) -> float:
     return seed.runs[name].value(key) - seed.runs["baseline"].value(key)
 
 
-def _caption(report: Report, with_truth: bool) -> list[str]:
+def _caption(report: Report) -> list[str]:
     settings = report.settings
     seeds = ", ".join(str(seed.seed) for seed in report.seeds)
     what = (
-        "Masks of the decoder on fresh clips, per clip at full size: FG-ARI, mBO, recall and fragmentation over "
-        "objects only, ARI with the background. Slots in use win a pixel of the clip; recall is the share of "
-        "objects with a slot of IoU above 1/2; fragmentation counts the slots that lie mostly inside an object, "
-        "0 for an object without one."
-        if with_truth
+        "Masks of the decoder on fresh clips, unmerged, per clip at full size. FG-ARI, mBO, recall and fragmentation "
+        "are of objects, ARI of all pixels. A slot in use wins a pixel. Recall is the share of objects with a slot of "
+        "IoU above 1/2. Fragmentation counts the slots that lie mostly inside an object."
+        if report.columns() is COLUMNS
         else "No ground truth: what can be said without it, on clips that were trained on."
     )
     spread = " Mean ± sd over seeds; differences are paired." if len(report.seeds) > 1 else ""
-    dense = settings.get("dense")
-    compared = [] if dense is None else [_dense_line(dense, settings["steps"])]
     return [
         f"{what}{spread}",
         f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, "
         f"{settings['steps']} steps, SSync with merge threshold {settings['threshold']} from step "
         f"{settings['start_step']}, seed {seeds}.",
-        *compared,
         machine_line(report.machine),
     ]
 

@@ -159,19 +159,26 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """Lay out gains and harms alone, as they stand in the README."""
-    return "\n\n".join([caption(rows), "\n".join(outcome(pairs(rows)))])
+    """Lay out gains and harms alone, of the test settings and by the margins, as they stand in the README."""
+    return "\n".join([origin(rows), "", *outcome(pairs(rows), ("test", *ZONES))])
 
 
 def caption(rows: Sequence[Row]) -> str:
     """Say what is measured, and on what."""
-    machines = {name: sorted({str(row["machine"].get(name)) for row in rows}) for name in ("cpu", "torch", "commit")}
-    steps = ", ".join(sorted({str(row["steps"]) for row in rows}))
     return (
         "Paired changes against the run with own losses from the same first 30 % of the steps, mean ± sd over seeds. "
         "Margins are of clips that are trained on, when the loss is about to start. FG-ARI is of the decoder's masks, "
         "per clip, on clips trained on and on fresh ones. * shaped the rule of the cascade; d was used for its knobs; "
         "the others had no part in either, and were named before they were run.\n"
+        f"{origin(rows)}"
+    )
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """Say how many rows there are, and where they come from."""
+    machines = {name: sorted({str(row["machine"].get(name)) for row in rows}) for name in ("cpu", "torch", "commit")}
+    steps = ", ".join(sorted({str(row["steps"]) for row in rows}))
+    return (
         f"{len(rows)} rows of {steps} steps; {', '.join(machines['cpu'])}; torch {', '.join(machines['torch'])}; "
         f"commits {', '.join(machines['commit'])}."
     )
@@ -234,7 +241,7 @@ def signs(everything: Sequence[Pair]) -> list[str]:
     ]
 
 
-def outcome(everything: Sequence[Pair]) -> list[str]:
+def outcome(everything: Sequence[Pair], groups: Sequence[str] = (*ORDER, "all", *ZONES)) -> list[str]:
     """Lay out what the cascade made of plain SSync's gains and harms, whatever it is."""
     plain, adaptive = (
         {beginning(pair.row): pair for pair in everything if pair.row["run"] == run} for run in ("ssync", "adaptive")
@@ -243,7 +250,7 @@ def outcome(everything: Sequence[Pair]) -> list[str]:
     head = ["settings, clips", "runs", "SSync harms", "there: SSync, cascade", "SSync helps", "there: SSync, cascade"]
     head += ["cascade harms", "cascade helps", "worst: SSync, cascade"]
     rows = [head]
-    for group in (*ORDER, "all", *ZONES):
+    for group in groups:
         for which in SETS:
             some = [
                 (one.gain(which), two.gain(which))

@@ -1,15 +1,14 @@
 """Results as a machine with known costs would give them: for tests of what is made of results."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks import child, gate, run
-from benchmarks.add_ons import BY_NAME, DENSE
-from benchmarks.child import Limits, Outcome
+from benchmarks.add_ons import BY_NAME
+from benchmarks.child import Outcome
 from benchmarks.contenders import base_of
-from benchmarks.plan import Options, Run
+from benchmarks.plan import Options, do
 from benchmarks.results import SUITES, Key, Results, Spread
 from benchmarks.suites import growth
 
@@ -37,20 +36,26 @@ def spread(value: float) -> Spread:
 
 def cost(key: Key, per_patch: float, per_pair: float, power: str, per_size: float) -> float:
     """Say what SSync, dense alignment and add-ons cost when they grow as they should."""
-    patches, sizes = growth.num_patches(key), key.sizes
-    if key.contender in DENSE:
-        window = {"dense in windows of 2": 2, "dense in windows of 4": 4}.get(key.contender, sizes["T"])
-        held = min(1024, patches) if "chunked" in key.contender and power == "memory" else patches
-        return per_pair * held * window * sizes["H"] * sizes["W"]
+    if key.contender.startswith("dense"):
+        window = int(key.contender[-1]) if "windows" in key.contender else key.sizes["T"]
+        return per_pair * growth.size_of(key) * window * key.sizes["H"] * key.sizes["W"]
     if key.contender in BY_NAME:
         exponent = getattr(BY_NAME[key.contender], power)
         return float(per_size * growth.size_of(key) ** exponent) if exponent or power == "time" else 0.0
-    return per_patch * patches
+    return per_patch * key.sizes["B"] * key.sizes["T"] * key.sizes["H"] * key.sizes["W"]
 
 
 def seconds(key: Key) -> float:
     """Return a microsecond a patch for SSync, 10 ns a pair for dense alignment, and what add-ons should take."""
     return cost(key, 1e-6, 1e-8, "time", 1e-7)
+
+
+ALWAYS: dict[str, dict[str, Any]] = {
+    "check": {},
+    "first_use": {"step": spread(2.5)},
+    "counts": {"launches": 9, "host_reads": 0},
+    "share": {"with": spread(1.01), "alone": spread(0.002), "share": spread(0.002)},
+}
 
 
 class Machine:
@@ -64,21 +69,19 @@ class Machine:
         # raise Ctrl-C instead of answering the n-th call
         self.stop_at = 0
 
-    def call(self, function: Callable[..., Any], *given: Any, limits: Limits) -> Outcome:
+    def call(self, function: Callable[..., Any], *given: Any, **_: Any) -> Outcome:
         self.asked.append(function)
         if len(self.asked) == self.stop_at:
             raise KeyboardInterrupt
-        if function is gate.available:
+        if function is gate.missing:
             return Outcome("measured", value="it is not there" if "triton" in given[0] else "")
-        keys, _ = given
+        keys, _options = given
         if function is gate.check and keys[0].contender == self.wrong:
             return Outcome("wrong", "the loss is another")
         if function.__name__ == "memory" and keys[0].contender == self.too_large:
             return Outcome("memory", "ran out")
-        answers = {"check": lambda _: {}, "first_use": lambda _: {"step": spread(2.5)}}
-        answer = answers.get(function.__name__, getattr(self, function.__name__, None))
-        assert answer is not None
-        return Outcome("measured", value=[answer(key) for key in keys])
+        answer = {"memory": self.memory, "times": self.times}.get(function.__name__)
+        return Outcome("measured", value=[answer(key) if answer else ALWAYS[function.__name__] for key in keys])
 
     def memory(self, key: Key) -> dict[str, Any]:
         held = int(cost(key, 100, 16, "memory", 8))
@@ -88,32 +91,15 @@ class Machine:
     def times(self, key: Key) -> dict[str, Any]:
         if key.suite == "kernels":
             return {"step": spread(1e-3), "over_floor": spread(2.0), "over_exp": spread(3.1), "speedup": spread(1.9)}
-        first = key._replace(contender="SSync cpu")
-        usual = base_of(key.contender) != key.contender
-        return {"step": spread(seconds(key))} | ({} if usual else {"ratio": spread(seconds(key) / seconds(first))})
-
-    def counts(self, _: Key) -> dict[str, Any]:
-        return {"launches": 9, "host_reads": 0}
-
-    def share(self, key: Key) -> dict[str, Any]:
-        parts = {"without": spread(1.0), "with": spread(1.01), "alone": spread(0.002), "difference": spread(0.01)}
-        return {**parts, "share": spread(0.002), "batch": key.sizes["B"]}
+        ratio = spread(seconds(key) / seconds(key._replace(contender="SSync cpu")))
+        return {"step": spread(seconds(key))} | ({"ratio": ratio} if base_of(key.contender) == key.contender else {})
 
 
 def measured(patch: pytest.MonkeyPatch, machine: Machine | None = None, **changes: Any) -> Results:
-    """Run the suites on such a machine, from the start and without a file."""
+    """Run the suites on such a machine, without a file."""
     chosen = options(**changes)
-    return go_on(patch, chosen, machine or Machine(), fresh(chosen))
-
-
-def go_on(patch: pytest.MonkeyPatch, chosen: Options, machine: Machine, results: Results) -> Results:
-    """Run the suites on such a machine from where the results are."""
-    patch.setattr(child, "call", machine.call)
-    one = Run(chosen, results)
+    results = Results(dict(MACHINE), chosen.settings())
+    patch.setattr(child, "call", (machine or Machine()).call)
     for job in run.plan(chosen):
-        one.do(job)
+        do(job, results, chosen)
     return results
-
-
-def fresh(chosen: Options, path: Path | None = None) -> Results:
-    return Results(dict(MACHINE), chosen.settings(), path=path)

@@ -7,8 +7,8 @@ an add-on costs stands behind its name and a colon.
 import re
 from pathlib import Path
 
-from benchmarks.add_on_tables import in_short
 from benchmarks.results import Results
+from benchmarks.tables import in_short
 
 ROOT = Path(__file__).resolve().parents[1]
 QUOTE = re.compile(r"(<!-- quotes: (\S+), (.*) -->\n)((?:\|.*\n)+)")

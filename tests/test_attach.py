@@ -957,6 +957,13 @@ class TestThePackage:
             ValueError, "`model` must keep its slots in order; got what looks like a", attach, model, dec=model["alpha"]
         )
 
+    def test_a_codebook_beside_slot_attention_reorders_nothing(self) -> None:
+        parts = {"slot_attention": SlotAttention(S, 8), "vq": nn.Embedding(8, 8), "alpha": nn.Linear(8, 16)}
+        model = nn.Module()
+        for name, part in parts.items():
+            model.add_module(name, part)
+        assert "(lucidrains, at `slot_attention`)" in attach(model, dec=model.get_submodule("alpha")).describe()
+
 
 def test_a_model_that_is_gone_is_let_go() -> None:
     model = MINIATURES["randsfq"].build()

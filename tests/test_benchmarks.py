@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ import torch
 from benchmarks import gate, measure
 from benchmarks.add_ons import ADD_ONS, BY_NAME, DENSE
 from benchmarks.child import Limits, call
-from benchmarks.contenders import COPY, EXP, TWO_THREADS, step_of
+from benchmarks.contenders import COPY, EXP, MERGE_THRESHOLD, STEP, TWO_THREADS, step_of
 from benchmarks.counted import count, peak_memory
 from benchmarks.inputs import Inputs, Step, moving_blobs
-from benchmarks.results import Key, Spread, Values
+from benchmarks.results import Key, Row, Spread
 from benchmarks.slot_video_model import PUBLISHED
 from benchmarks.suites import growth, kernels, training_step
-from benchmarks.timing import MAX_CALLS, Clock, Work, interleave, over
+from benchmarks.timing import MAX_CALLS, Work, interleave, over
 from torch import Tensor, nn
 
 import ssync_loss
@@ -27,13 +29,13 @@ from benchmark_results import options
 from ssync_loss import attention, curriculum, functional
 from ssync_loss.functional import pseudo_labels
 from ssync_loss.ssync.engines.cpu.team import address_of_team
+from ssync_loss.testing import decidable_clips
 
 SMALL = {"B": 2, "T": 4, "S": 3, "H": 8, "W": 12, "D": 8, "Kp": 16, "weights": 2 * 256**2}
 MAPS = tuple((axis, SMALL[axis]) for axis in "BTSHW")
 QUICK = options(quick=True)
 # their definitions take seconds, or they have several outputs
 SLOW = ("StructureAware", "SemanticConsistency", "AffinityConsistency", "SemanticAware", "InstanceConsistencyLoss, P=8")
-FAST = [one for one in ADD_ONS if not one.name.startswith(SLOW)]
 
 
 def key_of(contender: str, suite: str = "add_ons", case: str = "H*W") -> Key:
@@ -49,58 +51,52 @@ class TestTiming:
     def test_contenders_take_turns_the_fast_several_and_the_slow_warm_up_once(self) -> None:
         now, calls = 0.0, ""
 
-        def work(name: str, seconds: float, before: Callable[[], object] | None = None) -> Work:
-            def call() -> None:
+        def work(name: str, seconds: float, before: float = 0.0) -> Work:
+            def spend(seconds: float, name: str = "") -> None:
                 nonlocal now, calls
                 now, calls = now + seconds, calls + name
 
-            return Work(call, before)
+            return Work(partial(spend, seconds, name), partial(spend, before) if before else None)
 
-        def wait() -> None:
-            nonlocal now
-            now += 100.0
-
-        for works, budget, expected in (
-            ([work("a", 1.0), work("b", 1.0)], 0.0, "aabb" + 3 * "ab"),
-            ([work("s", 5.0), work("f", 0.001)], 0.0, "s" + "ff" + 3 * ("s" + MAX_CALLS * "f")),
-            ([work("a", 0.5)], 4.0, (2 + 8) * "a"),
-            ([work("a", 0.5)], 1000.0, (2 + 20) * "a"),
+        for works, budget, expected, seconds in (
+            ([work("a", 1.0), work("b", 1.0)], 0.0, "aabb" + 3 * "ab", 1.0),
+            ([work("s", 5.0), work("f", 0.001)], 0.0, "s" + "ff" + 3 * ("s" + MAX_CALLS * "f"), 5.0),
+            ([work("a", 0.5)], 4.0, (2 + 8) * "a", 0.5),
+            ([work("a", 0.5)], 1000.0, (2 + 20) * "a", 0.5),
             # what comes before each call is not timed
-            ([work("w", 0.001, wait)], 0.0, "ww" + 20 * MAX_CALLS * "w"),
+            ([work("w", 0.001, before=100.0)], 1000.0, "ww" + 20 * MAX_CALLS * "w", 0.001),
         ):
             calls = ""
-            rounds = interleave(dict(enumerate(works)), Clock(lambda: now), budget or 0.001 * len(expected))
+            rounds = interleave(dict(enumerate(works)), lambda: now, budget)
             assert calls == expected
-            assert rounds[0] == pytest.approx([rounds[0][0]] * len(rounds[0]))
-            assert rounds[0][0] == pytest.approx({"s": 5.0, "w": 0.001, "a": rounds[0][0]}[expected[0]])
+            assert rounds[0] == pytest.approx([seconds] * len(rounds[0]))
         # the machine gets slower from round to round: no matter
         assert over([4.0, 40.0, 80.0], [1.0, 10.0, 20.0], 2.0) == Spread(8.0, 8.0, 8.0, 3)
 
     def test_a_step_hands_its_gradients_back_and_accumulates_nothing(self) -> None:
         leaf = torch.ones(3, requires_grad=True)
-        step = Step(lambda: leaf * 2, lambda: leaf, [leaf], (torch.full((3,), 5.0),))
+        step = Step(lambda: leaf * 2, lambda: leaf, [leaf], incoming=(torch.full((3,), 5.0),))
         assert [one.tolist() for one in step.once()] == [[2.0] * 3, [10.0] * 3]
         assert leaf.grad is None
 
     @pytest.mark.parametrize("axis", growth.UNITS)
     def test_everyone_is_timed(self, axis: str) -> None:
-        names = ["SSync cpu", *(one.name for one in ADD_ONS if one.axis == axis), *DENSE]
+        names = ["SSync cpu", *(one.name for one in (*DENSE, *ADD_ONS) if one.axis == axis)]
         for values in measure.times([key_of(name, "add_ons", axis) for name in names], QUICK):
             assert set(values) == {"step", "ratio"}
 
     def test_every_operation_is_timed(self) -> None:
         keys = [key_of(name, "kernels", case) for case, name in kernels.names(SMALL, QUICK)]
-        yardsticks = [key_of("torch", "kernels", case) for case in (COPY, EXP)]
-        times: list[Values] = measure.times([*yardsticks, *keys], QUICK)
+        times = measure.times([*(key_of("torch", "kernels", case) for case in (COPY, EXP)), *keys], QUICK)
         assert (len(keys), len(times)) == (14, 16)
         for key, values in zip(keys, times[2:], strict=True):
-            assert set(values) - {"forward", "speedup"} == {"step", "over_floor", "over_exp"}
             threaded, step = key.contender.endswith(TWO_THREADS), key.case.startswith(("step", "distillation"))
-            assert ("speedup" in values, "forward" in values) == (threaded, step and not threaded)
+            parts = {"step", "over_floor", "over_exp", *["speedup"] * threaded, *["forward"] * (step and not threaded)}
+            assert set(values) == parts
 
     def test_two_threads_are_there_inside_of_a_call_alone(self) -> None:
         seen: list[int] = []
-        measure.on_two_threads(lambda: seen.append(torch.get_num_threads()))()
+        measure.on_two_threads(lambda: seen.append(torch.get_num_threads()))
         assert [*seen, torch.get_num_threads()] == [2, 1]
 
     def test_the_first_use_compiles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +106,7 @@ class TestTiming:
         compiler.chmod(0o700)
         monkeypatch.setenv("CC", str(compiler))
         (values,) = kernels.first_use([key_of("SSync cpu")], QUICK)
-        assert isinstance(values["step"], Spread)
-        assert values["step"].median > 0.1
+        assert Row(key_of("SSync cpu"), values=values).number("step") > 0.1
         assert (tmp_path / "used").exists()
         compiler.write_text("#!/bin/bash\nexit 7\n")
         with pytest.raises(RuntimeError, match=r"`backend`='cpu' needs a C compiler that works: .* failed with 7"):
@@ -121,16 +116,7 @@ class TestTiming:
         monkeypatch.setitem(PUBLISHED, "tiny", {"D": 6})
         for case in ("tiny", training_step.EXAMPLE):
             (values,) = training_step.share([Key("training_step", case, "SSync cpu", MAPS)], QUICK)
-            assert set(values) == {"without", "with", "alone", "share", "difference", "batch"}
-            assert values["batch"] == 2
-
-    def test_the_batch_is_what_memory_and_time_allow(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        # a clip takes 3 s and a step may take 10
-        monkeypatch.setattr(training_step, "one_clip", lambda *_: (3.0, 100_000_000))
-        key = Key("training_step", "MOVi-C", "SSync cpu", (("B", 64), *MAPS[1:]))
-        assert training_step.affordable(key, options()) == 2
-        assert training_step.affordable(key, options(time_cap=1000.0, memory_cap=500_000_000)) == 4
-        assert training_step.affordable(key._replace(case=training_step.EXAMPLE), options()) == 64
+            assert set(values) == {"without", "with", "alone", "share", "difference"}
 
 
 class TestCounted:
@@ -147,13 +133,14 @@ class TestCounted:
             values = peak_memory(work, "cpu")
             # the last with what is returned
             assert (values["allocated"], values["kept"]) == (8000, 4000)
-        assert 79_000_000 < peak_memory(lambda: torch.ones(20_000_000), "cpu")["resident"] < 120_000_000
+            # also where malloc could have kept what it had
+            resident = peak_memory(lambda: [torch.ones(1_000_000) for _ in range(20)], "cpu")["resident"]
+            assert 79_000_000 < resident < 120_000_000
 
     def test_operators_and_host_reads_are_counted(self) -> None:
         x = torch.ones(4)
         assert count(lambda: (x + 1).view(2, 2).sum().item(), "cpu") == {"launches": 3, "host_reads": 1}
-        (values,) = measure.counts([key_of("SSync torch", "kernels", kernels.STEP)], QUICK)
-        assert values.keys() == {"launches", "host_reads"}
+        (values,) = measure.counts([key_of("SSync torch", "kernels", STEP)], QUICK)
         assert values["host_reads"] == 0
 
     def test_memory_is_that_of_a_step(self) -> None:
@@ -161,33 +148,30 @@ class TestCounted:
         forms = ("pair by pair", "all pairs at once", "pooled 2x2")
         pairs, at_once, pooled = (memory_of(f"SemanticConsistencyLoss, {form}")["allocated"] for form in forms)
         # the kernel of a pair, or those of six, and what is linear
-        assert kernel < pairs < 3 * kernel
-        assert 6 * kernel < at_once < 12 * kernel
-        assert pooled < kernel
+        assert pooled < kernel < pairs < 3 * kernel < 6 * kernel < at_once < 12 * kernel
         assert memory_of("SlotCurriculum, elsewhere")["allocated"] == 0
         # the scores of dense alignment
         assert 2 * 4 * 2 * 384**2 < memory_of("dense")["allocated"] < 3 * 4 * 2 * 384**2
         assert "loss" not in memory_of("CorrelationFusion") | memory_of("sinkhorn")
 
     def test_what_waits_for_the_backward_are_the_gradients(self) -> None:
-        held, plain = (memory_of(name, "kernels", kernels.STEP) for name in ("SSync cpu", "SSync torch"))
-        assert 0 <= held["maps_waiting"] <= held["maps_beyond_gradients"] < 0.01
-        assert plain["maps_beyond_gradients"] > 1
+        held, plain = (memory_of(name, "kernels", STEP) for name in ("SSync cpu", "SSync torch"))
+        assert 0 <= held["maps_waiting"] <= held["maps_beyond_gradients"] < 0.01 < 1 < plain["maps_beyond_gradients"]
         assert held["loss"] == pytest.approx(plain["loss"])
 
     def test_blobs_are_redundant_and_leave_something_to_teach(self) -> None:
         labels = pseudo_labels(*moving_blobs({"B": 2, "T": 4, "S": 11, "H": 24, "W": 24}), merge_threshold=0.7)
         # 0 and 1, 3 and 4, .. sit on the same blobs
-        for first in (0, 3, 6, 9):
-            assert torch.equal(labels.representative[:, first], labels.representative[:, first + 1])
-        assert labels.boundary.float().mean() > 0.05
-        assert labels.interior.float().mean() > 0.05
+        assert torch.equal(labels.representative[:, 0::3], labels.representative[:, 1::3])
+        assert min(labels.boundary.float().mean(), labels.interior.float().mean()) > 0.05
 
 
 class TestEntries:
     def test_every_public_loss_and_part_has_one(self) -> None:
-        measured = {one.of for one in ADD_ONS}
-        modules = {name for name in ssync_loss.__all__ if _is_module(getattr(ssync_loss, name))}
+        # the first word of a name
+        measured = {re.split("[ .,]", one.name)[0] for one in ADD_ONS}
+        public = {name: getattr(ssync_loss, name) for name in ssync_loss.__all__}
+        modules = {name for name, one in public.items() if isinstance(one, type) and issubclass(one, nn.Module)}
         ours = {"SSyncLoss", "AdaptiveSSyncLoss", "BoundaryRefinementLoss", "InteriorDenoisingLoss"}
         ours |= {"boundary_region", "interior_region", "merge_slots", "neighbor_difference", "pseudo_labels"}
         ours |= {"selective_distillation_loss", "slot_overlap"}
@@ -205,60 +189,48 @@ class TestEntries:
         assert (cyclic - 2) * 4 == (forth - 1) * 7
 
 
-def _is_module(one: object) -> bool:
-    return isinstance(one, type) and issubclass(one, nn.Module)
-
-
 class TestGate:
     @pytest.mark.parametrize("name", [*BY_NAME, "SSync cpu", "SSync torch"])
-    def test_all_agree_with_their_definitions(self, name: str) -> None:
+    def test_who_agrees_passes_and_what_is_wrong_is_refused(self, name: str) -> None:
         for dtype in ("float32", "float16") if name.startswith("SSync") else ("float32",):
             assert gate.check([Key("gate", gate.CASE, name, MAPS, dtype)], QUICK) == [{}]
-
-    @pytest.mark.parametrize("name", [*(one.name for one in FAST), "dense chunked", "SSync cpu", "SSync torch"])
-    def test_what_is_wrong_is_refused(self, name: str) -> None:
-        if name in BY_NAME:
-            one = BY_NAME[name]
-            shape, settings = gate.SHAPE | dict(one.shape), {**one.settings, **one.gate}
-            right, again = (one.make(Inputs(shape), **settings) for _ in range(2))
-        else:
-            right, again = (step_of(kernels.STEP, name, Inputs(gate.SSYNC_SHAPES[0])) for _ in range(2))
-        gate.check_step(right, again)
+        if name.startswith(SLOW):
+            return
+        shape = gate.SHAPE | dict(BY_NAME[name].shape) if name in BY_NAME else gate.SSYNC_SHAPES[0]
+        right, again = (step_of(STEP, name, Inputs(shape), gate=True) for _ in range(2))
         wrong = [dataclasses.replace(right, seen=lambda outputs: _off(right.seen(outputs)))]
         # the value of the whole, and a gradient that is a little off in one of the leaves
         for leaf in right.leaves[:1] + right.leaves[-1:]:
             size = max(one.abs().max().item() for one in torch.autograd.grad(right.forward().sum(), right.leaves))
-            wrong.append(dataclasses.replace(right, forward=_nudged(right.forward, leaf, 1e-4 * size)))
+            wrong.append(dataclasses.replace(right, forward=partial(_nudged, right.forward, leaf, 1e-4 * size)))
         for one_wrong in wrong:
             with pytest.raises(AssertionError):
                 gate.check_step(one_wrong, again)
 
     def test_wrong_labels_are_refused(self) -> None:
-        def labels(enc: Tensor, dec: Tensor) -> Any:
-            found = pseudo_labels(enc, dec, merge_threshold=0.7)
-            dec_labels = found.dec_labels.clone()
-            dec_labels[0, 0, 0, 0] += 1
-            return found._replace(dec_labels=dec_labels)
+        right, again = (step_of("pseudo-labels", "SSync cpu", Inputs(gate.SSYNC_SHAPES[0])) for _ in range(2))
+        found = right.forward()
+        found.dec_labels[0, 0, 0, 0] += 1
+        with pytest.raises(AssertionError, match="Mismatched elements: 1 /"):
+            gate.check_step(dataclasses.replace(right, forward=lambda: found), again)
 
-        with pytest.raises(AssertionError, match="dec_labels differ in 1 place"):
-            gate.check_labels(labels, Inputs(gate.SSYNC_SHAPES[0]))
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_rounding_decides_no_label_of_the_gate(self, dtype: str) -> None:
+        for shape in gate.SSYNC_SHAPES:
+            enc, _ = Inputs(shape, dtype=dtype).maps
+            assert decidable_clips(enc.detach().float(), merge_threshold=MERGE_THRESHOLD).all()
 
-    def test_backends_that_cannot_be_had_say_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert gate.available("SSync cpu", "cpu") == ""
-
-        def missing(*_: Any, **__: Any) -> Any:
-            raise RuntimeError("needs a CUDA tensor")
-
-        monkeypatch.setattr(gate, "ssync_criterion", missing)
-        assert gate.available("SSync triton", "cpu") == "needs a CUDA tensor"
+    def test_backends_that_cannot_be_had_say_why(self) -> None:
+        assert gate.missing("SSync cpu", "cpu") == ""
+        assert "got 'abacus'" in gate.missing("SSync abacus", "cpu")
 
 
 def _off(outputs: Any) -> Any:
-    return outputs * 1.001 if outputs.is_floating_point() else outputs + 1
+    return outputs * 1.001 if outputs.is_floating_point() else outputs ^ True
 
 
-def _nudged(forward: Callable[[], Tensor], leaf: Tensor, size: float) -> Callable[[], Tensor]:
-    return lambda: forward() + size * (leaf - leaf.detach()).sum()
+def _nudged(forward: Callable[[], Tensor], leaf: Tensor, size: float) -> Tensor:
+    return forward() + size * (leaf - leaf.detach()).sum()
 
 
 def process() -> tuple[int, int, int]:
@@ -308,5 +280,4 @@ class TestChild:
     )
     def test_a_call_that_fails_says_how(self, kind: str, status: str, note: str) -> None:
         outcome = call(fails, kind, limits=Limits(memory=1_000_000_000))
-        assert outcome.status == status
-        assert note in outcome.note
+        assert (outcome.status, outcome.note[: len(note)]) == (status, note)

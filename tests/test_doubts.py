@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
+from ssync_loss._axes import arrange_maps
 from ssync_loss.diagnostics import premise
 from ssync_loss.ssync import doubts
 from ssync_loss.ssync.maps import Maps
@@ -81,6 +83,14 @@ def test_views_of_one_tensor_are_no_two_maps() -> None:
     assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.view_as(enc)) == [twice]
     assert said(SSyncLoss(), enc_logits=enc, dec_logits=enc.clone()) == []
     assert said(SSyncLoss().eval(), enc_logits=enc.detach(), dec_logits=enc.detach()) == []
+
+
+@pytest.mark.parametrize("name", ["premise", "panel"])
+def test_maps_are_bound_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = Mock(wraps=arrange_maps)
+    monkeypatch.setattr("ssync_loss.ssync.maps.arrange_maps", bind)
+    CALLS[name](axes="b t s h w")(**maps())
+    bind.assert_called_once()
 
 
 class TestWhatLooksLikeProbabilities:

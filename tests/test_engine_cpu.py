@@ -52,6 +52,12 @@ def fake_compiler(folder: Path, script: str) -> str:
     return str(path)
 
 
+def run_python(program: str) -> "subprocess.CompletedProcess[str]":
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=known)
+
+
 class TestLibrary:
     def test_it_is_built_once_into_a_folder_of_its_own(self, cache: Path) -> None:
         assert isinstance(library.load(), ctypes.CDLL)
@@ -278,7 +284,32 @@ class TestThreads:
             from ssync_loss.ssync.engines.cpu.team import address_of_team
             assert address_of_team() is not None
         """
-        done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
+        done = run_python(program)
+        assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+    @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
+    @pytest.mark.parametrize("preload", [[], ["torch"]])
+    def test_a_child_of_a_fork_server_that_loads_torch_itself_counts_as_no_fork(self, preload: list[str]) -> None:
+        program = f"""
+            import signal, torch
+            signal.alarm(60)
+            torch.set_num_threads(2)
+            from ssync_loss import SSyncLoss, _forks
+            torch.randn(1 << 20).exp().sum()
+            assert _forks.is_forked() is {bool(preload)}
+            maps = [torch.randn(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
+            SSyncLoss(backend="cpu")(*maps).backward()
+        """
+        server = f"""
+            from multiprocessing import get_context
+            context = get_context("forkserver")
+            context.set_forkserver_preload({preload})
+            process = context.Process(target=exec, args=({dedent(program)!r}, {{}}))
+            process.start()
+            process.join()
+            print(process.exitcode)
+        """
+        done = run_python(server)
         assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
     @pytest.mark.parametrize("number", [2, 3])
@@ -318,7 +349,7 @@ class TestThreads:
                     os._exit(0)
                 print(os.waitpid(pid, 0)[1])
         """
-        done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=False)
+        done = run_python(program)
         assert (done.stdout, done.returncode) == ("0\n" * 6, 0), done.stderr
 
     def test_torch_is_kept_to_one_thread_in_a_forked_process_and_it_says_so(

@@ -31,7 +31,7 @@ from examples.slot_model import SlotModel
 from examples.training import terms_of, train
 from torch import Tensor, nn
 
-from benchmark_results import Machine, fresh, options
+from benchmark_results import Machine
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--quick", "--steps", "10", "--slots", "3"]
@@ -253,7 +253,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "example": Report({}, {}).save,
     "neighbor": StudyReport("", [], {}, {}, {}).save,
     "checkpoint": lambda path: TrainingState.fresh(Settings("noise", 8, slots=3), 0).save(path),
-    "benchmark": lambda path: fresh(options(), path).add([]),
+    "benchmark": lambda path: Results({}, {}, path=path).add([]),
 }
 
 

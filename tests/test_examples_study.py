@@ -103,9 +103,12 @@ class TestTable:
         assert cells["own losses"] == "0.50 ± 0.35"
         assert cells["+ x"] == "+0.25 ± 0.00"
         assert cells["+ x + SSync"] == "+0.62 ± 0.18"
-        assert lines[0] == "What. Below the first row: paired differences to it or to the run named."
-        assert lines[1].endswith("seed 0, 1 (mean ± sd).")
-        assert lines[2] == "CPU, 2 threads, torch 2.13, commit abc, today."
+        assert lines[0] == "What."
+        assert lines[-3:-1] == [
+            "Below the first row: paired differences to it or to the run named.",
+            "d: 1 clips, 2 slots, 3 steps, SSync with merge threshold 0.6 from step 1, seed 0, 1 (mean ± sd).",
+        ]
+        assert lines[-1] == "CPU, 2 threads, torch 2.13, commit abc, today."
 
     def test_one_seed_has_no_spread(self) -> None:
         assert "±" not in table(report((0.25, 0.5, 0.75)))

@@ -278,7 +278,7 @@ def test_imports_form_no_circle(graph: dict[str, set[str]]) -> None:
 # a file may import what stands in a line above its own
 LAYERS: list[set[str]] = [
     {"_autocast", "_checks", "_compilers", "_moved"},
-    {"_attached", "_autograd", "_axes", "_forks", "_inputs", "_settings"},
+    {"_autograd", "_axes", "_forks", "_inputs", "_settings"},
     {"_module", "_rows", "_vectors"},
     {"ssync", "methods"},
     {"attention", "curriculum", "ema", "losses", "reference"},

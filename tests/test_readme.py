@@ -1,4 +1,4 @@
-"""The README's code runs, its commands are what CI runs, and its numbers and its figure are what the scripts make."""
+"""The README's code runs, its commands are CI's, its numbers and figure are the scripts'; links of all READMEs hold."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,10 @@ from examples import method_figure
 
 import quotes
 from miniatures import MINIATURES
-from ssync_loss import SSyncLoss
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("benchmarks", "examples", "src", "tests")
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).rglob("README.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -21,13 +22,14 @@ def test_there_is_code_to_run() -> None:
     assert "criterion(enc_logits, dec_logits)  # <- the line" in BLOCKS[0]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_block_runs(number: int) -> None:
+def test_code_blocks_run_one_after_the_other() -> None:
     # what a user of a known model has at hand
     host = MINIATURES["slotcontrast mlp"]
-    given = {"model": host.build(), "batch": host.batch(2, 3), "step": 0, "criterion": SSyncLoss()}
+    given = {"model": host.build(), "batch": host.batch(2, 3), "step": 0}
     given["training_step"] = lambda model, batch: host.step(model, batch)[0]
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "readme", **given})
+    names = {"__name__": "readme", **given}
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"README.md, block {number}", "exec"), names)
 
 
 def test_two_commands_set_everything_up() -> None:
@@ -38,13 +40,14 @@ def test_two_commands_set_everything_up() -> None:
     assert re.search(r"^torch==\d", (ROOT / "tests" / "constraints.txt").read_text(), flags=re.MULTILINE)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README)
+@pytest.mark.parametrize("readme", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', readme.read_text(encoding="utf-8"))
     for target in map("".join, links):
         path, _, heading = target.partition("#")
-        assert (ROOT / path).exists(), target
+        page = readme.parent / path if path else readme
+        assert page.exists(), target
         if heading:
-            page = ROOT / path / "README.md" if (ROOT / path).is_dir() else ROOT / path
             titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 

@@ -1,8 +1,6 @@
 """The share of a training step that the loss takes: of the example, and of a model of the published size."""
 
-import timeit
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from examples.checkpoint import Settings
@@ -10,7 +8,6 @@ from examples.slot_model import SlotModel, reconstruction_loss, slot_contrast_lo
 from torch import Tensor, nn
 
 from benchmarks.contenders import TWO_THREADS, name_of, ssync_criterion
-from benchmarks.counted import peak_memory
 from benchmarks.plan import Job, Options
 from benchmarks.results import Key, Spread, Values
 from benchmarks.slot_video_model import PUBLISHED, published_model
@@ -22,27 +19,26 @@ EXAMPLE = "the example"
 SETTINGS = Settings(data="", num_clips=0)
 EXAMPLE_SHAPE = {"B": SETTINGS.batch_size, "T": 4, "S": 9, "H": 12, "W": 12}
 EXAMPLE_FEATURES = 24
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-# a model, and a forward that gives both maps and the model's own loss
-Parts = tuple[nn.Module, Callable[[], tuple[Tensor, Tensor, Tensor]]]
+# of the published batch, as many clips as a CPU takes in a step of ten seconds
+CLIPS_ON_CPU = {"MOVi-C": 2, "YouTube-VIS": 1}
 
 
 def plan(options: Options) -> list[Job]:
     """Plan a row for everyone in the example, and for the first, whose share of a long step is of interest."""
     names = [name_of(one) for one in options.backends]
-    pairs = [(EXAMPLE, one) for one in names]
-    pairs += [(case, names[0]) for case in (["MOVi-C"] if options.quick else PUBLISHED)]
+    rows = [(EXAMPLE, one, EXAMPLE_SHAPE) for one in names]
     if options.device == "cpu":
-        pairs.insert(1, (EXAMPLE, names[0] + TWO_THREADS))
-    jobs = []
-    for case, name in pairs:
-        shape = EXAMPLE_SHAPE if case == EXAMPLE else {axis: PUBLISHED[case][axis] for axis in "BTSHW"}
-        if options.quick and case != EXAMPLE:
+        rows.insert(1, (EXAMPLE, names[0] + TWO_THREADS, EXAMPLE_SHAPE))
+    for case in ["MOVi-C"] if options.quick else PUBLISHED:
+        shape = {axis: PUBLISHED[case][axis] for axis in "BTSHW"}
+        if options.device == "cpu":
+            shape["B"] = CLIPS_ON_CPU[case]
+        if options.quick:
             # an eighth of one clip: more would be most of the rehearsal
-            shape = shape | {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
+            shape |= {"B": 1, "T": 2, "H": shape["H"] // 2, "W": shape["W"] // 2}
+        rows.append((case, names[0], shape))
+    jobs = []
+    for case, name, shape in rows:
         key = Key(SUITE, case, name, tuple(shape.items()), "float16" if options.device == "cuda" else "float32")
         jobs.append(Job(share, [key], "share", threads=2 if name.endswith(TWO_THREADS) else None, alone=True))
     return jobs
@@ -52,21 +48,18 @@ def share(keys: Sequence[Key], options: Options) -> list[Values]:
     """Time a step without the loss, with it, and the loss alone on the maps of such a step, in turn."""
     (key,) = keys
     criterion, device = ssync_criterion(key.contender), options.device
-    batch = affordable(key, options)
-    parts = _parts(key.case, key.sizes | {"B": batch}, device)
-    with _precision(device):
-        enc, dec, _ = parts[1]()
+    forward, step = training(key, device)
     # detached, they keep their strides
-    maps = [one.detach().requires_grad_() for one in (enc, dec)]
-    one = torch.ones((), device=device)
+    maps = [one.detach().requires_grad_() for one in forward()[:2]]
+    incoming = torch.ones((), device=device)
 
     def alone() -> None:
         with _precision(device):
             loss = criterion(*maps)
-        torch.autograd.grad(loss, maps, grad_outputs=one)
+        torch.autograd.grad(loss, maps, grad_outputs=incoming)
 
-    works = {"without": step_of(parts, None, device), "with": step_of(parts, criterion, device), "alone": alone}
-    rounds = interleave({name: Work(call) for name, call in works.items()}, clock_of(device), options.budget)
+    works = {"without": Work(step), "with": Work(lambda: step(criterion)), "alone": Work(alone)}
+    rounds = interleave(works, clock_of(device), options.budget)
     pairs = zip(rounds["with"], rounds["without"], strict=True)
     return [
         {
@@ -74,56 +67,31 @@ def share(keys: Sequence[Key], options: Options) -> list[Values]:
             "share": over(rounds["alone"], rounds["with"]),
             # how much longer a step with the loss took, as a share of it, round by round
             "difference": Spread.of([(longer - shorter) / longer for longer, shorter in pairs]),
-            "batch": batch,
         }
     ]
 
 
-def affordable(key: Key, options: Options) -> int:
-    """Return the clips of a step that time and memory allow: what one takes bounds what more take, clip for clip."""
-    batch = key.sizes["B"]
-    if key.case == EXAMPLE or batch == 1:
-        return batch
-    seconds, num_bytes = one_clip(key, options.device)
-    clips = min(options.time_cap / seconds, options.memory_cap / num_bytes)
-    while batch > 1 and batch > clips:
-        batch //= 2
-    return batch
-
-
-def one_clip(key: Key, device: str) -> tuple[float, int]:
-    """Return the seconds and the bytes of a step on one clip; optimizer state and weights count, too."""
-    take = step_of(_parts(key.case, key.sizes | {"B": 1}, device), None, device)
-    num_bytes = peak_memory(take, device)["allocated"]
-    return timeit.timeit(take, timer=clock_of(device).read, number=1), num_bytes
-
-
-def _parts(case: str, shape: dict[str, int], device: str) -> Parts:
+def training(key: Key, device: str) -> tuple[Callable[[], tuple[Tensor, Tensor, Tensor]], Callable[..., None]]:
+    """Return a model's forward, which gives both maps and its own loss, and a whole training step, given a loss."""
     torch.manual_seed(0)
-    clips, frames, slots, height, width = (shape[axis] for axis in "BTSHW")
-    dim = EXAMPLE_FEATURES if case == EXAMPLE else PUBLISHED[case]["D"]
-    model = SlotModel(slots, feature_dim=dim) if case == EXAMPLE else published_model(slots, height * width, dim)
+    clips, frames, slots, height, width = (key.sizes[axis] for axis in "BTSHW")
+    dim = EXAMPLE_FEATURES if key.case == EXAMPLE else PUBLISHED[key.case]["D"]
+    model = SlotModel(slots, feature_dim=dim) if key.case == EXAMPLE else published_model(slots, height * width, dim)
     model, features = model.to(device), torch.randn(clips, frames, dim, height, width).to(device)
-
-    def forward() -> tuple[Tensor, Tensor, Tensor]:
-        output = model(features)
-        loss = reconstruction_loss(output, features) + SETTINGS.contrast_weight * slot_contrast_loss(output.slots)
-        return output.enc_logits, output.dec_logits, loss
-
-    return model, forward
-
-
-def step_of(parts: Parts, criterion: Criterion | None, device: str) -> Callable[[], None]:
-    """Return a whole training step: forward, backward, clipping, Adam."""
-    model, forward = parts
     optimizer = torch.optim.Adam(model.parameters(), SETTINGS.learning_rate)
     # half precision on a GPU, as published
     scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
 
-    def step() -> None:
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
         with _precision(device):
-            enc, dec, loss = forward()
-            if criterion is not None:
+            output = model(features)
+            loss = reconstruction_loss(output, features) + SETTINGS.contrast_weight * slot_contrast_loss(output.slots)
+        return output.enc_logits, output.dec_logits, loss
+
+    def step(criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        enc, dec, loss = forward()
+        if criterion is not None:
+            with _precision(device):
                 loss = loss + criterion(enc, dec)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -132,10 +100,8 @@ def step_of(parts: Parts, criterion: Criterion | None, device: str) -> Callable[
         scaler.step(optimizer)
         scaler.update()
 
-    return step
+    return forward, step
 
 
-@contextmanager
-def _precision(device: str) -> Iterator[None]:
-    with torch.autocast(device, dtype=torch.float16, enabled=device == "cuda"):
-        yield
+def _precision(device: str) -> torch.autocast:
+    return torch.autocast(device, dtype=torch.float16, enabled=device == "cuda")

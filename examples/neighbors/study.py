@@ -218,6 +218,22 @@ class StudyReport:
 
 
 def table(report: StudyReport) -> str:
+    """Lay out what a run prints: what stands in the README, and where it comes from."""
+    settings, spread = report.settings, " (mean ± sd)" * (len(report.seeds) > 1)
+    return "\n".join(
+        [
+            in_short(report),
+            "",
+            "Below the first row: paired differences to it or to the run named.",
+            f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
+            f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
+            f"seed {', '.join(map(str, report.seeds))}{spread}.",
+            machine_line(report.machine),
+        ]
+    )
+
+
+def in_short(report: StudyReport) -> str:
     """Lay out the scores as Markdown: those of the first run, and what others gain on it, or on the run named."""
     columns, runs = report.columns, list(report.seeds.values())
     first, *others = runs[0]
@@ -227,18 +243,7 @@ def table(report: StudyReport) -> str:
         other = report.compared_with.get(name, first)
         gains = (mean_sd([run[name][c.key] - run[other][c.key] for run in runs], c.digits, "+") for c in columns)
         rows.append([name if other == first else f"{name} (to {other})", *gains])
-    settings, spread = report.settings, " (mean ± sd)" * (len(runs) > 1)
-    return "\n".join(
-        [
-            f"{report.title} Below the first row: paired differences to it or to the run named.",
-            f"{settings['data']}: {settings['num_clips']} clips, {settings['slots']} slots, {settings['steps']} steps, "
-            f"SSync with merge threshold {settings['threshold']} from step {settings['start_step']}, "
-            f"seed {', '.join(map(str, report.seeds))}{spread}.",
-            machine_line(report.machine),
-            "",
-            *markdown(rows),
-        ]
-    )
+    return "\n".join([report.title, "", *markdown(rows)])
 
 
 class Options(NamedTuple):

@@ -36,52 +36,13 @@ True
 torch.uint8
 """
 
-from ssync_loss import _moved
-from ssync_loss.losses import (
-    AdaptiveSSyncLoss,
-    AffinityConsistencyLoss,
-    BoundaryRefinementLoss,
-    CenteredCrossEntropy,
-    DenseDecoderAlignmentLoss,
-    DenseEncoderAlignmentLoss,
-    InstanceConsistencyLoss,
-    InteriorDenoisingLoss,
-    MaskDiversityLoss,
-    MaskedTokenLoss,
-    OutGenerativeLoss,
-    PrototypeHead,
-    SemanticConsistencyLoss,
-    SlotRedundancyLoss,
-    SSyncLoss,
-    SSyncTerms,
-    StructureAwareLoss,
-    TemporalSlotContrastLoss,
-)
+from ssync_loss import _moved, losses
+from ssync_loss.losses import *  # noqa: F403 (their names are in `losses.__all__`)
 from ssync_loss.ssync.types import PseudoLabels
 
 __version__ = "0.2.0"
 
 _moved.install()
 
-__all__ = [
-    "AdaptiveSSyncLoss",
-    "AffinityConsistencyLoss",
-    "BoundaryRefinementLoss",
-    "CenteredCrossEntropy",
-    "DenseDecoderAlignmentLoss",
-    "DenseEncoderAlignmentLoss",
-    "InstanceConsistencyLoss",
-    "InteriorDenoisingLoss",
-    "MaskDiversityLoss",
-    "MaskedTokenLoss",
-    "OutGenerativeLoss",
-    "PrototypeHead",
-    "PseudoLabels",
-    "SSyncLoss",
-    "SSyncTerms",
-    "SemanticConsistencyLoss",
-    "SlotRedundancyLoss",
-    "StructureAwareLoss",
-    "TemporalSlotContrastLoss",
-    "__version__",
-]
+__all__ = ["PseudoLabels", "__version__"]
+__all__ += losses.__all__

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from ssync_loss._autocast import at_least_float32
 from ssync_loss._compilers import is_exporting
 
 Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
@@ -83,6 +84,19 @@ def savable(tensor: Tensor) -> Tensor:
     # a compiler may keep any tensor
     fits = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
     return tensor if fits else tensor.clone()
+
+
+def attached_zero(*maps: Tensor) -> Tensor:
+    """Return exactly 0, attached to the graph of the maps; no cell is read.
+
+    >>> import torch
+    >>> attached_zero(torch.tensor([float("nan")], requires_grad=True)).item()
+    0.0
+    """
+    total = at_least_float32(maps[0][:0]).sum()
+    for one in maps[1:]:
+        total = total + at_least_float32(one[:0]).sum()
+    return total
 
 
 def _are_plain(inputs: tuple[Any, ...]) -> bool:

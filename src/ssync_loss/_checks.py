@@ -125,9 +125,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be True or False; got {type(value).__name__}.")
 
 
+def has_ranks() -> bool:
+    """Tell whether a process group is initialized."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def check_group(name: str, group: object) -> None:
     """Require None, or a process group that this rank is in."""
-    in_group = dist.is_available() and dist.is_initialized()
+    in_group = has_ranks()
     if group is not None and not (in_group and isinstance(group, dist.ProcessGroup)):
         wanted = "a process group of this rank" if in_group else "None where no process group is initialized"
         raise TypeError(f"`{name}` must be {wanted}; got {group!r}.")

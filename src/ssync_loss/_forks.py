@@ -1,6 +1,7 @@
 """Forked processes: the OpenMP library of torch would wait there forever for threads that only the parent has."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ssync_loss._compilers import constant
 
 # a flag of a process in /proc/self/stat: it was forked, and still runs the program of its parent
 FORKED = 0x40
+# in the path of a library with threads of OpenMP
+THREADED = re.compile(rb"lib(torch|[gi]?omp)")
 
 
 def is_forked() -> bool | None:
@@ -36,7 +39,18 @@ def _read() -> bool | None:
     except (OSError, IndexError, ValueError):
         return None
     # gVisor and WSL 1 have no flags
-    return bool(flags & FORKED) if flags else None
+    return bool(flags & FORKED) and not _has_plain_parent() if flags else None
+
+
+def _has_plain_parent() -> bool:
+    """Tell whether the parent lives and has never loaded torch, as a fork server: then it has no such threads."""
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        # of a parent that has ended this is empty; an orphan's next parent runs another command
+        loaded, command = (parent / "maps").read_bytes(), (parent / "cmdline").read_bytes()
+        return bool(loaded) and not THREADED.search(loaded) and command == Path("/proc/self/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _after_fork() -> None:

@@ -12,6 +12,7 @@ from ssync_loss._checks import (
     check_not_empty,
     check_same_device,
     check_shape,
+    check_tensor,
 )
 
 NO_SIZES: Mapping[str, int] = {}
@@ -29,6 +30,15 @@ def check_floats(
     check_floating(name, tensor)
     check_same_device(name, tensor, **beside)
     return size
+
+
+def check_rows(name: str, rows: Tensor, axis: str, size: int, **beside: Tensor) -> None:
+    """Require a floating-point tensor whose last axis has a size; others are free."""
+    check_tensor(name, rows)
+    if rows.ndim < 1 or rows.shape[-1] != size:
+        raise ValueError(f"`{name}` must have shape (..., {axis}={size}); got {tuple(rows.shape)}.")
+    check_floating(name, rows)
+    check_same_device(name, rows, **beside)
 
 
 def check_mask(name: str, mask: Tensor, axes: str, known: Mapping[str, int], **beside: Tensor) -> None:
@@ -52,7 +62,5 @@ def _check_axes(name: str, tensor: Tensor, axes: str, known: Mapping[str, int]) 
 
 def widest(*tensors: Tensor) -> torch.dtype:
     """Return float64 if one of the tensors has it, else float32."""
-    dtype = torch.float32
-    for one in tensors:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return dtype
+    # `promote_types` takes as long as an operator
+    return torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32

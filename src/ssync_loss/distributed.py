@@ -1,10 +1,12 @@
 """The mean of SSync over all ranks. The losses themselves call no collectives."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssync_loss._checks import check_group, check_type
+from ssync_loss._checks import check_group, check_type, has_ranks
 from ssync_loss.ssync.distillation import num_averaged
 from ssync_loss.ssync.modules import SSyncLoss
 
@@ -49,9 +51,10 @@ def global_mean(
     # torch wraps a compiled module
     check_type("criterion", getattr(criterion, "_orig_mod", criterion), SSyncLoss)
     check_group("group", group)
-    if not (dist.is_available() and dist.is_initialized()) or not criterion.is_on(step):
-        return criterion(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask, num_frames=num_frames)
-    terms = criterion.terms(enc_logits, dec_logits, step=step, valid=valid, slot_mask=slot_mask, num_frames=num_frames)
+    given: dict[str, Any] = {"step": step, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+    if not has_ranks() or not criterion.is_on(step):
+        return criterion(enc_logits, dec_logits, **given)
+    terms = criterion.terms(enc_logits, dec_logits, **given)
     selected = torch.stack([terms.labels.boundary, terms.labels.interior]).sum((2, 3, 4))
     local = num_averaged(selected, terms.labels.representative.shape[1], slot_mask, criterion.criterion)
     everywhere = local.clone()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ssync_loss._checks import check_floating, check_int, check_shape, check_type
+from ssync_loss._checks import check_floating, check_int, check_shape, check_type, has_ranks
 from ssync_loss.adapters.slot_maps import SlotMaps
 from ssync_loss.diagnostics.statistics import slots_in_use, summary
 from ssync_loss.ssync.adaptive import AdaptiveSSyncLoss
@@ -255,7 +255,7 @@ class Monitor:
 
     def _write(self, values: dict[str, float], picture: Tensor | None, step: int) -> None:
         # all ranks come this far, as a backward pass may contain collectives
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        if has_ranks() and dist.get_rank() > 0:
             return
         try:
             self._sink(values, picture, step)

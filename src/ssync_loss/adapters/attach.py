@@ -1,7 +1,7 @@
 """Find the two maps of a known model, and tap them."""
 
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -77,13 +77,8 @@ def attach(
             f"`model` has the marks of {entry.name}, but not what its maps are made of: {error}."
         ) from error
     check_type("find", found, Found)
-    enc = found.enc
-    enc = replace(
-        enc,
-        scale=enc.scale if scale is None else scale,
-        heads=enc.heads if heads is None else heads,
-        head_softmax=head_softmax or enc.head_softmax,
-    )
+    given: dict[str, Any] = {"scale": scale, "heads": heads, "head_softmax": head_softmax}
+    enc = replace(found.enc, **{name: one for name, one in given.items() if one is not None})
     if dec_kind is not None:
         check_choice("dec_kind", dec_kind, KINDS)
         if dec is None:

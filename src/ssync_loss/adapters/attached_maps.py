@@ -13,7 +13,7 @@ from ssync_loss._axes import square
 from ssync_loss._checks import check_tensor
 from ssync_loss._compilers import is_recomputing, is_traced
 from ssync_loss._module import DetachedWarning, _callers_stacklevel
-from ssync_loss.adapters._tap import Hooked
+from ssync_loss.adapters._tap import Hooked, Tap
 from ssync_loss.adapters.hosts import Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
@@ -83,7 +83,6 @@ class AttachedMaps(Hooked):
         except (TypeError, ValueError):
             self._enc.remove()
             raise
-        self._own = dec if isinstance(dec, (LogitTap, OutputTap)) else None
         self._handles = [enc.covers.register_forward_pre_hook(self._on_encoder)]
         if isinstance(dec, (Dots, Output)):
             self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
@@ -160,7 +159,7 @@ class AttachedMaps(Hooked):
         self._alive = False
         if self._handles:
             self._enc.remove()
-            if self._own is None and isinstance(self._dec, (LogitTap, OutputTap)):
+            if isinstance(self._dec, Tap) and self._dec is not self._dec_source:
                 self._dec.remove()
         for handle in self._handles:
             handle.remove()
@@ -178,9 +177,9 @@ class AttachedMaps(Hooked):
                 self._learns = torch.is_grad_enabled()
                 if self._learns:
                     self._count()
-            if self._own is not None:
+            if isinstance(self._dec_source, Tap):
                 # a tap of the user's may have no host, and then keeps what nobody asked for
-                self._own.reset()
+                self._dec_source.reset()
 
     def _count(self) -> None:
         """Count the forwards that learn since the last call, or since the weights were last written to."""

@@ -80,7 +80,7 @@ def doctor(
         if len(maps) > 1 and len({one.role for one in maps}) == 1:
             # a weak name shared by all says nothing
             for one in maps:
-                one.role = role_of(one.found.names, strong=True)
+                one.role = role_of(one.names, strong=True)
         pairs = pairs_of(maps, hints)
         slot_mask, wrong = slot_mask_of(found, pairs[0]) if pairs else (None, None)
         problems += [*problems_of(suspects, found, training), *problems_of_lists(found)]

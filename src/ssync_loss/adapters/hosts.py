@@ -106,6 +106,7 @@ class Host:
         marks: paths of attributes that every member has. Wrappers that keep a module as ``module`` or ``_orig_mod``
             are looked through.
         find: takes a model with these marks and says where its maps are.
+        class_name: name of its class, or of a base of it, where the marks fit other models, too.
 
     >>> entry = next(host for host in HOSTS if host.name == "steve")
     >>> entry.marks
@@ -115,6 +116,7 @@ class Host:
     name: str
     marks: tuple[str, ...]
     find: Callable[[Any], Found]
+    class_name: str | None = None
 
 
 def reach(module: Any, path: str) -> Any:
@@ -153,28 +155,9 @@ def lacks(module: nn.Module, host: Host) -> list[str]:
             reach(module, path)
         except AttributeError:
             missing.append(path)
+    if host.class_name not in (None, *(one.__name__ for one in type(module).__mro__)):
+        missing.append(f"the class {host.class_name}")
     return missing
-
-
-# functions, which torch's compiler follows; it does not follow an `operator.itemgetter`
-
-
-def _last_channel(output: Tensor) -> Tensor:
-    return output[..., -1]
-
-
-def _last_plane(output: Tensor) -> Tensor:
-    return output[:, -1]
-
-
-def _second(output: Any) -> Tensor:
-    taken: Tensor = output[1]
-    return taken
-
-
-def _third(output: Any) -> Tensor:
-    taken: Tensor = output[2]
-    return taken
 
 
 def _shown(module: nn.Module, *path: str | int, slots_last: bool = False) -> Seen:
@@ -222,9 +205,9 @@ def _alpha(decoder: Any) -> Dots | Output | str:
         # a slot mixer: patches ask, slots answer
         return Dots(within.to_k, within.to_q, within.scale, decoder)
     if hasattr(within, "mlp"):
-        return Output(within.mlp, _last_channel)
+        return Output(within.mlp, lambda out: out[..., -1])
     if hasattr(within, "output_transform"):
-        return Output(within.output_transform, _last_plane)
+        return Output(within.output_transform, lambda out: out[:, -1])
     return (
         f"the decoder, a {type(within).__name__}, has neither `to_q` and `to_k` (a slot mixer), nor `mlp`, nor "
         "`output_transform` (spatial broadcast)"
@@ -249,7 +232,7 @@ def _genera1z(model: Any) -> Found:
     layers = getattr(getattr(decode, "backbone", None), "layers", ())
     return Found(
         Dots(attention.proj_q, attention.proj_k, scale, model),
-        Output(decode, _second, "probs"),
+        Output(decode, lambda out: out[1], "probs"),
         valid=Seen(decode, _same_frame),
         slot_mask=Seen(attention, _smask),
         shuffled=tuple(layers),
@@ -328,7 +311,7 @@ def _spot(model: Any) -> Found:
     scale = (attention.slot_size // heads) ** -0.5
     return Found(
         Dots(attention.project_q, attention.project_k, scale, encoder, heads=heads, head_softmax="joint"),
-        Output(model, _third, "probs"),
+        Output(model, lambda out: out[2], "probs"),
         shuffled=tuple(getattr(reach(model, "dec"), "blocks", ())),
         enc_probs=_shown(encoder, 1, slots_last=True),
     )
@@ -356,7 +339,7 @@ HOSTS: tuple[Host, ...] = (
     Host("steve", ("steve_encoder.savi.project_q", "steve_decoder.tf.blocks"), _steve),
     Host("oclf", ("perceptual_grouping.slot_attention.to_q", "object_decoder"), _oclf),
     Host("spot", ("slot_attn.slot_attention.project_q", "forward_decoder", "dec"), _spot),
-    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot),
+    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot, class_name="MetaSlotAttention"),
     Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 

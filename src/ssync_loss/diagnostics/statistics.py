@@ -171,6 +171,5 @@ def _share(event: Tensor, counted: Tensor) -> Tensor:
 
 def valid_patches(valid: Tensor | None, labels: Tensor) -> Tensor:
     """Return ``valid`` as (B, T, H, W); None is valid everywhere."""
-    if valid is None:
-        return torch.ones_like(labels, dtype=torch.bool)
-    return check_valid(valid, dict(zip("BTHW", labels.shape, strict=True)), labels=labels)
+    patches = check_valid(valid, dict(zip("BTHW", labels.shape, strict=True)), labels=labels)
+    return torch.ones_like(labels, dtype=torch.bool) if patches is None else patches

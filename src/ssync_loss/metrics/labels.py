@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssync_loss._autocast import at_least_float32
 from ssync_loss._checks import check_bool, check_choice, check_flag, check_int, check_shape
 from ssync_loss._inputs import check_floats
 from ssync_loss.metrics._contingency import check_data, check_target
@@ -121,8 +122,7 @@ def has_objects(target: Tensor, *, background: int | None) -> Tensor:
 
 
 def _probabilities(masks: Tensor, kind: Literal["logits", "probs"]) -> Tensor:
-    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
-    probs = masks
+    probs = masks = at_least_float32(masks)
     if kind == "logits":
         # a patch without a present slot is uniform, so that its neighbors decide
         deserted = (masks == -torch.inf).all(1, keepdim=True)

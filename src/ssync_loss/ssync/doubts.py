@@ -21,10 +21,9 @@ SPREAD = 0.05
 NEGLIGIBLE = 1e-3
 
 
-def warn_of_doubts(enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, **given: Any) -> None:
-    """Warn of likely mistakes in the arguments of `bind_maps`, except in compiled code. This waits for a device."""
+def warn_of_doubts(maps: Maps, kind: KindArgument) -> None:
+    """Warn of likely mistakes in maps of `bind_maps`, except in compiled code. This waits for a device."""
     if not _cannot_look():
-        maps = bind_maps(enc_logits, dec_logits, **given)
         _warn(doubts(maps if maps.enc.is_cpu else in_cpu_memory(maps, wait=True), kind))
 
 

@@ -57,7 +57,7 @@ def explained_shares(
     first, second = first.to(widest(features)), second.to(widest(features))
     area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
     # by sum and difference, equal partitions get bitwise equal shares, and swapped ones swapped shares
-    sums, total = slot_sums(features, torch.cat([first + second, first - second], 3), counted)
+    sums, total = _slot_sums(features, torch.cat([first + second, first - second], 3), counted)
     both, apart = sums.chunk(2, 2)
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
@@ -73,7 +73,7 @@ def explained_shares(
     return shares.clamp(0.0, 1.0).mT, total
 
 
-def slot_sums(features: Tensor, member: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+def _slot_sums(features: Tensor, member: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum features (B, T, D, H, W) over members (B, T, N, K), and their squares: (B, D, K) and (B,), in float64.
 
     A counted patch is subtracted from all, so that constant features are exactly 0. ``counted`` is (B, T, N), or None.

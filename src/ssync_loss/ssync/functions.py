@@ -111,8 +111,7 @@ def selective_distillation_loss(
     check_labels("target", target, "B T H W", size, logits=logits)
     target = as_index("target", target)
     check_mask("region", region, "B T H W", size, logits=logits)
-    if slot_mask is not None:
-        check_slot_mask(slot_mask, size, logits=logits)
+    check_slot_mask(slot_mask, size, logits=logits)
     settings = Settings(criterion=criterion, label_smoothing=label_smoothing, temperature=temperature)
     settings.check()
     check_choice("reduction", reduction, REDUCTIONS)

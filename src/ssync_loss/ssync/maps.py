@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ssync_loss._checks import (
     check_tensor,
 )
 from ssync_loss._forks import take_one_thread_if_forked
-from ssync_loss._inputs import check_mask
+from ssync_loss._inputs import check_mask, widest
 from ssync_loss.ssync.settings import TINY
 
 Kind: TypeAlias = Literal["logits", "probs"]
@@ -50,8 +50,7 @@ class Maps:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the computation: float64 if a map has it, else float32."""
-        # `promote_types` takes as long as an operator
-        return torch.float64 if torch.float64 in (self.enc.dtype, self.dec.dtype) else torch.float32
+        return widest(self.enc, self.dec)
 
     @property
     def counted(self) -> Tensor | None:
@@ -135,10 +134,8 @@ def bind_maps(
     dec_size = check_shape("dec_logits", dec, "B T S H_d W_d", B=size["B"], T=size["T"], S=size["S"])
     check_not_empty("dec_logits", dec_size, "H_d W_d")
     check_same_device("dec_logits", dec, enc_logits=enc)
-    if valid is not None:
-        valid = check_valid(valid, size, enc_logits=enc)
-    if slot_mask is not None:
-        check_slot_mask(slot_mask, size, enc_logits=enc)
+    valid = check_valid(valid, size, enc_logits=enc)
+    check_slot_mask(slot_mask, size, enc_logits=enc)
     return Maps(enc, dec, valid, slot_mask)
 
 
@@ -198,8 +195,10 @@ def _on_grid(name: str, logits: Tensor, grid: Size | None) -> Tensor:
     return logits.reshape(*shape[:3], height, width)
 
 
-def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor:
-    """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W)."""
+def check_valid(valid: Tensor | None, size: dict[str, int], **beside: Tensor) -> Tensor | None:
+    """Require ``valid`` of shape (B, T) or (B, T, H, W) and return it as (B, T, H, W); None is valid everywhere."""
+    if valid is None:
+        return None
     per_frame = isinstance(valid, Tensor) and valid.dim() == 2
     check_mask("valid", valid, "B T" if per_frame else "B T H W", size, **beside)
     if per_frame:
@@ -207,32 +206,25 @@ def check_valid(valid: Tensor, size: dict[str, int], **beside: Tensor) -> Tensor
     return valid.expand(size["B"], size["T"], size["H"], size["W"])
 
 
-def check_slot_mask(slot_mask: Tensor, size: dict[str, int], **beside: Tensor) -> None:
-    """Require ``slot_mask`` of shape (B, S)."""
-    check_mask("slot_mask", slot_mask, "B S", size, **beside)
+def check_slot_mask(slot_mask: Tensor | None, size: dict[str, int], **beside: Tensor) -> None:
+    """Require ``slot_mask`` of shape (B, S), or None."""
+    if slot_mask is not None:
+        check_mask("slot_mask", slot_mask, "B S", size, **beside)
 
 
-def prepare_maps(
-    enc_logits: Tensor,
-    dec_logits: Tensor,
-    *,
-    kind: KindArgument = "logits",
-    grid: Grid = None,
-    axes: Axes = None,
-    valid: Tensor | None = None,
-    slot_mask: Tensor | None = None,
-    num_frames: int | None = None,
-) -> Maps:
-    """Bring both maps to logits on the encoder's grid; logits that are on it stay as they are.
+def prepare_maps(enc_logits: Tensor, dec_logits: Tensor, *, kind: KindArgument = "logits", **given: Any) -> Maps:
+    """Check both maps, as :func:`bind_maps` does with what is given, and turn them into logits on one grid."""
+    return as_logits(bind_maps(enc_logits, dec_logits, **given), kind)
+
+
+def as_logits(maps: Maps, kind: KindArgument) -> Maps:
+    """Bring maps of :func:`bind_maps` to logits on the encoder's grid; logits that are on it stay as they are.
 
     Probabilities of absent slots become 0; the others are normalized over slots and clamped to the smallest normal
     float32 before the logarithm. A negative one is an error if reading it waits for no device, else NaN. A decoder cell
     on another grid is valid if it overlaps a valid patch of the encoder.
     """
     enc_kind, dec_kind = check_kind(kind)
-    maps = bind_maps(
-        enc_logits, dec_logits, grid=grid, axes=axes, valid=valid, slot_mask=slot_mask, num_frames=num_frames
-    )
     enc, dec, slot_mask = maps.enc, maps.dec, maps.slot_mask
     if enc_kind == dec_kind == "logits" and dec.shape == enc.shape:
         return maps

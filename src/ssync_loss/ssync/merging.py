@@ -40,10 +40,8 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
     size = check_shape("logits", logits, "B T S H W")
     check_not_empty("logits", size, "T S H W")
     check_floating("logits", logits)
-    if valid is not None:
-        valid = check_valid(valid, size, logits=logits)
-    if slot_mask is not None:
-        check_slot_mask(slot_mask, size, logits=logits)
+    valid = check_valid(valid, size, logits=logits)
+    check_slot_mask(slot_mask, size, logits=logits)
     with torch.no_grad(), no_autocast(logits):
         return mean_overlap(at_least_float32(logits), valid, slot_mask)
 

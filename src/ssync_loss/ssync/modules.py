@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import attached_zero
 from ssync_loss._axes import Axes, check_axes
 from ssync_loss._checks import check_choice, check_int
+from ssync_loss._inputs import widest
 from ssync_loss._module import DetachedWarning, LossModule
 from ssync_loss.ssync.doubts import FirstLook
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
@@ -341,8 +342,7 @@ class SSyncLoss(_SSyncModule):
         weights = self.boundary_weight, self.interior_weight
         if step is not None and self.ramp_steps > 0:
             # a tensor: as a number, every step of the ramp would be compiled anew
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            progress = torch.full((), as_step(step) - self.start_step, device=like.device, dtype=dtype)
+            progress = torch.full((), as_step(step) - self.start_step, device=like.device, dtype=widest(like))
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
         settings = {name: getattr(self, name) for name in _UNWEIGHTED}

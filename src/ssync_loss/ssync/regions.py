@@ -86,7 +86,7 @@ def _check(labels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]
     size = check_shape("labels", labels, "B T H W")
     check_not_empty("labels", size, "T H W")
     labels = as_index("labels", labels)
-    return labels, None if valid is None else check_valid(valid, size, labels=labels)
+    return labels, check_valid(valid, size, labels=labels)
 
 
 def _count_differing(labels: Tensor, valid: Tensor | None) -> Tensor:

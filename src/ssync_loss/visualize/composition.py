@@ -8,9 +8,10 @@ from torch import Tensor
 from ssync_loss._axes import Axes
 from ssync_loss._checks import as_index, check_int, check_number, check_same_device, check_shape, check_type
 from ssync_loss.ssync.doubts import warn_of_doubts
-from ssync_loss.ssync.functions import pseudo_labels
+from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
-from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
+from ssync_loss.ssync.maps import Grid, KindArgument, as_logits, bind_maps
+from ssync_loss.ssync.settings import Settings
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.pictures import (
     as_bytes,
@@ -77,16 +78,16 @@ def panel(
     check_int("gap", gap, 0)
     if merge_threshold is not None:
         check_number("merge_threshold", merge_threshold, 0.0, 1.0)
-    given: dict[str, Any] = {"kind": kind, "grid": grid, "axes": axes}
-    given |= {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
+    masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
-        maps = prepare_maps(enc_logits, dec_logits, **given)
-        warn_of_doubts(enc_logits, dec_logits, **given)
+        bound = bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks)
+        maps = as_logits(bound, kind)
+        warn_of_doubts(bound, kind)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
         if labels is None:
-            labels = pseudo_labels(enc_logits, dec_logits, merge_threshold=merge_threshold, **given)
+            labels = labels_of(maps, Settings(merge_threshold), "auto")
         check_type("labels", labels, PseudoLabels)
         for name in ("enc_labels", "dec_labels", "boundary", "interior"):
             check_shape(f"labels.{name}", getattr(labels, name), "B T H W", B=B, T=T, H=H, W=W)

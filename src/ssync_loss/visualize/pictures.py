@@ -57,7 +57,7 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
     index = as_index("labels", labels)
     check_nonnegative("labels", index)
     check_number("alpha", alpha, 0.0, 1.0)
-    valid = None if valid is None else check_valid(valid, grid, video=video)
+    valid = check_valid(valid, grid, video=video)
     with torch.no_grad():
         colors = palette(NUM_COLORS).to(video.device)[index % NUM_COLORS]
         return blended(video, _planes(colors, valid), alpha)
@@ -123,7 +123,7 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     check_type("labels", labels, PseudoLabels)
     boundary, interior = labels.boundary, labels.interior
     grid = check_shape("labels.boundary", boundary, "B T H W")
-    valid = None if valid is None else check_valid(valid, grid, labels=boundary)
+    valid = check_valid(valid, grid, labels=boundary)
     check_mask("labels.boundary", boundary, "B T H W", grid)
     check_mask("labels.interior", interior, "B T H W", grid, **{"labels.boundary": boundary})
     of_role = torch.tensor(BY_ROLE, dtype=torch.uint8, device=boundary.device)

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ssync_loss.adapters._doctor.diagnosis import Line
-from ssync_loss.adapters._doctor.readings import Hints, Reading, Size, grid_of
+from ssync_loss.adapters._doctor.readings import Hints, Reading, grid_of
 from ssync_loss.adapters._doctor.suspects import Suspect, probabilities_of
+from ssync_loss.ssync.maps import Size
 
 # what the losses read without being told
 _PLAIN = ("b t s h w", "b t s (h w)")

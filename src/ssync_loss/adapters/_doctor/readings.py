@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from ssync_loss._axes import square
 from ssync_loss._checks import check_int
 from ssync_loss.adapters._doctor.values import Values
+from ssync_loss.ssync.maps import Size
 
 # einops patterns of maps, with what speaks against each; "heads" is the only axis the losses do not know
 PATTERNS = {
@@ -56,16 +58,13 @@ class Hints:
     batch: int | None = None
     frames: int | None = None
     slots: int | None = None
-    grids: tuple[tuple[int, int], ...] = ()
-    video: tuple[int, int] | None = None
+    grids: tuple[Size, ...] = ()
+    video: Size | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("num_frames", self.frames), ("num_slots", self.slots)):
             if value is not None:
                 check_int(name, value, 1)
-
-
-Size: TypeAlias = tuple[int, int]
 
 
 class Reading(NamedTuple):
@@ -75,7 +74,7 @@ class Reading(NamedTuple):
     frames: int | None
     total: int
     slots: int
-    size: tuple[int, int] | None
+    size: Size | None
     patches: int
     cost: int
     sums_over: str | None
@@ -96,19 +95,17 @@ def readings_of(shape: tuple[int, ...], values: Values | None, hints: Hints, slo
     return [one for one in readings if one.cost < IMPLAUSIBLE]
 
 
-def grid_of(reading: Reading, beside: Reading, hints: Hints) -> tuple[int, int] | None:
+def grid_of(reading: Reading, beside: Reading, hints: Hints) -> Size | None:
     """Return H, W of a reading: its own, one given, of the other map's or the video's ratio, or a square's."""
     if reading.size is not None:
         return reading.size
-    side = isqrt(reading.patches)
-    square = (side, side) if side * side == reading.patches else None
     ratios = [one for one in (beside.size, *hints.grids, hints.video) if one is not None]
     given = [one for one in hints.grids if one[0] * one[1] == reading.patches]
     scaled = [_scaled(reading.patches, one) for one in ratios]
-    return next((one for one in (*given, *scaled, square) if one is not None), None)
+    return next((one for one in (*given, *scaled, square(reading.patches)) if one is not None), None)
 
 
-def _scaled(patches: int, like: tuple[int, int]) -> tuple[int, int] | None:
+def _scaled(patches: int, like: Size) -> Size | None:
     height, width = like
     scale = patches * height
     side = isqrt(scale // width) if scale % width == 0 else 0
@@ -175,6 +172,6 @@ def _implausible(reading: Reading, hints: Hints) -> int:
         cost += IMPLAUSIBLE
     if reading.size is not None and max(reading.size) > 2 * min(reading.size) and reading.size not in hints.grids:
         cost += IMPLAUSIBLE
-    if reading.size is None and isqrt(reading.patches) ** 2 != reading.patches:
+    if reading.size is None and square(reading.patches) is None:
         cost += all(height * width != reading.patches for height, width in hints.grids)
     return cost

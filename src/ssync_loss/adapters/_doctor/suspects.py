@@ -29,7 +29,9 @@ _DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
 class Suspect:
     """A tensor that may be a map, all its readings, and how many times the frames that went in it has."""
 
-    found: Found
+    tensor: Tensor
+    path: str
+    names: tuple[str, ...]
     values: Values | None
     readings: list[Reading]
     role: Role
@@ -37,16 +39,8 @@ class Suspect:
     same_as: str | None = None
 
     @property
-    def path(self) -> str:
-        return self.found.path
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.found.tensor
-
-    @property
     def tail(self) -> str:
-        return self.found.names[-1] if self.found.names else ""
+        return self.names[-1] if self.names else ""
 
     @property
     def sure(self) -> bool:
@@ -100,7 +94,7 @@ def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozen
             counts = [each.total if hints.batch else each.frames or 1 for each in more]
             readings = [each for each, count in zip(more, counts, strict=True) if count % num_frames == 0]
             times = min((count // num_frames for count in counts if count % num_frames == 0), default=1)
-        suspects.append(Suspect(one, values, readings, role_of(one.names), times))
+        suspects.append(Suspect(*one, values, readings, role_of(one.names), times))
     return suspects
 
 

@@ -1,11 +1,11 @@
 """What is wrong with maps, or may go wrong without a word: sentences that say what to do."""
 
 from collections.abc import Iterator, Sequence
-from math import isqrt
 
 import torch
 from torch import Tensor
 
+from ssync_loss._axes import square
 from ssync_loss.adapters._doctor.pairs import Pair, settings_of
 from ssync_loss.adapters._doctor.readings import Reading, axes_in
 from ssync_loss.adapters._doctor.suspects import MAP, Suspect, probabilities_of
@@ -42,7 +42,7 @@ def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
     if any(reading.heads is not None for reading in readings):
         how = "mean" if one.kind == "probs" else "logsumexp, right for a softmax over heads and slots together"
         yield f"has an axis of heads, or of forwards that were joined; the line takes heads away ({how})"
-    if any(reading.axes != "b t s (h w)" for reading in readings) and len(shape) == 4 and _is_square(shape[3]):
+    if any(reading.axes != "b t s (h w)" for reading in readings) and len(shape) == 4 and square(shape[3]):
         T, S, N = shape[1:]
         yield f"without `axes` it could pass for a clip (B, T, S, N) of T={T} frames, S={S} slots and N={N} patches"
 
@@ -60,10 +60,6 @@ def _slot_sums(one: Suspect, readings: Sequence[Reading]) -> tuple[float, float]
         if "s" in names:
             return sums_over(one.tensor, (names.index("s"),))
     return None
-
-
-def _is_square(number: int) -> bool:
-    return isqrt(number) ** 2 == number
 
 
 def problems_of(suspects: list[Suspect], found: list[Found], training: bool) -> Iterator[str]:

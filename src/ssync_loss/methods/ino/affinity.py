@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
-from ssync_loss._autograd import learns
+from ssync_loss._autograd import attached_zero, learns
 from ssync_loss._checks import check_equal_counts, check_same_device
 from ssync_loss._inputs import widest
 from ssync_loss._module import LossModule

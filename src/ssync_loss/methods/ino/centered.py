@@ -13,9 +13,10 @@ from ssync_loss._checks import (
     check_int,
     check_same_device,
     check_tensor,
+    has_ranks,
 )
 from ssync_loss._compilers import is_recomputing
-from ssync_loss._inputs import widest
+from ssync_loss._inputs import check_rows, widest
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, SHARE, check_by
 
@@ -108,7 +109,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the mean cross-entropy of the rows; the center does not move."""
         check_tensor("s", s)
-        self._check("t", t)
+        check_rows("t", t, "Kp", len(self.center), center=self.center)
         check_same_device("s", s, t=t)
         check_floating("s", s)
         if s.shape != t.shape:
@@ -125,7 +126,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
 
         Without rows it does not move.
         """
-        self._check("t", t)
+        check_rows("t", t, "Kp", len(self.center), center=self.center)
         with no_autocast(t):
             rows = at_least_float32(t)
             if mask is None:
@@ -154,7 +155,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         used = counted & low.isfinite() & high.isfinite()
         self.num_left_out.add_((counted & ~used).sum())
         sums, counts = torch.where(used.unsqueeze(-1), rows, 0.0).sum((0, 2)), used.sum((0, 2))
-        if self.all_reduce and dist.is_available() and dist.is_initialized():
+        if self.all_reduce and has_ranks():
             both = torch.cat([sums, counts.unsqueeze(1).to(sums)], 1)
             dist.all_reduce(both, group=self.group)
             sums, counts = both[:, :-1], both[:, -1]
@@ -172,14 +173,6 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
     def extra_repr(self) -> str:
         """Show the number of prototypes, and the settings that differ from the defaults."""
         return ", ".join([str(len(self.center)), *filter(None, [super().extra_repr()])])
-
-    def _check(self, name: str, rows: Tensor) -> None:
-        """Check logits (..., Kp)."""
-        check_tensor(name, rows)
-        if rows.ndim < 1 or rows.shape[-1] != len(self.center):
-            raise ValueError(f"`{name}` must have shape (..., Kp={len(self.center)}); got {tuple(rows.shape)}.")
-        check_floating(name, rows)
-        check_same_device(name, rows, center=self.center)
 
 
 def check_criterion(name: str, criterion: object) -> None:

@@ -91,7 +91,7 @@ def propagate_labels(
     known = on_grid.unsqueeze(1) == torch.arange(len(names), device=labels.device).view(-1, 1, 1)
     masks = propagate_masks(
         features,
-        known.to(torch.promote_types(features.dtype, torch.float32)),
+        known.to(widest(features)),
         num_context=num_context,
         radius=radius,
         top_k=top_k,

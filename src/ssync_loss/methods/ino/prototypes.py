@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._autograd import savable
-from ssync_loss._checks import check_floating, check_int, check_same_device, check_tensor
+from ssync_loss._checks import check_int
+from ssync_loss._inputs import check_rows
 from ssync_loss._vectors import directions, products
 
 
@@ -63,11 +64,7 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the cosines of tokens (..., C) with the prototypes, (..., Kp)."""
-        check_tensor("x", x)
-        if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"`x` must have shape (..., C={self.in_features}); got {tuple(x.shape)}.")
-        check_floating("x", x)
-        check_same_device("x", x, prototypes=self.prototypes)
+        check_rows("x", x, "C", self.in_features, prototypes=self.prototypes)
         # in the type of the layers, which autocast may cast down
         projected = self.mlp(savable(x).to(next(self.mlp.parameters()).dtype))
         with no_autocast(x):

@@ -7,9 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
-from ssync_loss._autograd import savable
+from ssync_loss._autograd import attached_zero, savable
 from ssync_loss._checks import check_choice, check_flag, check_number
 from ssync_loss._inputs import check_floats, check_mask, widest
 from ssync_loss._module import LossModule

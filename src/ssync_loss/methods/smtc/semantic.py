@@ -6,8 +6,8 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import no_autocast
+from ssync_loss._autograd import attached_zero
 from ssync_loss._inputs import check_floats, widest
 from ssync_loss._module import LossModule
 from ssync_loss._rows import slices

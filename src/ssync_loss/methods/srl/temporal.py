@@ -6,8 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ssync_loss._attached import attached_zero
 from ssync_loss._autocast import at_least_float32, no_autocast
+from ssync_loss._autograd import attached_zero
 from ssync_loss._inputs import check_floats
 from ssync_loss._module import LossModule
 from ssync_loss._settings import POSITIVE, check_by, one_of

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ssync_loss._forks import take_one_thread_if_forked
@@ -47,6 +48,29 @@ class Engine(Protocol):
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
         """Compute that sum with its parts and labels. The parts can be differentiated, and may share one graph."""
         return _teach(self, maps, settings, self.pseudo_labels(maps, settings))
+
+
+def new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate labels of both maps before merging, (2, B, T, H, W), and representatives, (B, S), in int8."""
+    clips, frames, slots, height, width = maps.shape
+    hard = maps.new_empty((2, clips, frames, height, width), dtype=torch.int8)
+    return hard, maps.new_empty((clips, slots), dtype=torch.int8)
+
+
+def new_labels(maps: Tensor, *, wanted: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the fields of ``PseudoLabels``, without clips if they are not wanted."""
+    clips, frames, slots, height, width = maps.shape
+    clips = clips if wanted else 0
+    kinds = (torch.int64, torch.int64, torch.bool, torch.bool)
+    enc, dec, boundary, interior = (maps.new_empty((clips, frames, height, width), dtype=one) for one in kinds)
+    return enc, dec, boundary, interior, maps.new_empty((clips, slots), dtype=torch.int64)
+
+
+def in_bytes(found: SlotLabels | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return given labels and representatives as contiguous int8."""
+    if found is None:
+        return None, None
+    return found.hard.to(torch.int8).contiguous(), found.representative.to(torch.int8).contiguous()
 
 
 def _teach(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels) -> SSyncTerms:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssync_loss._checks import check_floating, check_group, check_int, check_shape, check_tensor, check_type
+from ssync_loss._checks import check_floating, check_group, check_int, check_shape, check_tensor, check_type, has_ranks
 from ssync_loss._compilers import is_recomputing
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import Neighbors, check_placement, spawn_children
@@ -137,7 +137,7 @@ class SlotCurriculum(nn.Module):
         error = slot_error(recon, target, masks)
         known = error.float().isfinite().all()
         error = torch.where(known, error, 0.0)
-        if _has_ranks():
+        if has_ranks():
             # all patches of all ranks have the same weight
             weight = known * recon[:, :, 0].numel()
             sums = torch.cat([error * weight, weight.to(error).view(1)])
@@ -202,7 +202,7 @@ class SlotCurriculum(nn.Module):
         if optimizer is not None:
             parents = torch.arange(num_active, device=rows.device).repeat_interleave(counts)
             inherit_moments(optimizer, slots_param, parents, num_active)
-        if _has_ranks():
+        if has_ranks():
             children = children.contiguous()
             dist.broadcast(children, group=group, group_src=0)
         rows[num_active:num_next] = children
@@ -256,10 +256,6 @@ class SlotCurriculum(nn.Module):
             )
         if any(size > 1 and stride == 0 for size, stride in zip(shape, slots_param.stride(), strict=True)):
             raise ValueError("`slots_param` must have memory of its own for every row; got an expanded tensor.")
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _read_buffers(curriculum: Any, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch passes it)

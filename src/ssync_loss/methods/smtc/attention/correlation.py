@@ -1,12 +1,11 @@
 """Features with their correlation with the frame before."""
 
-from math import isqrt
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import savable
+from ssync_loss._axes import square
 from ssync_loss._checks import check_int
 from ssync_loss._inputs import check_floats, widest
 
@@ -71,7 +70,7 @@ def _grid(n_ref: int | tuple[int, int]) -> tuple[int, int]:
         if len(n_ref) != 2:
             raise ValueError(f"`n_ref` must be (height, width) or a number of cells; got {n_ref}.")
         return n_ref
-    side = isqrt(n_ref)
-    if side * side != n_ref:
+    size = square(n_ref)
+    if size is None:
         raise ValueError(f"`n_ref` must be (height, width) or the number of cells of a square; got {n_ref}.")
-    return side, side
+    return size

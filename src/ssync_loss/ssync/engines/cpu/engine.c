@@ -684,9 +684,9 @@ int TYPED(ssync_find)(Call *call) {
 /* Labels of both maps, and if wanted both means and their gradients. Computes `hard` and `names` unless given. */
 int TYPED(ssync_step)(Call *call) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, S = call->num_slots;
-    size_t to_find = TYPED(find_scratch)(call), to_select = select_scratch(call);
     int8_t *own = NULL;
     call->given = call->hard != NULL;
+    size_t to_find = call->given ? 0 : TYPED(find_scratch)(call), to_select = select_scratch(call);
     if (!call->given) call->hard = own = malloc(2 * frames * N + call->num_clips * S + 1);
     if (own) call->names = own + 2 * frames * N;
     call->targets = malloc(2 * frames * N + 1);

@@ -76,19 +76,14 @@ def cache_folder() -> Path:
         status = folder.lstat()
     except (OSError, RuntimeError) as error:
         raise UnavailableError(f"a cache folder; {CACHE_VARIABLE} names one ({error})") from None
-    wrong = (
-        "is a link"
-        if stat.S_ISLNK(status.st_mode)
-        else "is no folder"
-        if not stat.S_ISDIR(status.st_mode)
-        else "belongs to another user"
-        if status.st_uid != os.geteuid()
-        else "can be written by others"
-        if status.st_mode & 0o022
-        else None
-    )
-    if wrong is not None:
-        raise UnavailableError(f"a cache folder of its own: {folder} {wrong}; {CACHE_VARIABLE} names another")
+    for wrong, is_so in (
+        ("is a link", stat.S_ISLNK(status.st_mode)),
+        ("is no folder", not stat.S_ISDIR(status.st_mode)),
+        ("belongs to another user", status.st_uid != os.geteuid()),
+        ("can be written by others", status.st_mode & 0o022),
+    ):
+        if is_so:
+            raise UnavailableError(f"a cache folder of its own: {folder} {wrong}; {CACHE_VARIABLE} names another")
     return folder
 
 

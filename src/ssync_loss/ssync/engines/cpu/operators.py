@@ -4,14 +4,19 @@ The forward writes the gradients of both maps, with the weights of the terms. Th
 incoming gradient, unless that is 1.
 """
 
+from collections.abc import Callable
+
 # torch 2.6 infers an operator's schema only from `typing.Sequence`
 from typing import Any, Sequence, TypeAlias  # noqa: UP035
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from ssync_loss._autograd import differentiable, learns, once_differentiable
 from ssync_loss._checks import read_numbers
+from ssync_loss._inputs import widest
+from ssync_loss.ssync.engines.contract import in_bytes, new_labels, new_slots
 from ssync_loss.ssync.engines.cpu.calls import INTEGERS, KINDS, NUMBERS, REDUCTIONS, call
 from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Reduction, Settings
@@ -35,8 +40,7 @@ def step(
         maps.valid,
         maps.slot_mask,
         maps.clean if found is None else found.clean,
-        None if found is None else found.hard.to(torch.int8).contiguous(),
-        None if found is None else found.representative.to(torch.int8).contiguous(),
+        *in_bytes(found),
         _knobs(settings.merge_threshold, *weights),
         *_numbers(settings),
         summed,
@@ -104,8 +108,11 @@ def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> 
     return torch.stack([torch.as_tensor(knob, dtype=torch.float64, device="cpu").detach() for knob in knobs])
 
 
-def _dtype_of(*maps: Tensor) -> torch.dtype:
-    return torch.float64 if any(one.dtype == torch.float64 for one in maps) else torch.float32
+def _operator(name: str, compute: Callable[..., Any], allocate: Callable[..., Any]) -> CustomOpDef:
+    """Make a function an operator of torch, and allocate its outputs for fake tensors."""
+    operator = torch.library.custom_op(f"ssync_loss::cpu_{name}", compute, mutates_args=())
+    operator.register_fake(allocate)
+    return operator
 
 
 def _step(
@@ -127,7 +134,7 @@ def _step(
     call(
         "step",
         enc.shape,
-        _dtype_of(enc, dec),
+        widest(enc, dec),
         {"enc": enc, "dec": dec, "valid": valid},
         **_fields(slot_mask, integers, numbers),
         clean=clean,
@@ -143,16 +150,8 @@ def _step(
     return outputs
 
 
-_step_operator = torch.library.custom_op("ssync_loss::cpu_step", _step, mutates_args=())
-
-
-@_step_operator.register_fake
-def _(enc: Tensor, dec: Tensor, *settings: Any) -> Step:
-    return _new_step(enc, dec, *settings[-3:])
-
-
 def _new_step(enc: Tensor, dec: Tensor, summed: bool, for_dec: bool, for_enc: bool) -> Step:
-    dtype = _dtype_of(enc, dec)
+    dtype = widest(enc, dec)
     # one allocation: two smaller ones would go back to the system, and their pages fault at every step
     return (
         enc.new_empty((), dtype=dtype),
@@ -161,6 +160,9 @@ def _new_step(enc: Tensor, dec: Tensor, summed: bool, for_dec: bool, for_enc: bo
         enc.new_empty((for_dec + for_enc, *enc.shape), dtype=dtype),
         enc.new_empty(0, dtype=dtype),
     )
+
+
+_step_operator = _operator("step", _step, lambda enc, dec, *settings: _new_step(enc, dec, *settings[-3:]))
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Step) -> None:
@@ -233,22 +235,17 @@ def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
-_scale_operator = torch.library.custom_op("ssync_loss::cpu_scale", _scale, mutates_args=())
-
-
-@_scale_operator.register_fake
-def _(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 (the operator has it)
-    return torch.empty_like(grad, dtype=dtype)
+_scale_operator = _operator("scale", _scale, lambda grad, _, dtype: torch.empty_like(grad, dtype=dtype))
 
 
 def _find(
     enc: Tensor, dec: Tensor, valid: Tensor | None, slot_mask: Tensor | None, clean: Tensor | None, knobs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hard, names, found_clean = _new_slots(enc)
+    hard, names, found_clean = _new_find(enc)
     call(
         "find",
         enc.shape,
-        _dtype_of(enc, dec),
+        widest(enc, dec),
         {"enc": enc, "dec": dec, "valid": valid},
         slot_mask=None if slot_mask is None else slot_mask.contiguous(),
         clean=clean,
@@ -260,21 +257,11 @@ def _find(
     return hard, names, found_clean
 
 
-_find_operator = torch.library.custom_op("ssync_loss::cpu_find", _find, mutates_args=())
+def _new_find(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *new_slots(enc), enc.new_empty((), dtype=torch.bool)
 
 
-@_find_operator.register_fake
-def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_slots(enc)
-
-
-def _new_slots(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    clips, frames, slots, height, width = enc.shape
-    return (
-        enc.new_empty((2, clips, frames, height, width), dtype=torch.int8),
-        enc.new_empty((clips, slots), dtype=torch.int8),
-        enc.new_empty((), dtype=torch.bool),
-    )
+_find_operator = _operator("find", _find, lambda enc, *_: _new_find(enc))
 
 
 def _label(
@@ -286,11 +273,11 @@ def _label(
     integers: Sequence[int],
     numbers: Sequence[float],
 ) -> Labels:
-    labels = _new_labels(enc)
+    labels = new_labels(enc)
     call(
         "step",
         enc.shape,
-        _dtype_of(enc, dec),
+        widest(enc, dec),
         {"enc": enc, "dec": dec, "valid": valid},
         **_fields(slot_mask, integers, numbers),
         knobs=knobs,
@@ -299,24 +286,7 @@ def _label(
     return labels
 
 
-_label_operator = torch.library.custom_op("ssync_loss::cpu_label", _label, mutates_args=())
-
-
-@_label_operator.register_fake
-def _(enc: Tensor, *_: Any) -> Labels:
-    return _new_labels(enc)
-
-
-def _new_labels(enc: Tensor) -> Labels:
-    clips, frames, slots, height, width = enc.shape
-    patches = (clips, frames, height, width)
-    return (
-        enc.new_empty(patches, dtype=torch.int64),
-        enc.new_empty(patches, dtype=torch.int64),
-        enc.new_empty(patches, dtype=torch.bool),
-        enc.new_empty(patches, dtype=torch.bool),
-        enc.new_empty((clips, slots), dtype=torch.int64),
-    )
+_label_operator = _operator("label", _label, lambda enc, *_: new_labels(enc))
 
 
 def _distill(
@@ -333,7 +303,7 @@ def _distill(
     call(
         "distill",
         logits.shape,
-        _dtype_of(logits),
+        widest(logits),
         {"enc": logits, "target": target.long(), "region": region},
         **_fields(slot_mask, integers, numbers),
         reduction=REDUCTIONS[reduction],
@@ -343,17 +313,8 @@ def _distill(
     return value, grad, anchor
 
 
-_distill_operator = torch.library.custom_op("ssync_loss::cpu_distill", _distill, mutates_args=())
-
-
-@_distill_operator.register_fake
-def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, for_logits = settings
-    return _new_distillation(logits, reduction, for_logits)
-
-
 def _new_distillation(logits: Tensor, reduction: str, for_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype_of(logits)
+    dtype = widest(logits)
     clips, frames, _, height, width = logits.shape
     patches = (clips, frames, height, width) if reduction == "none" else ()
     return (
@@ -361,6 +322,9 @@ def _new_distillation(logits: Tensor, reduction: str, for_logits: bool) -> tuple
         logits.new_empty(logits.shape if for_logits else 0, dtype=dtype),
         logits.new_empty(0, dtype=dtype),
     )
+
+
+_distill_operator = _operator("distill", _distill, lambda logits, *settings: _new_distillation(logits, *settings[-2:]))
 
 
 def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

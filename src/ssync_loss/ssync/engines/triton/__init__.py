@@ -5,10 +5,9 @@ The README beside this file explains the kernels. The first launch imports ``tri
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ssync_loss.ssync.engines.contract import Engine, weigh
+from ssync_loss.ssync.engines.contract import Engine, in_bytes, weigh
 from ssync_loss.ssync.engines.triton._distill import differentiable_distill
 from ssync_loss.ssync.engines.triton._labels import find, label
 from ssync_loss.ssync.engines.triton._limits import MAX_SLOTS, missing
@@ -23,9 +22,7 @@ __all__ = ["MAX_SLOTS", "TritonEngine", "missing"]
 class TritonEngine(Engine):
     """The kernels. NaN or +inf in a valid patch of a present slot makes the loss and all of its gradient NaN."""
 
-    def missing(self, *maps: Tensor) -> str | None:
-        """Say why the kernels cannot take the maps."""
-        return missing(*maps)
+    missing = staticmethod(missing)
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
         """Compute labels, regions and representatives: 4 launches, 2 without merging."""
@@ -79,13 +76,8 @@ def _step(maps: Maps, settings: Settings, found: SlotLabels | None, *, with_labe
 def _label(
     maps: Maps, settings: Settings, found: SlotLabels | None, *, with_targets: bool, with_labels: bool
 ) -> tuple[Tensor, ...]:
-    given = (
-        (None, None)
-        if found is None
-        else (found.hard.to(torch.int8).contiguous(), found.representative.to(torch.int8).contiguous())
-    )
     regions = settings.min_different, settings.min_same, settings.max_different
-    outputs: tuple[Tensor, ...] = label(*_inputs(maps, settings), *given, *regions, with_targets, with_labels)
+    outputs: tuple[Tensor, ...] = label(*_inputs(maps, settings), *in_bytes(found), *regions, with_targets, with_labels)
     return outputs
 
 

@@ -52,10 +52,7 @@ def distill(
     return outputs
 
 
-@distill.register_fake
-def _(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction = settings
-    return _new_distillation(logits, reduction)
+distill.register_fake(lambda logits, *settings: _new_distillation(logits, settings[-1]))
 
 
 def _new_distillation(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,9 +102,7 @@ def distill_backward(
     return grad_logits
 
 
-@distill_backward.register_fake
-def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:  # noqa: ARG001 (the operator has it)
-    return torch.empty_like(logits)
+distill_backward.register_fake(lambda _, logits, *__: torch.empty_like(logits))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,10 +1,11 @@
 """An operator of torch: labels, regions and targets of both maps. Its launches depend on shapes alone."""
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ssync_loss.ssync.engines.contract import new_labels, new_slots
 from ssync_loss.ssync.engines.triton import _launch
 from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
@@ -75,23 +76,13 @@ def label(
     return outputs
 
 
-@label.register_fake
-def _(enc: Tensor, *settings: Any) -> Labels:
-    *_, with_targets, with_labels = settings
-    return _new_labels(enc, with_targets, with_labels)
+label.register_fake(lambda enc, *settings: _new_labels(enc, *settings[-2:]))
 
 
 def _new_labels(maps: Tensor, with_targets: bool, with_labels: bool) -> Labels:
-    num_clips, num_frames, num_slots, height, width = maps.shape
-    patches = (num_clips, num_frames, height, width) if with_labels else (0,)
-    return (
-        maps.new_empty((2, num_clips, num_frames, height, width) if with_targets else 0, dtype=torch.int8),
-        maps.new_empty(patches, dtype=torch.int64),
-        maps.new_empty(patches, dtype=torch.int64),
-        maps.new_empty(patches, dtype=torch.bool),
-        maps.new_empty(patches, dtype=torch.bool),
-        maps.new_empty((num_clips, num_slots) if with_labels else 0, dtype=torch.int64),
-    )
+    num_clips, num_frames, _, height, width = maps.shape
+    targets = maps.new_empty((2, num_clips, num_frames, height, width) if with_targets else 0, dtype=torch.int8)
+    return targets, *new_labels(maps, wanted=with_labels)
 
 
 @torch.library.custom_op("ssync_loss::find_slots", mutates_args=())
@@ -105,7 +96,7 @@ def find(
 ) -> tuple[Tensor, Tensor]:
     """Return the labels before merging, (2, B, T, H, W) int8, and the representatives, (B, S) int8."""
     if enc.shape[0] == 0:
-        return _new_slots(enc)
+        return new_slots(enc)
     with torch.cuda.device_of(enc):
         hard, table = _find(Tiling.of(enc), enc, dec, valid, slot_mask, merge_threshold, threshold_tensor)
     if table is None:
@@ -114,17 +105,7 @@ def find(
     return hard, table
 
 
-@find.register_fake
-def _(enc: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _new_slots(enc)
-
-
-def _new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
-    num_clips, num_frames, num_slots, height, width = maps.shape
-    return (
-        maps.new_empty((2, num_clips, num_frames, height, width), dtype=torch.int8),
-        maps.new_empty((num_clips, num_slots), dtype=torch.int8),
-    )
+find.register_fake(lambda enc, *_: new_slots(enc))
 
 
 def _find(
