@@ -101,8 +101,8 @@ class AttachedMaps(Hooked):
         """Return the maps of the last forward, (B, T, S, H, W), or (B, T, S, N) where N shows no grid, and its masks.
 
         Raises: RuntimeError if there is no forward whose maps have not been given, or encoder and decoder are not of
-            one forward; ValueError if the maps do not go together, are one and the same, or are not what the host
-            makes of them (asked once in training and once in evaluation, where it shows that).
+            one forward; ValueError if the maps do not go together, or are one and the same. It warns, once in training
+            and once in evaluation, of a map that is not what the host shows of it.
         """
         self._check_forward()
         self._ran = ["given"]
@@ -288,25 +288,24 @@ class AttachedMaps(Hooked):
         # one look in training and one in evaluation, since it waits for the device; fake tensors have nothing to see
         real = type(enc) is type(dec) is Tensor and not enc.is_meta
         if real and self._module.training not in self._compared:
-            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind) or self._unlike(
-                maps, own, halves
-            )
+            problem = _problem(enc.detach(), dec.detach(), given.detach(), self._kind)
             if problem is not None:
                 raise ValueError(problem)
             self._compared.add(self._module.training)
+            self._compare(maps, own, halves)
 
-    def _unlike(self, maps: SlotMaps, own: list[list[Tensor]], halves: bool) -> str | None:
-        """Say which map is not what the host makes of it."""
+    def _compare(self, maps: SlotMaps, own: list[list[Tensor]], halves: bool) -> None:
+        """Warn of a map that is not what the host makes of it; a host may show something else, so this is no error."""
         for (name, one), shown, side in zip(maps._asdict().items(), own, _OWN, strict=False):
             apart = _distance(one.detach(), shown, halves)
             if apart > 0:
-                return (
-                    f"`{name}` must have the probabilities that {self._name(getattr(self._found, side).module)} gives; "
-                    f"got a map whose softmax over slots differs by up to {apart:.2g}. Does the host scale or "
-                    "normalize otherwise, or run in pieces? Give attach() the `scale` or `heads` that it has, or an "
-                    "entry that says where its map is."
+                warnings.warn(
+                    f"`{name}` should have the probabilities that {self._name(getattr(self._found, side).module)} "
+                    f"gives, but its softmax over slots differs by up to {apart:.2g}. Does the host scale or normalize "
+                    "otherwise, or run in pieces? Give attach() the `scale` or `heads` that it has, or an entry that "
+                    "says where its map is. (Said once in training and once in evaluation.)",
+                    stacklevel=_callers_stacklevel(),
                 )
-        return None
 
     def _tell(self, source: Source) -> str:
         if isinstance(source, Dots):
