@@ -1,7 +1,8 @@
-"""The numbers of README.md that were measured: ``python -m tests.quotes`` writes them again from where they stand.
+"""Numbers of README.md and examples/README.md: ``python -m tests.quotes`` writes them again from where they stand.
 
-A table below ``<!-- quotes: PAGE, TEXT -->`` has rows and columns of the first table after that text in that page. What
-an add-on costs stands behind its name and a colon.
+A table below ``<!-- quotes: PAGE, TEXT -->`` has rows and columns of the first table after that text in that page. In
+place of a page there may be a file of results, as it is printed. What an add-on costs stands behind its name and a
+colon.
 """
 
 import re
@@ -9,8 +10,11 @@ from pathlib import Path
 
 from benchmarks.results import Results
 from benchmarks.tables import in_short
+from examples.report import Report
+from examples.report import table as printed
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = "README.md", "examples/README.md"
 QUOTE = re.compile(r"(<!-- quotes: (\S+), (.*) -->\n)((?:\|.*\n)+)")
 COST = re.compile(r"(?<=[|;] )([^|;`]+): <?[\d.,]+x, \w+")
 
@@ -36,19 +40,22 @@ def table_after(page: str, text: str) -> dict[tuple[str, str], str]:
 def quoted(match: re.Match[str]) -> str:
     """Return a table with its values as they are now."""
     start, page, text, table = match.groups()
-    there = table_after((ROOT / page).read_text(encoding="utf-8"), text)
+    path = ROOT / page
+    content = printed(Report.load(path)) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+    there = table_after(content, text)
     head, ruler, *rows = table.splitlines()
     names = [cells(row)[0] for row in rows]
     lines = [[name, *(there[name, column] for column in cells(head)[1:])] for name in names]
     return "\n".join([f"{start}{head}", ruler, *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def again(readme: str) -> str:
-    """Return the README with all of its numbers as they are now."""
+def again(page: str) -> str:
+    """Return a page with all of its numbers as they are now."""
     costs = in_short(Results.load(ROOT / "benchmarks" / "results" / "cpu.json"))
-    return COST.sub(lambda found: f"{found[1]}: {costs[found[1]]}", QUOTE.sub(quoted, readme))
+    return COST.sub(lambda found: f"{found[1]}: {costs[found[1]]}", QUOTE.sub(quoted, page))
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(again(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(again(path.read_text(encoding="utf-8")), encoding="utf-8")
