@@ -121,7 +121,7 @@ def _on_cpu(results: Results, name: str) -> Iterator[Any]:
     speedup = _values(steps(results, name + TWO_THREADS, kernels.BATCH), "speedup")
     yield f": faster on two threads, {kernels.BATCH} clips", "≥", 1.7, speedup, ".2f", "x"
     waiting = _values(steps(results, name, kernels.BATCH), "maps_waiting")
-    yield ": maps that wait for the backward beyond inputs and gradients", "≤", 0.1, waiting, ".2f"
+    yield ": maps kept for the backward, beyond inputs and gradients", "≤", 0.1, waiting, ".2f"
     first = _values(results.select(kernels.SUITE, case=kernels.FIRST_USE), "step")
     yield ": first use, import and compiler included", "≤", 3.0, first, ".1f", " s"
 

@@ -247,7 +247,7 @@ def outcome(everything: Sequence[Pair], groups: Sequence[str] = (*ORDER, "all", 
         {beginning(pair.row): pair for pair in everything if pair.row["run"] == run} for run in ("ssync", "adaptive")
     )
     both = [(plain[key], adaptive[key]) for key in plain if key in adaptive]
-    head = ["settings, clips", "runs", "SSync harms", "there: SSync, cascade", "SSync helps", "there: SSync, cascade"]
+    head = ["settings, clips", "runs", "SSync harms", "harmed: SSync, cascade", "SSync helps", "helped: SSync, cascade"]
     head += ["cascade harms", "cascade helps", "worst: SSync, cascade"]
     rows = [head]
     for group in groups:

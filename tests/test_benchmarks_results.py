@@ -206,7 +206,7 @@ class TestReport:
             (small, "over_exp", spread(3.6), "4 clips", "≤ 3.5"),
             (large, "over_exp", spread(3.3), "64 clips", "≤ 3.2"),
             (threaded, "speedup", spread(1.6), "two threads", "≥ 1.70x"),
-            (large, "maps_waiting", 0.2, "wait for the backward", "≤ 0.10"),
+            (large, "maps_waiting", 0.2, "kept for the backward", "≤ 0.10"),
             (first, "step", spread(3.1), "first use", "≤ 3.0 s"),
             (share, "share", spread(0.011), "2 threads: share", "< 1.00%"),
         ):

@@ -9,7 +9,7 @@ import signal
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -614,9 +614,6 @@ def test_the_numbers_bear_out_what_the_readme_says() -> None:
             spread[name], mean[name] = stdev(gains), abs(fmean(gains))
         assert mean["dense"] < spread["dense"], key
         assert mean["ssync"] > spread["ssync"], key
-
-    longer = median(seed.runs["dense"].seconds / seed.runs["baseline"].seconds for seed in compared.seeds)
-    assert f"about {round(longer)} times as long" in " ".join((folder / "README.md").read_text().split())
 
 
 def _runs(mask: Tensor) -> Tensor:
