@@ -21,7 +21,7 @@ from ssync_loss.methods.srl import reference as srl
 MILESTONE = 9
 CHANNELS, WIDTH = 64, 256
 # kornia needs three of each axis
-CUBE = {"B": 1, "T": 3, "H": 3, "D": 1}
+CUBE = {"T": 3, "H": 3, "D": 2}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _instances(inputs: Inputs, *, num_instances: int) -> Step:
 
 
 def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -> Step:
-    """Of several iterations, the last alone gets a gradient; the definition is of one frame."""
+    """Of several iterations, the last alone gets a gradient; the definition is of one frame after another."""
     features, noise = inputs.features.encoder, inputs.normal("B", "T", "S", num_instances, "D")
     torch.manual_seed(0)
     module = attention.SemanticAwareSlotAttention(
@@ -172,12 +172,17 @@ def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -
 
     def expected() -> tuple[Tensor, ...]:
         weights: dict[str, Tensor] = dict(module.named_parameters())
-        patches, mu = features[0, 0].flatten(1).mT, weights["mu"]
-        attend = partial(smtc.reference_slot_attention, features=patches, weights=weights, iters=iters)
-        slots, logits = attend(mu)
-        starts = mu.unsqueeze(1) + weights["log_sigma"].exp().unsqueeze(1) * noise[0, 0]
-        within = [attend(one, gate=gate) for one, gate in zip(starts, logits.softmax(0), strict=True)]
-        return slots, logits, *(torch.stack(one) for one in zip(*within, strict=True))
+        mu, sigma = weights["mu"].unsqueeze(1), weights["log_sigma"].exp().unsqueeze(1)
+        frames, grid = [], features.shape[3:]
+        for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
+            patches = frame.flatten(1).mT
+            attend = partial(smtc.reference_slot_attention, features=patches, weights=weights, iters=iters)
+            slots, logits = attend(weights["mu"])
+            starts = mu + sigma * draws
+            within = [attend(one, gate=gate) for one, gate in zip(starts, logits.softmax(0), strict=True)]
+            inner, inner_logits = (torch.stack(one) for one in zip(*within, strict=True))
+            frames.append((slots, logits.unflatten(-1, grid), inner, inner_logits.unflatten(-1, grid)))
+        return tuple(torch.stack(one).unflatten(0, features.shape[:2]) for one in zip(*frames, strict=True))
 
     return Step(lambda: module(features, noise), expected, [features, *module.parameters()])
 
@@ -326,7 +331,7 @@ ADD_ONS = (
         gate={"num_instances": 7},
         shape={"B": 1, "T": 2, "S": 1},
     ),
-    Entry("SemanticAwareSlotAttention", _slot_attention, gate={"iters": 1}, shape={"B": 1, "T": 1}),
+    Entry("SemanticAwareSlotAttention", _slot_attention, gate={"iters": 1}),
     Entry("CorrelationFusion", _correlation_fusion, gate={"grid": (4, 6)}, shape={"H": 4}),
     Entry("EmaTeacher.update", _ema_teacher, "weights", gate={"width": 4}),
     _quadratic("AffinityConsistencyLoss", _affinities()),

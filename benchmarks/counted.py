@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -81,20 +82,36 @@ class Operators(TorchDispatchMode):
 
 
 def count(work: Callable[[], object], device: str) -> dict[str, int]:
-    """Count launches and host reads once.
-
-    On a CPU an operator that is no view stands for the launch it would be. On a GPU these are the kernels, copies and
-    memory sets on the device's own record.
-    """
+    """Count launches and host reads once; on a CPU an operator that is no view stands for the launch it would be."""
     # a first call may look at its arguments
     work()
+    if device == "cuda":
+        return _count_on_gpu(work)
     with Operators() as record:
         work()
     launches = sum(not func.is_view for func, _ in record.calls)
-    if device == "cuda":
-        with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as on_gpu:
-            work()
-            torch.cuda.synchronize()
-        events = [one for one in on_gpu.events() or [] if one.device_type.name == "CUDA"]
-        launches = sum(not one.is_user_annotation for one in events)
     return {"launches": launches, "host_reads": sum(func._schema.name in HOST_READS for func, _ in record.calls)}
+
+
+def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
+    """Count kernels, copies and memory sets on the device's own record, and synchronizations by their warnings."""
+    torch.cuda.synchronize()
+    # a second call may speak of what the first one saw
+    work()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        work()
+        torch.cuda.synchronize()
+    events = [one for one in record.events() or [] if one.device_type.name == "CUDA"]
+    return {
+        "launches": sum(not one.is_user_annotation for one in events),
+        "host_reads": sum("synchronizing" in str(one.message) for one in caught),
+    }

@@ -59,7 +59,7 @@ def check_step(step: Step, definition: Step, tolerance: float = TOLERANCE["float
         pairs += [(one, other, tolerance) for one, other in gradients]
     for one, other, rtol in pairs:
         scale = other.detach().abs().max().item() if other.is_floating_point() else 0.0
-        torch.testing.assert_close(one.cpu().flatten(), other.flatten(), rtol=0.0, atol=rtol * scale)
+        torch.testing.assert_close(one.cpu(), other, rtol=0.0, atol=rtol * scale)
 
 
 def missing(contender: str, device: str) -> str:

@@ -153,17 +153,27 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 def _row_from_json(content: Any, where: str) -> Row:
     check_fields(content, ROW, where)
-    check_fields(content["shape"], dict.fromkeys(content["shape"], int), f"{where}: `shape`")
-    check_fields(content["values"], dict.fromkeys(content["values"], (int, float, list)), f"{where}: `values`")
     for name, allowed in (("suite", SUITES), ("status", STATUSES)):
         if content[name] not in allowed:
             raise ValueError(f"{where}: `{name}` must be one of {', '.join(allowed)}; found {content[name]!r}.")
-    values = content["values"]
-    for name, one in values.items():
-        if isinstance(one, list):
-            named = dict(zip(Spread._fields, one, strict=False))
-            check_fields(named, dict.fromkeys(Spread._fields, (int, float)), f"{where}: `values.{name}`")
-            values[name] = Spread(**named)
+    for axis, size in content["shape"].items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{where}: `shape.{axis}` must be a positive integer; found {size!r}.")
+    if content["status"] != "measured" and not content["note"]:
+        raise ValueError(f"{where}: a row with the status {content['status']!r} must have a note.")
+    values = {name: _value(one, f"{where}: `values.{name}`") for name, one in content["values"].items()}
     shape = tuple(content["shape"].items())
     key = Key(content["suite"], content["case"], content["contender"], shape, content["dtype"])
     return Row(key, content["status"], content["note"], values)
+
+
+def _value(value: Any, where: str) -> float | Spread:
+    numbers = value if isinstance(value, list) and len(value) == len(Spread._fields) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int | float) or not abs(one) <= 1e100 for one in numbers):
+        raise ValueError(f"{where} must be a finite number, or [median, q1, q3, samples]; found {value!r:.99}.")
+    if len(numbers) == 1:
+        return value  # type: ignore[no-any-return]
+    spread = Spread(*numbers)
+    if not spread.q1 <= spread.median <= spread.q3:
+        raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
+    return spread

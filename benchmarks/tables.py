@@ -66,7 +66,9 @@ def _caption(results: Results) -> list[str]:
     others = len(agree) - len(ssync)
     lines.append(f"Agree with the slow definitions: {', '.join(ssync) or 'none'}, {others} others.")
     stopped = [row for row in results.rows.values() if row.status in ("failed", "wrong")]
-    lines += dict.fromkeys(f"**{row.key.contender} is {row.status}**: {row.note.split(': ', 1)[-1]}" for row in stopped)
+    lines += dict.fromkeys(
+        f"**{row.key.contender} is {row.status}**: {row.note.rpartition('Error: ')[2]}" for row in stopped
+    )
     timed = [row.values["step"] for row in results.rows.values() if "step" in row.values]
     noisy = sum(isinstance(one, Spread) and one.q3 - one.q1 > NOISY * one.median for one in timed)
     lines.append(f"{noisy} of {len(timed)} timed rows have an interquartile range above {NOISY:.0%}.")

@@ -76,12 +76,11 @@ class TestFile:
             (lambda c: c["rows"].append(c["rows"][0]), r"`rows\[1\]` must be about something else"),
             (lambda c: c["rows"][0].update(suite="speed"), r"`rows\[0\]`: `suite` must be one of .*; found 'speed'"),
             (lambda c: c["rows"][0].update(status="fine"), "`status` must be one of measured, .*; found 'fine'"),
-            (lambda c: c["rows"][0]["shape"].update(T="4"), "`shape`: `T` has the wrong type; found '4'"),
-            (lambda c: c["rows"][0]["values"].update(step="fast"), "`values`: `step` has the wrong type; found 'fast'"),
-            (
-                lambda c: c["rows"][0]["values"]["step"].pop(),
-                "`values.step` must have other fields; missing are .'samples'",
-            ),
+            (lambda c: c["rows"][0].update(status="time"), "the status 'time' must have a note"),
+            (lambda c: c["rows"][0]["shape"].update(T=0), "`shape.T` must be a positive integer; found 0"),
+            (lambda c: c["rows"][0]["values"].update(step="fast"), "`values.step` must be a finite .* found 'fast'"),
+            (lambda c: c["rows"][0]["values"].update(step=[2, 3, 4, 1]), "`values.step` must have its median between"),
+            (lambda c: c["rows"][0]["values"]["step"].pop(), "`values.step` must be a finite number, or .median"),
         ],
     )
     def test_what_is_not_of_the_schema_is_refused(self, change: Any, message: str, file: Path) -> None:

@@ -201,7 +201,8 @@ class AttachedMaps(Hooked):
             return
         if name in _OWN and (is_traced() or self._module.training in self._compared):
             return
-        if not is_traced() and not (self._enc._listening if name in self._by_frame else name not in self._caught):
+        known = name in self._caught or (name == "slot_mask" and bool(self._masks))
+        if not is_traced() and not (self._enc._listening if name in self._by_frame else not known):
             # of no forward, or of a second decoding
             return
         tensor = getattr(self._found, name).pick(args, kwargs, output)

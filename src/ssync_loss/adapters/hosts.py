@@ -57,7 +57,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Seen:
-    """A mask, or a grid, that a module takes or gives.
+    """A mask, a grid or probabilities that a module takes or gives.
 
     Attributes:
         module: the module; a call is a clip, or a frame.

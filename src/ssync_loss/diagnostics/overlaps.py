@@ -1,6 +1,5 @@
 """How much the slots of a model overlap: what a merge threshold is chosen by."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +14,7 @@ def overlap_histogram(overlap: Tensor, *, slot_mask: Tensor | None = None, num_b
     ``visualize.histogram``: a threshold in a gap joins the pairs above the gap and no others.
 
     Shape: overlap: (B, S, S) within [0, 1], of ``functional.slot_overlap``. slot_mask: (B, S) bool; pairs of an absent
-        slot do not count. Returns (num_bins,) int64. The last bin has overlaps of 1, too.
+        slot do not count, nor does NaN. Returns (num_bins,) int64. The last bin has overlaps of 1, too.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), spatio-temporal activation consistency.
     Raises: TypeError, ValueError if a dtype, shape or number does not fit.
@@ -29,7 +28,7 @@ def overlap_histogram(overlap: Tensor, *, slot_mask: Tensor | None = None, num_b
     check_floating("overlap", overlap)
     check_nonnegative("overlap", overlap)
     check_int("num_bins", num_bins, 1)
-    pairs = torch.ones_like(overlap, dtype=torch.bool).triu(1)
+    pairs = (~overlap.isnan()).triu(1)
     if slot_mask is not None:
         check_slot_mask(slot_mask, size, overlap=overlap)
         pairs = pairs & slot_mask.unsqueeze(1) & slot_mask.unsqueeze(2)

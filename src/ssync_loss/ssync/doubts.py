@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-3
 
 def warn_of_doubts(maps: Maps, kind: KindArgument) -> None:
     """Warn of likely mistakes in maps of `bind_maps`, except in compiled code. This waits for a device."""
-    if not _cannot_look():
+    if not _cannot_look() and memory_of(maps.enc) is not None:
         _warn(doubts(maps if maps.enc.is_cpu else in_cpu_memory(maps, wait=True), kind))
 
 
@@ -42,8 +42,9 @@ class FirstLook:
         """Look at the arguments of `bind_maps`."""
         if _cannot_look() or (self.looked and self._copy is None) or _is_capturing():
             return
-        if self._copy is not None:
-            maps, done = self._copy
+        # another thread may take it meanwhile
+        if (copied := self._copy) is not None:
+            maps, done = copied
             if done.query():
                 self._copy = None
                 _warn(doubts(maps, kind), " (Said once.)")
@@ -68,7 +69,8 @@ def _cannot_look() -> bool:
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # to ask for a device would keep forked processes from having one
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _warn(doubt: str, note: str = "") -> None:
