@@ -1,4 +1,4 @@
-"""A rule for the merge threshold, which the study tried. No better than a fixed one, it is not in the library."""
+"""A rule for the merge threshold, which the study tried. It did not beat a fixed one, so it is not in the library."""
 
 from bisect import bisect_left
 from itertools import pairwise

@@ -197,7 +197,7 @@ def settings_table(everything: Sequence[Pair]) -> list[list[str]]:
         asked = max(some.values(), key=len)
         if not asked:
             continue
-        seeds = ", ".join(str(pair.row["seed"]) for pair in asked)
+        seeds = ", ".join(map(str, sorted(pair.row["seed"] for pair in asked)))
         cells = [mean_sd([pair.margin(which) for pair in asked], 3, "+") for which in MARGINS]
         effects = [changes(some[run], which, EFFECT) for run in NAMES for which in SETS]
         effects += [changes(some[run], "fresh", "dec_ari") for run in NAMES]
