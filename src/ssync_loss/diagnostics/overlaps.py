@@ -19,6 +19,7 @@ def overlap_histogram(overlap: Tensor, *, slot_mask: Tensor | None = None, num_b
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), spatio-temporal activation consistency.
     Raises: TypeError, ValueError if a dtype, shape or number does not fit.
 
+    >>> import torch
     >>> overlap = torch.tensor([[1.0, 0.6, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 1.0]])
     >>> overlap_histogram(overlap[None], num_bins=5).tolist()  # one pair of 0.6, two of 0
     [2, 0, 0, 1, 0]
