@@ -438,7 +438,8 @@ def traced(mode: Any) -> Callable[[Tensor], Any]:
         lambda x: look(Wrapper(x)),
         lambda x: look(x[:0]),
         in_fake_mode,
-        exported,
+        # from torch 2.15 on
+        pytest.param(exported, marks=pytest.mark.compiles),
         traced("real"),
         traced("fake"),
         traced("symbolic"),
