@@ -213,7 +213,9 @@ def memory_of(tensor: Tensor) -> str | None:
         return None
     try:
         storage = tensor.untyped_storage()
-        return storage.device.type if storage.data_ptr() != 0 else None
+        kind: str = storage.device.type
+        # a fake tensor, whose storage is on meta, warns of the question for its address
+        return kind if kind != "meta" and storage.data_ptr() != 0 else None
     except (NotImplementedError, RuntimeError):
         # a wrapper has no numbers of its own
         return None
