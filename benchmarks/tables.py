@@ -20,7 +20,10 @@ LEAST_RATIO = 0.01
 # left to --rows unless it is too steep: another form of what is shown, or next to nothing
 UNSHOWN = (
     "dense in windows of 4",
+    "StructureAwareLoss, kornia's filters",
+    "SemanticConsistencyLoss, all pairs at once",
     "SemanticConsistencyLoss, pooled 2x2",
+    "AffinityConsistencyLoss, 128 rows at once",
     "InstanceConsistencyLoss, P=8, scipy",
     "SlotCurriculum, elsewhere",
     "valid_instances",
