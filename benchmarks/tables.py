@@ -19,6 +19,7 @@ POWERS = {0: "constant", 1: "linear", 2: "quadratic"}
 LEAST_RATIO = 0.01
 # left to --rows unless it is too steep: another form of what is shown, or next to nothing
 UNSHOWN = (
+    "a scan of some step",
     "dense in windows of 4",
     "StructureAwareLoss, kornia's filters",
     "SemanticConsistencyLoss, all pairs at once",
