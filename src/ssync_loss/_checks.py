@@ -214,7 +214,7 @@ def memory_of(tensor: Tensor) -> str | None:
     try:
         storage = tensor.untyped_storage()
         kind: str = storage.device.type
-        # a fake tensor, whose storage is on meta, warns of the question for its address
+        # the storage of a fake tensor is on meta; asking for its address would warn
         return kind if kind != "meta" and storage.data_ptr() != 0 else None
     except (NotImplementedError, RuntimeError):
         # a wrapper has no numbers of its own

@@ -67,11 +67,11 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     ============= =========================== =======================================================================
 
     Not in any paper: the rule comes from trials on small models. ``examples/study.py`` repeats them, beside settings
-    that had no part in the rule. It is opt-in. A ``dead_zone`` of 0.01 trades: in three trained settings it lost 0.01
-    FG-ARI less on composites of other photographs, the same on those that shaped the rule, and a third of the gain on
-    moving objects with 12 slots, where G rises slowly. In two runs with 160 clips the unmerged form cost 0.01 to 0.02
-    with U between 0.016 and 0.046: a ``dead_zone`` above that would also forbid the full form where it helps. So it
-    stays 0. Asking at every 5th step, with ``warmup=10, momentum=0.9``, took the same levels, and ended within 0.011.
+    that had no part in the rule. It is opt-in. The study also trained a ``dead_zone`` of 0.01. On composites of other
+    photographs it saved 0.01 FG-ARI. On moving objects with 12 slots, where G rises slowly, it cost a third of the
+    gain. In two runs with 160 clips the unmerged form cost 0.01 to 0.02 with U between 0.016 and 0.046. A ``dead_zone``
+    above that would also forbid the full form where it helps. So it stays 0. Asking at every 5th step, with
+    ``warmup=10, momentum=0.9``, took the same levels, and ended within 0.011.
 
     When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
     are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.

@@ -54,7 +54,7 @@ def _readings_together(enc: Suspect, dec: Suspect, hints: Hints) -> Iterator[Pai
             fits = fits and not (frames == 1 and "(b t)" in one.axes + two.axes)
             # heads of both are one number; frames need not be
             heads = [each.tensor.shape[of.heads] for each, of in ((enc, one), (dec, two)) if of.heads is not None]
-            fits = fits and len(set(heads)) == len(heads[:1])
+            fits = fits and len(set(heads)) <= 1
             # S has to show in one of them
             fits = fits and not ("s)" in one.axes and "s)" in two.axes)
             if fits and (frames is None or one.total % frames == 0):

@@ -148,7 +148,7 @@ def _compile(command: list[str]) -> str | None:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         # beside other work a compiler takes longer
-        limit = SECONDS * min(max(1.0, _load()), 6.0)
+        limit = SECONDS * min(max(1.0, _programs_per_processor()), 6.0)
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -159,7 +159,7 @@ def _compile(command: list[str]) -> str | None:
     return f"`{' '.join(command)}` failed with {process.returncode}: {text}" if process.returncode else None
 
 
-def _load() -> float:
+def _programs_per_processor() -> float:
     """Return how many programs want a processor, for each that there is."""
     with suppress(OSError):
         return os.getloadavg()[0] / (os.cpu_count() or 1)

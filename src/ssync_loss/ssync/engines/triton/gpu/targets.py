@@ -81,7 +81,7 @@ def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.
     slots = tl.arange(0, SLOTS)
     at = (program // num_tiles).to(tl.int64) * S + slots
     leader = slots if table is None else tl.load(table + at, mask=slots < S, other=0)
-    # Triton 3.9 takes no mask but of bool, which `&` of a block and a number is not
+    # Triton 3.9 needs a mask of bool; a block & a number has int32
     num_written = tl.where(program % num_tiles == 0, S, 0)
     tl.store(representative + at, leader.to(tl.int64), mask=slots < num_written)
 
