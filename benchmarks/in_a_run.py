@@ -16,12 +16,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 import torch.distributed as dist
 from examples.files import write_text
+from examples.markdown import between
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.counted import Operators, peak_memory
 from benchmarks.inputs import Inputs
-from benchmarks.report import HERE, between
+from benchmarks.report import HERE
 from benchmarks.slot_video_model import PUBLISHED, published_model
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 from ssync_loss.distributed import global_mean

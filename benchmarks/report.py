@@ -11,6 +11,7 @@ from pathlib import Path
 
 from examples.arguments import explained
 from examples.files import must_be_writable, write_text
+from examples.markdown import between
 
 from benchmarks.results import SUITES, Results
 from benchmarks.suites.growth import LINEAR
@@ -43,15 +44,6 @@ def body(found: dict[str, Results], figures: str = "results") -> str:
     return "\n\n".join(parts)
 
 
-def between(text: str, content: str, name: str, markers: tuple[str, str] = MARKERS) -> str:
-    """Replace what stands between the markers of a text, which must have both, once."""
-    start, end = markers
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{name} must have one line {start!r} and one line {end!r}.")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -67,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rows:
             print(*(f"{name}\n{every_row(one, options.rows)}" for name, one in found.items()), sep="\n\n")
             return 0
-        text = between(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme))
+        text = between(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme), MARKERS)
         must_be_writable(options.readme, "--readme")
     with explained(OSError):
         for name, results in found.items():

@@ -51,3 +51,12 @@ def markdown(rows: list[list[str]]) -> list[str]:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
     return [line(rows[0]), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows[1:])]
+
+
+def between(text: str, content: str, name: str, markers: tuple[str, str]) -> str:
+    """Replace what stands between two markers of a text; a ValueError says if it has not both, once and in order."""
+    start, end = markers
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{name} must have one line {start!r} and after it one line {end!r}.")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"

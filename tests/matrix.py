@@ -25,8 +25,7 @@ Row = dict[str, Any]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-START = "<!-- versions: python -m tests.matrix -->"
-END = "<!-- end of versions -->"
+MARKERS = ("<!-- versions: python -m tests.matrix -->", "<!-- end of versions -->")
 IN_SHORT = ("<!-- support: python -m tests.matrix -->", "<!-- end of support -->")
 # the mark of a test, and the column it counts in; the first that it has
 COLUMNS = {"cuda": "GPU", "kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
@@ -212,18 +211,6 @@ def in_short(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def between_markers(text: str, content: str, start: str = START, end: str = END) -> str:
-    """Replace what stands between the markers of a text.
-
-    Raises:
-        ValueError: if it has not both, once.
-    """
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"README.md must have one line {start!r} and after it one line {end!r}.")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
-
-
 def load(folder: Path) -> list[Row]:
     """Read the rows there are."""
     rows: list[Row] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
@@ -232,9 +219,12 @@ def load(folder: Path) -> list[Row]:
 
 def save(folder: Path, rows: Sequence[Row]) -> None:
     """Write rows and both tables of them."""
+    # a process that records starts as a script, and does not find the examples
+    from examples.markdown import between
+
     page, front = folder / "README.md", folder.parent / "README.md"
-    text = between_markers(page.read_text(encoding="utf-8"), table(rows))
-    short = between_markers(front.read_text(encoding="utf-8"), in_short(rows), *IN_SHORT)
+    text = between(page.read_text(encoding="utf-8"), table(rows), page.name, MARKERS)
+    short = between(front.read_text(encoding="utf-8"), in_short(rows), front.name, IN_SHORT)
     (folder / "versions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     page.write_text(text, encoding="utf-8")
     front.write_text(short, encoding="utf-8")

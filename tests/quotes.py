@@ -2,7 +2,7 @@
 
 A table below ``<!-- quotes: PAGE, TEXT -->`` has rows and columns of the first table after that text in that page. In
 place of a page there may be a file of results, as it is printed. What an add-on costs stands behind its name and a
-colon.
+colon. The study's table stands between its markers.
 """
 
 import re
@@ -10,11 +10,14 @@ from pathlib import Path
 
 from benchmarks.results import Results
 from benchmarks.tables import in_short
+from examples.markdown import between
 from examples.report import Report
 from examples.report import table as printed
+from examples.study_report import Rows, short
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = "README.md", "examples/README.md"
+PAGES = "examples/README.md", "README.md"
+STUDY = "<!-- study: python examples/study.py --table examples/study -->", "<!-- end of study -->"
 QUOTE = re.compile(r"(<!-- quotes: (\S+), (.*) -->\n)((?:\|.*\n)+)")
 COST = re.compile(r"(?<=[|;] )([^|;`]+): <?[\d.,]+x, \w+")
 
@@ -51,6 +54,9 @@ def quoted(match: re.Match[str]) -> str:
 
 def again(page: str) -> str:
     """Return a page with all of its numbers as they are now."""
+    if STUDY[0] in page:
+        rows = Rows(ROOT / "examples" / "study" / "rows.jsonl").load()
+        page = between(page, short(rows), "the page", STUDY)
     costs = in_short(Results.load(ROOT / "benchmarks" / "results" / "cpu.json"))
     return COST.sub(lambda found: f"{found[1]}: {costs[found[1]]}", QUOTE.sub(quoted, page))
 

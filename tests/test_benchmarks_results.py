@@ -17,6 +17,7 @@ from benchmarks.plan import Options
 from benchmarks.results import SUITES, Key, Results, Row, Spread
 from benchmarks.suites import growth, kernels, training_step
 from benchmarks.tables import UNSHOWN, every_row, section
+from examples.markdown import between
 from matplotlib.image import imread
 
 from benchmark_results import MACHINE, Machine, measured, options, spread
@@ -266,12 +267,12 @@ class TestReport:
         assert every_row(made, "kernels") in capsys.readouterr().out
         for wrong in ("", start, start + end + start):
             with pytest.raises(ValueError, match=r"page must have one line '<!-- results"):
-                report.between(wrong, "x", "page")
+                between(wrong, "x", "page", report.MARKERS)
 
     def test_the_committed_page_is_what_the_commands_make(self) -> None:
         page = ROOT / "benchmarks" / "README.md"
         text = page.read_text()
-        assert text == report.between(text, report.body(report.load_all(COMMITTED.parent)), "page")
+        assert text == between(text, report.body(report.load_all(COMMITTED.parent)), "page", report.MARKERS)
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert (page.parent / target).exists(), target
 
@@ -279,7 +280,7 @@ class TestReport:
     @pytest.mark.skipif(VERSION < MIN_VERSION, reason="needs Triton {}.{} or above".format(*MIN_VERSION))
     def test_what_the_page_counts_is_what_is_counted(self) -> None:
         text = (ROOT / "benchmarks" / "README.md").read_text()
-        assert text == report.between(text, in_a_run.lines(), "page", in_a_run.MARKERS)
+        assert text == between(text, in_a_run.lines(), "page", in_a_run.MARKERS)
 
 
 class TestCommand:

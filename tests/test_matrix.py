@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples.markdown import between
 
 import matrix
+
+START, END = matrix.MARKERS
 
 TINY = """
 import pytest
@@ -170,7 +173,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tests = tmp_path / "tests"
     tests.mkdir()
     monkeypatch.setattr(matrix, "HERE", tests)
-    for page, (start, end) in ((tests, (matrix.START, matrix.END)), (tmp_path, matrix.IN_SHORT)):
+    for page, (start, end) in ((tests, matrix.MARKERS), (tmp_path, matrix.IN_SHORT)):
         (page / "README.md").write_text(f"before\n{start}\ntyped\n{end}\nafter\n")
     matrix.save(tests, [row(torch="2.6.0")])
     return tests
@@ -217,7 +220,7 @@ class TestRows:
         assert said == "Skipped as impossible with Python 3.11.7, torch 2.13.0:"
         assert limit == "- torch 2.6 cannot (7 tests)"
 
-    @pytest.mark.parametrize("text", ["", matrix.START, f"{matrix.END}\n{matrix.START}"])
+    @pytest.mark.parametrize("text", ["", START, f"{END}\n{START}"])
     def test_a_page_without_markers_is_left_alone(self, folder: Path, text: str) -> None:
         page, rows = folder / "README.md", folder / "versions.json"
         before = page.read_text(), rows.read_text()
@@ -251,7 +254,7 @@ class TestCommand:
         rows = [row(torch="2.6.0"), row()]
         assert matrix.load(folder) == rows
         page = (folder / "README.md").read_text()
-        assert page == f"before\n{matrix.START}\n{matrix.table(rows)}\n{matrix.END}\nafter\n"
+        assert page == f"before\n{START}\n{matrix.table(rows)}\n{END}\nafter\n"
         front = (folder.parent / "README.md").read_text()
         start, end = matrix.IN_SHORT
         assert front == f"before\n{start}\n{matrix.in_short(rows)}\n{end}\nafter\n"
@@ -281,8 +284,8 @@ class TestCommand:
 def test_the_committed_tables_are_those_of_the_rows() -> None:
     text, front = ((folder / "README.md").read_text() for folder in (matrix.HERE, matrix.ROOT))
     rows = matrix.load(matrix.HERE)
-    assert text == matrix.between_markers(text, matrix.table(rows))
-    assert front == matrix.between_markers(front, matrix.in_short(rows), *matrix.IN_SHORT)
+    assert text == between(text, matrix.table(rows), "README.md", matrix.MARKERS)
+    assert front == between(front, matrix.in_short(rows), "README.md", matrix.IN_SHORT)
 
 
 def test_marks_of_columns_are_those_of_the_suite(pytestconfig: pytest.Config) -> None:
