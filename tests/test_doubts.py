@@ -189,7 +189,7 @@ class TestOnDevice:
         FakeEvent.done = True
         said(criterion, **probs)
         with monkeypatch.context() as patch:
-            patch.setattr(doubts, "_is_capturing", lambda: True)
+            patch.setattr(doubts, "is_capturing", lambda: True)
             assert said(SSyncLoss(), **probs) == said(criterion, **probs) == []
         assert len(said(criterion, **probs)) == 1
 

@@ -555,7 +555,7 @@ class TestTrust:
         assert grad.shape == enc.shape
 
     def test_nothing_is_run_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(engines, "complaint_about", None)
         assert not engines.is_trusted("triton", "cuda:0")

@@ -23,6 +23,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_capturing() -> bool:
+    """Tell whether a CUDA graph is captured.
+
+    It opens no device to find out: forked processes could then have none.
+    """
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def is_recomputing() -> bool:
     """Tell whether a backward is running, so that an activation checkpoint repeats this forward.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssync_loss._autocast import at_least_float32
 from ssync_loss._checks import memory_of, read_numbers
-from ssync_loss._compilers import is_traced
+from ssync_loss._compilers import is_capturing, is_traced
 from ssync_loss._forks import is_forked
 from ssync_loss._module import _callers_stacklevel
 from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kind
@@ -40,7 +40,7 @@ class FirstLook:
 
     def __call__(self, enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, **given: Any) -> None:
         """Look at the arguments of `bind_maps`."""
-        if _cannot_look() or (self.looked and self._copy is None) or _is_capturing():
+        if _cannot_look() or (self.looked and self._copy is None) or is_capturing():
             return
         # another thread may take it meanwhile
         if (copied := self._copy) is not None:
@@ -66,11 +66,6 @@ class FirstLook:
 def _cannot_look() -> bool:
     # in a forked process operators of torch may wait forever
     return is_traced() or bool(is_forked())
-
-
-def _is_capturing() -> bool:
-    # to ask for a device would keep forked processes from having one
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _warn(doubt: str, note: str = "") -> None:

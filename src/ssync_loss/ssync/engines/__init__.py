@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_choice
-from ssync_loss._compilers import constant
+from ssync_loss._compilers import constant, is_capturing
 from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss.ssync.engines.contract import Engine
 from ssync_loss.ssync.engines.cpu import CpuEngine
@@ -79,7 +79,7 @@ def is_trusted(name: str, device: str) -> bool:
     cannot run while a CUDA graph is captured: without an earlier answer the answer is then no.
     """
     if (name, device) not in _answers:
-        if device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if device.startswith("cuda") and is_capturing():
             return False
         complaint = complaint_about(ENGINES[name], ENGINES["torch"], device)
         _answers[name, device] = complaint is None
