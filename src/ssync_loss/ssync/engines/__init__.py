@@ -7,7 +7,6 @@ loops.
 import warnings
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ssync_loss._checks import check_choice
@@ -51,6 +50,7 @@ def resolve(backend: Backend, *maps: Tensor) -> Engine:
 
     Raises: ValueError if the name is unknown, or the engine cannot take the maps.
 
+    >>> import torch
     >>> type(resolve("auto", torch.zeros(1, 1, 2, 1, 1, device="meta"))).__name__
     'TorchEngine'
     """
