@@ -17,7 +17,7 @@ from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenois
 from ssync_loss._axes import arrange_maps
 from ssync_loss.diagnostics import premise
 from ssync_loss.ssync import doubts
-from ssync_loss.ssync.maps import Maps
+from ssync_loss.ssync.maps import Maps, bind_maps
 from ssync_loss.visualize import panel
 
 B, T, S, H, W = 2, 3, 4, 4, 5
@@ -88,7 +88,8 @@ def test_views_of_one_tensor_are_no_two_maps() -> None:
 @pytest.mark.parametrize("name", ["premise", "panel"])
 def test_maps_are_bound_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bind = Mock(wraps=arrange_maps)
-    monkeypatch.setattr("ssync_loss.ssync.maps.arrange_maps", bind)
+    # by name it is not found where a doctest has imported the package anew
+    monkeypatch.setitem(bind_maps.__globals__, "arrange_maps", bind)
     CALLS[name](axes="b t s h w")(**maps())
     bind.assert_called_once()
 
