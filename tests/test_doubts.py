@@ -85,7 +85,7 @@ def test_views_of_one_tensor_are_no_two_maps() -> None:
     assert said(SSyncLoss().eval(), enc_logits=enc.detach(), dec_logits=enc.detach()) == []
 
 
-@pytest.mark.parametrize("name", ["premise", "panel"])
+@EVERY
 def test_maps_are_bound_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bind = Mock(wraps=arrange_maps)
     # by name it is not found where a doctest has imported the package anew

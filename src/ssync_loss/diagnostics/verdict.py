@@ -20,7 +20,7 @@ from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.fit import explained_shares, place_features
 from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
-from ssync_loss.ssync.maps import Grid, KindArgument, as_logits, bind_maps, only_present
+from ssync_loss.ssync.maps import Grid, KindArgument, only_present, prepare_maps
 from ssync_loss.ssync.merging import unmerged
 from ssync_loss.ssync.settings import Settings
 
@@ -199,9 +199,7 @@ def premise(
     """
     with torch.no_grad():
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        bound = bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks)
-        maps = as_logits(bound, kind)
-        warn_of_doubts(bound, kind)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, look=warn_of_doubts, **masks)
         features = place_features(features, features_axes, maps.enc)
         B, _, S = maps.enc.shape[:3]
         if groups is not None:

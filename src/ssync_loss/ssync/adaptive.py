@@ -152,14 +152,13 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         """Ask if it is time to, and return the loss of the level; other arguments are those of the criterion."""
         criterion = self.criterion
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        layout = {"grid": criterion.grid, "axes": criterion.axes}
         asks = self._asks(step)
         if not criterion.is_on(step):
-            self._place(features, bind_maps(enc_logits, dec_logits, **layout, **masks).enc)
+            bound = bind_maps(enc_logits, dec_logits, grid=criterion.grid, axes=criterion.axes, **masks)
+            self._place(features, bound.enc)
             return criterion(enc_logits, dec_logits, step=step, **masks)
         criterion.look_at(enc_logits, dec_logits)
-        maps = prepare_maps(enc_logits, dec_logits, kind=criterion.kind, **layout, **masks)
-        criterion.look_once(enc_logits, dec_logits, **masks)
+        maps = prepare_maps(enc_logits, dec_logits, **criterion.reading, **masks)
         features = self._place(features, maps.enc)
         settings = criterion.settings_at(step, maps.enc)
         with no_autocast(maps.enc):

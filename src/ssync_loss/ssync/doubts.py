@@ -11,7 +11,7 @@ from ssync_loss._checks import memory_of, read_numbers
 from ssync_loss._compilers import is_capturing, is_traced
 from ssync_loss._forks import is_forked
 from ssync_loss._module import _callers_stacklevel
-from ssync_loss.ssync.maps import Kind, KindArgument, Maps, bind_maps, check_kind
+from ssync_loss.ssync.maps import Kind, KindArgument, Maps, check_kind
 
 # tolerance for a sum of probabilities, which may come from halves
 ABOUT = 0.01
@@ -38,22 +38,22 @@ class FirstLook:
         self.looked = False
         self._copy: tuple[Maps, torch.cuda.Event] | None = None
 
-    def __call__(self, enc_logits: Tensor, dec_logits: Tensor, kind: KindArgument, **given: Any) -> None:
-        """Look at the arguments of `bind_maps`."""
+    def __call__(self, maps: Maps, kind: KindArgument) -> None:
+        """Look at maps of `bind_maps`."""
         if _cannot_look() or (self.looked and self._copy is None) or is_capturing():
             return
         # another thread may take it meanwhile
         if (copied := self._copy) is not None:
-            maps, done = copied
+            first, done = copied
             if done.query():
                 self._copy = None
-                _warn(doubts(maps, kind), " (Said once.)")
+                _warn(doubts(first, kind), " (Said once.)")
             return
         self.looked = True
-        maps, memory = bind_maps(enc_logits, dec_logits, **given), memory_of(enc_logits)
+        memory = memory_of(maps.enc)
         if memory == "cuda":
             copies, done = in_cpu_memory(maps, wait=False), torch.cuda.Event()
-            done.record(torch.cuda.current_stream(enc_logits.device))
+            done.record(torch.cuda.current_stream(maps.enc.device))
             self._copy = copies, done
         elif memory == "cpu":
             _warn(doubts(maps, kind), " (Said once.)")

@@ -164,7 +164,7 @@ def boundary_refinement_loss(
     """
     settings = Settings(merge_threshold, min_different, min_same, 0, criterion, label_smoothing, temperature)
     given = {"kind": kind, "grid": grid, "axes": axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    return _term("boundary", enc_logits, dec_logits, labels, settings, backend, given)
+    return term("boundary", enc_logits, dec_logits, labels, settings, backend, given)
 
 
 def interior_denoising_loss(
@@ -204,10 +204,10 @@ def interior_denoising_loss(
     """
     settings = Settings(merge_threshold, 1, 1, max_different, criterion, label_smoothing, temperature)
     given = {"kind": kind, "grid": grid, "axes": axes, "valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-    return _term("interior", enc_logits, dec_logits, labels, settings, backend, given)
+    return term("interior", enc_logits, dec_logits, labels, settings, backend, given)
 
 
-def _term(
+def term(
     name: str,
     enc_logits: Tensor,
     dec_logits: Tensor,

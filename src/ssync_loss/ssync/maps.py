@@ -1,6 +1,6 @@
 """Bring a host's two maps to logits (B, T, S, H, W) on one grid: shapes, probabilities, resizing, masks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -212,9 +212,20 @@ def check_slot_mask(slot_mask: Tensor | None, size: dict[str, int], **beside: Te
         check_mask("slot_mask", slot_mask, "B S", size, **beside)
 
 
-def prepare_maps(enc_logits: Tensor, dec_logits: Tensor, *, kind: KindArgument = "logits", **given: Any) -> Maps:
-    """Check both maps, as :func:`bind_maps` does with what is given, and turn them into logits on one grid."""
-    return as_logits(bind_maps(enc_logits, dec_logits, **given), kind)
+def prepare_maps(
+    enc_logits: Tensor,
+    dec_logits: Tensor,
+    *,
+    kind: KindArgument = "logits",
+    look: Callable[[Maps, KindArgument], None] | None = None,
+    **given: Any,
+) -> Maps:
+    """Bind both maps by :func:`bind_maps`, and turn them into logits on one grid; ``look`` sees the bound maps."""
+    bound = bind_maps(enc_logits, dec_logits, **given)
+    maps = as_logits(bound, kind)
+    if look is not None:
+        look(bound, kind)
+    return maps
 
 
 def as_logits(maps: Maps, kind: KindArgument) -> Maps:

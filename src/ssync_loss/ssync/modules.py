@@ -1,6 +1,5 @@
 """The three modules of SSync. Each keeps settings and calls the functions."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from operator import index
@@ -19,7 +18,7 @@ from ssync_loss._module import DetachedWarning, LossModule
 from ssync_loss.ssync.doubts import FirstLook
 from ssync_loss.ssync.engines import Backend, check_backend, resolve
 from ssync_loss.ssync.engines.contract import weigh
-from ssync_loss.ssync.functions import boundary_refinement_loss, interior_denoising_loss
+from ssync_loss.ssync.functions import term
 from ssync_loss.ssync.maps import Grid, KindArgument, bind_maps, check_grid, check_kind, prepare_maps
 from ssync_loss.ssync.settings import Criterion, Settings
 from ssync_loss.ssync.types import PseudoLabels, SSyncTerms
@@ -46,9 +45,10 @@ class _SSyncModule(LossModule):
         """Load a pickle; version 0.1.0 did not look."""
         super().__setstate__({"_look": FirstLook(), **state})
 
-    def look_once(self, enc_logits: Tensor, dec_logits: Tensor, **masks: Any) -> None:
-        """Warn once of maps of another ``kind`` and of an inverted mask, see :class:`FirstLook`."""
-        self._look(enc_logits, dec_logits, self.kind, grid=self.grid, axes=self.axes, **masks)
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How maps are read, and who looks at the first; see :class:`FirstLook`."""
+        return {"kind": self.kind, "grid": self.grid, "axes": self.axes, "look": self._look}
 
     @staticmethod
     def check_settings(
@@ -73,9 +73,8 @@ class _SSyncModule(LossModule):
 
 
 class _OneTermLoss(_SSyncModule):
-    """One of the two terms: its function and its student."""
+    """One of the two terms, and its student."""
 
-    _function: ClassVar[Callable[..., Tensor]]
     _student: ClassVar[str]
     _term: ClassVar[str]
 
@@ -94,8 +93,8 @@ class _OneTermLoss(_SSyncModule):
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        self.look_once(enc_logits, dec_logits, **masks)
-        return type(self)._function(enc_logits, dec_logits, labels=labels, **masks, **self.settings)
+        settings = Settings(**{name: value for name, value in self.settings.items() if name in _UNWEIGHTED})
+        return term(self._term, enc_logits, dec_logits, labels, settings, self.backend, {**self.reading, **masks})
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
@@ -111,7 +110,6 @@ class BoundaryRefinementLoss(_OneTermLoss):
     0.25
     """
 
-    _function = staticmethod(boundary_refinement_loss)
     _student, _term = "dec_logits", "boundary"
 
     def __init__(
@@ -143,7 +141,6 @@ class InteriorDenoisingLoss(_OneTermLoss):
     0.25
     """
 
-    _function = staticmethod(interior_denoising_loss)
     _student, _term = "enc_logits", "interior"
 
     def __init__(
@@ -284,15 +281,13 @@ class SSyncLoss(_SSyncModule):
         """
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         self.look_at(enc_logits, dec_logits)
-        given = {"grid": self.grid, "axes": self.axes, **masks}
         if not self.is_on(step):
-            bound = bind_maps(enc_logits, dec_logits, **given)
+            bound = bind_maps(enc_logits, dec_logits, grid=self.grid, axes=self.axes, **masks)
             if self.backend != "auto":
                 # a missing engine is an error now, not at `start_step`
                 resolve(self.backend, bound.enc, bound.dec)
             return attached_zero(bound.enc, bound.dec)
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, **given)
-        self.look_once(enc_logits, dec_logits, **masks)
+        maps = prepare_maps(enc_logits, dec_logits, **self.reading, **masks)
         with no_autocast(maps.enc):
             return resolve(self.backend, maps.enc, maps.dec).loss(maps, self.settings_at(step, maps.enc))
 
@@ -312,9 +307,8 @@ class SSyncLoss(_SSyncModule):
         """
         is_on = self.is_on(step)
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, kind=self.kind, grid=self.grid, axes=self.axes, **masks)
+        maps = prepare_maps(enc_logits, dec_logits, **self.reading, **masks)
         self.look_at(enc_logits, dec_logits)
-        self.look_once(enc_logits, dec_logits, **masks)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)

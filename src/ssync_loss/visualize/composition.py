@@ -10,7 +10,7 @@ from ssync_loss._checks import as_index, check_int, check_number, check_same_dev
 from ssync_loss.ssync.doubts import warn_of_doubts
 from ssync_loss.ssync.functions import labels_of
 from ssync_loss.ssync.labels import hard_labels
-from ssync_loss.ssync.maps import Grid, KindArgument, as_logits, bind_maps
+from ssync_loss.ssync.maps import Grid, KindArgument, prepare_maps
 from ssync_loss.ssync.settings import Settings
 from ssync_loss.ssync.types import PseudoLabels
 from ssync_loss.visualize.pictures import (
@@ -80,9 +80,7 @@ def panel(
         check_number("merge_threshold", merge_threshold, 0.0, 1.0)
     masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
     with torch.no_grad():
-        bound = bind_maps(enc_logits, dec_logits, grid=grid, axes=axes, **masks)
-        maps = as_logits(bound, kind)
-        warn_of_doubts(bound, kind)
+        maps = prepare_maps(enc_logits, dec_logits, kind=kind, grid=grid, axes=axes, look=warn_of_doubts, **masks)
         B, T, _, H, W = maps.enc.shape
         check_shape("video", video, "B T C h w", B=B, T=T, C=3)
         check_same_device("video", video, enc_logits=enc_logits)
