@@ -307,8 +307,8 @@ class SSyncLoss(_SSyncModule):
         """
         is_on = self.is_on(step)
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
-        maps = prepare_maps(enc_logits, dec_logits, **self.reading, **masks)
         self.look_at(enc_logits, dec_logits)
+        maps = prepare_maps(enc_logits, dec_logits, **self.reading, **masks)
         settings = self.settings_at(step if is_on else None, maps.enc)
         with no_autocast(maps.enc):
             terms = resolve(self.backend, maps.enc, maps.dec).terms(maps, settings)
