@@ -1010,6 +1010,11 @@ class TestAxes:
         module(torch.zeros(B * T, S, 2, 3))
         with pytest.raises(ValueError, match=r"`module` of shape \(6, 4, 2, 3\) .* Give `num_frames`"):
             tap.pop()
+        sizes = OutputTap(module, axes="(b t s) h w")
+        module(torch.zeros(B * T * S, 2, 3))
+        with pytest.raises(ValueError, match=r"leaves b and t and s open\. Give `num_frames`\. Give `num_slots`\.$"):
+            sizes.pop()
+        sizes.remove()
         module(torch.zeros(B * T, S, 6))
         with pytest.raises(ValueError, match=r"`module` must have shape \(b\*t, s, h, w\).*got \(6, 4, 6\)"):
             tap.pop(num_frames=T)

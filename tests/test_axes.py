@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusals import refuses
 from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
-from ssync_loss._axes import arrange
+from ssync_loss._axes import arrange, parse
 from ssync_loss.diagnostics import premise
 from ssync_loss.distributed import global_mean
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss, pseudo_labels
@@ -562,7 +563,8 @@ def test_wrong_patterns_are_refused(axes: Any, error: type[Exception], message: 
             (24, 5, 5),
             (24, 5, 5),
             "(b t s) h w",
-            "`enc_logits` of shape (24, 5, 5) and axes '(b t s) h w' leaves b and t and s open. Give `num_frames`.",
+            "`enc_logits` of shape (24, 5, 5) and axes '(b t s) h w' leaves b and t and s open. Give `num_frames`. "
+            "Give s an axis of its own, by `unflatten`.",
         ),
         (
             (2, 12, 5, 5),
@@ -607,6 +609,38 @@ def test_a_grid_for_the_encoder_is_one_for_a_flat_decoder_map() -> None:
     maps = torch.zeros(2, 3, 4, 24), torch.zeros(24, 25)
     wanted = "`dec_logits` must have shape (b*t*s, h*w) with b=2, t=3, s=4, h=4, w=6, as axes '(b t s) (h w)' say; got"
     refuses(ValueError, wanted, pseudo_labels, *maps, axes=("b t s (h w)", "(b t s) (h w)"), grid=(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "leaves", "after"),
+    [
+        ((8, 5, 5), "(b s) h w", "b and s open. Give s an axis of its own, by `unflatten`.", "b s h w"),
+        ((8, 5, 5), "(s b) h w", "b and s open. Give b an axis of its own, by `unflatten`.", "s b h w"),
+        (
+            (24, 5, 5),
+            "(b t s) h w",
+            "b and t and s open. Give `num_frames`. Give s an axis of its own, by `unflatten`.",
+            "(b t) s h w",
+        ),
+        ((2, 12, 5, 5), "b (t s) h w", "t and s open. Give `num_frames`.", "b (t s) h w"),
+        (
+            (40, 5),
+            "(b s h) w",
+            "b and s and h open. Give `grid`. Give s an axis of its own, by `unflatten`.",
+            "(b h) s w",
+        ),
+    ],
+)
+def test_an_open_size_has_a_remedy(shape: Sequence[int], axes: str, leaves: str, after: str) -> None:
+    known, maps = {"b": 2, "t": 3 if "t" in axes else 1, "s": 4, "h": 5, "w": 5}, torch.zeros(*shape)
+    wanted = f"`enc_logits` of shape {tuple(shape)} and axes {axes!r} leaves {leaves}"
+    with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
+        bind_maps(maps, maps, axes=axes)
+    sizes = [prod(known[letter] for letter in group) for group in parse(after)]
+    given: dict[str, Any] = {"num_frames": 3} if "num_frames" in leaves else {}
+    given |= {"grid": (5, 5)} if "grid" in leaves else {}
+    bound = bind_maps(torch.zeros(sizes), torch.zeros(sizes), axes=after, **given)
+    assert bound.enc.shape == tuple(known.values())
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

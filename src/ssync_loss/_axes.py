@@ -18,6 +18,8 @@ Sizes: TypeAlias = dict[str, int]
 # the axes of maps, and of features; only b and t may be left out
 MAPS, FEATURES = "btshw", "btdhw"
 _ARGUMENTS = {MAPS: "axes", FEATURES: "features_axes"}
+# which argument gives a size
+_GIVEN = {"t": "num_frames", "h": "grid", "w": "grid"}
 
 
 def arrange(
@@ -43,7 +45,7 @@ def arrange(
     height, width = grid or (None, None)
     given = {"t": num_frames, "s": num_slots, "h": height, "w": width}
     sizes = solve(name, tensor, axes, {letter: size for letter, size in given.items() if size is not None})
-    return place(name, tensor, axes, sizes)
+    return place(name, tensor, axes, sizes, given={"t": "num_frames", "s": "num_slots"})
 
 
 def arrange_maps(
@@ -170,20 +172,27 @@ def solve(name: str, tensor: Tensor, axes: str, known: Sizes, letters: str = MAP
     return sizes
 
 
-def place(name: str, tensor: Tensor, axes: str, sizes: Sizes, letters: str = MAPS) -> Tensor:
+def place(
+    name: str, tensor: Tensor, axes: str, sizes: Sizes, letters: str = MAPS, given: dict[str, str] = _GIVEN
+) -> Tensor:
     """View a tensor in the order of the letters, with known sizes; ``(h w)`` of an unknown grid stays one axis.
 
-    Axes are only split and reordered, which is a view for all strides.
+    Axes are only split and reordered, which is a view for all strides. ``given`` names the arguments of the caller that
+    give a size.
     """
     named = "".join([letter for group in parse(axes, letters) for letter in group])
     if "n" in sizes and "hw" in named:
         named, letters = named.replace("hw", "n"), letters.replace("hw", "n")
     unknown = [letter for letter in letters if letter not in sizes]
     if unknown:
-        remedies = {"t": " Give `num_frames`.", "h": " Give `grid`."}
+        remedies = {f" Give `{given[letter]}`.": None for letter in unknown if letter in given}
+        for group in parse(axes, letters):
+            # of several sizes in one axis the last follows
+            for letter in [one for one in group if one in unknown and one not in given][1:]:
+                remedies[f" Give {letter} an axis of its own, by `unflatten`."] = None
         raise ValueError(
             f"`{name}` of shape {tuple(tensor.shape)} and axes {axes!r} leaves {' and '.join(unknown)} open."
-            + "".join(remedies.get(letter, "") for letter in unknown)
+            + "".join(remedies)
         )
     order = named + "".join([letter for letter in letters if letter not in named])
     split = tensor.reshape([sizes[letter] for letter in order])
