@@ -624,6 +624,17 @@ def said_unlike(maps: Any) -> list[str]:
     return [text.split("`")[1] for text in unlike]
 
 
+def run_in_pieces(decoder: Any, rows: int) -> None:
+    """Let a decoder of SlotContrast see so many rows of its batch at a time."""
+    decode = decoder.forward
+
+    def in_pieces(slots: Tensor) -> dict[str, Tensor]:
+        made = [decode(piece) for piece in slots.split(rows)]
+        return {key: torch.cat([one[key] for one in made]) for key in made[0]}
+
+    decoder.forward = in_pieces
+
+
 class TestWhatTheHostShows:
     """The maps are compared with what the host makes of them."""
 
@@ -648,16 +659,25 @@ class TestWhatTheHostShows:
         """There are T pieces of B rows, in the order of clips."""
         host = MINIATURES["slotcontrast mixer"]
         model: Any = host.build()
-        decode = model.decoder.module.forward
-
-        def in_pieces(slots: Tensor) -> dict[str, Tensor]:
-            made = [decode(piece) for piece in slots.split(B)]
-            return {key: torch.cat([one[key] for one in made]) for key in made[0]}
-
-        model.decoder.module.forward = in_pieces
+        run_in_pieces(model.decoder.module, B)
         maps = attach(model)
         run(host, model)
         assert said_unlike(maps) == ["dec_logits"]
+
+    @pytest.mark.parametrize("name", ["slotcontrast mlp", "slotcontrast broadcast"])
+    @pytest.mark.parametrize("rows", [1, 2, 3, 4])
+    def test_a_decoder_in_pieces_is_told_what_to_tap(self, name: str, rows: int) -> None:
+        host = MINIATURES[name]
+        model: Any = host.build()
+        run_in_pieces(model.decoder.module, rows)
+        with attach(model) as maps:
+            run(host, model)
+            with pytest.raises(RuntimeError, match=r"If it runs in pieces, tap what puts them together: `dec=Output\("):
+                maps()
+        # as told
+        maps = attach(model, dec=Output(model.decoder, lambda out: out["masks"], "probs"))
+        _, own = run(host, model)
+        assert_are(maps(), own)
 
     def test_a_decoder_of_the_users_is_not_the_hosts(self) -> None:
         host = MINIATURES["slotcontrast mixer"]

@@ -179,6 +179,19 @@ class TestJoin:
         with pytest.raises(ValueError, match=r"to go with `enc`; got \(2, 3, 6, 4\)\. Are its last two axes the other"):
             SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(B, T, N, S))
 
+    @pytest.mark.parametrize("lead", ["(b t) s", "(b t s) 1"])
+    def test_asks_whether_calls_are_pieces_of_one_map(self, lead: str) -> None:
+        """Of S columns, which are no slots."""
+        decoder = nn.Identity()
+        enc, dec = torch.randn(B, T, S, S), OutputTap(decoder)
+        clip = rearrange(torch.randn(B, T, S, S), f"b t s n -> {lead} n")
+        pieces = "If its calls are pieces of one map, and no frames, tap the module that puts them together."
+        for rows, refused in ((len(clip) // 2, ValueError), (len(clip) * 2 // 3, RuntimeError)):
+            for piece in clip.split(rows):
+                decoder(piece)
+            with pytest.raises(refused, match=f"[.] {pieces}$"):
+                SlotMaps.join(enc, dec)
+
     def test_takes_flattened_tensors_apart(self) -> None:
         enc, dec = torch.randn(B * T, S, N), torch.randn(B * T, S, 5, 5)
         maps = SlotMaps.join(enc, dec, num_frames=T)

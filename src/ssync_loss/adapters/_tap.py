@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LEFTOVERS = (
     "is an earlier forward left in the tap? pop() or reset() after each, or give the tap its `host`, or `num_frames`"
 )
+PIECES = " If its calls are pieces of one map, and no frames, tap the module that puts them together."
 
 _CLOCK = itertools.count()
 
@@ -205,7 +206,7 @@ class Tap(Hooked):
     def _stack(self, name: str, frames: Sequence[Tensor]) -> Tensor:
         """Make calls of one forward the frames of a clip, looking out for calls of another forward."""
         if any(frame.shape != frames[0].shape for frame in frames):
-            raise RuntimeError(f"{self._places[name]} made no clip of {count(frames)}: {self._leftovers()}.")
+            raise RuntimeError(f"{self._places[name]} made no clip of {count(frames)}: {self._leftovers()}.{PIECES}")
         num_detached = sum(not frame.requires_grad for frame in frames)
         if 0 < num_detached < len(frames) and not is_traced():
             warnings.warn(

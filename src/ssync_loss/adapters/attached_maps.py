@@ -241,7 +241,8 @@ class AttachedMaps(Hooked):
             raise RuntimeError(
                 f"{decoder} has run {times} times since {self._name(enc.covers)} began, so its last map is not of the "
                 "encoder's forward. Take the maps right after the model's own forward. If it runs frame by frame, "
-                "write an entry whose `covers` is the module that decodes the whole clip."
+                "write an entry whose `covers` is the module that decodes the whole clip. If it runs in pieces, tap "
+                'what puts them together: `dec=Output(model.decoder, lambda out: out["masks"], "probs")`, or the like.'
             )
 
     def _instead(self) -> str:

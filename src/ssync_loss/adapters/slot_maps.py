@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, overload
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from ssync_loss._checks import check_int, check_tensor
-from ssync_loss.adapters._tap import Tap
+from ssync_loss.adapters._tap import PIECES, Tap
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 
@@ -144,14 +145,13 @@ def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> 
     """Put clips, frames and slots in order: whatever the map leads with, it ends in N or H, W."""
     if by_frame and dec.shape[:2] == (B * S, T) and dec.dim() in (3, 4):
         return rearrange(dec, "(b s) t ... -> b t s ...", s=S)
-    for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
-        rest = dec.shape[len(lead) :]
-        # (S, N) is no grid: T equals S here, and the first axes are frames
-        if dec.shape[: len(lead)] == lead and len(rest) in (1, 2) and rest != (S, N):
-            return dec.reshape(B, T, S, *rest)
+    if (rest := _rest(dec.shape, B, T, S, N)) is not None:
+        return dec.reshape(B, T, S, *rest)
     hint = ""
-    if dec.dim() in (3, 4) and dec.shape[-1] == S:
+    if dec.dim() in (3, 4) and dec.shape[-1] == S and _rest(dec.mT.shape, B, T, S, N) is not None:
         hint = " Are its last two axes the other way round? Swap a tap's projections, or say so by `axes`."
+    elif dec.dim() > 2 and dec.shape[:2].numel() in (B * T, B * T * S):
+        hint = PIECES
     elif dec.numel() > B * T * S * N and dec.numel() % (B * T * S * N) == 0:
         times = dec.numel() // (B * S * N)
         hint = (
@@ -162,6 +162,16 @@ def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> 
         f"`dec` must have shape (B={B}, T={T}, S={S}, ...) or (B*T={B * T}, S={S}, ...) or (B*T*S={B * T * S}, ...), "
         f"ending in N or H, W, to go with `enc`; got {tuple(dec.shape)}.{hint}"
     )
+
+
+def _rest(shape: torch.Size, B: int, T: int, S: int, N: int) -> torch.Size | None:
+    """Return the axes of a map after clips, frames and slots; None if they do not lead it."""
+    for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
+        rest = shape[len(lead) :]
+        # (S, N) is no grid: T equals S here, and the first axes are frames
+        if shape[: len(lead)] == lead and len(rest) in (1, 2) and rest != (S, N):
+            return rest
+    return None
 
 
 def _take(source: Source, num_frames: int | None, num_slots: int | None = None) -> Tensor:
