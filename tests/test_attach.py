@@ -790,6 +790,11 @@ class TestRefusals:
         maps = attach(model, dec=model.decoder.module)
         assert "output of `decoder.module`: logits" in maps.describe()
 
+    def test_slots_that_are_masked_where_no_hook_sees_it(self) -> None:
+        model: Any = MINIATURES["randsfq"].build()
+        model.m.aggregat.vq = nn.Embedding(8, 8)
+        refuses(ValueError, "`aggregat` must attend with all of its slots; got one with a codebook", attach, model)
+
     def test_marks_without_what_maps_are_made_of(self) -> None:
         model: Any = MINIATURES["steve"].build()
         model.steve_decoder.tf.blocks = nn.ModuleList([nn.Linear(2, 2)])
@@ -976,19 +981,33 @@ class TestThePackage:
                 assert torch.equal(got.enc_logits.flatten(3), tap.pop())
                 assert got.dec_logits.shape == (clips, 1, S, 4, 4)
 
-    def test_slots_that_are_reordered_are_refused(self) -> None:
-        model = nn.ModuleDict({"slots": MetaSlotAttention(SlotAttention(S, 8), codebook_size=8)})
-        model["alpha"] = nn.Linear(8, 16)
+    @pytest.mark.parametrize("renamed", [False, True])
+    def test_slots_that_are_reordered_are_refused(self, renamed: bool) -> None:
+        meta = MetaSlotAttention(SlotAttention(S, 8), codebook_size=8)
+        if renamed:
+            # as a copy in a user's own code
+            meta.__class__ = type("Pruned", (nn.Module,), {"forward": MetaSlotAttention.forward})
+        model = nn.ModuleDict({"slots": meta, "alpha": nn.Linear(8, 16)})
         refuses(
             ValueError, "`model` must keep its slots in order; got what looks like a", attach, model, dec=model["alpha"]
         )
 
     def test_a_codebook_beside_slot_attention_reorders_nothing(self) -> None:
-        parts = {"slot_attention": SlotAttention(S, 8), "vq": nn.Embedding(8, 8), "alpha": nn.Linear(8, 16)}
-        model = nn.Module()
-        for name, part in parts.items():
-            model.add_module(name, part)
-        assert "(lucidrains, at `slot_attention`)" in attach(model, dec=model.get_submodule("alpha")).describe()
+        class Quantized(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.slot_attention, self.vq, self.alpha = SlotAttention(S, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+
+            def forward(self, tokens: Tensor) -> Any:
+                # patches without an order
+                tokens = tokens[:, torch.rand(tokens.shape[1]).argsort()]
+                return self.alpha(self.vq(self.slot_attention(tokens)))
+
+        model = Quantized()
+        maps = attach(model, dec=model.alpha)
+        assert "(lucidrains, at `slot_attention`)" in maps.describe()
+        model(torch.randn(B, 16, 8))
+        assert maps().enc_logits.shape == (B, 1, S, 4, 4)
 
 
 def test_a_model_that_is_gone_is_let_go() -> None:

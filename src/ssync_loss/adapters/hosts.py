@@ -6,6 +6,7 @@ it over, ``attach(model, host=entry)``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isfunction, unwrap
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class Host:
         marks: paths of attributes that every member has. Wrappers that keep a module as ``module`` or ``_orig_mod``
             are looked through.
         find: takes a model with these marks and says where its maps are.
-        class_name: name of its class, or of a base of it, where the marks fit other models, too.
+        uses: names in the code of its ``forward``, where the marks fit other models, too.
 
     >>> entry = next(host for host in HOSTS if host.name == "steve")
     >>> entry.marks
@@ -116,7 +117,7 @@ class Host:
     name: str
     marks: tuple[str, ...]
     find: Callable[[Any], Found]
-    class_name: str | None = None
+    uses: tuple[str, ...] = ()
 
 
 def reach(module: Any, path: str) -> Any:
@@ -155,9 +156,9 @@ def lacks(module: nn.Module, host: Host) -> list[str]:
             reach(module, path)
         except AttributeError:
             missing.append(path)
-    if host.class_name not in (None, *(one.__name__ for one in type(module).__mro__)):
-        missing.append(f"the class {host.class_name}")
-    return missing
+    forwards = [unwrap(vars(one)["forward"]) for one in type(module).__mro__ if "forward" in vars(one)]
+    used = {name for one in forwards if isfunction(one) for name in one.__code__.co_names}
+    return missing + [f"{name} in its forward" for name in host.uses if name not in used]
 
 
 def _shown(module: nn.Module, *path: str | int, slots_last: bool = False) -> Seen:
@@ -228,6 +229,11 @@ def _last_pass(enc: Tensor, dec: Tensor) -> Tensor:
 
 def _genera1z(model: Any) -> Found:
     attention, decode = reach(model, "aggregat"), reach(model, "decode")
+    if hasattr(attention, "vq"):
+        raise ValueError(
+            "`aggregat` must attend with all of its slots; got one with a codebook `vq`, as MetaSlot has: it masks "
+            "duplicate slots after the dots, and may change its keys from one iteration to the next."
+        )
     scale = attention.proj_q.out_features**-0.5
     layers = getattr(getattr(decode, "backbone", None), "layers", ())
     return Found(
@@ -339,7 +345,7 @@ HOSTS: tuple[Host, ...] = (
     Host("steve", ("steve_encoder.savi.project_q", "steve_decoder.tf.blocks"), _steve),
     Host("oclf", ("perceptual_grouping.slot_attention.to_q", "object_decoder"), _oclf),
     Host("spot", ("slot_attn.slot_attention.project_q", "forward_decoder", "dec"), _spot),
-    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot, class_name="MetaSlotAttention"),
+    Host("metaslot", ("slot_attention.to_q", "vq"), _metaslot, uses=("vq", "tril", "argsort")),
     Host("lucidrains", ("to_q", "to_k", "scale", "slots_mu"), _lucidrains),
 )
 
