@@ -9,6 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from limits import MAPPING_IN_A_GRAPH
 from ssync_loss import SSyncLoss
@@ -62,6 +63,14 @@ class TestPair:
         changed = maps._replace(dec_logits=maps[0])
         assert dict(**changed) == {**maps, "dec_logits": maps[0]}
         assert maps._replace(valid=None).valid is None
+
+    def test_torch_maps_its_trees_over_all(self, masks: dict[str, Tensor]) -> None:
+        maps = pair(**masks)
+        moved = tree_map(lambda one: one.to("meta"), {"maps": maps})["maps"]
+        assert type(moved) is SlotMaps
+        assert moved.keys() == maps.keys()
+        assert all(one.is_meta for one in {**moved}.values())
+        assert [keystr(path) for path, _ in tree_flatten_with_path(maps)[0]] == [f".{name}" for name in {**maps}]
 
     def test_feeds_a_criterion(self, masks: dict[str, Any]) -> None:
         maps, criterion = pair(**masks), SSyncLoss().eval()

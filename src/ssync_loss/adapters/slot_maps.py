@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeAlias, overl
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from ssync_loss._checks import check_int, check_tensor
 from ssync_loss.adapters._tap import PIECES, Tap
@@ -18,10 +19,16 @@ if TYPE_CHECKING:
 Source: TypeAlias = Tensor | LogitTap | OutputTap
 
 
+class _Field(str):
+    """The name of a map. Of a named tuple whose names are plain strings, torch's trees would keep no masks."""
+
+    __slots__ = ()
+
+
 class SlotMaps(tuple[Tensor, Tensor]):
     """The maps of one forward: ``criterion(*maps)``, or ``criterion(**maps)`` with the masks of the host.
 
-    A tuple of the two maps. As a mapping it has the masks too, where there are any.
+    A tuple of the two maps. As a mapping, and in torch's trees, it has the masks too, where there are any.
 
     Args:
         enc_logits: (B, T, S, N) or (B, T, S, H, W), of slot attention.
@@ -36,7 +43,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
     """
 
     # a named tuple by hand, which torch's compiler takes for one: typing's have no room for masks
-    _fields = "enc_logits", "dec_logits"
+    _fields = _Field("enc_logits"), _Field("dec_logits")
     _field_defaults: ClassVar[dict[str, Any]] = {}
     valid: Tensor | None
     slot_mask: Tensor | None
@@ -128,6 +135,14 @@ class SlotMaps(tuple[Tensor, Tensor]):
         dec_logits = _take(dec, T, S)
         num_patches = enc_logits.shape[3:].numel()
         return cls(enc_logits, _ordered(dec_logits, B, T, S, num_patches, by_frame=by_frame))
+
+
+register_pytree_node(
+    SlotMaps,
+    lambda maps: ([*{**maps}.values()], maps.keys()),
+    lambda values, names: SlotMaps(**dict(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda maps: ([(GetAttrKey(name), one) for name, one in {**maps}.items()], maps.keys()),
+)
 
 
 def _check_order(enc: Source, dec: Source) -> None:
