@@ -288,17 +288,26 @@ class TestThreads:
         assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
     @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
-    @pytest.mark.parametrize("preload", [[], ["torch"]])
-    def test_a_child_of_a_fork_server_that_loads_torch_itself_counts_as_no_fork(self, preload: list[str]) -> None:
+    @pytest.mark.parametrize("preload", [[], ["torch"], ["ssync_loss"], ["used_threads"]])
+    def test_a_child_of_a_fork_server_without_threads_counts_as_no_fork(
+        self, preload: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(tmp_path)
+        used = "import torch; torch.set_num_threads(2); torch.randn(1 << 20).exp().sum()"
+        (tmp_path / "used_threads.py").write_text(used, encoding="utf-8")
         program = f"""
-            import signal, torch
+            import os, signal, torch
             signal.alarm(60)
             torch.set_num_threads(2)
             from ssync_loss import SSyncLoss, _forks
-            torch.randn(1 << 20).exp().sum()
-            assert _forks.is_forked() is {bool(preload)}
+            assert _forks.is_forked() is {preload == ["used_threads"]}
             maps = [torch.randn(8, 4, 11, 24, 24, requires_grad=True) for _ in range(2)]
             SSyncLoss(backend="cpu")(*maps).backward()
+            SSyncLoss(backend="torch")(*maps).backward()
+            assert torch.get_num_threads() == (1 if _forks.is_forked() else 2)
+            if os.fork() == 0:
+                os._exit(not _forks.is_forked())
+            assert os.wait()[1] == 0
         """
         server = f"""
             from multiprocessing import get_context

@@ -11,6 +11,8 @@ from ssync_loss._compilers import constant
 
 # a flag of a process in /proc/self/stat: it was forked, and still runs the program of its parent
 FORKED = 0x40
+# in the command of a fork server
+SERVER = b"multiprocessing.forkserver"
 # in the path of a library with threads of OpenMP
 THREADED = re.compile(rb"lib(torch|[gi]?omp)")
 
@@ -34,27 +36,39 @@ def take_one_thread_if_forked(device: str) -> None:
 
 def _read() -> bool | None:
     try:
-        # bytes, as the program's name may be truncated within a letter
-        flags = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6])
+        flags = _flags("self")
     except (OSError, IndexError, ValueError):
         return None
     # gVisor and WSL 1 have no flags
     return bool(flags & FORKED) and not _has_plain_parent() if flags else None
 
 
+def _flags(process: str) -> int:
+    # bytes, as the program's name may be truncated within a letter
+    return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[6])
+
+
 def _has_plain_parent() -> bool:
-    """Tell whether the parent lives and has never loaded torch, as a fork server: then it has no such threads."""
-    parent = Path(f"/proc/{os.getppid()}")
+    """Tell whether the parent lives and has no threads of OpenMP."""
+    process = str(os.getppid())
+    parent = Path("/proc", process)
     try:
-        # of a parent that has ended this is empty; an orphan's next parent runs another command
-        loaded, command = (parent / "maps").read_bytes(), (parent / "cmdline").read_bytes()
-        return bool(loaded) and not THREADED.search(loaded) and command == Path("/proc/self/cmdline").read_bytes()
+        command = (parent / "cmdline").read_bytes()
+        # an orphan's next parent runs another command
+        if command != Path("/proc/self/cmdline").read_bytes():
+            return False
+        # a fork server forks in its only thread, or has begun others; what it forked has its command
+        if SERVER in command and not _flags(process) & FORKED and len(os.listdir(parent / "task")) == 1:
+            return True
+        # of a parent that has ended this is empty
+        loaded = (parent / "maps").read_bytes()
+        return bool(loaded) and not THREADED.search(loaded)
     except OSError:
         return False
 
 
 def _after_fork() -> None:
-    _forked[0] = True
+    _forked[0] = _forked[0] is not False or not _has_plain_parent()
 
 
 # one value; a fork changes it
