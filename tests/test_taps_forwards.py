@@ -418,6 +418,22 @@ class TestSteps:
                 tap.pop()
         setup.train()
 
+    def test_with_slots_that_attend_again_after_the_decoder(self, frames: int) -> None:
+        """As for a loss of cycle consistency, to what was decoded."""
+        setup = set_up("methods", frames)
+        model, clip = setup.model, features(B, frames)
+        for _ in range(2):
+            out = setup.step()
+            for _ in range(2):
+                model.processor.corrector(torch.randn(B, S, D), out.decoded[-B:, :, :D], 1)
+            setup.assert_pops(out)
+        # the maps of a step whose encoder the tap does not see are not those of the step before
+        setup.step()
+        model.decode(*model.processor.forward(clip))
+        with pytest.raises(RuntimeError, match=r"ran outside of a call of `host`.* or join it with the decoder's tap"):
+            SlotMaps.join(setup.enc, setup.dec)
+        setup.train()
+
     def test_of_no_host_with_generation_between(self, frames: int) -> None:
         setup = set_up("methods", frames, hosts="none")
         for _ in range(2):

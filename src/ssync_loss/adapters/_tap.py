@@ -114,8 +114,9 @@ class Tap(Hooked):
     def reset(self) -> None:
         """Forget what was collected, and with it the graph."""
         self._calls: list[Held] = []
-        # whether what is tapped ran while nobody listened
+        # whether what is tapped ran while nobody listened, and when it first did
         self._missed = False
+        self._missed_when: int | None = None
         for mark in self._marks:
             mark.called = False
 
@@ -149,6 +150,8 @@ class Tap(Hooked):
         if is_recomputing():
             return False
         if not self._listening:
+            if not (is_traced() or self._missed):
+                self._missed_when = next(_CLOCK)
             self._missed = True
         return self._listening
 
@@ -164,6 +167,12 @@ class Tap(Hooked):
             return False
         ended, began = self._calls[-1].when, other._calls[0].when
         return ended is not None and began is not None and ended < began
+
+    def _overlook_what_ran_after(self, decoder: "Tap") -> None:
+        """Take for no forward what ran outside of the host after the decoder, such as attention to what it made."""
+        if self._calls and decoder._calls and not decoder._missed and self._missed_when is not None:
+            decoded = decoder._calls[-1].when
+            self._missed = decoded is None or decoded > self._missed_when
 
     def _take(self, name: str) -> list[Held]:
         """Empty the tap and return what it held, which is one forward's."""
@@ -182,7 +191,7 @@ class Tap(Hooked):
             return (
                 f"{self._places[name]} ran outside of a call of `host`: hooks run where a module is called, and not "
                 f"where its forward() or another method is. Instead of this `host`, give {give}`num_frames`. If it "
-                "ran after the forward to be popped, pop() before that."
+                "ran after the forward to be popped, pop() before that, or join it with the decoder's tap."
             )
         if not self._calls:
             return (

@@ -147,13 +147,16 @@ register_pytree_node(
 
 def _check_order(enc: Source, dec: Source) -> None:
     """Refuse a decoder's map that is older than the encoder's: it belongs to an earlier forward."""
-    if isinstance(enc, Tap) and isinstance(dec, Tap) and dec._before(enc):
+    if not (isinstance(enc, Tap) and isinstance(dec, Tap)):
+        return
+    if dec._before(enc):
         enc.reset()
         dec.reset()
         raise RuntimeError(
             "`dec` must hold a map of the forward that `enc` holds; got an earlier one. Did the encoder run again "
             "without the decoder? Pop or reset() both taps after each forward."
         )
+    enc._overlook_what_ran_after(dec)
 
 
 def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> Tensor:
