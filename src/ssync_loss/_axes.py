@@ -59,7 +59,7 @@ def arrange_maps(
     own: list[Sizes] = [{} if grid is None else {"h": grid[0], "w": grid[1]} for grid in grids]
     sizes: list[Sizes] = [{}, {}]
     shared = {} if num_frames is None else {"t": num_frames}
-    # each of b, t and s may become known from the other map, in turn
+    # a size that one map shows may let the other show one more
     for turn in (0, 1, 0, 1, 0):
         if [letter for letter in "bts" if letter not in sizes[turn]]:
             sizes[turn] = solve(*maps[turn], {**own[turn], **shared})
@@ -86,7 +86,7 @@ def arrange_maps(
 
 def square(num_patches: int) -> tuple[int, int] | None:
     """Return the grid of a square number of patches; None of another."""
-    # `index` makes a symbolic size of a compiler constant: it cannot trace a root
+    # a compiler traces no root: `index` makes its symbolic size a constant
     root = isqrt(index(num_patches))
     return (root, root) if root * root == num_patches else None
 
@@ -187,7 +187,7 @@ def place(
     if unknown:
         remedies = {f" Give `{given[letter]}`.": None for letter in unknown if letter in given}
         for group in parse(axes, letters):
-            # of several sizes in one axis the last follows
+            # one size of a merged axis follows from the others
             for letter in [one for one in group if one in unknown and one not in given][1:]:
                 remedies[f" Give {letter} an axis of its own, by `unflatten`."] = None
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 
 from ssync_loss._compilers import constant
 
-# a flag of a process in /proc/self/stat: it was forked, and still runs the program of its parent
+# the flag of a process that was forked and still runs the program of its parent, in /proc/self/stat
 FORKED = 0x40
 # in the command of a fork server
 SERVER = b"multiprocessing.forkserver"
@@ -24,7 +24,7 @@ def is_forked() -> bool | None:
 
 @constant
 def take_one_thread_if_forked(device: str) -> None:
-    """Limit torch to one thread on the CPU of a forked process, for good, as a backward comes later."""
+    """Limit torch to one thread in a forked process that computes on the CPU: for good, as a backward may follow."""
     if device == "cpu" and is_forked() and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(
@@ -57,7 +57,7 @@ def _has_plain_parent() -> bool:
         # an orphan's next parent runs another command
         if command != Path("/proc/self/cmdline").read_bytes():
             return False
-        # a fork server forks in its only thread, or has begun others; what it forked has its command
+        # a child of a fork server has the server's command, and may have ended threads
         if SERVER in command and not _flags(process) & FORKED and len(os.listdir(parent / "task")) == 1:
             return True
         # of a parent that has ended this is empty
@@ -71,7 +71,7 @@ def _after_fork() -> None:
     _forked[0] = _forked[0] is not False or not _has_plain_parent()
 
 
-# one value; a fork changes it
+# what is_forked() returns; a fork writes to it
 _forked = [_read()]
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

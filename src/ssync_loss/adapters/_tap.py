@@ -1,4 +1,4 @@
-"""What every tap does: hang on modules, start afresh, let go."""
+"""What all taps share: hooks on modules, what they collect, and the checks that it is of one forward."""
 
 import itertools
 import warnings
@@ -26,7 +26,7 @@ _CLOCK = itertools.count()
 
 
 class Held(NamedTuple):
-    """A module's output, how often it had been written to when the module was done, and which call of all that was."""
+    """What a module gave: the tensor, its version then, and the time of the call on the clock of all taps."""
 
     place: str
     tensor: Tensor
@@ -40,7 +40,7 @@ class Held(NamedTuple):
             raise TypeError(f"{place} must give a tensor; got {type(output).__name__}.")
         if is_traced():
             return cls(place, output, None, None)
-        # tensors of inference mode do not count writes
+        # a tensor of inference mode has no version
         return cls(place, output, None if output.is_inference() else output._version, next(_CLOCK))
 
     def get(self) -> Tensor:
@@ -53,7 +53,7 @@ class Held(NamedTuple):
 
 
 class _Mark:
-    """Whether a module on the way from the host to what is tapped was called; only written to in traced code."""
+    """Whether a module between the host and what is tapped was called; traced code only writes it."""
 
     def __init__(self, place: str) -> None:
         self.place, self.called = place, False
@@ -64,7 +64,7 @@ class _Mark:
 
 
 class Hooked(ABC):
-    """What hangs on modules until it is removed, or a context ends; a copy hangs on nothing and holds nothing."""
+    """Hooks on modules, until they are removed or a context ends; a copy, deep or unpickled, has no hooks or data."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -81,7 +81,7 @@ class Hooked(ABC):
 
 
 class Tap(Hooked):
-    """Forward hooks on a host, and what they collect; a copy, deep or unpickled, hangs on nothing and holds nothing."""
+    """Forward hooks on a host, and what they collect."""
 
     def __init__(
         self, host: nn.Module | None, num_frames: int | None, **hooks: tuple[nn.Module, Callable[..., None]]
@@ -93,7 +93,7 @@ class Tap(Hooked):
             if host is not None:
                 raise ValueError(f"`num_frames` must be None with `host`, whose forward is a clip; got {num_frames}.")
         self._num_frames = num_frames
-        # a tap without a host listens all the time, one with a host between its call and its return
+        # a tap without a host listens all the time, one with a host during the host's calls
         self._hosted = host is not None
         self._attached = self._listening = True
         self._handles: list[RemovableHandle] = []
@@ -107,7 +107,7 @@ class Tap(Hooked):
                     self._handles.append(inner.register_forward_pre_hook(self._marks[-1].on_call))
         self._handles += [module.register_forward_hook(hook) for module, hook in hooks.values()]
         if host is not None:
-            # after the others, if the host itself is tapped; always, as a forward may break
+            # last, as the host itself may be tapped; always, as a forward may break
             self._handles.append(host.register_forward_hook(self._on_host_done, always_call=True))
         self.reset()
 
@@ -122,7 +122,7 @@ class Tap(Hooked):
 
     def remove(self) -> None:
         """Take the hooks off the host and forget what was collected; a second call does nothing."""
-        # code compiled before this goes on calling the hooks, so they look at the flag
+        # code that was compiled before goes on calling the hooks, which look at the flag
         self._attached = self._listening = False
         for handle in self._handles:
             handle.remove()
@@ -135,7 +135,7 @@ class Tap(Hooked):
         self.reset()
 
     def _on_host(self, *call: object) -> None:
-        # a compiler that takes this for a function of its own would look at all that is left
+        # where a compiler breaks its graph, it guards every local variable that is left
         del call
         if self._attached and not is_recomputing():
             self.reset()
@@ -146,7 +146,7 @@ class Tap(Hooked):
         self._listening = False
 
     def _listens(self) -> bool:
-        """Say whether a call that a hook sees is part of a forward, and remember if one is missed."""
+        """Say whether the call that a hook sees is part of a forward; remember one outside of the host."""
         if is_recomputing():
             return False
         if not self._listening:
@@ -156,20 +156,20 @@ class Tap(Hooked):
         return self._listening
 
     def _hold(self, place: str, output: object, limit: int | None) -> None:
-        """Keep an output, and of all no more than the last ``limit``."""
+        """Keep an output, and forget all but the last ``limit``."""
         self._calls.append(Held.now(place, output))
         if limit is not None and len(self._calls) > limit:
             self._calls.pop(0)
 
     def _before(self, other: "Tap") -> bool:
-        """Say whether all that is held was made before what another tap holds, where that is known."""
+        """Say whether all that is held is known to be older than all that another tap holds."""
         if is_traced() or not (self._calls and other._calls):
             return False
         ended, began = self._calls[-1].when, other._calls[0].when
         return ended is not None and began is not None and ended < began
 
     def _overlook_what_ran_after(self, decoder: "Tap") -> None:
-        """Take for no forward what ran outside of the host after the decoder, such as attention to what it made."""
+        """Allow what ran outside of the host after the decoder, such as slots that attend to its reconstruction."""
         if self._calls and decoder._calls and not decoder._missed and self._missed_when is not None:
             decoded = decoder._calls[-1].when
             self._missed = decoded is None or decoded > self._missed_when
@@ -213,7 +213,7 @@ class Tap(Hooked):
         )
 
     def _stack(self, name: str, frames: Sequence[Tensor]) -> Tensor:
-        """Make calls of one forward the frames of a clip, looking out for calls of another forward."""
+        """Stack calls as the frames of a clip; refuse other shapes, and warn if some carry no gradient."""
         if any(frame.shape != frames[0].shape for frame in frames):
             raise RuntimeError(f"{self._places[name]} made no clip of {count(frames)}: {self._leftovers()}.{PIECES}")
         num_detached = sum(not frame.requires_grad for frame in frames)
@@ -227,7 +227,7 @@ class Tap(Hooked):
 
 
 def count(tensors: Sequence[Tensor]) -> str:
-    """Say how many calls gave which shapes, in few words however many there are.
+    """Say how many calls gave which shapes, in a few words.
 
     >>> count([torch.zeros(2, 3)] * 64)
     '64 calls of shape (2, 3)'
@@ -240,7 +240,7 @@ def count(tensors: Sequence[Tensor]) -> str:
 
 
 def _places(host: nn.Module | None, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Say which modules the arguments are, by their path in the host where that is known."""
+    """Return a name of each argument for messages, with the module's path in the host or its class."""
     for name, module in (({} if host is None else {"host": host}) | modules).items():
         if not isinstance(module, nn.Module):
             raise TypeError(f"`{name}` must be a module; got {type(module).__name__}.")

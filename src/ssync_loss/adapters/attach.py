@@ -25,7 +25,7 @@ def attach(
     scale: float | None = None,
     heads: int | None = None,
     head_softmax: HeadSoftmax | None = None,
-) -> "AttachedMaps":
+) -> AttachedMaps:
     """Find the maps of a model of a known family, and tap them; the model stays as it is.
 
     ::

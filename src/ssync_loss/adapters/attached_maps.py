@@ -18,7 +18,7 @@ from ssync_loss.adapters.hosts import Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
 from ssync_loss.adapters.slot_maps import SlotMaps
-from ssync_loss.ssync.maps import Kind, Size
+from ssync_loss.ssync.maps import Kind, Size, log_of_probs
 from ssync_loss.ssync.settings import TINY
 
 # of a `Found`, what the host makes of its maps
@@ -32,8 +32,8 @@ class AttachedMaps(Hooked):
 
     A forward gives its maps once. Encoder and decoder must have run once each, in this order; a forward that nobody
     asks about is forgotten at the next. Copies of the model, deep or unpickled, are not tapped, and a copy of this
-    gives nothing. It is a context manager, which takes the hooks off in the end. Inside of a compiled function
-    torch 2.6 takes no ``**maps()``; newer ones do.
+    gives nothing. As a context manager it takes the hooks off at the end. Inside of a compiled function torch 2.6 takes
+    no ``**maps()``; newer ones do.
 
     >>> from slot_attention import SlotAttention
     >>> from ssync_loss.adapters import attach
@@ -65,10 +65,10 @@ class AttachedMaps(Hooked):
         self._compared: set[bool] = set()
         self._seen = "not called yet"
         self._mask: Tensor | None = None
-        # how many forwards learned since the last call, by the weights that they found; whether so at the call before
+        # forwards that learned since the last call; the weights' versions then; whether the call before saw several
         self._begun, self._weights, self._repeats = 0, [-1], False
         self._learns = True
-        # what has run since the encoder began; written without being read, so that a compiled model has no guard on it
+        # what has run since the encoder began; hooks do not read it, so that a compiled model has no guard on it
         self._ran: list[str] = []
         self._caught: dict[str, list[Tensor]] = {}
         # frame by frame, None where all slots are present
@@ -87,7 +87,7 @@ class AttachedMaps(Hooked):
         if isinstance(dec, (Dots, Output)):
             self._handles.append(_covered(dec).register_forward_hook(self._on_decoder))
         within = {one for one in enc.covers.modules() if one is not enc.covers}
-        # what may run several times while a clip is encoded
+        # what may run frame by frame while a clip is encoded
         self._by_frame: set[str] = set()
         for name in ("valid", "slot_mask", "grid", *_OWN):
             seen: Seen | None = getattr(found, name)
@@ -115,7 +115,8 @@ class AttachedMaps(Hooked):
         if self._found.pick_frames is not None:
             enc = self._found.pick_frames(enc, dec)
         enc, given = SlotMaps.join(enc, dec)
-        dec = _log(given) if self._kind == "probs" else given
+        with no_autocast(given):
+            dec = log_of_probs(at_least_float32(given)) if self._kind == "probs" else given
         present: Tensor | None = None
         some = next((one for one in masks if one is not None), None)
         if some is not None:
@@ -230,7 +231,7 @@ class AttachedMaps(Hooked):
             return
         decoder, times = self._name(_covered(self._dec_source)), len(ran) - 1
         if times == 1 or self._found.decodes_again:
-            # what a host attends to beside its clip, such as a reconstruction
+            # slots may attend again outside of the clip, such as to a reconstruction
             self._enc._missed = False
         if times == 0:
             raise RuntimeError(
@@ -260,7 +261,7 @@ class AttachedMaps(Hooked):
 
     def _say_if_last_of_many(self) -> None:
         times, self._begun, self._weights = self._begun, 0, [-1]
-        # once may be a start, or a look; twice in a row is a loop
+        # once it may be steps before the loss begins; twice in a row it is a loop over frames
         if times > 1 and self._repeats:
             warnings.warn(
                 f"{self._name(self._found.enc.covers)} has run {times} times since the last step, and these maps are "
@@ -325,7 +326,7 @@ class AttachedMaps(Hooked):
 
 def _distance(maps: Tensor, shown: list[Tensor], halves: bool) -> float:
     """Return how far a map is from the host's own probabilities; 0 if that is rounding, or there are none like it."""
-    # a call is a frame, or the first is the clip
+    # the first call is the clip, or each is a frame
     probs = next((one for one in (*shown[:1], *_stacked(shown)) if one.numel() == maps.numel()), None)
     if probs is None:
         return 0.0
@@ -333,7 +334,7 @@ def _distance(maps: Tensor, shown: list[Tensor], halves: bool) -> float:
     probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
     spread = (probs.amax(2) - probs.amin(2)).amax()
     apart = (at_least_float32(maps).softmax(2) - probs).abs().amax()
-    # what rounding costs where dots are large, and where they are small
+    # tolerances for rounding, a share for large dots and a least one for small ones
     share, least = (0.25, 0.004) if halves else (0.05, 1e-4)
     return float(apart) if apart > share * spread + least else 0.0
 
@@ -368,14 +369,6 @@ def _tap(source: Dots | Output) -> LogitTap | OutputTap:
     )
 
 
-def _log(probs: Tensor) -> Tensor:
-    """Probabilities (B, T, S, ...) as logits; the gradient of a probability of 0 is 0."""
-    with no_autocast(probs):
-        probs = at_least_float32(probs)
-        probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
-        return probs.clamp_min(TINY).log()
-
-
 def _on_grid(name: str, maps: Tensor, size: Size | None) -> Tensor:
     if maps.dim() == 5:
         if size is not None and tuple(maps.shape[3:]) != size:
@@ -401,7 +394,7 @@ def _problem(enc: Tensor, dec: Tensor, given: Tensor, kind: Kind) -> str | None:
         return None
     enc, dec = (at_least_float32(one).softmax(2) for one in (enc, dec))
     spread = (enc.amax(2) - enc.amin(2)).max()
-    # up to what half precision costs
+    # the tolerance is for half precision
     if (enc - dec).abs().max() <= 0.02 * spread and spread > 1e-6:
         return (
             "`dec` must be a map of the decoder; got the encoder's own: both have the same probabilities, so neither "

@@ -32,12 +32,13 @@ class LogitTap(Tap):
       ``logsumexp_h(log_softmax_s(dots)) - log(heads)``, with one over slots and heads (``"joint"``) the sum,
       ``logsumexp_h(dots)``. These are no dots, and more slots merge: choose a threshold anew.
 
-    A tap must see one forward at a time. With ``host``, the module whose call covers whole clips, it keeps the last
-    one's and ignores what runs outside. It must be called, ``host(...)``: where a step calls the model's ``forward``
-    or another method, name the module that the step does call; `pop` says which. Without a host, ``num_frames`` keeps
-    that many frames, the last ones. Without either, ``pop()`` or ``reset()`` must follow every forward; leftovers are
-    an error or a warning where they can be told from frames. Until then the tap holds what the projections gave, and
-    the graph.
+    A tap must see one forward at a time. With ``host``, the module whose call covers whole clips, it keeps what its
+    last call made. What runs outside of a call is not kept, and then `pop` refuses: its map may be of an older forward.
+    `SlotMaps.join` with the decoder's tap allows what runs after the decoder. The host must be called, ``host(...)``:
+    where a step calls the model's ``forward`` or another method, name the module that the step does call; `pop` says
+    which. Without a host, ``num_frames`` keeps that many frames, the last ones. Without either, ``pop()`` or
+    ``reset()`` must follow every forward; leftovers are an error or a warning where they can be told from frames. Until
+    then the tap holds what the projections gave, and the graph.
 
     Attach before the first call of a compiled model. What activation checkpointing computes again is ignored; with
     ``use_reentrant=True`` maps carry no gradient, and with ``fullgraph=True`` torch's compiler refuses it around what

@@ -45,7 +45,7 @@ class OutputTap(Tap):
     torch.Size([2, 3, 4, 25])
     """
 
-    # of a copy, too
+    # a copy keeps no other
     _axes: str | None = None
 
     def __init__(

@@ -42,7 +42,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
     (2, ['enc_logits', 'dec_logits', 'valid'])
     """
 
-    # a named tuple by hand, which torch's compiler takes for one: typing's have no room for masks
+    # torch's compiler takes this for a named tuple; one of `typing` has no room for masks
     _fields = _Field("enc_logits"), _Field("dec_logits")
     _field_defaults: ClassVar[dict[str, Any]] = {}
     valid: Tensor | None
@@ -186,7 +186,7 @@ def _rest(shape: torch.Size, B: int, T: int, S: int, N: int) -> torch.Size | Non
     """Return the axes of a map after clips, frames and slots; None if they do not lead it."""
     for lead in ((B, T, S), (B * T, 1, S), (B * T, S), (B * T * S,)):
         rest = shape[len(lead) :]
-        # (S, N) is no grid: T equals S here, and the first axes are frames
+        # a rest (S, N) is no grid: the decoder has S frames, and the encoder's map fewer
         if shape[: len(lead)] == lead and len(rest) in (1, 2) and rest != (S, N):
             return rest
     return None
@@ -194,7 +194,7 @@ def _rest(shape: torch.Size, B: int, T: int, S: int, N: int) -> torch.Size | Non
 
 def _take(source: Source, num_frames: int | None, num_slots: int | None = None) -> Tensor:
     if isinstance(source, LogitTap):
-        # a decoder's frames are put in order by what the encoder gave
+        # a decoder's frames are taken apart later, by the encoder's T
         return source.pop(num_frames=None if num_slots else num_frames)
     if isinstance(source, OutputTap):
         return source.pop(num_frames=num_frames, num_slots=num_slots) if source._axes else source.pop()

@@ -13,11 +13,11 @@ from ssync_loss._forks import is_forked
 from ssync_loss._module import _callers_stacklevel
 from ssync_loss.ssync.maps import Kind, KindArgument, Maps, check_kind
 
-# tolerance for a sum of probabilities, which may come from halves
+# tolerance for a sum of probabilities, which may have been float16
 ABOUT = 0.01
-# how far probabilities differ between patches at least
+# least difference between a slot's probabilities on two patches
 SPREAD = 0.05
-# the least share of a map that present slots have
+# least share of a map that present slots have
 NEGLIGIBLE = 1e-3
 
 
@@ -30,8 +30,8 @@ def warn_of_doubts(maps: Maps, kind: KindArgument) -> None:
 class FirstLook:
     """Warns once of likely mistakes in the maps of a first call, and waits for no device.
 
-    Maps on a CUDA device are copied while it works. A later call that finds the copy done reads it. Maps on other
-    devices, in compiled code and in a CUDA graph are not looked at.
+    Maps on a CUDA device are copied without waiting, and the first call that finds the copy done reads it. Maps on
+    other devices, in compiled code and in a CUDA graph are not looked at.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class FirstLook:
         """Look at maps of `bind_maps`."""
         if _cannot_look() or (self.looked and self._copy is None) or is_capturing():
             return
-        # another thread may take it meanwhile
+        # read once: another thread may set it to None
         if (copied := self._copy) is not None:
             first, done = copied
             if done.query():
@@ -64,7 +64,7 @@ class FirstLook:
 
 
 def _cannot_look() -> bool:
-    # in a forked process operators of torch may wait forever
+    # torch's operators may wait forever in a forked process
     return is_traced() or bool(is_forked())
 
 

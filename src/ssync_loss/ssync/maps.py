@@ -82,7 +82,7 @@ def check_kind(kind: object) -> tuple[Kind, Kind]:
 
 
 def check_grid(grid: object) -> tuple[Size | None, Size | None]:
-    """Return the grids of the encoder's and the decoder's map; None is inferred later."""
+    """Return the grids of the encoder's and the decoder's map; one that is None is inferred later."""
     if grid is None:
         return None, None
     if isinstance(grid, Sequence) and len(grid) == 2:
@@ -267,9 +267,13 @@ def _as_logits(name: str, maps: Tensor, kind: Kind, usable: Tensor | None) -> Te
     if usable is not None:
         maps = torch.where(usable, maps, 0.0)
     check_nonnegative(name, maps)
-    maps = torch.where(maps < 0, float("nan"), maps)
-    maps = maps / maps.sum(2, keepdim=True).clamp_min(TINY)
-    return maps.clamp_min(TINY).log()
+    return log_of_probs(torch.where(maps < 0, float("nan"), maps))
+
+
+def log_of_probs(probs: Tensor) -> Tensor:
+    """Normalize probabilities (B, T, S, ...) over slots, and take their logarithm; that of 0 has no gradient."""
+    probs = probs / probs.sum(2, keepdim=True).clamp_min(TINY)
+    return probs.clamp_min(TINY).log()
 
 
 def first_largest(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ssync_loss.ssync.maps import Size
 
 # what the losses read without being told
 _PLAIN = ("b t s h w", "b t s (h w)")
-# difference of two maps that are one, as a share of how far slots lie apart
+# largest difference of two maps that are one, as a share of the difference between slots
 _SAME = 0.02
 
 
@@ -52,10 +52,10 @@ def _readings_together(enc: Suspect, dec: Suspect, hints: Hints) -> Iterator[Pai
             fits = (one.total, one.slots) == (two.total, two.slots) and two.frames in (None, frames)
             # frames that lie in the batch are more than one
             fits = fits and not (frames == 1 and "(b t)" in one.axes + two.axes)
-            # heads of both are one number; frames need not be
+            # where both have heads, they have as many
             heads = [each.tensor.shape[of.heads] for each, of in ((enc, one), (dec, two)) if of.heads is not None]
             fits = fits and len(set(heads)) <= 1
-            # S has to show in one of them
+            # one of them must show S
             fits = fits and not ("s)" in one.axes and "s)" in two.axes)
             if fits and (frames is None or one.total % frames == 0):
                 grids = grid_of(one, two, hints), grid_of(two, one, hints)

@@ -27,7 +27,7 @@ _DECODER = (r"(^|_)dec|alpha|attentd|attent2|recon|render", r"mask|segment")
 
 @dataclass(eq=False)
 class Suspect:
-    """A tensor that may be a map, all its readings, and how many times the frames that went in it has."""
+    """A tensor that may be a map, its readings, and how many times over it holds the frames that went in."""
 
     tensor: Tensor
     path: str
@@ -88,7 +88,7 @@ def _read(floats: list[tuple[Found, Values | None]], hints: Hints, slots: frozen
         shape, times = tuple(one.tensor.shape), 1
         readings = readings_of(shape, values, hints, slots)
         if not readings and hints.frames is not None:
-            # taps that were told nothing join forwards, in time or in the batch
+            # taps without a host may have joined forwards, in time or in the batch
             num_frames = hints.frames * (hints.batch or 1)
             more = readings_of(shape, values, replace(hints, batch=None, frames=None), slots)
             counts = [each.total if hints.batch else each.frames or 1 for each in more]

@@ -14,12 +14,12 @@ from ssync_loss.adapters._doctor.walk import Found
 from ssync_loss.adapters.output_tap import is_log_of_zero
 from ssync_loss.ssync.modules import SSyncLoss
 
-# a share of a slot mask's mass that is next to nothing
+# a share of a map's mass that counts as none
 _NEGLIGIBLE = 0.05
 
 
 def notes_on(one: Suspect, readings: Sequence[Reading]) -> Iterator[str]:
-    """Say what is worth knowing of a map, and is taken care of by the line."""
+    """Say what is worth knowing of a map and asks for nothing: the line takes care of it."""
     shape, values = tuple(one.tensor.shape), one.values
     if one.same_as is not None:
         yield f"the same map as {one.same_as}"

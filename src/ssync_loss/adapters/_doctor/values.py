@@ -9,11 +9,11 @@ from torch import Tensor
 
 Range: TypeAlias = tuple[float, float]
 
-# numbers looked at for sums, for the least and the largest, and in one sum
+# how many numbers are read for sums, how many for the least and the largest, and how many terms a sum may have
 MAX_SAMPLE = 2**16
 MAX_READ = 2**24
 MAX_TERMS = 2**20
-# a sum of probabilities that were halves once
+# tolerance for a sum of probabilities, which may have been float16
 ABOUT = 0.01
 
 
@@ -101,7 +101,7 @@ def _constant(tensor: Tensor, *, exponentials: bool, flat: bool) -> dict[tuple[i
     spread = {axes: (high - low) / high for axes, (low, high) in ones.items()}
     least = min(spread.values(), default=0.0)
     exact = {axes: total for axes, total in ones.items() if spread[axes] <= 3 * least + 1e-6}
-    # two clips of means over two heads sum to one, too
+    # means over two heads sum to one over slots and two clips, too
     return {axes: total for axes, total in exact.items() if len(axes) == min(map(len, exact))}
 
 
