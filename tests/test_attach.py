@@ -6,6 +6,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -677,6 +678,26 @@ class TestWhatTheHostShows:
         # as told
         maps = attach(model, dec=Output(model.decoder, lambda out: out["masks"], "probs"))
         _, own = run(host, model)
+        assert_are(maps(), own)
+
+    @pytest.mark.parametrize("name", ["slotcontrast mlp", "slotcontrast broadcast", "slotcontrast mixer"])
+    @pytest.mark.parametrize("frames", [T, S])
+    def test_a_decoder_frame_by_frame_takes_an_entry(self, name: str, frames: int) -> None:
+        host = MINIATURES[name]
+        model: Any = host.build()
+        decode = model.decoder.module
+
+        def by_frame(clip: Tensor) -> dict[str, Tensor]:
+            made = [decode(slots) for slots in clip.unbind(1)]
+            return {key: torch.stack([one[key] for one in made], 1) for key in made[0]}
+
+        def find(model: Any) -> Found:
+            found = HOSTS[0].find(model)
+            return replace(found, dec=replace(found.dec, covers=model.decoder))  # type: ignore[type-var]
+
+        model.decoder.forward = by_frame
+        maps = attach(model, Host("mine", HOSTS[0].marks, find))
+        _, own = run(host, model, frames=frames)
         assert_are(maps(), own)
 
     def test_a_decoder_of_the_users_is_not_the_hosts(self) -> None:

@@ -17,7 +17,7 @@ from ssync_loss.adapters._tap import Hooked, Tap
 from ssync_loss.adapters.hosts import Dots, Found, Output, Seen
 from ssync_loss.adapters.logit_tap import LogitTap
 from ssync_loss.adapters.output_tap import OutputTap
-from ssync_loss.adapters.slot_maps import SlotMaps
+from ssync_loss.adapters.slot_maps import SlotMaps, ordered
 from ssync_loss.ssync.maps import Kind, Size, log_of_probs
 from ssync_loss.ssync.settings import TINY
 
@@ -73,8 +73,8 @@ class AttachedMaps(Hooked):
         self._caught: dict[str, list[Tensor]] = {}
         # frame by frame, None where all slots are present
         self._masks: list[Tensor | None] = []
-        # the decoder's first map, if it runs twice
-        self._first: Tensor | None = None
+        # the decoder's first map, if it runs twice, and whether its frames were stacked
+        self._first: tuple[Tensor, bool] | None = None
         enc = found.enc
         self._dec_source = dec
         self._enc = _tap(enc)
@@ -111,10 +111,10 @@ class AttachedMaps(Hooked):
         held = [*self._enc._calls, *getattr(self._dec, "_calls", ())]
         halves = any(call.tensor.element_size() < 4 for call in held)
         enc = self._enc.pop()
-        dec, self._first = self._pop_decoder() if self._first is None else self._first, None
+        (dec, stacked), self._first = self._first or self._pop_decoder(), None
         if self._found.pick_frames is not None:
             enc = self._found.pick_frames(enc, dec)
-        enc, given = SlotMaps.join(enc, dec)
+        given = ordered(dec, enc, by_frame=stacked)
         with no_autocast(given):
             dec = log_of_probs(at_least_float32(given)) if self._kind == "probs" else given
         present: Tensor | None = None
@@ -254,10 +254,11 @@ class AttachedMaps(Hooked):
         one = self._name(self._found.enc.covers.get_submodule(called[0]))
         return f" Or, if {one} sees whole clips, write an entry whose `covers` is that: it was called."
 
-    def _pop_decoder(self) -> Tensor:
+    def _pop_decoder(self) -> tuple[Tensor, bool]:
+        stacked = isinstance(self._dec, OutputTap) and self._dec._by_frame
         maps = self._dec.pop() if isinstance(self._dec, (LogitTap, OutputTap)) else self._dec()
         check_tensor("dec", maps)
-        return maps
+        return maps, stacked
 
     def _say_if_last_of_many(self) -> None:
         times, self._begun, self._weights = self._begun, 0, [-1]

@@ -64,6 +64,11 @@ class OutputTap(Tap):
         super().__init__(host, num_frames, module=(module, self._on_output))
         self._select, self._axes = select, axes
 
+    @property
+    def _by_frame(self) -> bool:
+        """Whether it holds frames, whose slots may stand in the batch."""
+        return self._axes is None and len(self._calls) > 1
+
     def pop(self, *, num_frames: int | None = None, num_slots: int | None = None) -> Tensor:
         """Return what was selected in the last forward, attached, and empty the tap.
 

@@ -120,7 +120,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
             if not isinstance(source, Tap):
                 check_tensor(name, source)
         _check_order(enc, dec)
-        by_frame = isinstance(dec, OutputTap) and dec._axes is None and len(dec._calls) > 1
+        by_frame = isinstance(dec, OutputTap) and dec._by_frame
         enc_logits = _take(enc, num_frames)
         if num_frames is not None and enc_logits.dim() == 3 and len(enc_logits) % num_frames == 0:
             enc_logits = rearrange(enc_logits, "(b t) s n -> b t s n", t=num_frames)
@@ -131,10 +131,8 @@ class SlotMaps(tuple[Tensor, Tensor]):
                 f"`enc` must have shape (B, {time}, S, N) or (B, {time}, S, H, W), or (B*T, S, N) where "
                 f"`num_frames` gives T; got {shape}."
             )
-        B, T, S = shape[:3]
-        dec_logits = _take(dec, T, S)
-        num_patches = enc_logits.shape[3:].numel()
-        return cls(enc_logits, _ordered(dec_logits, B, T, S, num_patches, by_frame=by_frame))
+        dec_logits = _take(dec, *shape[1:3])
+        return cls(enc_logits, ordered(dec_logits, enc_logits, by_frame=by_frame))
 
 
 register_pytree_node(
@@ -159,8 +157,9 @@ def _check_order(enc: Source, dec: Source) -> None:
     enc._overlook_what_ran_after(dec)
 
 
-def _ordered(dec: Tensor, B: int, T: int, S: int, N: int, *, by_frame: bool) -> Tensor:
-    """Put clips, frames and slots in order: whatever the map leads with, it ends in N or H, W."""
+def ordered(dec: Tensor, enc: Tensor, *, by_frame: bool) -> Tensor:
+    """Put clips, frames and slots in the order of the encoder's map: whatever it leads with, it ends in N or H, W."""
+    (B, T, S), N = enc.shape[:3], enc.shape[3:].numel()
     if by_frame and dec.shape[:2] == (B * S, T) and dec.dim() in (3, 4):
         return rearrange(dec, "(b s) t ... -> b t s ...", s=S)
     if (rest := _rest(dec.shape, B, T, S, N)) is not None:
