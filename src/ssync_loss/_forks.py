@@ -35,17 +35,17 @@ def take_one_thread_if_forked(device: str) -> None:
 
 
 def _read() -> bool | None:
-    try:
-        flags = _flags("self")
-    except (OSError, IndexError, ValueError):
-        return None
-    # gVisor and WSL 1 have no flags
+    flags = _flags("self")
     return bool(flags & FORKED) and not _has_plain_parent() if flags else None
 
 
 def _flags(process: str) -> int:
-    # bytes, as the program's name may be truncated within a letter
-    return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[6])
+    """Return the flags of a process, or 0 if they are unknown; gVisor and WSL 1 have none."""
+    try:
+        # bytes, as the program's name may be truncated within a letter
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[6])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def _has_plain_parent() -> bool:
