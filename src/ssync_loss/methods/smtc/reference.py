@@ -4,6 +4,8 @@ Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
 """
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -130,7 +132,7 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
 
 
 def reference_slot_attention(
-    slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
+    slots: Tensor, features: Tensor, weights: Mapping[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Let slots (K, D) compete for the patches (N, D) of one frame, with a gate (N,) and the whole gradient.
 
@@ -160,6 +162,32 @@ def reference_slot_attention(
             after.append(moved + layer("mlp.2", layer("mlp.0", normal("norm_mlp", moved)).relu()))
         current = after
     return widened(torch.stack(current), slots), widened(logits, slots)
+
+
+def reference_semantic_aware_slot_attention(
+    features: Tensor,
+    noise: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    iters: int = 3,
+    gate: str = "soft",
+    gate_thr: float = 0.3,
+) -> tuple[Tensor, ...]:
+    """Attend frame by frame: semantics (S, C), then P instances of each semantic, with the whole gradient.
+
+    Returns slots, logits, instances and their logits, as the module with these weights does.
+    """
+    frames, grid = [], features.shape[3:]
+    for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
+        attend = partial(reference_slot_attention, features=frame.flatten(1).mT, weights=weights, iters=iters)
+        slots, logits = attend(weights["mu"])
+        score = logits if gate == "logit" else logits.softmax(0)
+        gates = score if gate == "soft" else (score > gate_thr).double()
+        starts = weights["mu"].unsqueeze(1) + weights["log_sigma"].exp().unsqueeze(1) * draws
+        within = [attend(start, gate=one) for start, one in zip(starts, gates, strict=True)]
+        instances, instance_logits = (torch.stack(one) for one in zip(*within, strict=True))
+        frames.append((slots, logits.unflatten(-1, grid), instances, instance_logits.unflatten(-1, grid)))
+    return tuple(torch.stack(one).unflatten(0, features.shape[:2]) for one in zip(*frames, strict=True))
 
 
 def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
