@@ -157,7 +157,7 @@ class Monitor:
             step: the training step.
             loss: the value of the criterion, a scalar.
             host_loss: the model's own loss, a scalar.
-            features: (B, T, D, H, W) on the encoder's grid, or what ``features_axes`` says.
+            features: (B, T, D, H, W) on the encoder's grid, or as ``features_axes`` says.
             video: (B, T, 3, h, w), floating point within [0, 1], or uint8.
             num_frames: as in the criterion.
         """

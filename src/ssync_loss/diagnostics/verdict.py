@@ -178,8 +178,8 @@ def premise(
     A clip's margins are NaN, and the premise does not hold, if a valid patch has NaN or +inf in a map, -inf for all
     slots, or features that are not finite.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. features: (B, T, D, H, W) on
-        the encoder's grid, or what ``features_axes`` says. groups: (B,) integers. Returns (B,) tensors, all but the
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says. features: (B, T, D, H, W) on
+        the encoder's grid, or as ``features_axes`` says. groups: (B,) integers. Returns (B,) tensors, all but the
         counts in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
 
     ``features`` are the input of the slots, for example backbone features, in any floating point. ``features_axes`` is

@@ -57,7 +57,7 @@ def panel(
 
     A slot has one color in all rows, a merged slot that of its representative. Invalid patches are dark.
 
-    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, H and
+    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says, H and
         W apart from h and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
         ``width = T * scale * w + (T - 1) * gap``.
 
