@@ -182,7 +182,7 @@ class SSyncLoss(_SSyncModule):
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
         label_smoothing: within [0, 1], spread over present slots, for ``"cross_entropy"`` only.
-        temperature: of the softmax over slots, above 0 (at least the smallest normal float32, 1.2e-38).
+        temperature: temperature of the softmax over slots, at least the smallest normal float32, 1.2e-38.
         min_different: least number of differing neighbors, of ten, at a boundary; 0 to 10.
         min_same: least number of agreeing neighbors at a boundary; a patch with fewer is noise; 0 to 10.
         max_different: greatest number of differing neighbors in an interior; 0 to 10.

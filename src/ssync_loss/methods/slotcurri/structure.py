@@ -57,10 +57,10 @@ def structure_aware_loss(
     Let x and y be both values scaled to [0, 1] together, ``v -> (v - lo) / (hi - lo + eps)``, with means, variances and
     the covariance under a Gaussian over ``window**3`` cells:
     ``loss = 1 - mean over cubes of (2 m_x m_y + c1) (2 s_xy + c2) / ((m_x^2 + m_y^2 + c1) (s_x^2 + s_y^2 + c2))``
-    with ``c1 = k1^2`` and ``c2 = k2^2``. It is within [0, 2]. The published weight beside a mean squared error is 0.05.
-    Cubes are inside the clip. An axis shorter than the window is not averaged over: images, and clips of two frames,
-    are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient. The forward
-    forms the gradient and keeps nothing else.
+    with ``c1 = k1^2`` and ``c2 = k2^2``. The loss is within [0, 2]. The published weight, relative to a mean squared
+    error, is 0.05. Cubes lie inside the clip. An axis shorter than the window is not averaged: images and clips of two
+    frames are compared frame by frame. Without clips the loss is exactly 0, attached to the graph. lo and hi have no
+    gradient. The forward also computes the gradient, and saves only that.
 
     Args:
         pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
