@@ -173,10 +173,7 @@ def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
 
 
 def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: Tensor) -> None:
-    """Require labels of a region to name present slots, if :func:`read_numbers` can see all three tensors.
-
-    Clips without a present slot are left out.
-    """
+    """Require labels of a region to name present slots, if all can be read; clips without a slot are left out."""
     if any(read_numbers(one) is None for one in (labels, region, slot_mask)):
         return
     present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)

@@ -44,5 +44,5 @@ def is_exporting() -> bool:
     """Tell whether ``torch.export`` traces, which drops the gradient of an autograd function."""
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    # torch 2.6
+    # torch 2.6 lacks that function
     return getattr(sys.modules.get("torch.export._trace"), "_EXPORT_FLAGS", None) is not None

@@ -78,7 +78,7 @@ class Monitor:
       than ten times the host's, a warning says once which setting to lower. Ten is a rule of thumb.
 
     Values that are not available are left out, and their cells in the file are empty. A gradient is missing if the loss
-    does not depend on the map: a tap computed a copy of the host's map, or a compiled model returned both maps. If a
+    does not use that map, as when a tap computes a copy of the host's map, or a compiled model returns both maps. If a
     map is stacked, joined or reshaped from other tensors, the gradient is taken at these. Scale both losses alike.
 
     The picture is ``visualize.panel`` of the first clip of the batch, if ``video`` is given. To watch one fixed clip,

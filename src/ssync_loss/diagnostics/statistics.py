@@ -152,7 +152,7 @@ def merges(representative: Tensor) -> Tensor:
 def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of patches whose label changes from one frame to the next: ``mean(l[t + 1] != l[t])``.
 
-    Patches count that are valid in both frames. Moving objects also flip labels, so compare maps of the same clips.
+    Only patches valid in both frames count. Moving objects also flip labels, so compare maps of the same clips.
 
     Shape: labels: (B, T, H, W), integer. ``valid``, results and errors are as in :func:`region_share`; 0 for T = 1.
 

@@ -34,7 +34,7 @@ MEMORIZED = 0.75
 
 
 class Premise(NamedTuple):
-    """The result of :func:`premise`, one value per clip unless said otherwise.
+    """The result of :func:`premise`, one value per clip unless stated otherwise.
 
     Attributes:
         enc_explained, dec_explained: (B,), share of the feature variance that the hard labels of a map explain.

@@ -140,11 +140,11 @@ def contour_accuracy(
         recall = (contour(object) & near(contour(slot))).sum() / contour(object).sum()
         F = 2 * precision * recall / (precision + recall)    # 1.0 where both are empty, 0.0 where one is
 
-    The contour is the pixel above or to the left of a border between two pixels. The border of the frame is no contour:
-    the last row is compared only to the right, the last column only downward, and their corner is never marked. So a
-    mask that fills the frame has no contour, and a frame of one pixel counts 1. An object's value is the mean over
-    frames; a video's value is the mean over objects. Arguments, errors and results are those of :func:`j_and_f`, the
-    mean of :func:`region_similarity` and F.
+    Contour pixels lie above or to the left of a border between two pixels. The border of the frame is no contour: the
+    last row is compared only to the right, the last column only downward, and their corner is never marked. So a mask
+    that fills the frame has no contour, and a frame of one pixel counts 1. An object's value is the mean over frames; a
+    video's value is the mean over objects. Arguments, errors and results are those of :func:`j_and_f`, the mean of
+    :func:`region_similarity` and F.
 
     The paper defines F by a matching of contour pixels. The paper and the public code compute this faster form instead.
 

@@ -25,8 +25,7 @@ def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tens
     an invalid patch, and the means leave it out. Frames without valid patches do not count. An absent slot has overlap
     0. No gradient flows.
 
-    The rule is meant for logits. Log-probabilities differ from logits by a shift at every patch, which changes the
-    overlap.
+    The rule is meant for logits: log-probabilities have another shift at every patch, which changes the overlap.
 
     Shape: logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B, S, S) within
         [0, 1], symmetric; the diagonal is the share of frames a slot is active in.

@@ -203,8 +203,8 @@ class SSyncLoss(_SSyncModule):
             CPU maps of up to 64 slots. It is compiled at first use and kept in the user's cache folder, or in the
             folder that the variable SSYNC_LOSS_CACHE names. ``"triton"`` is CUDA kernels for float16, bfloat16 and
             float32 maps of up to 64 slots. ``"reference"`` is slow loops, for checking. ``"auto"`` takes ``"cpu"`` or
-            ``"triton"`` if that engine is available and agrees with torch on a small case, else ``"torch"``. If a
-            named engine is not available, the call raises an error.
+            ``"triton"`` if that engine is available and agrees with torch on a small case, else ``"torch"``. Naming an
+            engine that is not available is an error.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says, float16, bfloat16, float32 or
         float64. Returns a float32 scalar (float64 for float64 maps).

@@ -41,7 +41,7 @@ class SSyncTerms(NamedTuple):
     """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
 
     Attributes:
-        total: scalar, the weighted, ramped sum; what ``forward`` returns.
+        total: scalar, the weighted, ramped sum, which ``forward`` returns.
         boundary: scalar, the unweighted mean of the boundary term, which teaches the decoder.
         interior: scalar, the unweighted mean of the interior term, which teaches the encoder.
         num_boundary: scalar, the number of boundary patches in the batch, int64.

@@ -12,7 +12,6 @@ from ssync_loss._checks import check_int
 
 Color: TypeAlias = tuple[int, int, int]
 
-# colors of a patch, by its student
 ENCODER_TAUGHT: Color = (58, 134, 255)
 DECODER_TAUGHT: Color = (255, 146, 20)
 BOTH_TAUGHT: Color = (214, 70, 196)
@@ -23,7 +22,6 @@ WHITE: Color = (255, 255, 255)
 # index: 1 if the encoder is taught, plus 2 if the decoder is taught
 BY_ROLE = (NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT)
 
-# a legend with the terms of the loss
 ROLE_COLORS: dict[str, Color] = {
     "encoder taught (interior)": ENCODER_TAUGHT,
     "decoder taught (boundary)": DECODER_TAUGHT,

@@ -154,7 +154,7 @@ def histogram(counts: Tensor, *, at: float | None = None, height: int = 64, widt
     """Draw counts in bins of equal width from 0 to 1 as bars, and a line at the value ``at``.
 
     The height of a bar is proportional to the square root of its count, so that small counts are visible, too. With the
-    counts of ``diagnostics.overlap_histogram`` and a line at the merge threshold, bars right of the line are merged.
+    counts of ``diagnostics.overlap_histogram`` and a line at the merge threshold, merged pairs are right of the line.
 
     Shape: counts: (N,) integers >= 0. Returns (3, height, N * width), uint8.
 

@@ -17,7 +17,7 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
 
 
 def positions_of(size: dict[str, int]) -> dict[str, int]:
-    """Return the sizes without those of the channels."""
+    """Return the sizes of all axes but the channels."""
     return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
 
 

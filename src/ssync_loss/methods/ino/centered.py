@@ -41,9 +41,7 @@ def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) ->
     # number of moves before each center
     behind = torch.nn.functional.pad(moves, (1, 0))
     since = (behind.unsqueeze(1) - moves).to(sums)
-    # only earlier moves have weight
     weights = ((1 - momentum) * momentum**since).tril(-1)
-    # 0 where there are no rows
     means = sums / counts.clamp_min(1).unsqueeze(1)
     return (momentum ** behind.to(sums)).unsqueeze(1) * center + weights @ means
 
@@ -117,7 +115,6 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         with no_autocast(s):
             dtype = widest(s, t)
             rows = cross_entropies(s.to(dtype), t.to(dtype), self.center.to(dtype), self.tau_s, self.tau_t)
-            # a mean of no rows would be NaN
             return rows.sum() / max(rows.numel(), 1)
 
     @torch.no_grad()

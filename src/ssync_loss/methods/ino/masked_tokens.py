@@ -64,7 +64,6 @@ def masked_token_loss(
         if update_center and ce_patch.training:
             center = ce_patch.move_center(t, masked).unsqueeze(1)
         rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
-        # a mean of nothing would be NaN
         frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
         return frames.sum() / (counts > 0).sum().clamp_min(1)
 

@@ -27,7 +27,7 @@ def clip_mask(
         N: patches of a frame.
         ratio: the smallest and the largest share of masked patches, within [0, 1].
         prob: probability of masking, within [0, 1].
-        generator: source of randomness; None for torch's own.
+        generator: source of randomness; None for torch's global generator.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), mask of in-generative learning, as in the authors' code.
     Raises: TypeError if a number is of another type, ValueError if it is out of range.

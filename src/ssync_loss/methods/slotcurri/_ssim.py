@@ -1,4 +1,4 @@
-"""Structural similarity of cubes and its gradient, by the library's own filters or by kornia's.
+"""Structural similarity of cubes and its gradient, computed by the library's filters or by kornia.
 
 Both compare volumes (B, T, C, H, W) with values within [0, 1], and agree up to rounding. The library's filters are
 separable, and do not average over an axis shorter than the window. kornia supports one Gaussian and whole cubes.

@@ -73,7 +73,7 @@ def structure_aware_loss(
         normalize: ``"joint"``, as published, uses one lo and hi for all channels of a clip, so that an outlier channel,
             which large backbones have, hides the others. ``"channel"`` uses a lo and hi per channel.
         chunk_size: channels at a time; None for all. The value is the same up to rounding.
-        filters: ``"torch"`` and ``"auto"`` use the library's own separable filters. ``"kornia"`` uses
+        filters: ``"torch"`` and ``"auto"`` use the library's separable filters. ``"kornia"`` uses
             ``kornia.metrics.ssim3d`` as a check; it is several times slower and in float32 a hundred times less exact.
             Before kornia 0.9 its window is rounded to float32, an error of 1e-6. It needs the published constants, T, H
             and W of at least ``window``, a CPU, and no hooks for saved tensors, such as those of a checkpoint.
@@ -98,7 +98,6 @@ def structure_aware_loss(
     dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
     with_slope = learns(pred)
-    # a mean of no clips would be NaN
     share = 1 / max(size["B"] * size["D"] * like.num_cubes(pred), 1)
     with torch.no_grad(), no_autocast(pred):
         total = torch.zeros((), dtype=dtype, device=pred.device)

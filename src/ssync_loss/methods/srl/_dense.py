@@ -48,7 +48,7 @@ def align(
             counts -= 1
             linear = (sums - keys) * _half_of(counts)
 
-        # rounds in the same way as the scores
+        # divide first, which rounds as in the scores
         hits = (units / temperature * linear).sum(2, keepdim=True)
 
         def wanted(some: slice, rows: slice) -> Targets:
@@ -72,7 +72,6 @@ def align(
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        # a mean of no clips would be NaN
         scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale

@@ -69,7 +69,6 @@ def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Te
     """
     num_clips, num_slots, _ = slots.shape
     units, _ = directions(at_least_float32(slots))
-    # each pair appears once, with the lower index first
     earlier, later = torch.triu_indices(num_slots, num_slots, 1, device=slots.device)
     similarity = (units @ units.mT)[:, earlier, later]
     picks = []

@@ -20,7 +20,6 @@ NEGATIVES = get_args(Negatives)
 
 _check_settings = check_by(temperature=POSITIVE, kind=one_of(*CONTRASTS), negatives=one_of(*NEGATIVES))
 
-# divisor of the supervised form
 BASE_TEMPERATURE = 0.07
 
 

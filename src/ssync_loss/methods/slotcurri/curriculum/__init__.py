@@ -1,1 +1,1 @@
-"""A curriculum of slots: training begins with few slots, then adds copies of those with the largest error."""
+"""A curriculum of slots: training begins with few slots, and later copies slots with large errors."""

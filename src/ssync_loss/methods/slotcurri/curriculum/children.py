@@ -76,7 +76,7 @@ def spawn_children(
         raise ValueError("`unborn` must be given with neighbors='all'; got None.")
     num_new, width = int(counts.sum()), slots_active.shape[1]
     like = at_least_float32(slots_active)
-    # a generator draws on its own device
+    # a generator draws only on its device
     device = like.device if generator is None else generator.device
     ways = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
     ways, _ = directions(ways)

@@ -50,8 +50,7 @@ def label(
 ) -> Labels:
     """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``, empty if not wanted.
 
-    The threshold is a number or a tensor; None for both merges nothing. ``hard`` and ``table`` are results of
-    :func:`find`, or None.
+    The threshold is a number or a tensor; None for both merges nothing. ``hard`` and ``table`` come from :func:`find`.
     """
     outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:

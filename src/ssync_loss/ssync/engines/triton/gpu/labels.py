@@ -25,9 +25,8 @@ def label_kernel(
     """Write int8 labels (2, B, T, H, W), the encoder's and the decoder's, -1 at invalid patches.
 
     The first half of the programs reads the encoder's map, the second half the decoder's map. ``num_parts`` programs
-    share a clip of a map. A program of the encoder's map writes one of the ``parts``: the sums of slots over valid
-    patches, (B, parts, S) float32, and the number of these patches, (B, parts) int32. Without merging ``parts`` is
-    None.
+    share a clip of a map. A program of the encoder's map writes one of the ``parts``: sums of slots over valid patches,
+    (B, parts, S) float32, and the number of these patches, (B, parts) int32. ``parts`` is None without merging.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
