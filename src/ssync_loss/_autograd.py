@@ -62,7 +62,7 @@ def differentiable(
 def learns(tensor: Tensor) -> bool:
     """Tell whether a forward must write a gradient.
 
-    It always must within ``torch.func``, where ``requires_grad`` describes only one level, and in an exported program.
+    It must in an exported program, and within ``torch.func``, where ``requires_grad`` describes only one level.
     """
     if not torch.is_grad_enabled():
         return False

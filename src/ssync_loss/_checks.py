@@ -162,7 +162,7 @@ def check_nonnegative(name: str, tensor: Tensor) -> None:
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
     """Require slot labels within [0, num_slots), if :func:`read_numbers` can see them.
 
-    On other devices an index out of range triggers an assertion of the device.
+    Otherwise an index out of range triggers an assertion of the device.
     """
     values = read_numbers(labels)
     if values is None:

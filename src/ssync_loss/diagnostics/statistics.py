@@ -13,7 +13,7 @@ from ssync_loss.ssync.types import PseudoLabels
 
 
 class Summary(NamedTuple):
-    """Statistics of pseudo-labels, one value per clip. Shares count valid patches, flips pairs of them in time.
+    """Statistics of pseudo-labels, one value per clip. Shares are shares of the clip's valid patches.
 
     Attributes:
         boundary_share: (B,), where the encoder teaches the decoder.
@@ -22,7 +22,7 @@ class Summary(NamedTuple):
         agreement: (B,), where both maps have the same merged label.
         enc_slots, dec_slots: (B,) int64, number of different merged labels in each map.
         merges: (B,) int64, number of slots that merging renames.
-        enc_flips, dec_flips: (B,), where the label changes from one frame to the next.
+        enc_flips, dec_flips: (B,), share of patches whose label changes from one frame to the next.
     """
 
     boundary_share: Tensor

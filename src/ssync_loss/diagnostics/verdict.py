@@ -28,8 +28,8 @@ Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 Reason: TypeAlias = Literal[
     "no clip", "not finite", "unexplained", "one slot", "merging", "encoder", "decoder", "undecided", "one video"
 ]
-# a model has memorized its clips if it explains fresh clips less well than this share. In one study the share was a
-# half for a model trained on 41 clips, and did not drop for a model trained on 1,500.
+# a model has memorized its clips if its explained variance drops below this fraction on fresh clips. In one study it
+# dropped to a half for a model trained on 41 clips, and did not drop for a model trained on 1,500.
 MEMORIZED = 0.75
 
 
@@ -89,8 +89,8 @@ class Premise(NamedTuple):
 
         The last reason is ``"encoder"`` or ``"decoder"``, the map that explains more; ``"undecided"`` if the margin is
         within two standard errors of zero; ``"one video"``; ``"no clip"`` or ``"not finite"`` if there is no margin; or
-        ``"one slot"`` if merging leaves one slot in most clips. Before the last reason come ``"unexplained"`` if no
-        partition explains anything, as with constant features, and ``"merging"`` if only the plain margin holds.
+        ``"one slot"`` if merging leaves one slot in most clips. ``"unexplained"`` precedes it if no partition explains
+        anything, as with constant features; ``"merging"`` precedes it if the plain margin holds, but not the merged.
 
         >>> clips, yes = torch.tensor([0.5, 0.5]), torch.tensor([True, True])
         >>> Premise(*[clips] * 9, margin=clips, measured=yes, holds=yes[0], merged_margin=-clips).reasons()

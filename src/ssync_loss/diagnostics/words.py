@@ -11,10 +11,9 @@ from ssync_loss.diagnostics.verdict import MeanOverClips, Premise, Reason, memor
 def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     """Put a verdict in words, with mean ± standard error over clips and with its limits.
 
-    ``premise`` is a result of :func:`premise` or :func:`pool` on training clips. The text begins with
-    :meth:`Premise.verdict`; after a table come :meth:`Premise.reasons` and a caution. ``fresh`` is a result on fresh
-    clips; then the text also tells whether the model has memorized its training clips, see :func:`memorization`. This
-    reads the tensors, and so waits for the device.
+    ``premise`` is a result of :func:`premise` or :func:`pool` on training clips. The text has :meth:`Premise.verdict`,
+    a table, :meth:`Premise.reasons` and a caution. If ``fresh`` is a result on fresh clips, the text also tells whether
+    the model has memorized its training clips (:func:`memorization`). This reads the tensors, and waits for the device.
 
     Raises: TypeError if an argument is no Premise.
 

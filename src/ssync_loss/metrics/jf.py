@@ -105,8 +105,8 @@ def region_similarity(
 
     An object's value is the mean over frames; a video's value is the mean over objects. :func:`video_miou` instead
     counts the pixels of all frames together, and :func:`image_miou` matches the slots of each frame anew. Arguments,
-    errors and results are those of :func:`j_and_f`, the mean of J and :func:`contour_accuracy`. Slots are matched by
-    ``j_and_f``, not by J.
+    errors and results are those of :func:`j_and_f`, the mean of J and :func:`contour_accuracy`. Slots are matched as
+    there, by J&F.
 
     Source: Perazzi et al., CVPR 2016, region similarity; Pont-Tuset et al., arXiv:1704.00675.
 

@@ -70,8 +70,8 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
     The rule is opt-in and in no paper: it comes from trials on small models. ``examples/study.py`` repeats these trials
     and adds settings that had no part in the rule. The study also trained a ``dead_zone`` of 0.01. On composites of
     other photographs it saved 0.01 FG-ARI. On moving objects with 12 slots G rises slowly, and it cost a third of the
-    gain. In two runs with 160 clips the unmerged form cost 0.01 to 0.02 with U between 0.016 and 0.046. A larger
-    ``dead_zone`` would forbid this form, but also the full form where it helps. So the default is 0. Runs with
+    gain. In two runs with 160 clips the unmerged form cost 0.01 to 0.02 with U between 0.016 and 0.046. A ``dead_zone``
+    above 0.046 would also forbid the full form where it helps. So the default is 0. Runs with
     ``every=5, warmup=10, momentum=0.9`` took the same levels and ended within 0.011.
 
     Every step from the criterion's ``start_step`` on, or every k-th step, asks a question, in training mode with
@@ -213,7 +213,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     @torch.no_grad()
     def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> tuple[SlotLabels, Tensor]:
-        """Update the running means with a batch. Return the level, and labels with its representatives."""
+        """Update the running means with a batch. Return labels with the representatives of the level, and the level."""
         found = engine.slot_labels(maps, settings)
         num_slots = maps.enc.shape[2]
         enc, dec = found.hard[0], found.hard[1]

@@ -91,7 +91,7 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
     >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
     1
     """
-    cells, present = _what_counts(_map_size("logits", logits), valid, slot_mask)
+    cells, present = _valid_and_present(_map_size("logits", logits), valid, slot_mask)
     scores = logits.movedim(2, -1).tolist()
     labels = torch.zeros(cells.shape, dtype=torch.int64)
     for b, t, h, w in cells.nonzero().tolist():
@@ -116,7 +116,7 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
     [[[1.0, 0.5], [0.5, 1.0]]]
     """
     size = _map_size("logits", logits)
-    cells, present = _what_counts(size, valid, slot_mask)
+    cells, present = _valid_and_present(size, valid, slot_mask)
     device, logits = logits.device, _wide(logits.detach()).cpu()
     overlap = torch.zeros(size["B"], size["S"], size["S"], dtype=logits.dtype)
     for b, slots in enumerate(present):
@@ -275,7 +275,7 @@ def reference_pseudo_labels(
     """
     size = _map_size("enc_logits", enc_logits)
     _map_size("dec_logits", dec_logits, **size)
-    cells, _ = _what_counts(size, valid, slot_mask)
+    cells, _ = _valid_and_present(size, valid, slot_mask)
     enc_labels = reference_hard_labels(enc_logits, valid=cells, slot_mask=slot_mask)
     dec_labels = reference_hard_labels(dec_logits, valid=cells, slot_mask=slot_mask)
     overlap = reference_slot_overlap(enc_logits, valid=cells, slot_mask=slot_mask)
@@ -435,7 +435,7 @@ def reference_ssync(
     )
     boundary = distill(dec_logits, labels.enc_labels, labels.boundary)
     interior = distill(enc_logits, labels.dec_labels, labels.interior)
-    cells, present = _what_counts(_map_size("enc_logits", enc_logits), valid, slot_mask)
+    cells, present = _valid_and_present(_map_size("enc_logits", enc_logits), valid, slot_mask)
     for b, slots in enumerate(present):
         values = torch.cat([one[b].movedim(1, -1)[cells[b]][:, slots] for one in (enc_logits, dec_logits)])
         if (values.isnan() | (values == math.inf)).any():
@@ -464,7 +464,7 @@ def _valid_cells(valid: Tensor | None, size: dict[str, int]) -> Tensor:
     return valid.cpu().expand(shape)
 
 
-def _what_counts(
+def _valid_and_present(
     size: dict[str, int], valid: Tensor | None, slot_mask: Tensor | None
 ) -> tuple[Tensor, list[list[int]]]:
     """Return the valid patches and the present slots of every clip; without a present slot no patch is valid."""

@@ -93,7 +93,7 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
 
 
 def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the same, computed by kornia, which must meet :func:`why_not_kornia`; this imports kornia."""
+    """Return the same, computed by kornia; :func:`why_not_kornia` must return None. This imports kornia."""
     from kornia.metrics import ssim3d
 
     def total_of(volumes: Tensor) -> Tensor:
