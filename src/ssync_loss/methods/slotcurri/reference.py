@@ -97,7 +97,7 @@ def reference_place_children(
     min_radius: float = 1e-3,
     unborn: Tensor | None = None,
 ) -> Tensor:
-    """Place one child after the other near its parent, along its given direction (n_new, D).
+    """Place one child after the other near its parent, along the given directions (n_new, D).
 
     >>> slots, up = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0]])
     >>> reference_place_children(slots, [1, 0], up, beta=0.7).tolist()
