@@ -1,9 +1,10 @@
-"""Dense alignment and the neighboring methods: a step of each on common inputs, beside its slow definition."""
+"""Dense alignment and the neighboring methods: a step of each on common inputs, and its slow definition."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -20,19 +21,18 @@ from ssync_loss.methods.srl import reference as srl
 
 MILESTONE = 9
 CHANNELS, WIDTH = 64, 256
-# kornia needs three of each axis
-CUBE = {"T": 3, "H": 3, "D": 2}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that is measured beside SSync; the first word of the name is the public one that it is about.
+    """A method to measure next to SSync. The first word of its name is its public name.
 
     Attributes:
-        axis: along which it grows: patches of a frame, slots, prototypes or the weights of a model.
-        time, memory: exponents of the axis with which they should grow, and no more.
-        gate, shape: other settings and sizes where it is compared with the definition, as that is small.
-        twin: whether it computes the same loss as the one before.
+        axis: what grows: patches of a frame, slots, prototypes or the weights of a model.
+        time, memory: the largest exponents that the method should have along the axis.
+        gate: settings for the gate: small chunks and pools, and one iteration, as more cut the gradient.
+        twin: the entry that computes the same loss.
+        shown: whether the page has a row for it even if no slope is too steep.
     """
 
     name: str
@@ -41,23 +41,12 @@ class Entry:
     time: int = 1
     memory: int = 1
     gate: Mapping[str, Any] = field(default_factory=dict)
-    shape: Mapping[str, int] = field(default_factory=dict)
-    twin: bool = False
-
-
-def _alike(function: Any, reference: Any, given: Callable[[Inputs], Any], **settings: Any) -> Callable[..., Step]:
-    """Make the steps of a function, or of a module by its class, whose definition takes the same arguments."""
-
-    def make(inputs: Inputs, **gate: Any) -> Step:
-        known = settings | gate
-        call = function(**known) if isinstance(function, type) else partial(function, **known)
-        return Step.of(call, reference, *given(inputs))
-
-    return make
+    twin: str = ""
+    shown: bool = True
 
 
 def _dense(inputs: Inputs, *, group_frames: int | None = None, chunk_size: int | None = None) -> Step:
-    """Both terms; without windows, the clip is one."""
+    """Add both terms. Without `group_frames` a window is the whole clip."""
     decoder, encoder, anchors, enc_labels, dec_labels = inputs.features
 
     def both(first: Any, second: Any, **settings: Any) -> Any:
@@ -69,19 +58,29 @@ def _dense(inputs: Inputs, *, group_frames: int | None = None, chunk_size: int |
     return Step(lambda: both(*functions, chunk_size=chunk_size), lambda: both(*references), [decoder, encoder])
 
 
+def _structure(inputs: Inputs, filters: Any) -> Step:
+    loss = ssync_loss.StructureAwareLoss(filters=filters)
+    reference = slotcurri.reference_structure_aware_loss
+    return Step.of(loss, reference, inputs.features.decoder, inputs.features.anchors)
+
+
 def _reconstruction(inputs: Inputs, num_slots: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     masks = inputs.maps[1].detach()[:, :, :num_slots].softmax(2)
     return inputs.features.decoder.detach(), inputs.features.anchors, masks
 
 
+def _slot_error(inputs: Inputs) -> Step:
+    return Step.of(functional.slot_error, slotcurri.reference_slot_error, *_reconstruction(inputs))
+
+
 def _curriculum(inputs: Inputs, *, step: int) -> Step:
-    """Both calls of a training step: at a milestone, where half of the slots are added, or at another one."""
+    """Make both calls of a training step. The milestone doubles the slots."""
     few, many = (inputs.size["S"] + 1) // 2, inputs.size["S"]
     given = _reconstruction(inputs, few)
     schedule = curriculum.SlotCurriculum([few, many], [MILESTONE]).to(inputs.device)
     start = deepcopy(schedule.state_dict())
     placeholders = nn.Parameter(inputs.normal("S", "D"))
-    # as it is where ranks are to draw the same
+    # the schedule draws on the CPU
     generator = torch.Generator()
 
     def before() -> None:
@@ -105,50 +104,52 @@ def _curriculum(inputs: Inputs, *, step: int) -> Step:
 
 
 def _scan(inputs: Inputs, *, cyclic: bool) -> Step:
-    """Slots that gather the patches of every frame; over the frames once, or forth and back."""
+    """Let slots gather the patches of each frame, in one pass over the frames or forth and back."""
     frames, start = inputs.features.anchors.flatten(3), inputs.normal("B", "S", "D")
 
     def step(state: Tensor, frame: Tensor, _: int | None) -> dict[str, Tensor]:
         weights = (state @ frame).softmax(1)
-        after = state + weights @ frame.mT / frame.shape[2]
-        return {"state": after, "state_predicted": after}
+        return {"state_predicted": state + weights @ frame.mT / frame.shape[2]}
 
-    def walk(state: Tensor, frames: Any) -> list[Tensor]:
-        states = [state]
-        for frame in frames:
-            states.append(step(states[-1], frame, None)["state"])
-        return states[1:]
+    def forth() -> Tensor:
+        states = [start]
+        for frame in frames.unbind(1):
+            states.append(step(states[-1], frame, None)["state_predicted"])
+        return torch.stack(states[1:], 1)
 
     def expected() -> Tensor:
-        forth = walk(start.double(), frames.double().unbind(1))
-        back = walk(forth[-1], frames.double().unbind(1)[-2::-1]) if cyclic else forth[-2::-1]
-        return torch.stack([*back[::-1], forth[-1]], 1).float()
+        return slotcurri.reference_cyclic_scan(step, start.double(), frames.double())["state_predicted"].float()
 
     if cyclic:
-        return Step(lambda: functional.cyclic_scan(step, start, frames)["state"], expected)
-    return Step(lambda: torch.stack(walk(start, frames.unbind(1)), 1), expected)
+        return Step(lambda: functional.cyclic_scan(step, start, frames)["state_predicted"], expected)
+    # both see the last frame once
+    return Step(forth, lambda: expected()[:, -1], seen=lambda states: states[:, -1])
 
 
-def _transport(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return the costs between two frames, and the weights of their patches."""
+def _sinkhorn(inputs: Inputs) -> Step:
+    """Transport the patches of one frame to the next."""
     here, there = F.normalize(inputs.features.anchors[:, :2].flatten(3), dim=2).unbind(1)
-    return 1 - here.mT @ there, here.abs().sum(1), there.abs().sum(1)
+    costs = 1 - here.mT @ there, here.abs().sum(1), there.abs().sum(1)
+    return Step.of(functional.sinkhorn, smtc.reference_sinkhorn, *costs)
 
 
 def _semantic(inputs: Inputs, *, pool: int = 1, most_patches: int | None = None, chunk_size: int | None = 1) -> Step:
-    """Pooled by as much as it takes, where the patches that may be left are given."""
-    patches = inputs.size["H"] * inputs.size["W"]
-    while most_patches is not None and patches > most_patches * pool**2:
+    """Compare the frames of a clip, pooled until at most `most_patches` patches are left."""
+    while most_patches is not None and inputs.patches > most_patches * pool**2:
         pool *= 2
     loss = ssync_loss.SemanticConsistencyLoss(pool=pool, chunk_size=chunk_size)
     reference = partial(smtc.reference_semantic_consistency_loss, pool=pool)
     return Step.of(loss, reference, inputs.maps[0], inputs.maps[1].detach(), inputs.features.anchors)
 
 
+def _mask_diversity(inputs: Inputs) -> Step:
+    return Step.of(ssync_loss.MaskDiversityLoss(), smtc.reference_mask_diversity_loss, inputs.maps[0])
+
+
 def _valid_instances(inputs: Inputs) -> Step:
     slots = inputs.normal("B", "T", "S", "D")
     near = inputs.normal("B", "T", "S", 4, "D", seed=1) + slots.unsqueeze(3)
-    # that some of the semantics have
+    # some slots are larger than the threshold, some smaller
     area = 1 / inputs.size["S"]
     functions = functional.valid_instances, smtc.reference_valid_instances
     return Step.of(*(partial(one, area_thr=area) for one in functions), inputs.maps[1].detach(), slots, near)
@@ -163,41 +164,28 @@ def _instances(inputs: Inputs, *, num_instances: int) -> Step:
 
 
 def _slot_attention(inputs: Inputs, *, num_instances: int = 4, iters: int = 3) -> Step:
-    """Of several iterations, the last alone gets a gradient; the definition is of one frame after another."""
     features, noise = inputs.features.encoder, inputs.normal("B", "T", "S", num_instances, "D")
     torch.manual_seed(0)
     module = attention.SemanticAwareSlotAttention(
         inputs.size["D"], num_slots=inputs.size["S"], num_instances=num_instances, iters=iters
     ).to(inputs.device)
-
-    def expected() -> tuple[Tensor, ...]:
-        weights: dict[str, Tensor] = dict(module.named_parameters())
-        mu, sigma = weights["mu"].unsqueeze(1), weights["log_sigma"].exp().unsqueeze(1)
-        frames, grid = [], features.shape[3:]
-        for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
-            patches = frame.flatten(1).mT
-            attend = partial(smtc.reference_slot_attention, features=patches, weights=weights, iters=iters)
-            slots, logits = attend(weights["mu"])
-            starts = mu + sigma * draws
-            within = [attend(one, gate=gate) for one, gate in zip(starts, logits.softmax(0), strict=True)]
-            inner, inner_logits = (torch.stack(one) for one in zip(*within, strict=True))
-            frames.append((slots, logits.unflatten(-1, grid), inner, inner_logits.unflatten(-1, grid)))
-        return tuple(torch.stack(one).unflatten(0, features.shape[:2]) for one in zip(*frames, strict=True))
-
-    return Step(lambda: module(features, noise), expected, [features, *module.parameters()])
+    weights = dict(module.named_parameters())
+    reference = partial(smtc.reference_semantic_aware_slot_attention, features, noise, weights, iters=iters)
+    return Step(lambda: module(features, noise), reference, [features, *weights.values()])
 
 
-def _correlation_fusion(inputs: Inputs, *, grid: tuple[int, int] = (24, 24)) -> Step:
+def _correlation_fusion(inputs: Inputs) -> Step:
     torch.manual_seed(0)
+    grid = min(inputs.size["H"], 24), min(inputs.size["W"], 24)
     module = attention.CorrelationFusion(inputs.size["D"], grid).to(inputs.device)
     weights = module.project.weight, module.project.bias
-    reference = smtc.reference_correlation_fusion
-    return Step.of(lambda keys, *_: module(keys), reference, inputs.features.encoder, *weights)
+    return Step.of(lambda keys, *_: module(keys), smtc.reference_correlation_fusion, inputs.features.encoder, *weights)
 
 
-def _ema_teacher(inputs: Inputs, *, width: int = WIDTH) -> Step:
-    """Square layers of so many weights together."""
+def _ema_teacher(inputs: Inputs) -> Step:
+    """Update a stack of square layers."""
     start, learned = inputs.normal("weights"), inputs.normal("weights", seed=1)
+    width = min(WIDTH, isqrt(len(start) // 2))
     layers = [nn.Linear(width, width, bias=False) for _ in range(len(start) // width**2)]
     student = nn.Sequential(*layers).to(inputs.device)
     nn.utils.vector_to_parameters(start, student.parameters())
@@ -210,6 +198,13 @@ def _ema_teacher(inputs: Inputs, *, width: int = WIDTH) -> Step:
     return Step(lambda: teacher.update(student), lambda: 0.9 * start + 0.1 * learned, seen=after)
 
 
+def _affinity(inputs: Inputs, *, chunk_size: int | None = None) -> Step:
+    def reference(student: Tensor, teacher: Tensor) -> Tensor:
+        return ino.reference_affinity_consistency_loss(student.flatten(3).mT, teacher.flatten(3).mT)
+
+    return Step.of(ssync_loss.AffinityConsistencyLoss(chunk_size=chunk_size), reference, *inputs.features[1:3])
+
+
 def _centered(teacher: Tensor) -> ssync_loss.CenteredCrossEntropy:
     """Return a criterion whose center has moved."""
     criterion = ssync_loss.CenteredCrossEntropy(teacher.shape[-1]).to(teacher.device)
@@ -218,7 +213,7 @@ def _centered(teacher: Tensor) -> ssync_loss.CenteredCrossEntropy:
 
 
 def _cross_entropy(inputs: Inputs) -> Step:
-    """The loss, and the move of the center after it."""
+    """Take the loss, then move the center."""
     s, t = inputs.leaf("B", "T", 10, "Kp"), inputs.normal("B", "T", 10, "Kp", seed=1)
     criterion = _centered(t)
 
@@ -232,142 +227,96 @@ def _cross_entropy(inputs: Inputs) -> Step:
 
 
 def _masked_tokens(inputs: Inputs, *, num_prototypes: int = 256) -> Step:
-    patches = inputs.size["H"] * inputs.size["W"]
-    s, t = inputs.leaf("B", "T", patches, num_prototypes), inputs.normal("B", "T", patches, num_prototypes, seed=1)
-    mask = (inputs.normal(patches, seed=2) > 0.5).expand(s.shape[:3])
+    axes = "B", "T", inputs.patches, num_prototypes
+    s, t = inputs.leaf(*axes), inputs.normal(*axes, seed=1)
+    mask = (inputs.normal(inputs.patches, seed=2) > 0.5).expand(s.shape[:3])
     loss, reference = ssync_loss.MaskedTokenLoss(_centered(t)), ino.reference_masked_token_loss
     return Step.of(loss, lambda s, t, mask: reference(s, t, mask, loss.ce_patch.center)[0], s, t, mask)
 
 
 def _out_generative(inputs: Inputs) -> Step:
-    """A token of the whole frame, and eight of its parts."""
+    """Compare eight parts of a frame with the whole."""
     whole, parts = inputs.leaf("B", "T", 1, "Kp"), inputs.leaf("B", "T", 8, "Kp", seed=1)
     teacher = inputs.normal("B", "T", 1, "Kp", seed=2)
     loss, reference = ssync_loss.OutGenerativeLoss(_centered(teacher)), ino.reference_out_generative_loss
     return Step.of(loss, lambda a, b, t: reference(a, b, t, loss.ce.center)[0], whole, parts, teacher)
 
 
-def _head(inputs: Inputs, **sizes: int) -> Step:
+def _head(inputs: Inputs) -> Step:
     torch.manual_seed(0)
-    head = ssync_loss.PrototypeHead(inputs.size["D"], Kp=inputs.size["Kp"], **sizes).to(inputs.device)
-    x = inputs.leaf("B", "T", 10, "D")
-
-    def expected() -> Tensor:
-        wide = {name: one.double() for name, one in head.mlp.named_parameters()}
-        tokens = torch.func.functional_call(head.mlp, wide, x.double())
-        return (F.normalize(tokens, dim=-1) @ F.normalize(head.prototypes.double(), dim=1).mT).float()
-
-    return Step(lambda: head(x), expected, [x, *head.parameters()])
+    head = ssync_loss.PrototypeHead(inputs.size["D"], Kp=inputs.size["Kp"]).to(inputs.device)
+    x, weights = inputs.leaf("B", "T", 10, "D"), dict(head.named_parameters())
+    return Step(lambda: head(x), partial(ino.reference_prototype_head, x, weights), [x, *weights.values()])
 
 
 def _clip_mask(inputs: Inputs) -> Step:
-    """Without a gradient, and the same draw in every call; which patches it is does not matter."""
-    patches = inputs.size["H"] * inputs.size["W"]
+    """Draw the same mask in every call. Its number of patches is defined, its place is not."""
     generator = torch.Generator(inputs.device)
     return Step(
-        lambda: functional.clip_mask(patches, ratio=(0.3, 0.3), prob=1.0, generator=generator),
-        lambda: torch.tensor(int(0.3 * patches), device=inputs.device),
+        lambda: functional.clip_mask(inputs.patches, ratio=(0.3, 0.3), prob=1.0, generator=generator),
+        lambda: torch.tensor(int(0.3 * inputs.patches), device=inputs.device),
         before=lambda: generator.manual_seed(0),
         seen=lambda mask: mask.sum(),
     )
 
 
-def _propagation(features: Tensor, labels: Tensor) -> Tensor:
-    """Carry labels from the first frame on, by the slow definition of how masks are carried."""
-    shown = F.one_hot(labels).movedim(3, 1)
-    masks = ino.reference_propagate_masks(features, shown.double())
-    low, high = masks.amin((3, 4), keepdim=True), masks.amax((3, 4), keepdim=True)
-    stretched = torch.where(high > low, (masks - low) / (high - low), masks)
-    carried = stretched.masked_fill((shown.sum((2, 3)) == 0)[:, None, :, None, None], float("-inf")).argmax(2)
-    return torch.cat([labels.unsqueeze(1), carried[:, 1:]], 1)
+def _propagation(inputs: Inputs, *, chunk_size: int) -> Step:
+    call = partial(functional.propagate_labels, chunk_size=chunk_size)
+    given = inputs.features.anchors, inputs.features.dec_labels[:, 0]
+    return Step.of(call, ino.reference_propagate_labels, *given)
 
 
-def _attended(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return inputs.maps[0].detach().flatten(3).softmax(3).requires_grad_(), inputs.normal("B", "T", "S", "D")
+def _redundancy(inputs: Inputs) -> Step:
+    attended = inputs.maps[0].detach().flatten(3).softmax(3).requires_grad_(), inputs.normal("B", "T", "S", "D")
+    return Step.of(ssync_loss.SlotRedundancyLoss(), srl.reference_slot_redundancy_loss, *attended)
 
 
-def _affinity(s: Tensor, t: Tensor) -> Tensor:
-    return ino.reference_affinity_consistency_loss(s.flatten(3).mT, t.flatten(3).mT)
+def _temporal_contrast(inputs: Inputs) -> Step:
+    loss, reference = ssync_loss.TemporalSlotContrastLoss(), srl.reference_temporal_slot_contrast_loss
+    return Step.of(loss, reference, inputs.leaf("B", "T", "S", "D"))
 
 
-_structure = partial(
-    _alike,
-    ssync_loss.StructureAwareLoss,
-    slotcurri.reference_structure_aware_loss,
-    lambda one: (one.features.decoder, one.features.anchors),
-)
-_affinities = partial(_alike, ssync_loss.AffinityConsistencyLoss, _affinity, lambda one: one.features[1:3])
 _quadratic: Any = partial(Entry, time=2, memory=2)
+_chunked: Any = partial(Entry, time=2, gate={"chunk_size": 5})
+_unshown: Any = partial(Entry, shown=False)
+STRUCTURE, PAIRS, AFFINITY = "StructureAwareLoss", "SemanticConsistencyLoss", "AffinityConsistencyLoss"
 DENSE = (
     Entry("dense", _dense),
-    Entry("dense chunked", partial(_dense, chunk_size=1024), gate={"chunk_size": 5}, twin=True),
+    Entry("dense chunked", partial(_dense, chunk_size=1024), gate={"chunk_size": 5}, twin="dense"),
     Entry("dense in windows of 2", partial(_dense, group_frames=2)),
-    Entry("dense in windows of 4", partial(_dense, group_frames=4)),
+    _unshown("dense in windows of 4", partial(_dense, group_frames=4)),
 )
 ADD_ONS = (
-    Entry("StructureAwareLoss, own filters", _structure(filters="torch")),
-    Entry("StructureAwareLoss, kornia's filters", _structure(filters="kornia"), shape=CUBE, twin=True),
-    Entry("slot_error", _alike(functional.slot_error, slotcurri.reference_slot_error, _reconstruction)),
+    Entry(f"{STRUCTURE}, own filters", partial(_structure, filters="torch")),
+    _unshown(f"{STRUCTURE}, kornia's filters", partial(_structure, filters="kornia"), twin=f"{STRUCTURE}, own filters"),
+    Entry("slot_error", _slot_error),
     Entry("SlotCurriculum, at a milestone", partial(_curriculum, step=MILESTONE)),
-    Entry("SlotCurriculum, elsewhere", partial(_curriculum, step=0), time=0, memory=0),
-    Entry("a scan of some step", partial(_scan, cyclic=False)),
+    _unshown("SlotCurriculum, elsewhere", partial(_curriculum, step=0), time=0, memory=0),
+    _unshown("a scan of some step", partial(_scan, cyclic=False)),
     Entry("cyclic_scan of the same step", partial(_scan, cyclic=True)),
-    _quadratic("sinkhorn", _alike(functional.sinkhorn, smtc.reference_sinkhorn, _transport)),
-    _quadratic("SemanticConsistencyLoss, pair by pair", _semantic),
-    _quadratic("SemanticConsistencyLoss, all pairs at once", partial(_semantic, chunk_size=None), twin=True),
-    _quadratic("SemanticConsistencyLoss, pooled 2x2", partial(_semantic, pool=2)),
-    Entry("SemanticConsistencyLoss, pooled to 144", partial(_semantic, most_patches=144), gate={"most_patches": 3}),
-    Entry(
-        "MaskDiversityLoss",
-        _alike(ssync_loss.MaskDiversityLoss, smtc.reference_mask_diversity_loss, lambda one: one.maps[:1]),
-    ),
-    Entry("valid_instances", _valid_instances),
-    Entry("InstanceConsistencyLoss, P=4", partial(_instances, num_instances=4), "S", gate={"num_instances": 3}),
-    Entry(
-        "InstanceConsistencyLoss, P=8, scipy",
-        partial(_instances, num_instances=8),
-        "S",
-        # the definition compares all orders
-        gate={"num_instances": 7},
-        shape={"B": 1, "T": 2, "S": 1},
-    ),
-    Entry("SemanticAwareSlotAttention", _slot_attention, gate={"iters": 1}),
-    Entry("CorrelationFusion", _correlation_fusion, gate={"grid": (4, 6)}, shape={"H": 4}),
-    Entry("EmaTeacher.update", _ema_teacher, "weights", gate={"width": 4}),
-    _quadratic("AffinityConsistencyLoss", _affinities()),
-    Entry(
-        "AffinityConsistencyLoss, 128 rows at once",
-        _affinities(chunk_size=128),
-        time=2,
-        gate={"chunk_size": 5},
-        twin=True,
-    ),
-    Entry("CenteredCrossEntropy, with its update", _cross_entropy, "Kp"),
-    Entry("MaskedTokenLoss, Kp=256", _masked_tokens, gate={"num_prototypes": 5}),
-    Entry("OutGenerativeLoss", _out_generative, "Kp"),
-    Entry("PrototypeHead", _head, "Kp", gate={"hidden": 8, "bottleneck": 4}),
-    Entry("clip_mask", _clip_mask),
-    Entry(
-        "propagate_labels, 64 patches at once",
-        _alike(
-            functional.propagate_labels,
-            _propagation,
-            lambda one: (one.features.anchors, one.features.dec_labels[:, 0]),
-            chunk_size=64,
-        ),
-        time=2,
-        gate={"chunk_size": 5},
-        shape={"H": 4},
-    ),
-    Entry("SlotRedundancyLoss", _alike(ssync_loss.SlotRedundancyLoss, srl.reference_slot_redundancy_loss, _attended)),
+    _quadratic("sinkhorn", _sinkhorn),
+    _quadratic(f"{PAIRS}, pair by pair", _semantic),
     _quadratic(
-        "TemporalSlotContrastLoss",
-        _alike(
-            ssync_loss.TemporalSlotContrastLoss,
-            srl.reference_temporal_slot_contrast_loss,
-            lambda one: [one.leaf("B", "T", "S", "D")],
-        ),
-        "S",
+        f"{PAIRS}, all pairs at once", partial(_semantic, chunk_size=None), twin=f"{PAIRS}, pair by pair", shown=False
     ),
+    _quadratic(f"{PAIRS}, pooled 2x2", partial(_semantic, pool=2), shown=False),
+    Entry(f"{PAIRS}, pooled to 144", partial(_semantic, most_patches=144), gate={"most_patches": 6}),
+    Entry("MaskDiversityLoss", _mask_diversity),
+    _unshown("valid_instances", _valid_instances),
+    Entry("InstanceConsistencyLoss, P=4", partial(_instances, num_instances=4), "S"),
+    _unshown("InstanceConsistencyLoss, P=7, scipy", partial(_instances, num_instances=7), "S"),
+    Entry("SemanticAwareSlotAttention", _slot_attention, gate={"iters": 1}),
+    Entry("CorrelationFusion", _correlation_fusion),
+    Entry("EmaTeacher.update", _ema_teacher, "weights"),
+    _quadratic(AFFINITY, _affinity),
+    _chunked(f"{AFFINITY}, 128 rows at once", partial(_affinity, chunk_size=128), twin=AFFINITY, shown=False),
+    Entry("CenteredCrossEntropy, with its update", _cross_entropy, "Kp"),
+    Entry("MaskedTokenLoss, Kp=256", _masked_tokens),
+    Entry("OutGenerativeLoss", _out_generative, "Kp"),
+    Entry("PrototypeHead", _head, "Kp"),
+    _unshown("clip_mask", _clip_mask),
+    _chunked("propagate_labels, 64 patches at once", partial(_propagation, chunk_size=64)),
+    Entry("SlotRedundancyLoss", _redundancy),
+    _quadratic("TemporalSlotContrastLoss", _temporal_contrast, "S"),
 )
 BY_NAME = {one.name: one for one in (*DENSE, *ADD_ONS)}

@@ -1,4 +1,4 @@
-"""Who is measured, by name: SSync by each of its backends and in other ways, and a step of anyone."""
+"""The contenders by name: SSync by each backend, and a step of anything that is measured."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,11 @@ from benchmarks.inputs import Inputs, Step
 from ssync_loss import SSyncLoss, testing
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
 
-# everything that could be measured, the fastest first; "reference" is what the gate compares with
+# the fastest first; the gate compares all with "reference"
 BACKENDS = ("cpu", "triton", "torch")
-# what backend="auto" takes on a device where it can
+# the backend that "auto" prefers
 AUTO = {"cpu": "cpu", "cuda": "triton"}
 MERGE_THRESHOLD = 0.7
-COMPILED = " compiled"
 STEP = "step, mse"
 OPERATIONS = (
     "labels",
@@ -27,13 +26,13 @@ OPERATIONS = (
     STEP,
     "step, cross_entropy",
 )
-# not contenders: what others are measured in
-TORCH, COPY, EXP = "torch", "copy", "exp of both maps"
+# the yardsticks of all operations, and the contender that runs them
+COPY, EXP, TORCH = "copy", "exp of both maps", "torch"
 COPY_BYTES = 128 << 20
-# the maps of a step, each read or written once, with separate passes for statistics, counts and targets
+# each map is read or written in passes for statistics, counts and targets
 STEP_PASSES = 9
-# behind the name of a contender
-TWO_THREADS, REPLAY, USUAL_MALLOC = ", 2 threads", ", graph replay", ", malloc as it comes"
+# suffixes of a contender
+COMPILED, TWO_THREADS, REPLAY, USUAL_MALLOC = " compiled", ", 2 threads", ", graph replay", ", malloc as it comes"
 
 
 def name_of(backend: str) -> str:
@@ -42,30 +41,28 @@ def name_of(backend: str) -> str:
 
 
 def base_of(contender: str) -> str:
-    """Name who is measured, without how."""
+    """Remove the suffixes that say how a contender runs. Compiled code is a contender of its own."""
     for how in (TWO_THREADS, REPLAY, USUAL_MALLOC):
         contender = contender.removesuffix(how)
     return contender
 
 
-def ssync_criterion(contender: str, criterion: str = "mse") -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the loss of a contender; compiled, it is compiled once for every shape.
+def _backend_of(contender: str) -> Any:
+    return base_of(contender).removesuffix(COMPILED).removeprefix("SSync ")
 
-    Dynamic shapes would also make the settings symbols, and compile to slower code.
-    """
-    chosen: dict[str, Any] = {"criterion": criterion, "backend": _backend_of(contender)}
-    loss = SSyncLoss(merge_threshold=MERGE_THRESHOLD, **chosen)
+
+def ssync_criterion(contender: str, criterion: Any = "mse") -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the loss of a contender."""
+    loss = SSyncLoss(merge_threshold=MERGE_THRESHOLD, criterion=criterion, backend=_backend_of(contender))
     if base_of(contender).endswith(COMPILED):
+        # dynamic shapes would make the settings symbols, and the code slower
         compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, fullgraph=True, dynamic=False)
         return compiled
     return loss
 
 
 def step_of(case: str, contender: str, inputs: Inputs, *, gate: bool = False) -> Step:
-    """Make a step of whatever is measured: a method by its name, a yardstick, or an operation of SSync.
-
-    At the gate, the settings of a method are those for which its definition is fast enough.
-    """
+    """Make a step of a method, a yardstick or an operation of SSync; at the gate, with the settings for the gate."""
     name = base_of(contender)
     if name in BY_NAME:
         return BY_NAME[name].make(inputs, **(BY_NAME[name].gate if gate else {}))
@@ -85,18 +82,14 @@ def step_of(case: str, contender: str, inputs: Inputs, *, gate: bool = False) ->
         step = Step.of(ssync_criterion(name, criterion), partial(_by_definition, criterion=criterion), enc, dec)
         step.num_bytes = STEP_PASSES * map_bytes
     else:
-        # without merging, these are hard labels and regions alone
+        # "labels" are not merged
         threshold = None if kind == "labels" else MERGE_THRESHOLD
         find = partial(pseudo_labels, merge_threshold=threshold, backend=_backend_of(name))
         definition = partial(testing.reference_pseudo_labels, merge_threshold=threshold)
         step = Step.of(find, definition, enc.detach(), dec.detach())
-        # two planes of labels in int64 and two regions in bytes
+        # two planes of int64 labels and two regions of bytes
         step.num_bytes = 2 * map_bytes + 2 * 8 * patches + 2 * patches
     return step
-
-
-def _backend_of(contender: str) -> Any:
-    return base_of(contender).removesuffix(COMPILED).removeprefix("SSync ")
 
 
 def _by_definition(enc: Tensor, dec: Tensor, criterion: str) -> Tensor:
@@ -105,16 +98,11 @@ def _by_definition(enc: Tensor, dec: Tensor, criterion: str) -> Tensor:
 
 
 def _yardstick(case: str, inputs: Inputs) -> Step:
-    """Make a copy that no cache helps, or the exponentials of both maps."""
+    """Make a copy too large for a cache, or the exponentials of both maps."""
     if case == COPY:
         source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=inputs.device)
         target = torch.empty_like(source)
-        return Step(lambda: target.copy_(source), lambda: source)
+        return Step(lambda: target.copy_(source), lambda: source, num_bytes=2 * COPY_BYTES)
     maps = [one.detach() for one in inputs.maps]
     space = torch.empty_like(maps[0])
-
-    def exponentials() -> None:
-        for one in maps:
-            torch.exp(one, out=space)
-
-    return Step(exponentials, lambda: space)
+    return Step(lambda: [torch.exp(one, out=space) for one in maps], lambda: space)

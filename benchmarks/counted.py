@@ -1,4 +1,4 @@
-"""What is counted and not timed: bytes that a step takes beyond its inputs, launches, and host reads."""
+"""The counts of a step: bytes beyond its inputs, launches, and host reads."""
 
 import ctypes
 import gc
@@ -16,18 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# what asks a device for a number
+# operators that ask a device for a number
 HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
-# or torch 2.11 warns that the events of a cycle are forgotten after it
+# torch 2.11 warns without this that a cycle forgets its events
 recorder = partial(profile, acc_events=True)
 
 
 def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
-    """Run a piece of work once; return the bytes it held, with what it returns and without its inputs.
+    """Run a piece of work once; return the bytes that it held beyond its inputs, with what it returns.
 
-    ``allocated`` is what torch's allocator had handed out at its largest, exact; ``kept``, at the end. ``resident``, on
-    a CPU, is the growth of the process at its peak: it comes in pages, holds the profiler's and the interpreter's own,
-    and alone has what an operator takes past torch's allocator.
+    ``allocated`` is the peak of torch's allocator, ``kept`` is its end. ``resident``, on a CPU, is the growth of the
+    process at its peak, in pages. It has the memory of the profiler, and of operators that go past the allocator.
     """
     gc.collect()
     if device == "cuda":
@@ -39,17 +38,16 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
         on_gpu = {"allocated": torch.cuda.max_memory_allocated(), "kept": torch.cuda.memory_allocated()}
         del kept
         return {name: value - before for name, value in on_gpu.items()}
-    with suppress(AttributeError):
-        # what malloc kept of an earlier step would hide what this one takes
-        ctypes.CDLL(None).malloc_trim(0)
-    # starting the first one takes memory that is not the work's
+    # the first profiler takes memory of its own
     with recorder(activities=[ProfilerActivity.CPU], profile_memory=True):
         pass
     resident = []
     with recorder(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        # here, as a recorder that starts gives back what the one before held
+        # memory that malloc kept would hide what this step takes
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
-            # forget the peak of the process, where the system lets us
+            # reset the peak of the process, if the system allows it
             Path("/proc/self/clear_refs").write_text("5")
             resident.append(_resident("smaps_rollup", "Rss"))
         kept = work()
@@ -69,7 +67,7 @@ def _resident(file: str, name: str) -> int:
 
 
 class Operators(TorchDispatchMode):
-    """Remembers the operators of a piece of work, and the bytes of their arguments."""
+    """Records the operators of a piece of work, and the bytes of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -82,8 +80,7 @@ class Operators(TorchDispatchMode):
 
 
 def count(work: Callable[[], object], device: str) -> dict[str, int]:
-    """Count launches and host reads once; on a CPU an operator that is no view stands for the launch it would be."""
-    # a first call may look at its arguments
+    """Count launches and host reads of a warm piece of work. On a CPU, an operator that is no view is a launch."""
     work()
     if device == "cuda":
         return _count_on_gpu(work)
@@ -94,9 +91,8 @@ def count(work: Callable[[], object], device: str) -> dict[str, int]:
 
 
 def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
-    """Count kernels, copies and memory sets on the device's own record, and synchronizations by their warnings."""
-    torch.cuda.synchronize()
-    # a second call may speak of what the first one saw
+    """Count the kernels, copies and memory sets that the device records, and the warnings of synchronization."""
+    # doubts about the first call may be told in the second
     work()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -106,7 +102,6 @@ def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
     with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         work()
         torch.cuda.synchronize()

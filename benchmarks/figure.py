@@ -11,16 +11,8 @@ from benchmarks.results import Results
 from benchmarks.suites.growth import LINEAR, history
 
 TITLES = ("H·W: one clip of 16 frames", "T: one clip of 16x16 patches", "B: clips of 4x16x16 patches")
-# color, line and marker
-STYLES = {
-    "SSync cpu": ("#1f6fd1", "-o"),
-    "SSync triton": ("#0f8f6a", "-o"),
-    "SSync torch": ("#7d4fc4", "--s"),
-    "dense": ("#c8322b", "-^"),
-    "dense chunked": ("#e08a00", "--v"),
-    "dense in windows of 2": ("#8e8e8e", "-D"),
-    "dense in windows of 4": ("#4f4f4f", "-D"),
-}
+# of SSync, then of dense alignment
+LINES = ("-o", "--o", "-^", "--v", "-D", "-s", "-x")
 MEASURES = (("step", 1e3, "ms a step", "time_cap"), ("allocated", 1e-6, "MB beyond the inputs", "memory_cap"))
 
 
@@ -31,16 +23,14 @@ def save_figure(results: Results, path: Path) -> None:
     for axes, (value, unit, label, cap) in zip(grid, MEASURES, strict=True):
         axes[0].set_ylabel(label)
         for axis, sweep in zip(axes, SWEEPS, strict=True):
-            for contender in (*here(results), *(one.name for one in DENSE)):
+            contenders = *here(results), *(one.name for one in DENSE)
+            for contender, line in zip(contenders, LINES, strict=False):
                 points = history(results, LINEAR, sweep, contender, value)
                 slope = slope_of(results, sweep, contender, value)
-                color, line = STYLES[contender]
                 sizes, costs = [size for size, _ in points], [unit * cost for _, cost in points]
                 name = contender if slope is None else f"{contender}: slope {slope:.2f}"
-                axis.plot(
-                    sizes, costs, line, color=color, markersize=4.5, linewidth=1.8, label=name if points else None
-                )
-            axis.axhline(unit * results.settings[cap], color="#b0b0b0", linestyle=":", label="cap of a step")
+                axis.plot(sizes, costs, line, markersize=4.5, linewidth=1.8, label=name if points else None)
+            axis.axhline(unit * results.origin[cap], color="#b0b0b0", linestyle=":", label="cap of a step")
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.grid(visible=True, which="major", color="#e4e4e4", linewidth=0.8)
@@ -53,7 +43,7 @@ def save_figure(results: Results, path: Path) -> None:
     for (above, below), title in zip(grid.T, TITLES, strict=True):
         above.set_title(title, fontsize="medium")
         below.set_xlabel("patches")
-    where = results.machine["gpu"] or results.machine["cpu"]
+    where = results.origin["gpu"] or results.origin["cpu"]
     figure.suptitle(f"A step of SSync and of dense alignment on {where}; slopes fitted as in the tables")
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

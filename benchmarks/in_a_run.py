@@ -1,13 +1,9 @@
-"""What the loss adds to a run on many GPUs, counted and not measured: ``python -m benchmarks.in_a_run``.
+"""Count what the loss adds to a run on many GPUs, without any: ``python -m benchmarks.in_a_run``.
 
-One rank of a group that is only pretended takes a step. The lines go into benchmarks/README.md, between their markers.
+One rank of a pretended group takes a step. The lines go into benchmarks/README.md, between their markers.
 """
 
 import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 # before Triton is imported
@@ -23,64 +19,60 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.counted import Operators, peak_memory
 from benchmarks.inputs import Inputs
 from benchmarks.report import HERE
-from benchmarks.slot_video_model import PUBLISHED, published_model
+from benchmarks.suites.training_step import PUBLISHED, published_model
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 from ssync_loss.distributed import global_mean
 from ssync_loss.ssync.engines.triton import _launch
 
 MARKERS = ("<!-- counted: python -m benchmarks.in_a_run -->", "<!-- end of counted -->")
 RANKS = (8, 1000)
-# of one rank: the published batch over 8
+# a rank of 8 has an eighth of the published batch
 SHAPE = {"B": 8, "T": 4, "S": 11, "H": 24, "W": 24, "D": 64}
 SMALL = {"B": 1, "T": 2, "S": 4, "H": 4, "W": 4, "D": 4}
+FORMS = ("SSyncLoss", "global_mean", "AdaptiveSSyncLoss")
 
 
-def forms(inputs: Inputs, backend: Any) -> dict[str, Callable[[], Tensor]]:
-    """Return the forms of the loss on some inputs."""
-    settings: dict[str, Any] = {"merge_threshold": 0.7, "backend": backend}
-    plain, adaptive = SSyncLoss(**settings), AdaptiveSSyncLoss(SSyncLoss(**settings))
-    maps = inputs.maps
-    return {
-        "SSyncLoss": lambda: plain(*maps),
-        "global_mean": lambda: global_mean(plain, *maps),
-        "AdaptiveSSyncLoss": lambda: adaptive(*maps, inputs.features.anchors),
-    }
+def step(form: str, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+    """Take a step with a form of the loss; return its gradients."""
+    criterion = SSyncLoss(merge_threshold=0.7, backend=backend)  # type: ignore[arg-type]
+    if form == "global_mean":
+        loss = global_mean(criterion, *inputs.maps)
+    elif form == "AdaptiveSSyncLoss":
+        loss = AdaptiveSSyncLoss(criterion)(*inputs.maps, inputs.features.anchors)
+    else:
+        loss = criterion(*inputs.maps)
+    return torch.autograd.grad(loss, inputs.maps)
 
 
-def collectives(num_ranks: int) -> dict[str, list[tuple[str, int]]]:
-    """Count the collectives of a step of one rank among so many, forward and backward: names and bytes."""
-    inputs, found = Inputs(SMALL), {}
+def collectives(form: str, num_ranks: int) -> list[tuple[str, int]]:
+    """Count the collectives of a step of one rank, forward and backward: names and bytes."""
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
-        for name, form in forms(inputs, "torch").items():
-            with Operators() as record:
-                torch.autograd.grad(form(), inputs.maps)
-            handed_over = [one for one in record.calls if one[0].namespace in ("c10d", "_c10d_functional")]
-            found[name] = [(func.__name__.partition("_.")[0], num_bytes) for func, num_bytes in handed_over]
+        with Operators() as record:
+            step(form, Inputs(SMALL), "torch")
     finally:
         dist.destroy_process_group()
-    return found
+    handed_over = [one for one in record.calls if one[0].namespace in ("c10d", "_c10d_functional")]
+    return [(func.__name__.partition("_.")[0], num_bytes) for func, num_bytes in handed_over]
 
 
 def launches() -> int:
-    """Count the kernels of a step, as they are launched."""
-    inputs = Inputs(SMALL, "cuda" if torch.cuda.is_available() else "cpu")
+    """Count the kernels that a step launches."""
     with patch.object(_launch, "launch", wraps=_launch.launch) as launch:
-        torch.autograd.grad(forms(inputs, "triton")["SSyncLoss"](), inputs.maps)
+        step("SSyncLoss", Inputs(SMALL, "cuda" if torch.cuda.is_available() else "cpu"), "triton")
     return launch.call_count
 
 
-def held(name: str) -> int:
-    """Count the bytes that a step of one rank holds at its peak beyond its inputs, both gradients included."""
+def held(form: str) -> int:
+    """Count the bytes that a step of one rank holds at its peak beyond its inputs, with both gradients."""
     inputs = Inputs(SHAPE)
-    form = forms(inputs, "cpu")[name]
-    # what the first step alone takes is no part of it
-    torch.autograd.grad(form(), inputs.maps)
-    return peak_memory(lambda: torch.autograd.grad(form(), inputs.maps), "cpu")["allocated"]
+    # the first step alone makes the inputs
+    step(form, inputs, "cpu")
+    return peak_memory(lambda: step(form, inputs, "cpu"), "cpu")["allocated"]
 
 
 def lines() -> str:
-    """Say it, line by line."""
+    """Write all counts, line by line."""
     own = PUBLISHED["MOVi-C"]
     model = published_model(own["S"], own["H"] * own["W"], own["D"])
     gradients = sum(4 * one.numel() for one in model.parameters())
@@ -89,22 +81,18 @@ def lines() -> str:
         f"patches and {SHAPE['D']} channels in float32; the model's gradients are {gradients / 1e6:.1f} MB."
     ]
     for num_ranks in RANKS:
-        for name, calls in collectives(num_ranks).items():
-            # a ring sends every byte to all but one, and back
-            sent = 2 * (num_ranks - 1) / num_ranks
-            what = [f"one {call} of {size} bytes, {size * sent:.0f} sent by a rank in a ring" for call, size in calls]
-            said.append(f"{num_ranks:,} GPUs, `{name}`: {', '.join(what) or 'no collective'}.")
+        # a ring sends every byte to all but one rank, and back
+        ring = 2 * (num_ranks - 1) / num_ranks
+        for form in FORMS:
+            calls = collectives(form, num_ranks)
+            what = [f"one {call} of {size} bytes, {size * ring:.0f} sent by a rank in a ring" for call, size in calls]
+            said.append(f"{num_ranks:,} GPUs, `{form}`: {', '.join(what) or 'no collective'}.")
     said.append(f"Kernel launches, by Triton: {launches()}.")
-    for name in ("SSyncLoss", "AdaptiveSSyncLoss"):
-        said.append(f"`{name}` holds {held(name) / 1e6:.1f} MB at its peak, both gradients included.")
+    for form in (FORMS[0], FORMS[2]):
+        said.append(f"`{form}` holds {held(form) / 1e6:.1f} MB at its peak, both gradients included.")
     return "\n".join(f"- {one}" for one in said)
 
 
-def main(readme: Path = HERE / "README.md") -> int:
-    """Write the lines into the page."""
-    write_text(readme, between(readme.read_text(encoding="utf-8"), lines(), str(readme), MARKERS))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    page = HERE / "README.md"
+    write_text(page, between(page.read_text(encoding="utf-8"), lines(), str(page), MARKERS))

@@ -1,4 +1,4 @@
-"""Maps of drifting blobs with redundant slots, and features that follow them; and what a step on them is."""
+"""Maps of drifting blobs with redundant slots, features that follow them, and a step on such inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +12,16 @@ Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 def moving_blobs(shape: Mapping[str, int], *, dtype: str = "float32", device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return an encoder and a decoder map (B, T, S, H, W): drifting blobs, every third slot redundant.
+    """Return an encoder and a decoder map (B, T, S, H, W) of drifting blobs. Every third slot is redundant.
 
-    The decoder's map is the less noisy one. Both are leaves that collect gradients. Drawn on the CPU, they are the same
-    for all devices.
+    The decoder map has less noise. Both maps are leaves. They are drawn on the CPU, so every device gets the same.
     """
     clips, frames, slots, height, width = (shape[axis] for axis in "BTSHW")
     generator = torch.Generator().manual_seed(0)
     center = torch.rand(clips, 1, slots, 1, 1, 2, generator=generator)
-    # a slot and the one after it sit on the same blob
+    # two slots share a blob
     center[:, :, 1::3] = center[:, :, 0::3][:, :, : len(range(1, slots, 3))]
-    # a blob crosses a fifth of the image, however many frames that takes
+    # a blob crosses a fifth of the image in any number of frames
     drift = 0.2 * torch.linspace(0, 1, frames).view(1, frames, 1, 1, 1)
     down = center[..., 0] + drift - torch.linspace(0, 1, height).view(height, 1)
     across = center[..., 1] - torch.linspace(0, 1, width)
@@ -35,7 +34,7 @@ def moving_blobs(shape: Mapping[str, int], *, dtype: str = "float32", device: st
 
 
 class Features(NamedTuple):
-    """Features (B, T, D, H, W) of a decoder and an encoder, which are leaves, and anchors; labels (B, T, H, W)."""
+    """Features of a decoder and an encoder (leaves) and anchors, (B, T, D, H, W); labels of both maps (B, T, H, W)."""
 
     decoder: Tensor
     encoder: Tensor
@@ -45,15 +44,13 @@ class Features(NamedTuple):
 
 
 class Inputs:
-    """What clips of a shape give a loss: B, T, S, H, W, channels D, prototypes Kp and weights, as far as asked for.
-
-    What several ask for is made once.
-    """
+    """Inputs of one shape: B, T, S, H, W and, as needed, channels D, prototypes Kp and weights."""
 
     def __init__(self, shape: Mapping[str, int], device: str = "cpu", *, dtype: str = "float32") -> None:
         self.size = dict(shape)
         self.device = device
         self.dtype = dtype
+        self.patches = self.size["H"] * self.size["W"]
 
     @cached_property
     def maps(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +59,7 @@ class Inputs:
 
     @cached_property
     def features(self) -> Features:
-        """Features that follow the same blobs, and the labels of their maps."""
+        """Features of the same blobs, and the labels of their maps."""
         enc, dec = (one.detach() for one in moving_blobs(self.size))
         clean = torch.einsum("btshw,sd->btdhw", enc.softmax(2), self.normal("S", "D").cpu())
         noise = [self.normal(*clean.shape, seed=seed) for seed in (1, 2, 3)]
@@ -71,40 +68,45 @@ class Inputs:
         return Features(drawn[0].requires_grad_(), drawn[1].requires_grad_(), drawn[2], *labels)
 
     def normal(self, *axes: str | int, seed: int = 0) -> Tensor:
-        """Draw numbers, with axes by name or by length."""
+        """Draw normal numbers. An axis is a name or a length."""
         sizes = [self.size[axis] if isinstance(axis, str) else axis for axis in axes]
         return torch.randn(sizes, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def leaf(self, *axes: str | int, seed: int = 0) -> Tensor:
-        """Draw numbers that get a gradient."""
+        """Draw normal numbers that need a gradient."""
         return self.normal(*axes, seed=seed).requires_grad_()
 
 
 @dataclass
 class Step:
-    """A step of whatever is measured, and what its outputs are by definition, which is asked first."""
+    """A forward, its definition, and the leaves whose gradients the backward computes.
+
+    Attributes:
+        forward: the measured call.
+        expected: the definition of its outputs.
+        leaves: the step has a backward if there are any.
+        before: runs before each call, and is not measured.
+        seen: selects the outputs that the definition gives.
+        num_bytes: the inputs and outputs that a step must move.
+        incoming: the gradients of the outputs, made in the first call, as a host has them.
+    """
 
     forward: Callable[[], Any]
     expected: Callable[[], Outputs]
-    # what gets a gradient; without any, there is no backward
     leaves: list[Tensor] = field(default_factory=list)
-    # what has to be done before each call, and is not measured
     before: Callable[[], object] | None = None
-    # what of the outputs the definition is about
     seen: Callable[[Any], Outputs] = lambda outputs: outputs
-    # that have to be moved: inputs read and outputs written
     num_bytes: int = 0
-    # the gradients that come in, at hand from the first call on, as they are where a loss is one of a sum
     incoming: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, function: Callable[..., Any], reference: Callable[..., Outputs], *given: Any) -> "Step":
-        """Make a step of a function and its definition on the same arguments; those that can get a gradient do."""
+        """Make a step of a function and its definition on the same arguments; leaves among them get gradients."""
         leaves = [one for one in given if isinstance(one, Tensor) and one.requires_grad]
         return cls(lambda: function(*given), lambda: reference(*given), leaves)
 
     def prepare(self) -> None:
-        """Do what comes before."""
+        """Run what comes before a call."""
         if self.before is not None:
             self.before()
 
@@ -117,7 +119,7 @@ class Step:
         return (outputs.detach() if isinstance(outputs, Tensor) else None, *grads)
 
     def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the gradients of the leaves, where a loss gets a 1, and a map numbers of both signs."""
+        """Return the gradients of the leaves. A loss gets a 1, a map gets numbers of both signs."""
         self.incoming = self.incoming or tuple(
             torch.arange(one.numel(), device=one.device, dtype=one.dtype).cos().view_as(one) for one in outputs
         )

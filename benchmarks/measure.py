@@ -1,4 +1,4 @@
-"""What is measured of steps, in whatever process it is asked for: memory, counts, and time in turn."""
+"""The measurements of steps on the same inputs: losses are compared, time is taken in turn, the rest is counted."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,58 +6,78 @@ from typing import Any
 
 import torch
 
-from benchmarks.add_ons import CHANNELS
+from benchmarks.add_ons import BY_NAME, CHANNELS
 from benchmarks.contenders import COMPILED, COPY, COPY_BYTES, EXP, REPLAY, TORCH, TWO_THREADS, base_of, name_of, step_of
 from benchmarks.counted import count, peak_memory
 from benchmarks.inputs import Inputs, Step
-from benchmarks.plan import Options
-from benchmarks.results import Key, Spread, Values
+from benchmarks.plan import Options, attempt
+from benchmarks.results import Key, Row, Spread, Values
 from benchmarks.timing import Work, clock_of, interleave, over
 
-# so many times the seconds of a session for everyone together
+# multiples of the budget of a job
 BUDGETS = {"kernels": 4, "add_ons": 2}
+# losses add millions of patches in different orders; a wrong label moves a loss more
+LOSS_RTOL = 1e-4
 
 
-def steps_of(keys: Sequence[Key], options: Options) -> dict[Key, Step]:
-    """Make steps on the same inputs."""
+def measure(keys: Sequence[Key], options: Options) -> list[Row]:
+    """Measure the steps of all keys, which share a shape; return their rows."""
     inputs = Inputs({"D": CHANNELS, **keys[0].sizes}, options.device, dtype=keys[0].dtype)
-    return {key: step_of(key.case, key.contender, inputs) for key in keys}
+    rows: dict[Key, Row] = {}
+    steps: dict[Key, Step] = {}
+    losses: dict[Key, float] = {}
+    for key in keys:
+        status, note, step = attempt(_checked, key, name_of(options.backends[0]), inputs, losses)
+        rows[key] = Row(key, status, note)
+        if step is not None:
+            steps[key] = step
+    for key, values in times(steps, options).items():
+        status, note, counted = attempt(counts, key, steps[key], options.device)
+        rows[key] = Row(key, status, note, {**values, **counted} if counted is not None else {})
+    return list(rows.values())
 
 
-def memory(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Measure the peak of a step, of one contender; keep the value of a loss, and in maps what its backward adds."""
-    ((key, step),) = steps_of(keys, options).items()
-    # what the first step alone takes is no part of it
+def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> Step:
+    """Take a first step. Its loss must be that of the contender that computes the same: the gate sees no large size."""
+    step = step_of(key.case, key.contender, inputs)
     step.prepare()
-    first = step.once()[0]
-    values: dict[str, float] = {}
-    if step.leaves and first is not None and first.ndim == 0:
-        values["loss"] = first.item()
-    del first
+    loss = step.once()[0]
+    if step.leaves and loss is not None and loss.ndim == 0 and key.dtype == "float32":
+        losses[key] = loss.item()
+        twin = BY_NAME[key.contender].twin if key.contender in BY_NAME else first
+        expected = losses.get(key._replace(contender=twin), losses[key])
+        if abs(losses[key] - expected) > LOSS_RTOL * abs(expected):
+            raise AssertionError(f"the loss is {losses[key]:.8g}, and {expected:.8g} by {twin}")
+    return step
+
+
+def counts(key: Key, step: Step, device: str) -> Values:
+    """Count the bytes of a step; of an operation of SSync, launches and host reads, too."""
+    if base_of(key.contender) != key.contender:
+        return {}
     step.prepare()
-    values |= peak_memory(step.once, options.device)
-    if key.suite == "kernels":
+    values: dict[str, float] = {**peak_memory(step.once, device)}
+    if key.suite != "kernels" or key.contender == TORCH:
+        return values
+    if step.leaves:
         one_map = step.leaves[0].numel() * step.leaves[0].element_size()
-        waiting = peak_memory(step.forward, options.device)["kept"]
-        values["maps_beyond_gradients"] = round(values["allocated"] / one_map - 2, 4)
-        values["maps_waiting"] = round(waiting / one_map - 2, 4)
-    return [values]
+        grads, waiting = len(step.leaves), peak_memory(step.forward, device)["kept"]
+        values["maps_beyond_gradients"] = round(values["allocated"] / one_map - grads, 4)
+        values["maps_waiting"] = round(waiting / one_map - grads, 4)
+    # on a CPU no operator of compiled code can be counted
+    countable = device == "cuda" or not key.contender.endswith(COMPILED)
+    return {**values, **count(step.once, device)} if countable else values
 
 
-def counts(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Count the launches and host reads of steps."""
-    return [count(step.once, options.device) for step in steps_of(keys, options).values()]
-
-
-def times(keys: Sequence[Key], options: Options) -> list[Values]:
-    """Time steps in turn; ratios are formed within a round, to those who take part."""
-    steps = steps_of(keys, options)
+def times(steps: dict[Key, Step], options: Options) -> dict[Key, Values]:
+    """Time steps in turn. Ratios are taken within a round."""
     works = {(key, "step"): Work(_call(key, step), step.before) for key, step in steps.items()}
-    if keys[0].suite == "kernels":
-        plain = {key: step for key, step in steps.items() if step.leaves and key.contender == base_of(key.contender)}
-        works |= {(key, "forward"): Work(step.forward) for key, step in plain.items()}
-    rounds = interleave(works, clock_of(options.device), options.budget * BUDGETS.get(keys[0].suite, 1))
-    return [_values(key, step, rounds, options) for key, step in steps.items()]
+    for key, step in steps.items():
+        if key.suite == "kernels" and step.leaves and key.contender == base_of(key.contender):
+            works[key, "forward"] = Work(step.forward)
+    budget = options.budget * max((BUDGETS.get(key.suite, 1) for key in steps), default=1)
+    rounds = interleave(works, clock_of(options.device), budget)
+    return {key: _values(key, step, rounds, options) for key, step in steps.items()}
 
 
 def _values(key: Key, step: Step, rounds: dict[tuple[Key, str], list[float]], options: Options) -> Values:
@@ -71,7 +91,7 @@ def _values(key: Key, step: Step, rounds: dict[tuple[Key, str], list[float]], op
     if key.suite != "kernels" and first is not None:
         values["ratio"] = over(own, first)
     if copy and exp and key.contender != TORCH:
-        # moving the bytes at the speed of the copy is 1
+        # 1 is the speed of the copy
         values["over_floor"] = over(own, copy, 2 * COPY_BYTES / step.num_bytes)
         values["over_exp"] = over(own, exp)
     if key.contender.endswith(TWO_THREADS) and one_thread:
@@ -82,14 +102,11 @@ def _values(key: Key, step: Step, rounds: dict[tuple[Key, str], list[float]], op
 def _call(key: Key, step: Step) -> Callable[[], object]:
     if key.contender.endswith(TWO_THREADS):
         return partial(on_two_threads, step.once)
-    if key.contender.endswith(COMPILED):
-        # compiling is no part of it
-        step.once()
     return _replay(step) if key.contender.endswith(REPLAY) else step.once
 
 
 def on_two_threads(call: Callable[[], Any]) -> None:
-    """Let a call have two threads while it runs."""
+    """Give torch two threads during a call."""
     usual = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -108,6 +125,6 @@ def _replay(step: Step) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # the gradients lie in the graph's own memory
+        # the gradients lie in the graph's memory
         step.once()
     return graph.replay

@@ -1,22 +1,33 @@
-"""What was asked for, what is measured together, and the run that writes every row down as soon as there is one."""
+"""The options of a run, the jobs that it plans, and the work on one job."""
 
-from collections.abc import Callable, Sequence
+import ctypes
+import gc
+import resource
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import child
-from benchmarks.child import RAISED, Limits
+import torch
+
 from benchmarks.contenders import base_of
-from benchmarks.results import Key, Results, Row, Values
+from benchmarks.results import Key, Results, Row
+
+# malloc returns large blocks to the system. Each step then faults its pages in again, which bends the slope of time.
+# With these settings of malloc.h, and their numbers there, the process keeps its memory.
+RAISED = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; caps are the seconds and the bytes of a step, and a rehearsal is quick."""
+    """The options of a run: the backends of SSync that run here, the caps of a step in seconds and bytes, and more."""
 
     suites: tuple[str, ...]
     device: str
-    # of SSync, those that can be had here
     backends: tuple[str, ...]
     quick: bool
     time_cap: float
@@ -25,77 +36,99 @@ class Options:
 
     @property
     def budget(self) -> float:
-        """Seconds that the timed rounds of things measured together may take."""
+        """The seconds for the timed rounds of a job."""
         return 0.3 if self.quick else 3.0
-
-    def settings(self) -> dict[str, Any]:
-        """Return what a result depends on beside the machine."""
-        return {
-            "quick": self.quick,
-            "time_cap": self.time_cap,
-            "memory_cap": self.memory_cap,
-            "malloc": dict(RAISED) if self.device == "cpu" else {},
-            "backends": list(self.backends),
-        }
-
-
-# the status and the note of a row that has no number
-Stop = tuple[str, str]
 
 
 class Job(NamedTuple):
-    """Rows that are measured together, in a process of their own, and the value that each has once that is done."""
+    """Rows that are measured together.
 
-    measure: Callable[[Sequence[Key], Options], list[Values]]
+    Attributes:
+        rows: their keys.
+        measure: the function that returns the rows.
+        threads: overrides the threads of the options.
+        raised: whether malloc keeps memory from this job on.
+        stop: returns the row of a contender that must not run, or None.
+    """
+
     rows: list[Key]
-    # of a gate, there is only the row
-    value: str = ""
-    # without threads, as many as were asked for
+    measure: Callable[[Sequence[Key], Options], list[Row]]
     threads: int | None = None
-    # see Limits
     raised: bool = False
-    alone: bool = False
-    # why a row may not be measured, and why it must not have what was
-    stop: Callable[[Results, Key, Options], Stop | None] = lambda *_: None
-    check: Callable[[Results, Key, Values], Stop | None] = lambda *_: None
+    stop: Callable[[Results, Key, Options], Row | None] = lambda *_: None
+
+
+class Outcome(NamedTuple):
+    """The value of a call that was "measured", or the status and a note."""
+
+    status: str
+    note: str = ""
+    value: Any = None
 
 
 def do(job: Job, results: Results, options: Options) -> None:
-    """Measure what is missing of a job, and write every row down."""
-    able = []
-    for key in job.rows:
-        row = results.rows.get(key)
-        if row is not None and (row.status != "measured" or job.value in ("", *row.values)):
-            continue
-        stop = _stopped(results, key) or job.stop(results, key, options)
-        if stop is None:
-            able.append(key)
-        else:
-            results.add([Row(key, *stop)])
-    if not able:
+    """Measure a job, unless its rows are known, and write the rows."""
+    if all(key in results.rows for key in job.rows):
         return
-    on_cpu = options.device == "cpu"
-    limits = Limits(
-        threads=job.threads or options.threads,
-        memory=options.memory_cap if on_cpu else None,
-        raised=job.raised and on_cpu,
-        # a process that has asked for a GPU cannot fork any more
-        alone=job.alone or not on_cpu,
-    )
-    status, note, found = child.call(job.measure, able, options, limits=limits)
-    rows = []
-    for key, values in zip(able, found or [{}] * len(able), strict=True):
-        stop = job.check(results, key, values) if status == "measured" else (status, note)
-        rows.append(Row(key, values=values) if stop is None else Row(key, *stop))
-    results.add(rows)
+    stopped = {key: _stopped(results, key) or job.stop(results, key, options) for key in job.rows}
+    able = [key for key, row in stopped.items() if row is None]
+    rows = [row for row in stopped.values() if row is not None]
+    results.add([*rows, *(work(job, able, options) if able else [])])
 
 
-def _stopped(results: Results, key: Key) -> Stop | None:
-    """Say why a contender was stopped at the gate, in any dtype, or at the same place, measured otherwise."""
+def work(job: Job, keys: list[Key], options: Options) -> list[Row]:
+    """Measure rows of a job, with its threads and its malloc."""
+    for number, value in RAISED.values() if job.raised and options.device == "cpu" else ():
+        ctypes.CDLL(None).mallopt(number, value)
+    torch.set_num_threads(job.threads or options.threads)
+    gc.collect()
+    with _limited(options):
+        outcome = attempt(job.measure, keys, options)
+    return outcome.value or [Row(key, outcome.status, outcome.note) for key in keys]
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
+    """Call a function. An error becomes a status and a note."""
+    try:
+        return Outcome("measured", value=function(*arguments))
+    except AssertionError as error:
+        return Outcome("wrong", " ".join(str(error).split())[:500] or "disagrees with the reference")
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY):
+            return Outcome("memory", said)
+        traceback.print_exc()
+        return Outcome("failed", said)
+
+
+@contextmanager
+def _limited(options: Options) -> Iterator[None]:
+    """Let an allocation beyond the cap fail, before the machine runs out of memory."""
+    if options.device == "cuda":
+        most = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(options.memory_cap / most, 1.0))
+        torch.cuda.empty_cache()
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + options.memory_cap, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@cache
+def _address_space() -> int:
+    # malloc keeps the memory of earlier jobs, so only the first job knows what the process itself takes
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _stopped(results: Results, key: Key) -> Row | None:
+    """Return a row for a contender that failed the gate in any dtype, or did not run without its suffix."""
     base = base_of(key.contender)
     gates = results.select("gate", contender=base) if key.suite != "gate" else []
-    usual = results.rows.get(key._replace(contender=base))
-    for row in [*gates, *([usual] if usual else [])]:
-        if row.status != "measured":
-            return row.status, row.note
+    for row in [*gates, results.rows.get(key._replace(contender=base))]:
+        if row is not None and row.status != "measured":
+            return Row(key, row.status, row.note)
     return None

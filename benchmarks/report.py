@@ -1,7 +1,6 @@
-"""Tables and figures from files of results: ``python -m benchmarks.report``.
+"""Tables and figures from results: ``python -m benchmarks.report``.
 
-Every JSON file in benchmarks/results becomes a section of benchmarks/README.md, between its markers, and a figure
-beside the file, if it has curves. Nothing there is typed.
+Each JSON file in benchmarks/results becomes a section of benchmarks/README.md, between its markers, and a figure.
 """
 
 import argparse
@@ -22,8 +21,7 @@ MARKERS = ("<!-- results: python -m benchmarks.report -->", "<!-- end of results
 
 
 def load_all(folder: Path) -> dict[str, Results]:
-    """Read every file of results, by name."""
-    # not what a file system hides beside a file
+    """Read all files of results by name, except hidden ones."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
     if not paths:
         raise ValueError(f"--results must be a folder with a JSON file of results; found none in {folder}.")
@@ -32,10 +30,12 @@ def load_all(folder: Path) -> dict[str, Results]:
 
 def body(found: dict[str, Results], figures: str = "results") -> str:
     """Write what stands between the markers."""
-    parts = []
-    for device, kind in (("cpu", "CPU"), ("cuda", "GPU")):
-        if not any(one.machine["device"] == device for one in found.values()):
-            parts.append(f"**There is no {kind} result yet.**")
+    devices = {one.origin["device"] for one in found.values()}
+    parts = [
+        f"**There is no {name} result yet.**"
+        for name in ("CPU", "GPU")
+        if {"CPU": "cpu", "GPU": "cuda"}[name] not in devices
+    ]
     for name, one in found.items():
         try:
             parts.append(section(one, name, f"{figures}/{name}.png"))
@@ -48,12 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON files")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what to write the tables into")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="page to write the tables into")
     parser.add_argument("--rows", choices=SUITES, help="only print all rows of a suite")
     options = parser.parse_args(arguments)
-    # drawing is not needed for the tables
-    from benchmarks.figure import save_figure
-
     with explained():
         found = load_all(options.results)
         if options.rows:
@@ -61,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         text = between(options.readme.read_text(encoding="utf-8"), body(found), str(options.readme), MARKERS)
         must_be_writable(options.readme, "--readme")
+    # tables need no matplotlib
+    from benchmarks.figure import save_figure
+
     with explained(OSError):
         for name, results in found.items():
             if results.select(LINEAR):

@@ -1,4 +1,4 @@
-"""A file of results: one schema for every suite, read with care, and written as each job ends."""
+"""A file of results: one schema for all suites, checked when it is read, and written after each job."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,25 +9,26 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from examples.files import Fields, check_fields, read_json, write_text
 
-SCHEMA = "ssync-loss benchmarks 2"
+SCHEMA = "ssync-loss benchmarks 3"
 SUITES = ("gate", "linear_vs_quadratic", "training_step", "kernels", "add_ons")
-# a row without a number says why
 STATUSES = ("measured", "memory", "time", "failed", "wrong")
-# beside what every example says of its machine
-MACHINE: Fields = {
+ORIGIN: Fields = {
     **dict.fromkeys(("cpu", "system", "python", "torch", "commit", "date", "device", "sources"), str),
-    **dict.fromkeys(("cores", "threads", "memory_gb"), int),
+    **dict.fromkeys(("cores", "threads", "memory_gb", "memory_cap"), int),
     **dict.fromkeys(("gpu", "cuda", "triton"), (str, type(None))),
+    "quick": bool,
+    "time_cap": (int, float),
+    "malloc": dict,
+    "backends": list,
 }
 ROW: Fields = {
     **dict.fromkeys(("suite", "case", "contender", "dtype", "status", "note"), str),
     **dict.fromkeys(("shape", "values"), dict),
 }
-SETTINGS: Fields = {"quick": bool, "time_cap": (int, float), "memory_cap": int, "malloc": dict, "backends": list}
 
 
 class Spread(NamedTuple):
-    """A median, the quartiles around it, and the number of samples behind them."""
+    """A median, its quartiles, and the number of samples."""
 
     median: float
     q1: float
@@ -49,7 +50,7 @@ Values: TypeAlias = Mapping[str, float | Spread]
 
 
 class Key(NamedTuple):
-    """What a row is about; no two share one. The case is what grows, the model or the operation."""
+    """The subject of a row, unique in a file. A case is an axis, a model or an operation."""
 
     suite: str
     case: str
@@ -65,7 +66,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """All measurements of one thing, or why they stop."""
+    """The measurements of one subject. Without any, `status` and `note` say why."""
 
     key: Key
     status: str = "measured"
@@ -73,85 +74,75 @@ class Row:
     values: Values = field(default_factory=dict)
 
     def number(self, name: str) -> float:
-        """Return a value that was counted, or the median of one that was sampled."""
+        """Return a counted value, or the median of a sampled one."""
         value = self.values[name]
         return value.median if isinstance(value, Spread) else value
 
 
 @dataclass
 class Results:
-    """Rows, and what makes them credible: machine, versions, commit, date, settings."""
+    """Rows, and their origin: the machine, the versions and the options of the run."""
 
-    machine: dict[str, Any]
-    settings: dict[str, Any]
+    origin: dict[str, Any]
     rows: dict[Key, Row] = field(default_factory=dict)
     path: Path | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read a file; a ValueError names the first thing that is wrong: the place, the wanted and the found."""
+        """Read a file; a ValueError names the first place that is wrong, what was wanted and what was found."""
         content = read_json(path)
         found = content.get("schema", "no schema") if isinstance(content, dict) else f"a {type(content).__name__}"
         if found != SCHEMA:
             raise ValueError(f"{path} must have the schema {SCHEMA!r}; found {found!r}. It is left as it is.")
-        check_fields(content, {"schema": str, "machine": dict, "settings": dict, "rows": list}, f"{path}")
-        for part, fields in (("machine", MACHINE), ("settings", SETTINGS)):
-            check_fields(content[part], fields, f"{path}: `{part}`")
-        results = cls(content["machine"], content["settings"], path=path)
+        check_fields(content, {"schema": str, "origin": dict, "rows": list}, f"{path}")
+        check_fields(content["origin"], ORIGIN, f"{path}: `origin`")
+        rows: dict[Key, Row] = {}
         for number, one in enumerate(content["rows"]):
-            row = _row_from_json(one, f"{path}: `rows[{number}]`")
-            if row.key in results.rows:
-                raise ValueError(f"{path}: `rows[{number}]` must be about something else than the rows before it.")
-            results.rows[row.key] = row
-        return results
+            where = f"{path}: `rows[{number}]`"
+            row = _row(one, where)
+            if rows.setdefault(row.key, row) is not row:
+                raise ValueError(f"{where} must have another subject than the rows before it.")
+        return cls(content["origin"], rows, path)
 
     @classmethod
-    def resume(
-        cls, path: Path, machine: dict[str, Any], settings: dict[str, Any], *, restart: bool = False
-    ) -> "Results":
-        """Go on with a file where there is one, or start it; rows that failed are forgotten, and so tried again.
+    def resume(cls, path: Path, origin: dict[str, Any], *, restart: bool = False) -> "Results":
+        """Continue a file, or start it. Failed rows are dropped, so a run tries them again.
 
-        A file that was measured elsewhere or otherwise is a ValueError unless told to restart, and left as it is.
+        A file with other code, options or machine is a ValueError, unless the run restarts it.
         """
-        earlier = cls.load(path) if path.exists() else None
-        if earlier is None or restart:
-            return cls(machine, settings, path=path)
-        found, wanted = earlier.machine | earlier.settings, machine | settings
-        # the digest of the sources says more than the commit
-        for name in wanted.keys() - {"date", "commit"}:
-            if found[name] != wanted[name]:
+        if restart or not path.exists():
+            return cls(origin, path=path)
+        earlier = cls.load(path)
+        # the commit may differ, `sources` must not
+        for name in origin.keys() - {"date", "commit"}:
+            if earlier.origin[name] != origin[name]:
                 raise ValueError(
-                    f"{path} was measured with `{name}` = {found[name]!r}, and now it is {wanted[name]!r}. "
+                    f"{path} was measured with `{name}` = {earlier.origin[name]!r}, and now it is {origin[name]!r}. "
                     "Choose another --out, or --restart to measure anew."
                 )
         earlier.rows = {key: row for key, row in earlier.rows.items() if row.status != "failed"}
         return earlier
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Take rows in beside what is known of the same, and write the file, whole or not at all."""
-        for row in rows:
-            before = self.rows.get(row.key, row)
-            self.rows[row.key] = Row(row.key, row.status, row.note or before.note, {**before.values, **row.values})
+        """Add or replace rows, and write the whole file."""
+        self.rows |= {row.key: row for row in rows}
         if self.path is not None:
             write_text(self.path, self.text())
 
     def text(self) -> str:
-        """Lay the file out, a line for every row."""
-        head = json.dumps({"schema": SCHEMA, "machine": self.machine, "settings": self.settings}, indent=1)[:-2]
-        lines = [json.dumps(_row_to_json(row), allow_nan=False) for row in self.rows.values()]
+        """Write the JSON with one row a line."""
+        head = json.dumps({"schema": SCHEMA, "origin": self.origin}, indent=1)[:-2]
+        rows = [row.key._asdict() | {"shape": row.key.sizes} | vars(row) for row in self.rows.values()]
+        lines = [json.dumps({name: one[name] for name in ROW}, allow_nan=False) for one in rows]
         return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
     def select(self, suite: str, **wanted: str) -> list[Row]:
-        """Return the rows of a suite whose key has these values."""
+        """Return the rows of a suite whose keys have these values."""
         wanted["suite"] = suite
         return [row for row in self.rows.values() if all(getattr(row.key, name) == one for name, one in wanted.items())]
 
 
-def _row_to_json(row: Row) -> dict[str, Any]:
-    return row.key._asdict() | {"shape": row.key.sizes, "status": row.status, "note": row.note, "values": row.values}
-
-
-def _row_from_json(content: Any, where: str) -> Row:
+def _row(content: Any, where: str) -> Row:
     check_fields(content, ROW, where)
     for name, allowed in (("suite", SUITES), ("status", STATUSES)):
         if content[name] not in allowed:
@@ -171,9 +162,7 @@ def _value(value: Any, where: str) -> float | Spread:
     numbers = value if isinstance(value, list) and len(value) == len(Spread._fields) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int | float) or not abs(one) <= 1e100 for one in numbers):
         raise ValueError(f"{where} must be a finite number, or [median, q1, q3, samples]; found {value!r:.99}.")
-    if len(numbers) == 1:
-        return value  # type: ignore[no-any-return]
-    spread = Spread(*numbers)
-    if not spread.q1 <= spread.median <= spread.q3:
+    spread = Spread(*numbers) if len(numbers) > 1 else None
+    if spread is not None and not spread.q1 <= spread.median <= spread.q3:
         raise ValueError(f"{where} must have its median between its quartiles; found {value}.")
-    return spread
+    return numbers[0] if spread is None else spread

@@ -1,4 +1,4 @@
-"""Timing several things in turn, so that whatever slows the machine down slows all of them."""
+"""Timing in turn: what slows the machine down slows all contenders."""
 
 import time
 import timeit
@@ -11,25 +11,25 @@ import torch
 from benchmarks.results import Spread
 
 WARM_UPS = 2
-# a second call of something this slow warms nothing up
+# one call warms up what takes longer
 SLOW_SECONDS = 2.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 MAX_CALLS = 10
-# a round gives everyone about this long, or one call
+# the seconds of a turn, if more than one call fits
 TURN_SECONDS = 0.05
 
 Name = TypeVar("Name")
 
 
 class Work(NamedTuple):
-    """A call, and what has to be done before each and is not timed."""
+    """A call to time, and what runs before each call, untimed."""
 
     call: Callable[[], object]
     before: Callable[[], object] | None = None
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Return what reads the time when a device has done its work; on a CPU, a call ends when its work does."""
+    """Return a clock that waits for the device."""
 
     def read() -> float:
         torch.cuda.synchronize()
@@ -39,10 +39,10 @@ def clock_of(device: str) -> Callable[[], float]:
 
 
 def interleave(works: Mapping[Name, Work], clock: Callable[[], float], budget: float) -> dict[Name, list[float]]:
-    """Warm everything up, then let all take turns; return the seconds of a call, round by round.
+    """Warm all works up, then let them take turns; return the seconds of a call in each round.
 
-    The budget is what the rounds may take together, unless that is less than `MIN_ROUNDS` of them. In a turn, calls
-    follow each other without a look at the clock, unless something has to be done before each: then it is their median.
+    The rounds together take the budget, and at least `MIN_ROUNDS` are made. A turn times its calls together. If
+    something runs before each call, a turn times each call and takes the median.
     """
     timers = {name: timeit.Timer(work.call, work.before or "pass", clock) for name, work in works.items()}
     cost = {name: _warm_up(timer) for name, timer in timers.items()}
@@ -66,5 +66,5 @@ def _warm_up(timer: timeit.Timer) -> float:
 
 
 def over(rounds: Sequence[float], others: Sequence[float], factor: float = 1.0) -> Spread:
-    """Summarize how many times the others' time something takes, round by round, times a factor."""
+    """Divide times round by round; return the spread of the ratios times a factor."""
     return Spread.of([factor * own / its for own, its in zip(rounds, others, strict=True)])

@@ -18,7 +18,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from benchmarks import child
+from benchmarks import plan as benchmark_plan
 from benchmarks import report as benchmark_report
 from benchmarks import run as benchmarks
 from benchmarks.results import Results
@@ -56,7 +56,7 @@ def refusal(name: str, *given: object) -> str:
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep commands from starting their work."""
-    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (child, "call")):
+    for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (benchmark_plan, "work")):
         monkeypatch.setattr(place, function, lambda *_, **__: pytest.fail("it has begun"))
 
 
@@ -238,7 +238,7 @@ class TestOut:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study, "run_seed", lambda *_: {})
-        monkeypatch.setattr(child, "call", Machine().call)
+        monkeypatch.setattr(benchmark_plan, "work", Machine().work)
         monkeypatch.setattr(os, "replace", _full)
         more = ["--suite", "kernels"] if name == "benchmark" else QUICK
         assert "No space left on device" in refusal(name, "--quick", *more, "--out", tmp_path / "x")
@@ -253,7 +253,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "example": Report({}, {}).save,
     "neighbor": StudyReport("", [], {}, {}, {}).save,
     "checkpoint": lambda path: TrainingState.fresh(Settings("noise", 8, slots=3), 0).save(path),
-    "benchmark": lambda path: Results({}, {}, path=path).add([]),
+    "benchmark": lambda path: Results({}, path=path).add([]),
 }
 
 

@@ -1,9 +1,10 @@
 """Try the package as a stranger gets it, before a release: ``python -m tests.try_wheel --python PATH [PATH ...]``.
 
-Builds the sdist, and the wheel from it. For each Python it makes a new environment with the wheel and what it asks for.
-There it imports every module, runs the first lines of the README, asks for ``python -m ssync_loss.env``, and builds the
-sdist again, with pip, which must give the same wheel. ``--reuse`` takes torch and the rest from the environment that
-PATH belongs to, in place of a download: what the wheel asks for, and nothing else.
+Builds the sdist, and the wheel from it. Its description must be one that PyPI can show. For each Python it makes a new
+environment with the wheel and what it asks for. There it imports every module, runs the first lines of the README, and
+asks for ``python -m ssync_loss.env``. Then pip builds the sdist again; the wheel must be the same. ``--reuse`` takes
+torch and the rest from the environment that PATH belongs to, in place of a download: what the wheel asks for, and
+nothing else.
 """
 
 import argparse
@@ -87,6 +88,14 @@ def asked_for(wheel: Path) -> list[str]:
     return [one for one in asked if "extra ==" not in one]
 
 
+def unfit_for_pypi(wheel: Path) -> list[str]:
+    """Return what the description has that PyPI cannot show, and the README's headings that it lacks."""
+    page = metadata_of(wheel).partition("\n\n")[2]
+    headings = re.findall(r"^##? .*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    shown = re.findall(r"<img|!\[|\$|\\\w+|\]\((?!https:)[^)]*", page)
+    return shown + [one for one in headings if f"{one}\n" not in page]
+
+
 def first_lines() -> str:
     """Return the first Python of the README."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -126,6 +135,8 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         sdist, wheel = built(Path(name))
         print(*(f"{one.name}: {one.stat().st_size / 1e3:.0f} kB" for one in (sdist, wheel)), sep="\n")
+        if unfit := unfit_for_pypi(wheel):
+            raise SystemExit(f"PyPI cannot show {', '.join(unfit)}: pyproject.toml has what becomes of the README")
         for number, python in enumerate(options.python):
             folder = Path(name) / str(number)
             folder.mkdir()

@@ -6,17 +6,17 @@
 Besides the losses there are:
 
 - :mod:`ssync_loss.functional`: all functions: labels, regions, overlap, merging, losses.
-- :mod:`ssync_loss.adapters`: ``attach`` and ``doctor`` find the maps of a model; taps take them.
-- :mod:`ssync_loss.diagnostics`: whether the premise holds, and statistics of labels, without ground truth.
-- :mod:`ssync_loss.monitor`: numbers and pictures of a training, for TensorBoard, Lightning, W&B or a folder.
+- :mod:`ssync_loss.adapters`: ``attach`` and ``doctor`` find the maps of a model; taps record them.
+- :mod:`ssync_loss.diagnostics`: a test of the premise, and statistics of labels, without ground truth.
+- :mod:`ssync_loss.monitor`: numbers and pictures of a training run, for TensorBoard, Lightning, W&B or a folder.
 - :mod:`ssync_loss.metrics`: FG-ARI, ARI, mBO, mIoU, J&F, object recall, fragmentation, unused slots.
 - :mod:`ssync_loss.visualize`: overlays, panels, and the student of every patch.
 - :mod:`ssync_loss.distributed`: the mean over all ranks.
 - :mod:`ssync_loss.curriculum`, :mod:`ssync_loss.attention`, :mod:`ssync_loss.ema`: parts of neighboring methods.
 - :mod:`ssync_loss.testing`: the slow reference and hypothesis strategies, for your own tests.
-- :mod:`ssync_loss.env`: ``python -m ssync_loss.env`` prints the facts for a bug report.
+- :mod:`ssync_loss.env`: ``python -m ssync_loss.env`` describes the machine for a bug report.
 
-The parts of the loss for a log, both terms with the same labels, a score, and a picture:
+This example computes values for a log, both terms from the same labels, a score, and a picture:
 
 >>> import torch
 >>> from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss

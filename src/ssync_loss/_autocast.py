@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# at import, as torch 2.11 cannot compile the call
+# called at import, as torch 2.11 cannot compile the call
 DEVICE_TYPES = [one for one in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(one)]
 
 
@@ -22,5 +22,5 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return halves as float32; float32 and float64 stay."""
+    """Return a half-precision tensor as float32, and any other unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

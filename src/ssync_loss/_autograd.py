@@ -1,4 +1,4 @@
-"""Gradients that are written by hand: their functions are fast to call, and have no second derivative."""
+"""Functions with hand-written gradients: calls are fast, and a second derivative is an error."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -17,16 +17,16 @@ Backward: TypeAlias = Callable[..., "tuple[Tensor | None, ...]"]
 def differentiable(
     operator: CustomOpDef, compute: Callable[..., Any], save: Callable[..., None], derive: Backward
 ) -> Callable[..., Any]:
-    """Give an operator of torch a gradient, and return a function to call in its place.
+    """Give an operator of torch a gradient, and return the function to call instead of the operator.
 
     ``torch.func.grad`` ignores the gradient of an operator, and its forward derivative would silently be 0. An autograd
     function works with ``torch.func.grad``, and refuses the forward derivative. A compiler gets the operator.
 
     Args:
         operator: the operator, for compilers and fake tensors.
-        compute: its function. Plain tensors call it directly, as the dispatcher doubles the time of a call.
+        compute: the operator's function. Plain tensors call it directly, as the dispatcher doubles the time of a call.
         save: ``setup_context`` of the gradient.
-        derive: its ``backward``.
+        derive: ``backward`` of the gradient.
     """
     operator.register_autograd(derive, setup_context=save)
 
@@ -39,7 +39,7 @@ def differentiable(
         backward = staticmethod(derive)
 
     class Plain(torch.autograd.Function):
-        """The same in a form that `torch.func` refuses, with calls in half the time."""
+        """The same function in a form that `torch.func` refuses; a call takes half the time."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -52,7 +52,7 @@ def differentiable(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*inputs)
-        # typed: autograd's own `apply` is not
+        # `apply` has no types
         function: Callable[..., Any] = Plain.apply if _are_plain(inputs) else Differentiable.apply
         return function(*inputs)
 
@@ -62,7 +62,7 @@ def differentiable(
 def learns(tensor: Tensor) -> bool:
     """Tell whether a forward must write a gradient.
 
-    It must always within ``torch.func``, where ``requires_grad`` is about one level only, and in an exported program.
+    It must in an exported program, and within ``torch.func``, where ``requires_grad`` describes only one level.
     """
     if not torch.is_grad_enabled():
         return False
@@ -70,7 +70,7 @@ def learns(tensor: Tensor) -> bool:
 
 
 def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """Return a function to call in place of ``apply``; an exported program differentiates the forward."""
+    """Return the function to call instead of ``apply``; an exported program differentiates the forward."""
 
     def call(*inputs: Any) -> Tensor:
         output: Tensor = function.forward(*inputs) if is_exporting() else function.apply(*inputs)
@@ -80,8 +80,8 @@ def exportable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]
 
 
 def savable(tensor: Tensor) -> Tensor:
-    """Return a tensor that a backward may keep: outside of inference mode, a copy of an inference tensor."""
-    # a compiler may keep any tensor
+    """Return a tensor that a backward may save: outside of inference mode, a copy of an inference tensor."""
+    # a compiler may save any tensor
     fits = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
     return tensor if fits else tensor.clone()
 
@@ -100,7 +100,7 @@ def attached_zero(*maps: Tensor) -> Tensor:
 
 
 def _are_plain(inputs: tuple[Any, ...]) -> bool:
-    """Tell whether all tensors are ordinary ones, and no mode watches the calls."""
+    """Tell whether all tensors are ordinary tensors, and no mode observes the calls."""
     tensors = [one for one in inputs if isinstance(one, Tensor)]
     plain = all(type(one) is Tensor and not one.is_neg() and not one._is_zerotensor() for one in tensors)
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
@@ -110,9 +110,9 @@ def _are_plain(inputs: tuple[Any, ...]) -> bool:
 def once_differentiable(backward: Backward) -> Backward:
     """Make it an error to differentiate the gradients that a backward returns.
 
-    torch's own decorator does so only if the incoming gradient can be differentiated. For a loss it is mostly the
-    constant 1, and a Hessian would silently be 0. One of the saved tensors must have a graph: an input, or an output of
-    the function.
+    torch's decorator of this name does so only if the incoming gradient can be differentiated. The incoming gradient of
+    a loss is usually the constant 1, and a Hessian would silently be 0. One of the saved tensors must have a graph: an
+    input or an output of the function.
     """
 
     @wraps(backward)
@@ -147,5 +147,5 @@ class _DeadEnd(torch.autograd.Function):
         )
 
 
-# typed: autograd's own `apply` is not
+# `apply` has no types
 _dead_end: Callable[[Tensor, Tensor], Tensor] = _DeadEnd.apply

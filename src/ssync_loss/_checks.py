@@ -1,4 +1,4 @@
-"""Checks of arguments. Every message names the argument, what was wanted and what came."""
+"""Checks of arguments. Every message names the argument, the wanted value and the given value."""
 
 import sys
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> dict[str, int]:
-    """Bind the axes of a tensor to names, e.g. ``"B T S H W"``, and require the sizes already known.
+    """Bind the axes of a tensor to names, e.g. ``"B T S H W"``, and require known sizes.
 
-    A name that occurs twice requires equal sizes. Returns the known sizes together with those bound here.
+    A name that occurs twice requires equal sizes. Returns the known sizes and the bound sizes.
 
     >>> check_shape("labels", torch.zeros(2, 3), "B N", B=2)
     {'B': 2, 'N': 3}
@@ -41,7 +41,7 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_type(name: str, value: object, wanted: type, *, optional: bool = False) -> None:
-    """Require an object of a class; if ``optional``, or None."""
+    """Require an object of a class, or None if ``optional``."""
     if not (isinstance(value, wanted) or (optional and value is None)):
         raise TypeError(f"`{name}` must be {wanted.__name__}; got {type(value).__name__}.")
 
@@ -77,7 +77,7 @@ def check_integer(name: str, tensor: Tensor) -> None:
 def as_index(name: str, tensor: Tensor) -> Tensor:
     """Require an integer tensor and return it as int64, as torch lacks operators for other integers.
 
-    A number that int64 cannot hold is an error if :func:`read_numbers` can see it, else negative.
+    A number that int64 cannot hold is an error if :func:`read_numbers` can see it; otherwise it becomes negative.
     """
     check_integer(name, tensor)
     index = tensor.to(torch.int64)
@@ -152,7 +152,7 @@ def check_positive(name: str, tensor: Tensor) -> None:
 
 
 def check_nonnegative(name: str, tensor: Tensor) -> None:
-    """Require numbers of at least 0, likewise; infinities pass, too, and give results that are not finite."""
+    """Require numbers of at least 0, if :func:`read_numbers` can see them; NaN and infinities pass."""
     # torch has no minimum for some unsigned types
     values = read_numbers(tensor) if tensor.dtype.is_signed else None
     if values is not None and float("-inf") < (lowest := values.min().item()) < 0:
@@ -160,9 +160,9 @@ def check_nonnegative(name: str, tensor: Tensor) -> None:
 
 
 def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
-    """Require slot labels within [0, num_slots), likewise.
+    """Require slot labels within [0, num_slots), if :func:`read_numbers` can see them.
 
-    If it cannot see them, an index out of range trips the device's own assertion.
+    Otherwise an index out of range triggers an assertion of the device.
     """
     values = read_numbers(labels)
     if values is None:
@@ -173,7 +173,7 @@ def check_label_range(name: str, labels: Tensor, num_slots: int) -> None:
 
 
 def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: Tensor) -> None:
-    """Require the labels of a region to name present slots, likewise; a clip without any is left out."""
+    """Require labels of a region to name present slots, if all can be read; clips without a slot are left out."""
     if any(read_numbers(one) is None for one in (labels, region, slot_mask)):
         return
     present = slot_mask.gather(1, labels.flatten(1).long()).view(labels.shape)
@@ -188,7 +188,7 @@ def check_labels_present(name: str, labels: Tensor, region: Tensor, slot_mask: T
 
 
 def check_equal_counts(name: str, mask: Tensor) -> None:
-    """Require a mask (B, T, N) of as many positions in every frame, likewise."""
+    """Require a mask (B, T, N) to keep as many positions in each frame, if :func:`read_numbers` can see it."""
     kept = read_numbers(mask)
     low, high = (0, 0) if kept is None else (int(one) for one in kept.sum(2).aminmax())
     if low != high:
@@ -198,7 +198,7 @@ def check_equal_counts(name: str, mask: Tensor) -> None:
 def read_numbers(tensor: Tensor) -> Tensor | None:
     """Return the numbers of a tensor if reading them waits for no device and breaks no trace, else None.
 
-    They must be in CPU memory of the tensor's own, see :func:`memory_of`. An empty tensor gives None.
+    The numbers must be in CPU memory, see :func:`memory_of`. An empty tensor gives None.
     """
     return tensor.detach().as_subclass(Tensor) if memory_of(tensor) == "cpu" and tensor.numel() > 0 else None
 
@@ -206,7 +206,7 @@ def read_numbers(tensor: Tensor) -> Tensor | None:
 def memory_of(tensor: Tensor) -> str | None:
     """Return the type of the device whose memory holds a tensor's numbers.
 
-    Fake tensors, and those inside a trace, vmap, grad or functionalize, have none: None.
+    Fake tensors, and tensors inside a trace, vmap, grad or functionalize, have no numbers: the result is None.
     """
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     if traced or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
@@ -217,5 +217,5 @@ def memory_of(tensor: Tensor) -> str | None:
         # the storage of a fake tensor is on meta; asking for its address would warn
         return kind if kind != "meta" and storage.data_ptr() != 0 else None
     except (NotImplementedError, RuntimeError):
-        # a wrapper has no numbers of its own
+        # a wrapper has no storage
         return None

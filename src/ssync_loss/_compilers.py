@@ -1,4 +1,4 @@
-"""Hints for torch's compiler, and questions to it."""
+"""Hints for torch's compiler, and queries of its state."""
 
 import sys
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def is_traced() -> bool:
 def is_capturing() -> bool:
     """Tell whether a CUDA graph is captured.
 
-    It opens no device to find out: forked processes could then have none.
+    The query opens no device: if it did, forked processes could use none.
     """
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -34,15 +34,15 @@ def is_capturing() -> bool:
 def is_recomputing() -> bool:
     """Tell whether a backward is running, so that an activation checkpoint repeats this forward.
 
-    Compiled code cannot tell: it is traced once, and runs in both.
+    In compiled code the answer is always False: the code is traced once, and also runs when a checkpoint repeats it.
     """
     return not is_traced() and torch._C._current_graph_task_id() != -1
 
 
 @constant
 def is_exporting() -> bool:
-    """Tell whether ``torch.export`` traces: it drops the gradient of an autograd function."""
+    """Tell whether ``torch.export`` traces, which drops the gradient of an autograd function."""
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    # torch 2.6
+    # torch 2.6 lacks that function
     return getattr(sys.modules.get("torch.export._trace"), "_EXPORT_FLAGS", None) is not None

@@ -23,7 +23,7 @@ def check_floats(
 ) -> dict[str, int]:
     """Require a floating-point tensor whose axes, e.g. ``"B T D H W"``, have the known sizes, and return all sizes.
 
-    Axes in ``filled`` must not be empty; the device must be that of the tensor ``beside``.
+    Axes in ``filled`` must not be empty. The tensor must be on the device of the tensors ``beside``.
     """
     size = _check_axes(name, tensor, axes, known)
     check_not_empty(name, size, filled)
@@ -33,7 +33,7 @@ def check_floats(
 
 
 def check_rows(name: str, rows: Tensor, axis: str, size: int, **beside: Tensor) -> None:
-    """Require a floating-point tensor whose last axis has a size; others are free."""
+    """Require a floating-point tensor whose last axis has the given ``size``; other axes are free."""
     check_tensor(name, rows)
     if rows.ndim < 1 or rows.shape[-1] != size:
         raise ValueError(f"`{name}` must have shape (..., {axis}={size}); got {tuple(rows.shape)}.")
@@ -42,14 +42,14 @@ def check_rows(name: str, rows: Tensor, axis: str, size: int, **beside: Tensor) 
 
 
 def check_mask(name: str, mask: Tensor, axes: str, known: Mapping[str, int], **beside: Tensor) -> None:
-    """Require a boolean tensor, likewise."""
+    """Require a boolean tensor whose axes have the known sizes."""
     _check_axes(name, mask, axes, known)
     check_bool(name, mask)
     check_same_device(name, mask, **beside)
 
 
 def check_labels(name: str, labels: Tensor, axes: str, known: Mapping[str, int], **beside: Tensor) -> dict[str, int]:
-    """Require a tensor of integers, likewise."""
+    """Require a tensor of integers whose axes have the known sizes, and return all sizes."""
     size = _check_axes(name, labels, axes, known)
     check_integer(name, labels)
     check_same_device(name, labels, **beside)

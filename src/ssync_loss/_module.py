@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LossModule(nn.Module):
     """A loss that keeps its settings, the keyword arguments of its constructor, as attributes.
 
-    A subclass passes them to ``super().__init__``, or calls ``self.remember(locals())``, and names their check:
-    ``class A(LossModule, check=...)``.
+    A subclass passes its settings to ``super().__init__``, or calls ``self.remember(locals())``. It names the check of
+    its settings: ``class A(LossModule, check=...)``.
 
     >>> from ssync_loss import TemporalSlotContrastLoss
     >>> criterion = TemporalSlotContrastLoss(temperature=0.2)
@@ -43,7 +43,7 @@ class LossModule(nn.Module):
         super().__init_subclass__(**rest)
         if check is not None:
             cls.check_settings = staticmethod(check)
-        # a subclass in a host may have another constructor, and keeps the settings of its parent
+        # a host's subclass may have another constructor; its settings are those of the parent
         if cls.__module__.partition(".")[0] == "ssync_loss":
             cls._defaults = cls.__init__.__kwdefaults__ or {}
 
@@ -54,12 +54,12 @@ class LossModule(nn.Module):
             setattr(self, name, value)
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Call ``__init__`` with the settings among a constructor's arguments, its ``locals()``."""
+        """Call ``__init__`` with the settings among ``arguments``, the ``locals()`` of a constructor."""
         LossModule.__init__(self, **{name: arguments[name] for name in self._defaults})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name, as they are now."""
+        """The current settings by name."""
         return {name: getattr(self, name) for name in type(self)._defaults}
 
     def extra_repr(self) -> str:
@@ -71,7 +71,7 @@ class LossModule(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a pickle; version 0.1.0 kept the settings of some losses in a dictionary, and lacked later ones."""
+        """Load a pickle; version 0.1.0 kept settings of some losses in a dictionary, and lacked later settings."""
         super().__setstate__({**state, **state.get("settings", {})})  # type: ignore[no-untyped-call]
         self.__dict__.pop("settings", None)
         for name, value in self._defaults.items():
@@ -90,9 +90,9 @@ class LossModule(nn.Module):
 
 
 class DetachedWarning:
-    """Warns once of a student that carries no gradient, in training mode with gradients enabled.
+    """Warns once of a student without a gradient, in training mode with gradients enabled.
 
-    It does nothing in compiled code.
+    In compiled code it does nothing.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class DetachedWarning:
 
 
 def _callers_stacklevel() -> int:
-    """Return the ``stacklevel`` of the user's line, below frames of this package and of torch."""
+    """Return the ``stacklevel`` of the caller outside this package and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("ssync_loss", "torch"):
         frame, level = frame.f_back, level + 1

@@ -19,7 +19,7 @@ MOVED = {
     "curriculum.schedule": "methods.slotcurri.curriculum.schedule",
     "distillation": "ssync.distillation ssync.functions ssync.settings",
     "inference": "methods.slotcurri.inference",
-    # pickles of earlier versions need it
+    # pickles of earlier versions need this path
     "losses._modules": "_module",
     "kernels": "ssync.engines.triton",
     "losses.affinity": "methods.ino.affinity",
@@ -54,7 +54,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds the old paths, and nothing else."""
+    """Finds old paths only."""
 
     def find_spec(
         self,
@@ -68,7 +68,7 @@ class _Moved(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=any(one.startswith(f"{old}.") for one in MOVED))
 
     def exec_module(self, module: ModuleType) -> None:
-        # the module's own name, file and loader stay
+        # the old module keeps its name, file and loader
         own = set(vars(module))
         places = MOVED[module.__name__.partition(".")[2]].split()
         module.__doc__ = f"Moved to {', '.join(f'{PACKAGE}.{one}' for one in places)}."
@@ -83,5 +83,5 @@ _finder = _Moved()
 def install() -> None:
     """Let old paths be imported; a second call changes nothing."""
     if _finder not in sys.meta_path:
-        # first, as a folder that an update left behind would be a package
+        # before all other finders, which would import a folder that an update left behind
         sys.meta_path.insert(0, _finder)

@@ -1,7 +1,7 @@
 """Cross-entropies of similarities with soft targets, computed with their gradients, some rows at a time.
 
-The gradient of a row's loss with respect to its scores is the softmax minus the targets. The forward has both, so it
-also forms the gradients of queries and keys: no score is kept or computed twice.
+The gradient of a row's loss with respect to the row's scores is the softmax minus the targets. The forward has both, so
+it also computes the gradients of queries and keys. No score is saved or computed twice.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ LARGEST_SCORE = 40.0
 class Targets(NamedTuple):
     """Targets of rows, whose loss is ``share log sum_j exp(s_j) - linear - weight sum_j marks_j s_j``.
 
-    Marks are (w, r, M), the others (w, r, 1). The caller differentiates ``linear``. ``close`` first writes
-    :func:`lowest` over scores outside the softmax, where marks are 0.
+    ``marks`` are (w, r, M), the other tensors (w, r, 1). The caller differentiates ``linear``. ``close`` writes
+    :func:`lowest` over the scores that are not in the softmax, where marks are 0.
     """
 
     share: Tensor
@@ -55,9 +55,9 @@ def soft_cross_entropy(
     """Return the sum of the losses of all rows of all windows, with the scores ``s_ij = q_i k_j / temperature``.
 
     Queries (W, M, D) have length 1 or 0, and so have keys plus their center (W, 1, D). The center does not change the
-    softmax, and without it less of nearly equal keys is lost to rounding. Gradients are added to the ``slopes``, except
-    for the part along a key, see :func:`through_lengths`. ``targets`` is called for ``chunk_size`` rows at a time, of
-    whole windows if they fit, else of one.
+    softmax; subtracting it from nearly equal keys reduces rounding. Gradients are added to the ``slopes``, except for
+    the component along a key, see :func:`through_lengths`. ``targets`` is called for ``chunk_size`` rows at a time: for
+    whole windows if they fit, else for rows of one window.
     """
     num_windows, num_rows, _ = queries.shape
     windows = rows = None
@@ -88,13 +88,13 @@ def _loss(
     if close is not None:
         close(scores)
     if marks is not None:
-        # products of rows need no other map
+        # products of rows allocate no second map
         losses = losses - weight * (marks.unsqueeze(2) @ scores.unsqueeze(3)).squeeze(3)
     if 2 / temperature > LARGEST_SCORE:
         shift = scores.amax(2, keepdim=True)
         scores.sub_(shift)
         losses = losses + share * shift
-    # a sum of nothing counts as the smallest number there is
+    # an empty sum becomes the smallest normal number
     total = scores.exp_().sum(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     if by_query is not None:
         scores.mul_(share / total)
@@ -104,6 +104,6 @@ def _loss(
         by_query.baddbmm_(scores, keys, alpha=1 / temperature)
         if by_key is not None:
             by_key.baddbmm_(scores.mT, queries - center, alpha=1 / temperature)
-            # together they subtract the unit key from the queries, which only changes the part along it
+            # both updates subtract the unit key from the queries, which changes only the component along the key
             by_key.addcmul_(scores.sum(1).unsqueeze(2), keys, value=-1 / temperature)
     return (losses + share * total.log()).sum()

@@ -10,12 +10,12 @@ from ssync_loss._autocast import no_autocast
 from ssync_loss._autograd import exportable, once_differentiable
 from ssync_loss._compilers import is_exporting
 
-# squares of entries between these neither overflow nor underflow
+# squares of entries between these bounds neither overflow nor underflow
 SQUARABLE = (1e-15, 1e15)
 
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale vectors (..., D) to length 1, and return them and their inverse lengths (..., 1).
+    """Scale vectors (..., D) to length 1, and return the unit vectors and the inverse lengths (..., 1).
 
     A zero vector stays zero, with inverse length 0 and gradient 0. A vector counts as zero if all entries are below the
     smallest normal number, 1e-38 in float32. NaN and infinity give NaN.
@@ -33,9 +33,9 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_lengths(slope: Tensor, units: Tensor, inverse: Tensor) -> Tensor:
-    """Turn the gradient with respect to directions into that with respect to vectors, in place.
+    """Turn the gradient with respect to directions into the gradient with respect to vectors, in place.
 
-    It has no part along a vector, as the length is divided out.
+    The result has no component along a vector, as directions do not depend on lengths.
     """
     along = (slope * units).sum(-1, keepdim=True)
     return slope.addcmul_(units, along, value=-1).mul_(inverse)
@@ -60,7 +60,7 @@ class _Products(torch.autograd.Function):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Attach a value to a tensor; the gradient is given."""
+    """Attach a value to a tensor, with a given gradient."""
 
     @staticmethod
     def forward(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:  # noqa: ARG004 (for the backward)
@@ -79,14 +79,14 @@ class _KnownGradient(torch.autograd.Function):
 
 
 products: Callable[[Tensor, Tensor], Tensor] = exportable(_Products)
-# typed: autograd's own `apply` is not
+# `apply` has no types
 _known_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = _KnownGradient.apply
 
 
 def known_gradient(source: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Attach a value to a tensor, given the gradient ``slope``."""
+    """Attach a value to a tensor, with the gradient ``slope``."""
     if not is_exporting():
         return _known_gradient(source, value, slope)
-    # without a slope the source may be NaN
+    # where the slope is 0, the source may be NaN
     source = torch.where(slope == 0, 0.0, source.to(slope.dtype))
     return value + ((source - source.detach()) * slope).sum()

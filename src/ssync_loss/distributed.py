@@ -22,25 +22,25 @@ def global_mean(
     num_frames: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Compute the loss so that data parallelism optimizes the mean over the selection of *all* ranks.
+    """Compute the loss so that data parallelism optimizes the mean over the selected patches of *all* ranks.
 
     Ranks select different numbers of patches, so the average of their means is not the mean of the whole batch. This
-    weights each rank's mean with its share, ``world_size * n_rank / sum n``. Gradients that are averaged over ranks
-    (DDP, FSDP) then equal those of one process with the whole batch. The value is this rank's part; its average over
-    ranks is the loss of the whole batch::
+    function multiplies each rank's mean by the rank's share, ``world_size * n_rank / sum n``. Gradients that are
+    averaged over ranks (DDP, FSDP) then equal the gradients of one process with the whole batch. The value is this
+    rank's part; the average over ranks is the loss of the whole batch::
 
         loss = loss + global_mean(criterion, enc_logits, dec_logits)  # instead of criterion(...)
 
-    It is one all-reduce of two integers, and none before ``start_step``. Without an initialized process group it is
-    ``criterion(...)``. All ranks must call it at the same step.
+    The function calls one all-reduce of two integers, and none before ``start_step``. Without an initialized process
+    group it returns ``criterion(...)``. All ranks must call it at the same step.
 
     Shape: As :class:`SSyncLoss`; returns a scalar.
 
-    Maps, ``step``, ``valid``, ``slot_mask`` and ``num_frames`` are as in ``SSyncLoss.forward``, those of this rank.
-    ``group`` is a process group; None is the default one.
+    This rank's maps, ``step``, ``valid``, ``slot_mask`` and ``num_frames`` are as in ``SSyncLoss.forward``. ``group``
+    is a process group; None is the default group.
 
-    Raises: TypeError, ValueError as the loss; and if ``criterion`` is no SSyncLoss, or ``group`` no process group that
-        this rank is in.
+    Raises: TypeError, ValueError as the loss; TypeError if ``criterion`` is no SSyncLoss, or ``group`` no process group
+        of this rank.
     Source: the global mean of Moon & Heo, ECCV 2026 (arXiv:2606.15527), over all selected patches and slots.
 
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)

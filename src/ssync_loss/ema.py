@@ -11,44 +11,44 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ssync_loss._checks import check_flag, check_int, check_number, read_numbers
 
-# types that can hold an average; halves cannot, integers and bools are copied
+# types that can hold an average; half precision cannot, and integers and bools are copied
 AVERAGED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class EmaTeacher(nn.Module):
-    """Hold a copy of a model whose parameters follow those of the model.
+    """Hold a copy of a model, whose parameters are a moving average of the model's parameters.
 
     ``teacher = momentum * teacher + (1 - momentum) * student`` at every :meth:`update`, after the optimizer's step. The
     copy stays in evaluation mode and computes without gradient::
 
         teacher = EmaTeacher(model)
-        targets = teacher(views)  # what the copy returns, without gradient
+        targets = teacher(views)  # the output of the copy, without gradient
         ...
         optimizer.step()
         teacher.update(model)
 
-    Integers and bools are copied from the student. Where the student is NaN or infinite, the teacher stays as it was;
-    ``num_left_out`` counts the tensors with such numbers, and is not saved.
+    Integers and bools are copied from the student. Where the student is NaN or infinite, the teacher does not change;
+    ``num_left_out`` counts the tensors with such numbers and is not saved.
 
     The momentum is constant, or rises from ``momentum`` to ``final_momentum`` along half a cosine in ``num_steps``
-    updates. The ``state_dict`` holds the number of updates. There is no collective: under DDP every rank keeps its own
-    teacher, outside of the wrapper. Wrapped and compiled students are unwrapped. The copy may be compiled, but not
-    :meth:`update`. Shard a student (FSDP2) after its teacher was made. Every update then gathers the student, one
+    updates. The ``state_dict`` holds the number of updates. Under DDP every rank keeps a teacher, outside of the
+    wrapper, and no collective is called. Wrapped and compiled students are unwrapped. The copy may be compiled, but not
+    :meth:`update`. Shard a student (FSDP2) only after making its teacher. Every update then gathers the student, one
     parameter at a time, on all ranks, unless ``fully_shard(teacher.model)`` has sharded the teacher, too.
 
     Args:
         model: the student; it is deep-copied.
         momentum: weight of the teacher. Published: 0.999, constant (SMTC); from 0.996 to 1 (INO).
-        final_momentum: the last momentum, or None for a constant.
+        final_momentum: the last momentum, or None for a constant momentum.
         num_steps: number of updates to ``final_momentum``.
         copy_buffers: whether to copy buffers, such as the statistics of a batch norm, from the student.
-        skip: pieces of names; parameters and buffers whose name contains one stay as they were.
+        skip: parts of names; parameters and buffers whose name contains such a part do not change.
 
     Source: Tarvainen & Valpola, NeurIPS 2017; settings of Qian et al., ICCV 2023 (arXiv:2308.09951), and of Pan et al.,
         ACM MM 2022 (arXiv:2203.15312); the cosine of Grill et al., NeurIPS 2020.
-    Raises: TypeError if the model is no module or cannot be copied, or has parameters in half precision, too coarse for
-        an average, that are not skipped; ValueError on wrong settings, or when the student's parameters are not those
-        of the teacher.
+    Raises: TypeError if the model is no module or cannot be copied, or if it has half-precision parameters that are not
+        skipped (they are too coarse for an average); ValueError on wrong settings, or if the names or shapes of the
+        student's tensors differ from the teacher's.
 
     >>> student = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(student.weight)
@@ -119,7 +119,7 @@ class EmaTeacher(nn.Module):
     def _pairs(
         self, teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pair tensors by name, without those that are skipped."""
+        """Pair tensors by name, without skipped tensors."""
         ours, theirs = dict(teacher), dict(student)
         wanted, given = ({name: tuple(one.shape) for name, one in some.items()} for some in (ours, theirs))
         for name in wanted | given:
@@ -142,7 +142,7 @@ class EmaTeacher(nn.Module):
         return super().train(False)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Return the part of the ``state_dict`` that is no tensor."""
+        """Return the entries of the ``state_dict`` that are no tensors."""
         return {"num_updates": self.num_updates}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
@@ -195,7 +195,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
-    """Return the parts of both that this rank averages: shards, if the teacher is sharded."""
+    """Return the parts of teacher and student that this rank averages: shards, if the teacher is sharded."""
     if not hasattr(student, "full_tensor"):
         return teacher, student
     if not hasattr(teacher, "full_tensor"):
@@ -204,9 +204,9 @@ def _on_this_rank(teacher: Any, student: Any) -> tuple[Tensor, Tensor]:
 
 
 def _move(teacher: Tensor, student: Tensor, share: float) -> Tensor | None:
-    """Move a tensor toward another one by a share, where that is finite.
+    """Move the teacher's tensor toward the student's by a share, where the student's is finite.
 
-    Returns a scalar tensor: whether a number was not finite; None if all are known to be finite.
+    Returns a scalar tensor: whether a number was not finite. Returns None if all numbers are known to be finite.
     """
     student = student.to(teacher)
     if teacher.dtype not in (*AVERAGED, torch.float16, torch.bfloat16):

@@ -1,6 +1,6 @@
-"""Facts for a bug report: ``python -m ssync_loss.env``.
+"""A description of the machine for a bug report: ``python -m ssync_loss.env``.
 
-A process of its own asks the compiler, the engines and the GPUs. If it hangs or crashes, the report says so.
+A separate process queries the compiler, the engines and the GPUs. If it hangs or crashes, the report says so.
 """
 
 import os
@@ -36,7 +36,7 @@ Parts = Mapping[str, Callable[[], str]]
 
 
 def report(limit: float = SECONDS) -> str:
-    """Describe versions, machine, compiler, engines, cache and GPUs, one line each; the user's home is ``~``.
+    """Describe versions, machine, compiler, engines, cache and GPUs, one line each; ``~`` is the user's home.
 
     Args:
         limit: seconds that compiler, engines, cache and GPUs may take together.
@@ -77,7 +77,7 @@ def installed(*names: str) -> str:
 
 
 def processor() -> str:
-    """Name the processor, and count its cores and those that this process may use."""
+    """Return the name of the processor, the number of its cores, and the number that this process may use."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -87,7 +87,7 @@ def processor() -> str:
 
 
 def variables() -> str:
-    """Return the variables that change what the library does."""
+    """Return the environment variables that change the library's behavior."""
     return ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none"
 
 
@@ -109,7 +109,7 @@ def compiler() -> str:
 
 
 def engine_on(device: str) -> str:
-    """Name the engine that ``"auto"`` takes for small maps on a device, and say why it is not the fast one."""
+    """Return the engine that ``"auto"`` takes for small maps on a device, and the reason if it is not the fast one."""
     maps = torch.zeros(1, 1, 2, 1, 1, device=device)
     name = FAST[maps.device.type]
     taken = resolve("auto", maps)
@@ -122,7 +122,7 @@ def engine_on(device: str) -> str:
 
 
 def cuda_engine() -> str:
-    """Name the engine that ``"auto"`` takes on the first GPU."""
+    """Return the engine that ``"auto"`` takes on the first GPU."""
     if torch.cuda.is_available():
         return engine_on("cuda")
     missing = ENGINES[FAST["cuda"]].missing()
@@ -155,7 +155,7 @@ def cache() -> str:
 KNOWN: Parts = {
     "ssync-loss": lambda: __version__,
     **{name: partial(installed, name) for name in PACKAGES},
-    # torch's own builds have the second name
+    # builds by torch's developers have the second name
     "triton": partial(installed, "triton", "pytorch-triton"),
     "Python": lambda: f"{platform.python_version()}, {platform.python_implementation()}",
     "platform": platform.platform,
@@ -173,7 +173,7 @@ ASKED: Parts = {
 
 
 def _asked_elsewhere(limit: float) -> str:
-    """Run the parts that may hang in a process of their own; keep its output if it hangs or crashes."""
+    """Run the parts that may hang in a separate process; keep its output if it hangs or crashes."""
     command = [sys.executable, "-W", "ignore", "-m", "ssync_loss.env", "--asked"]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with TemporaryFile() as said:
@@ -196,7 +196,7 @@ def _asked_elsewhere(limit: float) -> str:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process and its children; do not wait long for one that a driver holds."""
+    """Kill a process and its children; do not wait long for a process that a driver blocks."""
     with suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
         print(report())
         return
     for name, ask in ASKED.items():
-        # the name first, in case the answer does not come
+        # print the name first, in case the answer does not come
         print(f"{name}: ", end="", flush=True)
         print(answer(ask), flush=True)
 

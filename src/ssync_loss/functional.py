@@ -1,4 +1,4 @@
-"""All functions of the library; the modules keep their arguments."""
+"""All functions of the library. The modules in ``losses`` keep their settings."""
 
 from ssync_loss.curriculum import allot_children, milestones, slot_error, slot_schedule, spawn_children
 from ssync_loss.methods.ino.affinity import affinity_consistency_loss

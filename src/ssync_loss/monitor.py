@@ -1,4 +1,4 @@
-"""Watch the loss while it trains, without ground truth: numbers and pictures, for any logger."""
+"""Watch the loss during training, without ground truth: numbers and pictures, for any logger."""
 
 import os
 import struct
@@ -35,9 +35,9 @@ VALUES = (
     *("enc_slots", "dec_slots", "enc_groups", "dec_groups", "merges", "agreement", "enc_flips", "dec_flips"),
     *("boundary_share", "interior_share", "untaught_share", "margin", "merged_margin"),
 )
-# the monitor warns if this loss's gradient at a map is so many times the host's; a rule of thumb
+# the monitor warns if SSync's gradient at a map exceeds the host's by this factor; a rule of thumb
 DWARFS = 10.0
-# nodes of a graph that only move numbers, and so keep the norm of a gradient
+# autograd nodes that only move numbers: the norm of a gradient stays the same
 _REARRANGES = frozenset(
     (
         *("AliasBackward", "CatBackward", "CloneBackward", "PermuteBackward", "ReshapeAliasBackward"),
@@ -49,12 +49,12 @@ _NO_GRADIENT = """\
 The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set \
 torch._functorch.config.donated_buffer = False; checkpoint with use_reentrant=False."""
 
-# writes the values of a step, and if given a picture (3, h, w) uint8 on the CPU
+# a sink writes the values of a step, and a picture (3, h, w) uint8 on the CPU unless it is None
 Sink: TypeAlias = Callable[[dict[str, float], Tensor | None, int], None]
 
 
 class Monitor:
-    """Watch the loss while it trains: numbers every k-th step, and a picture of one clip.
+    """Watch the loss during training: write numbers at every k-th step, and a picture of one clip.
 
     Call it with the arguments of the loss, **before** ``backward()``::
 
@@ -64,34 +64,35 @@ class Monitor:
         monitor(maps, step=step, loss=loss, host_loss=host_loss, features=features, video=video)
         (host_loss + loss).backward()
 
-    It writes at steps that ``every`` divides, and costs nothing at others. It writes means over the clips of the batch:
+    The monitor writes at steps that ``every`` divides; other steps cost nothing. It writes means over the batch:
 
-    - ``enc_slots``, ``dec_slots``: slots that win a patch, before merging; ``enc_groups``, ``dec_groups``: after it;
-      ``merges``: slots that merging renames. One group is a collapse: raise the merge threshold;
-    - ``agreement``, ``enc_flips``, ``dec_flips``, ``boundary_share``, ``interior_share``, ``untaught_share``: those of
-      ``diagnostics.summary``, of merged labels;
-    - ``margin``, ``merged_margin``: those of ``diagnostics.premise``, if ``features`` are given. If the merged margin
-      is below 0, the target explains less than the decoder at this threshold;
-    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: the norm of this loss's whole gradient at each map;
-      ``host_enc_gradient``, ``host_dec_gradient``: that of the host's loss. If this loss's is more than ten times the
-      host's, a warning says once which setting to lower. Ten is a rule of thumb.
+    - ``enc_slots``, ``dec_slots``: number of slots that win a patch, before merging; ``enc_groups``, ``dec_groups``:
+      the same after merging; ``merges``: number of slots that merging renames. A single group is a collapse: raise the
+      merge threshold;
+    - ``agreement``, ``enc_flips``, ``dec_flips``, ``boundary_share``, ``interior_share``, ``untaught_share``: the
+      values of ``diagnostics.summary``, for merged labels;
+    - ``margin``, ``merged_margin``: the margins of ``diagnostics.premise``, if ``features`` are given. If the merged
+      margin is below 0, the target explains less than the decoder at this threshold;
+    - ``loss``, ``host_loss``; ``enc_gradient``, ``dec_gradient``: norm of the gradient of ``loss`` at each map;
+      ``host_enc_gradient``, ``host_dec_gradient``: norm of the gradient of ``host_loss``. If SSync's gradient is more
+      than ten times the host's, a warning says once which setting to lower. Ten is a rule of thumb.
 
-    Values that are not available are left out, and empty in the file. The gradient of a loss is missing if it does not
-    reach the map, as when a tap computes the map beside the host's own, or a compiled model returns both maps. A map
-    that is stacked, joined or reshaped from others is traced back to them. Both losses must be scaled alike.
+    Values that are not available are left out, and their cells in the file are empty. A gradient is missing if the loss
+    does not use that map, as when a tap computes a copy of the host's map, or a compiled model returns both maps. If a
+    map is stacked, joined or reshaped from other tensors, the gradient is taken at these. Scale both losses alike.
 
     The picture is ``visualize.panel`` of the first clip of the batch, if ``video`` is given. To watch one fixed clip,
     run the model on it if ``is_due(step)``, and pass its maps and video to :meth:`picture`.
 
-    A logged step waits for the device and takes two more backward passes from the losses to the maps. They keep the
-    graph, and ``.grad`` of parameters does not change. If torch refuses them (after ``backward()``, in a compiled model
+    A logged step waits for the device and takes two more backward passes, from the losses to the maps. These keep the
+    graph and do not change ``.grad`` of parameters. If torch refuses them (after ``backward()``, in a compiled model
     with donated buffers, under reentrant checkpoints), a warning says so once, and gradients are left out. In a process
-    group all ranks must call the monitor; rank 0 writes, about its own clips. For an ``AdaptiveSSyncLoss`` labels and
-    merging are those of its criterion.
+    group all ranks must call the monitor; rank 0 writes the values of its clips. For an ``AdaptiveSSyncLoss`` the
+    settings of its criterion apply.
 
     Args:
-        criterion: the loss to watch, for its merge threshold, layout and settings; None for those of ``SSyncLoss()``.
-        every: write at steps that it divides.
+        criterion: the loss to watch, with its merge threshold, layout and settings; None means ``SSyncLoss()``.
+        every: write at steps that this number divides.
         to: a folder (``values.csv``, and a PNG file per picture), to which a resumed run appends; or an object with
             ``add_scalar`` and, for pictures, ``add_image`` (TensorBoard); with ``log_dict`` (a LightningModule, no
             pictures and Lightning's own steps); with ``log`` (a run of Weights & Biases). Names begin with ``ssync/``.
@@ -135,7 +136,7 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         """Tell whether to write at this step.
 
-        Raises: TypeError if the step is no integer of Python's or NumPy's.
+        Raises: TypeError if the step is neither a Python integer nor a NumPy integer.
         """
         return not as_step(step) % self.every
 
@@ -157,7 +158,7 @@ class Monitor:
             step: the training step.
             loss: the value of the criterion, a scalar.
             host_loss: the model's own loss, a scalar.
-            features: (B, T, D, H, W) on the encoder's grid, or what ``features_axes`` says.
+            features: (B, T, D, H, W) on the encoder's grid, or as ``features_axes`` says.
             video: (B, T, 3, h, w), floating point within [0, 1], or uint8.
             num_frames: as in the criterion.
         """
@@ -241,8 +242,8 @@ class Monitor:
         return values
 
     def _compare(self, values: dict[str, float]) -> None:
-        """Warn once a map if the gradient of this loss dwarfs that of the host's."""
-        # through the decoded slots the boundary term also reaches the encoder
+        """Warn once for each map if SSync's gradient dwarfs the host's."""
+        # the gradient of the boundary term also reaches the encoder, through the decoded slots
         both, boundary = "`interior_weight` and `boundary_weight`", "`boundary_weight`"
         for side, name, weights in (("enc", "encoder", both), ("dec", "decoder", boundary)):
             ours, theirs = values.get(f"{side}_gradient", 0.0), values.get(f"host_{side}_gradient", 0.0)
@@ -254,7 +255,7 @@ class Monitor:
                 )
 
     def _write(self, values: dict[str, float], picture: Tensor | None, step: int) -> None:
-        # all ranks come this far, as a backward pass may contain collectives
+        # all ranks run the backward passes, which may contain collectives; only rank 0 writes
         if has_ranks() and dist.get_rank() > 0:
             return
         try:
@@ -269,7 +270,7 @@ class Monitor:
 
 
 def _sources(maps: Tensor) -> list[GradientEdge]:
-    """Return the graph's nodes that computed the numbers of a map: the host's loss does not pass a stack of frames."""
+    """Return the nodes that computed a map's numbers: the host's loss may use frames before they are stacked."""
     found: dict[GradientEdge, None] = {}
     left = [get_gradient_edge(maps)]
     while left:
@@ -314,7 +315,7 @@ def _append(path: Path, header: str, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n" if size else f"{header}\n{line}\n")
     except OSError:
-        # remove a part of a line that a full disk has left
+        # a full disk may have left a part of the line
         with suppress(OSError):
             os.truncate(path, size)
         raise
@@ -345,7 +346,7 @@ def _to_run(run: Any, values: dict[str, float], picture: Tensor | None, step: in
 def _png(picture: Tensor) -> bytes:
     """Encode a picture (3, h, w) uint8."""
     _, height, width = picture.shape
-    # every row begins with its filter, 0 for none
+    # every row begins with the number of its filter; 0 is no filter
     rows = F.pad(picture.permute(1, 2, 0).reshape(height, 3 * width), (1, 0)).numpy().tobytes()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from .formulas import is_formula, to_mathml
 from .tables import to_markdown
 
-# these have a page, and what is on it is public
+# each has a page; what is on it is public
 PUBLIC = [
     "ssync_loss",
     "ssync_loss.adapters",
@@ -31,15 +31,15 @@ PUBLIC = [
     "ssync_loss.testing",
     "ssync_loss.visualize",
 ]
-# each defines one thing, which is imported by its full name
+# each defines one name, which is imported in full
 WITHOUT_ALL = {"ssync_loss.distributed": "global_mean", "ssync_loss.ema": "EmaTeacher", "ssync_loss.monitor": "Monitor"}
-# what an entry for a host of one's own is made of
+# the parts of an entry for a host of your own
 HOSTS = "ssync_loss.adapters.hosts"
 PAGES = [*PUBLIC, HOSTS]
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "api"
 ROLE = re.compile(r":(?:mod|func|class|meth|attr):`([^`]+)`")
-# sections of one line, which are no sections to pdoc
 CODE = re.compile(r"``(.+?)``", flags=re.DOTALL)
+# sections of one line, which pdoc does not read as sections
 SECTION = re.compile(r"^(Shape|Returns|Source|Raises|Args): (?=\S)", flags=re.MULTILINE)
 STYLE = """<style>
 .formula { font-size: 1.1em; font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", math, serif; }
@@ -56,12 +56,12 @@ def public_names(module: str) -> list[str]:
 
 
 class Names:
-    """What has a place on a page.
+    """The names that have a place on a page.
 
     Attributes:
-        places: a public name, and its full name on the first page that has it.
-        full: every full name: of modules, of their names, of members of classes.
-        members: what a class's own docstring may call by one word; pdoc finds it there.
+        places: public names, each with its full name on the first page that has it.
+        full: the full names of modules, of their names, and of members of classes.
+        members: the short names of members. A class's docstring may use them alone; pdoc finds them there.
     """
 
     def __init__(self) -> None:
@@ -96,13 +96,13 @@ class Names:
 
 
 def drawn(match: re.Match[str]) -> str:
-    """Draw what stands in code marks, if it is a formula."""
+    """Draw the code between marks, if it is a formula."""
     code = " ".join(match[1].split())
     return to_mathml(code) if is_formula(code) else match[0]
 
 
 def finished(page: str) -> str:
-    """Add the style, and let links to a member that a class inherits, and that has no place, lead to the class."""
+    """Add the style. A link to an inherited member that has no place leads to the class."""
     page = page.replace("</head>", f"{STYLE}</head>")
     anchors = set(re.findall(r'id="([\w.]+)"', page))
     return re.sub(
@@ -120,11 +120,11 @@ def build(folder: Path) -> None:
 
     names = Names()
     for module in map(importlib.import_module, PAGES):
-        # some names are imported when they are first asked for; pdoc does not ask
+        # some names are imported at their first use, and pdoc does not use them
         vars(module).update({name: getattr(module, name) for name in public_names(module.__name__)})
     modules = {name: doc.Module.from_name(name) for name in PAGES}
     top, *others = modules.values()
-    # `__all__` has no modules in it; and a module behind a public one is no page
+    # `__all__` has no modules, and a private module has no page
     vars(top)["submodules"] = others
     for one in others:
         vars(one)["submodules"] = []

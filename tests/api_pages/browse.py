@@ -1,7 +1,7 @@
 """Open the API reference in a headless browser: ``python -m tests.api_pages.browse``, after it was built.
 
-Asks for ``pip install playwright`` and a Chromium, for example Debian's ``chromium``; ``--browser`` says where it is.
-Looks at every page on a desk and on a phone, follows every link, and searches for every public name. Writes what is
+Needs ``pip install playwright`` and a Chromium, for example Debian's ``chromium``; ``--browser`` says where it is.
+Opens every page on a desktop and on a phone, follows every link, and searches for every public name. Prints what is
 wrong, and fails.
 """
 
@@ -19,12 +19,12 @@ from . import FOLDER, PAGES, public_names
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 DESK: dict[str, Any] = {"viewport": {"width": 1200, "height": 900}}
 PHONE: dict[str, Any] = {"viewport": {"width": 400, "height": 850}, "is_mobile": True, "has_touch": True}
-SMALLEST = 12  # CSS pixels of a letter that is no index
+SMALLEST = 12  # CSS pixels of a letter, except in an index
 
-# every link as the browser resolves it; the logo of pdoc leads outside
+# every link, as the browser resolves it
 LINKS = "[...document.querySelectorAll('a[href]')].map(a => a.href)"
 PLACES = "[...document.querySelectorAll('[id]')].map(one => one.id)"
-# what hangs over the right edge, unless it scrolls by itself or waits there, as the menu of a phone does
+# what goes beyond the right edge, unless it scrolls by itself
 WIDE = """
 [...document.querySelectorAll('main *')].filter(one => {
   const inside = one.closest('pre, .pdoc-code');
@@ -35,7 +35,7 @@ SMALL = """
 [...document.querySelectorAll('main p, main li, main code, main h1, main h2, main .pdoc-code, .formula')]
   .filter(one => parseFloat(getComputedStyle(one).fontSize) < %d).map(one => one.textContent.slice(0, 80))
 """
-# a browser without MathML writes all of a formula in one line
+# a browser without MathML writes a fraction in one line
 FLAT = """
 [...document.querySelectorAll('mfrac')].filter(one => {
   const [above, below] = [...one.children].map(part => part.getBoundingClientRect());
@@ -45,7 +45,7 @@ FLAT = """
 
 
 def unreadable(page: Any, address: str) -> Iterator[str]:
-    """Open a page, and say what cannot be read on it."""
+    """Open a page, and yield what cannot be read on it."""
     page.goto(address)
     width = page.viewport_size["width"]
     if page.evaluate("document.documentElement.scrollWidth") > width:
@@ -56,7 +56,7 @@ def unreadable(page: Any, address: str) -> Iterator[str]:
 
 
 def dead_links(page: Any, addresses: Sequence[str]) -> Iterator[str]:
-    """Say which links lead to no page, or to no place on it."""
+    """Yield the links that lead to no page, or to no place on it."""
     places: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
     for address in addresses:
@@ -64,14 +64,14 @@ def dead_links(page: Any, addresses: Sequence[str]) -> Iterator[str]:
         places[address], links[address] = set(page.evaluate(PLACES)), set(page.evaluate(LINKS))
     for address, targets in links.items():
         for target, place in map(urldefrag, sorted(targets)):
-            # the only others lead to who made the pages
+            # the others lead to pdoc
             if target.startswith("file:") and not (target in places and unquote(place) in {"", *places[target]}):
                 yield f"{address}: a dead link to {target}#{place}"
     yield from ("no links" for _ in range(sum(map(len, links.values())) < 300))
 
 
 def open_menu(page: Any, start: str) -> Iterator[str]:
-    """Go to another page by the menu of a phone, and open it again there; say if it was open before."""
+    """Go to another page by the menu of a phone, and open the menu there; yield if it was open before."""
     page.goto(start)
     entry = page.locator("nav.pdoc a", has_text="functional").first
     button = page.locator("label#navtoggle")
@@ -84,7 +84,7 @@ def open_menu(page: Any, start: str) -> Iterator[str]:
 
 
 def lost(page: Any) -> Iterator[str]:
-    """Search for every public name, and say which is not among the results; go where a result leads."""
+    """Search for every public name, and yield those that are not found; follow a result."""
     field = page.locator("input[type=search]")
     field.fill("slots")
     # the index is loaded first
@@ -100,7 +100,7 @@ def lost(page: Any) -> Iterator[str]:
 
 
 def complaints(browser: Any, folder: Path) -> Iterator[str]:
-    """Read, as a stranger would, all that was built."""
+    """Yield everything that is wrong."""
     addresses = [path.resolve().as_uri() for path in sorted(folder.rglob("*.html")) if path.name != "index.html"]
     start = (folder / "ssync_loss.html").resolve().as_uri()
     heard: list[str] = []

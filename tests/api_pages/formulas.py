@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 FUNCTION = re.compile("argmax|cos|exp|floor|log|log_softmax|logsumexp|max|mean|min|relu|softmax|sqrt|sum|unit")
 GREEK = re.compile("beta|eps|mu|nu|sigma|tau")
-# words that are no factors
+# words that end a product
 GLUE = re.compile(r"\w+'s|and|between|for|from|in|is|no|of|or|over|than|the|times|to|where|with")
 OPERATORS = {
     "<-": "&larr;",
@@ -26,7 +26,7 @@ OPERATORS = {
     ">": "&gt;",
 }
 PUNCTUATION = (",", ":", ";")
-# bars are told apart before they are read
+# an opening and a closing bar
 BARS = "⎸⎹"
 CLOSING = {"(": ")", "[": "]", "{": "}", BARS[0]: BARS[1]}
 AROUND = {
@@ -35,9 +35,9 @@ AROUND = {
 }
 # products that are written out; `@` is a product of matrices
 SIGNS = {"*": "<mo>&middot;</mo>", "@": "", "#": "<mo>#</mo>"}
-# in characters: a longer group may be broken, and a longer product is no part of a fraction
+# in characters; a line may end in a longer group, and a longer product is not drawn as a fraction
 LONG = 32
-# what is not longer stays in one line
+# in characters; a formula that is not longer stays in one line
 SHORT = 16
 
 # strings, methods, keywords, slices, calls of modules
@@ -66,7 +66,7 @@ GAP = Piece('<mspace width="0.25em"/>', 1, "gap")
 
 
 def is_formula(code: str) -> bool:
-    """Say whether a formula stands in the code marks: no name, value or call."""
+    """Tell a formula from a name, a value or a call."""
     names = NAME.findall(code)
     return bool(MATH.search(code) and not CODE.search(code) and not (names and all(map(_is_of_program, names))))
 
@@ -98,7 +98,7 @@ class _Reader:
         self.code = code
         marks = iter(BARS * code.count("|"))
         told_apart = re.sub(r"\|", lambda _: next(marks), code)
-        # the next one comes last; nothing stands for the end
+        # the next token is the last one; an empty one is the end
         self.tokens: list[tuple[str, str]] = [("", ""), *reversed(TOKEN.findall(told_apart))]
 
     def take(self) -> tuple[str, str]:

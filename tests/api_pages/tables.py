@@ -15,7 +15,7 @@ def to_markdown(docstring: str) -> str:
 
 def _written(table: re.Match[str]) -> str:
     columns = [slice(rule.start(), rule.end()) for rule in re.finditer("=+", table["rule"])]
-    # text of the last column may go on beyond its rule
+    # text of the last column may be longer than its rule
     columns[-1] = slice(columns[-1].start, None)
     rows: list[list[str]] = []
     for line in [*table["head"].splitlines(), *table["body"].splitlines()]:
@@ -23,7 +23,7 @@ def _written(table: re.Match[str]) -> str:
         if cells[0]:
             rows.append(cells)
         else:
-            # the row goes on
+            # the same row
             rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
     head, *body = (f"| {' | '.join(cells)} |" for cells in rows)
     return "\n".join([head, "|---" * len(columns) + "|", *body])

@@ -1,4 +1,4 @@
-"""A curriculum of slots (SlotCurri): few at first, then copies of those with the largest reconstruction error."""
+"""A curriculum of slots (SlotCurri): training begins with few slots, and later copies slots with large errors."""
 
 from ssync_loss.methods.slotcurri.curriculum.allotment import allot_children
 from ssync_loss.methods.slotcurri.curriculum.children import spawn_children

@@ -1,4 +1,4 @@
-"""Statistics of a run, and whether to switch the loss on: plain tensors for any logger."""
+"""Statistics of a run, and a test of whether to switch the loss on. Results are plain tensors for any logger."""
 
 from ssync_loss.diagnostics.fit import edge_alignment, explained_variance
 from ssync_loss.diagnostics.overlaps import overlap_histogram

@@ -11,15 +11,15 @@ from ssync_loss.diagnostics.statistics import valid_patches
 from ssync_loss.ssync.fit import explained_shares
 from ssync_loss.ssync.merging import unmerged
 
-# this many channels at a time become float64, to save memory
+# channels of a block: to save memory, one block at a time becomes float64
 _CHANNELS = 64
 
 
 def explained_variance(features: Tensor, labels: Tensor, *, num_slots: int, valid: Tensor | None = None) -> Tensor:
     """Share of a clip's feature variance that a partition explains: ``1 - SS_within / SS_total``.
 
-    ``SS_total`` is the sum over all patches of the clip of the squared distance to their mean, ``SS_within`` to the
-    mean of their own slot over the whole clip.
+    ``SS_total`` sums the squared distances of a clip's patches to their mean. ``SS_within`` sums the squared distances
+    of patches to the mean of their slot over the clip.
 
     Shape: features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers within [0, num_slots). valid: (B, T)
         or (B, T, H, W) bool. Returns (B,), float64, within [0, 1]; 0 if features are constant or no patch is valid, NaN
@@ -49,8 +49,8 @@ def edge_alignment(features: Tensor, labels: Tensor, *, valid: Tensor | None = N
     ``P(edge > no edge) + P(edge == no edge) / 2``: 1 if all label edges are the strongest feature edges, 0.5 by chance.
 
     Shape: features: (B, T, D, H, W), floating point. labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool;
-        a pair counts if both patches are valid. Returns (B,), float64; 0.5 without pairs with or without an edge, NaN
-        if features of a valid pair are not finite.
+        a pair counts if both patches are valid. Returns (B,), float64; 0.5 if no pair has an edge or all pairs have
+        one, NaN if features of a valid pair are not finite.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit.
 
@@ -82,7 +82,7 @@ def _pairs(cells: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor
 
 
 def _auc(score: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
-    """Rank statistic of Mann and Whitney per row; ties count half."""
+    """Return the rank statistic of Mann and Whitney of every row; ties count half."""
     positive, negative = positive & counted, ~positive & counted
     # all other pairs sort behind every score
     ranked = torch.where(negative, score, float("inf")).sort(dim=1).values

@@ -1,4 +1,4 @@
-"""How much the slots of a model overlap: what a merge threshold is chosen by."""
+"""A histogram of the overlaps of slots, for choosing a merge threshold."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +10,11 @@ from ssync_loss.ssync.maps import check_slot_mask
 def overlap_histogram(overlap: Tensor, *, slot_mask: Tensor | None = None, num_bins: int = 20) -> Tensor:
     """Count the pairs of slots by their overlap, in equal bins from 0 to 1.
 
-    Slots that overlap by more than the merge threshold are joined. Add the counts of many batches, and draw them with
-    ``visualize.histogram``: a threshold in a gap joins the pairs above the gap and no others.
+    Slots are merged if their overlap exceeds the merge threshold. Add the counts of many batches, and draw them with
+    ``visualize.histogram``: a threshold in a gap merges the pairs above the gap and no others.
 
-    Shape: overlap: (B, S, S) within [0, 1], of ``functional.slot_overlap``. slot_mask: (B, S) bool; pairs of an absent
-        slot do not count, nor does NaN. Returns (num_bins,) int64. The last bin has overlaps of 1, too.
+    Shape: overlap: (B, S, S) within [0, 1], from ``functional.slot_overlap``. slot_mask: (B, S) bool; pairs with an
+        absent slot or an overlap of NaN do not count. Returns (num_bins,) int64. The last bin includes 1.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), spatio-temporal activation consistency.
     Raises: TypeError, ValueError if a dtype, shape or number does not fit.

@@ -13,7 +13,7 @@ from ssync_loss.ssync.types import PseudoLabels
 
 
 class Summary(NamedTuple):
-    """Statistics of pseudo-labels, one value per clip. Shares are of its valid patches, or of pairs of them in time.
+    """Statistics of pseudo-labels, one value per clip. Shares are shares of the clip's valid patches.
 
     Attributes:
         boundary_share: (B,), where the encoder teaches the decoder.
@@ -22,7 +22,7 @@ class Summary(NamedTuple):
         agreement: (B,), where both maps have the same merged label.
         enc_slots, dec_slots: (B,) int64, number of different merged labels in each map.
         merges: (B,) int64, number of slots that merging renames.
-        enc_flips, dec_flips: (B,), where the label changes from one frame to the next.
+        enc_flips, dec_flips: (B,), share of patches whose label changes from one frame to the next.
     """
 
     boundary_share: Tensor
@@ -39,10 +39,11 @@ class Summary(NamedTuple):
 def summary(labels: PseudoLabels, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Summary:
     """Summarize pseudo-labels per clip, without waiting for the device.
 
-    All values are of the labels *after* merging. A logger takes the means over the batch as
+    All values describe the labels *after* merging. The means over the batch, for a logger, are
     ``{f"ssync/{name}": value.float().mean() for name, value in summary(labels)._asdict().items()}``.
 
-    Shape: valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share of nothing is 0.
+    Shape: valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B,) tensors; a share without any patch
+        is 0.
 
     ``labels`` come from ``pseudo_labels`` or ``SSyncLoss.terms``, with the same ``valid`` and ``slot_mask``. A clip
     without any slot has no valid patch.
@@ -96,7 +97,7 @@ def region_share(region: Tensor, *, valid: Tensor | None = None) -> Tensor:
 
 
 def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Share of a clip's valid patches on which both maps have one label: ``mean(enc == dec)``.
+    """Share of a clip's valid patches with the same label in both maps: ``mean(enc == dec)``.
 
     Shape: enc_labels, dec_labels: (B, T, H, W), integer. ``valid``, results and errors are as in :func:`region_share`.
 
@@ -112,7 +113,7 @@ def agreement(enc_labels: Tensor, dec_labels: Tensor, *, valid: Tensor | None = 
 def slots_in_use(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Count the different labels on a clip's valid patches.
 
-    A slot that wins one patch of the clip is in use. Labels before merging count slots, labels after merging groups.
+    A slot is in use if it wins a patch of the clip. Labels before merging count slots, labels after merging groups.
 
     Shape: labels: (B, T, H, W), integer >= 0. valid: (B, T) or (B, T, H, W) bool. Returns (B,), int64; 0 for a clip
         without a valid patch.
@@ -151,8 +152,7 @@ def merges(representative: Tensor) -> Tensor:
 def label_flips(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Share of patches whose label changes from one frame to the next: ``mean(l[t + 1] != l[t])``.
 
-    It is a share of the places that are valid in both frames. Moving objects also flip labels, so compare maps of the
-    same clips.
+    Only patches valid in both frames count. Moving objects also flip labels, so compare maps of the same clips.
 
     Shape: labels: (B, T, H, W), integer. ``valid``, results and errors are as in :func:`region_share`; 0 for T = 1.
 

@@ -28,27 +28,27 @@ Verdict: TypeAlias = Literal["holds", "fails", "cannot tell"]
 Reason: TypeAlias = Literal[
     "no clip", "not finite", "unexplained", "one slot", "merging", "encoder", "decoder", "undecided", "one video"
 ]
-# a model has memorized its clips if it explains less than this share on fresh ones. One study found a half for a model
-# of 41 clips, and no drop for one of 1,500.
+# a model has memorized its clips if its explained variance drops below this fraction on fresh clips. In one study it
+# dropped to a half for a model trained on 41 clips, and did not drop for a model trained on 1,500.
 MEMORIZED = 0.75
 
 
 class Premise(NamedTuple):
-    """The result of :func:`premise`, one value per clip unless said otherwise.
+    """The result of :func:`premise`, one value per clip unless stated otherwise.
 
     Attributes:
         enc_explained, dec_explained: (B,), share of the feature variance that the hard labels of a map explain.
         enc_confidence, dec_confidence: (B,), mean of the largest slot probability.
         enc_edge_alignment, dec_edge_alignment: (B,), AUC of the feature distance across label edges.
         enc_flicker, dec_flicker: (B,), share of labels that change from one frame to the next.
-        agreement: (B,), share of patches with one label in both maps.
+        agreement: (B,), share of patches with the same label in both maps.
         margin: (B,), ``enc_explained - dec_explained``.
-        measured: (B,) bool, clips with a valid patch; the others enter no mean.
+        measured: (B,) bool, clips with a valid patch; the means leave out the others.
         holds: scalar bool, ``margin[measured].mean() > 0``; :meth:`verdict` adds the standard error.
-        merged_explained: (B,), ``enc_explained`` of the encoder's merged labels.
-        merged_margin: (B,), ``merged_explained - dec_explained``. Without a merge threshold it is ``margin``.
+        merged_explained: (B,), share that the encoder's merged labels explain.
+        merged_margin: (B,), ``merged_explained - dec_explained``. Without a merge threshold it equals ``margin``.
         target_slots: (B,) int64, number of slots in the encoder's merged labels.
-        groups: (B,) int64, the video of every clip; a clip with -1 is a video of its own.
+        groups: (B,) int64, the video of every clip; a clip with -1 counts as a whole video.
 
     The last four are None in a Premise of an earlier version.
     """
@@ -73,9 +73,9 @@ class Premise(NamedTuple):
     def verdict(self) -> Verdict:
         """Tell whether the mean of the merged margin is more than two standard errors away from zero.
 
-        The verdict is "holds" above, "fails" below, and "cannot tell" within, or with fewer than two videos or a margin
-        that is not finite. It is "fails" if merging leaves one slot in most clips. Noise "holds" once in 40 times, and
-        more often with few videos. This reads the tensors, like :func:`report`.
+        The verdict is "holds" if the mean is above, "fails" if it is below, else "cannot tell". Fewer than two videos
+        or a margin that is not finite give "cannot tell". If merging leaves one slot in most clips, the verdict is
+        "fails". Noise gives "holds" once in 40 times, more often with few videos. This reads the tensors.
 
         >>> clip, yes = torch.zeros(1), torch.tensor([True])
         >>> parts = [Premise(*[clip] * 9, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, 0.5)]
@@ -87,10 +87,10 @@ class Premise(NamedTuple):
     def reasons(self) -> tuple[Reason, ...]:
         """Name the reasons of the verdict; :func:`report` puts them in words.
 
-        The last reason is ``"encoder"`` or ``"decoder"``, whose partition explains more; ``"undecided"`` within two
-        standard errors; ``"one video"``; ``"no clip"`` or ``"not finite"`` without a margin; or ``"one slot"`` if
-        merging leaves one slot in most clips. ``"unexplained"`` comes before it if no partition explains anything, as
-        with constant features, and ``"merging"`` if the plain margin holds and the merged one does not.
+        The last reason is ``"encoder"`` or ``"decoder"``, the map that explains more; ``"undecided"`` if the margin is
+        within two standard errors of zero; ``"one video"``; ``"no clip"`` or ``"not finite"`` if there is no margin; or
+        ``"one slot"`` if merging leaves one slot in most clips. ``"unexplained"`` precedes it if no partition explains
+        anything, as with constant features; ``"merging"`` precedes it if the plain margin holds, but not the merged.
 
         >>> clips, yes = torch.tensor([0.5, 0.5]), torch.tensor([True, True])
         >>> Premise(*[clips] * 9, margin=clips, measured=yes, holds=yes[0], merged_margin=-clips).reasons()
@@ -113,11 +113,11 @@ class Premise(NamedTuple):
 
     @property
     def decisive(self) -> Tensor:
-        """The margin of the verdict: the merged one if there is one."""
+        """The margin that decides the verdict: the merged margin, if there is one."""
         return self.margin if self.merged_margin is None else self.merged_margin
 
     def over_clips(self, values: Tensor) -> "MeanOverClips":
-        """Average the measured clips of a field; the standard error counts videos."""
+        """Average a field over the measured clips; the standard error counts videos."""
         measured = self.measured.cpu()
         kept = values.detach().cpu()[measured].double()
         videos = alone = -1 - torch.arange(len(measured))
@@ -167,25 +167,25 @@ def premise(
     """Test whether the encoder's partition explains more of the features than the decoder's.
 
     ``holds = mean(explained(enc) - explained(dec)) > 0``, with :func:`explained_variance` of the unmerged hard labels.
-    With the ``merge_threshold`` of the loss, the encoder's labels are also merged, and :meth:`Premise.verdict` is about
-    that margin. In trials on small models it told the sign of the effect more often.
+    If ``merge_threshold`` is given, the encoder's labels are also merged, and :meth:`Premise.verdict` judges the merged
+    margin. In trials on small models the merged margin predicted the sign of the effect more often.
 
-    Test a model trained with its own losses, before this one is switched on, and **on the clips it is trained on**:
-    there the loss acts. :func:`memorization` compares them with fresh clips. :func:`pool` joins batches,
-    :func:`report` puts the verdict in words. Confidence, edge alignment, flicker and agreement do not enter the
+    Test a model that trains with its own losses, before SSync is switched on. Test it **on its training clips**: there
+    the loss acts. :func:`memorization` compares training clips with fresh clips. :func:`pool` joins batches, and
+    :func:`report` puts the verdict in words. Confidence, edge alignment, flicker and agreement do not affect the
     verdict.
 
     A clip's margins are NaN, and the premise does not hold, if a valid patch has NaN or +inf in a map, -inf for all
     slots, or features that are not finite.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. features: (B, T, D, H, W) on
-        the encoder's grid, or what ``features_axes`` says. groups: (B,) integers. Returns (B,) tensors, all but the
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says. features: (B, T, D, H, W) on
+        the encoder's grid, or as ``features_axes`` says. groups: (B,) integers. Returns (B,) tensors, all but the
         counts in float64, ``measured`` (B,) bool, ``holds`` scalar bool: nothing is read on the host.
 
-    ``features`` are the input of the slots, for example backbone features, in any floating point. ``features_axes`` is
-    their layout in einops' notation, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``. ``groups`` names the
-    video of each clip: standard errors then count videos. Other arguments are as in ``pseudo_labels``. A clip without a
-    present slot has no valid patch.
+    ``features`` are the input of the slots, for example backbone features, of any floating-point type.
+    ``features_axes`` is their layout in einops' notation, with d for the channels: (B, T, N, D) is ``"b t (h w) d"``.
+    ``groups`` names the video of each clip, so that standard errors count videos. Other arguments are as in
+    ``pseudo_labels``. A clip without a present slot has no valid patch.
 
     Raises: TypeError, ValueError if a dtype, shape or device does not fit, or features are on another grid than the
         encoder map.
@@ -241,7 +241,7 @@ def pool(parts: Iterable[Premise]) -> Premise:
 
     The verdict counts each clip once. The parts, one per batch, must be on one device; clips stay in order.
 
-    Raises: TypeError, ValueError if there is none, or one is no Premise.
+    Raises: ValueError if there is no part; TypeError if a part is no Premise.
 
     >>> nine, yes = [torch.zeros(1)] * 9, torch.tensor([True])
     >>> parts = [Premise(*nine, torch.tensor([margin]), yes, yes[0]) for margin in (0.5, -0.25, -0.125)]
@@ -262,11 +262,11 @@ def pool(parts: Iterable[Premise]) -> Premise:
 
 
 class Memorization(NamedTuple):
-    """The explained variance of the decoder on trained and on fresh clips, by :func:`memorization`.
+    """The explained variance of the decoder on training clips and on fresh clips, from :func:`memorization`.
 
     Attributes:
         trained, fresh: means over clips of ``dec_explained``.
-        standard_error: of their difference.
+        standard_error: standard error of their difference.
     """
 
     trained: float
@@ -275,7 +275,7 @@ class Memorization(NamedTuple):
 
     @property
     def is_alarming(self) -> bool:
-        """Whether fresh clips are explained less than 3/4 as well, and by more than two standard errors.
+        """Whether fresh clips are explained less than 3/4 as well, with a drop above two standard errors.
 
         >>> Memorization(0.5, 0.25, 0.01).is_alarming, Memorization(0.5, 0.45, 0.01).is_alarming
         (True, False)
@@ -284,12 +284,13 @@ class Memorization(NamedTuple):
 
 
 def memorization(trained: Premise, fresh: Premise) -> Memorization:
-    """Compare the explained variance of the decoder on the clips that a model is trained on and on fresh ones.
+    """Compare the explained variance of the decoder on a model's training clips and on fresh clips.
 
-    A large drop shows that the model has memorized its clips. On these the decoder is then the better map, and the loss
-    can be expected to harm. On fresh clips any encoder looks good beside such a decoder. This reads the tensors.
+    A large drop shows that the model has memorized its training clips. On these clips the decoder is then the better
+    map, and the loss can be expected to harm. On fresh clips any encoder looks good next to such a decoder. This reads
+    the tensors.
 
-    Raises: TypeError if one is no Premise.
+    Raises: TypeError if an argument is no Premise.
 
     >>> values, yes = torch.tensor([0.5, 0.5]), torch.tensor([True, True])
     >>> trained, fresh = (Premise(*[one] * 10, measured=yes, holds=yes[0]) for one in (values, values / 2))
@@ -307,7 +308,7 @@ def _holds(margin: Tensor, measured: Tensor) -> Tensor:
 
 
 def _confidence(logits: Tensor, patches: Tensor, slot_mask: Tensor | None) -> Tensor:
-    # the largest probability is exp(max - logsumexp); invalid patches may hold anything
+    # the largest probability is exp(max - logsumexp); invalid patches may hold NaN
     logits = only_present(logits, slot_mask).double()
     largest = (logits.amax(2) - logits.logsumexp(2)).exp()
     total = torch.where(patches, largest, 0.0).flatten(1).sum(1)

@@ -11,11 +11,11 @@ from ssync_loss.diagnostics.verdict import MeanOverClips, Premise, Reason, memor
 def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     """Put a verdict in words, with mean ± standard error over clips and with its limits.
 
-    ``premise`` is a result of :func:`premise` or :func:`pool` on clips that the model is trained on. The text begins
-    with :meth:`Premise.verdict` and ends with :meth:`Premise.reasons`. With ``fresh`` clips it also tells whether the
-    model has memorized the others, by :func:`memorization`. This reads the tensors, and so waits for the device.
+    ``premise`` is a result of :func:`premise` or :func:`pool` on training clips. The text has :meth:`Premise.verdict`,
+    a table, :meth:`Premise.reasons` and a caution. If ``fresh`` is a result on fresh clips, the text also tells whether
+    the model has memorized its training clips (:func:`memorization`). This reads the tensors, and waits for the device.
 
-    Raises: TypeError if it is no Premise.
+    Raises: TypeError if an argument is no Premise.
 
     >>> clips = {name: torch.tensor([0.5, 0.5]) for name in Premise._fields[:9]}
     >>> margin, measured = torch.tensor([0.375, 0.625]), torch.tensor([True, True])
@@ -28,7 +28,7 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
     check_type("fresh", fresh, Premise, optional=True)
     margin, reasons = premise.over_clips(premise.decisive), premise.reasons()
     plain, merged = premise.enc_explained, premise.merged_explained
-    # without a threshold they are equal
+    # without a merge threshold both are equal
     is_merged = merged is not None and not torch.equal(merged.nan_to_num(), plain.nan_to_num())
     if isfinite(margin.value):
         words = _HEADLINES[premise.verdict()].format(_clips(margin))

@@ -1,1 +1,1 @@
-"""The methods beside SSync, one folder each: losses, parts of a model, and a slow reference."""
+"""Methods other than SSync, one folder each: losses, parts of a model, and a slow reference."""

@@ -1,8 +1,8 @@
 """Helpers of the slow definitions of the methods.
 
-The module ``reference`` of a method defines its losses and parts. It shares only this with the fast code, so that one
-mistake cannot be in both. A slow definition has the arguments of the function of that name, checks nothing, computes in
-float64 and returns float32 or float64. Its docstring gives shapes that differ.
+The module ``reference`` of a method defines the method's losses and parts. It shares only these helpers with the fast
+code, so that they cannot share a mistake. A slow definition has the arguments of the function of the same name, checks
+nothing, computes in float64 and returns float32 or float64. Its docstring gives shapes that differ.
 """
 
 import torch
@@ -12,7 +12,7 @@ from ssync_loss._inputs import widest
 
 
 def unit(vector: Tensor) -> Tensor:
-    """Scale a vector to length 1, in float64; without a normal number it becomes zero, without gradient."""
+    """Scale a vector to length 1, in float64; a vector without a normal number becomes zero, without gradient."""
     largest = vector.detach().abs().max().double()
     if largest < torch.finfo(torch.promote_types(vector.dtype, torch.float32)).tiny:
         return vector.double() * 0
@@ -21,7 +21,7 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def mean(values: list[Tensor], like: Tensor) -> Tensor:
-    """Return the mean; without values 0, attached to the graph."""
+    """Return the mean; the mean of no values is 0, attached to the graph."""
     return torch.stack(values).mean() if values else like.flatten()[:0].sum().double()
 
 

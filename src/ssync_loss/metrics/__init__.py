@@ -1,7 +1,7 @@
 """Metrics on hard slot labels, each with its definition in its name.
 
 The usual definitions of a metric differ by 30 points and more on the same prediction. In this example two slots swap
-their objects between two frames, and all else is right:
+their objects between two frames; the rest is correct:
 
 >>> import torch
 >>> target = torch.tensor([[[[0, 0, 1, 1, 2, 2]], [[0, 0, 1, 1, 2, 2]]]])
@@ -33,8 +33,8 @@ matching        ``mbo``: the best slot for each object,     a slot that covers t
                 ``j_and_f``: ``matching=``                  objects, and need no matching
 ==============  ==========================================  ==================================================
 
-**Labels.** ``pred`` and ``target`` are (B, T, H, W) integers. The numbers are names, so any will do, except that a
-negative target id is "not annotated". A still image is T=1. ``masks_to_labels`` makes ``pred`` from soft masks,
+**Labels.** ``pred`` and ``target`` are (B, T, H, W) integers. These are names, so any integer is allowed, but a
+negative target id means "not annotated". A still image has T=1. ``masks_to_labels`` makes ``pred`` from soft masks,
 ``objects_to_labels`` makes ``target`` from one mask per object. Compare unmerged decoder masks: merged labels are
 training targets. Every function returns (B,) float64.
 
@@ -42,16 +42,16 @@ training targets. Every function returns (B,) float64.
 ``contour_accuracy`` F (outline). It scores labels that are propagated from the first frame, with ``skip_first=1``, or
 slots, with ``matching="hungarian"``.
 
-**Background.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO annotate objects
-only. Their "ARI with background" *is* FG-ARI, and to remove the first mask as background deletes an object. Use
-``background=None`` if ids from 0 are objects and all else is -1. For overlaps use ``objects_to_labels`` and
-``background=0``: in published mBO the pixels that a slot covers outside all objects count against it, but pixels of -1
-count nowhere. A void id such as 255 is an object until it is mapped to -1.
+**Background.** MOVi and DAVIS have an id for the background: ``background=0``. YouTube-VIS and COCO annotate only
+objects. Their "ARI with background" *is* FG-ARI, and removing the first mask as background deletes an object. Use
+``background=None`` if ids from 0 are objects and other pixels are -1. For overlaps use ``objects_to_labels`` and
+``background=0``. Published mBO counts pixels outside all objects against the slots that cover them, but pixels of -1
+are left out. A void id such as 255 is an object until it is mapped to -1.
 
 **Nothing to score.** No function returns NaN. A video without an object has an FG-ARI of 1.0 (the denominator is 0)
 and overlaps, J&F, recall and fragmentation of 0.0. Leave such videos out: ``has_objects`` finds them, and
 :class:`MetricAverage` gives them weight 0. Some published code counts a frame without objects as 1.0, which raises a
-mean over frames. J&F does so, too: an object that is correctly absent from a frame counts 1.0.
+mean over frames. J&F counts an object as 1.0 in frames where it is correctly absent.
 
 **Precision.** Counts and scores are float64: 30 frames of 518 x 518 have up to 6e13 pairs of pixels. ``ari`` equals
 scikit-learn's. These functions read data on the host, so use them in evaluation, not in a training step.

@@ -1,4 +1,4 @@
-"""The table of every metric: the number of pixels that each object shares with each slot."""
+"""The table behind every metric: the number of pixels that each object shares with each slot."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ _SMALL = 2**16
 class Contingency(NamedTuple):
     """Pixel counts of the (object, slot) pairs that share a pixel, by unit: a video or a frame.
 
-    Other pairs are absent, so ids may be many and large.
+    Pairs that share no pixel are not stored, so ids may be many and large.
     """
 
     num_units: int
@@ -74,7 +74,7 @@ def contingency(pred: Tensor, target: Tensor, keep: Tensor, per: Per) -> Conting
 
 
 def unit_index(labels: Tensor, per: Per) -> Tensor:
-    """Number the unit that each pixel of (B, T, H, W) labels belongs to."""
+    """Return the index of the unit of every pixel of (B, T, H, W) labels."""
     batch, frames = len(labels), 1 if per == "video" else labels.shape[1]
     return torch.arange(batch * frames, device=labels.device).view(batch, frames, 1, 1).expand(labels.shape)
 
@@ -93,7 +93,7 @@ def check_unit(
 
 
 def check_target(target: Tensor, background: object) -> tuple[Tensor, Tensor]:
-    """Check a ground truth and the id of its background; return it as int64, and the annotated pixels."""
+    """Check a ground truth and the id of its background; return the ids as int64, and the annotated pixels."""
     check_labels("target", target, "B T H W", {})
     if background is not None:
         check_int("background", background, 0)
@@ -104,7 +104,7 @@ def check_target(target: Tensor, background: object) -> tuple[Tensor, Tensor]:
 
 
 def check_data(name: str, tensor: Tensor) -> None:
-    """Require a tensor with numbers, as metrics read them."""
+    """Require a tensor with numbers, which metrics read on the host."""
     # a fake tensor has a real device, but a meta storage
     if tensor.is_meta or (type(tensor) is not Tensor and tensor.untyped_storage().device.type == "meta"):
         raise ValueError(f"`{name}` must hold numbers, which are read here; got a meta or fake tensor.")
@@ -122,7 +122,7 @@ def _encode(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tally(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct keys in ascending order and, in float64, how often each occurs."""
+    """Return the distinct keys in ascending order, and their counts in float64."""
     if num_keys <= max(keys.numel(), _SMALL):
         table = torch.bincount(keys, minlength=num_keys)
         present = table.nonzero().squeeze(1)

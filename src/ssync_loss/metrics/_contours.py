@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def contours(masks: Tensor) -> Tensor:
-    """Mark the pixels of masks (..., H, W) that differ from the one to the right, below or right below."""
-    # a pixel at the border is its own neighbor outside, and does not differ
+    """Mark the pixels of masks (..., H, W) that differ from the pixel to the right, below, or to the lower right."""
+    # a pixel at the border replaces its neighbor outside the frame, so they do not differ
     right = torch.cat([masks[..., 1:], masks[..., -1:]], -1)
     below, right_below = (torch.cat([one[..., 1:, :], one[..., -1:, :]], -2) for one in (masks, right))
     return (masks ^ right) | (masks ^ below) | (masks ^ right_below)
@@ -28,7 +28,7 @@ def within(marks: Tensor, radius: int) -> Tensor:
 
 
 def share_near(marks: Tensor, near: Tensor) -> Tensor:
-    """Return the share of the marks in (F, N, H, W) that is in each of (F, K, H, W): (F, N, K), 0 without marks."""
+    """Return the share of ``marks`` (F, N, H, W) that lies in ``near`` (F, K, H, W): (F, N, K), 0 without marks."""
     frame, name, row, column = marks.nonzero(as_tuple=True)
     mask = frame * marks.shape[1] + name
     num_masks = marks.shape[0] * marks.shape[1]

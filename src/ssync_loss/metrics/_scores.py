@@ -14,9 +14,9 @@ P = ParamSpec("P")
 
 
 class Scores(NamedTuple):
-    """A sum and the number of things ``counted``, both (B,) float64 for each video.
+    """A sum, and its weight: the number of videos, frames, objects or slots. Both are (B,) float64, one per video.
 
-    The metric is their quotient. A mean over a data set gives every video, frame, object or slot the same weight.
+    The metric is their quotient. A mean over a data set gives the same weight to everything that is ``counted``.
     """
 
     total: Tensor
@@ -29,7 +29,7 @@ SCORES: dict[Callable[..., Tensor], Callable[..., Scores]] = {}
 
 
 def averaged(*, empty: float) -> Callable[[Callable[P, Scores]], Callable[P, Tensor]]:
-    """Make a metric of its sums: one value per video, ``empty`` where nothing was counted."""
+    """Turn a function that returns sums into a metric: one value per video, ``empty`` if the weight is 0."""
 
     def decorate(scores: Callable[P, Scores]) -> Callable[P, Tensor]:
         @wraps(scores)
@@ -48,7 +48,7 @@ def averaged(*, empty: float) -> Callable[[Callable[P, Scores]], Callable[P, Ten
 def scores_of_units(value: Tensor, scored: Tensor, *, batch: int, per: Per) -> Scores:
     """Sum one value per unit over videos, without the units that have nothing to score."""
     kept = torch.where(scored, value, 0.0)
-    # not -1, which an empty batch leaves undefined
+    # in an empty batch, torch could not infer an axis of -1
     shape = (batch, len(value) // max(batch, 1))
     total, weight = (x.to(torch.float64).view(shape).sum(1) for x in (kept, scored))
     return Scores(total, weight, "videos" if per == "video" else "frames")

@@ -14,12 +14,12 @@ from ssync_loss.metrics._scores import SCORES
 class MetricAverage:
     """Mean of a metric over all batches, in float64, printed with its definition.
 
-    The mean is over the things that the metric counts: videos (``per="video"``), frames (``per="image"``), objects (J,
-    F), objects in frames (recall, fragmentation) or slots. ``mean = state[0] / state[1]``, sum and count. Videos with
-    nothing to score do not count.
+    The metric decides what is counted: videos (``per="video"``), frames (``per="image"``), objects (J, F), objects in
+    frames (recall, fragmentation) or slots. ``mean = state[0] / state[1]``, sum over count. Videos with nothing to
+    score do not count.
 
-    Nothing is communicated. Under data parallelism sum the state over processes before :meth:`compute`:
-    ``dist.all_reduce(average.state)``. It is one float64 tensor, on the CPU unless moved.
+    No method calls a collective. Under data parallelism sum the state over processes before :meth:`compute`:
+    ``dist.all_reduce(average.state)``. The state is one float64 tensor, on the CPU unless moved.
 
     ``metric`` is a function of this package, e.g. ``video_fg_ari``, and ``options`` are its keyword arguments.
 
@@ -57,7 +57,7 @@ class MetricAverage:
         self._counted = ""
 
     def update(self, *labels: Tensor) -> None:
-        """Add a batch: the tensors of the metric, mostly ``pred, target``.
+        """Add a batch: the tensors of the metric, usually ``pred, target``.
 
         Raises: TypeError, ValueError as the metric does, or if there are too few or too many tensors.
         """
@@ -65,9 +65,9 @@ class MetricAverage:
         self.state = self.state + torch.stack([total.sum(), weight.sum()]).to(self.state.device)
 
     def merge(self, other: "MetricAverage") -> None:
-        """Add all batches that another average of the same metric has seen.
+        """Add all batches of another average of the same metric.
 
-        Raises: TypeError, ValueError if the other one is no average, or averages something else.
+        Raises: TypeError if ``other`` is no average; ValueError if its metric or options differ.
         """
         check_type("other", other, MetricAverage)
         if other.metric is not self.metric or other.options != self.options:

@@ -69,13 +69,13 @@ def image_ari(pred: Tensor, target: Tensor) -> Scores:
 def fg_ari(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
     """Adjusted Rand index over the pixels of objects: :func:`ari` without the pixels of the background.
 
-    Pixels of the background leave truth and prediction, so it does not matter how slots divide the background::
+    Truth and prediction lose the pixels of the background, so it does not matter how slots divide the background::
 
         fg_ari(pred, target, background=0) == ari(pred, torch.where(target == 0, -1, target))
 
-    With ``background=None`` no id is removed. That is right if the ground truth names objects only (YouTube-VIS, COCO:
-    ids from 0, and -1 elsewhere): to remove id 0 would delete the first object. It is wrong, and silently gives
-    :func:`ari`, if an id is the background (MOVi, DAVIS: 0).
+    ``background=None`` removes no id. Use it if the ground truth names only objects (YouTube-VIS, COCO: ids from 0, and
+    -1 elsewhere), where removing id 0 would delete the first object. If an id is the background (MOVi, DAVIS: 0), None
+    is wrong and silently gives :func:`ari`.
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value per video, 1.0 for a video without an object, as
         the denominator is 0.

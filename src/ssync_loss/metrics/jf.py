@@ -14,7 +14,7 @@ from ssync_loss.metrics._scores import Scores, assignment, averaged
 Matching = Literal["ids", "hungarian"]
 Measure = Literal["J", "F", "J&F"]
 
-# pixels of masks held at once: 4 MB a map
+# pixels of all masks of a block: 4 MB in boolean masks
 _BLOCK = 2**22
 
 
@@ -32,25 +32,25 @@ def j_and_f(
     """J&F, the score of video object segmentation: half region similarity J, half contour accuracy F.
 
     As code, with ``J`` and ``F`` (objects, slots) the means over frames of :func:`region_similarity` and
-    :func:`contour_accuracy` between an object and a slot::
+    :func:`contour_accuracy` between every object and every slot::
 
         J_and_F = (J + F) / 2
         objects, slots = scipy.optimize.linear_sum_assignment(J_and_F, maximize=True)    # "hungarian"
         slots = objects                                                                  # "ids"
         j_and_f = J_and_F[objects, slots].mean()
 
-    An object keeps its slot for the whole video, so identity switches lower the score. It is scored in every frame. A
-    frame with neither the object nor the slot counts 1, as in the published code. The objects are all ids of the ground
-    truth in the video, with skipped frames. If there are fewer slots than objects, the rest are compared with an empty
-    mask.
+    An object keeps its slot for the whole video, so identity switches lower the score. Every object is scored in every
+    frame. A frame with neither the object nor the slot counts 1, as in the published code. The objects are all ids of
+    the video's ground truth, skipped frames included. If there are fewer slots than objects, the remaining objects are
+    compared with an empty mask.
 
-    Two tasks are scored:
+    The score serves two tasks:
 
     - **Label propagation** (semi-supervised). Predicted ids are object ids; any other id counts as background. The
-      first frame is given, so leave it out: ``skip_first=1``. Published scores of DAVIS leave out the last one, too:
+      first frame is given, so leave it out: ``skip_first=1``. Published scores of DAVIS also leave out the last frame:
       ``skip_first=1, skip_last=1``.
     - **Slots** (unsupervised). ``matching="hungarian"`` finds a slot for each object, by J&F over all frames. It needs
-      scipy: ``pip install "ssync-loss[metrics]"``. It would hide confused ids of propagated labels.
+      scipy: ``pip install "ssync-loss[metrics]"``. Do not use it for propagated labels: it hides confused ids.
 
     Pixels without annotation belong to no mask. A frame without any annotation is not scored. The published score of a
     data set is the mean over all of its objects, as :class:`MetricAverage` computes it.
@@ -78,9 +78,9 @@ def j_and_f(
     >>> j_and_f(pred, target, background=0, skip_first=1)  # (1/3 + 1) / 2
     tensor([0.6667], dtype=torch.float64)
     >>> slots = 7 - pred
-    >>> j_and_f(slots, target, background=0).tolist()  # no slot is called 1: an object that was never found
+    >>> j_and_f(slots, target, background=0).tolist()  # no slot has label 1, so the object is missed
     [0.0]
-    >>> j_and_f(slots, target, background=0, matching="hungarian")  # slot 6 is
+    >>> j_and_f(slots, target, background=0, matching="hungarian")  # slot 6 matches object 1
     tensor([0.8333], dtype=torch.float64)
     """
     return _track_scores("J&F", pred, target, background, matching, skip_first, skip_last, tolerance)
@@ -99,13 +99,14 @@ def region_similarity(
 ) -> Scores:
     """Region similarity J: the IoU of each object with its slot, frame by frame.
 
-    As code, for an object and a slot, masks of one frame::
+    As code, for the masks of an object and a slot in one frame::
 
         J = (object & slot).sum() / (object | slot).sum()        # 1.0 where both are empty
 
-    The value of an object is the mean over frames, that of a video the mean over objects. :func:`video_miou` instead
-    counts pixels of all frames together, and :func:`image_miou` matches each frame anew. Arguments, errors and results
-    are those of :func:`j_and_f`, which is the mean of J and :func:`contour_accuracy`, and which matches the slots.
+    An object's value is the mean over frames; a video's value is the mean over objects. :func:`video_miou` instead
+    counts the pixels of all frames together, and :func:`image_miou` matches the slots of each frame anew. Arguments,
+    errors and results are those of :func:`j_and_f`, the mean of J and :func:`contour_accuracy`. Slots are matched as
+    there, by J&F.
 
     Source: Perazzi et al., CVPR 2016, region similarity; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -128,9 +129,9 @@ def contour_accuracy(
     skip_last: int = 0,
     tolerance: float = 0.008,
 ) -> Scores:
-    """Contour accuracy F: the F-measure of each object's contour and its slot's, frame by frame.
+    """Contour accuracy F: the F-measure of the contours of each object and its slot, frame by frame.
 
-    As code, for an object and a slot, masks of one frame, with ``near`` the pixels at a distance of at most
+    As code, for the masks of an object and a slot in one frame, with ``near`` the pixels at a distance of at most
     ``radius`` from a contour::
 
         radius = ceil(tolerance * sqrt(H**2 + W**2))
@@ -139,13 +140,13 @@ def contour_accuracy(
         recall = (contour(object) & near(contour(slot))).sum() / contour(object).sum()
         F = 2 * precision * recall / (precision + recall)    # 1.0 where both are empty, 0.0 where one is
 
-    A contour is marked above and to the left of the border between two pixels. The border of the frame is no contour:
-    the last row is compared to the right alone, the last column down alone, and their corner is never marked. So a mask
-    that fills the frame has no contour, and a frame of one pixel counts 1. The value of an object is the mean over
-    frames, that of a video the mean over objects. Arguments, errors and results are those of :func:`j_and_f`, which is
-    the mean of :func:`region_similarity` and F.
+    Contour pixels lie above or to the left of a border between two pixels. The border of the frame is no contour: the
+    last row is compared only to the right, the last column only downward, and their corner is never marked. So a mask
+    that fills the frame has no contour, and a frame of one pixel counts 1. An object's value is the mean over frames; a
+    video's value is the mean over objects. Arguments, errors and results are those of :func:`j_and_f`, the mean of
+    :func:`region_similarity` and F.
 
-    The paper defines F by a matching of contour pixels. It and the public code use this faster form in its place.
+    The paper defines F by a matching of contour pixels. The paper and the public code compute this faster form instead.
 
     Source: Perazzi et al., CVPR 2016, contour accuracy; Pont-Tuset et al., arXiv:1704.00675.
 
@@ -153,7 +154,7 @@ def contour_accuracy(
     >>> pred = torch.tensor([[[[0, 1, 1, 0]], [[0, 1, 1, 0]]]])
     >>> contour_accuracy(pred, target, background=0).tolist()  # frame 2: pixels 0 and 2, each next to pixel 1
     [1.0]
-    >>> contour_accuracy(pred, target, background=0, tolerance=0).tolist()  # next to is not on
+    >>> contour_accuracy(pred, target, background=0, tolerance=0).tolist()  # frame 2: no pixel in common
     [0.5]
     """
     return _track_scores("F", pred, target, background, matching, skip_first, skip_last, tolerance)
@@ -208,7 +209,7 @@ def _tables(
     pred: Tensor, target: Tensor, annotated: Tensor, objects: Tensor, slots: Tensor, radius: int | None
 ) -> Tensor:
     """Return J and F of every object with every slot of a video, as means over frames; F is 0 without a radius."""
-    # if there are fewer slots than objects, empty slots fill up
+    # every object needs a slot; missing slots are empty
     num_frames, num_objects, num_slots = len(pred), len(objects), max(len(slots), len(objects))
     total = torch.zeros(2, num_objects, num_slots, dtype=torch.float64, device=pred.device)
     block = max(1, _BLOCK // ((num_objects + num_slots) * pred[0].numel()))
@@ -227,7 +228,7 @@ def _tables(
 
 
 def _distinct(ids: Tensor) -> Tensor:
-    # labels come in runs: sorting all pixels of a video would take longest
+    # labels come in runs, and sorting runs is faster than sorting all pixels of a video
     return torch.as_tensor(ids.unique_consecutive().unique())
 
 
@@ -238,7 +239,7 @@ def _number(labels: Tensor, names: Tensor, keep: Tensor) -> Tensor:
 
 
 def _overlaps(of_object: Tensor, of_slot: Tensor, num_objects: int, num_slots: int) -> Tensor:
-    # one more row and column, for pixels of no object and of no slot
+    # one more row counts pixels without an object, one more column pixels without a slot
     shape = (len(of_object), num_objects + 1, num_slots + 1)
     frame = torch.arange(shape[0], device=of_object.device).view(-1, 1, 1)
     cell = (frame * shape[1] + of_object + 1) * shape[2] + of_slot + 1

@@ -12,7 +12,7 @@ from ssync_loss._checks import check_bool, check_choice, check_flag, check_int, 
 from ssync_loss._inputs import check_floats
 from ssync_loss.metrics._contingency import check_data, check_target
 
-# resized masks held at once: 64 MB in float32
+# pixels of all resized masks of a block: 64 MB in float32
 _BLOCK = 2**24
 
 
@@ -64,7 +64,7 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
 
     As code::
 
-        labels = 1 + masks.argmax(2)         # 0 where nothing, -1 where two claim
+        labels = 1 + masks.argmax(2)         # 0 if no object claims the pixel, -1 if several do
 
     Score the result with ``background=0``. This gives the published FG-ARI and mBO if no mask is the background
     (YouTube-VIS, COCO). If the first mask is the background (MOVi), leave it out:
@@ -98,7 +98,7 @@ def objects_to_labels(masks: Tensor, *, ignore_overlaps: bool = False) -> Tensor
 
 
 def has_objects(target: Tensor, *, background: int | None) -> Tensor:
-    """Tell which videos show an object; the others have nothing to score.
+    """Mark the videos that show an object; the others have nothing to score.
 
     As code::
 

@@ -18,9 +18,9 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
         mbo = iou.amax(1).mean()
 
     The background is no object, but its pixels count against the slots that cover them. Pixels without annotation
-    (negative ids) count nowhere. Published numbers for YouTube-VIS and COCO count pixels outside all objects, so these
-    need a background id (:func:`objects_to_labels` makes such labels). ``target`` decides whether objects are instances
-    (mBO_i) or classes (mBO_c).
+    (negative ids) are left out. Published numbers for YouTube-VIS and COCO count pixels outside all objects, so these
+    pixels need a background id (:func:`objects_to_labels` makes such labels). ``target`` decides whether objects are
+    instances (mBO_i) or classes (mBO_c).
 
     Shape: pred, target: (B, T, H, W). Returns (B,), float64: one value in [0, 1] per video, 0.0 for a video without an
         object.
@@ -42,15 +42,15 @@ def mean_best_overlap(pred: Tensor, target: Tensor, *, background: int | None, p
 
 @averaged(empty=0.0)
 def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per = "video") -> Scores:
-    """Mean over objects of the IoU with a slot of its own (mIoU), by the matching with the largest sum.
+    """Mean over objects of the IoU with the matched slot (mIoU): no two objects share a slot, and the sum is largest.
 
     As code, with ``iou`` (objects, slots)::
 
         objects, slots = scipy.optimize.linear_sum_assignment(iou, maximize=True)
-        miou = iou[objects, slots].sum() / len(iou)      # an object left without a slot counts 0
+        miou = iou[objects, slots].sum() / len(iou)      # an object without a slot counts 0
 
-    It is at most :func:`mean_best_overlap`. Shapes, arguments and errors are those of :func:`mean_best_overlap`. It
-    needs scipy: ``pip install "ssync-loss[metrics]"``.
+    The value is at most :func:`mean_best_overlap`. Shapes, arguments and errors are those of :func:`mean_best_overlap`.
+    The function needs scipy: ``pip install "ssync-loss[metrics]"``.
 
     Raises: ImportError if scipy is missing.
     Source: H. W. Kuhn, The Hungarian method for the assignment problem, 1955.
@@ -60,7 +60,7 @@ def mean_iou(pred: Tensor, target: Tensor, *, background: int | None, per: Per =
     >>> mean_iou(pred, target, background=0)  # slot 5 to 1, slot 7 to 2: (1/3 + 1/2) / 2 = 5/12
     tensor([0.4167], dtype=torch.float64)
     >>> pred = torch.tensor([[[[5, 7, 7, 7]]]])
-    >>> mean_iou(pred, target, background=0)  # slot 7 to 1, nothing for 2: (2/3 + 0) / 2
+    >>> mean_iou(pred, target, background=0)  # slot 7 to 1, no slot to 2: (2/3 + 0) / 2
     tensor([0.3333], dtype=torch.float64)
     """
     return _overlap_scores(_matched_sum, pred, target, background, per)

@@ -1,4 +1,4 @@
-"""Found objects, objects in pieces, and unused slots."""
+"""Object recall, fragmentation and unused slots."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ Over = Literal["all", "found"]
 def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Scores:
     """Share of objects, frame by frame, that some slot overlaps with an IoU above one half.
 
-    As code, for the objects of all frames of a video together, ``iou`` (objects, slots of that frame)::
+    As code, over the objects of all frames of a video, with ``iou`` (objects, slots of the frame)::
 
         recall = (iou > 0.5).any(1).mean()
 
@@ -39,16 +39,16 @@ def object_recall(pred: Tensor, target: Tensor, *, background: int | None) -> Sc
 def fragmentation(pred: Tensor, target: Tensor, *, background: int | None, over: Over = "all") -> Scores:
     """Mean over objects of the number of slots that lie mostly inside the object, frame by frame.
 
-    A slot belongs to an object if more than half of the slot's own area lies inside. As code, for the
-    objects of all frames of a video together, ``shared`` (objects, slots of that frame)::
+    A slot belongs to an object if more than half of the slot's area lies inside the object. As code, over the objects
+    of all frames of a video, with ``shared`` (objects, slots of the frame)::
 
         pieces = (shared > 0.5 * slot_area).sum(1)
         fragmentation = pieces.mean()                    # over="all"
         fragmentation = pieces[pieces > 0].mean()        # over="found"
 
-    1.0 is one slot for each object. Objects without a slot lower the mean over all objects, which hides split objects;
-    ``over="found"`` leaves them out, and is at least 1. Other arguments, results and errors are as in
-    :func:`mean_best_overlap`.
+    1.0 means one slot for each object. Objects without a slot lower the mean over all objects, which hides split
+    objects. ``over="found"`` leaves out objects without a slot, so its mean is at least 1. Other arguments, results and
+    errors are as in :func:`mean_best_overlap`.
 
     Source: W. Moon and J.-P. Heo, Selective synergistic learning, 2026.
 
@@ -76,7 +76,7 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
 
         unused = (area == 0).mean()
 
-    It needs no ground truth: a slot on the background is in use.
+    The function needs no ground truth: a slot on the background is in use.
 
     Shape: pred: (B, T, H, W), slot labels within [0, num_slots). Returns (B,), float64, within [0, 1].
 
@@ -96,7 +96,7 @@ def unused_slots(pred: Tensor, *, num_slots: int, per: Per = "video") -> Scores:
     labels = as_index("pred", pred)
     check_data("pred", pred)
     if labels.numel() > 0:
-        # on an accelerator, the check reads two numbers
+        # the check reads two numbers from an accelerator, not all labels
         check_label_range("pred", torch.stack(labels.aminmax()).cpu(), num_slots)
     slot = unit_index(labels, per) * num_slots + labels
     per_video = num_slots if per == "video" else frames * num_slots

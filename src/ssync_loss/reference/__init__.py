@@ -1,4 +1,4 @@
-"""Slow definitions of the library, one module a method, for tests and for reading.
+"""Slow definitions of the methods, one module per method, for tests and for readers.
 
-They share only result types with the fast path, so that one mistake cannot be in both.
+They share only result types with the fast code, so that they cannot share a mistake.
 """

@@ -1,4 +1,4 @@
-"""SSync that asks, while it trains, which of its forms it may use."""
+"""SSync that chooses its form during training."""
 
 import warnings
 from dataclasses import fields
@@ -22,7 +22,7 @@ from ssync_loss.ssync.modules import SSyncLoss
 from ssync_loss.ssync.settings import Settings
 from ssync_loss.ssync.types import SlotLabels
 
-# what the loss may be, from nothing to all of it; the last three by their numbers in `_level`
+# the forms of the loss, from none of it to all of it; `_level` uses the numbers of the last three
 LEVELS = ("listening", "interior", "unmerged", "full")
 _INTERIOR, _UNMERGED, _FULL = 1, 2, 3
 _CHANGED = ("merge_threshold", "boundary_weight", "interior_weight")
@@ -49,59 +49,60 @@ _check_settings = check_by(
 
 
 class AdaptiveSSyncLoss(LossModule, check=_check_settings):
-    """SSync in the form that two margins, measured on the training batches themselves, allow.
+    """SSync in one of four forms. Two margins, measured on the training batches, choose the form.
 
-    Of features x that are centered over the valid patches of a clip, hard labels l explain the share
-    ``R(l) = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2`` (slot s has a_s patches). With e and d the labels of encoder and
-    decoder before merging, and m the encoder's merged ones, a question takes ``u = R(e) - R(d)`` and
-    ``g = R(m) - R(d)`` of every clip into running means, debiased: ``U <- momentum U + (1 - momentum) mean u``, divided
-    by ``1 - momentum^n`` after n questions, and G likewise. Then the loss is one of four:
+    Let features x be centered over the valid patches of a clip. Hard labels l explain the share
+    ``R(l) = sum_s a_s |mean_s x|^2 / sum_p |x_p|^2`` of their variance (slot s has a_s patches). Let e and d be the
+    labels of encoder and decoder before merging, and m the encoder's merged labels. The margins of a clip are
+    ``u = R(e) - R(d)`` and ``g = R(m) - R(d)``. A *question* measures the margins of a batch and updates their running
+    means, ``U <- momentum U + (1 - momentum) mean u``, and G likewise. After n questions both are divided by
+    ``1 - momentum^n``, which removes their bias to 0. The running means choose the loss:
 
     ============= =========================== =======================================================================
     level         when                        loss
     ============= =========================== =======================================================================
     ``listening`` ``n < warmup``              0
-    ``full``      ``G > dead_zone``           that of the criterion
+    ``full``      ``G > dead_zone``           the criterion's loss
     ``unmerged``  else, ``U > dead_zone``     both terms, nothing merged
     ``interior``  else                        the interior term alone, nothing merged: the decoder teaches the encoder
     ============= =========================== =======================================================================
 
-    Not in any paper: the rule comes from trials on small models. ``examples/study.py`` repeats them, beside settings
-    that had no part in the rule. It is opt-in. The study also trained a ``dead_zone`` of 0.01. On composites of other
-    photographs it saved 0.01 FG-ARI. On moving objects with 12 slots, where G rises slowly, it cost a third of the
+    The rule is opt-in and in no paper: it comes from trials on small models. ``examples/study.py`` repeats these trials
+    and adds settings that had no part in the rule. The study also trained a ``dead_zone`` of 0.01. On composites of
+    other photographs it saved 0.01 FG-ARI. On moving objects with 12 slots G rises slowly, and it cost a third of the
     gain. In two runs with 160 clips the unmerged form cost 0.01 to 0.02 with U between 0.016 and 0.046. A ``dead_zone``
-    above that would also forbid the full form where it helps. So it stays 0. Asking at every 5th step, with
-    ``warmup=10, momentum=0.9``, took the same levels, and ended within 0.011.
+    above 0.046 would also forbid the full form where it helps. So the default is 0. Runs with
+    ``every=5, warmup=10, momentum=0.9`` took the same levels and ended within 0.011.
 
-    When it asks: at every step from the criterion's ``start_step`` on, or every k-th, in training mode, where gradients
-    are enabled. In eval mode, or without gradients, the loss is that of the present level, and nothing is learned.
-    What an activation checkpoint computes again is not asked again, unless the loss in it is compiled. It takes the
-    level of that moment, so that ``backward`` must be called before the next forward. Within a reentrant checkpoint,
-    which computes first without gradients, nothing is ever asked, and a warning says so.
+    Every step from the criterion's ``start_step`` on, or every k-th step, asks a question, in training mode with
+    gradients enabled. In eval mode, or without gradients, the loss has the current level and the means do not change.
+    If an activation checkpoint computes the loss again, it asks no second question, unless the loss is compiled. The
+    second computation takes the level of that moment, so call ``backward`` before the next forward. A reentrant
+    checkpoint first computes without gradients, so the loss in it never asks, and a warning says so.
 
-    A question leaves out a clip with constant features or without a valid patch. One that has no other clip does not
-    count, nor does one whose mean is not finite. A question comes before the loss of its own step. The criterion's
-    schedule goes on meanwhile: a ramp begins at ``start_step``, not when listening ends.
+    A question leaves out clips with constant features or without a valid patch. It does not count if no clip is left,
+    or if the mean is not finite. The question of a step comes before its loss. A ramp of the criterion begins at
+    ``start_step``, not after the warmup.
 
-    With an initialized process group a question is one all-reduce of three numbers, which all ranks must make, so that
-    all are at one level; the loss remains that of each rank. Levels are tensors: nothing is read on the host, and all
-    of it is one graph (with ``every`` above 1 there is one with and one without a question).
+    With an initialized process group a question is one all-reduce of three numbers. All ranks must call it, so that all
+    have one level; each rank still computes its own loss. Levels are tensors: nothing is read on the host, and the loss
+    compiles to one graph (with ``every`` above 1, one graph with a question and one without).
 
-    The state is two buffers, ``margins`` and ``levels``, and so in the checkpoint. One of a host that had plain SSync
-    lacks these keys: a strict load names them, and with ``strict=False`` it begins to listen.
+    The state is two buffers, ``margins`` and ``levels``, which checkpoints hold. A checkpoint from training with
+    ``SSyncLoss`` lacks them: a strict load names the missing keys, and with ``strict=False`` the warmup begins.
 
     Args:
-        criterion: the loss whose maps, masks, settings and schedule are taken; its weights still multiply the terms.
-        momentum: of the running means, within [0, 1).
-        warmup: number of the first question that decides; those before only listen.
-        dead_zone: at least 0, what a margin must exceed.
+        criterion: the ``SSyncLoss`` with maps, masks, settings and schedule; its weights still multiply the terms.
+        momentum: momentum of the running means, within [0, 1).
+        warmup: number of the first question that chooses a form; before it the loss is 0.
+        dead_zone: a margin must exceed this number, which is at least 0.
         every: ask at every k-th step; momentum and warmup then count questions, and ``step`` must be given.
-        features_axes: layout of the features in einops' words, b, t, d, h and w: (B, T, N, D) is ``"b t (h w) d"``.
+        features_axes: layout of the features in einops' notation, b, t, d, h and w: (B, T, N, D) is ``"b t (h w) d"``.
 
     Shape: enc_logits, dec_logits: as the criterion's. features: (B, T, D, H, W) on the encoder's grid, floating point,
-        or what ``features_axes`` says. Returns a float32 scalar (float64 for float64 maps).
+        or as ``features_axes`` says. Returns a float32 scalar (float64 for float64 maps).
 
-    Raises: TypeError, ValueError on a wrong setting or argument, already before ``start_step``.
+    Raises: TypeError, ValueError on a wrong setting or argument, even before ``start_step``.
 
     >>> features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 2, 1, 4).requires_grad_()
@@ -115,7 +116,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     margins: Tensor
     levels: Tensor
-    # whether a checkpoint was seen to compute it again
+    # whether a checkpoint has already computed this loss again
     _recomputed = False
 
     def __init__(
@@ -131,11 +132,11 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         self.remember(locals())
         check_type("criterion", criterion, SSyncLoss)
         self.criterion = criterion
-        # in inference mode they could never be written to
+        # buffers made in inference mode could never be written
         with torch.inference_mode(False):
-            # running means of u and g that began at 0; `_debiased` divides that out
+            # running means of u and g with a bias to their start, 0, which `_debiased` removes
             self.register_buffer("margins", torch.zeros(2))
-            # how many questions ended at each level; in sum n
+            # number of questions that ended at each level; the sum is n
             self.register_buffer("levels", torch.zeros(len(LEVELS), dtype=torch.int64))
 
     def forward(
@@ -149,7 +150,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         slot_mask: Tensor | None = None,
         num_frames: int | None = None,
     ) -> Tensor:
-        """Ask if it is time to, and return the loss of the level; other arguments are those of the criterion."""
+        """Ask a question if one is due, and return the loss; other arguments are those of the criterion."""
         criterion = self.criterion
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         asks = self._asks(step)
@@ -171,10 +172,10 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
             return engine.loss(maps, self._allowed(settings, maps, level), found)
 
     def describe(self) -> dict[str, Any]:
-        """Say, for a log, where it stands; this reads the tensors.
+        """Return the state for a log; this reads the tensors.
 
-        Returns: ``margin`` and ``merged_margin``, U and G (0 before the first question); ``level``, by name;
-        ``questions``, n; and by the name of each level the share of questions after which it was taken.
+        Returns: ``margin`` and ``merged_margin``, U and G (0 before the first question); ``level``, its name;
+        ``questions``, n; and under the name of each level the share of questions that chose it.
         """
         number = self.levels.sum()
         plain, merged = self._debiased(self.margins, number).tolist()
@@ -211,14 +212,14 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
 
     @torch.no_grad()
     def _ask(self, engine: Engine, maps: Maps, features: Tensor, settings: Settings) -> tuple[SlotLabels, Tensor]:
-        """Take the margins of a batch into the means. Return the labels, merged as the level allows, and the level."""
+        """Update the running means with a batch. Return labels with the representatives of the level, and the level."""
         found = engine.slot_labels(maps, settings)
         num_slots = maps.enc.shape[2]
         enc, dec = found.hard[0], found.hard[1]
         shares, variance = explained_shares(features, enc, dec, num_slots, maps.counted, found.representative)
         counted = variance != 0
         margins = torch.where(counted, torch.stack([shares[0], shares[2]]) - shares[1], 0.0)
-        # maps with NaN have labels all the same
+        # maps with NaN have labels, too, but no margin
         margins = torch.where(found.clean, margins, torch.nan)
         sums = torch.cat([margins.sum(1), counted.sum().to(margins).unsqueeze(0)])
         if has_ranks():
@@ -226,7 +227,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         means, number = sums[:2] / sums[2].clamp_min(1), sums[2]
         moves = (number > 0) & means.isfinite().all()
         if self.margins.dtype not in (torch.float32, torch.float64):
-            # of a module that was cast down
+            # the module was cast to half precision
             self.margins = self.margins.float()
         moved = self.momentum * self.margins + (1 - self.momentum) * means.to(self.margins.dtype)
         moved = torch.where(moves, moved, self.margins)
@@ -238,7 +239,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         return SlotLabels(found.hard, allowed, found.clean), level
 
     def _debiased(self, margins: Tensor, number: Tensor) -> Tensor:
-        # in float32 a momentum near 1 is 1, and nothing would be left to divide by
+        # float32 may round the power to 1, and the divisor would be 0
         return margins / torch.where(number > 0, 1 - self.momentum ** number.double(), 1.0)
 
     def _level(self, margins: Tensor, number: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
         return torch.where(number < self.warmup, 0, allowed)
 
     def _allowed(self, settings: Settings, maps: Maps, level: Tensor) -> Settings:
-        """Return the settings of a level: weights times 0 or 1, and a threshold or infinity."""
+        """Return the settings of a level: it multiplies weights by 0 or 1, and may make the threshold infinite."""
         threshold = float("inf") if settings.merge_threshold is None else settings.merge_threshold
         if not isinstance(threshold, Tensor):
             threshold = torch.full((), threshold, dtype=maps.dtype, device=level.device)

@@ -49,7 +49,7 @@ class _SquaredError(torch.autograd.Function):
     """Return ``sum_s (P_s - 1[s = y])^2`` as ``r^2 + Q``, with ``r = sum_{s != y} P_s`` and ``Q = sum_{s != y} P_s^2``.
 
     Nothing is subtracted from 1, so nothing cancels where P_y is near 1. Half the gradient is ``-P_y (r^2 + Q)`` at y
-    and ``P_s (P_s + P_y r - Q)`` elsewhere. It can be differentiated again.
+    and ``P_s (P_s + P_y r - Q)`` elsewhere. The gradient is differentiable, too.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ def cross_entropy(
 def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Tensor:
     """Subtract the largest logit of every patch; absent slots are at -inf.
 
-    Unselected patches, and those whose slots are all at -inf, become zeros without a gradient.
+    Unselected patches, and patches with all slots at -inf, become zeros without a gradient.
     """
     if slot_mask is not None:
         # a clip without slots selects nothing, but its softmax must have slots
@@ -120,7 +120,7 @@ def _below_peak(logits: Tensor, region: Tensor, slot_mask: Tensor | None) -> Ten
 def num_averaged(selected: Tensor, num_slots: int, slot_mask: Tensor | None, criterion: Criterion) -> Tensor:
     """Return the divisor of a mean, from the number of selected patches of every clip: (.., B) -> (..).
 
-    It is the number of selected patches, for the squared error times present slots.
+    The cross-entropy is averaged over selected patches, the squared error over selected patches and present slots.
     """
     if criterion == "cross_entropy":
         return selected.sum(-1)

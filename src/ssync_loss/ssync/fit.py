@@ -1,4 +1,4 @@
-"""How much of the variance of features a partition into slots explains."""
+"""The share of the variance of features that a partition into slots explains."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from ssync_loss._axes import FEATURES, place, solve
 from ssync_loss._forks import take_one_thread_if_forked
 from ssync_loss._inputs import check_floats, widest
 
-# channels at a time, so that intermediate values stay in a processor's cache
+# channels of a block: intermediate values stay in a processor's cache
 _CHANNELS = 64
 
 
 def place_features(features: Tensor, axes: str | None, enc: Tensor) -> Tensor:
     """View features of layout ``axes`` as (B, T, D, H, W), on the grid of the encoder's map (B, T, S, H, W)."""
-    # torch computes labels and sums of features, with any engine
+    # whichever engine computes the loss, torch sums the features
     take_one_thread_if_forked(enc.device.type)
     B, T, _, H, W = enc.shape
     if axes is not None:
@@ -56,17 +56,17 @@ def explained_shares(
         num_patches = counted.flatten(1).sum(1)
     first, second = first.to(widest(features)), second.to(widest(features))
     area = torch.stack([first, second], 1).sum((2, 3), dtype=torch.float64)
-    # by sum and difference, equal partitions get bitwise equal shares, and swapped ones swapped shares
+    # through sums and differences, equal partitions get bitwise equal shares, and swapped partitions swapped shares
     sums, total = _slot_sums(features, torch.cat([first + second, first - second], 3), counted)
     both, apart = sums.chunk(2, 2)
     joined = (representative.unsqueeze(2) == slots).double()
     sums = torch.stack([both + apart, both - apart], 1) / 2
     sums, area = torch.cat([sums, sums[:, :1] @ joined.unsqueeze(1)], 1), torch.cat([area, area[:, :1] @ joined], 1)
-    # subtract the mean: it is relative to a patch, hence small, and little cancels
+    # features are relative to a patch, so their mean is small, and little cancels in these differences
     of_mean = sums[:, 0].sum(2).square().sum(1) / num_patches.clamp_min(1)
     total = total - of_mean
     between = (sums.square().sum(2) / area.clamp_min(1)).sum(2) - of_mean.unsqueeze(1)
-    # one slot explains exactly 0, whatever rounding leaves
+    # one slot explains exactly 0; rounding may leave another number
     between = between.masked_fill((area > 0).sum(2) < 2, 0.0)
     shares = between / torch.where(total == 0, 1.0, total).unsqueeze(1)
     shares = torch.where(total.isfinite().unsqueeze(1), shares, torch.nan)
@@ -74,10 +74,10 @@ def explained_shares(
 
 
 def _slot_sums(features: Tensor, member: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum features (B, T, D, H, W) over members (B, T, N, K), and their squares: (B, D, K) and (B,), in float64.
+    """Sum features (B, T, D, H, W) over members (B, T, N, K), and sum their squares: (B, D, K) and (B,), in float64.
 
-    A counted patch is subtracted from all, so that constant features are exactly 0. ``counted`` is (B, T, N), or None.
-    Products are in the type of ``member``.
+    One counted patch is subtracted from all patches, so that constant features become exactly 0. ``counted`` is
+    (B, T, N), or None. Products are in the type of ``member``.
     """
     patches = features.flatten(3)
     origin = patches[:, 0, :, 0]

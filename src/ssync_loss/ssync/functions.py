@@ -31,18 +31,18 @@ def pseudo_labels(
     num_frames: int | None = None,
     backend: Backend = "auto",
 ) -> PseudoLabels:
-    """Compute the targets and regions of both SSync losses, in time linear in the patches.
+    """Compute the targets and regions of both SSync losses, in time linear in the number of patches.
 
     ``e = argmax_s enc``, ``d = argmax_s dec`` (first index on ties). Slots that overlap by more than
     ``merge_threshold`` are merged transitively (:func:`slot_overlap`, :func:`merge_slots` with areas from ``e``), and
     their representatives replace them in both label maps. ``boundary`` comes from the merged ``e``, ``interior`` from
     the merged ``d`` (:func:`boundary_region`, :func:`interior_region`).
 
-    Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. dec_logits: the same, on any grid.
+    Shape: enc_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says. dec_logits: the same, on any grid.
 
     Settings are those of :class:`ssync_loss.SSyncLoss`; maps, ``valid``, ``slot_mask`` and ``num_frames`` are those of
-    its ``forward``. With an encoder's probabilities, merging compares log p with its mean. This is a *different* rule,
-    and needs its own threshold.
+    its ``forward``. If the encoder's map holds probabilities p, merging compares log p with its mean. This rule is
+    *different* and needs another threshold.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), pseudo-labeling and transitive merging.
     Raises: TypeError, ValueError on wrong shapes, dtypes or settings; the message names the argument.
@@ -78,23 +78,22 @@ def selective_distillation_loss(
 
     With ``P = softmax_s(logits / temperature)`` and y the label, the value of a selected patch is
     ``(1/S) sum_s (P_s - 1[s = y])^2`` for ``"mse"`` and ``-log P_y`` for ``"cross_entropy"`` (with smoothing e,
-    ``-(1 - e) log P_y - (e/S) sum_s log P_s``). ``reduction="mean"`` divides by what was selected in the whole
-    batch. Nothing selected gives exactly 0, attached to the graph. What unselected patches hold never matters,
-    NaN included, and they get no gradient.
+    ``-(1 - e) log P_y - (e/S) sum_s log P_s``). ``reduction="mean"`` divides by the number of selected patches in the
+    whole batch. If no patch is selected, the loss is exactly 0, attached to the graph. Unselected patches may hold
+    anything, NaN included, and get no gradient.
 
-    With a slot mask the sums run over present slots and S is their number in each clip, S_b; the mean of the
-    squared criterion is then ``(sum over selected patches and slots) / sum_b M_b S_b`` with M_b selected patches.
+    With a slot mask the sums run over the S_b present slots of clip b, and S_b replaces S. The mean of the squared
+    criterion is then ``(sum over selected patches and slots) / sum_b M_b S_b`` with M_b selected patches in clip b.
 
-    Two limits are fixed by convention. A selected patch whose slots are all -inf counts as uniform, without gradient.
-    In the cross-entropy a logit of -inf has the log-probability of the smallest normal float32, -87.3, without
-    gradient.
+    Two limits are conventions. A selected patch with all slots at -inf has uniform P and gets no gradient. In the
+    cross-entropy another logit of -inf has the log-probability of the smallest normal float32, -87.3, and no gradient.
 
     Shape: logits: (B, T, S, H, W). target: (B, T, H, W) integers within [0, S). region: (B, T, H, W) bool. slot_mask:
-        (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32, or float64 if the logits
-        are.
+        (B, S) bool. Returns a scalar, or (B, T, H, W) with ``reduction="none"``, in float32 (float64 for float64
+        logits).
 
-    ``logits`` is the student, and the only argument that gets a gradient. ``target`` is the slot of every patch,
-    ``region`` the selected patches. Absent slots leave the softmax. ``reduction`` is ``"none"`` (0 where unselected),
+    ``logits`` is the student's map, and only it gets a gradient. ``target`` names the slot of every patch, and
+    ``region`` selects patches. The softmax leaves out absent slots. ``reduction`` is ``"none"`` (0 where unselected),
     ``"sum"`` or ``"mean"``. Settings are those of :class:`ssync_loss.SSyncLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), boundary refinement and interior denoising.
@@ -145,13 +144,13 @@ def boundary_refinement_loss(
     """Teach the decoder the encoder's labels at boundaries.
 
     ``L_b = mean over boundary patches and slots of (softmax_s(dec / temperature) - 1[e])^2`` with e the merged
-    hard labels of the encoder. No gradient reaches the encoder's map. Where there is no boundary the loss is
-    exactly 0, attached to the graph.
+    hard labels of the encoder. No gradient reaches the encoder's map. Without a boundary patch the loss is exactly 0,
+    attached to the graph.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says. Returns a scalar.
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says. Returns a scalar.
 
-    ``labels`` come from :func:`pseudo_labels`, and the settings of merging and of the region are then not used; None
-    computes them. Other arguments are as there and in :func:`selective_distillation_loss`.
+    ``labels`` are a result of :func:`pseudo_labels`; settings of merging and of the region then have no effect. None
+    computes the labels. Other arguments are those of :func:`pseudo_labels` and :func:`selective_distillation_loss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
     Raises: TypeError, ValueError on wrong shapes, dtypes or settings.
@@ -188,8 +187,8 @@ def interior_denoising_loss(
     """Teach the encoder the decoder's labels in interiors.
 
     ``L_i = mean over interior patches and slots of (softmax_s(enc / temperature) - 1[d])^2`` with d the merged
-    hard labels of the decoder. No gradient reaches the decoder's map. Where there is no interior the loss is
-    exactly 0, attached to the graph.
+    hard labels of the decoder. No gradient reaches the decoder's map. Without an interior patch the loss is exactly 0,
+    attached to the graph.
 
     Arguments, shapes and errors are those of :func:`boundary_refinement_loss`, with ``max_different`` as in
     :func:`pseudo_labels`.

@@ -1,4 +1,4 @@
-"""Redundant slots: how far they overlap, and which slot represents each group."""
+"""The overlap of slots, and the merging of slots that overlap."""
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from ssync_loss.ssync.settings import check_scalar
 
 
 def slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
-    """Measure how far every two slots are active on the same patches.
+    """Measure the overlap of every two slots: the IoU of their active patches.
 
-    A slot is active where its logit exceeds its own mean over the clip, ``A = logits > mean``. The overlap is the mean
-    over frames of ``IoU[i, j] = |A_i and A_j| / |A_i or A_j|`` (0 where the union is empty). An invalid patch is active
-    for no slot and enters no mean. A frame without valid patches does not count. An absent slot has overlap 0. No
-    gradient flows.
+    A slot is active where its logit exceeds the slot's mean over the clip, ``A = logits > mean``. The overlap is the
+    mean over frames of ``IoU[i, j] = |A_i and A_j| / |A_i or A_j|`` (0 where the union is empty). No slot is active on
+    an invalid patch, and the means leave it out. Frames without valid patches do not count. An absent slot has overlap
+    0. No gradient flows.
 
-    The rule is meant for logits. Log-probabilities have another shift at every patch, which changes the overlap.
+    The rule is meant for logits: log-probabilities have another shift at every patch, which changes the overlap.
 
     Shape: logits: (B, T, S, H, W). valid: (B, T) or (B, T, H, W) bool. slot_mask: (B, S) bool. Returns (B, S, S) within
         [0, 1], symmetric; the diagonal is the share of frames a slot is active in.
@@ -73,7 +73,7 @@ def slot_mean(logits: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | None) -> Tensor:
-    """Merge slots transitively and name each slot's representative.
+    """Merge slots transitively, and return each slot's representative.
 
     Slots i != j are linked when ``overlap[i, j] > threshold``. The connected components of that graph are the groups:
     links A-B and B-C merge A with C, too. The representative of a group is its member with the largest area, or the
@@ -84,7 +84,7 @@ def merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | Tensor | No
         S) int64: the representative of every slot.
 
     Args:
-        overlap: how far slots overlap, see :func:`slot_overlap`.
+        overlap: overlap of every two slots, see :func:`slot_overlap`.
         area: number of patches with the label of each slot; NaN is less than any number.
         threshold: within [0, 1], or a scalar tensor. 1 and None merge nothing.
 

@@ -34,20 +34,20 @@ PRESETS: dict[str, float] = {"movi_c": 0.7, "movi_e": 0.65, "ytvis": 0.6, "coco"
 
 
 class _SSyncModule(LossModule):
-    """Base of the three: the check of settings, and warnings of likely mistakes."""
+    """Base of the three modules: it checks the settings and warns of likely mistakes."""
 
     def remember(self, arguments: dict[str, Any]) -> None:
-        """Keep the settings, and prepare the warning of detached maps."""
+        """Keep the settings, and prepare the warnings."""
         super().remember(arguments)
         self._warn, self._look = DetachedWarning(), FirstLook()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load a pickle; version 0.1.0 did not look."""
+        """Load a pickle; pickles of version 0.1.0 lack ``_look``."""
         super().__setstate__({"_look": FirstLook(), **state})
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How maps are read, and who looks at the first; see :class:`FirstLook`."""
+        """Arguments of ``prepare_maps``; :class:`FirstLook` warns once of a wrong ``kind`` and an inverted mask."""
         return {"kind": self.kind, "grid": self.grid, "axes": self.axes, "look": self._look}
 
     @staticmethod
@@ -73,7 +73,7 @@ class _SSyncModule(LossModule):
 
 
 class _OneTermLoss(_SSyncModule):
-    """One of the two terms, and its student."""
+    """Base of the two modules that compute one term."""
 
     _student: ClassVar[str]
     _term: ClassVar[str]
@@ -88,7 +88,7 @@ class _OneTermLoss(_SSyncModule):
         slot_mask: Tensor | None = None,
         num_frames: int | None = None,
     ) -> Tensor:
-        """Return the term; arguments as those of the function."""
+        """Return the term; the function of the same name explains the arguments."""
         _check_two(enc_logits, dec_logits)
         student = enc_logits if self._student == "enc_logits" else dec_logits
         self._warn(self, **{self._student: (student, self._term)})
@@ -100,8 +100,8 @@ class _OneTermLoss(_SSyncModule):
 class BoundaryRefinementLoss(_OneTermLoss):
     """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``; pass one
-    ``PseudoLabels`` as ``labels`` to this and to :class:`InteriorDenoisingLoss`, and they are computed once.
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``. To compute the
+    labels once, pass the same ``PseudoLabels`` as ``labels`` to this module and to :class:`InteriorDenoisingLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -162,51 +162,52 @@ class InteriorDenoisingLoss(_OneTermLoss):
 class SSyncLoss(_SSyncModule):
     """Selective synergistic learning: one loss line for a slot model that already trains.
 
-    ``loss = ramp * (boundary_weight * L_b + interior_weight * L_i)``: the encoder's labels teach the decoder at
-    boundaries (:func:`boundary_refinement_loss`), the decoder's labels teach the encoder in interiors
-    (:func:`interior_denoising_loss`), after redundant slots are merged transitively
-    (:func:`pseudo_labels`). Time and memory are linear in the patches; no gradient crosses between the maps.
+    ``loss = ramp * (boundary_weight * L_b + interior_weight * L_i)``. Redundant slots are merged transitively
+    (:func:`pseudo_labels`). Then the encoder's labels teach the decoder at boundaries
+    (:func:`boundary_refinement_loss`), and the decoder's labels teach the encoder in interiors
+    (:func:`interior_denoising_loss`). Time and memory are linear in the number of patches. No gradient crosses between
+    the maps.
 
-    The module has no parameters and no buffers, so old checkpoints load strictly, and calls no collectives:
-    see :func:`ssync_loss.distributed.global_mean` for a mean over all ranks.
+    The module has no parameters and no buffers, so old checkpoints load strictly. It calls no collectives;
+    :func:`ssync_loss.distributed.global_mean` computes a mean over all ranks.
 
     Args:
-        merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. This is the
-            sensitive setting: see :meth:`from_preset` for the published values. It and the weights may be scalar
-            tensors on the maps' device.
+        merge_threshold: overlap above which slots are merged, within [0, 1]; None turns merging off. The loss is most
+            sensitive to this setting: see :meth:`from_preset` for the published values. The threshold and the weights
+            may be scalar tensors on the maps' device.
         boundary_weight: weight of the boundary term, at least 0.
         interior_weight: weight of the interior term, at least 0.
         criterion: ``"mse"`` (published) or ``"cross_entropy"``.
         label_smoothing: within [0, 1], spread over present slots, for ``"cross_entropy"`` only.
-        temperature: of the softmax over slots, above 0 (at least the smallest normal float32, 1.2e-38).
-        min_different: differing neighbors, of ten, that make a boundary; 0 to 10.
-        min_same: agreeing neighbors without which a patch is noise; 0 to 10.
-        max_different: differing neighbors allowed in an interior; 0 to 10.
-        kind: what the maps hold: ``"logits"``, ``"probs"``, or a pair for encoder and decoder. With an
-            encoder's probabilities merging follows another rule, see :func:`pseudo_labels`.
-        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)). None takes the other map's grid if it has as many
-            patches, else a square.
-        axes: layout of the maps in einops' notation, one or a pair (encoder, decoder): b, t, s, h and w in any order,
-            any of them merged. b or t may be missing where its size is 1. An image is ``"b s h w"``, slots in the last
-            axis are ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. Sizes that one map does not show come
-            from the other, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N). Without ``grid``
-            it refuses two (B, T, S, N) maps that could be images: N is a square, and neither of S and N is more than
-            twice the other.
-        start_step: step from which the loss is on. The published start is 30 % of training.
-        ramp_steps: steps over which the loss then grows linearly, from 0 at ``start_step`` to full weight at
+        temperature: temperature of the softmax over slots, at least the smallest normal float32, 1.2e-38.
+        min_different: least number of differing neighbors, of ten, at a boundary; 0 to 10.
+        min_same: least number of agreeing neighbors at a boundary; a patch with fewer is noise; 0 to 10.
+        max_different: greatest number of differing neighbors in an interior; 0 to 10.
+        kind: ``"logits"`` or ``"probs"`` for both maps, or a pair for encoder and decoder. With an encoder's
+            probabilities merging follows another rule, see :func:`pseudo_labels`.
+        grid: (H, W) of (B, T, S, N) maps, or ((H, W), (H_d, W_d)). None takes the other map's grid if both maps have
+            the same number of patches, else a square.
+        axes: layout of the maps in einops' notation, one for both or a pair (encoder, decoder): b, t, s, h and w in any
+            order, separate or merged. b or t may be missing if its size is 1. An image is ``"b s h w"``, slots in the
+            last axis are ``"b t (h w) s"``, frames in the batch ``"(b t) s h w"``. Sizes that one map does not show
+            come from the other map, ``grid`` and ``num_frames``. None reads (B, T, S, H, W) and (B, T, S, N). Without
+            ``grid``, None refuses two (B, T, S, N) maps that could be images: N is a square, and neither of S and N is
+            more than twice the other.
+        start_step: first step with the loss on. The published start is 30 % of training.
+        ramp_steps: number of steps over which the loss grows linearly, from 0 at ``start_step`` to full weight at
             ``start_step + ramp_steps``.
         backend: the engine; the value does not depend on it. ``"torch"`` runs anywhere. ``"cpu"`` is a C library for
-            CPU maps of up to 64 slots, compiled at first use and kept in the user's cache folder (or in the folder that
-            the variable SSYNC_LOSS_CACHE names). ``"triton"`` is CUDA kernels for float16, bfloat16 and float32 maps of
-            up to 64 slots. ``"reference"`` is slow loops, for checking. ``"auto"`` takes ``"cpu"`` or ``"triton"`` if
-            it is available and agrees with torch on a small case, else ``"torch"``. An engine that is named but not
-            available is an error.
+            CPU maps of up to 64 slots. It is compiled at first use and kept in the user's cache folder, or in the
+            folder that the variable SSYNC_LOSS_CACHE names. ``"triton"`` is CUDA kernels for float16, bfloat16 and
+            float32 maps of up to 64 slots. ``"reference"`` is slow loops, for checking. ``"auto"`` takes ``"cpu"`` or
+            ``"triton"`` if that engine is available and agrees with torch on a small case, else ``"torch"``. Naming an
+            engine that is not available is an error.
 
-    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, float16, bfloat16, float32 or
+    Shape: enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says, float16, bfloat16, float32 or
         float64. Returns a float32 scalar (float64 for float64 maps).
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527).
-    Raises: TypeError, ValueError on a wrong setting, or maps that do not fit, already before ``start_step``.
+    Raises: TypeError, ValueError on a wrong setting or maps that do not fit, even before ``start_step``.
 
     >>> sharp = torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]).view(1, 1, 2, 1, 3)
     >>> blurred = torch.zeros(1, 1, 2, 1, 3, requires_grad=True)  # undecided: (1/2 - 1)^2 = (1/2)^2 = 1/4
@@ -241,8 +242,8 @@ class SSyncLoss(_SSyncModule):
     def from_preset(cls, name: str, **settings: Any) -> "Self":
         """Build the loss with the merge threshold published for a data set.
 
-        The name is ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9). ``settings`` are any
-        arguments of the constructor, and win over the preset.
+        The name is ``"movi_c"`` (0.7), ``"movi_e"`` (0.65), ``"ytvis"`` (0.6) or ``"coco"`` (0.9). ``settings`` are
+        arguments of the constructor and override the preset.
 
         Raises: ValueError if the name is unknown.
 
@@ -262,22 +263,21 @@ class SSyncLoss(_SSyncModule):
         slot_mask: Tensor | None = None,
         num_frames: int | None = None,
     ) -> Tensor:
-        """Return the loss to add to a model's own.
+        """Return the loss, to be added to the model's own loss.
 
-        Before ``start_step`` it is exactly 0, attached to the graph, and nothing is computed. In training mode it warns
-        once of a student that carries no gradient, such as detached attention. Outside of compiled code it also warns
-        once of probabilities given as logits, and of an inverted ``slot_mask``: it looks at the first call that
-        computes. What is on a CUDA device is copied without waiting, and a later call speaks.
+        Before ``start_step`` the loss is exactly 0, attached to the graph, and nothing is computed. In training mode
+        the module warns once of a student without a gradient, such as detached attention. Outside of compiled code it
+        also warns once of probabilities passed as logits and of an inverted ``slot_mask``. It checks the maps of the
+        first computed step. Maps on a CUDA device are copied without waiting, and a later call warns.
 
         Args:
             enc_logits: slot-attention logits of the last iteration of every frame, before the softmax.
             dec_logits: alpha logits of the decoder, before the softmax over slots.
-            step: the training step, a Python int or, outside of compiled code, NumPy's; needed with ``start_step``
-                or ``ramp_steps``. Capturing a step as a CUDA graph freezes the ramp at the step of capture: capture
-                once it has ended.
-            valid: (B, T) or (B, T, H, W) bool, patches that count, on the encoder's grid.
-            slot_mask: (B, S) bool, slots that are present.
-            num_frames: T; needed where ``axes`` merges t with another axis and neither map shows it.
+            step: the training step, a Python integer, or NumPy's outside of compiled code; needed with ``start_step``
+                or ``ramp_steps``. A CUDA graph freezes the ramp at the step of capture: capture after the ramp.
+            valid: (B, T) or (B, T, H, W) bool, valid patches on the encoder's grid.
+            slot_mask: (B, S) bool, present slots.
+            num_frames: T; needed if ``axes`` merges t with another axis and neither map shows T.
         """
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
         self.look_at(enc_logits, dec_logits)
@@ -301,9 +301,9 @@ class SSyncLoss(_SSyncModule):
         slot_mask: Tensor | None = None,
         num_frames: int | None = None,
     ) -> SSyncTerms:
-        """Return the loss with its parts and labels, for logging and pictures; arguments as in ``forward``.
+        """Return the loss, its terms and the labels, for logging and pictures; arguments as in ``forward``.
 
-        Before ``start_step`` ``total`` is 0; the other values are computed.
+        Before ``start_step`` ``total`` is 0, but the other values are computed.
         """
         is_on = self.is_on(step)
         masks: dict[str, Any] = {"valid": valid, "slot_mask": slot_mask, "num_frames": num_frames}
@@ -317,7 +317,7 @@ class SSyncLoss(_SSyncModule):
     def is_on(self, step: int | None) -> bool:
         """Check the step, and tell whether the loss has started.
 
-        Raises: TypeError, ValueError if the step is no integer, or there is a schedule and no step.
+        Raises: TypeError if the step is no integer; ValueError if a schedule needs a step and it is None.
         """
         if step is None:
             if self.start_step > 0 or self.ramp_steps > 0:
@@ -328,14 +328,14 @@ class SSyncLoss(_SSyncModule):
         return as_step(step) >= start_step
 
     def weigh(self, boundary: Tensor, interior: Tensor, step: int | None = None) -> Tensor:
-        """Add both terms with their weights and the ramp of a step that is not before the start."""
+        """Return the weighted sum of both terms, with the ramp of a step from ``start_step`` on."""
         return weigh(boundary, interior, self.settings_at(step, boundary))
 
     def settings_at(self, step: int | None, like: Tensor) -> Settings:
-        """Return the settings of a step, the ramp in the weights."""
+        """Return the settings of a step; its ramp multiplies the weights."""
         weights = self.boundary_weight, self.interior_weight
         if step is not None and self.ramp_steps > 0:
-            # a tensor: as a number, every step of the ramp would be compiled anew
+            # with a number instead of a tensor, torch.compile would compile every step of the ramp anew
             progress = torch.full((), as_step(step) - self.start_step, device=like.device, dtype=widest(like))
             ramp = (progress / self.ramp_steps).clamp_max(1.0)
             weights = ramp * weights[0], ramp * weights[1]
@@ -346,7 +346,7 @@ class SSyncLoss(_SSyncModule):
         """Refuse one tensor as both maps; warn once of a student without a gradient."""
         _check_two(enc_logits, dec_logits)
         taught = {}
-        # the value of a tensor is not read
+        # a weight that is a tensor counts as positive: reading it would wait for its device
         if isinstance(self.boundary_weight, Tensor) or self.boundary_weight > 0:
             taught["dec_logits"] = (dec_logits, "boundary")
         if isinstance(self.interior_weight, Tensor) or self.interior_weight > 0:

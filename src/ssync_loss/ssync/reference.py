@@ -1,8 +1,8 @@
 """SSync in loops: one clip, one frame, one slot, one neighbor at a time.
 
-This module defines what the library computes, for tests and for reading. It shares only the result type with the other
-engines, so that one mistake cannot be in both. Maps are logits ``(B, T, S, H, W)`` on one grid. Halves are computed in
-float32, float64 in float64.
+This module defines the values of the library, for tests and for readers. It shares only the result type with the other
+engines, so that they cannot share a mistake. Maps are logits ``(B, T, S, H, W)`` on one grid. float64 maps are computed
+in float64, all others in float32.
 
 Source: Moon & Heo, Selective Synergistic Learning, ECCV 2026 (arXiv 2606.15527).
 """
@@ -68,7 +68,7 @@ class UnionFind:
 
 
 class ReferenceSSync(NamedTuple):
-    """Both unweighted losses and the labels they were computed from.
+    """Both unweighted losses and their labels.
 
     Attributes:
         boundary, interior: scalars.
@@ -91,7 +91,7 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
     >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
     1
     """
-    cells, present = _what_counts(_map_size("logits", logits), valid, slot_mask)
+    cells, present = _valid_and_present(_map_size("logits", logits), valid, slot_mask)
     scores = logits.movedim(2, -1).tolist()
     labels = torch.zeros(cells.shape, dtype=torch.int64)
     for b, t, h, w in cells.nonzero().tolist():
@@ -101,12 +101,12 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
 
 
 def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None) -> Tensor:
-    """Measure how far every two slots are active on the same patches.
+    """Measure the overlap of every two slots: the IoU of their active patches.
 
-    A slot is active on a patch where its logit exceeds its own mean over the clip, strictly. The overlap is the mean
-    over frames of ``IoU(i, j) = |A_i and A_j| / |A_i or A_j|`` (0 where neither is active). An invalid patch is active
-    for no slot and enters no mean. A frame without a valid patch does not count. An absent slot, or a clip without a
-    valid patch, has overlap 0. The diagonal is the share of frames in which the slot is active.
+    A slot is active on a patch if its logit exceeds, strictly, the slot's mean over the clip. The overlap is the mean
+    over frames of ``IoU(i, j) = |A_i and A_j| / |A_i or A_j|`` (0 if neither is active). No slot is active on an
+    invalid patch, and the means leave it out. Frames without a valid patch do not count. Absent slots and clips without
+    a valid patch have overlap 0. The diagonal is the share of frames in which the slot is active.
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or
         wider.
@@ -116,7 +116,7 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
     [[[1.0, 0.5], [0.5, 1.0]]]
     """
     size = _map_size("logits", logits)
-    cells, present = _what_counts(size, valid, slot_mask)
+    cells, present = _valid_and_present(size, valid, slot_mask)
     device, logits = logits.device, _wide(logits.detach()).cpu()
     overlap = torch.zeros(size["B"], size["S"], size["S"], dtype=logits.dtype)
     for b, slots in enumerate(present):
@@ -132,7 +132,7 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
 
 
 def _active_places(slot_logits: Tensor, cells: Tensor) -> list[set[tuple[int, int]]]:
-    """Return, per frame, where a slot's logits (T, H, W) exceed their mean over the clip's valid patches."""
+    """Return the active places of every frame: a slot's logits (T, H, W) exceed their mean over valid patches."""
     values = slot_logits[cells]
     mean = values.sum() / values.numel()
     active: list[set[tuple[int, int]]] = [set() for _ in range(len(slot_logits))]
@@ -147,7 +147,7 @@ def _iou(first: set[tuple[int, int]], second: set[tuple[int, int]]) -> float:
 
 
 def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | None) -> Tensor:
-    """Name the representative of every slot.
+    """Return the representative of every slot.
 
     Slots i ≠ j are linked when ``overlap[b, i, j] > threshold``, strictly and in the precision of ``overlap``. The
     connected components of that graph are the groups. The representative of a group is its member with the largest
@@ -186,10 +186,10 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
 
 
 def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Count, for every patch, how many of its ten neighbors carry another label.
+    """Count, for every patch, those of its ten neighbors that have another label.
 
-    The neighbors are the eight around it in its frame, and the same place one frame earlier and later. Coordinates
-    outside the clip are clamped into it. An invalid neighbor does not differ, an invalid patch has count 0.
+    Eight neighbors surround the patch in its frame; two are at the same place one frame earlier and later. Coordinates
+    outside the clip are clamped into it. An invalid patch has count 0, and an invalid neighbor never differs.
 
     Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
 
@@ -275,7 +275,7 @@ def reference_pseudo_labels(
     """
     size = _map_size("enc_logits", enc_logits)
     _map_size("dec_logits", dec_logits, **size)
-    cells, _ = _what_counts(size, valid, slot_mask)
+    cells, _ = _valid_and_present(size, valid, slot_mask)
     enc_labels = reference_hard_labels(enc_logits, valid=cells, slot_mask=slot_mask)
     dec_labels = reference_hard_labels(dec_logits, valid=cells, slot_mask=slot_mask)
     overlap = reference_slot_overlap(enc_logits, valid=cells, slot_mask=slot_mask)
@@ -315,12 +315,12 @@ def reference_selective_distillation_loss(
     unselected, and "sum" their sum. With M_b selected patches in a clip, "mean" divides the sum of squares over patches
     and slots by ``Σ_b M_b S_b``, and the cross-entropy by ``Σ_b M_b``.
 
-    Nothing selected is exactly 0, attached to the graph. Nothing is selected in a clip without a present slot.
-    Unselected patches and absent slots may hold anything and have gradient 0. A patch whose present logits are all -inf
-    is uniform, without gradient. Otherwise a slot at -inf has probability 0, and in the cross-entropy the
-    log-probability log(finfo(float32).tiny), without gradient. NaN or +inf in a selected patch makes its value NaN.
+    If nothing is selected, the loss is exactly 0, attached to the graph. A clip without a present slot has no selected
+    patch. Unselected patches and absent slots may hold anything and have gradient 0. A patch with all present slots at
+    -inf has uniform P and gradient 0. Any other slot at -inf has probability 0 and gradient 0; the cross-entropy takes
+    log(finfo(float32).tiny) as its log-probability. NaN or +inf in a selected patch makes the patch's value NaN.
 
-    The computation is in float64; the result is float32, or float64 for float64 logits.
+    The loss is computed in float64 and returned in float32 (float64 for float64 logits).
 
     Shape: logits: (B, T, S, H, W), target: (B, T, H, W), integer, region: (B, T, H, W), bool, slot_mask: (B, S).
         Returns a scalar, or (B, T, H, W) for "none".
@@ -404,7 +404,7 @@ def reference_ssync(
 
     Boundary refinement compares the decoder's map with the encoder's merged labels in the boundary region. Interior
     denoising compares the encoder's map with the decoder's merged labels in the interior region. NaN or +inf in a valid
-    patch of a present slot of either map makes both NaN.
+    patch of a present slot of either map makes both losses NaN.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns two
         scalars and the labels.
@@ -435,7 +435,7 @@ def reference_ssync(
     )
     boundary = distill(dec_logits, labels.enc_labels, labels.boundary)
     interior = distill(enc_logits, labels.dec_labels, labels.interior)
-    cells, present = _what_counts(_map_size("enc_logits", enc_logits), valid, slot_mask)
+    cells, present = _valid_and_present(_map_size("enc_logits", enc_logits), valid, slot_mask)
     for b, slots in enumerate(present):
         values = torch.cat([one[b].movedim(1, -1)[cells[b]][:, slots] for one in (enc_logits, dec_logits)])
         if (values.isnan() | (values == math.inf)).any():
@@ -464,10 +464,10 @@ def _valid_cells(valid: Tensor | None, size: dict[str, int]) -> Tensor:
     return valid.cpu().expand(shape)
 
 
-def _what_counts(
+def _valid_and_present(
     size: dict[str, int], valid: Tensor | None, slot_mask: Tensor | None
 ) -> tuple[Tensor, list[list[int]]]:
-    """Return the valid patches, none in a clip without a present slot, and the present slots of every clip."""
+    """Return the valid patches and the present slots of every clip; without a present slot no patch is valid."""
     present = _present_slots(slot_mask, size)
     has_slots = torch.tensor([bool(slots) for slots in present], dtype=torch.bool)
     return _valid_cells(valid, size) & has_slots[:, None, None, None], present

@@ -1,4 +1,4 @@
-"""The adaptive loss in loops, for tests and for reading. It uses :mod:`ssync_loss.ssync.reference` alone."""
+"""The adaptive loss in loops, for tests and for readers. It uses only :mod:`ssync_loss.ssync.reference`."""
 
 from math import isfinite
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class ReferenceAdaptiveState(NamedTuple):
 
 
 def reference_explained(points: Tensor, names: list[int]) -> float:
-    """Return the share of the variance of points (N, D) that a partition into names explains.
+    """Return the share of the variance of points (N, D) that a partition explains: the points' ``names``.
 
     >>> reference_explained(torch.tensor([[0.0], [2.0], [6.0], [8.0]]), [0, 0, 1, 1])
     0.9
@@ -41,7 +41,7 @@ def reference_margins(
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
 ) -> list[tuple[float, float]]:
-    """Return both margins of every clip whose features vary over its valid patches.
+    """Return both margins of every clip with features that vary over its valid patches.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W). features: (B, T, D, H, W). valid: (B, T) or (B, T, H, W). slot_mask:
         (B, S).
@@ -87,7 +87,7 @@ def reference_adaptive_step(
     slot_mask: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, ReferenceAdaptiveState, str]:
-    """Ask one question and take one step: return the loss, the state after it, and the level by name.
+    """Ask one question and take one step: return the loss, the new state, and the name of the level.
 
     Args: as :class:`ssync_loss.AdaptiveSSyncLoss` and :func:`ssync_loss.testing.reference_ssync`.
 
@@ -103,7 +103,7 @@ def reference_adaptive_step(
     plain = reference_ssync(enc_logits, dec_logits, merge_threshold=None, **masks, **settings)
     merged = reference_ssync(enc_logits, dec_logits, merge_threshold=merge_threshold, **masks, **settings)
     means = [sum(margins) / len(clips) for margins in zip(*clips, strict=True)]
-    # maps with NaN or +inf make the loss NaN, and their margins mean nothing
+    # maps with NaN or +inf make the loss NaN; they have no meaningful margins
     if clips and all(map(isfinite, means)) and bool((plain.boundary + plain.interior).isfinite()):
         margin, merged_margin = (
             momentum * one + (1 - momentum) * mean for one, mean in zip(state[:2], means, strict=True)

@@ -12,12 +12,11 @@ NUM_NEIGHBORS = 10
 
 
 def neighbor_difference(labels: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Count, for every patch, how many of its ten neighbors carry another label.
+    """Count, for every patch, those of its ten neighbors that have another label.
 
     ``n[p] = #{q in neighbors(p): labels[q] != labels[p]}``: eight neighbors in the frame, one in the previous and one
-    in the next frame. The nearest patch inside the clip replaces a neighbor outside it. At an edge a diagonal neighbor
-    thus is the one along the edge, which then counts twice. An invalid patch has count 0, and as a neighbor it does not
-    differ.
+    in the next frame. The nearest patch inside the clip replaces a neighbor outside it. The neighbors along an edge
+    thus replace diagonal ones and count twice. An invalid patch has count 0, and an invalid neighbor never differs.
 
     Shape: labels: (B, T, H, W) integers. valid: (B, T) or (B, T, H, W) bool. Returns (B, T, H, W) uint8 within [0, 10].
 

@@ -61,7 +61,7 @@ class Settings:
 def check_scalar(name: str, value: object, low: float, high: float | None = None) -> None:
     """Require a number within [low, high], or a floating-point tensor without axes.
 
-    A tensor is checked if reading it waits for no device. It may be infinite, which turns merging off.
+    Only ``low`` applies to a tensor, if reading it waits for no device. An infinite threshold turns merging off.
     """
     if not isinstance(value, Tensor):
         check_number(name, value, low, high)

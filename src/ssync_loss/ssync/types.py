@@ -10,7 +10,7 @@ class PseudoLabels(NamedTuple):
 
     Attributes:
         enc_labels: (B, T, H, W) int64, slot index of every patch in the encoder's map, merged. 0 where invalid.
-        dec_labels: the same of the decoder's map, merged with the same representatives.
+        dec_labels: the same for the decoder's map, merged with the same representatives.
         boundary: (B, T, H, W) bool, where ``enc_labels`` teach the decoder.
         interior: (B, T, H, W) bool, where ``dec_labels`` teach the encoder. May overlap with ``boundary``.
         representative: (B, S) int64, the slot that each slot was merged into, or itself.
@@ -27,7 +27,7 @@ class SlotLabels(NamedTuple):
     """Hard labels of both maps before merging, and representatives.
 
     Attributes:
-        hard: (2, B, T, H, W) integer, of the encoder's map and of the decoder's. Any slot or -1 where invalid.
+        hard: (2, B, T, H, W) integer, first the encoder's labels, then the decoder's. Any slot or -1 where invalid.
         representative: (B, S) integer, the slot that each slot is merged into, or itself.
         clean: scalar bool, False if a valid patch of a present slot holds NaN or +inf.
     """
@@ -41,7 +41,7 @@ class SSyncTerms(NamedTuple):
     """The result of :meth:`ssync_loss.SSyncLoss.terms`. All are tensors, so that nothing waits for a device.
 
     Attributes:
-        total: scalar, the weighted, ramped sum; what ``forward`` returns.
+        total: scalar, the weighted, ramped sum, which ``forward`` returns.
         boundary: scalar, the unweighted mean of the boundary term, which teaches the decoder.
         interior: scalar, the unweighted mean of the interior term, which teaches the encoder.
         num_boundary: scalar, the number of boundary patches in the batch, int64.

@@ -13,10 +13,10 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-# few values, so that overlaps often equal each other and the threshold
+# with few values, overlaps often equal each other and the threshold
 OVERLAPS = (0.0, 0.25, 0.5, 0.6, 0.75, 1.0)
 
-# logits are integers times this
+# logits are integer multiples of this number
 UNIT = 1 / 8
 
 
@@ -34,14 +34,14 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
             group = rng.integers(0, 3, size=slots)
             overlap[:] = np.where(group[:, None] == group, rng.choice(OVERLAPS[3:]), rng.choice(OVERLAPS[:3]))
         else:
-            # every slot is linked to an earlier one; with `is_path` to the last one: one long path
+            # every slot is linked to an earlier slot; with `is_path` to the previous slot, which makes one long path
             order, is_path = rng.permutation(slots), rng.random() < 0.5
             for child in range(1, slots):
                 parent = child - 1 if is_path else rng.integers(child)
                 overlap[order[child], order[parent]] = 1.0 if is_path and rng.random() < 0.5 else rng.choice(OVERLAPS)
         overlap = np.maximum(overlap, overlap.T)
         np.fill_diagonal(overlap, rng.choice([0.0, 0.5, 1.0], size=slots, p=[0.1, 0.1, 0.8]))
-        # three values among many slots, so that largest areas often tie
+        # with three values for many slots, largest areas often tie
         area = rng.choice([0, 5, 9], size=slots)
     if distinct_areas:
         area = rng.permutation(slots)
@@ -49,7 +49,7 @@ def graph_clip(seed: int, slots: int, *, distinct_areas: bool) -> tuple[Floats, 
 
 
 def label_clip(seed: int, shape: Sequence[int], slots: int) -> Ints:
-    """Return labels (T, H, W) within [0, slots): one label a frame, noise, checkers, dots or moving boxes."""
+    """Return labels (T, H, W) within [0, slots): one label per frame, noise, checkers, dots or moving boxes."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape, dtype=np.int64)
     style = rng.integers(6) if seed else None
@@ -97,7 +97,7 @@ def map_pair_clip(seed: int, shape: Sequence[int], slots: int, *, ties: bool, mi
 
 
 def _logits(rng: np.random.Generator, shape: Sequence[int], slots: int) -> Ints:
-    """Draw objects, few values, many values, or slots that are constant over the clip, and so never active."""
+    """Draw objects, few values, many values, or slots that are constant over the clip and thus never active."""
     full = (shape[0], slots, *shape[1:])
     style = rng.integers(5)
     if style == 0:
@@ -121,14 +121,14 @@ def _make_redundant(rng: np.random.Generator, logits: Ints) -> None:
 def _to_floats(rng: np.random.Generator, logits: Ints, *, ties: bool) -> Floats:
     slots, parts = logits.shape[1], 1
     if not ties:
-        # a different remainder for every slot
+        # every slot has another remainder, so the logits of a patch differ
         parts = 1 << (slots - 1).bit_length()
         logits = logits * parts + rng.permutation(slots)[:, None, None]
     return np.asarray(logits * (UNIT / parts), dtype=np.float64)
 
 
 def _punch(rng: np.random.Generator, logits: Floats, *, whole_patches: bool) -> None:
-    """Set single logits, a whole slot and, only if wanted, whole patches to -inf."""
+    """Set single logits and a whole slot to -inf; set whole patches to -inf only if ``whole_patches``."""
     before = logits.copy()
     logits[rng.random(logits.shape) < rng.choice([0.0, 0.1, 0.5])] = -np.inf
     if rng.random() < 0.3:

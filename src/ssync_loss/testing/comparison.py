@@ -64,9 +64,9 @@ def gradient_scale(
 ) -> float:
     """Return an upper bound, up to rounding, of the entries of the gradient of a mean loss.
 
-    It is ``2 / (temperature * Σ_b M_b * S_b)`` for "mse" and ``1 / (temperature * Σ_b M_b)`` for "cross_entropy", with
-    M_b selected patches and S_b present slots in clip b, and infinite if nothing is selected. Errors of a gradient are
-    a fraction of this number, not of each entry: entries that nearly cancel are rounding.
+    The bound is ``2 / (temperature * Σ_b M_b * S_b)`` for "mse" and ``1 / (temperature * Σ_b M_b)`` for
+    "cross_entropy", with M_b selected patches and S_b present slots in clip b. It is infinite if nothing is selected.
+    Compare errors of a gradient with this number, not with each entry: an entry near 0 may consist of rounding errors.
 
     Shape: region: (B, T, H, W), bool, slot_mask: (B, S), bool.
 
@@ -85,8 +85,8 @@ def assert_close_gradient(
 ) -> None:
     """Require gradients of one shape to agree: ``|actual - expected| <= tol * scale`` everywhere, and NaN nowhere.
 
-    A gradient that is None fails. ``scale`` comes from :func:`gradient_scale`; if it is infinite, as nothing is
-    selected, both must be exactly 0.
+    A gradient of None fails. ``scale`` comes from :func:`gradient_scale`. If nothing is selected, it is infinite, and
+    both gradients must be exactly 0.
 
     Raises: AssertionError when a value or the shape differs, or a gradient is missing.
 

@@ -1,4 +1,4 @@
-"""Clips whose labels do not depend on rounding or on ties, and NaN in cells that must not matter."""
+"""Select clips whose labels do not depend on rounding or ties, and write NaN into cells that must not matter."""
 
 import math
 
@@ -19,12 +19,12 @@ def decidable_clips(
     slot_mask: Tensor | None = None,
     dyadic: bool = False,
 ) -> Tensor:
-    """Tell for which clips merging does not depend on rounding.
+    """Mark the clips in which merging does not depend on rounding.
 
     Two correct implementations must give the same labels if every valid logit of a present slot has
     ``|logit - mean| > 1e-5 * max(1, |mean|)`` and every overlap ``|IoU - threshold| > 1e-6``. Overlaps of 0 and 1 are
     always exact. Without a threshold every clip is decidable. ``dyadic`` logits are multiples of one power of two that
-    is not too small, as those of :func:`map_pairs`: then means are exact, and only overlaps need a margin.
+    is not too small, like those of :func:`map_pairs`. Their means are exact, and only overlaps need a margin.
 
     Shape: enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
 
@@ -56,10 +56,10 @@ def untied_clips(
     valid: Tensor | None = None,
     slot_mask: Tensor | None = None,
 ) -> Tensor:
-    """Tell for which clips the order of the slots does not matter.
+    """Mark the clips in which the order of the slots does not matter.
 
-    In these, every valid patch of both maps has one strongest present slot, and every group of merged slots has one
-    member with the largest area: renaming the slots renames the labels.
+    In these clips every valid patch of both maps has one strongest present slot, and every group of merged slots has
+    one member with the largest area. Renaming the slots thus only renames the labels.
 
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,),
         bool.
@@ -87,7 +87,7 @@ def untied_clips(
 def poison(
     logits: Tensor, *, valid: Tensor | None = None, slot_mask: Tensor | None = None, value: float = math.nan
 ) -> Tensor:
-    """Return a copy that holds ``value`` in every invalid patch and absent slot: nothing may depend on it.
+    """Return a copy with ``value`` in every invalid patch and absent slot; results must not depend on these.
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, S, H, W).
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ssync_loss.testing import _clips
 
-# far from small fractions, so that rounding of an overlap hardly ever decides
+# far from small fractions, so that rounding rarely moves an overlap across the threshold
 GENERIC_THRESHOLDS = (0.6180339887, 0.3535533906, 0.7853981634, 0.1234567891, 0.9091909391)
 
 
@@ -58,7 +58,7 @@ class MapPair(NamedTuple):
 
 
 class SSyncCase(NamedTuple):
-    """Two maps and their masks, named like the arguments they fit: ``pseudo_labels(**case._asdict())``.
+    """Two maps and their masks, with the names of arguments: ``pseudo_labels(**case._asdict())``.
 
     Attributes:
         enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
@@ -92,8 +92,8 @@ def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
     """Draw a merge threshold, or None for no merging.
 
     Tied thresholds are values of the overlaps of :func:`slot_graphs`, so that an overlap often equals the threshold.
-    The others are 0, 1 and values far from small fractions, for tests from end to end, where rounding must not decide
-    (:func:`decidable_clips` makes sure).
+    Other thresholds are 0, 1 and values far from small fractions, for end-to-end tests. Rounding must not decide there,
+    see :func:`decidable_clips`.
     """
     return st.sampled_from((None, *(_clips.OVERLAPS if tied else (0.0, 1.0, *GENERIC_THRESHOLDS))))
 
@@ -116,7 +116,7 @@ def slot_graphs(
     """Draw inputs of merging: long paths, trees, cliques and random graphs.
 
     Overlaps and areas have few values, so that overlaps often equal each other or the threshold, and largest areas of a
-    group often tie. With ``distinct_areas`` all slots of a clip have different areas. ``dtype`` is that of the overlap.
+    group often tie. With ``distinct_areas`` all slots of a clip have different areas. The overlap has type ``dtype``.
     """
     slots = draw(_up_to(max_slots))
     clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]

@@ -1,7 +1,7 @@
-"""Pictures of both maps and of who teaches whom, as uint8 tensors.
+"""Pictures of both maps and of the student on every patch, as uint8 tensors.
 
 :func:`overlay` and :func:`outline` take and return videos (B, T, 3, h, w), so that one can be drawn over the other.
-:func:`filmstrip` puts frames side by side. :func:`panel` does it all::
+:func:`filmstrip` puts frames side by side. :func:`panel` draws a complete picture::
 
     picture = panel(video, enc_logits, dec_logits)  # (B, 3, height, width), uint8
 

@@ -12,7 +12,6 @@ from ssync_loss._checks import check_int
 
 Color: TypeAlias = tuple[int, int, int]
 
-# the student on a patch
 ENCODER_TAUGHT: Color = (58, 134, 255)
 DECODER_TAUGHT: Color = (255, 146, 20)
 BOTH_TAUGHT: Color = (214, 70, 196)
@@ -23,7 +22,6 @@ WHITE: Color = (255, 255, 255)
 # index: 1 if the encoder is taught, plus 2 if the decoder is taught
 BY_ROLE = (NOBODY_TAUGHT, ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT)
 
-# a legend, in the words of the loss
 ROLE_COLORS: dict[str, Color] = {
     "encoder taught (interior)": ENCODER_TAUGHT,
     "decoder taught (boundary)": DECODER_TAUGHT,
@@ -53,7 +51,7 @@ _FIRST_COLORS: tuple[Color, ...] = (
 def palette(num_slots: int) -> Tensor:
     """Return distinct colors of slots.
 
-    They do not depend on the number of slots: ``palette(n)[:k] == palette(k)``. Returns (num_slots, 3) uint8: red,
+    A color does not depend on the number of slots: ``palette(n)[:k] == palette(k)``. Returns (num_slots, 3) uint8: red,
     green, blue.
 
     Raises: TypeError, ValueError if the number is no integer within [1, 256].
@@ -67,12 +65,12 @@ def palette(num_slots: int) -> Tensor:
 
 @cache
 def _colors() -> tuple[Color, ...]:
-    """Return all colors: the first by eye, then repeatedly the candidate furthest from all before it."""
+    """Return all colors: the first are chosen by eye, every other color is furthest from the colors before it."""
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     place = _oklab(candidates)
     chroma = np.hypot(place[:, 1], place[:, 2])
-    # neither close to black, white or gray, as the video may be, nor glaring
+    # usable colors are not glaring, and not close to black, white or gray, which videos contain
     usable = (place[:, 0] > 0.42) & (place[:, 0] < 0.92) & (chroma > 0.05) & (chroma < 0.18)
     candidates, place = candidates[usable], place[usable]
     chosen = np.array(_FIRST_COLORS)

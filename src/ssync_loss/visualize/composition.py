@@ -48,17 +48,17 @@ def panel(
     """Draw a step of the loss as one picture per clip: a column per frame, a row for each of ``PANEL_ROWS``.
 
     - input: the video;
-    - encoder: its hard labels before merging, over the gray video;
-    - decoder: its hard labels before merging, likewise;
+    - encoder: the encoder's hard labels before merging, over the gray video;
+    - decoder: the decoder's hard labels before merging, over the gray video;
     - merged: the encoder's labels after merging, with white lines around patches where the decoder's merged labels
       differ;
     - who is taught: ``ROLE_COLORS``. The decoder learns on boundaries (``DECODER_TAUGHT``), the encoder in interiors
       (``ENCODER_TAUGHT``).
 
-    A slot has one color in all rows, a merged slot that of its representative. Invalid patches are dark.
+    A slot has the same color in all rows; a merged slot has the color of its representative. Invalid patches are dark.
 
-    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or what ``axes`` says, H and
-        W apart from h and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
+    Shape: video: (B, T, 3, h, w). enc_logits, dec_logits: (B, T, S, H, W) or (B, T, S, N), or as ``axes`` says; H and W
+        may differ from h and w. Returns (B, 3, height, width), uint8, with ``height = 5 * scale * h + 4 * gap`` and
         ``width = T * scale * w + (T - 1) * gap``.
 
     ``video`` and ``alpha`` are as in :func:`overlay`, ``gap`` as in :func:`filmstrip`. ``labels`` come from
@@ -102,5 +102,5 @@ def panel(
             blended(gray, roles(labels, valid=counted), alpha),
         ]
         strips = torch.stack([filmstrip(row, gap=gap) for row in rows], dim=1)
-        # a filmstrip of transposed rows puts them below each other
+        # transposed rows side by side are rows below each other
         return filmstrip(strips.mT, gap=gap).mT.contiguous()

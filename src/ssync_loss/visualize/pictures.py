@@ -34,12 +34,12 @@ _GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor | None = None) -> Tensor:
-    """Draw the color of its slot over every patch: ``(1 - alpha) * video + alpha * palette[label]``.
+    """Draw the colors of slots over their patches: ``(1 - alpha) * video + alpha * palette[label]``.
 
     Labels are enlarged to the frames by nearest neighbor. Invalid patches become dark.
 
     Shape: video: (B, T, 3, h, w), floating point within [0, 1] (clamped into it, NaN to 0), or uint8. labels: (B, T, H,
-        W) integers >= 0; from 256 on the colors start over. valid: (B, T) or (B, T, H, W) bool, all when None. Returns
+        W) integers >= 0; from 256 on the colors repeat. valid: (B, T) or (B, T, H, W) bool, or None. Returns
         (B, T, 3, h, w), uint8.
 
     ``alpha`` is the weight of the colors, within [0, 1].
@@ -64,7 +64,7 @@ def overlay(video: Tensor, labels: Tensor, *, alpha: float = 0.4, valid: Tensor 
 
 
 def outline(video: Tensor, region: Tensor, color: Sequence[int] = WHITE, *, width: int = 1) -> Tensor:
-    """Draw the inner border of a region: its pixels within ``width`` of a pixel outside.
+    """Draw the inner border of a region: the pixels of the region within ``width`` of a pixel outside.
 
     The region is enlarged to the frames by nearest neighbor. The edge of a frame counts as outside.
 
@@ -107,10 +107,10 @@ def roles(labels: PseudoLabels, *, valid: Tensor | None = None) -> Tensor:
     """Color every patch by its student, as in ``ROLE_COLORS``.
 
     The color is ``ENCODER_TAUGHT`` in interiors, ``DECODER_TAUGHT`` on boundaries, ``BOTH_TAUGHT`` where the two
-    overlap, ``NOBODY_TAUGHT`` in neither, and ``INVALID`` at invalid patches.
+    overlap, ``NOBODY_TAUGHT`` outside both, and ``INVALID`` at invalid patches.
 
-    Shape: labels: from ``pseudo_labels`` or ``SSyncLoss.terms``. valid: (B, T) or (B, T, H, W) bool, as given there.
-        Returns (B, T, 3, H, W), uint8, one pixel per patch.
+    Shape: labels: from ``pseudo_labels`` or ``SSyncLoss.terms``. valid: (B, T) or (B, T, H, W) bool, as passed to those
+        functions. Returns (B, T, 3, H, W), uint8, one pixel per patch.
 
     Raises: TypeError, ValueError if ``labels`` are no PseudoLabels, or a dtype, shape or device does not fit.
 
@@ -144,23 +144,23 @@ def filmstrip(video: Tensor, *, gap: int = 0) -> Tensor:
     size = check_video(video)
     check_int("gap", gap, 0)
     with torch.no_grad():
-        # a gap right of every frame, without the last one
+        # a gap to the right of every frame but the last
         frames = F.pad(as_bytes(video), [0, gap], value=255)
         strip = rearrange(frames, "b t c h w -> b c h (t w)")
         return strip[..., : size["T"] * (size["w"] + gap) - gap]
 
 
 def histogram(counts: Tensor, *, at: float | None = None, height: int = 64, width: int = 8) -> Tensor:
-    """Draw counts in bins of equal width from 0 to 1 as bars, and a line at a value.
+    """Draw counts in bins of equal width from 0 to 1 as bars, and a line at the value ``at``.
 
-    The height of a bar is proportional to the square root of its count, so that rare counts are visible, too. With
-    ``diagnostics.overlap_histogram`` and a merge threshold, the bars right of the line are merged pairs.
+    The height of a bar is proportional to the square root of its count, so that small counts are visible, too. With the
+    counts of ``diagnostics.overlap_histogram`` and a line at the merge threshold, merged pairs are right of the line.
 
     Shape: counts: (N,) integers >= 0. Returns (3, height, N * width), uint8.
 
     Raises: TypeError, ValueError if a dtype, shape or number does not fit.
 
-    >>> histogram(torch.tensor([4, 1, 0]), height=4, width=1)[0].tolist()  # bars of 4, 2 and 0, of little red
+    >>> histogram(torch.tensor([4, 1, 0]), height=4, width=1)[0].tolist()  # red is 58 in bars of height 4, 2 and 0
     [[58, 255, 255], [58, 255, 255], [58, 58, 255], [58, 58, 255]]
     """
     size = check_shape("counts", counts, "N")

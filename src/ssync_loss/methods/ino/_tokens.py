@@ -9,7 +9,7 @@ from ssync_loss._inputs import check_floats, check_mask
 def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict[str, int]:
     """Check a list of tokens (B, T, N, D), or features (B, T, D, H, W), and return their sizes.
 
-    Known sizes N or H decide which of both it must be. A list, or a batch, may be empty.
+    A known size N requires a list, a known size H requires features. The list and the batch may be empty.
     """
     is_list = "N" in sizes or ("H" not in sizes and isinstance(tokens, Tensor) and tokens.ndim == 4)
     axes, filled = ("N {}", "{}") if is_list else ("{} H W", "{} H W")
@@ -17,7 +17,7 @@ def check_tokens(name: str, tokens: Tensor, channels: str, **sizes: int) -> dict
 
 
 def positions_of(size: dict[str, int]) -> dict[str, int]:
-    """Return the sizes without those of the channels."""
+    """Return the sizes of all axes but the channels."""
     return {axis: size[axis] for axis in ("B", "T", "N", "H", "W") if axis in size}
 
 
@@ -28,5 +28,5 @@ def check_kept(name: str, mask: Tensor, size: dict[str, int], **beside: Tensor) 
 
 
 def as_list(tokens: Tensor) -> Tensor:
-    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D); a list stays."""
+    """Return features (B, T, D, H, W) as tokens (B, T, H * W, D), and a list unchanged."""
     return rearrange(tokens, "b t d h w -> b t (h w) d") if tokens.ndim == 5 else tokens

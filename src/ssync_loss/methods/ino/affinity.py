@@ -29,23 +29,23 @@ def affinity_consistency_loss(
 
     With tokens of length 1, ``A_i[u, v]`` is the product of token u of frame i and token v of frame i + 1:
     ``loss = mean over clips, i < T and u of -sum_v softmax_v(A^t_i / tau_t) log softmax_v(A^s_i / tau_s)``. As the
-    temperatures differ, the loss of a student that equals its teacher is above 0. Positions do not matter: frames may
-    be cropped independently, and several crops of a frame may be clips of their own, (B g, T, n, D).
+    temperatures differ, the loss of a student that equals its teacher is above 0. The loss uses no positions, so frames
+    may be cropped independently. Pass several crops of a frame as separate clips, (B g, T, n, D).
 
-    Time is quadratic in the n tokens of a frame, kept or not. The forward forms the gradient. Memory is two maps of
-    B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with all others
-    and gets no gradient. A single frame, no clips, no tokens and an empty mask give exactly 0, attached to the graph
-    (the published code: NaN).
+    Time is quadratic in the n tokens of a frame, kept or not. The forward also computes the gradient. Memory is two
+    maps of B (T-1) n x n, or of ``chunk_size`` x n with the same value and gradient. A zero vector has cosine 0 with
+    all others and gets no gradient. With a single frame, an empty mask, no clips or no tokens the loss is exactly 0,
+    attached to the graph (the published code: NaN).
 
     Args:
         s: (B, T, D, H, W), or kept positions (B, T, n, D), the student's features of frames that may be masked; the
             only argument that gets a gradient. The published features are the logits of a :class:`PrototypeHead`.
-        t: likewise, the teacher's features of whole frames, possibly with another number of channels.
-        mask: (B, T, H, W) or (B, T, n), bool, positions that count, the same number in every frame; None for all. The
+        t: the same shape, the teacher's features of whole frames; the number of channels may differ.
+        mask: (B, T, H, W) or (B, T, n), bool, kept positions, the same number in every frame; None keeps all. The
             number is not checked on an accelerator or under compilation.
         tau_s: temperature of the student, above 0.
         tau_t: temperature of the teacher, above 0.
-        chunk_size: rows of affinities at a time, over all pairs of frames; None for all.
+        chunk_size: number of rows of affinities at a time, over all pairs of frames; None for all.
 
     Returns: a scalar in float32, or float64 if one of the features is.
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), in-generative learning, L_in_aff of Fig. 2.
@@ -54,7 +54,7 @@ def affinity_consistency_loss(
 
     >>> import torch
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)  # two tokens, nothing moves
-    >>> # the teacher is e : 1 sure of a token, the student too: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> # teacher and student give odds of e : 1: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
     >>> round(affinity_consistency_loss(frames, frames, tau_s=1.0, tau_t=1.0).item(), 4)
     0.5822
     """
@@ -107,7 +107,7 @@ def affinity_consistency_loss(
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all frames but the last, and the next one of each, over all clips."""
+    """Return all frames but the last, and the next frame of each, in one list over all clips."""
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 

@@ -35,15 +35,13 @@ def cross_entropies(s: Tensor, t: Tensor, center: Tensor, tau_s: float, tau_t: f
 def trajectory(center: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
     """Return the center (Kp,) before and after each of n moves, ``c <- momentum * c + (1 - momentum) * mean``.
 
-    The means are of groups of rows, with sums (n, Kp) and counts (n,). A group without rows does not move the center.
+    Each mean is over a group of rows, with sums (n, Kp) and counts (n,). A group without rows does not move the center.
     """
     moves = (counts > 0).cumsum(0)
     # number of moves before each center
     behind = torch.nn.functional.pad(moves, (1, 0))
     since = (behind.unsqueeze(1) - moves).to(sums)
-    # only earlier moves have weight
     weights = ((1 - momentum) * momentum**since).tril(-1)
-    # 0 where there are no rows
     means = sums / counts.clamp_min(1).unsqueeze(1)
     return (momentum ** behind.to(sums)).unsqueeze(1) * center + weights @ means
 
@@ -58,13 +56,13 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
     step, call ``criterion(s, t)`` and then ``criterion.update_center(t)``, which moves
     ``center <- m_c * center + (1 - m_c) * mean over rows of t``. If the loss is in an activation checkpoint, move the
     center after the backward. ``forward`` never moves the center (the authors' code does). The center is a buffer in
-    float32, or float64 after float64 logits. Use two modules for class and patch tokens: each has its own center. With
-    ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers, which all ranks must make. Only this call
-    cannot be compiled.
+    float32, or float64 after float64 logits. Use two modules for class and patch tokens, so that each has a separate
+    center. With ``all_reduce``, as published, a move is one all-reduce of Kp + 1 numbers; all ranks must call it. Only
+    this call cannot be compiled.
 
-    ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if one of both
-    has it. No rows give exactly 0, attached to the graph. Rows with NaN or infinity do not move the center, although
-    they make the loss NaN: ``num_left_out`` counts them, and is not saved.
+    ``forward(s, t)`` takes logits (..., Kp) of the same rows and returns a scalar in float32, or float64 if an argument
+    has it. Without rows the loss is exactly 0, attached to the graph. Rows with NaN or infinity make the loss NaN, but
+    do not move the center. ``num_left_out`` counts these rows; it is not saved.
 
     Args:
         Kp: number of prototypes.
@@ -101,7 +99,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
     ) -> None:
         self.remember(locals())
         check_int("Kp", Kp, 1)
-        # in inference mode they could never be written to
+        # buffers made in inference mode could never be written
         with torch.inference_mode(False):
             self.register_buffer("center", torch.zeros(Kp))
             self.register_buffer("num_left_out", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -117,14 +115,13 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         with no_autocast(s):
             dtype = widest(s, t)
             rows = cross_entropies(s.to(dtype), t.to(dtype), self.center.to(dtype), self.tau_s, self.tau_t)
-            # a mean of no rows would be NaN
             return rows.sum() / max(rows.numel(), 1)
 
     @torch.no_grad()
     def update_center(self, t: Tensor, *, mask: Tensor | None = None) -> None:
         """Move the center once, toward the mean of teacher logits (..., Kp), or of the rows in a mask (...), bool.
 
-        Without rows it does not move.
+        Without rows the center does not move.
         """
         check_rows("t", t, "Kp", len(self.center), center=self.center)
         with no_autocast(t):
@@ -141,9 +138,9 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
 
     @torch.no_grad()
     def move_center(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """Move the center once for each of n groups of rows, in order, and return it before each move, (n, Kp).
+        """Move the center once for each of n groups of rows, in order, and return the center before each move, (n, Kp).
 
-        The rows are teacher logits, (B, n, R, Kp). Only ``counted`` rows, (B, n, R), bool, that are finite move it.
+        The rows are teacher logits, (B, n, R, Kp). Only finite rows that are ``counted``, (B, n, R), bool, move it.
         """
         check_group("group", self.group)
         if is_recomputing():
@@ -164,7 +161,7 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         sums, counts = torch.where(fits.unsqueeze(1), sums, 0.0), counts * fits
         dtype = torch.promote_types(self.center.dtype, sums.dtype)
         if self.center.dtype != dtype:
-            # the module was cast down, or these are the first float64 logits
+            # the module was cast to half precision, or these are the first float64 logits
             self.center = self.center.to(dtype)
         centers = trajectory(self.center, sums.to(dtype), counts, self.m_c)
         self.center.copy_(centers[-1])

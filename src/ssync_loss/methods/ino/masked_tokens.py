@@ -20,17 +20,17 @@ def masked_token_loss(
 
     ``loss = mean over frames of the mean over masked rows of -sum_k q_k log softmax(s_pat / tau_s)_k`` with
     ``q = softmax((t_pat - center) / tau_t)``; ``ce_patch`` holds the temperatures and the center. The rows of a frame
-    are the masked positions of all clips. A frame without any is left out. No masked position, and no clips, give
-    exactly 0, attached to the graph.
+    are the masked positions of all clips. A frame without masked positions is left out. If no frame or no clip is left,
+    the loss is exactly 0, attached to the graph.
 
-    ``ce_patch.update_center(rows, mask=mask)`` moves the center. As published, with ``update_center`` in training mode,
-    it instead moves after every frame, toward the mean of that frame's masked teacher rows, and the next frame uses the
-    moved center. To save time, pass only the masked positions as lists, with a mask of ones.
+    ``ce_patch.update_center(rows, mask=mask)`` moves the center. With ``update_center`` in training mode, as published,
+    the center instead moves after every frame, toward the mean of that frame's masked teacher rows, and the next frame
+    uses the moved center. To save time, pass only the masked positions as lists, with a mask of ones.
 
     Args:
         s_pat: (B, T, Kp, H, W), or a list of tokens (B, T, N, Kp), the student's logits of masked frames; the only
             argument that gets a gradient.
-        t_pat: likewise, the teacher's logits of whole frames, at the same positions.
+        t_pat: the same shape, the teacher's logits of whole frames, at the same positions.
         mask: (B, T, H, W) or (B, T, N), bool, positions that the student did not see, such as :func:`clip_mask`.
         ce_patch: the center of patches, and the temperatures.
         update_center: whether the center moves with every frame.
@@ -43,7 +43,7 @@ def masked_token_loss(
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
     >>> mask = torch.tensor([True, False]).view(1, 1, 2)
     >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
-    >>> # e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> # odds of e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
     >>> round(masked_token_loss(logits, logits, mask, criterion).item(), 4)
     0.5822
     """
@@ -64,7 +64,6 @@ def masked_token_loss(
         if update_center and ce_patch.training:
             center = ce_patch.move_center(t, masked).unsqueeze(1)
         rows = cross_entropies(s, t, center.to(dtype), ce_patch.tau_s, ce_patch.tau_t)
-        # a mean of nothing would be NaN
         frames = (rows * masked).sum((0, 2)) / counts.clamp_min(1)
         return frames.sum() / (counts > 0).sum().clamp_min(1)
 

@@ -32,23 +32,24 @@ def out_generative_loss(
 ) -> Tensor:
     """Teach the class tokens of a student's crops the teacher's class tokens of global crops, across time.
 
-    Frames i and i + T/2 are a pair. Teacher views are its 2g global crops. Student views are the same 2g crops (which
-    may be masked) and its 2l local crops: ``loss = mean over clips and pairs of the mean over teacher views i and
-    student views v != i of -sum_k q_k log softmax(s_v / tau_s)_k``, ``q = softmax((t_i - center) / tau_t)``; ``ce``
-    holds the temperatures and the center. A crop does not predict itself; crops of the same frame predict each other.
+    Frames i and i + T/2 are a pair. Teacher views are the pair's 2g global crops. Student views are the same 2g crops
+    (which may be masked) and the pair's 2l local crops: ``loss = mean over clips and pairs of the mean over teacher
+    views i and student views v != i of -sum_k q_k log softmax(s_v / tau_s)_k`` with
+    ``q = softmax((t_i - center) / tau_t)``. ``ce`` holds the temperatures and the center. A crop does not predict
+    itself; crops of the same frame predict each other.
 
-    As published, with ``update_center`` in training mode, the center moves after every pair, toward the mean of that
-    pair's teacher views, and the next pair uses the moved center. A single frame has no pair: it, and no clips, give
+    With ``update_center`` in training mode, as published, the center moves after every pair, toward the mean of that
+    pair's teacher views, and the next pair uses the moved center. Without a pair (T = 1) or without clips the loss is
     exactly 0, attached to the graph.
 
     Args:
         s_glob: (B, T, g, Kp), T even or 1, the student's logits of the class tokens of global crops.
-        s_loc: (B, T, l, Kp), l may be 0, the student's of local crops; these two get a gradient.
-        t_glob: (B, T, g, Kp), the teacher's of the global crops.
+        s_loc: (B, T, l, Kp), l may be 0, the student's logits of local crops. ``s_glob`` and ``s_loc`` get gradients.
+        t_glob: (B, T, g, Kp), the teacher's logits of the global crops.
         ce: the center of class tokens, and the temperatures.
         balance: ``"flat"``, the authors' code, is one mean over all student views. ``"per_term"``, the two losses of
-            the paper, is the mean of the mean over global and the mean over local views; without local crops it is the
-            first.
+            the paper, averages the mean over global views and the mean over local views; without local crops only the
+            first remains.
         update_center: whether the center moves with every pair.
 
     Returns: a scalar in float32, or float64 if one of the logits is.
@@ -59,7 +60,7 @@ def out_generative_loss(
     >>> import torch
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
     >>> criterion = CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0)
-    >>> # e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
+    >>> # odds of e : 1 for the second prototype: -(0.7311 log 0.7311 + 0.2689 log 0.2689)
     >>> round(out_generative_loss(views, none, views, criterion).item(), 4)
     0.5822
     """
@@ -89,7 +90,7 @@ def out_generative_loss(
         num_targets = size["B"] * size["T"] * size["g"]
         num_global, num_local = num_targets * (2 * size["g"] - 1), num_targets * 2 * s_loc.shape[2]
         if balance == "flat" or num_local == 0:
-            # without clips, too, as the center may still move with other ranks
+            # the divisor may be 0: a rank without clips still moves the center together with other ranks
             return (global_sum + local_sum) / max(num_global + num_local, 1)
         return (global_sum / num_global + local_sum / num_local) / 2
 

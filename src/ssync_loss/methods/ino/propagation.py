@@ -14,7 +14,7 @@ from ssync_loss._rows import slices
 from ssync_loss._settings import COUNT, OPTIONAL_COUNT, POSITIVE, check_by
 from ssync_loss._vectors import directions
 
-# affinities, or pixels of masks, at a time: 64 MB in float32
+# affinities, or pixels of masks, of a block: 64 MB in float32
 BLOCK_ELEMENTS = 1 << 24
 
 _check_settings = check_by(
@@ -38,28 +38,28 @@ def propagate_labels(
     normalize: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Propagate the labels of the first frame through a video, an evaluation of self-supervised features.
+    """Propagate the labels of the first frame through a video, to evaluate self-supervised features.
 
     Labels are resized to the grid of the features (nearest), and :func:`propagate_masks` propagates them as soft masks.
     The masks of a frame are resized to ``size`` (bilinear) and, if ``normalize``, become ``(x - min) / (max - min)``. A
     pixel gets the label of its largest mask, or the lowest label on ties. A constant mask is not normalized (the
-    published code: NaN). A label that is not on the grid of the first frame is never assigned. The first frame of the
-    result has the given labels. This reads data on the host and is not compiled.
+    published code: NaN). If resizing drops a label from the first frame, no pixel gets that label later. The first
+    frame of the result has the given labels. This reads data on the host and is not compiled.
 
     Args:
         features: (B, T, D, H, W), of patches; in a ViT an intermediate layer may be best (published: the student's
             block 7 of 12, after the final norm).
-        labels: (B, h, w), of the first frame, 0 or above; 0 is a label like others.
+        labels: (B, h, w), of the first frame, at least 0; 0 has no special meaning.
         num_context: as in :func:`propagate_masks`, like the next three.
         radius: half the side of the window.
         top_k: number of places that give a patch its label.
-        temperature: of the affinities.
-        size: height and width of the result; None for those of the labels. The published size is that of the frames.
+        temperature: temperature of the affinities.
+        size: height and width of the result; None takes the size of the labels. The published size is the frames' size.
         normalize: whether to stretch every mask to [0, 1] over its frame. Published for DAVIS, not for YouTube-VOS.
         chunk_size: as in :func:`propagate_masks`.
 
     Returns: (B, T, *size), int64.
-    Source: as of :func:`propagate_masks`.
+    Source: see :func:`propagate_masks`.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, negative labels, or features with NaN or
         infinity.
 
@@ -130,26 +130,26 @@ def propagate_masks(
     ``w_u = exp(x_p x_u / temperature)`` for the ``top_k`` largest over the whole context and all ties with the last of
     them, else 0. Then ``mask_p = sum_u w_u mask_u / sum_u w_u``, and later frames use these masks.
 
-    Memory is the features of the context, and one score for each of ``chunk_size`` patches of a clip with each of
-    (num_context + 1) H W places. This reads data on the host once a frame, and is not compiled.
+    Memory holds the features of the context, and the scores of ``chunk_size`` patches of a clip with all
+    (num_context + 1) H W places. This reads data on the host once per frame, and is not compiled.
 
     Args:
         features: (B, T, D, H, W), of patches, of any length; a zero vector has cosine 0 with all others.
         masks: (B, K, H, W), of the first frame. If they sum to 1, so do those of later frames.
-        num_context: frames of the context beside the first. Published: 10 for DAVIS, 20 for YouTube-VOS.
+        num_context: frames of the context besides the first. Published: 10 for DAVIS, 20 for YouTube-VOS.
         radius: half the side of the window in patches. Published: 40 and 50, for patches of 8 pixels.
         top_k: number of places that give a patch its masks.
-        temperature: of the affinities, above 0.
-        chunk_size: patches of a clip at a time; None for as many as fit into 64 MB.
+        temperature: temperature of the affinities, above 0.
+        chunk_size: patches of a clip at a time; None lets the scores fill 64 MB.
 
-    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if one of both has it, without gradient.
+    Returns: (B, T, K, H, W), the first frame as given, in float32, or float64 if an argument has it, without gradient.
     Source: Caron et al., ICCV 2021 (arXiv:2104.14294), the evaluation on DAVIS-2017 after Jabri et al., NeurIPS 2020
     (arXiv:2006.14613); settings of Pan et al., ACM MM 2022 (arXiv:2203.15312).
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or features with NaN or infinity.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> masks = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    >>> # the left patch finds itself: e / (e + 1)
+    >>> # the left patch is like itself: e / (e + 1)
     >>> propagate_masks(features, masks, top_k=2, temperature=1.0)[0, 1, 0]
     tensor([[0.7311, 0.2689]])
     """
@@ -160,7 +160,7 @@ def propagate_masks(
     dtype = widest(features, masks)
     clips, frames, channels, height, width = features.shape
     num_places = height * width
-    # the first frame stays, each new frame replaces the oldest other one
+    # the first frame stays; each new frame replaces the oldest of the others
     num_slots = min(1 + num_context, max(frames - 1, 1))
     if chunk_size is None:
         chunk_size = max(1, BLOCK_ELEMENTS // max(clips * num_slots * num_places, 1))
@@ -195,14 +195,14 @@ def _looked_up(
     if outside is not None:
         scores.unflatten(2, context.shape[1:3]).masked_fill_(outside.unsqueeze(1), float("-inf"))
     largest = scores.topk(min(top_k, scores.shape[2]), dim=2).values
-    # in a window of fewer places the last one is -inf, and all places count
+    # in a window with fewer places the last score is -inf, and all places count
     scores.masked_fill_(scores < largest[..., -1:], float("-inf"))
     weights = scores.sub_(largest[..., :1]).div_(temperature).exp_()
     return weights @ carried.flatten(1, 2) / weights.sum(2, keepdim=True)
 
 
 def _outside(here: slice, height: int, width: int, radius: int, device: torch.device) -> Tensor | None:
-    """Tell which of all places are outside the windows of some places: (n, N), or None if none is."""
+    """Mark the places outside the windows of some places: (n, N), or None if no place is outside."""
     if radius >= max(height, width) - 1:
         return None
     places = torch.arange(height * width, device=device)

@@ -13,12 +13,12 @@ from ssync_loss._vectors import directions, products
 
 
 class PrototypeHead(nn.Module):
-    """Map tokens to their cosines with learned prototypes: the logits of the losses with a center.
+    """Map tokens to their cosines with learned prototypes, the logits of the losses with a center.
 
     ``cosines = unit(mlp(x)) unit(prototypes)^T`` within [-1, 1]. ``mlp`` is linear layers from C channels over
     ``hidden`` to ``bottleneck`` with GELU between them. The lengths of prototypes do not matter (weight normalization
-    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher has its own. Layers
-    follow the autocast around them; cosines are float32, or float64 if the layers are. If the layers return 0, all
+    with a gain of 1). One head serves the class tokens and the patches of a network; the teacher needs a second head.
+    Autocast applies to the layers; cosines are float32, or float64 if the layers are. If the layers return 0, all
     cosines are 0 and there is no gradient.
 
     ``forward(x)``, (..., C) -> (..., Kp); compiles to one graph.
@@ -65,12 +65,12 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the cosines of tokens (..., C) with the prototypes, (..., Kp)."""
         check_rows("x", x, "C", self.in_features, prototypes=self.prototypes)
-        # in the type of the layers, which autocast may cast down
+        # the layers get tokens of the weights' type; autocast may then use half precision
         projected = self.mlp(savable(x).to(next(self.mlp.parameters()).dtype))
         with no_autocast(x):
             tokens, _ = directions(at_least_float32(projected))
             prototypes, _ = directions(at_least_float32(self.prototypes))
-            # as one list: the product knows no broadcasting
+            # tokens in one list, as `products` does not broadcast
             cosines = products(tokens.reshape(-1, tokens.shape[-1]), prototypes)
             return cosines.view(*x.shape[:-1], len(self.prototypes))
 

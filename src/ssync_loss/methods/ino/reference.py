@@ -3,6 +3,9 @@
 Source: Pan et al., ACM MM 2022 (arXiv:2203.15312).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,6 +152,38 @@ def reference_propagate_masks(
                     weight * result[b, i, :, y, x] / total for (i, y, x), weight in used.items()
                 )
     return result
+
+
+def reference_propagate_labels(features: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    """Carry the masks of labels (B, H, W) on the grid of the features, stretch each to [0, 1], and take the largest.
+
+    >>> reference_propagate_labels(torch.eye(2).view(1, 2, 2, 1, 1), torch.tensor([[[3]]])).flatten().tolist()
+    [3, 3]
+    """
+    clips = []
+    for video, first in zip(features, labels, strict=True):
+        names = first.unique()
+        masks = torch.stack([first == name for name in names]).unsqueeze(0)
+        frames = [first]
+        for frame in reference_propagate_masks(video.unsqueeze(0), masks, **settings)[0, 1:]:
+            spans = [(mask.min(), mask.max() - mask.min()) for mask in frame]
+            scores = [(mask - low) / span if span else mask for mask, (low, span) in zip(frame, spans, strict=True)]
+            frames.append(names[torch.stack(scores).argmax(0)])
+        clips.append(torch.stack(frames))
+    return torch.stack(clips)
+
+
+def reference_prototype_head(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the cosines of tokens (..., C) with the prototypes; the weights of a head by name."""
+    known = {name: one.double() for name, one in weights.items()}
+    tokens = x.double().flatten(0, -2)
+    layers = sorted(int(name.split(".")[1]) for name in known if name.startswith("mlp") and name.endswith("weight"))
+    for layer in layers:
+        if layer != layers[0]:
+            tokens = tokens * (1 + torch.erf(tokens / 2**0.5)) / 2
+        tokens = tokens @ known[f"mlp.{layer}.weight"].T + known[f"mlp.{layer}.bias"]
+    cosines = torch.stack([torch.stack([unit(one) @ unit(other) for other in known["prototypes"]]) for one in tokens])
+    return widened(cosines.unflatten(0, x.shape[:-1]), x)
 
 
 def _cross_entropy(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -11,23 +11,23 @@ from ssync_loss._checks import check_int, check_number, check_type
 def clip_mask(
     N: int, *, ratio: tuple[float, float] = (0.1, 0.5), prob: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the patches of an iteration that a student does not see, one set for all frames, crops and clips.
+    """Draw the patches that a student does not see in an iteration: one set for all frames, crops and clips.
 
-    With probability ``prob`` it is a uniform set of ``floor(r N)`` patches, with r uniform within ``ratio``. Otherwise
-    it is empty, and :func:`masked_token_loss` and :func:`affinity_consistency_loss` are 0. In a step::
+    With probability ``prob`` the set has ``floor(r N)`` random patches, with r uniform within ``ratio``. Otherwise the
+    set is empty, and :func:`masked_token_loss` and :func:`affinity_consistency_loss` are 0. In a step::
 
         mask = clip_mask(H * W, generator=generator).view(H, W).expand(B, T, H, W)
-        tokens = torch.where(mask.flatten(2).unsqueeze(3), mask_token, tokens)  # the student's, before their positions
+        tokens = torch.where(mask.flatten(2).unsqueeze(3), mask_token, tokens)  # the student's, without positions yet
 
     Every call draws the same number of random numbers, so ranks that seed their generators with the step get the same
-    mask. A compiler takes no generator, so draw outside of its graph. Returns (N,), bool, on the generator's device,
-    without one on the CPU.
+    mask. Compiled code takes no generator, so draw outside of it. Returns (N,), bool, on the generator's device, or on
+    the CPU without a generator.
 
     Args:
         N: patches of a frame.
         ratio: the smallest and the largest share of masked patches, within [0, 1].
         prob: probability of masking, within [0, 1].
-        generator: source of randomness; None for torch's own.
+        generator: source of randomness; None for torch's global generator.
 
     Source: Pan et al., ACM MM 2022 (arXiv:2203.15312), mask of in-generative learning, as in the authors' code.
     Raises: TypeError if a number is of another type, ValueError if it is out of range.

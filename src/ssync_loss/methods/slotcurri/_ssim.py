@@ -1,7 +1,7 @@
-"""Structural similarity of cubes and its gradient, by the library's own filters or by kornia's.
+"""Structural similarity of cubes and its gradient, computed by the library's filters or by kornia.
 
-Both compare volumes (B, T, C, H, W) with values within [0, 1], and agree up to rounding. The own filters are separable,
-and do not average over an axis that is shorter than the window. kornia has one Gaussian and whole cubes only.
+Both compare volumes (B, T, C, H, W) with values within [0, 1], and agree up to rounding. The library's filters are
+separable, and do not average over an axis shorter than the window. kornia supports one Gaussian and whole cubes.
 """
 
 from math import exp
@@ -54,7 +54,7 @@ class Similarity(NamedTuple):
         return volumes
 
     def passed_back(self, cubes: Tensor, axes: list[int]) -> Tensor:
-        """Apply the transpose of blurring, which a symmetric Gaussian and padding turn into blurring."""
+        """Apply the transpose of blurring: as the Gaussian is symmetric, blur the padded cubes."""
         for axis in axes:
             pad = [0, 0] * (cubes.ndim - 1 - axis) + [self.window - 1] * 2
             cubes = self.blurred(F.pad(cubes, pad), [axis])
@@ -64,17 +64,17 @@ class Similarity(NamedTuple):
 def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Return the sum over cubes of 1 - SSIM and, if wanted, its gradient with respect to ``x``.
 
-    With d = x - y it is ``p + q - p q`` with ``p = mean(d)^2 / (mean(x)^2 + mean(y)^2 + c1)`` and
-    ``q = var(d) / (var(x) + var(y) + c2)``. This is the same index, but precise for small differences.
+    With d = x - y, 1 - SSIM is ``p + q - p q`` with ``p = mean(d)^2 / (mean(x)^2 + mean(y)^2 + c1)`` and
+    ``q = var(d) / (var(x) + var(y) + c2)``. This form is precise for small differences.
     """
     axes = like.axes(x)
-    # variances are differences of squares; around the mean of a channel these are small and lose little
+    # variances are differences of squares; around the mean of a channel the squares are small, and little cancels
     center = y.mean(AXES, keepdim=True)
     x, y = x - center, y - center
     apart = x - y
     mean_x, mean_y = like.blurred(x, axes), like.blurred(y, axes)
     mean_apart, level = mean_x - mean_y, mean_x + center
-    # in place: memory takes more time here than arithmetic
+    # the operations are in place, because memory takes more time here than arithmetic
     size = (mean_y + center).square_().addcmul_(level, level).add_(like.c1)
     spread = like.blurred((x * x).addcmul_(y, y), axes)
     spread.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1).add_(like.c2)
@@ -93,11 +93,11 @@ def own_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: boo
 
 
 def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the same by kornia's index, if :func:`why_not_kornia` is None; this imports kornia."""
+    """Return the same, computed by kornia; :func:`why_not_kornia` must return None. This imports kornia."""
     from kornia.metrics import ssim3d
 
     def total_of(volumes: Tensor) -> Tensor:
-        # eps=0: kornia's default adds to the denominator, 1e-5 of it in dark cubes
+        # eps=0: kornia's default increases the denominator, by 1e-5 of its value in dark cubes
         index = ssim3d(volumes.transpose(1, 2), y.transpose(1, 2), like.window, eps=0.0, padding="valid")
         return (1 - index).sum()
 
@@ -108,7 +108,7 @@ def kornia_dissimilarity(x: Tensor, y: Tensor, like: Similarity, *, with_slope: 
 
 
 def why_not_kornia(volumes: Tensor, like: Similarity) -> str | None:
-    """Say why kornia cannot compute the index of such volumes exactly, or return None."""
+    """Return a condition that kornia needs for the exact index and that is not met, or None."""
     if (like.sigma, like.c1, like.c2) != (1.5, 0.01**2, 0.03**2):
         return "sigma=1.5, k1=0.01 and k2=0.03"
     if len(like.axes(volumes)) < len(AXES):

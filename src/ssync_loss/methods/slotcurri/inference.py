@@ -12,11 +12,11 @@ Step: TypeAlias = Callable[[Any, Tensor, int | None], Mapping[str, Any]]
 
 
 def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor]:
-    """Run a recurrent model over a clip forward and then backward, and return the outputs of the way back.
+    """Run a recurrent model over a clip forward and then backward, and return the outputs of the backward pass.
 
     The forward pass goes from the first frame to the last. The backward pass starts with the state that the last frame
-    predicts, and goes from the last frame but one to the first, so that slots know the clip. The last frame is used
-    once. This is not causal and not for training; call it under ``torch.no_grad()``.
+    predicts, and goes from the last frame but one to the first. Its slots have then seen the whole clip. The last frame
+    is used once. The scan is not causal and not for training; call it under ``torch.no_grad()``.
 
     Args:
         step: ``step(state, frame, t)`` with frame (B, ...) returns a mapping of tensors with ``"state_predicted"``, the
@@ -27,8 +27,8 @@ def cyclic_scan(step: Step, init_state: Any, inputs: Tensor) -> dict[str, Tensor
 
     Returns: every output of ``step``, of shape (B, ...), as (B, T, ...), in the order of time.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), cyclic inference.
-    Raises: TypeError if the inputs or an output are no tensors, or there is no such output; ValueError if there is no
-        frame.
+    Raises: TypeError if the inputs or an output are no tensors, or ``"state_predicted"`` is missing; ValueError if
+        there is no frame.
 
     >>> def step(state, frame, t):
     ...     return {"state": state + frame, "state_predicted": state + frame}

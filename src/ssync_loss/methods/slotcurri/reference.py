@@ -6,6 +6,7 @@ Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758).
 import math
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def reference_place_children(
     min_radius: float = 1e-3,
     unborn: Tensor | None = None,
 ) -> Tensor:
-    """Place one child after the other near its parent, along its given direction (n_new, D).
+    """Place one child after the other near its parent, along the given directions (n_new, D).
 
     >>> slots, up = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0]])
     >>> reference_place_children(slots, [1, 0], up, beta=0.7).tolist()
@@ -122,3 +123,21 @@ def reference_place_children(
         if neighbors == "all":
             rows[num_active : num_active + len(children)] = children
     return torch.stack(children).to(slots_active.dtype) if children else slots_active[:0]
+
+
+def reference_cyclic_scan(step: Any, init_state: Any, inputs: Tensor) -> dict[str, Tensor]:
+    """Step through the frames, then back from the state that the last frame predicts; return the way back.
+
+    >>> def step(state, frame, t):
+    ...     return {"state_predicted": state + frame}
+    >>> reference_cyclic_scan(step, torch.zeros(1), torch.tensor([[1.0, 10.0]]))["state_predicted"].tolist()
+    [[12.0, 11.0]]
+    """
+    num_frames = inputs.shape[1]
+    output = {"state_predicted": init_state}
+    for t in range(num_frames):
+        output = step(output["state_predicted"], inputs[:, t], t)
+    way_back = [output]
+    for t in range(num_frames - 2, -1, -1):
+        way_back.insert(0, step(way_back[0]["state_predicted"], inputs[:, t], None))
+    return {name: torch.stack([one[name] for one in way_back], 1) for name in output}

@@ -57,10 +57,10 @@ def structure_aware_loss(
     Let x and y be both values scaled to [0, 1] together, ``v -> (v - lo) / (hi - lo + eps)``, with means, variances and
     the covariance under a Gaussian over ``window**3`` cells:
     ``loss = 1 - mean over cubes of (2 m_x m_y + c1) (2 s_xy + c2) / ((m_x^2 + m_y^2 + c1) (s_x^2 + s_y^2 + c2))``
-    with ``c1 = k1^2`` and ``c2 = k2^2``. It is within [0, 2]. The published weight beside a mean squared error is 0.05.
-    Cubes are inside the clip. An axis shorter than the window is not averaged over: images, and clips of two frames,
-    are compared frame by frame. No clips give exactly 0, attached to the graph. lo and hi have no gradient. The forward
-    forms the gradient and keeps nothing else.
+    with ``c1 = k1^2`` and ``c2 = k2^2``. The loss is within [0, 2]. The published weight, relative to a mean squared
+    error, is 0.05. Cubes lie inside the clip. An axis shorter than the window is not averaged: images and clips of two
+    frames are compared frame by frame. Without clips the loss is exactly 0, attached to the graph. lo and hi have no
+    gradient. The forward also computes the gradient, and saves only that.
 
     Args:
         pred: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
@@ -73,7 +73,7 @@ def structure_aware_loss(
         normalize: ``"joint"``, as published, uses one lo and hi for all channels of a clip, so that an outlier channel,
             which large backbones have, hides the others. ``"channel"`` uses a lo and hi per channel.
         chunk_size: channels at a time; None for all. The value is the same up to rounding.
-        filters: ``"torch"`` and ``"auto"`` use the library's own separable filters. ``"kornia"`` uses
+        filters: ``"torch"`` and ``"auto"`` use the library's separable filters. ``"kornia"`` uses
             ``kornia.metrics.ssim3d`` as a check; it is several times slower and in float32 a hundred times less exact.
             Before kornia 0.9 its window is rounded to float32, an error of 1e-6. It needs the published constants, T, H
             and W of at least ``window``, a CPU, and no hooks for saved tensors, such as those of a checkpoint.
@@ -98,7 +98,6 @@ def structure_aware_loss(
     dissimilarity = kornia_dissimilarity if filters == "kornia" else own_dissimilarity
     dtype = widest(pred, target)
     with_slope = learns(pred)
-    # a mean of no clips would be NaN
     share = 1 / max(size["B"] * size["D"] * like.num_cubes(pred), 1)
     with torch.no_grad(), no_autocast(pred):
         total = torch.zeros((), dtype=dtype, device=pred.device)

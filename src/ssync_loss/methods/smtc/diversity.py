@@ -17,9 +17,9 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
     """Keep the masks of a frame apart.
 
     ``loss = mean over frames and ordered pairs s != r of cos(M_s + 1e-8, M_r + 1e-8)`` over the patches, with
-    M = softmax over S of the logits. It is 0 if masks are hard and disjoint, 1 if they are uniform, and also 1 if one
-    slot has all patches, as empty masks are uniform, too. Consistency over time alone allows that one slot has all
-    patches. A single slot, and no clips, give exactly 0, attached to the graph.
+    M = softmax over S of the logits. The loss is 0 if masks are hard and disjoint, and 1 if they are uniform. If one
+    slot has all patches, the loss is 1, too, as empty masks are uniform; losses of consistency over time allow this
+    collapse. With a single slot or no clips the loss is exactly 0, attached to the graph.
 
     Shape: logits: (B, T, S, H, W), before the softmax. Returns a scalar in float32, or float64 if the logits are.
 
@@ -39,7 +39,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
         units = masks / torch.linalg.vector_norm(masks, dim=3, keepdim=True)
         itself = torch.eye(num_slots, dtype=torch.bool, device=units.device)
         num_cosines = size["B"] * size["T"] * num_slots * (num_slots - 1)
-        # scaling makes two tensors: a compiler refuses one tensor as both
+        # scaling makes a second tensor: a compiler refuses one tensor as both arguments
         return products(units / num_cosines, units).masked_fill(itself, 0.0).sum()
 
 
@@ -52,7 +52,7 @@ class MaskDiversityLoss(LossModule):
     """
 
     def __init__(self) -> None:
-        # takes no settings, unlike the base class
+        # this class has no settings, unlike the base class
         super().__init__()
 
     def forward(self, logits: Tensor) -> Tensor:

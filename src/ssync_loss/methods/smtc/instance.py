@@ -1,4 +1,4 @@
-"""Instance consistency: instances of one frame match those of other frames, and differ from the rest."""
+"""Instance consistency: an instance is similar to its match in another frame, and differs from other instances."""
 
 from functools import partial
 from typing import Literal, TypeAlias, get_args
@@ -19,7 +19,7 @@ from ssync_loss.methods.smtc._assignment import best_assignment
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 METRICS = get_args(Metric)
 
-# keeps a mean over no valid instance finite
+# keeps the mean finite if no instance is valid
 EPSILON = 1e-10
 
 _check_thresholds = check_by(p_thr=SHARE, area_thr=SHARE, sim_thr=partial(check_number, low=-1.0, high=1.0))
@@ -36,19 +36,19 @@ def _check_settings(*, margin: object, metric: object, same_frame: object) -> No
 def valid_instances(
     logits: Tensor, slots: Tensor, instances: Tensor, *, p_thr: float = 0.5, area_thr: float = 0.2, sim_thr: float = 0.5
 ) -> Tensor:
-    """Select the instances whose semantic covers enough patches, and which are similar to it.
+    """Select instances that are similar to their semantic, of semantics that cover enough patches.
 
     ``valid[s, p] = (share of patches where softmax_S(logits)[s] > p_thr) > area_thr and
-    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with all others. For a model whose slots
-    are the instances, pass ``slots.unsqueeze(3)`` as instances: then only the area counts.
+    cos(slots[s], instances[s, p]) > sim_thr``. A vector of zeros has cosine 0 with all others. If the slots of a model
+    are instances, pass ``slots.unsqueeze(3)`` as instances: then only the area matters.
 
     Args:
         logits: (B, T, S, H, W), masks of the semantics before the softmax.
         slots: (B, T, S, D), the semantics.
-        instances: (B, T, S, P, D), the instances inside each, before any projection.
+        instances: (B, T, S, P, D), the instances inside each semantic, before any projection.
         p_thr: probability above which a patch belongs to a semantic; 0.3 in the authors' later code.
-        area_thr: share of the patches that a semantic must exceed.
-        sim_thr: cosine that an instance must exceed.
+        area_thr: the share of patches that belong to a semantic must exceed this number.
+        sim_thr: the cosine of an instance with its semantic must exceed this number.
 
     Returns: (B, T, S, P), bool.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
@@ -66,7 +66,7 @@ def valid_instances(
     check_floats("instances", instances, "B T S P D", given, filled="P", logits=logits)
     with no_autocast(logits):
         inside = at_least_float32(logits).softmax(2) > p_thr
-        # a true quotient: a mean may multiply by the inverse, and an area at the threshold would exceed it
+        # a division, not a mean: a mean may multiply by the inverse, which can round an area above the threshold
         area = inside.sum((3, 4)) / (size["H"] * size["W"])
         kind, _ = directions(at_least_float32(slots))
         found, _ = directions(at_least_float32(instances))
@@ -84,38 +84,38 @@ def instance_consistency_loss(
     metric: Metric = "cosine",
     same_frame: bool = True,
 ) -> Tensor:
-    """Pull every instance to the teacher's matching one in another frame, and push it away from the others there.
+    """Pull every instance to the teacher's match in another frame, and push it away from the teacher's other instances.
 
     Let O be the student's unit vectors and O' the teacher's. For all pairs of frames t, j of a clip and every semantic,
     ``e`` is the one-to-one assignment of its P instances with the largest sum of ``O_t[p] O'_j[e(p)]``, over all
     instances, valid or not. The value of a valid instance is ``(mean over q != e(p) of relu(O_t[p] O'_j[q] - margin)) -
-    valid'_j[e(p)] O_t[p] O'_j[e(p)]``, within [-1, 1.5]. The loss is the mean over valid instances (with 1e-10 for each
-    of all in the divisor). ``metric="euclidean"`` is the form on the authors' poster, with its sign corrected: ``(sum
-    over q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
+    valid'_j[e(p)] O_t[p] O'_j[e(p)]``, within [-1, 1.5]. The loss is the mean over valid instances; every instance,
+    valid or not, adds 1e-10 to the divisor. ``metric="euclidean"`` is the form on the authors' poster, with the sign
+    corrected: ``(sum over q != e(p) of relu(margin - |O_t[p] - O'_j[q]|)) + valid'_j[e(p)] |O_t[p] - O'_j[e(p)]|``.
 
-    A slot model without semantics has S = 1, and its slots are the instances. No valid instance, and no clips, give
-    exactly 0, attached to the graph. Up to P = 6 all P! assignments are compared. Beyond, scipy solves them on the
-    host, which waits for the device and breaks the graph of a compiler.
+    A slot model without semantics has S = 1, and its slots are the instances. Without a valid instance, or without
+    clips, the loss is exactly 0, attached to the graph. For P up to 6 all P! assignments are compared. For larger P
+    scipy finds the assignment on the host, which waits for the device and breaks the graph of a compiler.
 
     Args:
         embeddings: (B, T, S, P, D), the student's instances, already projected and scaled to length 1; the only
             argument that gets a gradient.
-        teacher_embeddings: (B, T, S, P, D), the teacher's.
-        valid: (B, T, S, P), bool, instances that count, from :func:`valid_instances`.
-        teacher_valid: (B, T, S, P), bool, the teacher's instances that pull.
-        margin: cosine above which, or distance below which, others push away.
+        teacher_embeddings: (B, T, S, P, D), the teacher's instances.
+        valid: (B, T, S, P), bool, valid instances of the student, from :func:`valid_instances`.
+        teacher_valid: (B, T, S, P), bool, the same for the teacher; only valid teacher instances pull.
+        margin: other instances push away if their cosine is above it, or their distance below it.
         metric: ``"cosine"`` as in the authors' code, or ``"euclidean"``.
-        same_frame: whether pairs with t = j count; True in the authors' code, False on the poster.
+        same_frame: whether to include pairs with t = j; True in the authors' code, False on the poster.
 
     Returns: a scalar in float32, or float64 if one of the embeddings is.
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), instance consistency.
-    Raises: ImportError if there are more than six instances, and no scipy; TypeError on a wrong dtype; ValueError on
-        wrong shapes or settings.
+    Raises: ImportError if there are more than six instances and scipy is missing; TypeError on a wrong dtype;
+        ValueError on wrong shapes or settings.
 
     >>> embeddings = torch.eye(2).view(1, 1, 1, 2, 2)
     >>> valid = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> teacher_valid = torch.tensor([True, False]).view(1, 1, 1, 2)
-    >>> # both are found again, but one match does not count: (-1 + 0) / 2
+    >>> # both instances match exactly, but one match is not valid: (-1 + 0) / 2
     >>> round(instance_consistency_loss(embeddings, embeddings.flip(3), valid, teacher_valid).item(), 4)
     -0.5
     """
@@ -134,7 +134,7 @@ def instance_consistency_loss(
         )
         theirs, valid, teacher_valid = map(savable, (theirs, valid, teacher_valid))
         cosines = _by_frames(products(ours, theirs), size["P"])
-        # the assignment as bools
+        # the assignment as a boolean matrix
         matched = best_assignment(cosines.detach()).unsqueeze(5) == torch.arange(size["P"], device=cosines.device)
         if metric == "cosine":
             pull, push = -cosines, (cosines - margin).relu()

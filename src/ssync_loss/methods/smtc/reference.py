@@ -4,6 +4,8 @@ Source: Qian et al., ICCV 2023 (arXiv:2308.09951).
 """
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -29,7 +31,7 @@ def reference_semantic_consistency_loss(
     marginals: str = "l1",
     pool: int = 1,
 ) -> Tensor:
-    """Compare the semantics of every patch with those of the patches it is transported to, pair by pair of frames."""
+    """Compare the semantics of every patch with those of its transport targets, for every pair of frames."""
     values = []
     for clip, teacher, keys in zip(logits, teacher_logits.detach(), feats.detach(), strict=True):
         student_patches, teacher_patches = (
@@ -87,7 +89,7 @@ def reference_instance_consistency_loss(
     metric: str = "cosine",
     same_frame: bool = True,
 ) -> Tensor:
-    """Try every assignment of the instances of two frames, and pull and push by the best one."""
+    """Try every assignment of the instances of two frames, and apply pull and push with the best assignment."""
     num_clips, num_frames, num_slots, _, _ = embeddings.shape
     total, number = embeddings.flatten()[:0].sum().double(), 0.0
     pairs = [(t, j) for t in range(num_frames) for j in range(num_frames) if same_frame or t != j]
@@ -113,7 +115,7 @@ def reference_instance_consistency_loss(
 
 
 def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Correlate every patch with every patch of the frame before, and add a linear map (C, H * W) of it.
+    """Correlate every patch with every patch of the previous frame, and add a linear map (C, H * W) of the result.
 
     >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)
     >>> reference_correlation_fusion(keys, torch.full((1, 1), 2.0), torch.zeros(1)).flatten().tolist()
@@ -123,16 +125,16 @@ def reference_correlation_fusion(keys: Tensor, weight: Tensor, bias: Tensor) -> 
     frames = []
     for clip in keys.double().flatten(3):
         for t, now in enumerate(clip):
-            # the frame before the first is the last
+            # the last frame precedes the first
             correlation = clip[t - 1].mT @ now
             frames.append(now + weight @ correlation + bias.unsqueeze(1))
     return widened(torch.stack(frames).view(keys.shape), keys)
 
 
 def reference_slot_attention(
-    slots: Tensor, features: Tensor, weights: dict[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
+    slots: Tensor, features: Tensor, weights: Mapping[str, Tensor], *, iters: int = 3, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Let slots (K, D) compete for the patches (N, D) of one frame, with a gate (N,) and the whole gradient.
+    """Let slots (K, D) compete for the patches (N, D) of one frame, with a gate (N,); all steps have a gradient.
 
     Returns the slots and the logits (K, N) of the last step.
     """
@@ -162,6 +164,32 @@ def reference_slot_attention(
     return widened(torch.stack(current), slots), widened(logits, slots)
 
 
+def reference_semantic_aware_slot_attention(
+    features: Tensor,
+    noise: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    iters: int = 3,
+    gate: str = "soft",
+    gate_thr: float = 0.3,
+) -> tuple[Tensor, ...]:
+    """Attend frame by frame: semantics (S, C), then P instances of each semantic, with the whole gradient.
+
+    Returns slots, logits, instances and their logits, as the module with these weights does.
+    """
+    frames, grid = [], features.shape[3:]
+    for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
+        attend = partial(reference_slot_attention, features=frame.flatten(1).mT, weights=weights, iters=iters)
+        slots, logits = attend(weights["mu"])
+        score = logits if gate == "logit" else logits.softmax(0)
+        gates = score if gate == "soft" else (score > gate_thr).double()
+        starts = weights["mu"].unsqueeze(1) + weights["log_sigma"].exp().unsqueeze(1) * draws
+        within = [attend(start, gate=one) for start, one in zip(starts, gates, strict=True)]
+        instances, instance_logits = (torch.stack(one) for one in zip(*within, strict=True))
+        frames.append((slots, logits.unflatten(-1, grid), instances, instance_logits.unflatten(-1, grid)))
+    return tuple(torch.stack(one).unflatten(0, features.shape[:2]) for one in zip(*frames, strict=True))
+
+
 def _best_order(scores: list[list[float]]) -> tuple[int, ...]:
     """Return the columns of the rows whose scores have the largest sum."""
     return max(permutations(range(len(scores))), key=lambda order: sum(scores[p][q] for p, q in enumerate(order)))
@@ -182,5 +210,5 @@ def _patches(frame: Tensor, pool: int) -> list[Tensor]:
 
 
 def _length(vector: Tensor) -> Tensor:
-    """Return the length; that of zero has no gradient."""
+    """Return the length; a zero vector gets no gradient."""
     return vector.square().sum().sqrt() if vector.any() else vector.sum() * 0

@@ -25,7 +25,7 @@ _check_settings = check_by(
     eps=POSITIVE, iters=COUNT, marginals=one_of(*MARGINALS), pool=COUNT, chunk_size=OPTIONAL_COUNT
 )
 
-# float32 needs no logarithms for a kernel within exp(-25) and exp(25): its scalings stay within the cubes of these
+# float32 needs no logarithms for a kernel within exp(-25) and exp(25): scalings stay within the cubes of these bounds
 LARGEST_SCORE = 25.0
 
 
@@ -42,19 +42,19 @@ def semantic_consistency_loss(
 ) -> Tensor:
     """Teach every patch the semantics that a teacher gives the corresponding patches of other frames.
 
-    With f the features at length 1, M = softmax over S of the logits, M' the teacher's, for all ordered pairs of
-    frames t != j: ``plan = sinkhorn(1 - f_t f_j^T, mu_t, mu_j)`` and
-    ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``; the loss is the mean over clips and pairs.
-    Slot s must be the same thing in all frames: global slots, or slots that are passed from frame to frame.
+    Let f be the features at length 1, M the softmax over S of the logits, and M' the softmax of the teacher's logits.
+    For all ordered pairs of frames t != j, ``plan = sinkhorn(1 - f_t f_j^T, mu_t, mu_j)`` and
+    ``l_tj = -sum_{u,v} plan[u, v] sum_s M'_j[s, v] log(M_t[s, u] + 1e-8)``. The loss is the mean over clips and pairs.
+    Slot s must have the same meaning in all frames, like global slots or slots that are passed from frame to frame.
 
     Time is quadratic in the patches N of a frame, for each of T (T - 1) / 2 pairs of frames. Memory is
-    B x ``chunk_size`` kernels of N x N in the forward, and linear in N for the backward. A single frame and no clips
-    give exactly 0, attached to the graph. A zero vector has cosine 0 with all others, and no weight under ``"l1"``. A
-    frame of zero vectors is consistent with all frames.
+    B x ``chunk_size`` kernels of N x N in the forward, and linear in N for the backward. With a single frame or no
+    clips the loss is exactly 0, attached to the graph. A zero vector has cosine 0 with all others, and no weight under
+    ``"l1"``. A frame of zero vectors is consistent with all frames.
 
     Args:
         logits: (B, T, S, H, W), the student's map; the only argument that gets a gradient.
-        teacher_logits: (B, T, S, H, W), of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
+        teacher_logits: (B, T, S, H, W), the map of a teacher, such as :class:`ssync_loss.ema.EmaTeacher`.
         feats: (B, T, D, H, W), features for correspondences, such as keys of a backbone.
         eps: weight of the entropy in the plan.
         iters: iterations of the plan.
@@ -65,11 +65,11 @@ def semantic_consistency_loss(
         chunk_size: pairs of frames at a time; None for all. More than 1 saves launches.
 
     Returns: a scalar in float32, or float64 if one of the tensors is.
-    Source: Qian et al., ICCV 2023 (arXiv:2308.09951), there a sum over pairs, in the authors' code a mean.
+    Source: Qian et al., ICCV 2023 (arXiv:2308.09951); the paper sums over pairs, the authors' code averages.
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes or settings.
 
-    >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches are told apart
-    >>> maps = feats * 4  # and each has a slot of its own: log(1 + exp(-4)) = 0.0181
+    >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)  # nothing moves, and patches differ
+    >>> maps = feats * 4  # every patch has another slot: log(1 + exp(-4)) = 0.0181
     >>> round(semantic_consistency_loss(maps, maps * 100, feats).item(), 4)
     0.0181
     """
@@ -101,12 +101,12 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
     """Return the target of every patch: the teacher's maps (B, T, S, N) of all other frames, transported and summed."""
     num_frames, num_patches = units.shape[1:3]
     mass = weights.sum(2, keepdim=True)
-    # not `> 0`: NaN must stay
+    # `!= 0` keeps NaN, which `> 0` would not
     known = mass != 0
     weights = torch.where(known, weights / torch.where(known, mass, 1.0), 1 / num_patches)
     known = known.unsqueeze(3)
     maps = torch.where(known, maps, 0.0)
-    # every pair once: the way back has the transposed cost
+    # every pair once: the opposite direction has the transposed cost
     first, second = torch.triu_indices(num_frames, num_frames, 1, device=units.device)
     wanted = torch.zeros_like(maps)
     by_products = 1 / eps <= LARGEST_SCORE
@@ -125,7 +125,7 @@ def _wanted(maps: Tensor, units: Tensor, weights: Tensor, *, eps: float, iters: 
                 carried = carried @ transport_plan(scores, mu, nu, iters).mT
             wanted.index_add_(1, here, carried)
             scores = scores.mT
-        # free the memory before the next ones
+        # free the memory before the next pairs
         del scores
     return torch.where(known, wanted, 0.0)
 

@@ -23,15 +23,15 @@ def sinkhorn(cost: Tensor, mu: Tensor, nu: Tensor, *, eps: float = 0.05, iters: 
         cost: (B, N, M), cost of moving one unit from n to m.
         mu: (B, N), weights of the sources, above 0.
         nu: (B, M), weights of the destinations, above 0.
-        eps: weight of the entropy; a small one uses only the cheapest ways.
+        eps: weight of the entropy; a small weight uses only the cheapest moves.
         iters: number of rescalings of both sides.
 
-    Returns: (B, N, M) in float32, or float64 if one of them is.
+    Returns: (B, N, M) in float32, or float64 if an argument is.
     Source: Cuturi, NeurIPS 2013; settings of Qian et al., ICCV 2023 (arXiv:2308.09951).
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes or settings, or on a weight that is not positive, if
         reading it waits for no device.
 
-    >>> free = torch.zeros(1, 2, 2)  # nothing costs anything: the plan is mu x nu
+    >>> free = torch.zeros(1, 2, 2)  # all moves are free: the plan is mu x nu
     >>> sinkhorn(free, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2))
     tensor([[[0.1250, 0.1250],
              [0.3750, 0.3750]]])
@@ -59,7 +59,7 @@ def transport_plan(scores: Tensor, mu: Tensor, nu: Tensor, iters: int) -> Tensor
     for _ in range(iters - 1):
         log_b = log_nu - (scores + log_a).logsumexp(-2, keepdim=True)
         log_a = log_mu - (scores + log_b).logsumexp(-1, keepdim=True)
-    # the last scaling of the columns as a softmax, so that their sums are right for large scores, too
+    # a softmax scales the columns last, so that their sums are right even for large scores
     return (scores + log_a).softmax(-2) * nu.unsqueeze(-2)
 
 

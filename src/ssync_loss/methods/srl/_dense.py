@@ -1,6 +1,6 @@
 """The computation of dense alignment: targets of every patch, and the mean over patches of all windows.
 
-A target that is uniform over a label is the sum of the label's vectors, in time linear in the patches.
+Targets that are uniform over a label need only the sum of the label's vectors, which takes time linear in the patches.
 """
 
 import torch
@@ -25,7 +25,7 @@ def align(
     base_temperature: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """Compare all patches of a window with its anchors, or with ``num_neighbors`` with each other.
+    """Compare all patches of a window with the window's anchors, or with each other if ``num_neighbors`` is given.
 
     Only the features get a gradient.
     """
@@ -41,14 +41,14 @@ def align(
         keys = keys - center
         sums, counts = _sums_of_labels(keys, _windows(labels.unsqueeze(2), group_frames))
         if to_anchors:
-            # half the target is the patch's own anchor, half the anchors of its label
+            # the patch's anchor is half the target, the anchors of its label are the other half
             linear = (sums / counts + keys) / 2
         else:
-            # the other patches of its label, which have the patch as target with the same weight
+            # the other patches of a patch's label; they have the patch as a target with the same weight
             counts -= 1
             linear = (sums - keys) * _half_of(counts)
 
-        # the same rounding as that of the scores
+        # divide first, which rounds as in the scores
         hits = (units / temperature * linear).sum(2, keepdim=True)
 
         def wanted(some: slice, rows: slice) -> Targets:
@@ -61,7 +61,7 @@ def align(
         if with_slope:
             slope = linear * (-(1 if to_anchors else 2) / temperature)
             if not to_anchors:
-                # replaces the center by the patch itself, which only changes the part along it
+                # replaces the center by the patch itself, which changes only the component along the patch
                 slope.addcmul_((counts > 0) / 2, keys, value=1 / temperature)
         total = soft_cross_entropy(
             units,
@@ -72,19 +72,18 @@ def align(
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        # a mean of no clips would be NaN
         scale = temperature / base_temperature / max(labels.numel(), 1)
         if slope is None:
             return total * scale
         slope = through_lengths(slope, units, inverse * scale)
-        # the number of clips may be 0, so give the number of windows a clip
+        # without clips, einops cannot infer the number of windows per clip
         per_clip = num_frames // group_frames
         slope = rearrange(slope, "(b k) (g h w) d -> b (k g) d h w", k=per_clip, g=group_frames, h=height)
     return known_gradient(features, total * scale, slope)
 
 
 def _neighbors(anchors: Tensor, is_labeled: Tensor, linear: Tensor, rows: slice, num_neighbors: int) -> Targets:
-    """Return the targets of some patches: the other patches with the nearest anchors, and those of their label."""
+    """Return the targets of some patches: other patches with the nearest anchors, and other patches of their label."""
     near = anchors[:, rows] @ anchors.mT
     # ties with the last neighbor are neighbors, too
     farthest = near.topk(num_neighbors, dim=2, sorted=False).values.amin(2, keepdim=True)
@@ -109,7 +108,7 @@ def _half_of(counts: Tensor) -> Tensor:
 
 
 def _sums_of_labels(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for every patch the sum (w, M, D) and the number (w, M, 1) of the vectors of its label (w, M, 1)."""
+    """Return for every patch the sum (w, M, D) and the number (w, M, 1) of the vectors with its label (w, M, 1)."""
     labels = labels.squeeze(2).to(torch.int64).contiguous()
     ordered = labels.sort(1).values
     # rename a label to the index of its first patch in sorted order

@@ -1,4 +1,4 @@
-"""Dense contrastive alignment: all patches of a window against all others, quadratic in their number."""
+"""Dense contrastive alignment: all patches of a window against all others, in time quadratic in their number."""
 
 from typing import Any
 
@@ -26,20 +26,20 @@ def dense_decoder_alignment_loss(
 ) -> Tensor:
     """Align the decoder's features of a patch with the anchors of all patches that have its label in the encoder.
 
-    Within a window of ``group_frames`` frames, M patches, with x and y the features and anchors at length 1:
+    Let x and y be features and anchors at length 1, in a window of ``group_frames`` frames with M patches. Then
     ``P_i = softmax_j(x_i y_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
-    -(mean over j with i's label of log P_ij + log P_ii) / 2``. The patch itself has its label.
+    -(mean over j with i's label of log P_ij + log P_ii) / 2``. The mean over j includes i.
 
-    Time is quadratic in M. The forward forms the gradient. Memory is a map of M x M scores of all windows, or of
-    ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with all others and gets no
-    gradient. No clips give exactly 0, attached to the graph.
+    Time is quadratic in M. The forward also computes the gradient. Memory is a map of M x M scores of all windows, or
+    of ``chunk_size`` x M with the same value and gradient. A zero vector has cosine 0 with all others and gets no
+    gradient. Without clips the loss is exactly 0, attached to the graph.
 
     Args:
         features: (B, T, D, H, W), reconstructed features; the only argument that gets a gradient.
         anchors: (B, T, D, H, W), features of the backbone.
         enc_labels: (B, T, H, W), hard labels of the encoder's map, any integers.
         group_frames: frames of a window, a divisor of T; None for the whole clip. Images need 1 or None.
-        temperature: of the softmax, above 0.
+        temperature: temperature of the softmax, above 0.
         base_temperature: divisor of the loss, above 0.
         chunk_size: rows of scores at a time, over all windows; None for all.
 
@@ -78,19 +78,20 @@ def dense_encoder_alignment_loss(
 ) -> Tensor:
     """Align the encoder's features of patches with similar anchors or with the same label in the decoder.
 
-    Within a window of ``group_frames`` frames, M patches, with x the features at length 1:
+    Let x be the features at length 1, in a window of ``group_frames`` frames with M patches. Then
     ``P_i = softmax_{j != i}(x_i x_j / temperature)`` and ``loss = (temperature / base_temperature) * mean over i of
-    -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. Neighbors are the
-    ``top_k * group_frames`` patches whose anchors have the largest cosines with i's, with all ties of the last one, but
-    without i itself. A mean over nothing is 0. The rest is as in :func:`dense_decoder_alignment_loss`, with two maps.
+    -(mean over i's neighbors of log P_ij + mean over j != i with i's label of log P_ij) / 2``. The neighbors of i are
+    the ``top_k * group_frames`` patches whose anchors have the largest cosines with the anchor of i, and all ties with
+    the last of these, but not i. An empty mean is 0. Cost and edge cases are those of
+    :func:`dense_decoder_alignment_loss`, but memory is two maps.
 
     Args:
-        features: (B, T, D, H, W), of the encoder, projected; the only argument that gets a gradient.
-        anchors: (B, T, C, H, W), features of the backbone, which decide who is a neighbor.
+        features: (B, T, D, H, W), projected features of the encoder; the only argument that gets a gradient.
+        anchors: (B, T, C, H, W), features of the backbone, which define the neighbors.
         dec_labels: (B, T, H, W), hard labels of the decoder's map, any integers.
         group_frames: as in :func:`dense_decoder_alignment_loss`, like the last three.
-        top_k: neighbors per frame of the window, with the patch itself.
-        temperature: of the softmax.
+        top_k: number of neighbors per frame of the window, including the patch itself.
+        temperature: temperature of the softmax.
         base_temperature: divisor of the loss.
         chunk_size: rows of scores at a time.
 
@@ -100,8 +101,8 @@ def dense_encoder_alignment_loss(
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)
-    >>> labels = torch.arange(3).view(1, 1, 1, 3)  # no two patches share one
-    >>> # two alike, each the other's neighbor: -log(e / (e + 1)) / 2 = 0.1566; the third's tie: log 2 / 2 = 0.3466
+    >>> labels = torch.arange(3).view(1, 1, 1, 3)  # all labels differ
+    >>> # patches 0 and 1 are neighbors: -log(e / (e + 1)) / 2 = 0.1566; for patch 2 they tie: log 2 / 2 = 0.3466
     >>> loss = dense_encoder_alignment_loss(
     ...     features, features, labels, group_frames=1, top_k=2, temperature=1.0, base_temperature=1.0
     ... )

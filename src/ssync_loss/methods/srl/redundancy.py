@@ -1,4 +1,4 @@
-"""Slot redundancy: of similar slots, those with the least decided attention are pushed to uniform attention."""
+"""Slot redundancy: of two similar slots, the loss pushes the less decided one toward uniform attention."""
 
 from math import log
 
@@ -22,15 +22,16 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
     """Push the redundant slots of a clip toward uniform attention.
 
     ``loss = mean over picked slots of D_s`` with ``D_s = mean over frames of sum_n a_n (log(a_n + 1e-8) + log N)``,
-    the divergence of a slot's attention from 1/N. The following is repeated ``num_picked`` times, at most S - 1: of the
-    two most similar slots that are left (cosine, last frame), the one with the smaller D is picked and removed, or the
-    lower index on ties. A single slot, and no clips, give exactly 0, attached. Slots get no gradient.
+    the divergence of a slot's attention from 1/N. To pick a slot, take the two most similar slots that are left
+    (cosine, last frame), and remove the one with the smaller D, or with the lower index on ties. ``num_picked`` slots
+    are picked, at most S - 1. With a single slot or no clips the loss is exactly 0, attached to the graph. Slots get no
+    gradient.
 
     Args:
         attention: (B, T, S, N) or (B, T, S, H, W), the softmax of the attention logits over *patches*, not over slots;
-            with several iterations their mean.
-        slots: (B, T, S, D), of every frame.
-        num_picked: slots to pick in a clip, at least 1.
+            the mean over iterations if there are several.
+        slots: (B, T, S, D), the slots of every frame.
+        num_picked: number of slots to pick in a clip, at least 1.
 
     Returns: a scalar in float32, or float64 if the attention is.
     Source: Seong, Moon & Heo, ICLR 2026 (arXiv:2602.03390), regularization of the warm-up.
@@ -38,7 +39,7 @@ def slot_redundancy_loss(attention: Tensor, slots: Tensor, *, num_picked: int = 
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)
-    >>> # slots 1 and 2 are most similar and 1 is uniform, D = 0; then of 0 and 2 the latter:
+    >>> # slots 1 and 2 are most similar, and slot 1 is uniform, D = 0; of slots 0 and 2, slot 2 has the smaller D:
     >>> # 3/4 log 3/4 + 1/4 log 1/4 + log 2 = 0.1308
     >>> round(slot_redundancy_loss(attention, slots, num_picked=2).item(), 4)
     0.0654
@@ -68,7 +69,6 @@ def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Te
     """
     num_clips, num_slots, _ = slots.shape
     units, _ = directions(at_least_float32(slots))
-    # every pair once, the lower index first
     earlier, later = torch.triu_indices(num_slots, num_slots, 1, device=slots.device)
     similarity = (units @ units.mT)[:, earlier, later]
     picks = []

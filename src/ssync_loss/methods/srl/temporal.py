@@ -20,7 +20,6 @@ NEGATIVES = get_args(Negatives)
 
 _check_settings = check_by(temperature=POSITIVE, kind=one_of(*CONTRASTS), negatives=one_of(*NEGATIVES))
 
-# divisor of the supervised form
 BASE_TEMPERATURE = 0.07
 
 
@@ -32,17 +31,17 @@ def temporal_slot_contrast_loss(
     With z the slots at length 1, ``"adjacent"`` is ``mean over t and slots i of frame t + 1 of
     -log softmax_j(z_j z_i / temperature)[i]``, where j runs over the slots of frame t.
 
-    ``"supervised"`` takes every slot of every frame: ``(temperature / 0.07) * mean over slots i of
+    ``"supervised"`` averages over the slots of all frames: ``(temperature / 0.07) * mean over slots i of
     -mean over positives p of log(exp(z_i z_p / temperature) / sum_j exp(z_i z_j / temperature))``. Positives are the
-    slot in the frame before and the frame after. j runs over these and over all other slots in all frames, but not over
-    the slot itself in further frames. A single frame, and no clips, give exactly 0, attached to the graph. A zero
-    vector has cosine 0 with all others and no gradient.
+    same slot in the previous and the next frame. j runs over the positives and over all other slots of all frames, but
+    not over the same slot in other frames. With a single frame or no clips the loss is exactly 0, attached to the
+    graph. A zero vector has cosine 0 with all others and no gradient.
 
     Args:
-        slots: (B, T, S, D), of every frame, in the same order in all frames.
-        temperature: of the softmax, above 0.
+        slots: (B, T, S, D), slots of every frame, in the same order in all frames.
+        temperature: temperature of the softmax, above 0.
         kind: ``"adjacent"`` or ``"supervised"``.
-        negatives: the other slots are those of all clips (``"batch"``) or of the clip (``"video"``).
+        negatives: other slots come from all clips (``"batch"``) or from the same clip (``"video"``).
 
     Returns: a scalar in float32, or float64 if the slots are.
     Source: Manasyan et al., CVPR 2025 (arXiv:2412.14295; ``"adjacent"``); Seong, Moon & Heo, ICLR 2026
@@ -59,7 +58,7 @@ def temporal_slot_contrast_loss(
         return attached_zero(slots)
     with no_autocast(slots):
         units, _ = directions(at_least_float32(slots))
-        # groups of slots that are negatives of each other, (G, T, n, D)
+        # slots of a group are negatives of each other, (G, T, n, D)
         pattern = "b t s d -> () t (b s) d" if negatives == "batch" else "b t s d -> b t s d"
         units = rearrange(units, pattern)
         return _adjacent(units, temperature) if kind == "adjacent" else _supervised(units, temperature)
@@ -70,21 +69,21 @@ def _adjacent(units: Tensor, temperature: float) -> Tensor:
     gaps = scores - scores.diagonal(dim1=2, dim2=3).unsqueeze(3)
     own = torch.eye(gaps.shape[3], dtype=torch.bool, device=gaps.device)
     others = gaps.masked_fill(own, float("-inf")).logsumexp(3)
-    # for a slot that matches itself the loss is in the others, which a sum with 1 would round off
+    # if a slot matches itself, the loss is the small sum of the others, which adding 1 would round off
     return torch.logaddexp(others, torch.zeros_like(others)).mean()
 
 
 def _supervised(units: Tensor, temperature: float) -> Tensor:
     _, num_frames, num_slots, _ = units.shape
     tokens = units.flatten(1, 2)
-    # scaling makes two tensors: a compiler refuses one tensor as both
+    # scaling makes a second tensor: a compiler refuses one tensor as both arguments
     scores = products(tokens / temperature, tokens)
     time = torch.arange(num_frames, device=units.device).repeat_interleave(num_slots)
     slot = torch.arange(num_slots, device=units.device).repeat(num_frames)
     same = slot.unsqueeze(1) == slot
     positive = same & ((time.unsqueeze(1) - time).abs() == 1)
     log_probs = scores.masked_fill(same & ~positive, float("-inf")).log_softmax(2)
-    # not times 0, as 0 * log(0) is NaN
+    # a product with 0 would give NaN for log(0)
     means = torch.where(positive, log_probs, 0.0).sum(2) / positive.sum(1)
     return means.mean() * (-temperature / BASE_TEMPERATURE)
 

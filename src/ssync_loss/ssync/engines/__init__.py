@@ -1,7 +1,7 @@
-"""The engines that compute SSync. They share one contract (:mod:`.contract`) and are chosen here.
+"""The engines that compute SSync, and the choice of an engine. All engines follow one contract (:mod:`.contract`).
 
-``"torch"`` is plain torch, ``"cpu"`` a C library compiled at first use, ``"triton"`` CUDA kernels, ``"reference"``
-loops.
+``"torch"`` is plain torch, ``"cpu"`` is a C library compiled at first use, ``"triton"`` is CUDA kernels,
+``"reference"`` is loops.
 """
 
 import warnings
@@ -75,8 +75,8 @@ def _ready(name: str, device: str) -> Engine:
 def is_trusted(name: str, device: str) -> bool:
     """Tell whether an engine agrees with torch on a device: values, labels and gradients of a small case.
 
-    The test runs once a process and device. A compiler runs it while it traces, and takes the answer as a constant. It
-    cannot run while a CUDA graph is captured: without an earlier answer the answer is then no.
+    The test runs once per process and device. A compiler runs the test while it traces, and keeps the answer as a
+    constant. The test cannot run while a CUDA graph is captured; an engine without an earlier answer is not trusted.
     """
     if (name, device) not in _answers:
         if device.startswith("cuda") and is_capturing():

@@ -1,4 +1,4 @@
-"""What an engine computes, and how both terms are put together from its parts."""
+"""The interface of an engine, and functions that compute both terms with an engine."""
 
 from typing import Protocol
 
@@ -15,11 +15,11 @@ from ssync_loss.ssync.types import PseudoLabels, SlotLabels, SSyncTerms
 class Engine(Protocol):
     """Computes SSync outside autocast, on checked maps of one grid. Values do not depend on the engine.
 
-    A new engine is a subclass in a module beside this one, and an entry in ``ENGINES``.
+    To add an engine, write a subclass in a module of this package, and add an entry to ``ENGINES``.
     """
 
     def missing(self, *maps: Tensor) -> str | None:  # noqa: ARG002 (an engine may look at them)
-        """Say why the engine cannot take maps (B, T, S, H, W), without reading data; None if it can."""
+        """Return a requirement that maps (B, T, S, H, W) or the machine do not meet, or None; this reads no data."""
         return None
 
     def pseudo_labels(self, maps: Maps, settings: Settings) -> PseudoLabels:
@@ -40,13 +40,13 @@ class Engine(Protocol):
         """Compute labels before merging, and representatives."""
 
     def loss(self, maps: Maps, settings: Settings, found: SlotLabels | None = None) -> Tensor:
-        """Compute the weighted sum of both terms, with the labels ``found`` or new ones."""
+        """Compute the weighted sum of both terms, with the labels ``found`` or with new labels."""
         if found is None:
             return self.terms(maps, settings).total
         return _teach(self, maps, settings, merge_labels(found.hard, found.representative, maps, settings)).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels. The parts can be differentiated, and may share one graph."""
+        """Compute the sum, both terms and the labels. Both terms can be differentiated, and may share one graph."""
         return _teach(self, maps, settings, self.pseudo_labels(maps, settings))
 
 
@@ -58,7 +58,7 @@ def new_slots(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def new_labels(maps: Tensor, *, wanted: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the fields of ``PseudoLabels``, without clips if they are not wanted."""
+    """Allocate the fields of ``PseudoLabels``, with no clips unless they are ``wanted``."""
     clips, frames, slots, height, width = maps.shape
     clips = clips if wanted else 0
     kinds = (torch.int64, torch.int64, torch.bool, torch.bool)
@@ -81,14 +81,14 @@ def _teach(engine: Engine, maps: Maps, settings: Settings, labels: PseudoLabels)
 
 
 def one_term(engine: Engine, student: Tensor, target: Tensor, region: Tensor, maps: Maps, settings: Settings) -> Tensor:
-    """Compute one term; it and all of its gradient are NaN if a map holds NaN or +inf."""
+    """Compute one term; the term and its whole gradient are NaN if a map holds NaN or +inf."""
     take_one_thread_if_forked(student.device.type)
     spoil = maps.spoil()
     return engine.distill(student.to(maps.dtype) * spoil, target, region, maps.slot_mask, settings) * spoil
 
 
 def weigh(boundary: Tensor, interior: Tensor, settings: Settings) -> Tensor:
-    """Return the weighted sum of both terms; a weight of 1 multiplies nothing."""
+    """Return the weighted sum of both terms; a weight of 1 costs no multiplication."""
     weights = settings.boundary_weight, settings.interior_weight
     parts = [
         part if not isinstance(weight, Tensor) and weight == 1 else weight * part

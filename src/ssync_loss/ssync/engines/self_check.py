@@ -14,16 +14,16 @@ CASES = (Settings(merge_threshold=0.3), Settings(0.3, 2, 2, 1, "cross_entropy", 
 
 
 def complaint_about(engine: Engine, torch_engine: Engine, device: str) -> str | None:
-    """Say how an engine differs from torch on a device, or return None. An exception is a difference."""
+    """Return a difference between an engine and torch on a device, or None. An exception is a difference."""
     complaints: list[str | None] = []
 
     def ask() -> None:
         try:
             complaints.append(_compare(engine, torch_engine, device))
-        except Exception as error:  # torch can compute instead
+        except Exception as error:  # plain torch replaces an engine that fails
             complaints.append(f"{type(error).__name__}: {error}")
 
-    # a new thread has none of the caller's modes: fake tensors, autocast, no gradients, torch.func
+    # a new thread has no modes of the caller: fake tensors, autocast, no gradients, torch.func
     thread = Thread(target=ask)
     try:
         thread.start()
@@ -40,7 +40,7 @@ def _compare(engine: Engine, torch_engine: Engine, device: str) -> str | None:
             for part, right in wanted.items():
                 scale = float(right.abs().max())
                 off = float((got[part] - right).abs().max())
-                # not `>`, as NaN must fail
+                # NaN fails this comparison, but would pass `off > ...`
                 if not off <= TOLERANCE * scale:
                     return f"{part} is off by {off} where {scale} is the largest, {masked=}, {settings}."
     return None

@@ -1,1 +1,1 @@
-"""A curriculum of slots: few at first, then clones of those that reconstruct worst."""
+"""A curriculum of slots: training begins with few slots, and later copies slots with large errors."""

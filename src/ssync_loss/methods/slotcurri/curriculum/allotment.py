@@ -9,11 +9,11 @@ from ssync_loss._inputs import check_floats
 
 @torch.no_grad()
 def allot_children(errors: Tensor, n_new: int) -> Tensor:
-    """Allot new slots to the present ones in proportion to their errors, by largest remainders: (K,), int64.
+    """Allot new slots to present slots in proportion to their errors, by largest remainders: (K,), int64.
 
-    ``a = n_new errors / sum errors``, in float64. Every slot gets ``floor(a)``. The rest go one each to the slots with
-    the largest ``a - floor(a)``, to the lower index on ties. If all errors are 0, or one is negative, NaN or infinite,
-    the slots take turns, from the first on.
+    ``a = n_new errors / sum errors``, in float64. Every slot gets ``floor(a)``. The slots with the largest remainders
+    ``a - floor(a)`` get one more each, the lower index on ties, until ``n_new`` are allotted. If all errors are 0, or
+    one is negative, NaN or infinite, the slots take turns, from the first on.
 
     Args:
         errors: (K,), of the present slots, see :func:`slot_error`.

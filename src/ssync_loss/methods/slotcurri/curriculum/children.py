@@ -34,20 +34,20 @@ def spawn_children(
     """Place children of slots near their parents.
 
     ``child = s_i + r_i * v`` with v uniform on the unit sphere, one per child, and
-    ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``. Slot j is the most similar to i (cosine), and m is
+    ``r_i = max(beta * |s_i - s_j| * |s_i| / m, min_radius * m)``. Slot j is most similar to slot i (cosine), and m is
     the mean length of the slots plus 1e-8. A single slot uses ``|s_i|`` as the distance.
 
-    The public code has ``neighbors="all"``, where the children of a parent replace unborn slots before the next parent
-    has children, and ``min_radius=0``, where two equal slots have children equal to themselves. The counts are read on
-    the host.
+    The public code has ``neighbors="all"`` and ``min_radius=0``. With ``"all"`` the children of a parent replace unborn
+    slots before the next parent has children. With a radius of 0 the children of two equal slots equal their parents.
+    The counts are read on the host.
 
     Args:
         slots_active: (K, D), the present slots.
-        counts: (K,), number of children of each, integers of at least 0, see :func:`allot_children`.
+        counts: (K,), number of children of each slot, integers of at least 0, see :func:`allot_children`.
         beta: jitter, at least 0.
-        generator: of the directions; None for torch's own.
-        neighbors: candidates for j: the present slots, as in the paper (``"active"``), or also the unborn ones, which
-            are mostly the nearest (``"all"``).
+        generator: source of the directions; None for torch's global generator.
+        neighbors: candidates for j: present slots, as in the paper (``"active"``), or also unborn slots, which are
+            usually nearer (``"all"``).
         min_radius: least radius, in units of the mean length, at least 0.
         unborn: (U, D), placeholders that are not in use yet, in order; needed with ``neighbors="all"``.
 
@@ -76,7 +76,7 @@ def spawn_children(
         raise ValueError("`unborn` must be given with neighbors='all'; got None.")
     num_new, width = int(counts.sum()), slots_active.shape[1]
     like = at_least_float32(slots_active)
-    # a generator draws on its own device
+    # a generator draws only on its device
     device = like.device if generator is None else generator.device
     ways = torch.randn(num_new, width, generator=generator, dtype=like.dtype, device=device).to(like.device)
     ways, _ = directions(ways)
@@ -96,7 +96,7 @@ def place_children(
     min_radius: float,
     unborn: Tensor | None,
 ) -> Tensor:
-    """Place one child along each direction (n_new, D), as :func:`spawn_children` does along random ones.
+    """Place one child along each direction (n_new, D); :func:`spawn_children` draws random directions.
 
     >>> slots, counts = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1, 0])
     >>> up = torch.tensor([[0.0, 1.0]])
@@ -114,20 +114,20 @@ def place_children(
             some = slice(first, first + count)
             children[some] = rows[parent] + _radii(rows, nearest, beta, min_radius)[parent] * directions[some]
             if neighbors == "all":
-                # the next parent sees them among the placeholders
+                # the radius of the next parent depends on these rows
                 rows[num_parents:][some] = children[some]
             first += count
     return children.to(slots_active.dtype)
 
 
 def _most_similar(rows: Tensor) -> Tensor:
-    """Return the index of the row most similar to each; a single row has its own."""
+    """Return for each row the index of the most similar other row; a single row gets its own index."""
     units, _ = directions(rows)
     return (units @ units.mT).fill_diagonal_(float("-inf")).argmax(1)
 
 
 def _radii(rows: Tensor, nearest: Tensor, beta: float, min_radius: float) -> Tensor:
-    """Return the distance of children from each row."""
+    """Return for each row the distance of its children."""
     length = _length(rows)
     distance = _length(rows - rows[nearest]) if len(rows) > 1 else length
     # a sum of lengths may overflow

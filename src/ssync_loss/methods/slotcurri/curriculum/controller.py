@@ -1,4 +1,4 @@
-"""The curriculum as a module: it averages errors before a milestone, and adds slots at it."""
+"""The curriculum as a module: it averages errors before each milestone, where it adds slots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,30 +17,30 @@ from ssync_loss.methods.slotcurri.curriculum.moments import hold_rows, inherit_m
 
 
 class SlotCurriculum(nn.Module):
-    """Train with few slots first, and at milestones add children of those with the largest error.
+    """Train with few slots first, and add children of the slots with the largest errors at milestones.
 
     The model needs learned placeholders (a parameter with a row per slot) and modules for any number of slots. In a
     training loop::
 
         curriculum = SlotCurriculum(slot_schedule(7), milestones(max_steps))
         for step in range(max_steps):
-            slots = curriculum.take(model.slots)                  # the rows in use, in evaluation too
+            slots = curriculum.take(model.slots)                  # the rows in use, also in evaluation
             ...
             curriculum.observe(recon, target, masks, step)        # masks of the decoder, after the softmax
             loss.backward(); optimizer.step()
             curriculum.maybe_expand(model.slots, step, optimizer)
 
-    Only ``take`` may be compiled. The rows are written after the milestone's own step, the last with the old number of
-    slots. A resumed training makes up for a missed milestone. With a process group the errors are averaged over all
-    ranks, and all get the newborn rows of the first. All ranks must call both methods at the same steps, and load the
-    checkpoint, as the state is in buffers. A batch with NaN or infinite errors is left out; ``num_left_out`` counts
-    these, and is not saved. If no batch remains, slots take turns. If ``maybe_expand`` returns True, reset a teacher of
-    the model with ``teacher.model.load_state_dict(model.state_dict())``.
+    Only ``take`` may be compiled. The new rows are written after the step of the milestone, the last step with the old
+    number of slots. A resumed training makes up for a missed milestone. With a process group the errors are averaged
+    over all ranks, and all ranks get the newborn rows of the first. All ranks must call ``observe`` and
+    ``maybe_expand`` at the same steps, and must load the checkpoint, as buffers hold the state. A batch with NaN or
+    infinite errors is left out; ``num_left_out`` counts these batches and is not saved. If no batch remains, slots take
+    turns. If ``maybe_expand`` returns True, reset a teacher with ``teacher.model.load_state_dict(model.state_dict())``.
 
     Args:
         budgets: growing numbers of slots, one per stage, see :func:`slot_schedule`.
-        milestones: the steps after which slots are added, one fewer, in order, see :func:`milestones`. Of stages that
-            begin at the same step only the last counts. Surplus milestones are ignored.
+        milestones: the steps after which slots are added, in order, one fewer than ``budgets``, see
+            :func:`milestones`. If stages begin at the same step, only the last counts. Surplus milestones are ignored.
         beta: jitter of children, see :func:`spawn_children`.
         neighbors: ``"active"`` (the paper) or ``"all"`` (the public code).
         min_radius: least distance of a child, in units of the mean length; published: 0.
@@ -52,7 +52,7 @@ class SlotCurriculum(nn.Module):
     >>> curriculum = SlotCurriculum([2, 3], [1])
     >>> slots = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]))
     >>> recon, target = torch.zeros(1, 1, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 1, 2)
-    >>> masks = torch.eye(2).view(1, 1, 2, 1, 2)  # all error is slot 1's
+    >>> masks = torch.eye(2).view(1, 1, 2, 1, 2)  # slot 1 has all the error
     >>> for step in range(2):
     ...     curriculum.observe(recon, target, masks, step)
     ...     curriculum.maybe_expand(slots, step)
@@ -94,7 +94,7 @@ class SlotCurriculum(nn.Module):
         self.budgets, self.milestones, self.window = (budgets[0], *stages.values()), tuple(stages), window
         self.beta, self.min_radius = beta, min_radius
         self.neighbors: Neighbors = neighbors
-        # in inference mode they could never be written to
+        # buffers made in inference mode could never be written
         with torch.inference_mode(False):
             for name in ("stage", "num_observed"):
                 self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -105,14 +105,14 @@ class SlotCurriculum(nn.Module):
         nn.Module.register_load_state_dict_post_hook(self, _read_buffers)
 
     def n_active(self, step: int | None = None) -> int:
-        """Return the number of slots in use: now, or in a step of the schedule, counted from 0."""
+        """Return the number of slots in use: now, or at a step of the schedule, counted from 0."""
         if step is None:
             return self.budgets[self._stage]
         check_int("step", step, 0)
         return self.budgets[sum(step > one for one in self.milestones)]
 
     def take(self, slots: Tensor) -> Tensor:
-        """Return the slots in use, the first ones, as a view: (..., K_max, D) -> (..., n_active, D)."""
+        """Return the slots in use, which come first, as a view: (..., K_max, D) -> (..., n_active, D)."""
         check_tensor("slots", slots)
         if slots.ndim < 2 or slots.shape[-2] < self.n_active():
             raise ValueError(f"`slots` must have shape (..., S >= {self.n_active()}, D); got {tuple(slots.shape)}.")
@@ -123,11 +123,11 @@ class SlotCurriculum(nn.Module):
     ) -> None:
         """Record the :func:`slot_error` of the slots in use if a milestone is near, else do nothing.
 
-        The step of the training is counted from 0; ``group=None`` is the default group. A call that an activation
-        checkpoint repeats is not recorded again.
+        Training steps count from 0; ``group=None`` is the default group. If an activation checkpoint repeats a call,
+        the second call records nothing.
 
-        Raises: TypeError on a wrong dtype; ValueError on wrong shapes, as masks of another number of slots;
-            RuntimeError if the buffers were written over, rather than loaded.
+        Raises: TypeError on a wrong dtype; ValueError on wrong shapes, such as masks of another number of slots;
+            RuntimeError if the buffers were overwritten instead of loaded.
         """
         check_int("step", step, 0)
         check_group("group", group)
@@ -157,20 +157,20 @@ class SlotCurriculum(nn.Module):
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> bool:
-        """Write newborn rows into the placeholders if a milestone is reached, and tell whether it is.
+        """Write newborn rows into the placeholders if a milestone is reached, and return whether it is.
 
-        Call it in every step, after ``optimizer.step()``. A call makes up for at most one missed stage.
+        Call this in every step, after ``optimizer.step()``. A call makes up for at most one missed stage.
 
         Args:
             slots_param: the placeholders (K_max, D) or (1, K_max, D), at least the last budget; written in place.
             step: as in :meth:`observe`.
             optimizer: if given, newborn rows inherit its moments, see :func:`inherit_moments`; published: None.
-            generator: of the jitter; None for torch's own.
+            generator: source of the jitter; None for torch's global generator.
             group: as in :meth:`observe`.
 
-        Raises: TypeError if the placeholders are no parameter of floating point, or another argument is of another
-            type; ValueError if they are too few, or an expanded row, if the optimizer does not hold them, or observed
-            errors are negative; RuntimeError if a milestone is reached and nothing was observed.
+        Raises: TypeError if the placeholders are no floating-point parameter, or another argument has a wrong type;
+            ValueError if the placeholders are too few or one expanded row, if the optimizer does not hold them, or if
+            observed errors are negative; RuntimeError if a milestone is reached and nothing was observed.
         """
         self._check_placeholders(slots_param)
         check_int("step", step, 0)
@@ -215,8 +215,8 @@ class SlotCurriculum(nn.Module):
     def hold_unborn(self, slots_param: nn.Parameter, optimizer: Optimizer) -> None:
         """Keep the optimizer from changing placeholders that are not in use, from now on.
 
-        Weight decay, such as AdamW's, shrinks them. With ``neighbors="active"`` nothing reads them, and this is not
-        needed. Checkpoints do not save it: a resumed training calls it again. Arguments and errors are as in
+        Weight decay, such as AdamW's, shrinks these rows. Only ``neighbors="all"`` reads them; otherwise this call is
+        not needed. Checkpoints do not save it: a resumed training calls it again. Arguments and errors are as in
         :meth:`maybe_expand`.
         """
         self._check_placeholders(slots_param)

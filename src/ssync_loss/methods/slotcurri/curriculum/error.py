@@ -6,7 +6,7 @@ from torch import Tensor
 from ssync_loss._autocast import at_least_float32, no_autocast
 from ssync_loss._inputs import check_floats, widest
 
-# channels at a time
+# channels of a block
 CHANNELS = 64
 
 
@@ -15,14 +15,14 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     """Divide the mean squared error of a reconstruction among its slots.
 
     ``e_k = mean over patches of a_k * l`` with a the masks and ``l = mean over channels of (recon - target)^2``. As the
-    masks of a patch sum to 1, the errors sum to the mean squared error. No clips give zeros.
+    masks of a patch sum to 1, the errors sum to the mean squared error. Without clips the errors are 0.
 
     Args:
         recon: (B, T, D, H, W), reconstructed features.
         target: (B, T, D, H, W), features of the backbone.
         masks: (B, T, S, H, W), of the decoder, after the softmax over slots.
 
-    Returns: (S,) in float32, or float64 if one of them is, without gradient.
+    Returns: (S,) in float32, or float64 if an argument is, without gradient.
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the reconstruction error of slots, delta^(k).
     Raises: TypeError on a wrong dtype, ValueError on wrong shapes.
 
@@ -39,6 +39,6 @@ def slot_error(recon: Tensor, target: Tensor, masks: Tensor) -> Tensor:
         error = torch.zeros(*recon.shape[:2], *recon.shape[3:], dtype=dtype, device=recon.device)
         for one, other in zip(recon.split(CHANNELS, 2), target.split(CHANNELS, 2), strict=True):
             error += (at_least_float32(one) - at_least_float32(other)).square_().sum(2)
-        # a product of matrices makes no map of all slots
+        # a matrix product holds no weighted map of every slot in memory
         shares = masks.to(dtype).flatten(3) @ error.flatten(2).unsqueeze(3)
         return shares.sum((0, 1, 3)) / max(recon.numel(), 1)

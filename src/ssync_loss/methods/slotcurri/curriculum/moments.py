@@ -1,4 +1,4 @@
-"""An optimizer's state of newborn rows, and its updates of unborn ones."""
+"""The optimizer's state of newborn rows, and its updates of unborn rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
         parents: row of the parent of each newborn row, (n_new,), integers.
         first: the first newborn row.
 
-    Raises: TypeError if that is no optimizer; ValueError if it does not hold the parameter.
+    Raises: TypeError if ``optimizer`` is no optimizer; ValueError if it does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]]))
     >>> optimizer = torch.optim.Adam([slots])
@@ -41,21 +41,21 @@ def inherit_moments(optimizer: Optimizer, slots_param: nn.Parameter, parents: Te
 def hold_rows(optimizer: Optimizer, slots_param: nn.Parameter, first: Callable[[], int]) -> None:
     """Keep an optimizer from changing the rows of a parameter from ``first()`` on.
 
-    Weight decay shrinks them without a gradient. Hooks of every step restore them, and set their moments to 0.
+    Weight decay shrinks rows even without a gradient. Hooks of every step restore them, and set their moments to 0.
 
     Args:
         optimizer: holds the parameter.
         slots_param: the placeholders.
         first: returns the first row to hold, at every step.
 
-    Raises: TypeError if that is no optimizer; ValueError if it does not hold the parameter.
+    Raises: TypeError if ``optimizer`` is no optimizer; ValueError if it does not hold the parameter.
 
     >>> slots = nn.Parameter(torch.ones(3, 1))
     >>> optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=1.0)
     >>> hold_rows(optimizer, slots, lambda: 2)
     >>> slots[:2].sum().backward()
     >>> optimizer.step()
-    >>> slots.flatten().tolist()[1:]  # 1 - 0.1 * 1 - 0.1, and held
+    >>> slots.flatten().tolist()[1:]  # 1 - 0.1 * 1 - 0.1, and unchanged
     [0.800000011920929, 1.0]
     """
     _row_states(optimizer, slots_param)
@@ -85,6 +85,6 @@ def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]
     check_type("optimizer", optimizer, Optimizer)
     if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
         raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
-    # a lookup by item would create a state
+    # `optimizer.state[slots_param]` would create a state
     known = optimizer.state.get(slots_param, {}).values()
     return [rows_of(one) for one in known if isinstance(one, Tensor) and one.shape == slots_param.shape]

@@ -6,9 +6,10 @@ from ssync_loss._checks import check_int, check_number
 def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float | None = None) -> list[int]:
     """List the slot budgets of the stages of a curriculum.
 
-    Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``, without
-    stages that add nothing. With it, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, the paper's rule,
-    and the last must have ``total``. Both give the published budgets for 7, 11 and 15 slots, with sigma 1, 3 and 5.
+    Without ``sigma``, two stages are ``[start, total]`` and three ``[start, max(start, total // 2), total]``; stages
+    that add nothing are dropped. With ``sigma``, stage m has ``start + m * sigma + 3 * m * (m - 1) / 2`` slots, as in
+    the paper, and the last stage must have ``total``. Both rules give the published budgets for 7, 11 and 15 slots,
+    with sigma 1, 3 and 5.
 
     Args:
         total: slots of the last stage, at least ``start``.
@@ -44,10 +45,10 @@ def slot_schedule(total: int, *, stages: int = 3, start: int = 2, sigma: float |
 def milestones(max_steps: int) -> tuple[int, int]:
     """Return the steps after which slots are added, 10 % and 25 % of all: ``(max_steps // 10, max_steps // 4)``.
 
-    A milestone's own step is the last with the smaller budget.
+    The step of a milestone is the last with the smaller budget.
 
     Source: Moon, Seong & Heo, CVPR 2026 (arXiv:2603.22758), the curriculum.
-    Raises: TypeError, ValueError if that is no positive integer.
+    Raises: TypeError, ValueError if ``max_steps`` is no positive integer.
 
     >>> milestones(100_000)
     (10000, 25000)

@@ -1,1 +1,1 @@
-"""Parts of a model that find semantics in frames, and instances inside each."""
+"""Parts of a model that find semantics in frames, and instances inside each semantic."""

@@ -1,4 +1,4 @@
-"""Features with their correlation with the frame before."""
+"""Fusion of a frame's features with their correlation with the previous frame."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,10 +11,10 @@ from ssync_loss._inputs import check_floats, widest
 
 
 class CorrelationFusion(nn.Module):
-    """Add to the features of a frame a linear map of their correlation with the frame before.
+    """Add to the features of a frame a linear map of their correlation with the previous frame.
 
-    With K_t the features (C, N) of frame t and K'_t those of the frame before, resized to ``n_ref`` cells:
-    ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The frame before the first is the last; an image is its own.
+    With K_t the features (C, N) of frame t and K'_t those of the previous frame, resized to ``n_ref`` cells:
+    ``fused_t = K_t + W (K'_t^T K_t) + b``, W (C, n_ref). The last frame precedes the first; an image precedes itself.
     The order ``(W K'_t^T) K_t`` takes C^2 (n_ref + N) operations, in float32 or float64, without autocast. The result
     is for slot attention; :func:`ssync_loss.functional.semantic_consistency_loss` takes the features before the fusion.
 
@@ -22,8 +22,8 @@ class CorrelationFusion(nn.Module):
 
     Args:
         dim: C.
-        n_ref: the grid (h, w) to which the frame before is resized (bilinear), such as that of training, or the number
-            of cells of a square grid.
+        n_ref: the grid (h, w) to which the previous frame is resized (bilinear), such as the grid of training, or the
+            number of cells of a square grid.
 
     Source: Qian et al., ICCV 2023 (arXiv:2308.09951), fusion of features and correlation.
     Raises: TypeError on a wrong dtype; ValueError on wrong shapes, or a number of cells that is no square.
@@ -31,7 +31,7 @@ class CorrelationFusion(nn.Module):
     >>> import torch
     >>> fusion = CorrelationFusion(1, (1, 1))
     >>> _ = nn.init.constant_(fusion.project.weight, 2.0), nn.init.zeros_(fusion.project.bias)
-    >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # both correlate with the other by 3
+    >>> keys = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # the correlation of the frames is 3
     >>> fusion(keys).flatten().tolist()
     [7.0, 9.0]
     """

@@ -1,4 +1,4 @@
-"""Slot attention in two stages with the same weights: semantics, then the instances inside each."""
+"""Slot attention in two stages with the same weights: semantics, then the instances inside each semantic."""
 
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -41,7 +41,7 @@ class SemanticSlots(NamedTuple):
         return self.logits.softmax(2).unsqueeze(3) * self.instance_logits.softmax(3)
 
     def scores(self) -> Tensor:
-        """Return the cosines of instances with their semantics, (B, T, S, P); published results keep 1/2 and more."""
+        """Return the cosines of instances with their semantics, (B, T, S, P); the paper keeps instances from 1/2 on."""
         (units, _), (kind, _) = (directions(at_least_float32(one)) for one in (self.instances, self.slots))
         return (units * kind.unsqueeze(3)).sum(4)
 
@@ -49,18 +49,18 @@ class SemanticSlots(NamedTuple):
 class SemanticAwareSlotAttention(nn.Module):
     """Decompose frames into semantics that compete for patches, and each semantic into instances.
 
-    A step from slots s to features F, without positions or a recurrent unit: ``q = W_q LN(s)``,
+    A step updates slots s with features F, without positions or a recurrent unit: ``q = W_q LN(s)``,
     ``Z = q (W_k LN(F))^T / sqrt(D)``, ``A = (softmax of Z over the competing slots + 1e-8) G``,
     ``s = s + (A / sum_patches A) W_v LN(F)``, ``s = s + MLP(LN(s))``. Both stages take ``iters`` steps with the same
-    weights. Stage 1: s = mu, all S compete, G = 1. Stage 2: s = mu + sigma xi, P draws for every semantic and frame,
-    which compete within their semantic; G is its mask in stage 1. Only the last step has a gradient, which also reaches
-    the initial slots.
+    weights. Stage 1 starts at s = mu; all S slots compete, and G = 1. Stage 2 starts at s = mu + sigma xi, with P draws
+    for every semantic and frame; the P slots of a semantic compete, and G is the semantic's mask of stage 1. Only the
+    last step has a gradient, which also reaches the initial slots.
 
-    A semantic has the same index in all frames and clips; frames do not see each other. The computation is in float32
-    or float64, except for layers in half precision.
+    A semantic has the same index in all frames and clips. Frames are computed independently, in float32 or float64,
+    except for layers in half precision.
 
-    ``forward(features, noise=None, *, iters=None)`` takes features (B, T, D, H, W) and xi (B, T, S, P, D), which is
-    drawn if None, and returns :class:`SemanticSlots`.
+    ``forward(features, noise=None, *, iters=None)`` takes features (B, T, D, H, W) and xi (B, T, S, P, D), which None
+    draws at random, and returns :class:`SemanticSlots`.
 
     Args:
         dim: D.
@@ -68,9 +68,9 @@ class SemanticAwareSlotAttention(nn.Module):
         num_instances: P.
         iters: steps of each stage. Published: 3 in training, 5 (in ``forward``) in evaluation.
         hidden: width of the MLP; None for max(D, 128).
-        gate: G of stage 2. ``"soft"``: the semantic's probability, as at the time of the paper. ``"prob"``: whether
-            the probability exceeds ``gate_thr``. ``"logit"``: whether the *logit* does, as in the authors' later code.
-            The last two have no gradient.
+        gate: G of stage 2. ``"soft"``: the semantic's probability, as in the authors' first code. ``"prob"``: 1 where
+            the probability exceeds ``gate_thr``, else 0. ``"logit"``: 1 where the *logit* exceeds it, as in the
+            authors' later code. The last two have no gradient.
         gate_thr: see ``gate``.
         reparam: whether mu and sigma get gradients through the draws; in the authors' code they do not.
 
@@ -132,7 +132,7 @@ class SemanticAwareSlotAttention(nn.Module):
         with no_autocast(features):
             frames = self.norm_features(rearrange(savable(features), "b t d h w -> (b t) (h w) d").to(self.mu.dtype))
             keys, values = at_least_float32(self.to_k(frames)), at_least_float32(self.to_v(frames))
-            # one group of S slots, then S groups of P
+            # stage 1 has one group of S slots, stage 2 has S groups of P slots
             start = mu.expand(len(frames), 1, -1, -1)
             slots, logits = self._iterate(start, keys, values, None, iters)
             draws = mu.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * savable(noise).flatten(0, 1).to(mu.dtype)
@@ -155,12 +155,12 @@ class SemanticAwareSlotAttention(nn.Module):
     def _iterate(
         self, start: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None, iters: int
     ) -> tuple[Tensor, Tensor]:
-        """Return slots (M, G, P, D) after some steps, and the logits (M, G, P, N) of the last."""
+        """Return slots (M, G, P, D) after some steps, and the logits (M, G, P, N) of the last step."""
         slots = start
         with torch.no_grad():
             for _ in range(iters - 1):
                 slots, _ = self._step(slots, keys, values, gate)
-        # the value of the slots, with the gradient of the initial ones
+        # the value of the current slots, with the gradient of the initial slots
         return self._step(slots.detach() + (start - start.detach()), keys, values, gate)
 
     def _step(self, slots: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ class SemanticAwareSlotAttention(nn.Module):
         if gate is not None:
             attention = attention * gate
         total = attention.sum(3, keepdim=True)
-        # a hard gate may be 0 everywhere, as in the authors' code; a soft one only if it underflows
+        # a hard gate may be 0 everywhere, as in the authors' code; a soft gate is 0 only if it underflows
         hard = gate is not None and self.gate != "soft"
         attention = attention / (total + EPSILON if hard else total.clamp_min(LEAST_ATTENTION))
         slots = slots + (attention.flatten(1, 2) @ values).unflatten(1, slots.shape[1:3])

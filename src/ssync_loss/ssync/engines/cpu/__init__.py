@@ -17,10 +17,10 @@ __all__ = ["CpuEngine"]
 
 
 class CpuEngine(Engine):
-    """The C library; :mod:`.operators` makes its functions operators of torch."""
+    """The C library; :mod:`.operators` registers its functions as operators of torch."""
 
     def missing(self, *maps: Tensor) -> str | None:
-        """Say why the library cannot take the maps."""
+        """Return a requirement of the library that is not met, or None."""
         for one in maps:
             if one.device.type != "cpu":
                 return f"CPU tensors; got {one.device.type}"
@@ -43,7 +43,7 @@ class CpuEngine(Engine):
         return weigh(boundary, interior, settings) if learned else boundary
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels."""
+        """Compute the sum, both terms and the labels."""
         boundary, interior, counts = operators.step(maps, settings, summed=False)
         labels = self.pseudo_labels(maps, settings)
         num_boundary, num_interior = counts.unbind()
@@ -52,7 +52,7 @@ class CpuEngine(Engine):
 
 @constant
 def missing_library() -> str | None:
-    """Say why there is no library, or return None; found out once a process. Warn of a broken compiler."""
+    """Return the reason why there is no library, or None, from the first call; warn if the compiler is broken."""
     if not _reasons:
         try:
             load()
@@ -68,5 +68,5 @@ def missing_library() -> str | None:
     return _reasons[0]
 
 
-# empty, or the one answer
+# empty before the first call, then the answer
 _reasons: list[str | None] = []

@@ -23,7 +23,7 @@ class _Tensor(Structure):
 
 
 class _Call(Structure):
-    """The fields of `Call`, in its order."""
+    """The fields of the C struct `Call`, in the same order."""
 
     _fields_ = (
         *((name, c_int64) for name in ("num_clips", "num_frames", "num_slots", "height", "width", "num_threads")),
@@ -49,13 +49,13 @@ def call(
     """Run a function of the library, in float32 or float64.
 
     Args:
-        function: its name, without the type.
+        function: name of the function, without the suffix for the type.
         shape: (B, T, S, H, W).
         dtype: the type of the computation.
         strided: fields of the call that are tensors with any strides.
         **fields: all other fields; a contiguous tensor is passed as its address.
 
-    Raises: MemoryError if the function finds no memory.
+    Raises: MemoryError if the function cannot allocate memory.
     """
     values = {
         name: value.data_ptr() if isinstance(value, Tensor) else value

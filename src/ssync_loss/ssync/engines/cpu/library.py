@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("engine.c")
-# -fno-trapping-math and -fno-math-errno let the compiler vectorize selects; both keep NaN as it is.
-# -fno-unswitch-loops: a loop that is split by its mask takes longer to compile and to run.
+# -fno-trapping-math and -fno-math-errno let the compiler vectorize selects; NaN remains NaN.
+# -fno-unswitch-loops: loops that the compiler splits by a mask take longer to compile and to run.
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fno-trapping-math", "-fno-math-errno", "-fno-unswitch-loops"),
@@ -27,11 +27,11 @@ CACHE_VARIABLE = "SSYNC_LOSS_CACHE"
 
 
 class UnavailableError(Exception):
-    """This machine lacks what the engine needs."""
+    """This machine lacks a requirement of the engine."""
 
 
 class BrokenError(Exception):
-    """This machine has what the engine needs, but the compiler failed."""
+    """This machine meets the requirements of the engine, but the compiler failed."""
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +88,7 @@ def cache_folder() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Hash all that a library depends on: source, flags, compiler and processor."""
+    """Hash the inputs of a build: source, flags, compiler and processor."""
     program = os.stat(compiler[0])
     machine = (platform.machine(), _processor())
     parts = (SOURCE.read_bytes(), FLAGS, compiler, program.st_size, program.st_mtime_ns, machine)
@@ -106,7 +106,7 @@ def _processor() -> str:
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """Return a library whose content has the hash in its name; a truncated one has not."""
+    """Return a library whose name holds the hash of its content; a truncated file has another hash."""
     for path in folder.glob(f"engine-{key}-*.so"):
         status = path.lstat()
         ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
@@ -147,7 +147,7 @@ def _compile(command: list[str]) -> str | None:
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
-        # beside other work a compiler takes longer
+        # a compiler takes longer on a busy machine
         limit = SECONDS * min(max(1.0, _programs_per_processor()), 6.0)
         try:
             said, _ = process.communicate(timeout=limit)
@@ -160,7 +160,7 @@ def _compile(command: list[str]) -> str | None:
 
 
 def _programs_per_processor() -> float:
-    """Return how many programs want a processor, for each that there is."""
+    """Return the average number of programs that wait for each processor or use it."""
     with suppress(OSError):
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     return 1.0

@@ -1,7 +1,7 @@
 """The C library's functions as operators of torch, with shapes for fake tensors and with gradients.
 
-The forward writes the gradients of both maps, with the weights of the terms. The backward multiplies them by the
-incoming gradient, unless that is 1.
+The forward writes the weighted gradients of both maps. The backward multiplies them by the incoming gradient, unless
+the incoming gradient is 1.
 """
 
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def _knobs(merge_threshold: float | Tensor | None, *weights: float | Tensor) -> 
 
 
 def _operator(name: str, compute: Callable[..., Any], allocate: Callable[..., Any]) -> CustomOpDef:
-    """Make a function an operator of torch, and allocate its outputs for fake tensors."""
+    """Register a function as an operator of torch; ``allocate`` makes its outputs for fake tensors."""
     operator = torch.library.custom_op(f"ssync_loss::cpu_{name}", compute, mutates_args=())
     operator.register_fake(allocate)
     return operator
@@ -152,7 +152,7 @@ def _step(
 
 def _new_step(enc: Tensor, dec: Tensor, summed: bool, for_dec: bool, for_enc: bool) -> Step:
     dtype = widest(enc, dec)
-    # one allocation: two smaller ones would go back to the system, and their pages fault at every step
+    # one allocation: malloc would return two smaller ones to the system, and every step would fault their pages again
     return (
         enc.new_empty((), dtype=dtype),
         enc.new_empty(0 if summed else (), dtype=dtype),
@@ -205,7 +205,7 @@ def _are_one(*incoming: Tensor | None) -> bool:
 
 
 def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype, is_one: bool) -> Tensor:
-    """Multiply a gradient that the forward wrote, never in place; by 1 return it as it is."""
+    """Multiply a gradient that the forward wrote, never in place; a factor of 1 returns the gradient itself."""
     if is_one and grad.dtype == dtype:
         return grad
     result: Tensor = _scale_operator(grad, incoming, dtype)
@@ -213,7 +213,7 @@ def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype, is_one: bool) -> 
 
 
 def _is_kept() -> bool:
-    """Tell whether the graph is kept for another backward; True if torch does not say."""
+    """Tell whether the graph is kept for another backward; True if torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 

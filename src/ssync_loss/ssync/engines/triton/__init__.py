@@ -1,6 +1,6 @@
 """Engine ``"triton"``: SSync as CUDA kernels, 7 launches from two maps to both gradients.
 
-The README beside this file explains the kernels. The first launch imports ``triton``.
+The README next to this file explains the kernels. The first launch imports ``triton``.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = ["MAX_SLOTS", "TritonEngine", "missing"]
 
 
 class TritonEngine(Engine):
-    """The kernels. NaN or +inf in a valid patch of a present slot makes the loss and all of its gradient NaN."""
+    """The kernels. NaN or +inf in a valid patch of a present slot makes the loss and its whole gradient NaN."""
 
     missing = staticmethod(missing)
 
@@ -40,7 +40,7 @@ class TritonEngine(Engine):
     ) -> Tensor:
         """Compare one map with labels on a region: 2 launches, 1 with ``reduction="none"``, and 1 for the backward.
 
-        A selected label that is no slot makes its patch NaN: an error would have to wait for the device.
+        If a selected label names no slot, the value is NaN. Raising an error would have to wait for the device.
         """
         value: Tensor
         value, *_ = differentiable_distill(logits, target, region, slot_mask, *_criterion(settings), reduction)
@@ -56,7 +56,7 @@ class TritonEngine(Engine):
         return _step(maps, settings, found, with_labels=False).total
 
     def terms(self, maps: Maps, settings: Settings) -> SSyncTerms:
-        """Compute that sum with its parts and labels, in as many launches."""
+        """Compute the sum, both terms and the labels, with the same number of launches."""
         return _step(maps, settings, None, with_labels=True)
 
 

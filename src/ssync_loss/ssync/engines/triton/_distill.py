@@ -66,7 +66,7 @@ def _new_distillation(logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, T
 
 
 def _over_slots(criterion: str, reduction: str) -> bool:
-    """Tell whether a patch's value is a mean over slots; the mean over a batch divides by slots and patches at once."""
+    """Tell whether a patch's value is a mean over slots; a batch's mean divides by patches and slots in one step."""
     return criterion == "mse" and reduction != "mean"
 
 

@@ -9,24 +9,26 @@ from ssync_loss.ssync.engines.contract import new_labels, new_slots
 from ssync_loss.ssync.engines.triton import _launch
 from ssync_loss.ssync.engines.triton._tiling import NUM_WARPS, Tiling, ceil_divide, masked, power_of_two, strided
 
-# label: about this many programs a map, and at most this many a clip. Each writes one part, the sums of its patches.
+# programs of `label_kernel`: about LABEL_PROGRAMS per map, at most MAX_PARTS per clip. A program sums slots over its
+# patches. These sums are one part of the clip's sums.
 LABEL_PROGRAMS = 8192
 MAX_PARTS = 256
-# overlap: every program adds up all parts of its clip, so a clip of many parts gets more patches a program
+# patches of a program of `overlap_kernel`: about OVERLAP_PATCHES, or more in a clip with many parts. The program first
+# adds up all parts, and needs about PATCHES_PER_PART patches for each part.
 OVERLAP_PATCHES = 512
 PATCHES_PER_PART = 4
-# patches that a program of the overlap reads at a time
+# patches that `overlap_kernel` reads at a time
 OVERLAP_TILE = 32
-# numbers that a program adds up at a time: sums of parts in overlap, cells of frames in merge
+# numbers that a program adds up at a time: sums of parts in `overlap_kernel`, cells of frames in `merge_kernel`
 PARTS_CELLS = 1024
 MERGE_CELLS = 2048
-# target: patches a program
+# patches of a program of `target_kernel`
 TARGET_TILE = 256
 
-# targets, and the five of PseudoLabels
+# targets, and the five fields of PseudoLabels
 Labels: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# labels of both maps before merging (2, B, T, H, W); if slots are merged, for every part of a clip the sum of each slot
-# (B, parts, S) and the number of patches (B, parts)
+# labels of both maps before merging (2, B, T, H, W); if slots are merged, also the sums of slots (B, parts, S) and the
+# numbers of patches (B, parts) of every part of a clip
 HardLabels: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
 
 
@@ -48,7 +50,7 @@ def label(
 ) -> Labels:
     """Return int8 targets (2, B, T, H, W) and the five tensors of ``PseudoLabels``, empty if not wanted.
 
-    The threshold is a number or a tensor. Without either, nothing is merged. The results of :func:`find` may be given.
+    The threshold is a number or a tensor; None for both merges nothing. ``hard`` and ``table`` come from :func:`find`.
     """
     outputs = _new_labels(enc, with_targets, with_labels)
     if enc.shape[0] == 0:
@@ -158,7 +160,7 @@ def find_representatives(
     # matrix products need at least 16 rows and columns
     slots = max(tiling.slots, 16)
     tile = min(OVERLAP_TILE, max(power_of_two(tiling.num_patches), 16))
-    # adding up the parts must take less time than reading the map
+    # with enough patches, adding up the parts takes less time than reading the map
     patches = max(OVERLAP_PATCHES, PATCHES_PER_PART * num_parts)
     num_chunks = ceil_divide(tiling.num_patches, patches)
     chunk_tiles = ceil_divide(tiling.num_patches, num_chunks * tile)

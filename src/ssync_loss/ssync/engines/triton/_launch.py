@@ -1,4 +1,4 @@
-"""Helpers of all launches. Neither they nor the operators read data or wait for a device.
+"""Helpers of all launches. The helpers and the operators read no data and wait for no device.
 
 Only a launch imports the kernels' modules, so that the operators can be defined without triton.
 """
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from ssync_loss.ssync.engines.triton._tiling import Tiling
 
-# registers a thread: without a limit the assembler spills some of them so that one more program fits
+# registers of a thread: without this limit the assembler spills registers so that one more program fits
 MAX_REGISTERS = 168
-# at most this many programs share the loss of a map, and one program adds up this many shares at a time
+# at most MAX_SHARES programs share the loss of a map; one program then adds up SHARES_AT_ONCE shares at a time
 MAX_SHARES = 8192
 SHARES_AT_ONCE = 1024
 
 
 def launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the first axis of programs: the others hold no more than 65,535."""
+    """Launch a kernel with all programs on the first axis: the other axes hold at most 65,535."""
     kernel[(num_programs,)](*arguments, maxnreg=MAX_REGISTERS, **constants)
 
 
 def criterion_of(name: str, label_smoothing: float, temperature: float) -> tuple[float | None, ...]:
-    """Return the settings of distillation as the kernels take them; None is compiled away.
+    """Return the arguments ``criterion`` of the kernels; the compiler removes code for None.
 
     >>> criterion_of("cross_entropy", 0.1, 2.0)[1:], criterion_of("mse", 0.0, 2.0)[1:]
     ((0.5, 1, 0.1), (0.5, None, None))

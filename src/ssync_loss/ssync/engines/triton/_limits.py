@@ -1,4 +1,4 @@
-"""Which maps the kernels can take. Nothing here reads data, so a compiler can ask, too."""
+"""The requirements of the kernels on maps and machines. Nothing here reads data, so a compiler can trace it."""
 
 import os
 import re
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 MAX_SLOTS = 64
-# patches of a clip are counted in int32, with those by which the last tile exceeds the clip
+# int32 numbers count the patches of a clip, including those of the last tile that exceed the clip
 MAX_PATCHES = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# torch's own compiler needs the same
+# torch.compile has the same requirement
 MIN_CAPABILITY = 7
 
-# the oldest Triton that the kernels were compiled and run with; torch 2.10 brings it
+# the oldest Triton that compiled and ran the kernels in tests; torch 2.10 installs it
 MIN_VERSION = (3, 6)
 NO_VERSION = (0, 0)
 INSTALLED = find_spec("triton") is not None
-# torch calls the devices of both makers "cuda"
+# torch calls devices of NVIDIA and of AMD "cuda"
 IS_ROCM = torch.version.hip is not None
-# triton itself reads this when a kernel is defined
+# triton reads this variable when a kernel is defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -35,12 +35,12 @@ def triton_version() -> tuple[int, int]:
     return NO_VERSION
 
 
-# a compiler cannot call the function
+# a constant, as a compiler cannot call the function
 VERSION = triton_version()
 
 
 def missing(*maps: Tensor) -> str | None:
-    """Say why the kernels cannot take maps (B, T, S, H, W), or return None.
+    """Return a requirement of the kernels that maps (B, T, S, H, W) or the machine do not meet, or None.
 
     >>> missing(torch.zeros(1, 1, 4, 2, 2, dtype=torch.float64)) is None
     False
@@ -63,7 +63,7 @@ def _lack_of_device(device: torch.device) -> str | None:
         return f"a CUDA tensor; got {device.type}"
     if IS_ROCM:
         return "a CUDA tensor; got one of ROCm"
-    # a fake tensor may name a GPU where there is none
+    # a fake tensor may name a GPU on a machine without one
     if torch.cuda.is_available():
         # a compiler can trace this, but not `get_device_capability`
         gpu = torch.cuda.get_device_properties(device)

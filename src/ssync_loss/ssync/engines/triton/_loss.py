@@ -94,7 +94,7 @@ def loss_backward(
     grad_enc, grad_dec = _new_gradient(enc, for_enc), _new_gradient(dec, for_dec)
     if enc.shape[0]:
         tiling = Tiling.of(enc)
-        # a gradient that is not wanted has no programs, and the tensor in its place is not written
+        # a gradient that is not wanted has no programs; no kernel writes the tensor passed in its place
         num_dec = tiling.num_tiles * for_dec
         with torch.cuda.device_of(enc):
             _launch.launch(
@@ -126,7 +126,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Losses) -> None:
     ctx.mark_non_differentiable(num_boundary, num_interior, scales)
     # autograd would fill zeros for unused outputs, one launch each
     ctx.set_materialize_grads(False)
-    # a map without a gradient is not kept; the other takes its place and is not read there
+    # a map without a gradient is not saved; the other map fills its place, where nothing reads it
     ctx.save_for_backward(enc if for_enc else dec, dec if for_dec else enc, targets, slot_mask, scales)
 
 

@@ -1,4 +1,4 @@
-"""How maps are cut into tiles, and where their frames are in memory; from shapes and strides alone."""
+"""The division of maps into tiles, and the strides of maps as kernel arguments, from shapes and strides alone."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,17 @@ from torch import Tensor
 
 from ssync_loss.ssync.engines.triton._limits import VERSION
 
-# cells of a tile per thread, all of them in registers; with many slots half of it, as a thread keeps more numbers for
+# cells of a tile per thread, all in registers. With many slots the number is halved, as a thread keeps more numbers for
 # each slot. With 32 cells Triton 3.6 spills hundreds of bytes.
 THREAD_CELLS = 32 if VERSION >= (3, 7) else 16
 MANY_SLOTS = 64
-# a program has this many warps if a frame then has at least this many tiles, else one
+# a program has NUM_WARPS warps if a frame then has at least MANY_TILES tiles, else one warp
 NUM_WARPS = 4
 MANY_TILES = 8
 
 
 class Tiling(NamedTuple):
-    """How maps (B, T, S, H, W) are cut: tiles of (slots, patches) within a frame.
+    """The division of maps (B, T, S, H, W) into tiles (slots, patches) within a frame.
 
     >>> import torch
     >>> tiling = Tiling.of(torch.empty(2, 3, 11, 24, 24))
@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, maps: Tensor) -> "Tiling":
-        """Cut maps; the numbers of slots and patches of a tile are powers of two."""
+        """Divide maps into tiles; the numbers of slots and patches of a tile are powers of two."""
         num_clips, num_frames, num_slots, height, width = maps.shape
         slots = power_of_two(num_slots)
         num_patches = height * width
@@ -73,14 +73,14 @@ class Tiling(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """The constants that a kernel over tiles is compiled with."""
+        """The compile-time constants of a kernel over tiles."""
         columns = max(self.tile // (32 * self.num_warps), 1)
         cells = {"S": self.num_slots, "SLOTS": self.slots, "TILE": self.tile, "COLUMNS": columns}
         return cells | {"num_warps": self.num_warps}
 
 
 def strided(tensor: Tensor | None) -> tuple[Tensor, tuple[int | None, ...]] | None:
-    """Return a tensor (B, T, .., H, W) and its strides as the module ``tiles`` explains them.
+    """Return a tensor (B, T, .., H, W) and its strides, in the form that the module ``tiles`` explains.
 
     >>> import torch
     >>> whole = torch.empty(1, 1, 2, 4, 5)
@@ -94,7 +94,7 @@ def strided(tensor: Tensor | None) -> tuple[Tensor, tuple[int | None, ...]] | No
     if sum((size - 1) * stride for size, stride in zip(tensor.shape[2:], tensor.stride()[2:], strict=True)) >= 2**31:
         return tensor, (*outer, row, column, 1)
     if width == 1:
-        # one patch a row: the next patch is the next row
+        # a row has one patch: the next patch is in the next row
         return tensor, (*outer, None, row, None)
     return tensor, (*outer, None if height == 1 or row == width * column else row, column, None)
 

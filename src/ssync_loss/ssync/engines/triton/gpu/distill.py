@@ -28,9 +28,9 @@ def distill_kernel(
     COLUMNS: tl.constexpr,
     OVER_SLOTS: tl.constexpr,
 ):
-    """Write int8 ``targets`` (B, T, H, W), -1 where unselected, and either values of patches or sums of them.
+    """Write int8 ``targets`` (B, T, H, W), -1 where unselected, and either values of patches or sums of values.
 
-    The values are ``values`` (B, T, H, W), 0 where unselected. If that is None, the sums are the shares ``errors``
+    ``values`` are (B, T, H, W), 0 where unselected. If ``values`` is None, every program writes its sums to ``errors``
     (programs) and ``tallies`` (3, programs). With OVER_SLOTS a patch's squared error is a mean over present slots.
     """
     program = tl.program_id(0)
@@ -45,7 +45,7 @@ def distill_kernel(
         slots = slots_of(slot_mask, place[0], S, SLOTS)
         taught = inside & (read_patches(region, place, shape) != 0)
         if slot_mask is not None:
-            # in a clip without slots nothing is taught
+            # a clip without a present slot teaches nothing
             taught = taught & (tl.max(slots[1].to(tl.int32), 0) > 0)
         label = read_patches(target, place, shape)
         names_slot = (label >= 0) & (label < S)
@@ -54,7 +54,7 @@ def distill_kernel(
         value, _ = patch_values(x, label, slots, criterion)
         if OVER_SLOTS:
             value = value / slots[2]
-        # an error would have to wait for the device
+        # raising an error would have to wait for the device
         value = tl.where(names_slot, value, float("nan"))
         value = tl.where(taught, value, 0.0)
         tl.store(targets + at, label.to(tl.int8), mask=inside)
@@ -73,7 +73,7 @@ def distill_kernel(
 def finish_distill_kernel(
     errors, tallies, loss, scale, criterion, num_programs, PROGRAMS: tl.constexpr, MEAN: tl.constexpr
 ):
-    """Add up the shares: a sum or a mean, and the factor of its gradient."""
+    """Add up the shares, and write the sum or mean and the factor of its gradient."""
     error, _, factor, _ = add_shares(errors, tallies, num_programs, criterion, PROGRAMS)
     if not MEAN:
         factor = tl.full([], 1.0, tl.float64)
@@ -97,7 +97,7 @@ def distill_gradient_kernel(
     COLUMNS: tl.constexpr,
     OVER_SLOTS: tl.constexpr,
 ):
-    """Write ``grad_logits``. ``grad`` is that of a scalar loss with a ``scale``, or of values (B, T, H, W)."""
+    """Write ``grad_logits``. ``grad`` is the gradient of a scalar loss with a ``scale``, or of values (B, T, H, W)."""
     place = locate(tl.program_id(0), shape, TILE, COLUMNS)
     upstream = read_patches(grad, place, shape) if scale is None else tl.load(grad) * tl.load(scale)
     if OVER_SLOTS:

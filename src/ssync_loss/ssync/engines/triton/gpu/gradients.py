@@ -27,7 +27,7 @@ def gradient_kernel(
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write ``grad_dec`` in the first ``num_dec_programs`` programs, ``grad_enc`` in the others. Either may have none.
+    """Write ``grad_dec`` in the first ``num_dec_programs`` programs, and ``grad_enc`` in the other programs, if any.
 
     ``incoming`` are the gradients of the total and of both means; None is zero.
     """
@@ -55,7 +55,7 @@ def _upstream(scale, grad_total, weight, grad_term):
 
 @triton.jit
 def _nan_or_zero(upstream):
-    """Return NaN for NaN, else 0. It is NaN if a map holds NaN or +inf, and the whole gradient is then NaN."""
+    """Return NaN for NaN, else 0. ``upstream`` is NaN if a map holds NaN or +inf: all of the gradient becomes NaN."""
     return tl.where(upstream == upstream, 0.0, upstream)  # noqa: PLR0124 (only NaN differs from itself)
 
 
@@ -63,7 +63,7 @@ def _nan_or_zero(upstream):
 def write_slopes(
     maps, slot_mask, targets, upstream, elsewhere, grads, place, criterion, shape, S: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Write the gradient of one tile; patches that are not taught get the number ``elsewhere``."""
+    """Write the gradient of one tile; untaught patches get the number ``elsewhere``."""
     inside = place[3]
     target = tl.load(targets + in_plane(place, shape), mask=inside, other=-1).to(tl.int32)
     slots = slots_of(slot_mask, place[0], S, SLOTS)

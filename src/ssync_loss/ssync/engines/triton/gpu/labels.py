@@ -24,9 +24,9 @@ def label_kernel(
 ):
     """Write int8 labels (2, B, T, H, W), the encoder's and the decoder's, -1 at invalid patches.
 
-    The first half of the programs reads the encoder's map, the second the decoder's. Of each map, ``num_parts``
-    programs share a clip. Each of the encoder's writes one of the ``parts``: (B, parts, S) float32, the sums of slots
-    over valid patches, and (B, parts) int32, the numbers of valid patches. ``parts`` is None without merging.
+    The first half of the programs reads the encoder's map, the second half the decoder's map. ``num_parts`` programs
+    share a clip of a map. A program of the encoder's map writes one of the ``parts``: sums of slots over valid patches,
+    (B, parts, S) float32, and the number of these patches, (B, parts) int32. ``parts`` is None without merging.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2

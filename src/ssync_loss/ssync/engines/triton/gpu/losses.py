@@ -28,8 +28,8 @@ def loss_kernel(
     """Write every program's share of the errors and of three counts.
 
     ``errors`` are (2, programs) float32, ``tallies`` (2, 3, programs) int32: selected patches, selected patches times
-    present slots, and whether a valid patch is undefined. The first of the 2 is the decoder as student, the second the
-    encoder. One half of the programs reads each map.
+    present slots, and whether a valid patch is undefined. The first axis is the student: the decoder, then the encoder.
+    The first half of the programs reads the decoder's map, the second half the encoder's.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
@@ -70,14 +70,14 @@ def _sum_patches(
         error += tl.where(taught, value, 0.0)
         selected += taught.to(tl.int32)
         weighted += tl.where(taught, slots[2], 0)
-        # NaN and +inf count in all valid patches, taught or not
+        # NaN or +inf in any valid patch, taught or not, makes the loss NaN
         undefined |= tl.where(is_defined | (target == INVALID), 0, 1)
     write_share(share, error, selected, weighted, undefined)
 
 
 @triton.jit
 def write_share(share, error, selected, weighted, undefined):
-    """Write the sums of one program. ``share`` is both arrays, the program, and the number of programs."""
+    """Write the sums of one program. ``share`` holds both arrays, the program, and the number of programs."""
     errors, tallies, program, num_programs = share
     tl.store(errors + program, tl.sum(error, 0))
     tl.store(tallies + program, tl.sum(selected, 0))
@@ -89,7 +89,7 @@ def write_share(share, error, selected, weighted, undefined):
 def add_shares(errors, tallies, num_programs, criterion, PROGRAMS: tl.constexpr):
     """Add up the shares of all programs, in float64 and int64.
 
-    Returns the error, the number of selected patches, one over the divisor of the mean (selected patches, for the
+    Returns the error, the number of selected patches, the inverse of the divisor of the mean (selected patches, for the
     squared error times present slots), and whether a patch is undefined.
     """
     error = tl.zeros([PROGRAMS], tl.float64)
@@ -110,9 +110,9 @@ def add_shares(errors, tallies, num_programs, criterion, PROGRAMS: tl.constexpr)
 
 @triton.jit
 def finish_kernel(errors, tallies, clean, outputs, weights, criterion, num_programs, PROGRAMS: tl.constexpr):
-    """Add up the shares: the weighted total, both means, both counts, and the factors of the gradients.
+    """Add up the shares, and write the weighted total, both means, both counts, and the factors of the gradients.
 
-    The factors are one over the divisors of the means. They and the means are NaN if a map holds NaN or +inf.
+    The factors are the inverse divisors of the means. If a map holds NaN or +inf, the factors and the means are NaN.
     """
     error, selected, scale, undefined = add_shares(errors, tallies, num_programs, criterion, PROGRAMS)
     errors += num_programs

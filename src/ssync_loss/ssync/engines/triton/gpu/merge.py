@@ -1,4 +1,4 @@
-"""Representatives of slots, from shared patches: one program a clip."""
+"""Representatives of slots, from the numbers of shared patches: one program per clip."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def merge_kernel(
 ):
     """Write ``table`` (B, S), int8: the representative of every slot.
 
-    It takes the mean IoU over frames with a valid patch, links slots above the threshold, and squares the links
+    The kernel averages the IoU over frames with a valid patch, links slots above the threshold, and squares the links
     ceil(log2 S) times. The representative of a group has the largest area, or the lowest index among equals.
     """
     clip = tl.program_id(0).to(tl.int64)
@@ -28,7 +28,7 @@ def merge_kernel(
     known = (slots < S)[:, None] & (slots < S)[None, :]
     same = slots[:, None] == slots[None, :]
 
-    # in float64 the mean of equal numbers is that number
+    # in float64 the mean of equal numbers equals these numbers
     overlap = tl.zeros([SLOTS, SLOTS], tl.float64)
     area = tl.zeros([SLOTS], tl.int32)
     num_counted = 0
@@ -46,7 +46,7 @@ def merge_kernel(
         either = own[:, :, None] + own[:, None, :] - both
         iou = tl.math.div_rn(both.to(tl.float32), tl.maximum(either, 1).to(tl.float32))
         overlap += tl.sum(iou.to(tl.float64), 0)
-        # every valid patch is won by one slot
+        # one slot wins every valid patch
         num_counted += tl.sum((tl.sum(won, 1) > 0).to(tl.int32), 0)
         area += tl.sum(won, 0)
     mean = (overlap / tl.maximum(num_counted, 1)).to(tl.float32)

@@ -27,9 +27,9 @@ def overlap_kernel(
 ):
     """Write ``counts`` (B, T, chunks, S, S) of patches where both slots are active, and ``areas`` (B, T, chunks, S).
 
-    A slot is active where its logit exceeds its mean over the clip. Every program computes that mean from the parts.
-    The area of a slot is the number of its patches. A program takes a chunk of one large frame, or a group of small
-    frames. Products of zeros and ones, added in float32, count exactly.
+    A slot is active where its logit exceeds the slot's mean over the clip. Every program computes the means from the
+    parts. The area of a slot is the number of patches with its label. A program takes a chunk of one large frame, or a
+    group of small frames. Products of zeros and ones, added in float32, count exactly.
     """
     program = tl.program_id(0)
     chunk = program % num_chunks

@@ -13,10 +13,10 @@ FLOOR = tl.constexpr(87.33654475055310898657)
 
 @triton.jit
 def _split(x, hit, exponent):
-    """Return the exponentials of a tile, the same with 0 at the label, the label's own, and the sum of the others.
+    """Return a tile's exponentials, these with 0 at the label, the label's exponential, and the sum of the others.
 
-    They are ``2^((x - peak) * exponent)`` with ``exponent = log2(e) / temperature``, which cannot overflow. The sums
-    are NaN if a slot holds NaN or +inf, and 0 if all slots are at -inf.
+    Exponentials are ``2^((x - peak) * exponent)`` with ``exponent = log2(e) / temperature``, and cannot overflow. The
+    sums are NaN if a slot holds NaN or +inf, and 0 if all slots are at -inf.
     """
     level = _level(x)
     exps = tl.exp2((x - level[None, :]) * exponent)
@@ -39,7 +39,7 @@ def patch_values(x, label, slots, criterion):
     _, misses, own, wrong = _split(x, hit, criterion[0])
     total = own + wrong
     num_present = num_present.to(tl.float32)
-    # all slots at -inf are uniform probabilities 1/S: ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S, or log S
+    # with all slots at -inf, probabilities are uniform, 1/S: ((S-1)/S)^2 + (S-1)/S^2 = (S-1)/S, or log S
     uniform = total == 0.0
     if criterion[2] is not None:
         log_total = _log_total(own, wrong)
@@ -54,17 +54,17 @@ def patch_values(x, label, slots, criterion):
             value = (1.0 - criterion[3]) * value + (criterion[3] / num_present) * spread
         value = tl.where(uniform, tl.log(num_present), value)
     else:
-        # r^2 + Q with r and Q over the slots that miss: nothing cancels
+        # r^2 + Q with r and Q over the other slots: nothing cancels
         total = tl.where(uniform, 1.0, total)
         value = (wrong * wrong + tl.sum(misses * misses, 0)) / (total * total)
         value = tl.where(uniform, 1.0 - 1.0 / num_present, value)
-    # NaN is not defined
+    # a total of NaN fails this comparison
     return value, total >= 0.0
 
 
 @triton.jit
 def _log_total(own, wrong):
-    """Return log(own + wrong), precisely where own is 1 and wrong is too small for the sum."""
+    """Return log(own + wrong), precise even if own is 1 and the sum would round off wrong."""
     total = own + wrong
     lost = total - 1.0
     # Higham's log1p: a quotient corrects the rounding of the sum
@@ -97,7 +97,7 @@ def patch_slopes(x, label, slots, upstream, criterion):
         own *= inverse
         wrong *= inverse
         squares = tl.sum(misses * misses, 0) * (inverse * inverse)
-        # 2 P (P + P_y r - Q) off the label, -2 P_y (r^2 + Q) on it
+        # 2 P (P + P_y r - Q) at other slots, -2 P_y (r^2 + Q) at the label
         off = exps * (exps * (upstream * inverse)[None, :] + (upstream * (own * wrong - squares))[None, :])
         on = -exps * (upstream * (wrong * wrong + squares))[None, :]
         slope = tl.where(hit, on, off)

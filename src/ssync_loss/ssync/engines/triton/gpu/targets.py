@@ -26,10 +26,10 @@ def target_kernel(
 ):
     """Write int8 targets (2, B, T, H, W) of the decoder and of the encoder, and the fields of ``PseudoLabels``.
 
-    A target is the slot that a patch should belong to, -1 where nothing is taught, -2 at invalid patches. ``table`` is
-    None without merging. ``targets`` may be None, or else the fields: merged labels and region of either map, and
-    representatives. ``regions`` are the least and the largest number of differing neighbors on a boundary, and the
-    largest in an interior. ``size`` is frames, height and width.
+    A target is the slot that a map should learn at a patch, -1 at unselected patches, -2 at invalid patches. ``table``
+    is None without merging. ``targets`` may be None, and so may the fields: merged labels and region of each map, and
+    representatives. ``regions`` are the least and the largest number of differing neighbors at a boundary, and the
+    largest number in an interior. ``size`` is frames, height and width.
     """
     program = tl.program_id(0)
     half = tl.num_programs(0) // 2
@@ -77,11 +77,11 @@ def _select(
 
 @triton.jit
 def _name(table, representative, program, num_tiles, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Write the representatives of a clip as int64, in one of its programs; without merging every slot is its own."""
+    """Write a clip's representatives as int64, in one of its programs; without a table a slot represents itself."""
     slots = tl.arange(0, SLOTS)
     at = (program // num_tiles).to(tl.int64) * S + slots
     leader = slots if table is None else tl.load(table + at, mask=slots < S, other=0)
-    # Triton 3.9 needs a mask of bool; a block & a number has int32
+    # Triton 3.9 needs a boolean mask, but `&` of a block and a number has int32
     num_written = tl.where(program % num_tiles == 0, S, 0)
     tl.store(representative + at, leader.to(tl.int64), mask=slots < num_written)
 

@@ -1,4 +1,4 @@
-"""How a program finds its cells: a tile is (slots, patches) of one frame, read once and kept in registers.
+"""The cells of a program: a tile is (slots, patches) of one frame, read once and kept in registers.
 
 Four kinds of tuples are arguments of most functions:
 
@@ -67,7 +67,7 @@ def _within(patches, row, column, far, width):
 
 @triton.jit
 def tile_mask(slots, inside, S: tl.constexpr, SLOTS: tl.constexpr):
-    """Tell which cells of a tile exist: it has a power of two slots, and may exceed its frame."""
+    """Mark the cells of a tile that exist: its number of slots is a power of two, and it may exceed its frame."""
     return inside[None, :] if S == SLOTS else (slots < S)[:, None] & inside[None, :]
 
 
@@ -88,7 +88,7 @@ def read_tile(maps, slot_mask, slots, place, shape, S: tl.constexpr, SLOTS: tl.c
     """Read a tile as float32, -inf where it exceeds the map and in absent slots.
 
     If slots were adjacent in memory, the compiler would divide them among threads, and each thread would run out of
-    registers. The hint lets every slot be read on its own.
+    registers. The hint ``max_contiguous`` makes the compiler read every slot separately.
     """
     alone = tl.max_contiguous(tl.arange(0, SLOTS), 1)
     cells = map_cells(maps, place, alone, shape)
