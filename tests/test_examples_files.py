@@ -21,7 +21,7 @@ import torch
 from benchmarks import plan as benchmark_plan
 from benchmarks import report as benchmark_report
 from benchmarks import run as benchmarks
-from benchmarks.results import Results
+from benchmarks.results import Key, Results, Row, Spread
 from examples import arguments, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.neighbors import slot_curriculum, study
@@ -31,7 +31,7 @@ from examples.slot_model import SlotModel
 from examples.training import terms_of, train
 from torch import Tensor, nn
 
-from benchmark_results import Machine
+from benchmark_results import Machine, origin
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--quick", "--steps", "10", "--slots", "3"]
@@ -397,3 +397,57 @@ class TestCheckpoints:
         (tmp_path / "checkpoints" / "seed1_ssync.pt").touch()
         said = refusal("example", *QUICK, "--seeds", "0", "1", "--resume", "--out", tmp_path)
         assert "seed1_ssync.pt is no checkpoint of this example, or a damaged one. Delete it, or take another" in said
+
+
+KEY = Key("linear_vs_quadratic", "H*W", "dense", (("B", 1), ("T", 4), ("S", 3), ("H", 2), ("W", 2)))
+ROW = Row(KEY, values={"step": Spread(2.0, 1.0, 3.0, 5), "ratio": 4.0})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with one row."""
+    Results(origin(), path=tmp_path / "results.json").add([ROW])
+    return tmp_path / "results.json"
+
+
+class TestBenchmarkResults:
+    def test_committed_results_have_the_schema_and_come_back_as_they_were(self) -> None:
+        results = Results.load(OURS["benchmark"])
+        assert results.text() == OURS["benchmark"].read_text()
+        # a step that would take too long is a row without a number
+        assert {"measured", "time"} <= {row.status for row in results.rows.values()}
+
+    def test_a_row_is_written_at_once_and_tried_again_after_a_failure(self, file: Path) -> None:
+        failed = Row(KEY._replace(contender="SSync cpu"), "failed", "no idea")
+        Results.load(file).add([failed])
+        assert Results.load(file).rows == {KEY: ROW, failed.key: failed}
+        assert Results.resume(file, origin()).rows == {KEY: ROW}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c.update(schema="benchmarks 0"), "must have the schema .* found 'benchmarks 0'"),
+            (lambda c: c["origin"].pop("commit"), r"`origin` must have other fields; missing are \['commit'\]"),
+            (lambda c: c["rows"].append(c["rows"][0]), r"`rows\[1\]` must have another subject"),
+            (lambda c: c["rows"][0].update(suite="speed"), r"`rows\[0\]`: `suite` must be one of .*; found 'speed'"),
+            (lambda c: c["rows"][0].update(status="time"), "the status 'time' must have a note"),
+            (lambda c: c["rows"][0]["shape"].update(T=0), "`shape.T` must be a positive integer; found 0"),
+            (lambda c: c["rows"][0]["values"].update(step=[2, 3, 4, 1]), "`values.step` must have its median between"),
+            (lambda c: c["rows"][0]["values"]["step"].pop(), "`values.step` must be a finite number, or .median"),
+        ],
+    )
+    def test_what_is_not_of_the_schema_is_refused(self, change: Any, message: str, file: Path) -> None:
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"results.json.*{message}"):
+            Results.load(file)
+
+    @pytest.mark.parametrize(("name", "value"), [("sources", "ba98"), ("quick", True)])
+    def test_a_run_does_not_continue_elsewhere(self, name: str, value: Any, file: Path) -> None:
+        before, now = file.read_bytes(), origin(**{name: value})
+        with pytest.raises(ValueError, match=f"measured with `{name}` = .*, and now it is .*--out, or --restart"):
+            Results.resume(file, now)
+        assert not Results.resume(file, now, restart=True).rows
+        # until there is a new row
+        assert file.read_bytes() == before
