@@ -43,7 +43,6 @@ class TestPlan:
         gated = {(base_of(key.contender), key.dtype) for key in rest if key.contender != "torch"}
         assert gated == {(key.contender, key.dtype) for key in first.rows}
         assert len(set(rest)) == len(rest)
-        # malloc cannot be lowered again
         assert [job.raised for job in jobs] == sorted(job.raised for job in jobs)
 
     def test_sizes_go_from_256_to_a_million_patches_in_one_clip(self) -> None:
