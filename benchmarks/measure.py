@@ -66,7 +66,7 @@ def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> 
 
 def counts(key: Key, step: Step, device: str) -> Values:
     """Count the bytes of a step; of an operation of SSync, launches and host reads, too."""
-    if base_of(key.contender) != key.contender:
+    if key.contender.endswith((TWO_THREADS, REPLAY)):
         return {}
     step.prepare()
     values: dict[str, float] = {**peak_memory(step.once, device)}

@@ -74,12 +74,19 @@ def do(job: Job, results: Results, options: Options) -> None:
 
 def work(job: Job, keys: list[Key], options: Options) -> list[Row]:
     """Measure rows of a job, with its threads and its malloc."""
-    for number, value in RAISED.values() if job.raised and options.device == "cpu" else ():
-        ctypes.CDLL(None).mallopt(number, value)
+    outcome = attempt(_prepared, job, keys, options)
+    return outcome.value or [Row(key, outcome.status, outcome.note) for key in keys]
+
+
+def _prepared(job: Job, keys: list[Key], options: Options) -> list[Row]:
+    if job.raised and options.device == "cpu":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+        for name, (number, value) in RAISED.items():
+            if mallopt(number, value) != 1:
+                raise RuntimeError(f"this malloc has no {name}")
     torch.set_num_threads(job.threads or options.threads)
     gc.collect()
-    outcome = attempt(job.measure, keys, options)
-    return outcome.value or [Row(key, outcome.status, outcome.note) for key in keys]
+    return job.measure(keys, options)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
