@@ -43,6 +43,8 @@ def report(limit: float = SECONDS) -> str:
 
     Returns: the text. The line of a missing part says why it is missing.
 
+    Raises: TypeError if ``limit`` is no number. An error of a part becomes the text of its line.
+
     >>> [line.partition(":")[0] for line in report(limit=0).splitlines()[:3]]
     ['ssync-loss', 'torch', 'einops']
     """
