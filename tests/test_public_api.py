@@ -170,9 +170,9 @@ def words(one: Any) -> str:
 
 
 class TestDocstrings:
-    """Each test names those that lack something."""
+    """A failing test lists the names of incomplete docstrings."""
 
-    def test_a_value_is_checked(self) -> None:
+    def test_doctests_check_a_value(self) -> None:
         assert len(OBJECTS) > 140
         modules = {importlib.import_module(one.__module__) for one in OBJECTS.values()}
         # what no run of the tests would find is no example
