@@ -160,7 +160,7 @@ def slot_graphs(
     Overlaps and areas have few values, so that overlaps often equal each other or the threshold, and largest areas of a
     group often tie. With ``distinct_areas`` all slots of a clip have different areas. The overlap has type ``dtype``.
 
-    Raises: when it draws, InvalidArgument of hypothesis, ValueError or TypeError if a size is below 1.
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
 
     >>> from hypothesis import find
     >>> find(slot_graphs(batch=1), lambda graph: len(graph.area[0]) > 1).overlap.tolist()
@@ -184,7 +184,7 @@ def label_videos(
 ) -> Tensor:
     """Draw labels (B, T, H, W), int64, within [0, num_slots): moving boxes, single dots, checkers, noise, constants.
 
-    Raises: when it draws, InvalidArgument of hypothesis, ValueError or TypeError if a size is below 1.
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
 
     >>> from hypothesis import find
     >>> find(label_videos(batch=1), lambda labels: labels.numel() > 1).flatten().tolist()
@@ -215,7 +215,7 @@ def map_pairs(
     Without ``ties`` all slots of a patch have different logits, and every argmax is unique. With ``minus_inf`` some
     logits, some whole slots and (with ``ties``) some whole patches are -inf.
 
-    Raises: when it draws, InvalidArgument of hypothesis, ValueError or TypeError if a size is below 1.
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
 
     >>> from hypothesis import find
     >>> find(map_pairs(batch=1), lambda maps: maps.enc_logits.numel() > 1).dec_logits.flatten().tolist()
@@ -232,7 +232,7 @@ def map_pairs(
 def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
     """Draw valid patches of the given size, (B, T, H, W) or (B, T): all, a box, some frames, some patches, none.
 
-    Raises: when it draws, InvalidArgument of hypothesis, ValueError or TypeError if a size is below 1.
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
 
     >>> from hypothesis import find
     >>> find(valid_masks(1, 2), lambda valid: not valid.any()).tolist()
@@ -245,7 +245,7 @@ def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
 def slot_masks(batch: int, slots: int, *, empty: bool = True) -> st.SearchStrategy[Tensor]:
     """Draw present slots (B, S): all, some, one, none.
 
-    Raises: when it draws, InvalidArgument of hypothesis, ValueError or TypeError if a size is below 1.
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
 
     >>> from hypothesis import find
     >>> find(slot_masks(1, 2), lambda mask: not mask.any()).tolist()
