@@ -506,7 +506,7 @@ def test_held_rows_stay_as_they_are(name: str, leading: tuple[int, ...]) -> None
 def test_an_optimizer_of_other_parameters_is_named() -> None:
     slots = nn.Parameter(randn(5, 3))
     other = torch.optim.Adam([nn.Parameter(randn(5, 3))])
-    message = r"`optimizer` must hold `slots_param`, \(5, 3\); got another's optimizer"
+    message = r"`optimizer` must hold `slots_param`, \(5, 3\); got another optimizer"
     with pytest.raises(ValueError, match=message):
         inherit_moments(other, slots, torch.tensor([0]), 2)
     with pytest.raises(ValueError, match=message):

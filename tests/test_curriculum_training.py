@@ -175,7 +175,7 @@ def test_buffers_that_are_written_over_and_not_loaded_are_named(last: int, writt
     run(first, placeholders(), range(last))
     for name, one in other.named_buffers():
         one.copy_(first.get_buffer(name))
-    message = rf"are {written} in the buffers and \(0, 0\) by .*: every rank must load the checkpoint itself"
+    message = rf"are {written} in the buffers and \(0, 0\) by .*\. Every rank must load the checkpoint itself"
     with pytest.raises(RuntimeError, match=message):
         other.observe(*scene(2), last)
     other.load_state_dict(first.state_dict())

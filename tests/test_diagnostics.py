@@ -491,12 +491,12 @@ def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
     assert found.is_alarming
     text = report(trained, fresh=fresh)
     assert text.startswith(report(trained).splitlines()[0])
-    assert f"explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones" in text
-    assert "has memorized them" in text
+    assert f"explains {found.trained:.3f} of training clips, and {found.fresh:.3f} of fresh clips." in text
+    assert "has memorized the training clips" in text
     assert "memorized" not in report(trained, fresh=trained)
     broken, empty = premise(blurred, sharp, features * math.nan), premise(blurred[:0], sharp[:0], features[:0])
     for unknown in (broken, empty):
-        assert "Nothing can be said of memorized clips" in report(trained, fresh=unknown)
+        assert "Memorization cannot be judged" in report(trained, fresh=unknown)
         assert "nan" not in report(trained, fresh=unknown)
     # one clip gives no verdict
     assert not memorization(premise(blurred[:1], sharp[:1], features[:1]), fresh).is_alarming
@@ -537,14 +537,14 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
     # 0.1, 0.15 and 0.2
     assert "feature variance explained" in text
     assert f"0.150 ± {0.05 / math.sqrt(3):.3f}" in text
-    assert "one family of synthetic clips and one set of real ones" in text
-    assert "Ask the clips trained on, some 160 or more" in text
+    assert "one family of synthetic clips, one set of real clips" in text
+    assert "training clips, about 160 or more" in text
 
 
 @pytest.mark.parametrize(
     ("verdict", "first", "later"),
     [
-        (verdict_of(-0.03, -0.02, -0.025), "premise does not hold on these 3 clips: margin -0.025 ± 0.003", "to harm"),
+        (verdict_of(-0.03, -0.02, -0.025), "premise does not hold on these 3 clips: margin -0.025 ± 0.003", "worse"),
         (
             verdict_of(0.10, 0.0, 0.20, measured=[True, False, True]),
             "premise holds on these 2 clips: margin +0.150 ± 0.050",
@@ -553,7 +553,7 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
         (
             verdict_of(0.25),
             "premise: cannot tell from one clip, margin +0.250 (no standard error).",
-            "One video says next to nothing: ask many.",
+            "Clips of one video do not decide. Measure clips of many videos.",
         ),
         (verdict_of(0.5, measured=[False]), "premise cannot be judged: no clip has a valid patch.", ""),
         (verdict_of(0.5, math.nan), "premise cannot be judged", "NaN or infinities"),

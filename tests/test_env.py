@@ -53,7 +53,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert ", 1 libraries of " in said["cache"]
     if not torch.cuda.is_available():
         assert said["CUDA devices"].startswith("none")
-        assert said["auto on CUDA"].startswith("no device to ask")
+        assert said["auto on CUDA"].startswith("no CUDA device")
 
 
 class TestMissingParts:

@@ -379,7 +379,7 @@ def test_a_full_disk_stops_no_training_and_leaves_no_half_of_anything(tmp_path: 
 def test_a_place_that_cannot_be_written_to_stops_no_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     monitor = Monitor(SSyncLoss(), to=tmp_path / "file")
-    with pytest.warns(UserWarning, match=r"The monitor cannot write: .* Training goes on without it. \(Said once.\)"):
+    with pytest.warns(UserWarning, match=r"The monitor cannot write: .* Training continues without it. \(Said once.\)"):
         assert monitor(two_maps(), step=0, loss=torch.zeros(()))
     assert monitor(two_maps(), step=100, loss=torch.zeros(()))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"

@@ -322,7 +322,7 @@ def test_a_wrong_size_is_named(size: Any, error: type[Exception], message: str) 
         ("masks", torch.full((2, 3, 3, 4), NAN), ValueError, r"`masks` must hold neither NaN nor infinity; got some"),
         ("labels", torch.zeros(1, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got \(1, 3, 4\)"),
         ("labels", torch.zeros(2, 0, 4).long(), ValueError, r"`labels` must have h >= 1; got h=0"),
-        ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Give what is not"),
+        ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Label pixels without"),
     ],
 )
 def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
