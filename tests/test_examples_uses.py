@@ -71,4 +71,4 @@ class TestPropertyTest:
 
         monkeypatch.setattr(property_test, "my_merging", wrong)
         with pytest.raises(AssertionError):
-            property_test.test_it_merges_as_the_slow_definition()
+            property_test.test_merging_equals_the_reference()

@@ -9,9 +9,9 @@ A mean squared error averages, and edges blur. One line more compares the struct
 keep edges sharp in the reconstruction and in the masks.
 
 The squared error grows with the square of the features, the structure term does not, so the effect of the published
-weight of 0.05 depends on the backbone. Here its gradient is a small part of the squared error's. So the loss also gets
-the weight at which both gradients are about equal. A run with the squared error twice shows how much sharper a
-reconstruction is that only has more weight beside the slot contrast.
+weight of 0.05 depends on the backbone. Here its gradient is a small part of the squared error's. So another run has the
+weight at which both gradients are about equal. A run with the squared error twice shows how much more weight against
+the slot contrast sharpens the reconstruction.
 """
 
 import sys
@@ -155,7 +155,7 @@ def patch_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def painted(features: Tensor, ids: Tensor) -> Tensor:
-    """Give every patch the mean feature of its surface in the frame: the best that one slot a surface could do.
+    """Give every patch the mean feature of its surface in the frame, the best reconstruction with a slot per surface.
 
     Shape:
         features: (B, T, D, H, W). ids: (B, T, H, W). Returns (B, T, D, H, W).
