@@ -1,6 +1,6 @@
-"""Trains a curriculum in two processes, or in one: python curriculum_ranks.py RANK FOLDER.
+"""Trains a curriculum in one or two processes: python curriculum_ranks.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: slots, errors, moments and what was sent, step by step.
+Each rank writes the slots, errors, moments and collectives of every step to FOLDER/RANK.pt.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ BUDGETS, MILESTONES = [2, 3, 5], [1, 3]
 
 
 class Host(nn.Module):
-    """Slots that are colors, and masks by likeness; the curriculum is a part of it."""
+    """A model whose slots are colors and whose masks compare them with the target. It contains the curriculum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Host(nn.Module):
 
 
 def clips(step: int) -> Tensor:
-    """The whole batch of a step; later clips are harder."""
+    """Return the whole batch of a step. Later clips are harder."""
     target = torch.randn(NUM_CLIPS, 2, 4, 3, 3, generator=torch.Generator().manual_seed(step))
     return target * torch.arange(1, NUM_CLIPS + 1).view(-1, 1, 1, 1, 1)
 
@@ -65,7 +65,7 @@ def train(share: slice, *, distributed: bool) -> dict[str, Any]:
         host.curriculum.observe(recon, target, masks, step)
         results["errors"].append(host.curriculum.errors.clone())
         optimizer.zero_grad()
-        # weighted, so that the mean over ranks is the mean over all clips
+        # the weight makes the mean over ranks the mean over all clips
         weight = len(target) * (WORLD_SIZE if distributed else 1) / NUM_CLIPS
         ((recon - target).square().mean() * weight).backward()
         optimizer.step()
@@ -79,7 +79,7 @@ def train(share: slice, *, distributed: bool) -> dict[str, Any]:
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    # jitter that differs between ranks unless the curriculum prevents it
+    # the jitter differs between ranks unless the curriculum prevents it
     torch.manual_seed(rank)
     return train(SHARES[rank], distributed=True)
 

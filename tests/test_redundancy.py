@@ -63,7 +63,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**31),
     twins=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     shape: tuple[int, ...], num_picked: int, seed: int, twins: bool
 ) -> None:
     attention, slots = sample(*shape, dtype=torch.float64, seed=seed)

@@ -59,7 +59,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     temperature=st.sampled_from((0.1, 0.003, 2.0)),
     empty=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     kind: str, negatives: str, shape: tuple[int, ...], seed: int, temperature: float, empty: bool
 ) -> None:
     slots = sample(*shape, dtype=torch.float64, seed=seed % 2**31).detach()
