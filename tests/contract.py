@@ -131,7 +131,7 @@ class LossContract:
     tolerance: ClassVar[float] = 1e-6
     # arguments that do not promote the loss to float64, with the reason
     narrow: ClassVar[dict[str, str]] = {}
-    # arguments whose NaN and infinity need not show in the loss, with the reason
+    # arguments whose NaN and infinity may leave the loss finite, with the reason
     hides_dirt: ClassVar[dict[str, str]] = {}
     # wrong arguments or settings, and their error messages
     refused: ClassVar[list[tuple[dict[str, Any], type[Exception], str]]] = []
@@ -359,7 +359,7 @@ class LossContract:
         for name, one in expected.gradients.items():
             assert (actual.gradients[name].shape, actual.gradients[name].dtype) == (one.shape, one.dtype)
 
-    # --- nothing to do, nothing to see ---
+    # --- empty, masked and nonfinite input ---
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_empty(self, dtype: torch.dtype) -> None:

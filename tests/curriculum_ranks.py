@@ -6,11 +6,10 @@ Each rank writes the slots, errors, moments and collectives of every step to FOL
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from ssync_loss.curriculum import SlotCurriculum
 
 NUM_CLIPS = 6
@@ -42,39 +41,26 @@ def clips(step: int) -> Tensor:
 
 def train(share: slice, *, distributed: bool) -> dict[str, Any]:
     """Train on some of the clips."""
-    sent: list[tuple[str, int]] = []
-    kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
-
-    def counted(name: str) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            sent.append((name, tensor.numel()))
-            return kept[name](tensor, *args, **kwargs)
-
-        return call
-
     host = Host()
     model: nn.Module = DistributedDataParallel(host) if distributed else host
     optimizer = torch.optim.AdamW(host.parameters(), lr=0.01)
     results: dict[str, Any] = {"slots": [], "errors": [], "sent": [], "expanded": [], "moments": []}
-    for name in kept:
-        setattr(dist, name, counted(name))
     for step in range(NUM_STEPS):
         target = clips(step)[share]
         recon, masks = model(target)
-        sent.clear()
-        host.curriculum.observe(recon, target, masks, step)
+        with recorded("all_reduce", "broadcast") as observed:
+            host.curriculum.observe(recon, target, masks, step)
         results["errors"].append(host.curriculum.errors.clone())
         optimizer.zero_grad()
         # the weight makes the mean over ranks the mean over all clips
         weight = len(target) * (WORLD_SIZE if distributed else 1) / NUM_CLIPS
         ((recon - target).square().mean() * weight).backward()
         optimizer.step()
-        results["expanded"].append(host.curriculum.maybe_expand(host.slots, step, optimizer))
-        results["sent"].append(list(sent))
+        with recorded("all_reduce", "broadcast") as expanded:
+            results["expanded"].append(host.curriculum.maybe_expand(host.slots, step, optimizer))
+        results["sent"].append([(name, numel) for name, numel, _ in observed + expanded])
         results["slots"].append(host.slots.detach().clone())
         results["moments"].append(optimizer.state[host.slots]["exp_avg"].clone())
-    for name, function in kept.items():
-        setattr(dist, name, function)
     return results
 
 

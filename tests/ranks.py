@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 WORLD_SIZE = 2
 TESTS = Path(__file__).parent
@@ -54,3 +57,20 @@ def meet(work: Callable[[int], dict[str, Any]]) -> None:
     )
     torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@contextmanager
+def recorded(*names: str) -> Iterator[list[tuple[str, int, torch.dtype]]]:
+    """Record the name, the number of elements and the type of every call of the collectives `names`."""
+    calls: list[tuple[str, int, torch.dtype]] = []
+
+    def recording(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((name, tensor.numel(), tensor.dtype))
+            return collective(tensor, *args, **kwargs)
+
+        return call
+
+    recordings: Any = {name: recording(name, getattr(dist, name)) for name in names}
+    with mock.patch.multiple(dist, **recordings):
+        yield calls

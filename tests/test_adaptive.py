@@ -1,4 +1,4 @@
-"""The adaptive loss: sequences against loops, levels by hand, when it measures, state, compilers, two processes."""
+"""The adaptive loss against loops and values computed by hand; its steps, state, compilers and two processes."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ from test_ssync_contract import SSyncContract
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
 
-# so many measurements that debiasing no longer matters
+# debiasing no longer matters after this many measurements
 ASKED = 10_000
 
 

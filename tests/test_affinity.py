@@ -11,11 +11,11 @@ from torch import Tensor
 
 from contract import Case, LossContract
 from golden_neighbors import Golden, golden_names
+from meter import Meter
 from ssync_loss import AffinityConsistencyLoss
 from ssync_loss.functional import affinity_consistency_loss
 from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
 from steps import assert_same, step_of
-from test_memory import Meter
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:

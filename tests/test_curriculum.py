@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, deviation, golden_names
+from meter import Meter
 from ssync_loss.curriculum import (
     allot_children,
     hold_rows,
@@ -28,7 +29,6 @@ from ssync_loss.methods.slotcurri.reference import (
     reference_place_children,
     reference_slot_error,
 )
-from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")
 

@@ -204,7 +204,7 @@ def cost(loss_of: Loss, clips: int, side: int, chunk_size: int | None) -> Operat
 
 
 @BOTH
-def test_memory_is_that_of_a_chunk(loss_of: Loss) -> None:
+def test_the_largest_tensor_is_the_map_of_a_chunk(loss_of: Loss) -> None:
     # a window has 2 * side^2 patches
     for clips, side, chunk_size in ((1, 6, 10), (4, 6, 10), (1, 12, 10), (4, 6, 150), (4, 6, 10**6)):
         patches = 2 * side**2

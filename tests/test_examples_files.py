@@ -55,9 +55,9 @@ def refusal(name: str, *given: object) -> str:
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make commands fail when they start their work."""
+    """Keep commands from starting their work."""
     for place, function in ((train_moving_objects, "train"), (study, "run_seed"), (child, "call")):
-        monkeypatch.setattr(place, function, lambda *_, **__: pytest.fail("the work has started"))
+        monkeypatch.setattr(place, function, lambda *_, **__: pytest.fail("it has begun"))
 
 
 OF_EXAMPLES = {

@@ -79,7 +79,7 @@ class TestPhotographs:
         with pytest.raises(ValueError, match="`fold` must be 0, 1 or 2; got 3"):
             split(pictures, 3)
 
-    def test_installed_photographs_are_the_known_ones(self) -> None:
+    def test_installed_photographs_are_complete(self) -> None:
         try:
             pictures = load_photographs()
         except ImportError as error:

@@ -32,7 +32,6 @@ INF, NAN = math.inf, math.nan
 TINY = torch.finfo(torch.float32).tiny
 SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 CRITERIA = pytest.mark.parametrize(("criterion", "smoothing"), SOFT, ids=["mse", "cross_entropy", "smoothed"])
-HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 Settings: TypeAlias = dict[str, Any]
 
 # the encoder grid of `maps`

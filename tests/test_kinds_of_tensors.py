@@ -191,7 +191,7 @@ CALLS |= READERS | {"has_objects": Call(metrics.has_objects, {"target": LABELS},
 
 
 def cases(calls: dict[str, Call], wanted: Callable[[Tensor], bool] = lambda _: True) -> pytest.MarkDecorator:
-    """Parametrize over every call and each of its tensors that is wanted."""
+    """Parametrize over the wanted tensors of every call."""
     found = [(name, tensor) for name, call in calls.items() for tensor, one in call.tensors.items() if wanted(one)]
     return pytest.mark.parametrize(("name", "argument"), found)
 
@@ -201,7 +201,7 @@ def is_integer(tensor: Tensor) -> bool:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Compare values, whatever their tensor class."""
+    """Compare the values of tensors of any class."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 

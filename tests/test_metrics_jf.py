@@ -227,7 +227,7 @@ class TestByHand:
         assert contour_accuracy(within_reach, target, background=0).tolist() == [1.0]
         assert contour_accuracy(beyond, target, background=0).tolist() == [0.0]
 
-    def test_the_border_of_the_frame_is_no_contour(self) -> None:
+    def test_the_border_of_the_frame_is_not_a_contour(self) -> None:
         full = torch.ones(1, 1, 3, 4, dtype=torch.int64)
         assert not contours(full == 1).any()
         assert contour_accuracy(full, full, background=0).tolist() == [1.0]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from contract import Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation
+from meter import Meter
 from ssync_loss import CenteredCrossEntropy, OutGenerativeLoss
 from ssync_loss.functional import out_generative_loss
 from ssync_loss.methods.ino.reference import reference_out_generative_loss
-from test_memory import Meter
 
 Views = tuple[Tensor, Tensor, Tensor]
 

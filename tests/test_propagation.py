@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from meter import Meter
 from ssync_loss.functional import propagate_labels, propagate_masks
 from ssync_loss.methods.ino import propagation
 from ssync_loss.methods.ino.reference import reference_propagate_masks
 from ssync_loss.metrics import image_miou
-from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")
 

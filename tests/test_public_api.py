@@ -171,7 +171,7 @@ def words(one: Any) -> str:
 
 
 class TestDocstrings:
-    """A failing test shows the names whose docstrings lack something."""
+    """A failing test lists the names of incomplete docstrings."""
 
     def test_they_are_not_generated(self) -> None:
         assert len(OBJECTS) > 140

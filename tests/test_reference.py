@@ -208,7 +208,7 @@ class TestRegions:
         assert reference_boundary_region(self.square, min_different=2, min_same=2).sum() == 1
         assert not reference_boundary_region(self.square, min_different=2, min_same=3).any()
 
-    def test_an_isolated_patch_is_no_boundary(self) -> None:
+    def test_an_isolated_patch_is_not_a_boundary(self) -> None:
         labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
         labels[0, 1, 1, 1] = 1
         assert not reference_boundary_region(labels)[0, 1, 1, 1]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from contract import INF, NAN, Case, LossContract
 from golden_neighbors import Golden, golden_names
+from meter import Meter
 from ssync_loss import SemanticConsistencyLoss
 from ssync_loss.functional import semantic_consistency_loss
 from ssync_loss.methods.smtc.reference import reference_semantic_consistency_loss
 from steps import assert_same, saved_elements, step_of
-from test_memory import Meter
 
 
 class Scene(NamedTuple):
@@ -91,9 +91,7 @@ def test_pooling_equals_the_reference(eps: float) -> None:
 
 @settings(max_examples=20)
 @given(**DRAWN)
-def test_uniform_masks_have_the_logarithm_of_the_number_of_slots(
-    shape: tuple[int, ...], seed: int, **knobs: Any
-) -> None:
+def test_uniform_masks_have_the_logarithm_of_the_slots(shape: tuple[int, ...], seed: int, **knobs: Any) -> None:
     case = sample(*shape, dtype=torch.float64, seed=seed)
     loss, _ = step(case._replace(logits=case.logits * 0), **knobs)
     expected = math.log(shape[2]) if shape[1] > 1 else 0.0
@@ -157,7 +155,7 @@ def peak_in_kernels(frames: int, **given: Any) -> float:
 
 
 @pytest.mark.parametrize("frames", [2, 4, 8])
-def test_memory_is_that_of_one_pair_of_frames(frames: int) -> None:
+def test_one_pair_of_frames_is_in_memory(frames: int) -> None:
     # the rest is maps, which are linear in the frames
     assert 1.0 < peak_in_kernels(frames) < 1.2 + 0.05 * frames
     assert 2.0 < peak_in_kernels(frames, eps=0.01) < 3.2 + 0.05 * frames

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from contract import EXPORTS, Case, LossContract, refusal
 from golden_neighbors import Golden, deviation, golden_names
+from meter import Meter
 from ssync_loss import StructureAwareLoss
 from ssync_loss.functional import structure_aware_loss
 from ssync_loss.methods.slotcurri.reference import reference_structure_aware_loss
 from steps import saved_elements, step_of
-from test_memory import Meter
 
 # relative to the largest magnitude
 EXACT = {torch.float64: 1e-10, torch.float32: 5e-6}

@@ -6,10 +6,9 @@ Each rank writes its last state and the sizes of its collectives to FOLDER/RANK.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ranks import meet
+from ranks import meet, recorded
 from sample_maps import sample_maps
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 
@@ -46,16 +45,9 @@ def train(share: slice, *, compiled: bool = False) -> dict[str, Any]:
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    sent: list[int] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    together = train(SHARES[rank])
-    dist.all_reduce = all_reduce
+    with recorded("all_reduce") as calls:
+        together = train(SHARES[rank])
+    sent = [numel for _, numel, _ in calls]
     return {"together": together, "sent": sent, "compiled": train(SHARES[rank], compiled=True)}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from ssync_loss import CenteredCrossEntropy
 from ssync_loss.functional import masked_token_loss, out_generative_loss
 
@@ -58,25 +58,18 @@ def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = 
 
 def of_rank(rank: int) -> dict[str, Any]:
     """Return the updates of one rank, with the other rank and alone."""
-    sent: list[int] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
     results: dict[str, Any] = {}
     # every rank must create every group
     groups = [dist.new_group([one]) for one in range(WORLD_SIZE)]
     for name, shares in SHARES.items():
         mine = {key: one[shares[rank]] for key, one in scene().items()}
         for kind, group in (("all ranks", None), ("a named group", dist.group.WORLD), ("by itself", groups[rank])):
-            sent.clear()
-            results[f"{name}, {kind}"] = moved(**mine, all_reduce=True, group=group), list(sent)
-        sent.clear()
-        results[f"{name}, alone"] = moved(**mine, all_reduce=False), list(sent)
-    dist.all_reduce = all_reduce
+            with recorded("all_reduce") as calls:
+                centers = moved(**mine, all_reduce=True, group=group)
+            results[f"{name}, {kind}"] = centers, [numel for _, numel, _ in calls]
+        with recorded("all_reduce") as calls:
+            centers = moved(**mine, all_reduce=False)
+        results[f"{name}, alone"] = centers, calls
     return results
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from sample_maps import sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.distributed import global_mean
@@ -90,14 +90,6 @@ def whole_batch() -> dict[str, Any]:
 
 def one_rank(rank: int, *, use_global_mean: bool) -> dict[str, Any]:
     """Run half of the clips in one of two processes."""
-    sent: list[tuple[int, torch.dtype]] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
     share = slice(rank * NUM_CLIPS // WORLD_SIZE, (rank + 1) * NUM_CLIPS // WORLD_SIZE)
     results = {}
     for name, (settings, masks, step) in CASES.items():
@@ -105,15 +97,14 @@ def one_rank(rank: int, *, use_global_mean: bool) -> dict[str, Any]:
         enc, dec = model(*(maps[share] for maps in scene()))
         mine: Any = {key: mask[share] for key, mask in masks.items()}
         criterion = SSyncLoss(**settings)
-        sent.clear()
-        if use_global_mean:
-            loss = global_mean(criterion, enc, dec, step=step, **mine)
-        else:
-            loss = criterion(enc, dec, step=step, **mine)
-        value, calls = loss.detach(), list(sent)
+        with recorded("all_reduce") as calls:
+            if use_global_mean:
+                loss = global_mean(criterion, enc, dec, step=step, **mine)
+            else:
+                loss = criterion(enc, dec, step=step, **mine)
+        value = loss.detach()
         loss = loss + 0.1 * (enc.square().mean() + dec.square().mean())
         results[name] = {"value": value, "gradients": gradients(model, loss), "sent": calls}
-    dist.all_reduce = all_reduce
     return results
 
 

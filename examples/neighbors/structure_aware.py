@@ -120,10 +120,10 @@ def edge_contrast(made: Tensor, wanted: Tensor, ids: Tensor) -> float:
 
 
 def mask_steps(masks: Tensor, ids: Tensor) -> tuple[float, float]:
-    """Measure the part of a patch that changes slots to the next one, across edges and inside surfaces.
+    """Measure how much neighboring masks differ across edges and inside surfaces.
 
-    It is the mean of ``1/2 sum over slots of |mask_p - mask_q|`` over neighboring patches p, q of different surfaces,
-    and of the same one. Masks as sharp as the objects have 1 and 0, constant masks have 0 and 0.
+    Returns the mean of ``1/2 sum over slots of |mask_p - mask_q|`` over neighboring patches p, q of different surfaces,
+    and over those of the same surface. Perfect masks have 1 and 0, and constant masks have 0 and 0.
 
     Shape:
         masks: (B, T, S, H, W), a distribution over slots. ids: (B, T, H, W).
