@@ -281,7 +281,7 @@ class TestThreads:
 
     @pytest.mark.skipif(_forks.is_forked() is None, reason="only Linux tells of forks")
     @pytest.mark.parametrize("preload", [[], ["torch"]])
-    def test_a_child_of_a_fork_server_is_forked_only_if_the_server_loaded_torch(self, preload: list[str]) -> None:
+    def test_a_child_of_a_fork_server_that_loads_torch_itself_counts_as_no_fork(self, preload: list[str]) -> None:
         program = f"""
             import signal, torch
             signal.alarm(60)

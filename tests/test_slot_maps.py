@@ -179,7 +179,7 @@ class TestJoin:
         with pytest.raises(ValueError, match=r"to go with `enc`; got \(2, 3, 6, 4\)\. Are its last two axes the other"):
             SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(B, T, N, S))
 
-    def test_splits_flattened_tensors(self) -> None:
+    def test_takes_flattened_tensors_apart(self) -> None:
         enc, dec = torch.randn(B * T, S, N), torch.randn(B * T, S, 5, 5)
         maps = SlotMaps.join(enc, dec, num_frames=T)
         assert torch.equal(maps.enc_logits, enc.reshape(B, T, S, N))
