@@ -131,7 +131,7 @@ class TrainingState:
         """Read a state written by `save`. Reading never executes code in the file.
 
         Raises:
-            ValueError: if seed or settings differ, or the file is no checkpoint.
+            ValueError: if seed or settings differ, or the file is not a checkpoint.
         """
         content = _read(path)
         wanted = {**asdict(settings), "seed": seed}

@@ -48,7 +48,7 @@ def must_be_writable(path: Path, option: str, *, num_bytes: int = PROBE) -> None
         num_bytes: size of all files to be written.
 
     Raises:
-        ValueError: if it cannot be written, or is no file; the message names the option and the reason.
+        ValueError: if it cannot be written, or is not a file; the message names the option and the reason.
     """
     try:
         reason = _why_not(_target(path), num_bytes)

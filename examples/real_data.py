@@ -25,7 +25,7 @@ KINDS = ("sprites", "composites")
 SIZE, SMALL = 224, 64
 # clips per piece
 PIECE = 10
-# the principal axes are fitted on this many pieces of the training clips, however many clips there are
+# the principal axes are fitted on this many pieces of the training clips, for any number of clips
 FIT = 4
 DIM = 24
 
@@ -206,7 +206,7 @@ def real_clips(
         threads: CPU threads of the network.
 
     Raises:
-        ValueError: if there is no such kind, or a package holds other files than the known ones.
+        ValueError: if there is no such kind, or the files of a package have changed.
         ImportError: if a package is missing.
     """
     store = Store(cache, ImgFocus(threads))

@@ -139,7 +139,7 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             ValueError: if it is another file; the message names the file and the problem.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import Bounded, add_threads, at_least, at_most, explained
 from examples.checkpoint import Settings, TrainingState
@@ -67,7 +67,7 @@ FIXED: dict[str, Form | None] = {
     "threshold suggested": Form("suggested"),
 }
 KNOBS: dict[str, Form | None] = {
-    # the memory is as long in steps
+    # the moving average covers as many steps as usual
     "every 5": Form(asks={"every": 5, "warmup": 10, "momentum": 0.9}),
     "dead zone 0.01": Form(asks={"dead_zone": 0.01}),
     "warmup 150": Form(asks={"warmup": 150}),

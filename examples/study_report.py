@@ -48,7 +48,7 @@ class Rows:
         self.path = path
 
     def add(self, row: Row) -> None:
-        """Append a row with one write. A failed write leaves a broken line, which is no row."""
+        """Append a row with one write. A failed write leaves a broken line, which `load` skips."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
         with self.path.open("ab+", buffering=0) as file:
@@ -62,7 +62,7 @@ class Rows:
         """Read the rows. Broken lines are skipped. If a run has two rows, the first is taken.
 
         Raises:
-            ValueError: if a whole line is no row.
+            ValueError: if a whole line is not a row.
         """
         rows: dict[tuple[Any, ...], Row] = {}
         if not self.path.exists():

@@ -23,7 +23,7 @@ from threading import Event
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import Bounded, add_training_options, at_least, explained, within
 from examples.checkpoint import Settings, TrainingState

@@ -13,7 +13,7 @@ The published student sees masked frames, and its features are the logits of a p
 crop of every frame, and the features are the tokens: this encoder sees single patches, so it could not guess a masked
 one. Without crops there is a shortcut. Tokens that only encode their position have high affinity to the same position
 of all frames, like the teacher's tokens. On development clips such tokens propagated labels worse than without the
-loss. A position in a crop is no position in the frame.
+loss. A position in a crop is not a position in the frame.
 
 What do the crops do alone? Another run has the same crops and the same teacher, but no affinities and no second frame:
 the token of a patch is compared with the teacher's token of that patch.
@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips

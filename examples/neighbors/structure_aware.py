@@ -8,7 +8,7 @@
 A mean squared error averages, and edges blur. One line more compares the structure of cubes of features, which should
 keep edges sharp in the reconstruction and in the masks.
 
-The squared error grows with the square of the features, the structure term does not, so the effect of the published
+The squared error grows with the square of the features, but the structure term does not. So the effect of the published
 weight of 0.05 depends on the backbone. Here its gradient is a small part of the squared error's. So another run has the
 weight at which both gradients are about equal. A run with the squared error twice shows how much more weight against
 the slot contrast sharpens the reconstruction.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips

@@ -234,7 +234,7 @@ def table(report: StudyReport) -> str:
 
 
 def in_short(report: StudyReport) -> str:
-    """Format the scores as Markdown: the first run's, and the gains of others over it or over the run named."""
+    """Format the scores of the first run, and the gains of others over it or over another run, as Markdown."""
     columns, runs = report.columns, list(report.seeds.values())
     first, *others = runs[0]
     rows = [["", *(column.title for column in columns)]]

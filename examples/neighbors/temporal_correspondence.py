@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -98,7 +98,7 @@ class Correspondence(Method):
 
 
 def embeddings(output: SlotOutput, project: nn.Module) -> Tensor:
-    """Project the slots, at length 1: (B, T, 1, S, C)."""
+    """Project the slots to vectors of length 1: (B, T, 1, S, C)."""
     projected: Tensor = project(output.slots)
     return F.normalize(projected, dim=-1).unsqueeze(2)
 
