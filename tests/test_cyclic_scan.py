@@ -1,4 +1,4 @@
-"""Cyclic inference: forward, then backward from what the last frame predicts."""
+"""Cyclic inference: a forward scan, then a backward scan from the prediction of the last frame."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ssync_loss.functional import cyclic_scan
 
 
 class Recurrence:
-    """A step with weights, which records its calls."""
+    """A step with weights that records its calls."""
 
     def __init__(self, width: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def clip(clips: int = 2, frames: int = 4, slots: int = 3) -> tuple[Tensor, Tenso
 
 @settings(max_examples=20)
 @given(frames=st.integers(1, 6), clips=st.integers(0, 2))
-def test_it_goes_forward_and_then_backward(frames: int, clips: int) -> None:
+def test_it_scans_forward_and_backward(frames: int, clips: int) -> None:
     state, inputs = clip(clips, frames)
     outputs = cyclic_scan(Recurrence(), state, inputs)
     forward = forward_scan(Recurrence(), state, inputs)
@@ -64,7 +64,7 @@ def test_it_goes_forward_and_then_backward(frames: int, clips: int) -> None:
         assert torch.equal(values[:, -1], forward[-1][name])
 
 
-def test_a_clip_is_walked_through_twice_and_the_way_back_has_no_time() -> None:
+def test_the_backward_scan_has_no_time() -> None:
     step = Recurrence()
     cyclic_scan(step, *clip(2, 4))
     assert step.calls == [0, 1, 2, 3, None, None, None]
