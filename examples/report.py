@@ -239,8 +239,8 @@ def _caption(report: Report) -> list[str]:
     seeds = ", ".join(str(seed.seed) for seed in report.seeds)
     what = (
         "Masks of the decoder on fresh clips, unmerged, per clip at full size. FG-ARI, mBO, recall and fragmentation "
-        "are of objects, ARI of all pixels. A slot in use wins a pixel. Recall is the share of objects with a slot of "
-        "IoU above 1/2. Fragmentation counts the slots that lie mostly inside an object."
+        "are of objects, ARI of all pixels. A slot is in use if it wins a pixel. Recall is the share of objects with a "
+        "slot of IoU above 1/2. Fragmentation counts the slots that lie mostly inside an object."
         if report.columns() is COLUMNS
         else "No ground truth: what can be said without it, on clips that were trained on."
     )
@@ -332,10 +332,10 @@ def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
         band = block.shape[-2] / len(rows[name])
-        row[0].set_yticks([(i + 0.5) * band for i in range(len(rows[name]))], rows[name])
+        row[0].set_yticks([(i + 0.5) * band for i in range(len(rows[name]))], rows[name], fontsize="x-large")
         row[0].tick_params(length=0)
         if len(rows[name]) > 1:
-            row[0].set_ylabel(name, fontsize="x-large", fontweight="bold")
+            row[0].set_ylabel(name, fontsize="xx-large", fontweight="bold")
     patches = [
         Patch(color=(red / 255, green / 255, blue / 255), label=role)
         for role, (red, green, blue) in ROLE_COLORS.items()

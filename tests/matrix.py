@@ -181,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
         cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
-        limits = [f"{reason} ({times} tests)" for reason, times in row["limits"].items()]
+        limits = [f"{reason} ({times} test{'s' * (times != 1)})" for reason, times in row["limits"].items()]
         for said, listed in (("Failed", [f"`{test}`" for test in row["failures"]]), ("Skipped as impossible", limits)):
             if listed:
                 lines += ["", f"{said} with Python {row['python']}, torch {row['torch']}:", ""]

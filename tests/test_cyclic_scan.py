@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ssync_loss.functional import cyclic_scan
+from ssync_loss.methods.slotcurri.reference import reference_cyclic_scan
 
 
 class Recurrence:
@@ -30,21 +31,6 @@ class Recurrence:
         }
 
 
-def forward_scan(step: Any, state: Tensor, inputs: Tensor) -> list[dict[str, Tensor]]:
-    outputs = []
-    for t in range(inputs.shape[1]):
-        outputs.append(step(state, inputs[:, t], t))
-        state = outputs[-1]["state_predicted"]
-    return outputs
-
-
-def backward_scan(step: Any, last: dict[str, Tensor], inputs: Tensor) -> list[dict[str, Tensor]]:
-    outputs = [last]
-    for t in range(inputs.shape[1] - 2, -1, -1):
-        outputs.insert(0, step(outputs[0]["state_predicted"], inputs[:, t], None))
-    return outputs
-
-
 def clip(clips: int = 2, frames: int = 4, slots: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(clips, slots, 3, generator=generator), torch.randn(clips, frames, 3, generator=generator)
@@ -55,13 +41,10 @@ def clip(clips: int = 2, frames: int = 4, slots: int = 3) -> tuple[Tensor, Tenso
 def test_it_scans_forward_and_backward(frames: int, clips: int) -> None:
     state, inputs = clip(clips, frames)
     outputs = cyclic_scan(Recurrence(), state, inputs)
-    forward = forward_scan(Recurrence(), state, inputs)
-    expected = backward_scan(Recurrence(), forward[-1], inputs)
-    assert outputs.keys() == {"state", "state_predicted", "masks"}
+    expected = reference_cyclic_scan(Recurrence(), state, inputs)
+    assert outputs.keys() == expected.keys() == {"state", "state_predicted", "masks"}
     for name, values in outputs.items():
-        assert torch.equal(values, torch.stack([one[name] for one in expected], 1))
-        # the last frame is used once
-        assert torch.equal(values[:, -1], forward[-1][name])
+        assert torch.equal(values, expected[name])
 
 
 def test_the_backward_scan_has_no_time() -> None:

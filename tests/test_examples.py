@@ -37,7 +37,8 @@ def train(state: TrainingState, features: Tensor, until: int, folder: Path, crit
 
 
 EXAMPLES = Path(moving_objects.__file__).parent
-DOCUMENTED = [path for path in sorted(EXAMPLES.rglob("*.py")) if ">>>" in path.read_text()]
+SCRIPTS = [path for name in ("examples", "benchmarks") for path in sorted((EXAMPLES.parent / name).rglob("*.py"))]
+DOCUMENTED = [path for path in SCRIPTS if ">>>" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.stem)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from meter import Meter
 from ssync_loss.functional import propagate_labels, propagate_masks
 from ssync_loss.methods.ino import propagation
-from ssync_loss.methods.ino.reference import reference_propagate_masks
+from ssync_loss.methods.ino.reference import reference_propagate_labels, reference_propagate_masks
 from ssync_loss.metrics import image_miou
 
 NAN, INF = float("nan"), float("inf")
@@ -75,6 +75,23 @@ def test_masks_equal_the_reference(
     knobs: dict[str, Any] = {"num_context": num_context, "radius": radius, "top_k": top_k, "temperature": temperature}
     actual = propagate_masks(features, masks, chunk_size=chunk_size, **knobs)
     torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=20)
+@given(
+    shape=st.tuples(*(st.sampled_from(sizes) for sizes in ((1, 2), (1, 2, 4), (1, 3), (1, 2), (1, 3)))),
+    seed=st.integers(0, 2**31),
+    top_k=st.sampled_from((1, 2, 100)),
+)
+def test_labels_equal_the_reference(shape: tuple[int, ...], seed: int, top_k: int) -> None:
+    features, _ = sample(*shape, seed=seed)
+    labels = torch.randint(4, (shape[0], *shape[3:]), generator=torch.Generator().manual_seed(seed))
+    masks = reference_propagate_masks(features, F.one_hot(labels).movedim(3, 1), top_k=top_k)[:, 1:]
+    spread = (masks.amax((3, 4)) - masks.amin((3, 4)))[masks.sum((3, 4)) > 0]
+    # rounding decides what becomes of a constant mask
+    assume((spread > 1e-9).all())
+    expected = reference_propagate_labels(features, labels, top_k=top_k)
+    assert torch.equal(propagate_labels(features, labels, top_k=top_k), expected)
 
 
 # --- the context and the window ---

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import CenteredCrossEntropy, PrototypeHead
+from ssync_loss.methods.ino.reference import reference_prototype_head
 
 
 def small(**given: Any) -> PrototypeHead:
@@ -27,16 +28,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def by_hand(head: PrototypeHead, x: Tensor) -> Tensor:
-    """Compute the definition step by step in float64."""
-    linears = [one for one in head.mlp if isinstance(one, nn.Linear)]
-    x = x.double()
-    for number, linear in enumerate(linears):
-        x = x @ linear.weight.double().T + linear.bias.double()
-        if number < len(linears) - 1:
-            x = x * (1 + torch.erf(x / 2**0.5)) / 2
-    x = x / x.square().sum(-1, keepdim=True).sqrt()
-    prototypes = head.prototypes.double()
-    return x @ (prototypes / prototypes.square().sum(1, keepdim=True).sqrt()).T
+    return reference_prototype_head(x.double(), head.state_dict())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])

@@ -18,7 +18,7 @@ import torch
 import ssync_loss
 from api_pages import PAGES, PUBLIC, WITHOUT_ALL, public_names
 from ssync_loss import functional, losses
-from try_wheel import asked_for, built, contents, metadata_of, run
+from try_wheel import asked_for, built, contents, metadata_of, run, unfit_for_pypi
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ssync_loss"
@@ -322,6 +322,10 @@ def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
     assert f"\nVersion: {version}\n" in metadata_of(wheel)
     newest = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[0]
     assert newest == version
+
+
+def test_pypi_can_show_the_description(wheel: Path) -> None:
+    assert unfit_for_pypi(wheel) == []
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:

@@ -14,7 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
 from ssync_loss.functional import valid_instances
-from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
+from ssync_loss.methods.smtc.reference import (
+    reference_correlation_fusion,
+    reference_semantic_aware_slot_attention,
+    reference_slot_attention,
+)
 from steps import assert_same, saved_elements
 
 NAN = float("nan")
@@ -39,30 +43,9 @@ def sample(
 
 
 def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, iters: int) -> SemanticSlots:
-    """Compute both stages of every frame with the reference of one stage."""
+    settings: dict[str, Any] = {"iters": iters, "gate": module.gate, "gate_thr": module.gate_thr}
     weights = module.state_dict()
-    mu, sigma = module.mu.detach(), module.log_sigma.detach().exp()
-    clips, frames, _, height, width = features.shape
-    found: list[list[Tensor]] = [[], [], [], []]
-    for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
-        patches = frame.flatten(1).T
-        slots, logits = reference_slot_attention(mu, patches, weights, iters=iters)
-        gate = logits.softmax(0)
-        if module.gate == "prob":
-            gate = (gate > module.gate_thr).double()
-        if module.gate == "logit":
-            gate = (logits > module.gate_thr).double()
-        inside = [
-            reference_slot_attention(mu[s] + sigma[s] * draws[s], patches, weights, iters=iters, gate=gate[s])
-            for s in range(module.num_slots)
-        ]
-        parts = (slots, logits, torch.stack([one[0] for one in inside]), torch.stack([one[1] for one in inside]))
-        for some, one in zip(found, parts, strict=True):
-            some.append(one)
-    slots, logits, instances, instance_logits = (torch.stack(one).unflatten(0, (clips, frames)) for one in found)
-    return SemanticSlots(
-        slots, logits.unflatten(-1, (height, width)), instances, instance_logits.unflatten(-1, (height, width))
-    )
+    return SemanticSlots(*reference_semantic_aware_slot_attention(features, noise, weights, **settings))
 
 
 # --- values ---
