@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from examples.inputs import Inputs, Step
 from torch import Tensor
 
 from benchmarks.add_ons import BY_NAME
-from benchmarks.inputs import Inputs, Step
 from ssync_loss import SSyncLoss, testing
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
 

@@ -3,8 +3,7 @@
 import time
 
 import torch
-
-from benchmarks.inputs import moving_blobs
+from examples.inputs import moving_blobs
 
 
 def main() -> None:

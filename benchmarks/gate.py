@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from examples.inputs import Inputs, Step, as_tuple
 
 from benchmarks.add_ons import BY_NAME
 from benchmarks.contenders import COMPILED, OPERATIONS, STEP, ssync_criterion, step_of
-from benchmarks.inputs import Inputs, Step, as_tuple
 from benchmarks.plan import Job, Options, attempt
 from benchmarks.results import Key, Row
 

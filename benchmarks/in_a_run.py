@@ -12,12 +12,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 import torch.distributed as dist
 from examples.files import write_text
+from examples.inputs import Inputs
 from examples.markdown import between
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.counted import Operators, peak_memory
-from benchmarks.inputs import Inputs
 from benchmarks.report import HERE
 from benchmarks.suites.training_step import PUBLISHED, published_model
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss

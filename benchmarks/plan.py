@@ -2,13 +2,9 @@
 
 import ctypes
 import gc
-import resource
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -78,13 +74,19 @@ def do(job: Job, results: Results, options: Options) -> None:
 
 def work(job: Job, keys: list[Key], options: Options) -> list[Row]:
     """Measure rows of a job, with its threads and its malloc."""
-    for number, value in RAISED.values() if job.raised and options.device == "cpu" else ():
-        ctypes.CDLL(None).mallopt(number, value)
+    outcome = attempt(_prepared, job, keys, options)
+    return outcome.value or [Row(key, outcome.status, outcome.note) for key in keys]
+
+
+def _prepared(job: Job, keys: list[Key], options: Options) -> list[Row]:
+    if job.raised and options.device == "cpu":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+        for name, (number, value) in RAISED.items():
+            if mallopt(number, value) != 1:
+                raise RuntimeError(f"this malloc has no {name}")
     torch.set_num_threads(job.threads or options.threads)
     gc.collect()
-    with _limited(options):
-        outcome = attempt(job.measure, keys, options)
-    return outcome.value or [Row(key, outcome.status, outcome.note) for key in keys]
+    return job.measure(keys, options)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
@@ -99,29 +101,6 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
             return Outcome("memory", said)
         traceback.print_exc()
         return Outcome("failed", said)
-
-
-@contextmanager
-def _limited(options: Options) -> Iterator[None]:
-    """Let an allocation beyond the cap fail, before the machine runs out of memory."""
-    if options.device == "cuda":
-        most = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(options.memory_cap / most, 1.0))
-        torch.cuda.empty_cache()
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + options.memory_cap, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@cache
-def _address_space() -> int:
-    # malloc keeps the memory of earlier jobs, so only the first job knows what the process itself takes
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _stopped(results: Results, key: Key) -> Row | None:

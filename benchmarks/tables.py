@@ -49,7 +49,7 @@ def _caption(results: Results) -> list[str]:
             f"Growing sizes run with `{raised}`, unless malloc is named. All else runs with malloc as it comes."
         )
     caps = f"{settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB"
-    parts.append(f"A step that takes more than {caps} has no number, but says `time` or `memory`.")
+    parts.append(f"A step that should take more than {caps} does not run, but says `time` or `memory`.")
     agree = dict.fromkeys(row.key.contender for row in results.select("gate") if row.status == "measured")
     ssync = [name for name in agree if name not in BY_NAME]
     parts.append(
@@ -114,6 +114,10 @@ def _steps(results: Results) -> list[str]:
         f"{unit}. *Maps* are the memory beyond inputs and gradients, in maps, at the peak and between forward and "
         "backward."
     )
+    for row in results.select(kernels.SUITE, case=STEP, contender="SSync cpu"):
+        if row.key.sizes == {"B": kernels.BATCH, **kernels.MOVI_C} and "resident" in row.values:
+            own = (row.number("resident") - row.number("allocated")) / growth.size_of(row.key)
+            note += f" The C library holds {own:.1f} bytes a patch beside torch's allocator."
     for row in results.select(training_step.SUITE, case=training_step.EXAMPLE, contender="SSync torch"):
         note += f" Plain torch takes {row.number('alone_over_with'):.2%} of the example's training step."
     lines = [["BxTxSxHxW, dtype", "", "ms", "launches", "maps"]]

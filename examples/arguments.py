@@ -1,4 +1,4 @@
-"""What the commands do with what they are given: options within bounds, and an end in one line where one is not."""
+"""Command-line options with bounds, and errors that end a command with one line."""
 
 import argparse
 import os
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# of a frame: 48 x 48 pixels in squares of 4 x 4
+# a frame has 48 x 48 pixels in patches of 4 x 4
 NUM_PATCHES = 144
 
 
 class Rule(NamedTuple):
-    """What a number must be, in words and as a function."""
+    """A condition on a number, in words and as a function."""
 
     wanted: str
     holds: Callable[[float], bool]
@@ -24,12 +24,12 @@ def at_least(low: float) -> Rule:
 
 
 def above(low: float) -> Rule:
-    """Bound a number from below, and do not reach the bound."""
+    """Bound a number from below, without the bound itself."""
     return Rule(f"above {low}", lambda value: value > low)
 
 
 def at_most(high: float, why: str = "") -> Rule:
-    """Bound a number from above, and say why there is a bound."""
+    """Bound a number from above, and give the reason."""
     return Rule(f"at most {high}{why}", lambda value: value <= high)
 
 
@@ -39,7 +39,7 @@ def within(low: float, high: float) -> Rule:
 
 
 class Bounded(argparse.Action):
-    """An option with numbers that follow rules; where there are several, no two are the same.
+    """An option whose numbers follow rules and differ from each other.
 
     >>> parser = argparse.ArgumentParser()
     >>> _ = parser.add_argument("--slots", type=int, action=Bounded, rules=[at_least(1)])
@@ -52,7 +52,7 @@ class Bounded(argparse.Action):
         self.rules = rules
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object) -> None:
-        """Take the values, or end the command."""
+        """Store the values, or end the command with an error."""
         name = self.option_strings[0]
         given = values if isinstance(values, list) else [values]
         for value in given:
@@ -65,15 +65,15 @@ class Bounded(argparse.Action):
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, steps: int, slots: int) -> None:
-    """Add what every example asks for.
+    """Add the options that the examples share.
 
     Args:
-        parser: of the command line.
-        steps: of a run, if the command line does not say.
-        slots: of the model, likewise.
+        parser: parser of the command line.
+        steps: default number of steps.
+        slots: default number of slots.
     """
     add = parser.add_argument
-    # a million times the seed, from which the order of the clips is drawn, must fit 64 bits
+    # the order of the clips is drawn from a million times the seed, which must fit 64 bits
     seeds = [at_least(0), at_most(2**32 - 1)]
     add("--seeds", type=int, nargs="+", default=[0], action=Bounded, rules=seeds, help="training seeds")
     rules = [at_least(1), at_most(NUM_PATCHES, ", the patches of a frame")]
@@ -81,12 +81,12 @@ def add_training_options(parser: argparse.ArgumentParser, *, steps: int, slots: 
     rules = [at_least(10), at_most(1_000_000)]
     add("--steps", type=int, default=steps, action=Bounded, rules=rules, help="optimizer steps of a run")
     add("--quick", action="store_true", help="a rehearsal in seconds; its numbers mean nothing")
-    add_threads(parser, at_least(1), help="CPU threads; operators this small gain nothing from a second one")
+    add_threads(parser, at_least(1), help="CPU threads; operators this small gain nothing from a second thread")
     add("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of finished results")
 
 
 def add_threads(parser: argparse.ArgumentParser, low: Rule, *, help: str) -> None:  # noqa: A002 (as argparse has it)
-    """Add the number of threads: more than there are CPUs wait for each other without end."""
+    """Add the number of threads. More threads than CPUs would wait for each other without end."""
     rules = [low, at_most(num_cpus(), ", the CPUs of this machine")]
     parser.add_argument("--threads", type=int, default=1, action=Bounded, rules=rules, help=help)
 
@@ -102,10 +102,10 @@ def num_cpus() -> int:
 def explained(
     kinds: type[Exception] | tuple[type[Exception], ...] = (ValueError, ImportError, OSError),
 ) -> Iterator[None]:
-    """End the program with one line where the user's files or options are at fault, not with a traceback.
+    """End the program with one line, not a traceback, if the user's files or options are at fault.
 
     Args:
-        kinds: the errors that are the user's to mend.
+        kinds: errors that the user can fix.
     """
     try:
         yield

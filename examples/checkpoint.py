@@ -1,4 +1,4 @@
-"""The state of a training run, and its way to disk and back without losing a bit."""
+"""The state of a training run, which a checkpoint restores to the bit."""
 
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -18,20 +18,20 @@ PARTS = ("settings", "model", "optimizer", "scheduler")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on, apart from its seed.
+    """The settings of a run. Together with the seed they determine it.
 
     Attributes:
-        data: where the training clips come from, in words.
-        num_clips: how many there are.
+        data: description of the training clips.
+        num_clips: number of training clips.
         slots: number of slots.
         steps: optimizer steps, the shared part included.
         threshold: merge threshold of the loss; None turns merging off.
-        start_fraction: share of the steps after which the loss is switched on.
+        start_fraction: share of the steps after which the loss starts.
         batch_size: clips per step.
-        learning_rate: of Adam, after the warm-up.
-        warmup_steps: steps of linear warm-up; after it the rate decays exponentially, to half at the end.
+        learning_rate: learning rate of Adam after the warm-up.
+        warmup_steps: steps of linear warm-up; the rate also decays exponentially, to half at the end.
         contrast_weight: weight of the slot contrast.
-        max_grad_norm: gradients are clipped to it.
+        max_grad_norm: largest norm of the gradient, which is clipped.
     """
 
     data: str
@@ -48,7 +48,7 @@ class Settings:
 
     @property
     def start_step(self) -> int:
-        """The step at which the loss is switched on."""
+        """The first step with the loss."""
         return round(self.start_fraction * self.steps)
 
     def criterion(self) -> SSyncLoss:
@@ -56,20 +56,20 @@ class Settings:
         return SSyncLoss(merge_threshold=self.threshold, start_step=self.start_step)
 
     def adaptive(self) -> AdaptiveSSyncLoss:
-        """Make the loss that asks; in a short run it listens for no more than a quarter of its steps."""
+        """Make the adaptive loss. Its warm-up takes at most a quarter of its steps."""
         return AdaptiveSSyncLoss(self.criterion(), warmup=min(50, (self.steps - self.start_step) // 4))
 
 
 @dataclass
 class TrainingState:
-    """A model in training: all that a resumed run needs to go on bit for bit.
+    """A model in training: all that a resumed run needs to continue bit for bit.
 
-    The order of the data is a function of seed and step, so it needs no place here.
+    The order of the data is a function of seed and step, so the state does not hold it.
 
     Attributes:
-        alignment: dense alignment with its projections, in the run that trains with it.
-        adaptive: the loss that asks, with what it has learned, likewise.
-        times: seconds that every step took.
+        alignment: dense alignment and its projections, if the run has it.
+        adaptive: the adaptive loss and its state, if the run has it.
+        times: seconds of every step.
         history: losses of every step.
     """
 
@@ -86,7 +86,7 @@ class TrainingState:
 
     @classmethod
     def fresh(cls, settings: Settings, seed: int, *, dense: bool = False) -> "TrainingState":
-        """Start from the weights that the seed gives: the model's are the same with dense alignment."""
+        """Start from the seed's weights. The model's weights are the same with dense alignment."""
         torch.manual_seed(seed)
         model = SlotModel(settings.slots)
         alignment = DenseAlignment(DenseSettings(settings.steps)) if dense else None
@@ -94,7 +94,7 @@ class TrainingState:
         return cls(settings, seed, model, alignment, optimizer, scheduler)
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what is trained: the model, and the projections of dense alignment."""
+        """Return the parameters of the model and of dense alignment."""
         return _parameters(self.model, self.alignment)
 
     def forward(self, features: Tensor) -> SlotOutput:
@@ -106,7 +106,7 @@ class TrainingState:
         """Do nothing after the optimizer's step."""
 
     def content(self) -> dict[str, Any]:
-        """Collect what a checkpoint holds."""
+        """Return the content of a checkpoint."""
         return {
             "settings": asdict(self.settings),
             "seed": self.seed,
@@ -122,16 +122,16 @@ class TrainingState:
         }
 
     def save(self, path: Path) -> None:
-        """Write the state; a crash half-way leaves the previous file whole."""
+        """Write the state atomically."""
         with written_whole(path) as partial:
             torch.save(self.content(), partial)
 
     @classmethod
     def load(cls, path: Path, settings: Settings, seed: int) -> "TrainingState":
-        """Read a state written by `save`. Nothing in a file is executed, whoever wrote it.
+        """Read a state written by `save`. Reading never executes code in the file.
 
         Raises:
-            ValueError: if it was made with another seed or other settings, or is no such file.
+            ValueError: if seed or settings differ, or the file is not a checkpoint.
         """
         content = _read(path)
         wanted = {**asdict(settings), "seed": seed}
@@ -154,8 +154,8 @@ class TrainingState:
         return state
 
     def _take(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint; any error says that it cannot be one of this run."""
-        # a step along no slope moves no weight, and lets the optimizer make all that it keeps
+        """Restore a checkpoint. Any error means that it does not belong to this run."""
+        # a step with zero gradients moves no weight, but makes the optimizer create its state
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -163,7 +163,7 @@ class TrainingState:
         optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
         step, times, history = (content[name] for name in ("step", "times", "history"))
         moments, groups = (content["optimizer"][name] for name in ("state", "param_groups"))
-        # other versions of torch have more settings or fewer
+        # versions of torch differ in their settings
         groups = [_known(*pair) for pair in zip(groups, optimizer["param_groups"], strict=True)]
         rates = _known(content["scheduler"], scheduler)
         fits = [
@@ -191,7 +191,7 @@ class TrainingState:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            # of what is refused anyway
+            # torch warns about some files that are refused below
             warnings.simplefilter("ignore")
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(content[part], dict) for part in PARTS):
@@ -206,7 +206,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known(found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Take what both have from what was found, but for what it is about."""
+    """Replace our values by those found, except for the parameters."""
     return {name: ours[name] if name == "params" else found.get(name, ours[name]) for name in ours}
 
 
@@ -215,7 +215,7 @@ def _refusal(path: Path) -> str:
 
 
 def _fits(found: Any, like: Any) -> bool:
-    """Say whether two things differ in no more than their numbers."""
+    """Return whether two values differ in nothing but numbers."""
     if isinstance(like, Tensor):
         return isinstance(found, Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
     if type(found) is not type(like):
@@ -230,7 +230,7 @@ def _fits(found: Any, like: Any) -> bool:
 def make_optimizer(
     parameters: list[nn.Parameter], settings: Settings
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Make Adam, and its rate: a linear warm-up, then exponential decay, to half at the end."""
+    """Make Adam and its schedule: a linear warm-up, and exponential decay to half at the end."""
     optimizer = torch.optim.Adam(parameters, settings.learning_rate)
 
     def rate(step: int) -> float:
@@ -246,9 +246,9 @@ def _parameters(model: SlotModel, alignment: DenseAlignment | None) -> list[nn.P
 
 
 def batch_of_step(step: int, *, num_clips: int, batch_size: int, seed: int) -> Tensor:
-    """Choose the clips of a step: passes through a shuffled training set, a new order for every pass.
+    """Choose the clips of a step. Every epoch has a new order.
 
-    It depends on seed and step only: every run of a seed sees the same clips, resumed or not. A set smaller
+    The choice depends on seed and step only, so every run of a seed sees the same clips, resumed or not. A set smaller
     than a batch is taken whole.
     """
     batch_size = min(batch_size, num_clips)

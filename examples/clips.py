@@ -1,4 +1,4 @@
-"""Your own clips: video files and folders of frames, cut to the length and size the example trains on."""
+"""Your own clips: video files and folders of frames, cut to the length and size of the training clips."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg"}
-# of brightness: black is 16 of 255 and white 235
+# color range in which black is 16 of 255 and white is 235
 LIMITED = 1
 
 
@@ -25,7 +25,7 @@ class Clips(NamedTuple):
     Shape:
         video: (B, T, 3, H, W), float32 in [0, 1].
         sources: B names, the file or folder that each clip was cut from.
-        skipped: what was left out, and why.
+        skipped: the files that were skipped, with reasons.
     """
 
     video: Tensor
@@ -34,21 +34,21 @@ class Clips(NamedTuple):
 
 
 class Skipped:
-    """Files that are left out, by folder and reason."""
+    """Skipped files, by folder and reason."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.files = root, dict[tuple[Path, str], list[Path]]()
 
     def add(self, path: Path, reason: str) -> None:
-        """Leave a file out."""
+        """Add a file."""
         self.files.setdefault((path.parent, reason), []).append(path)
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of files."""
         return sum(map(len, self.files.values()))
 
     def lines(self) -> list[str]:
-        """Say what is left out: of a folder and for a reason, the first file by name and the others by number."""
+        """Return a line per folder and reason, with the first file and the number of others."""
         lines = []
         for (_, reason), (first, *others) in self.files.items():
             who = f"{shown(first.relative_to(self.root))} {f'and {len(others)} more are' if others else 'is'} skipped"
@@ -57,7 +57,7 @@ class Skipped:
 
 
 def shown(path: Path) -> str:
-    r"""Write a path in one line, whatever is in its name.
+    r"""Format a path in one line, even if its name has a line break.
 
     >>> shown(Path("a") / "b\n.png")
     'a/b\\n.png'
@@ -72,11 +72,11 @@ def load_clips(
 
     A video is a file (mp4, m4v, mov, mkv, webm, avi; needs PyAV) or a folder that holds frames (png, jpg), in
     the order of the numbers in their names. Each frame is turned upright, cropped to its central square and resized to
-    size x size; gray becomes color, 16 bits keep their brightness, and transparency is ignored. What is left at the
-    end of a video, shorter than a clip, is dropped. Files that cannot be read and hidden ones are left out.
+    size x size. Gray becomes color, 16 bits keep their brightness, and transparency is ignored. The end of a video is
+    dropped if it is shorter than a clip. Hidden files and files that cannot be read are skipped.
 
     Args:
-        directory: where to look, at any depth.
+        directory: folder to search, at any depth.
         match: pattern that the name of a video file or of a folder of frames must match.
         num_frames: T.
         size: H = W.
@@ -107,7 +107,7 @@ def load_clips(
             except ImportError:
                 raise
             except Exception as error:
-                # a decoder that is fed with whatever bytes there are raises whatever it likes
+                # decoders may raise anything on damaged bytes
                 skipped.add(file, _reason(error))
         count = len(frames) // num_frames
         if count:
@@ -125,16 +125,16 @@ def load_clips(
 
 
 def _nothing_but(skipped: Skipped) -> str:
-    """Name the directory, and what is to be said of the files in it."""
+    """Describe the directory and the files that were skipped in it."""
     lines = skipped.lines()
     where = repr(str(skipped.root))
     return f"{where}, where {len(skipped)} of the files cannot be used: {lines[0]}" if lines else where
 
 
 def _find_videos(root: Path, match: str, stride: int, skipped: Skipped) -> dict[Path, list[Path]]:
-    """Find videos by the number in their names, and the files that each consists of.
+    """Find the videos and their files, in the order of the numbers in their names.
 
-    Links are followed, and every folder is looked into once.
+    Links are followed, and every folder is visited once.
     """
     videos: dict[Path, list[Path]] = {}
     seen = set()
@@ -171,14 +171,14 @@ def _find_videos(root: Path, match: str, stride: int, skipped: Skipped) -> dict[
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
-    """Sort key by which frame_2 comes before frame_10."""
+    """Return the sort key that puts frame_2 before frame_10."""
     parts = re.split(r"(\d+)", str(path))
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _reason(error: Exception) -> str:
-    """Say in a few words what is wrong with a file, without its name."""
-    # what it says itself begins with the whole path
+    """Describe in a few words what is wrong with a file, without its name."""
+    # its message begins with the whole path
     if type(error).__name__ == "UnidentifiedImageError":
         return "no image"
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -186,7 +186,7 @@ def _reason(error: Exception) -> str:
 
 
 def _pictures(path: Path, stride: int) -> Iterator[np.ndarray]:
-    """Decode a file, one picture or a video: (H, W) or (H, W, 3), of bytes, 16 bits or float32 in [0, 1]."""
+    """Decode a picture or a video: (H, W) or (H, W, 3), of 8 bits, 16 bits or float32 in [0, 1]."""
     if path.stat().st_size == 0:
         raise ValueError("empty")
     if path.suffix.lower() in FRAME_SUFFIXES:
@@ -201,18 +201,18 @@ def _read_image(path: Path) -> np.ndarray:
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith(("I", "F")):
-        # convert would cut off at 255 what goes up to 65,535
+        # convert would clip values up to 65,535 at 255
         return _gray(np.asarray(image))
     if image.mode in {"P", "PA"}:
-        # a palette with transparency becomes RGB by way of RGBA only
+        # a palette with transparency must become RGBA before it becomes RGB
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 
 def _gray(values: np.ndarray) -> np.ndarray:
-    """Find out what is white in a picture of one channel of more than 8 bits.
+    """Scale a picture with one channel of more than 8 bits to [0, 1].
 
-    In whole numbers it is 65,535, the largest of 16 bits. In floats it is 1, or 255 where there are larger ones.
+    White is 65,535 in integers, the largest value of 16 bits. In floats it is 1, or 255 if a value exceeds 1.
     """
     largest = 65535 if values.dtype.kind in "iu" else 1 if values.max() <= 1 else 255
     if not (values.min() >= 0 and values.max() <= largest):
@@ -226,20 +226,20 @@ def _read_video(path: Path, stride: int) -> Iterator[np.ndarray]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs PyAV: pip install 'ssync-loss[examples]'.") from error
 
-    # an absolute path cannot be taken for an address, and what is in a file cannot lead to one
+    # an absolute path is never read as a URL, and the whitelist keeps a file's content from opening one
     with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
         if not container.streams.video:
             raise ValueError("no video in it")
-        # resized one by one: a long video in full size would not fit the memory
+        # frames are resized one by one, as a long video in full size would not fit the memory
         for number, frame in enumerate(container.decode(video=0)):
             if frame.is_corrupt:
                 raise ValueError(f"frame {number} is damaged")
             if number % stride == 0:
                 deep = any(component.bits > 8 for component in frame.format.components)
-                # older versions of PyAV do not look at the range themselves
+                # older versions of PyAV ignore the color range
                 picture = frame.to_ndarray(format="rgb48le" if deep else "rgb24", src_color_range=frame.color_range)
                 if frame.format.name.startswith(("gray", "ya")) and frame.color_range == LIMITED:
-                    # and FFmpeg does not where there is no color
+                    # FFmpeg ignores the range of gray videos
                     values = picture / (65535 if deep else 255)
                     picture = ((values * 255 - 16) / 219).clip(0, 1)
                 yield np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))

@@ -1,7 +1,7 @@
 """Clips of objects cut from photographs that move over another photograph, with their ground-truth ids.
 
 The background is a drifting crop of one photograph. Three to five ellipses, boxes, triangles and blobs are cut from
-others, move and hide one another. Who is seen where is known, as every shape is drawn.
+other photographs, move and occlude one another. The ids are exact, because the shapes are drawn.
 """
 
 import math
@@ -15,20 +15,20 @@ from examples.photographs import Photograph
 from torch import Tensor
 
 MIN_OBJECTS, MAX_OBJECTS = 3, 5
-# to be raised whenever the same seed would give other clips
+# raise it when the same seed gives different clips
 VERSION = 1
-# the most that anything moves along each axis, in images per frame
+# largest velocity along each axis, in images per frame
 SPEED = 0.05
 
 
 class Composites(NamedTuple):
-    """Clips and what is to be seen in them.
+    """Clips and their ground truth.
 
     Shape:
         video: (B, T, 3, H, W), float32 in [0, 1].
         ids: (B, T, H, W), int64; 0 is the background, k the k-th object drawn. Later ones cover earlier ones.
-        photographs: (B, 1 + MAX_OBJECTS), int64: which one each surface is cut from, the background first; -1 where
-            a clip has fewer objects.
+        photographs: (B, 1 + MAX_OBJECTS), int64: the photograph that each surface is cut from, the background first;
+            -1 marks an absent object.
         num_objects: (B,), between MIN_OBJECTS and MAX_OBJECTS.
     """
 
@@ -47,18 +47,18 @@ def composites(
     size: int = 224,
     speed: float = SPEED,
 ) -> Composites:
-    """Make clips of 3-5 objects over a background; the same seed gives the same clips, and fewer are the first ones.
+    """Make clips of 3-5 objects over a background. A seed determines the clips; a smaller number gives the first ones.
 
-    Objects have half-size 0.14-0.26 of the image and aspect 0.6-1. A shape is turned at random, what is seen in it is
-    upright. Each surface of a clip is cut from another photograph.
+    Objects have half-size 0.14-0.26 of the image and aspect 0.6-1. Shapes are turned at random; the pictures in them
+    stay upright. Each surface of a clip is cut from a different photograph.
 
     Args:
         num_clips: B.
-        seed: of everything that is random here.
-        photographs: to cut from, at least 1 + MAX_OBJECTS.
+        seed: seed of all random choices.
+        photographs: photographs to cut from, at least 1 + MAX_OBJECTS.
         num_frames: T.
         size: H = W, in pixels.
-        speed: as a share of the image.
+        speed: largest velocity along each axis, in images per frame.
 
     Raises:
         ValueError: if there are too few photographs.
@@ -86,7 +86,7 @@ def composites(
 
 
 class _Draw:
-    """What draws the surfaces of a clip; places and lengths are shares of the image."""
+    """Draws the surfaces of a clip. Positions and lengths are shares of the image."""
 
     def __init__(self, generator: torch.Generator, num_frames: int, size: int, speed: float) -> None:
         self.generator, self.size, self.speed = generator, size, speed
@@ -96,19 +96,19 @@ class _Draw:
         self.pixels = torch.stack([x, y], dim=-1)
 
     def background(self, picture: Tensor) -> Tensor:
-        """Let a crop of a photograph drift: (T, 3, H, W)."""
-        # the middle of the crop is its place halfway: it must reach as far as it drifts
+        """Draw a drifting crop of a photograph: (T, 3, H, W)."""
+        # the crop is centered in the middle of the clip, so it must reach as far as it drifts
         reach = 0.5 + self.speed * float(self.time.abs().max())
         crop = self._cut(picture, self._uniform(0.7, 1.0), reach)
         return self._colors(crop, (self.pixels - self._path(0.5, 0.5)) / reach)
 
     def object(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a shape: where it is, (T, H, W), and what would be seen there, (T, 3, H, W)."""
+        """Draw a shape: its mask (T, H, W) and its colors (T, 3, H, W)."""
         kind = int(torch.randint(0, 4, (), generator=self.generator))
         width = self._uniform(0.14, 0.26)
         height = width * self._uniform(0.6, 1.0)
         angle = self._uniform(0, 2 * math.pi)
-        place = self.pixels - self._path(0.15, 0.85)  # (T, H, W, 2), as the object sees it
+        place = self.pixels - self._path(0.15, 0.85)  # (T, H, W, 2), relative to the object
         x, y = place.unbind(dim=-1)
         u = (math.cos(angle) * x + math.sin(angle) * y) / width
         v = (math.cos(angle) * y - math.sin(angle) * x) / height
@@ -120,13 +120,13 @@ class _Draw:
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
     def _path(self, low: float, high: float) -> Tensor:
-        """Draw a center in the middle of the clip, and a velocity: (T, 1, 1, 2)."""
+        """Draw a path from its middle and a velocity: (T, 1, 1, 2)."""
         center = torch.tensor([self._uniform(low, high) for _ in range(2)])
         velocity = torch.tensor([self._uniform(-self.speed, self.speed) for _ in range(2)])
         return (center + velocity * self.time.unsqueeze(1)).view(-1, 1, 1, 2)
 
     def _cut(self, picture: Tensor, share: float, reach: float) -> Tensor:
-        """Cut a square of a photograph, a share of its shorter side, as large as is needed: (3, P, P)."""
+        """Cut a square, a share of the photograph's shorter side, and resize it for its reach: (3, P, P)."""
         side = round(share * min(picture.shape[1:]))
         top, left = (round(self._uniform(0, length - side)) for length in picture.shape[1:])
         crop = picture[:, top : top + side, left : left + side].float() / 255
@@ -134,14 +134,14 @@ class _Draw:
         return F.interpolate(crop.unsqueeze(0), size=(pixels, pixels), mode="bilinear", antialias=True)[0]
 
     def _colors(self, crop: Tensor, place: Tensor) -> Tensor:
-        """Look up places (T, H, W, 2), of which the crop fills [-1, 1]: (T, 3, H, W)."""
-        # all frames side by side in one picture: the crop is not copied
+        """Sample a crop, which fills [-1, 1], at places (T, H, W, 2): (T, 3, H, W)."""
+        # all frames form one picture, so that the crop is not copied
         rows = rearrange(place, "t h w xy -> 1 (t h) w xy")
         colors = F.grid_sample(crop.unsqueeze(0), rows, padding_mode="border", align_corners=False)
         return rearrange(colors, "1 c (t h) w -> t c h w", t=len(place)).clamp(0, 1)
 
     def _inside(self, kind: int, u: Tensor, v: Tensor) -> Tensor:
-        """Say which points lie in an ellipse (0), box (1), triangle (2) or blob (3) as large as |u|, |v| <= 1."""
+        """Return which points lie in an ellipse (0), box (1), triangle (2) or blob (3) that fills |u|, |v| <= 1."""
         box = (u.abs() <= 1) & (v.abs() <= 1)
         if kind == 1:
             return box

@@ -1,4 +1,4 @@
-"""The clips of an example: what is trained on, what the premise is asked of, what is scored."""
+"""The clips of an example: for training, for the premise and for scoring."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +15,9 @@ DESCRIPTION = f"moving objects, seed {TRAIN_SEED}"
 
 
 class Data(NamedTuple):
-    """Training features, the clips that the premise is asked of, and those that are scored.
+    """Training features, clips for the premise, and clips to score.
 
-    The premise is asked of clips that are trained on, where the loss acts, and of fresh ones of other videos, if there
-    are any.
+    The premise is checked on training clips, where the loss acts, and on fresh clips of other videos, if there are any.
     """
 
     description: str
@@ -29,7 +28,7 @@ class Data(NamedTuple):
 
 
 def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
-    """Make the moving objects: three sets from three seeds."""
+    """Make three sets of moving objects from three seeds."""
     features, featurize = training_clips(num_train)
     fresh = held_out(featurize, num_premise, seed=PREMISE_SEED)
     test = held_out(featurize, num_test, seed=TEST_SEED)
@@ -37,7 +36,7 @@ def make_data(*, num_train: int, num_premise: int, num_test: int) -> Data:
 
 
 def training_clips(num_clips: int, *, speed: float = SPEED) -> tuple[Tensor, FrozenFeatures]:
-    """Make the features (B, T, D, H, W) of the training clips, and what makes them."""
+    """Return the features (B, T, D, H, W) of the training clips, and the extractor fitted on them."""
     video = moving_objects(num_clips, seed=TRAIN_SEED, speed=speed).video
     featurize = FrozenFeatures().fit(video)
     return featurize(video), featurize
@@ -46,15 +45,15 @@ def training_clips(num_clips: int, *, speed: float = SPEED) -> tuple[Tensor, Fro
 def held_out(
     featurize: FrozenFeatures, num_clips: int, *, seed: int, num_frames: int = 4, speed: float = SPEED
 ) -> EvaluationSet:
-    """Make clips that nothing is trained on."""
+    """Make clips that no model is trained on."""
     clips = moving_objects(num_clips, seed=seed, num_frames=num_frames, speed=speed)
     return EvaluationSet(clips.video, featurize(clips.video), clips.ids)
 
 
 def read_data(directory: Path, *, match: str, stride: int, num_premise: int, num_test: int) -> Data:
-    """Read the user's clips; without ground truth they are trained on and looked at.
+    """Read the user's clips, which have no ground truth.
 
-    Every fifth video is kept fresh, or the last one of fewer: none of its clips are trained on. One video is not split.
+    Every fifth video is held out from training. Of two to four videos, the last one is. A single video is not split.
     """
     video, sources, skipped = load_clips(directory, match=match, stride=stride)
     names = list(dict.fromkeys(sources))
@@ -81,5 +80,5 @@ def read_data(directory: Path, *, match: str, stride: int, num_premise: int, num
 
 
 def _spread(number: int, of: int) -> Tensor:
-    """Choose so many of all clips, evenly; all of fewer."""
+    """Choose a number of evenly spaced clips, or all if there are fewer."""
     return torch.linspace(0, of - 1, min(number, of)).round().long()

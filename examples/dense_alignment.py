@@ -1,9 +1,9 @@
-"""Dense alignment (SRL) on the slot model: what SSync is compared with, attached as its authors attach it.
+"""Dense alignment (SRL) on the slot model, which SSync is compared with, attached as its authors attach it.
 
     loss = loss + alignment(output, features, step=step)
 
-It is one line, too, and brings more along: projections that are trained with the model, the tokens and the attention
-of all iterations out of the model, and time quadratic in the patches of a clip.
+It is also one line, but it needs more: projections that are trained with the model, the model's tokens and the
+attention of all its iterations, and time quadratic in the patches of a clip.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from ssync_loss import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss, Slo
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """The published numbers (Seong, Moon & Heo, ICLR 2026, arXiv:2602.03390), the schedule as shares of a training.
+    """The published settings (Seong, Moon & Heo, ICLR 2026, arXiv:2602.03390). The schedule is in shares of the steps.
 
     Attributes:
         steps: optimizer steps of the training.
-        weight: of the decoder's and of the encoder's term.
-        start_fraction: share of the steps after which both are switched on.
-        redundancy_weight: of the slot redundancy.
-        redundancy_fraction: share of the steps after which it is switched off.
-        group_frames: frames of a window; all patches in it are compared with each other.
-        top_k: neighbors of a patch, per frame of the window.
+        weight: weight of the decoder term and of the encoder term.
+        start_fraction: share of the steps after which both terms start.
+        redundancy_weight: weight of the slot redundancy loss.
+        redundancy_fraction: share of the steps after which the slot redundancy loss ends.
+        group_frames: frames per window; the terms compare all patches of a window.
+        top_k: nearest neighbors of a patch in each frame of the window.
     """
 
     steps: int
@@ -39,31 +39,31 @@ class DenseSettings:
 
     @property
     def start_step(self) -> int:
-        """The step at which alignment is switched on."""
+        """The first step with alignment."""
         return round(self.start_fraction * self.steps)
 
     @property
     def redundancy_end(self) -> int:
-        """The step at which the slot redundancy is switched off."""
+        """The first step without the slot redundancy loss."""
         return round(self.redundancy_fraction * self.steps)
 
 
 class DenseAlignment(nn.Module):
     """The terms that the published system adds to a model's own losses, with its weights and schedule.
 
-    First the slot redundancy, to idle what slots are not needed; then nothing; then
+    Training begins with the slot redundancy loss, which idles surplus slots. After a pause, two terms start:
 
-    - the decoder's term: patches that the *encoder's* map gives to one slot reconstruct alike. Reconstruction and
-      target go through one projection, the target for comparison only: it gets no gradient.
-    - the encoder's term: patches that the *decoder's* map gives to one slot, and those whose features are alike,
-      have tokens alike, through a projection of their own.
+    - The decoder term makes the reconstructions of two patches similar if the *encoder* map gives both to one slot.
+      Reconstruction and target share a projection. The target gets no gradient.
+    - The encoder term makes the tokens of two patches similar if the *decoder* map gives both to one slot, or if their
+      features are similar. It has its own projection.
 
-    Labels are hard, so that neither map gets a gradient of its own: it reaches them through the features.
+    Labels are hard, so gradients reach the maps only through the features.
 
     Args:
         settings: weights and schedule.
-        feature_dim: D, of features and reconstruction.
-        dim: C, of the tokens and of both projections.
+        feature_dim: D of features and reconstruction.
+        dim: C of the tokens and of both projections.
     """
 
     def __init__(self, settings: DenseSettings, *, feature_dim: int = 24, dim: int = 48) -> None:
@@ -76,7 +76,7 @@ class DenseAlignment(nn.Module):
         self.redundancy = SlotRedundancyLoss()
 
     def forward(self, output: SlotOutput, features: Tensor, *, step: int) -> Tensor:
-        """Compute what is added to the loss of a step; exactly 0 where nothing is."""
+        """Return the term to add to the loss of a step. It is exactly 0 while no term is active."""
         settings = self.settings
         loss = features.new_zeros(())
         if step < settings.redundancy_end:

@@ -1,4 +1,4 @@
-"""What a trained model is asked: how good its masks are, and whether the premise of the loss holds."""
+"""Evaluation of a trained model: the scores of its masks, and whether the premise of the loss holds."""
 
 from collections.abc import Callable
 from math import isnan
@@ -24,7 +24,7 @@ BATCH = 50
 
 
 class EvaluationSet(NamedTuple):
-    """Clips to look at.
+    """Clips to score.
 
     Shape:
         video: (B, T, 3, H, W). features: (B, T, D, H/4, W/4).
@@ -37,11 +37,11 @@ class EvaluationSet(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Clips that the premise is asked of.
+    """Clips to check the premise on.
 
     Shape:
         features: (B, T, D, h, w).
-        groups: (B,), the video of every clip, or None where each is one.
+        groups: (B,), the video of every clip, or None if every clip is a video.
     """
 
     features: Tensor
@@ -56,11 +56,11 @@ def maps_of(model: SlotModel, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(model: SlotModel, data: EvaluationSet, threshold: float | None) -> dict[str, float]:
-    """Score the unmerged masks at the size of the video, per clip, and average over clips.
+    """Score the unmerged masks per clip at the size of the video, and average over clips.
 
-    With ground truth: FG-ARI, ARI, mBO (over objects, the background left out), recall and fragmentation.
-    Always: slots in use (that win a pixel of the clip), the agreement of both maps, and what the loss would
-    do here.
+    Ground truth allows FG-ARI, ARI, mBO (of objects, without the background), recall and fragmentation. The other
+    scores are the slots in use (they win a pixel of the clip), the agreement of both maps, the shares of boundary and
+    interior, and the merges.
     """
     enc, dec = maps_of(model, data.features)
     height, width = data.video.shape[-2:]
@@ -98,7 +98,7 @@ def evaluate(model: SlotModel, data: EvaluationSet, threshold: float | None) -> 
 
 
 def ask_premise(model: SlotModel, asked: Asked, threshold: float | None) -> Premise:
-    """Ask whether SSync's premise holds for the model, of clips and without their ground truth."""
+    """Check whether SSync's premise holds for the model, without ground truth."""
     enc, dec = maps_of(model, asked.features)
     return premise(enc, dec, asked.features, merge_threshold=threshold, groups=asked.groups)
 

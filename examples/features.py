@@ -1,7 +1,7 @@
 """Frozen patch features, a small stand-in for a pretrained vision transformer.
 
-A video becomes a grid of tokens: its colors and the responses of fixed random filters, averaged over patches,
-then turned onto the principal axes of the training clips. Nothing here is ever trained by gradient.
+A video becomes a grid of tokens. A token averages the colors and the responses of fixed random filters over a patch,
+and is projected onto the principal axes of the training clips. No gradient trains it.
 """
 
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 PATCH = 4
-# clips are featurized some at a time, so that the filter responses stay small
+# clips per block, which limits the memory of the filter responses
 BLOCK = 16
 
 
 class HalfWhitening(nn.Module):
-    """Tokens on their first D principal axes, as these are of the clips trained on.
+    """Projects tokens onto the first D principal axes of the training clips.
 
-    Every channel is standardized. Axis i, of variance l_i, is divided by l_i^(1/4), and one scale for all gives the
+    Every channel is standardized. Axis i has variance l_i and is divided by l_i^(1/4). One scale for all axes gives the
     tokens mean square 1.
 
     Shape:
@@ -42,8 +42,8 @@ class HalfWhitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, blocks: Iterable[Tensor]) -> "HalfWhitening":
-        """Take the mean, the spread and the principal axes from blocks of tokens."""
-        # float64 sums over blocks of clips: count, sum and second moments are all that is needed
+        """Estimate mean, standard deviation and principal axes from blocks of tokens."""
+        # sums over blocks in float64
         dim = len(self.mean)
         count, total, moments = 0, torch.zeros(dim).double(), torch.zeros(dim, dim).double()
         for block in blocks:
@@ -72,16 +72,16 @@ class HalfWhitening(nn.Module):
 class FrozenFeatures(nn.Module):
     """Random-filter features of dimension D on a grid of 4x4 patches.
 
-    Per pixel: RGB and the magnitude of `num_filters` random 5x5 filters, half of them blind to constant
-    color. Per patch: the mean of these, and the mean again over the 3x3 patches around it, half-whitened.
+    A pixel has RGB and the magnitudes of `num_filters` random 5x5 filters, of which half are blind to constant color.
+    A patch has the mean over its pixels and the mean over its 3x3 neighborhood of patches, half-whitened.
 
     Shape:
         video: (B, T, 3, H, W), H and W multiples of 4. Returns (B, T, D, H/4, W/4).
 
     Args:
         dim: D.
-        num_filters: how many random filters.
-        seed: of the filters.
+        num_filters: number of random filters.
+        seed: seed of the filters.
     """
 
     filters: Tensor
@@ -96,7 +96,7 @@ class FrozenFeatures(nn.Module):
 
     @torch.no_grad()
     def fit(self, video: Tensor) -> "FrozenFeatures":
-        """Take the mean, the spread and the principal axes from the training clips."""
+        """Estimate mean, standard deviation and principal axes from the training clips."""
         self.project.fit(map(self._raw, self._blocks(video)))
         return self
 

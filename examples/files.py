@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, read with care, and no writing where there is no place."""
+"""Files of results: atomic writes, checked reads, and an early check that a file can be written."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
-# what is written to see whether it can be
+# bytes to write as a test
 PROBE = 1 << 20
 
 T = TypeVar("T")
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a place beside a file to write to, and rename it at the end: whoever stops half-way leaves what was there.
+    """Yield a temporary file next to a file, and rename it at the end. An interruption leaves the old file.
 
-    A link stays one: what it leads to is replaced.
+    A symbolic link stays, and its target is replaced.
     """
     target = _target(path)
     partial = _beside(target)
@@ -34,21 +34,21 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
+    """Write a text atomically."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def must_be_writable(path: Path, option: str, *, num_bytes: int = PROBE) -> None:
-    """Find out whether a file can be written, before what is to be in it is computed.
+    """Check that a file can be written, before its content is computed.
 
     Args:
         path: the file, new or to be replaced.
-        option: that names it, for the message.
-        num_bytes: that everything takes which is to be written.
+        option: the option that names the file, for the message.
+        num_bytes: size of all files to be written.
 
     Raises:
-        ValueError: if it cannot be, or is no file; it names the option and the reason.
+        ValueError: if it cannot be written, or is not a file; the message names the option and the reason.
     """
     try:
         reason = _why_not(_target(path), num_bytes)
@@ -59,10 +59,10 @@ def must_be_writable(path: Path, option: str, *, num_bytes: int = PROBE) -> None
 
 
 def must_be_ours(path: Path, option: str, load: Callable[[Path], T]) -> T | None:
-    """Read the file that is to be replaced, if there is one.
+    """Read the file that the command is about to replace, if it exists.
 
     Raises:
-        ValueError: if it is not of the command that is about to replace it.
+        ValueError: if another program wrote it.
     """
     try:
         return load(path) if path.exists() else None
@@ -71,7 +71,7 @@ def must_be_ours(path: Path, option: str, load: Callable[[Path], T]) -> T | None
 
 
 def _why_not(target: Path, num_bytes: int) -> str:
-    # a device would be replaced by a file
+    # a file would replace a device
     if target.exists() and not target.is_file():
         return "it is there, and no file"
     if target.exists() and not os.access(target, os.W_OK):
@@ -79,7 +79,7 @@ def _why_not(target: Path, num_bytes: int) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     probe = _beside(target)
     try:
-        # no zeros: there are file systems on which they take no place
+        # random bytes, as zeros take no space on some file systems
         probe.write_bytes(os.urandom(PROBE))
     finally:
         probe.unlink(missing_ok=True)
@@ -96,13 +96,13 @@ def _beside(target: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Read what JSON holds.
+    """Read a JSON file.
 
     Raises:
-        ValueError: if there is no such file, or another one; it names the file and the reason.
+        ValueError: if the file is missing or is not JSON; the message names the file and the reason.
     """
     try:
-        # a pipe or a device may have no end
+        # reading a pipe or a device may never end
         if path.exists() and not path.is_file():
             raise OSError("it is no file")
         return json.loads(path.read_text(encoding="utf-8"))
@@ -118,17 +118,17 @@ Fields = Mapping[str, type | tuple[type, ...]]
 def check_fields(
     content: Any, fields: Fields, where: str, *, optional: Collection[str] = (), more: bool = False
 ) -> None:
-    """Check that an object of JSON has fields of these types, and numbers that can be worked with.
+    """Check the fields of a JSON object: their names, their types, and that no number is huge.
 
     Args:
-        content: what JSON held.
-        fields: types by name; none but `bool` takes true and false.
-        where: what it is, for the message.
+        content: parsed JSON.
+        fields: types by name; only `bool` accepts true and false.
+        where: name of the object, for the message.
         optional: names of fields that may be missing.
-        more: whether there may be others.
+        more: whether other fields are allowed.
 
     Raises:
-        ValueError: at the first thing that is wrong; it names the place, the wanted and the found.
+        ValueError: at the first mistake; the message names the field and its value.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be an object; found {type(content).__name__}.")
@@ -141,6 +141,6 @@ def check_fields(
         by_mistake = isinstance(value, bool) and fields[key] is not bool
         if by_mistake or not isinstance(value, fields[key]):
             raise ValueError(f"{where}: `{key}` has the wrong type; found {short(value)}.")
-        # NaN is a number that was not measured
+        # NaN, a number that was not measured, passes
         if isinstance(value, int | float) and abs(value) > 1e100:
             raise ValueError(f"{where}: `{key}` must be at most 1e100; found more.")

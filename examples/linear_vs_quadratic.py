@@ -1,4 +1,4 @@
-"""What SSync and dense alignment cost as a frame grows: python examples/linear_vs_quadratic.py."""
+"""Time SSync and dense alignment on growing frames: python examples/linear_vs_quadratic.py."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -9,18 +9,18 @@ from torch import Tensor
 from ssync_loss import DenseDecoderAlignmentLoss, DenseEncoderAlignmentLoss, SSyncLoss
 
 SLOTS, DIM = 11, 64
-LARGEST = 64  # side of a frame for dense alignment: at twice of it one map of all pairs is a gigabyte
+LARGEST = 64  # largest frame for dense alignment; at twice its side, one map of all pairs takes a gigabyte
 
 
 def ssync(side: int) -> float:
-    """Time SSync: two maps of logits over slots."""
+    """Time SSync on two maps of slot logits."""
     criterion = SSyncLoss(merge_threshold=0.7)
     maps = torch.randn(2, 1, 1, SLOTS, side, side).requires_grad_()
     return milliseconds(lambda: criterion(*maps), maps)
 
 
 def dense(side: int) -> float:
-    """Time dense alignment: both terms, on features."""
+    """Time both terms of dense alignment on features."""
     decoder, encoder = DenseDecoderAlignmentLoss(group_frames=1), DenseEncoderAlignmentLoss(group_frames=1)
     features = torch.randn(2, 1, 1, DIM, side, side).requires_grad_()
     anchors, labels = torch.randn(1, 1, DIM, side, side), torch.randint(SLOTS, (1, 1, side, side))
@@ -28,7 +28,7 @@ def dense(side: int) -> float:
 
 
 def milliseconds(forward: Callable[[], Tensor], learned: Tensor) -> float:
-    """Return the shortest of four steps, forward and backward, after one that warms up."""
+    """Return the shortest time of four forward and backward passes, after one warm-up."""
     times = []
     for _ in range(5):
         start = perf_counter()

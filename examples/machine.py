@@ -1,4 +1,4 @@
-"""What makes a number credible: machine, versions, commit and date, and one line that says them."""
+"""The origin of a result: machine, versions, commit and date, also as one line."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """Say it in one line, as every table does.
+    """Format the origin as the line that stands below every table.
 
     >>> machine_line({"cpu": "Abacus", "threads": 2, "torch": "2.13", "commit": "abc", "date": "2026-11-20"})
     'Abacus, 2 threads, torch 2.13, commit abc, 2026-11-20.'
@@ -38,10 +38,10 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def check_origin(settings: Any, machine: Any, where: str) -> None:
-    """Check what tables say of the settings and the machine.
+    """Check the fields of the settings and the machine that tables print.
 
     Raises:
-        ValueError: if something is missing; it names the place, the wanted and the found.
+        ValueError: if a field is missing or has the wrong type; the message names it.
     """
     number = (int, float)
     counts = dict.fromkeys(("num_clips", "slots", "steps", "start_step"), number)
@@ -53,7 +53,7 @@ def check_origin(settings: Any, machine: Any, where: str) -> None:
 
 
 def cpu_name() -> str:
-    """Name the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -63,7 +63,7 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Name the commit of the code, marked when the working tree differs from it."""
+    """Return the commit of the code, with a mark if the working tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     folder = Path(__file__).resolve().parent
     try:

@@ -5,17 +5,17 @@ from statistics import fmean, stdev
 
 
 def number(value: float, digits: int, sign: str = "") -> str:
-    """Write a number; NaN is a dash.
+    """Format a number. NaN becomes a dash.
 
     >>> number(0.25, 3, "+"), number(float("nan"), 3)
     ('+0.250', '-')
     """
-    # rounded by itself, and without the sign of a zero: Python 3.11 has a format for that
+    # adding 0.0 drops the sign of a zero; the format code for that needs Python 3.11
     return "-" if isnan(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def significant(value: float) -> str:
-    """Write three significant digits, without powers of ten.
+    """Format three significant digits without an exponent.
 
     >>> significant(1234567.0), significant(12.345), significant(0.001234), significant(0.00000123)
     ('1,234,567', '12.3', '0.00123', '0.00000123')
@@ -27,18 +27,18 @@ def significant(value: float) -> str:
 
 
 def mean_sd(values: list[float], digits: int, sign: str = "") -> str:
-    """Write mean ± standard deviation, of one value the value.
+    """Format mean ± standard deviation, or a single value alone.
 
     >>> mean_sd([1.0, 3.0], 1)
     '2.0 ± 1.4'
     """
     mean = number(fmean(values), digits, sign)
-    # stdev of NaN is an error
+    # stdev raises on NaN
     return mean if len(values) < 2 or any(map(isnan, values)) else f"{mean} ± {number(stdev(values), digits)}"
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
-    r"""Lay out a table, its head first, line by line.
+    r"""Return the lines of a table. The first row is its head.
 
     >>> print(*markdown([["", "score"], ["own", "1"]]), sep="\n")
     |     | score |
@@ -54,7 +54,7 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 
 def between(text: str, content: str, name: str, markers: tuple[str, str]) -> str:
-    """Replace what stands between two markers of a text; a ValueError says if it has not both, once and in order."""
+    """Replace the text between two markers. Raise a ValueError unless it has each of them once, in order."""
     start, end = markers
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"{name} must have one line {start!r} and after it one line {end!r}.")

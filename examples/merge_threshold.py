@@ -1,4 +1,4 @@
-"""A rule for the merge threshold, which the study tried. It did not beat a fixed one, so it is not in the library."""
+"""A rule for the merge threshold. In the study it did not beat a fixed threshold, so the library does not have it."""
 
 from bisect import bisect_left
 from itertools import pairwise
@@ -14,16 +14,16 @@ from ssync_loss.functional import pseudo_labels, slot_overlap
 def suggest_merge_threshold(enc_logits: Tensor, features: Tensor, *, keep: float = 0.95) -> float:
     """Suggest the lowest threshold at which merging loses little of the explained variance of the features.
 
-    At it the encoder's merged labels explain at least ``keep`` of what its unmerged labels explain, both as means over
-    clips. All thresholds between two overlaps that occur merge the same slots: the middle is taken. If nothing is
-    explained it is 1, which merges nothing.
+    At this threshold, the encoder's merged labels explain at least ``keep`` times the variance that its unmerged labels
+    explain. Both are means over clips. All thresholds between two neighboring overlaps merge the same slots, so the
+    suggestion is their midpoint. If the labels explain nothing, it is 1, which merges nothing.
 
     Shape:
         enc_logits: (B, T, S, H, W). features: (B, T, D, H, W).
 
     >>> features = torch.tensor([0.0, 1.0, 5.0, 6.0]).view(1, 1, 1, 1, 4)
     >>> enc = torch.tensor([[9.0, 0.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]).view(1, 1, 3, 1, 4)
-    >>> suggest_merge_threshold(enc, features)  # overlaps are 0 and 0.5; merged, 25/26 are explained of 25.5/26
+    >>> suggest_merge_threshold(enc, features)  # overlaps 0 and 0.5; merged labels explain 25/26, unmerged 25.5/26
     0.25
     """
     overlap = slot_overlap(enc_logits)
@@ -37,5 +37,5 @@ def suggest_merge_threshold(enc_logits: Tensor, features: Tensor, *, keep: float
         return explained_variance(features, labels, num_slots=num_slots).mean().item()
 
     wanted = keep * (whole := explained(None))
-    # a lower threshold merges more, and never explains more
+    # a lower threshold merges more slots and never explains more variance
     return thresholds[bisect_left(thresholds, True, key=lambda one: explained(one) >= wanted)] if whole > 0 else 1.0

@@ -1,7 +1,7 @@
 """The method in one figure: ``python examples/method_figure.py`` writes examples/method.svg.
 
-It shows the middle frame of a made clip. Two slots share the disc. The encoder's map is noisy, the decoder's blurred.
-The library computes labels, merging and regions. The figure has a background of its own, for dark mode.
+It shows the middle frame of a synthetic clip. Two slots share the disc. The encoder's map is noisy. The decoder's map
+is blurred. The library computes labels, merging and regions. The figure has a white background, also in dark mode.
 """
 
 from itertools import groupby
@@ -17,7 +17,7 @@ from ssync_loss.visualize import BOTH_TAUGHT, DECODER_TAUGHT, ENCODER_TAUGHT, NO
 HEIGHT, WIDTH = 14, 27
 # background, the disc twice, the box
 SLOT_COLORS = torch.tensor([[205, 212, 222], [38, 166, 118], [243, 205, 60], [160, 92, 214]])
-# the index is whether the encoder is taught, and twice whether the decoder is
+# index: 1 if the encoder is taught, plus 2 if the decoder is taught
 ROLES = [
     (NOBODY_TAUGHT, "nobody"),
     (ENCODER_TAUGHT, "decoder teaches encoder"),
@@ -25,7 +25,7 @@ ROLES = [
     (BOTH_TAUGHT, "both"),
 ]
 ROLE_COLORS = torch.tensor([color for color, _ in ROLES])
-# in pixels of a phone that is 360 wide
+# in pixels; a phone is 360 pixels wide
 CELL, MARGIN, ROW = 6, 12, 110
 LEFT, RIGHT = MARGIN, 360 - MARGIN - CELL * WIDTH
 
@@ -38,14 +38,14 @@ def maps() -> tuple[Tensor, Tensor]:
     inside = torch.stack([1 - disc - box, disc, disc, box])
 
     enc = 4 * inside + 0.3 * torch.rand(3, *inside.shape, generator=torch.Generator().manual_seed(0))
-    # the lower half of the disc is rather one slot's, the upper one the other's
+    # one slot leans toward the lower half of the disc, the other toward the upper half
     tilt = 0.1 * disc * (y - 6.0)
     enc += torch.stack([0 * tilt, tilt, -tilt, 0 * tilt])
-    # and single patches go astray
+    # single patches get a wrong slot
     for slot, row, column in ((0, 6, 6), (3, 2, 24), (0, 7, 19)):
         enc[1, slot, row, column] += 6
 
-    # a slot of the decoder paints with a wide brush
+    # the decoder's masks are blurred
     brush = torch.tensor([1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0]) / 16
     around = F.pad(inside[:, None], (3, 3, 3, 3), mode="replicate")
     blurred = F.conv2d(F.conv2d(around, brush.view(1, 1, 1, 7)), brush.view(1, 1, 7, 1))[:, 0]
@@ -54,7 +54,7 @@ def maps() -> tuple[Tensor, Tensor]:
 
 
 def patches(colors: Tensor, x: int, y: int) -> str:
-    """Draw colors (H, W, 3) as squares, those of a color as one path."""
+    """Draw colors (H, W, 3) as squares, with one path per color."""
     paths: dict[tuple[int, ...], str] = {}
     for row, line in enumerate(colors.tolist()):
         column = 0

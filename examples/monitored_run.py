@@ -1,9 +1,9 @@
-"""Draw a run that a monitor watched: numbers over steps, and panels from its start to its end.
+"""Draw a monitored run: its values over the steps, and panels from start to end.
 
     python examples/monitored_run.py ssync_monitor             # writes ssync_monitor/run.png
     python examples/monitored_run.py ssync_monitor --out a.png
 
-The folder is what `ssync_loss.monitor.Monitor` wrote.
+`ssync_loss.monitor.Monitor` writes that folder.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import explained
 from examples.files import must_be_writable, written_whole
 
 from ssync_loss.monitor import VALUES
 
-# title, columns, and whether they spread over powers of ten
+# title, columns, and whether the axis is logarithmic
 GRAPHS = (
     ("slots and groups", ("enc_slots", "dec_slots", "enc_groups", "dec_groups"), False),
     ("shares of patches", ("agreement", "boundary_share", "interior_share", "enc_flips", "dec_flips"), False),
@@ -36,8 +36,8 @@ NUM_PANELS = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read a monitor's folder, and write one picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what the monitor wrote")
-    parser.add_argument("--out", type=Path, metavar="PICTURE.PNG", help="in the folder if not given")
+    parser.add_argument("folder", type=Path, help="folder that the monitor wrote")
+    parser.add_argument("--out", type=Path, metavar="PICTURE.PNG", help="run.png in the folder if not given")
     options = parser.parse_args(arguments)
     out = options.out or options.folder / "run.png"
     with explained():
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_values(path: Path) -> dict[str, list[float]]:
-    """Read the columns of a monitor's file; what is empty is NaN.
+    """Read the columns of a monitor's file. Empty cells become NaN.
 
     Raises:
-        ValueError: if it is no such file.
+        ValueError: if it is not such a file.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -65,7 +65,7 @@ def read_values(path: Path) -> dict[str, list[float]]:
 
 
 def save_figure(values: dict[str, list[float]], panels: Sequence[Path], path: Path) -> None:
-    """Draw the graphs, and below them a few panels, evenly apart."""
+    """Draw the graphs, and below them a few evenly spaced panels."""
     last = len(panels) - 1
     number = min(NUM_PANELS, len(panels))
     chosen = [panels[round(place * last / max(number - 1, 1))] for place in range(number)]
@@ -74,7 +74,6 @@ def save_figure(values: dict[str, list[float]], panels: Sequence[Path], path: Pa
     for column, (title, names, is_wide) in enumerate(GRAPHS):
         axis = figure.add_subplot(grid[0, column])
         for name in names:
-            # what was never measured has no line
             if not all(map(isnan, values[name])):
                 axis.plot(values["step"], values[name], label=name, marker="." if len(values["step"]) < 30 else "")
         axis.set_title(title)

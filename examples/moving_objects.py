@@ -1,7 +1,7 @@
 """Clips of moving textured objects with their ground-truth ids, made from a seed.
 
-Two to four shapes move over a background and hide one another. Every surface has a base color of its own
-and stripes, so that neither color alone nor texture alone is noise-free, yet each object can be told apart.
+Two to four shapes move over a background and occlude one another. Every surface has its own base color and stripes.
+Neither color alone nor texture alone is noise-free, yet the objects are distinguishable.
 """
 
 import math
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 MAX_OBJECTS = 4
-# to be raised whenever the same seed would give other clips
+# raise it when the same seed gives different clips
 VERSION = 1
 SHAPES = ("ellipse", "box", "triangle", "ring", "cross", "crescent")
-# the most that an object moves along each axis, in images per frame
+# largest velocity of an object along each axis, in images per frame
 SPEED = 0.05
-# a block of clips is drawn at a time: the pictures of all shapes at once would not fit the cache
+# clips per block: the pictures of all shapes at once would not fit the cache
 BLOCK = 50
 
 
 class MovingObjects(NamedTuple):
-    """Clips and what is to be seen in them.
+    """Clips and their ground truth.
 
     Shape:
         video: (B, T, 3, H, W), float32 in [0, 1].
@@ -58,15 +58,15 @@ def moving_objects(
 
     Args:
         num_clips: B.
-        seed: of everything that is random here.
+        seed: seed of all random choices.
         num_frames: T.
         size: H = W, in pixels.
-        speed: as a share of the image.
-        color_distance: the least distance in RGB between the base colors of one clip.
+        speed: largest velocity along each axis, in images per frame.
+        color_distance: the smallest distance in RGB between the base colors of one clip.
         contrast: amplitude of the stripes.
         noise: standard deviation of the pixel noise.
-        shapes: to draw from, of `SHAPES`.
-        turn: angle that objects turn by from one frame to the next, every other one to the left.
+        shapes: names from `SHAPES` to draw from.
+        turn: angle by which objects turn between two frames; every other object turns left.
 
     >>> clips = moving_objects(3, seed=0)
     >>> clips.video.shape, clips.ids.shape
@@ -88,11 +88,11 @@ def moving_objects(
 
 
 class _Scenes(NamedTuple):
-    """Everything random about the clips but the noise; lengths are shares of the image."""
+    """All random choices of the clips except the noise. Lengths are shares of the image."""
 
     colors: Tensor  # (B, surfaces, 3)
     num_objects: Tensor  # (B,)
-    kind: Tensor  # (B, objects): of SHAPES
+    kind: Tensor  # (B, objects): index into SHAPES
     center: Tensor  # (B, objects, 2): x, y in the middle of the clip
     velocity: Tensor  # (B, objects, 2): per frame
     half_width: Tensor  # (B, objects)
@@ -134,13 +134,13 @@ def _draw_scenes(
 
 
 def _render(scenes: _Scenes, num_frames: int, size: int, turn: float) -> tuple[Tensor, Tensor]:
-    """Return who is seen at every pixel, and the wave of that surface's stripes: both (B, T, H, W)."""
+    """Return the surface visible at every pixel, and the wave of its stripes: both (B, T, H, W)."""
     pixel = (torch.arange(size) + 0.5) / size
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
     time = torch.arange(num_frames) - (num_frames - 1) / 2
 
     def spread(values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1, 1)  # a value per clip against (B, T, H, W)
+        return values.view(-1, 1, 1, 1)  # one value per clip, for (B, T, H, W)
 
     def stripes(surface: int, u: Tensor, v: Tensor) -> Tensor:
         direction = spread(scenes.stripe_angle[:, surface])
@@ -151,7 +151,7 @@ def _render(scenes: _Scenes, num_frames: int, size: int, turn: float) -> tuple[T
     owner = torch.zeros(len(scenes.kind), num_frames, size, size, dtype=torch.int64)
     texture = stripes(0, x, y).expand(owner.shape)
     for k in range(MAX_OBJECTS):
-        # the place of every pixel as the object sees it: centered on it and turned with it
+        # the place of every pixel relative to the object, which moves and turns
         path = scenes.center[:, k, None] + scenes.velocity[:, k, None] * time.view(1, -1, 1)  # (B, T, 2)
         dx, dy = x - path[..., 0, None, None], y - path[..., 1, None, None]
         angle = spread(scenes.angle[:, k]) + turn * (-1) ** k * time.view(1, -1, 1, 1)
@@ -166,7 +166,7 @@ def _render(scenes: _Scenes, num_frames: int, size: int, turn: float) -> tuple[T
 
 
 def _inside(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Say which points lie in a shape, by its number in `SHAPES`, as large as |u|, |v| <= 1."""
+    """Return which points lie in a shape of `SHAPES`, given by its index, that fills |u|, |v| <= 1."""
     box = (u.abs() <= 1) & (v.abs() <= 1)
     radius = u * u + v * v
     ellipse = radius <= 1
@@ -181,13 +181,13 @@ def _inside(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _distinct_colors(num_clips: int, surfaces: int, distance: float, generator: torch.Generator) -> Tensor:
-    """Draw (B, surfaces, 3) colors in [0, 1], redrawing those of a clip until they are far enough apart."""
+    """Draw colors (B, surfaces, 3) in [0, 1]. Redraw a clip's colors until they are far enough apart."""
     colors = torch.empty(num_clips, surfaces, 3)
     wanted = torch.arange(num_clips)
     diagonal = torch.eye(surfaces, dtype=torch.bool)
     while len(wanted):
         drawn = torch.rand(len(wanted), surfaces, 3, generator=generator)
-        # an explicit difference: the matrix form of cdist rounds differently from machine to machine
+        # an explicit difference, as the matrix form of cdist rounds differently from machine to machine
         gap = (drawn.unsqueeze(1) - drawn.unsqueeze(2)).norm(dim=-1).masked_fill(diagonal, math.inf)
         good = gap.flatten(1).amin(1) >= distance
         colors[wanted[good]] = drawn[good]

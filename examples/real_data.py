@@ -1,7 +1,7 @@
 """The clips of `real_features.py`, drawn at 224 x 224, with features of a pretrained network or hand-made ones.
 
-Clips are drawn, and their features computed, ten at a time and kept: a smaller set is the beginning of a larger one.
-Pictures and ids are kept at 64 x 64, where masks are scored.
+Clips and features are computed and cached in pieces of ten clips. A smaller set is the beginning of a larger one.
+Pictures and ids are cached at 64 x 64, the size at which masks are scored.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +23,21 @@ from tqdm import tqdm
 
 KINDS = ("sprites", "composites")
 SIZE, SMALL = 224, 64
-# clips in a piece
+# clips per piece
 PIECE = 10
-# the principal axes are those of the first pieces that are trained on: the same for few clips and for many
+# the principal axes are fitted on this many pieces of the training clips, for any number of clips
 FIT = 4
 DIM = 24
 
 
 class Source(NamedTuple):
-    """Where clips come from.
+    """A source of clips.
 
     Attributes:
-        name: of the set, for people.
-        made_from: what the clips depend on, but the seed of a piece.
-        seed: of the set.
-        draw: makes a number of clips from the seed of a piece: video (B, T, 3, 224, 224) and ids (B, T, 224, 224).
+        name: readable name of the set.
+        made_from: all that the clips depend on, except the seed of a piece.
+        seed: seed of the set.
+        draw: turns a piece's seed and B into video (B, T, 3, 224, 224) and ids (B, T, 224, 224).
     """
 
     name: str
@@ -46,7 +46,7 @@ class Source(NamedTuple):
     draw: Callable[[int, int], tuple[Tensor, Tensor]]
 
     def key(self) -> dict[str, Any]:
-        """Collect what the pieces depend on."""
+        """Return all that the pieces depend on."""
         return {**self.made_from, "seed": self.seed, "size": SIZE, "small": SMALL, "clips in a piece": PIECE}
 
     def piece(self, number: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def sprites(name: str, seed: int) -> Source:
 
 
 def photo_composites(name: str, seed: int, photographs: Sequence[Photograph]) -> Source:
-    """Draw objects cut from photographs that move over others."""
+    """Draw objects cut from photographs that move over another photograph."""
 
     def draw(seed: int, number: int) -> tuple[Tensor, Tensor]:
         clips = composites.composites(number, seed=seed, photographs=photographs, size=SIZE)
@@ -83,11 +83,11 @@ class Sources(NamedTuple):
 
 
 def sources(kind: str, *, fold: int = 0) -> Sources:
-    """Find the clips of a kind; composites are scored on photographs that are not trained on.
+    """Return the sources of a kind. Composites to score are cut from other photographs than those for training.
 
     Args:
         kind: one of `KINDS`.
-        fold: of the photographs: which third is kept for the test.
+        fold: which third of the photographs is held out for the test.
 
     Raises:
         ValueError: if there is no such kind.
@@ -105,11 +105,11 @@ def sources(kind: str, *, fold: int = 0) -> Sources:
 
 
 class Store:
-    """Draws clips and computes features, and keeps them.
+    """Draws clips, computes features, and caches both.
 
     Args:
-        cache: folder to keep them in.
-        backbone: what makes tokens.
+        cache: folder of the cache.
+        backbone: network that computes tokens.
     """
 
     def __init__(self, cache: Path, backbone: Backbone) -> None:
@@ -129,8 +129,7 @@ class Store:
     def features(self, source: Source, number: int, *, fitted_on: Source) -> Tensor:
         """Return the pretrained features (B, T, D, 16, 16) of the first clips of a source.
 
-        They are half-whitened on the principal axes of the first 40 clips that are trained on, and kept in half
-        precision.
+        They are half-whitened on the principal axes of the first 40 training clips, and cached in half precision.
         """
         project = self._fit(fitted_on)
         made_from = {
@@ -161,7 +160,7 @@ class Store:
         return project
 
     def _tokens(self, source: Source, place: int, *, keep: bool) -> Tensor:
-        """Compute the tokens of a piece, and keep its clips by the way."""
+        """Compute the tokens of a piece, and cache its clips, too."""
 
         def make() -> dict[str, Tensor]:
             video, ids = source.piece(place)
@@ -178,7 +177,7 @@ class Store:
 
 
 class RealClips(NamedTuple):
-    """Features (B, T, D, 16, 16) to train on, and what is scored: of the clips trained on the first, and fresh ones."""
+    """Training features (B, T, D, 16, 16), and clips to score: the first training clips, and fresh clips."""
 
     features: Tensor
     trained: EvaluationSet
@@ -195,19 +194,19 @@ def real_clips(
     fold: int = 0,
     threads: int = 1,
 ) -> RealClips:
-    """Make the clips of a kind and their features, or read what was made before.
+    """Make the clips of a kind and their features, or read them from the cache.
 
     Args:
         kind: one of `KINDS`.
-        num_train: clips to train on.
-        num_scored: clips to score on, trained on (all of fewer) and fresh.
-        cache: folder in which everything is kept.
+        num_train: number of training clips.
+        num_scored: number of training clips to score (at most all), and of fresh clips.
+        cache: folder of the cache.
         hand_made: random filters on the small pictures instead of the pretrained network.
-        fold: which third of the photographs is kept for the fresh clips.
-        threads: of the network.
+        fold: which third of the photographs is held out for the fresh clips.
+        threads: CPU threads of the network.
 
     Raises:
-        ValueError: if there is no such kind, or a package holds other files than it did.
+        ValueError: if there is no such kind, or the files of a package have changed.
         ImportError: if a package is missing.
     """
     store = Store(cache, ImgFocus(threads))
@@ -233,7 +232,7 @@ def make_clips(sources: Sources, store: Store, *, num_train: int, num_scored: in
 
 
 def _small(video: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """Shrink pictures and ids for keeping."""
+    """Shrink pictures and ids for the cache."""
     size = (SMALL, SMALL)
     pictures = F.interpolate(video.flatten(0, 1), size, mode="bilinear", antialias=True).unflatten(0, video.shape[:2])
     labels = F.interpolate(ids.float(), size, mode="nearest-exact")
@@ -241,7 +240,7 @@ def _small(video: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _pieces(number: int, title: str) -> Iterator[int]:
-    """Go through the pieces that so many clips take, with a bar."""
+    """Iterate over the pieces that hold this number of clips, with a progress bar."""
     with tqdm(total=number, desc=title, unit="clip", dynamic_ncols=True) as bar:
         for place in range(-(-number // PIECE)):
             yield place

@@ -1,4 +1,4 @@
-"""Train the slot model on features of a pretrained network: own losses, + SSync, + the loss that asks.
+"""Train the slot model on features of a pretrained network: own losses, + SSync, + adaptive SSync.
 
     pip install -e ".[real-features]"
     python examples/real_features.py                      # both data sets, 160 clips each, one seed
@@ -6,10 +6,10 @@
     python examples/real_features.py --features random    # the hand-made features on the same clips
     python examples/real_features.py --table runs/real_features/sprites/results.json
 
-Two data sets with ground truth: `sprites` are the moving objects of the main example, drawn at 224 x 224; `composites`
-are objects cut from photographs that move over other photographs, scored on photographs that are not trained on.
-Features are computed once and kept in --cache. All runs of a seed share the first 30 % of the steps.
-Ctrl-C keeps what was computed and trained; `--resume` goes on from there.
+Both data sets have ground truth. `sprites` are the moving objects of the main example, drawn at 224 x 224.
+`composites` are objects cut from photographs that move over another photograph. Training and scoring use different
+photographs. Features are computed once and kept in --cache. All runs of a seed share the first 30 % of the steps.
+Ctrl-C keeps all finished work; `--resume` continues from there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import Bounded, add_training_options, at_least, explained, num_cpus
 from examples.checkpoint import Settings
@@ -31,7 +31,7 @@ from examples.report import Report, table
 from examples.train_moving_objects import look_into, stages_of, train_all
 
 COMPARE = "adaptive"
-# clips that the premise is asked of, trained on and fresh
+# training clips, and fresh clips, for the premise
 NUM_ASKED = 100
 
 
@@ -44,14 +44,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_training_options(parser, steps=1500, slots=9)
     add("--data", choices=KINDS, nargs="+", default=list(KINDS), help="data sets, one after the other")
-    # fewer would be turned onto the principal axes of clips that are not trained on
+    # the principal axes come from this many clips, which must all be training clips
     rules = [at_least(FIT * PIECE)]
     add("--clips", type=int, default=160, action=Bounded, rules=rules, help="clips to train on")
-    made = "a pretrained network's, or those of random filters"
+    made = "features of a pretrained network or of random filters"
     add("--features", choices=["pretrained", "random"], default="pretrained", help=made)
-    add("--cache", type=Path, default=default_cache(), help="where clips and features are kept")
+    add("--cache", type=Path, default=default_cache(), help="folder for clips and features")
     add("--out", type=Path, default=Path("runs/real_features"), help="where everything else is written")
-    add("--resume", action="store_true", help="go on with what --out holds")
+    add("--resume", action="store_true", help="continue the run in --out")
     return parser.parse_args(arguments)
 
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"\nstopped; what was computed is kept in {options.cache}, and the same command goes on from here")
             return 130
-        # the premise needs no ground truth: it may be asked of what is scored
+        # the premise needs no ground truth, so it may use the clips to score
         data = Data(
             f"{kind}, {'random filters' if options.features == 'random' else 'pretrained features'}",
             clips.features,

@@ -45,12 +45,12 @@ COLUMNS_WITHOUT_TRUTH = (
     ("boundary share", "boundary_share", 3),
     ("interior share", "interior_share", 3),
 )
-# shown when there is a dense run, which is what it is about
+# shown if there is a dense run
 TIME_COLUMN = ("ms per step", "step_ms", 1)
 HISTORY_WINDOW = 50
 FIGURE_CLIPS, SCALE = 3, 2
 VERDICTS = {"holds": "holds", "fails": "does not hold", "cannot tell": "cannot tell"}
-# what a file of results must hold
+# required fields of a file of results
 NUMBER = (int, float)
 DENSE = dict.fromkeys(("weight", "start_step", "group_frames", "top_k", "redundancy_weight", "redundancy_end"), NUMBER)
 PREMISE: Fields = {"holds": bool, **dict.fromkeys(("margin", "margin_standard_error", "num_clips"), NUMBER)}
@@ -63,14 +63,14 @@ RUN: Fields = {"step": int, "seconds": NUMBER, "scores": dict, "history": list, 
 
 @dataclass
 class Run:
-    """One trained model: how far it got, what it scored, and its losses as means over windows of steps.
+    """One trained model: its steps, its scores, and its losses as means over windows of steps.
 
     Attributes:
-        step: steps done.
-        seconds: what they took, evaluations not included.
+        step: finished steps.
+        seconds: their time without evaluations.
         scores: see `evaluate`.
         history: losses.
-        step_ms: milliseconds of a step, the median of those after the shared part; None if there are none.
+        step_ms: median milliseconds of the steps after the shared part; None if there are none.
     """
 
     step: int
@@ -81,7 +81,7 @@ class Run:
 
     @classmethod
     def of(cls, state: TrainingState, scores: dict[str, float]) -> "Run":
-        """Take what is worth keeping from a training state."""
+        """Summarize a training state."""
         windows = [
             state.history[start : start + HISTORY_WINDOW] for start in range(0, len(state.history), HISTORY_WINDOW)
         ]
@@ -95,7 +95,7 @@ class Run:
         return cls(state.step, round(sum(state.times), 1), scores, history, step_ms)
 
     def value(self, key: str) -> float:
-        """Return a score, or with `step_ms` the time; NaN where it was not measured."""
+        """Return a score, or the time for `step_ms`, which is NaN if it was not measured."""
         if key != TIME_COLUMN[1]:
             return self.scores[key]
         return nan if self.step_ms is None else self.step_ms
@@ -103,10 +103,10 @@ class Run:
 
 @dataclass
 class SeedReport:
-    """The runs of one seed, and what the premise was when the loss was about to start.
+    """The runs of one seed, and the premise just before the loss starts.
 
-    It is that of clips that are trained on, and of ``fresh`` ones. Files from before both were asked hold fresh ones
-    as ``premise``, without a merged margin, and only for clips of the user those trained on.
+    ``premise`` is measured on training clips, ``fresh`` on fresh clips. Older files have only ``premise``, without a
+    merged margin. They measured it on fresh clips, or on training clips if these were the user's.
     """
 
     seed: int
@@ -117,7 +117,7 @@ class SeedReport:
 
 @dataclass
 class Report:
-    """The numbers, and what makes them credible: settings, machine, versions, commit and date."""
+    """The results and their origin: settings, machine, versions, commit and date."""
 
     settings: dict[str, Any]
     machine: dict[str, Any]
@@ -134,15 +134,15 @@ class Report:
         return cls(content, this_machine())
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write a JSON file."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
-            ValueError: if it is another file; it names the file and what was found.
+            ValueError: if it is another file; the message names the file and the problem.
         """
         content = read_json(path)
         whole = {"settings": dict, "machine": dict, "complete": bool, "seeds": list}
@@ -175,13 +175,13 @@ class Report:
         return [(seed.seed, name, run) for seed in self.seeds for name, run in seed.runs.items()]
 
     def columns(self) -> tuple[tuple[str, str, int], ...]:
-        """Choose the columns of scores: those that need ground truth where there was some."""
+        """Choose the columns of scores, depending on whether there was ground truth."""
         runs = self.all_runs()
         return COLUMNS if runs and "dec_fg_ari" in runs[0][2].scores else COLUMNS_WITHOUT_TRUTH
 
 
 def table(report: Report) -> str:
-    """Lay out what a run prints: what stands in the README, and below it what is gained seed by seed."""
+    """Format the table that a run prints: the README's table, then the gains of every seed."""
     _, by_seed = _rows(report)
     dense = report.settings.get("dense")
     lines = [] if len(by_seed) == 1 else [*markdown(by_seed), ""]
@@ -190,13 +190,13 @@ def table(report: Report) -> str:
 
 
 def in_short(report: Report) -> str:
-    """Lay out the scores as a Markdown table: the runs, and what is gained on own losses."""
+    """Format the scores as a Markdown table: the runs, and their gains over the own losses."""
     rows, _ = _rows(report)
     return "\n".join([*_caption(report), "", *markdown(rows)])
 
 
 def _rows(report: Report) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the rows of means, and those of single seeds where there are several, both with their head."""
+    """Return the rows of means and the rows of single seeds, both with their head."""
     columns = report.columns()
     names = [name for name in RUN_NAMES if any(name in seed.runs for seed in report.seeds)]
     if "dense" in names:
@@ -239,8 +239,8 @@ def _caption(report: Report) -> list[str]:
     seeds = ", ".join(str(seed.seed) for seed in report.seeds)
     what = (
         "Masks of the decoder on fresh clips, unmerged, per clip at full size. FG-ARI, mBO, recall and fragmentation "
-        "are of objects, ARI of all pixels. A slot in use wins a pixel. Recall is the share of objects with a slot of "
-        "IoU above 1/2. Fragmentation counts the slots that lie mostly inside an object."
+        "are of objects, ARI of all pixels. A slot is in use if it wins a pixel. Recall is the share of objects with a "
+        "slot of IoU above 1/2. Fragmentation counts the slots that lie mostly inside an object."
         if report.columns() is COLUMNS
         else "No ground truth: what can be said without it, on clips that were trained on."
     )
@@ -288,7 +288,7 @@ def _premise_lines(report: Report) -> list[str]:
 
 
 def _time_lines(report: Report) -> list[str]:
-    """Say how much longer than with own losses a step takes, in the seeds where dense alignment was timed."""
+    """Compare a step's time with that of the own losses, for the seeds in which dense alignment was timed."""
 
     def line(seed: int, own: float, ssync: float, dense: float) -> str:
         return (
@@ -305,7 +305,7 @@ def _time_lines(report: Report) -> list[str]:
 
 
 def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel], path: Path) -> None:
-    """Put the runs side by side on the same clips: both maps, the merged labels and who is taught where."""
+    """Draw all runs on the same clips: both maps, the merged labels and the regions."""
     chosen = torch.linspace(0, len(data.video) - 1, min(FIGURE_CLIPS, len(data.video))).round().long()
     video = data.video[chosen]
     threshold = report.settings["threshold"]
@@ -332,10 +332,10 @@ def save_figure(report: Report, data: EvaluationSet, models: dict[str, SlotModel
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
         band = block.shape[-2] / len(rows[name])
-        row[0].set_yticks([(i + 0.5) * band for i in range(len(rows[name]))], rows[name])
+        row[0].set_yticks([(i + 0.5) * band for i in range(len(rows[name]))], rows[name], fontsize="x-large")
         row[0].tick_params(length=0)
         if len(rows[name]) > 1:
-            row[0].set_ylabel(name, fontsize="x-large", fontweight="bold")
+            row[0].set_ylabel(name, fontsize="xx-large", fontweight="bold")
     patches = [
         Patch(color=(red / 255, green / 255, blue / 255), label=role)
         for role, (red, green, blue) in ROLE_COLORS.items()

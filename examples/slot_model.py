@@ -4,8 +4,8 @@
                                    ^    |
                                    +----+  a transformer predicts the slots of the next frame
 
-It makes two maps of every clip. The encoder map says which slot *wants* a patch: the dots of slot attention
-before the softmax. The decoder map says whose *reconstruction* of a patch counts: the alpha logits.
+It makes two maps of every clip. The encoder map tells which slot *attends* to a patch: it holds the dots of slot
+attention before the softmax. The decoder map tells which slot *reconstructs* a patch: it holds the alpha logits.
 """
 
 import math
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 
 class SlotOutput(NamedTuple):
-    """What the model makes of a clip.
+    """The outputs of the model for a clip.
 
     Shape:
         slots: (B, T, S, C).
         enc_logits, dec_logits: (B, T, S, H, W), before the softmax over slots.
         reconstruction: (B, T, D, H, W).
-        tokens: (B, T, C, H, W), what slot attention attends to.
-        attention: (B, T, S, H, W), softmax of the encoder's logits over *patches*, the mean over the iterations.
+        tokens: (B, T, C, H, W), the input of slot attention.
+        attention: (B, T, S, H, W), softmax of the dots over *patches*, averaged over the iterations.
     """
 
     slots: Tensor
@@ -74,14 +74,14 @@ class SlotModel(nn.Module):
         return self.decode(tokens, torch.stack(slots, dim=1), *maps, size=features.shape[-2:])
 
     def see(self, prior: Tensor, tokens: Tensor, *, first: bool) -> "Seen":
-        """Correct slots (B, S, C) by the tokens (B, N, C) of a frame, and predict those of the next."""
+        """Correct slots (B, S, C) with the tokens (B, N, C) of a frame, and predict the slots of the next frame."""
         slots, dots = self.attention(tokens, prior, iterations=3 if first else 2)
         return Seen(slots, dots, self.predictor(slots))
 
     def decode(
         self, tokens: Tensor, slots: Tensor, enc_logits: Tensor, attention: Tensor, *, size: Sequence[int]
     ) -> SlotOutput:
-        """Decode slots (B, T, S, C); the maps of the encoder (B, T, S, N) are put on a grid of that size."""
+        """Decode slots (B, T, S, C), and reshape the encoder maps (B, T, S, N) to a grid of that size."""
         height, width = size
         dec_logits, reconstruction = self.decoder(slots, height, width)
 
@@ -93,12 +93,12 @@ class SlotModel(nn.Module):
 
 
 class Seen(NamedTuple):
-    """What the model makes of a frame.
+    """The outputs of the model for a frame.
 
     Shape:
         slots: (B, S, C).
         dots: (B, S, N) of every iteration, the encoder's logits.
-        predicted: (B, S, C), the slots that the next frame starts from.
+        predicted: (B, S, C), the initial slots of the next frame.
     """
 
     slots: Tensor
@@ -107,7 +107,7 @@ class Seen(NamedTuple):
 
 
 class TokenEncoder(nn.Module):
-    """Features and their place, mixed per patch: without the place a slot could not know where it is."""
+    """Mixes the features and the position of every patch. Slots cannot know positions otherwise."""
 
     def __init__(self, feature_dim: int, dim: int, *, waves: int = 4) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class TokenEncoder(nn.Module):
 
 
 class SlotAttention(nn.Module):
-    """Slots compete for tokens (Locatello et al., 2020) and hand out the dots of every iteration."""
+    """Slot attention (Locatello et al., 2020), which also returns the dots of every iteration."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class SlotAttention(nn.Module):
 
 
 class LowFrequencyDecoder(nn.Module):
-    """Every slot paints one feature through a soft mask of low spatial frequency, blurry by construction."""
+    """Every slot paints one feature through a soft mask of low spatial frequency, so masks are blurry."""
 
     def __init__(self, dim: int, feature_dim: int, *, waves: int = 6) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def reconstruction_loss(output: SlotOutput, features: Tensor) -> Tensor:
 
 
 def slot_contrast_loss(slots: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """Tell each slot's next self from every other slot of the batch (slot-slot contrast over time).
+    """Contrast each slot's next state with every other slot of the batch (slot-slot contrast over time).
 
     ``-log softmax_j(cos(slot_i(t), slot_j(t+1)) / temperature)`` at j = i, over all slots j of all clips.
 

@@ -1,14 +1,13 @@
-"""When does SSync help, when does it harm, and is that known before? Settings, seeds and forms of the loss.
+"""When does SSync help, when does it harm, and can this be predicted? Settings, seeds and forms of the loss.
 
-    python examples/study.py                                   # everything; hours. Stop it and go on as you like
+    python examples/study.py                                   # everything; takes hours and may be stopped
     python examples/study.py --only sprites --seeds 0          # one setting, one seed: some minutes on one core
-    python examples/study.py --table examples/study            # the table of what was run
+    python examples/study.py --table examples/study            # the table of finished runs
 
-In every setting and for every seed the model is trained with its own losses for 30 % of the steps; the premise is asked
-of clips that are trained on and of fresh ones; then the run goes on with its own losses, with SSync, and with the loss
-that asks which form of SSync it may use, and in a few settings with its forms held fixed and with other thresholds. A
-run is kept in `rows.jsonl` as it ends, so that the same command goes on where it stopped, and two of them with
-other settings may run side by side.
+In every setting and for every seed, the model trains with its own losses for 30 % of the steps. The premise is checked
+on training clips and on fresh clips. Then the run continues with its own losses, with SSync, and with adaptive SSync.
+In a few settings it also continues with fixed forms of SSync and with other thresholds. Every finished run is added to
+`rows.jsonl`, so the same command continues where it stopped. Commands with different settings may run in parallel.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import Bounded, add_threads, at_least, at_most, explained
 from examples.checkpoint import Settings, TrainingState
@@ -41,17 +40,17 @@ from examples.training import Terms, terms_of, train
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 
 THRESHOLD = 0.6
-# every so many steps the margins of the loss that asks are written down
+# steps between two records of the adaptive loss's margins
 COURSE = 10
 
 
 class Form(NamedTuple):
-    """What a run adds to the own losses: plain SSync, or the loss that asks.
+    """The loss that a run adds to the own losses: plain or adaptive SSync.
 
     Attributes:
-        threshold: merge threshold; None merges nothing, and "suggested" is what the maps suggest at the start.
+        threshold: merge threshold; None merges nothing, and "suggested" is computed from the maps at the start.
         boundary: weight of the boundary term.
-        asks: settings of the loss that asks; None for plain SSync.
+        asks: settings of the adaptive loss; None for plain SSync.
     """
 
     threshold: float | str | None = THRESHOLD
@@ -68,7 +67,7 @@ FIXED: dict[str, Form | None] = {
     "threshold suggested": Form("suggested"),
 }
 KNOBS: dict[str, Form | None] = {
-    # as long a memory, counted in steps
+    # the moving average covers as many steps as usual
     "every 5": Form(asks={"every": 5, "warmup": 10, "momentum": 0.9}),
     "dead zone 0.01": Form(asks={"dead_zone": 0.01}),
     "warmup 150": Form(asks={"warmup": 150}),
@@ -77,7 +76,7 @@ FORMS = MAIN | FIXED | KNOBS
 
 
 class Job(NamedTuple):
-    """Runs of one setting and seed, which share their beginning."""
+    """The runs of one setting and seed, which share their beginning."""
 
     name: str
     seed: int
@@ -85,7 +84,7 @@ class Job(NamedTuple):
 
 
 def plan(names: Sequence[str], seeds: Sequence[int] | None, runs: Sequence[str] | None) -> Iterator[Job]:
-    """Put what is to be run in order: the first seed of all settings first, fixed forms last."""
+    """Order the jobs: the first seed of all settings first, fixed forms last."""
 
     def seeds_of(name: str) -> Sequence[int]:
         return SETTINGS[name].seeds if seeds is None else seeds
@@ -99,13 +98,13 @@ def plan(names: Sequence[str], seeds: Sequence[int] | None, runs: Sequence[str] 
 
 
 def _usual(name: str, group: dict[str, Form | None]) -> list[str]:
-    """Choose the runs of a setting where the command line names none."""
+    """Return the default runs of a setting."""
     wanted = group is MAIN or (group is KNOBS and SETTINGS[name].role == "development")
     return list(group) if wanted or (group is FIXED and name in LEVELS) else []
 
 
 class Kept(NamedTuple):
-    """What the runs of a job have in common, and where their beginning is kept."""
+    """The settings and clips that the runs of a job share, and the checkpoint of their beginning."""
 
     job: Job
     settings: Settings
@@ -114,20 +113,20 @@ class Kept(NamedTuple):
 
 
 class Study:
-    """Trains and scores, and keeps every run as it ends.
+    """Trains and scores runs, and saves every finished run.
 
     Args:
-        out: folder of the rows, and of the shared beginnings.
+        out: folder of the rows and of the shared beginnings.
         places: folders of clips.
-        steps: of a run.
-        quick: fewer clips.
+        steps: steps of a run.
+        quick: whether to use few clips.
     """
 
     def __init__(self, out: Path, places: Places, *, steps: int, quick: bool) -> None:
         self.rows, self.checkpoints = Rows(out / "rows.jsonl"), out / "checkpoints"
         self.places = places
         self.steps, self.quick = steps, quick
-        # what is in memory: a commit made meanwhile changes nothing
+        # read once, as later commits do not change the running code
         self.machine = this_machine()
         self.clips = lru_cache(maxsize=2)(self._clips)
 
@@ -139,7 +138,7 @@ class Study:
         return min(48, num_clips) if self.quick else num_clips
 
     def work(self, job: Job) -> None:
-        """Train what is missing of a job."""
+        """Train the missing runs of a job."""
         if not self._missing(job, ["shared", *job.runs]):
             return
         setting = SETTINGS[job.name]
@@ -152,7 +151,7 @@ class Study:
             self._run(kept, run, digest)
 
     def _missing(self, job: Job, runs: list[str], digest: str | None = None) -> list[str]:
-        """List the runs that have no row yet; if it is known, with that beginning."""
+        """Return the runs without a row, or without a row from this beginning."""
         same = {"setting": job.name, "steps": self.steps, "seed": job.seed}
         same |= {"clips": self._number(job.name)} if self._number(job.name) else {}
         same |= {} if digest is None else {"shared": digest}
@@ -160,7 +159,7 @@ class Study:
         return [run for run in runs if run not in done]
 
     def _begin(self, kept: "Kept") -> str:
-        """Train the beginning, unless it is there, and ask for the premise; return the name of its weights."""
+        """Train the beginning and check the premise unless this is done. Return the hash of the weights."""
         job, settings, clips, path = kept
         if path.exists():
             state = TrainingState.load(path, settings, job.seed)
@@ -184,7 +183,7 @@ class Study:
         return digest
 
     def _run(self, kept: "Kept", run: str, digest: str) -> None:
-        """Go on from the beginning with a form of the loss."""
+        """Continue from the beginning with a form of the loss."""
         job, settings, clips, path = kept
         state = TrainingState.load(path, settings, job.seed)
         form, criterion, course = FORMS[run], None, list[list[float]]()
@@ -237,7 +236,7 @@ class Study:
 
 
 def followed(terms: Terms, adaptive: AdaptiveSSyncLoss, course: list[list[float]]) -> Terms:
-    """Write down every few steps which margins the loss that asks has, plain and merged."""
+    """Record the margins of the adaptive loss, plain and merged, every few steps."""
 
     def with_course(output: SlotOutput, features: Tensor, step: int) -> dict[str, Tensor]:
         added = terms(output, features, step)
@@ -250,13 +249,13 @@ def followed(terms: Terms, adaptive: AdaptiveSSyncLoss, course: list[list[float]
 
 
 def suggested(model: SlotModel, data: EvaluationSet) -> float:
-    """Ask which merge threshold the maps of clips that are trained on suggest."""
+    """Suggest a merge threshold from the maps of training clips."""
     enc_logits, _ = maps_of(model, data.features)
     return suggest_merge_threshold(enc_logits, data.features)
 
 
 def digest_of(model: SlotModel) -> str:
-    """Name weights: runs that share their beginning have one name for it."""
+    """Return a hash of the weights, which identifies a shared beginning."""
     content = hashlib.sha256()
     for values in model.state_dict().values():
         content.update(values.numpy().tobytes())
@@ -266,27 +265,21 @@ def digest_of(model: SlotModel) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="When does SSync help, when does it harm, and is that known before?",
+        description="When does SSync help, when does it harm, and can this be predicted?",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/study"), help="where rows, table and picture go")
-    add(
-        "--clips", type=Path, help="real clips, NAME_video.mp4 and NAME_colormap.mp4; without, that setting is left out"
-    )
-    add("--cache", type=Path, default=default_cache(), help="where clips and pretrained features are kept")
-    add("--only", nargs="+", choices=[*SETTINGS, *ROLES], metavar="NAME", help="settings, or all of a role")
-    add(
-        "--runs", nargs="+", choices=list(FORMS), metavar="RUN", help="of each; what is usual in a setting if not given"
-    )
+    add("--out", type=Path, default=Path("runs/study"), help="folder for rows, table and picture")
+    add("--clips", type=Path, help="NAME_video.mp4 and NAME_colormap.mp4 of real clips, left out if not given")
+    add("--cache", type=Path, default=default_cache(), help="folder for clips and pretrained features")
+    add("--only", nargs="+", choices=[*SETTINGS, *ROLES], metavar="NAME", help="settings, or roles of settings")
+    add("--runs", nargs="+", choices=list(FORMS), metavar="RUN", help="runs of a setting; the usual ones if not given")
     seeds = [at_least(0), at_most(2**32 - 1)]
-    add(
-        "--seeds", type=int, nargs="+", action=Bounded, rules=seeds, help="training seeds; a setting's own if not given"
-    )
+    add("--seeds", type=int, nargs="+", action=Bounded, rules=seeds, help="training seeds; the usual ones if not given")
     add("--steps", type=int, default=1500, action=Bounded, rules=[at_least(10)], help="optimizer steps of a run")
     add("--quick", action="store_true", help="a rehearsal with few clips; its numbers mean nothing")
-    add_threads(parser, at_least(1), help="CPU threads; operators this small gain nothing from a second one")
-    add("--table", type=Path, metavar="FOLDER", help="only print the table of what was run, and draw the picture again")
+    add_threads(parser, at_least(1), help="CPU threads; operators this small gain nothing from a second thread")
+    add("--table", type=Path, metavar="FOLDER", help="only print the table of finished runs, and redraw the picture")
     return parser.parse_args(arguments)
 
 
@@ -318,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(out: Path) -> int:
-    """Print a summary of what was run, and write the tables and the picture."""
+    """Print a summary of the finished runs, and write the tables and the picture."""
     rows = Rows(out / "rows.jsonl").load()
     print(f"\n{summary(rows)}\n")
     write_text(out / "table.md", f"{table(rows)}\n")

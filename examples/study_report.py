@@ -1,4 +1,4 @@
-"""The rows of the study, what they say, and the picture."""
+"""The rows of the study, their tables and their picture."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 SCORES = tuple(f"{side}_{name}" for side in ("dec", "enc") for name in ("fg_ari", "ari", "mbo", "slots"))
 SETS = ("trained", "fresh")
 EFFECT = "dec_fg_ari"
-# what counts as an effect; seeds alone move less
+# smallest change that counts as an effect; seeds alone change the score by less
 SMALL = 0.01
 NUMBER = (int, float)
 FIELDS = {
@@ -30,7 +30,7 @@ MARGINS = {"margin": "margin", "merged_margin": "merged margin"}
 ZONES = ("merged margin above 0", "margin above 0, merged below", "both margins below 0")
 LEVELS = ("listening", "interior", "unmerged", "full")
 ORDER = ("test", "shaped", "development")
-# of a row
+# beginning of every row
 BEGIN = '{"setting":'
 MARKS = {"shaped": " *", "test": "", "development": " d"}
 COLORS = {"ssync": "tab:red", "adaptive": "tab:blue"}
@@ -38,31 +38,31 @@ NAMES = {"ssync": "SSync", "adaptive": "cascade"}
 
 
 class Rows:
-    """A file of rows, one line each, which several processes may add to.
+    """A file with a row per line. Several processes may append to it.
 
     Args:
-        path: of the file.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, row: Row) -> None:
-        """Append a row with one write: whole, or as a broken line that is no row."""
+        """Append a row with one write. A failed write leaves a broken line, which `load` skips."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
         with self.path.open("ab+", buffering=0) as file:
-            # what was cut off stands in a line of its own
+            # a broken line must not join the new row
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 line = b"\n" + line
             if file.write(line) != len(line):
                 raise OSError(28, f"{self.path} has no room for a row")
 
     def load(self) -> list[Row]:
-        """Read the rows; a line that was cut off is left out, and of two rows of one run the first is taken.
+        """Read the rows. Broken lines are skipped. If a run has two rows, the first is taken.
 
         Raises:
-            ValueError: if a line is whole, and no row.
+            ValueError: if a whole line is not a row.
         """
         rows: dict[tuple[Any, ...], Row] = {}
         if not self.path.exists():
@@ -88,17 +88,17 @@ class Rows:
 
 
 def beginning(row: Row) -> tuple[Any, ...]:
-    """Tell runs apart that do not begin alike."""
+    """Return the key that all runs with the same beginning share."""
     return tuple(row[name] for name in ("setting", "clips", "steps", "seed", "shared"))
 
 
 class Pair(NamedTuple):
-    """A run and the one with own losses from the same beginning.
+    """A run, compared with the run on own losses from the same beginning.
 
     Attributes:
-        row: of the run.
+        row: row of the run.
         shared: row of the beginning, with the premise.
-        gains: by set of clips and score, what it has more than the run with own losses.
+        gains: gains over the run on own losses, by set of clips and score.
     """
 
     row: Row
@@ -106,16 +106,16 @@ class Pair(NamedTuple):
     gains: dict[str, dict[str, float]]
 
     def margin(self, name: str, which: str = "trained") -> float:
-        """Return "margin" or "merged_margin" when the loss was about to start, of clips trained on or fresh."""
+        """Return "margin" or "merged_margin" just before the loss starts, on training or fresh clips."""
         return float(self.shared["premise"][which][name])
 
     def gain(self, which: str, score: str = EFFECT) -> float:
-        """Return what a score gained; NaN without ground truth."""
+        """Return the gain of a score. It is NaN without ground truth."""
         return self.gains[which].get(score, nan)
 
 
 def pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Pair every run with the one with own losses and the same beginning."""
+    """Pair every run with the run on own losses from the same beginning."""
     known = {(*beginning(row), row["run"]): row for row in rows}
     found = []
     for (*place, run), row in sorted(known.items(), key=lambda item: ORDER.index(item[1]["role"])):
@@ -131,13 +131,13 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
 
 
 def label(row: Row) -> str:
-    """Name a setting: what it is of, clips, slots and its mark."""
+    """Format a setting: its title, clips, slots and mark."""
     mark: str = MARKS[row["role"]]
     return f"{row['title']}, {row['clips']} clips, {row['slots']} slots{mark}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lay out what came out as Markdown: the summary, forms and thresholds, and all runs."""
+    """Format the results as Markdown: the summary, forms and thresholds, and all runs."""
     everything = pairs(rows)
     parts = [summary(rows)]
     if any(pair.row["run"] not in NAMES for pair in everything):
@@ -150,7 +150,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Lay out what came out by setting, how often the margins told it, and what the cascade made of gains and harms."""
+    """Format the results by setting, how often the margins predict them, and the gains and harms of the cascade."""
     everything = pairs(rows)
     if not everything:
         return "Nothing to compare yet: no run has one with own losses and the same beginning."
@@ -159,12 +159,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """Lay out gains and harms alone, of the test settings and by the margins, as they stand in the README."""
+    """Format the README's table: gains and harms in the test settings and by the margins."""
     return "\n".join([origin(rows), "", *outcome(pairs(rows), ("test", *ZONES))])
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Say what is measured, and on what."""
+    """Describe the measurements."""
     return (
         "Paired changes against the run with own losses from the same first 30 % of the steps, mean ± sd over seeds. "
         "Margins are of clips that are trained on, when the loss is about to start. FG-ARI is of the decoder's masks, "
@@ -175,7 +175,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """Say how many rows there are, and where they come from."""
+    """Describe the number of rows and their origin."""
     machines = {name: sorted({str(row["machine"].get(name)) for row in rows}) for name in ("cpu", "torch", "commit")}
     steps = ", ".join(sorted({str(row["steps"]) for row in rows}))
     return (
@@ -185,7 +185,7 @@ def origin(rows: Sequence[Row]) -> str:
 
 
 def settings_table(everything: Sequence[Pair]) -> list[list[str]]:
-    """Lay out plain SSync and the cascade, a row a setting."""
+    """Tabulate plain SSync and the cascade, a row per setting."""
     head = ["setting", "seeds", "margin", "merged margin"]
     head += [f"{NAMES[run]}, {which}" for run in NAMES for which in SETS]
     head += [f"{NAMES[run]}, ARI fresh" for run in NAMES]
@@ -206,12 +206,12 @@ def settings_table(everything: Sequence[Pair]) -> list[list[str]]:
 
 
 def changes(some: Sequence[Pair], which: str, score: str) -> str:
-    """Write the mean change of a score."""
+    """Format the mean change of a score."""
     return mean_sd([pair.gain(which, score) for pair in some], 3, "+") if some else "-"
 
 
 def signs(everything: Sequence[Pair]) -> list[str]:
-    """Count how often each margin has the sign of plain SSync's effect, and say where it has not."""
+    """Count how often each margin has the sign of plain SSync's effect, and list the exceptions."""
     plain = [pair for pair in everything if pair.row["run"] == "ssync"]
     head = ["asked on, scored on", *(f"{margin}: {role}" for margin in MARGINS.values() for role in (*ORDER, "all"))]
     rows, wrong = [head], []
@@ -242,7 +242,7 @@ def signs(everything: Sequence[Pair]) -> list[str]:
 
 
 def outcome(everything: Sequence[Pair], groups: Sequence[str] = (*ORDER, "all", *ZONES)) -> list[str]:
-    """Lay out what the cascade made of plain SSync's gains and harms, whatever it is."""
+    """Tabulate the gains and harms of plain SSync and of the cascade."""
     plain, adaptive = (
         {beginning(pair.row): pair for pair in everything if pair.row["run"] == run} for run in ("ssync", "adaptive")
     )
@@ -268,17 +268,17 @@ def outcome(everything: Sequence[Pair], groups: Sequence[str] = (*ORDER, "all", 
 
 
 def zone(pair: Pair) -> str:
-    """Tell by both margins, asked on clips trained on, where a run belongs."""
+    """Return the zone of a run, which the signs of both margins on training clips determine."""
     return ZONES[0 if pair.margin("merged_margin") > 0 else 1 if pair.margin("margin") > 0 else 2]
 
 
 def _both(some: Sequence[tuple[float, float]], take: Callable[[Iterable[float]], float]) -> str:
-    """Write a number of plain SSync and one of the cascade, where there are any."""
+    """Format a number of plain SSync and a number of the cascade, if there are any."""
     return ", ".join(number(take(one), 3, "+") for one in zip(*some, strict=True)) if some else "-"
 
 
 def forms_table(everything: Sequence[Pair]) -> list[list[str]]:
-    """Lay out all forms and thresholds, in the settings where they were run."""
+    """Tabulate all forms and thresholds, in the settings where they were run."""
     names = list(dict.fromkeys(label(pair.row) for pair in everything if pair.row["run"] not in NAMES))
     some = [pair for pair in everything if label(pair.row) in names]
     runs = [*NAMES, *sorted({pair.row["run"] for pair in some} - NAMES.keys())]
@@ -295,7 +295,7 @@ def forms_table(everything: Sequence[Pair]) -> list[list[str]]:
 
 
 def runs_table(everything: Sequence[Pair]) -> list[list[str]]:
-    """Lay out every run."""
+    """Tabulate every run."""
     titles = {
         "dec_fg_ari": "FG-ARI",
         "dec_ari": "ARI",
@@ -321,7 +321,7 @@ def runs_table(everything: Sequence[Pair]) -> list[list[str]]:
 
 
 def save_figure(rows: Sequence[Row], path: Path) -> None:
-    """Draw margin against effect, a point a run: plain SSync and the cascade in two colors."""
+    """Plot margin against effect with a point per run, plain SSync and the cascade in two colors."""
     everything = [pair for pair in pairs(rows) if pair.row["run"] in NAMES]
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", squeeze=False)

@@ -1,8 +1,7 @@
-"""The settings of the study: what is trained on, whether it shaped the rule, and how its clips are made.
+"""The settings of the study: their training clips, how these are made, and whether they shaped the rule.
 
-The families of test settings are named here before they were run: other photographs, other shapes and motion, grainy
-pictures, fewer and more slots. Development settings are those on which the cascade's dead zone, its listening and
-`every` were looked at.
+The families of test settings were fixed before they were run: other photographs, other shapes and motion, grainy
+pictures, fewer and more slots. Development settings served to choose the cascade's dead zone, its warm-up and `every`.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from examples.photographs import load_photographs, split
 from examples.pretrained import ImgFocus
 from torch import Tensor
 
-# clips that are scored, and that the premise is asked of: trained on, and fresh
+# training clips, and fresh clips, for the scores and the premise
 NUM_SCORED = 160
 
 Role = Literal["shaped", "test", "development"]
@@ -30,9 +29,9 @@ ROLES: tuple[Role, ...] = ("shaped", "test", "development")
 
 
 class Clips(NamedTuple):
-    """The clips of a setting: the features (B, T, D, H, W) trained on, and what is scored of them and of fresh ones.
+    """The clips of a setting: training features (B, T, D, H, W), and training clips and fresh clips to score.
 
-    Where clips were cut from fewer videos, there are the videos (B,) of both.
+    If a video gives several clips, the groups (B,) are the videos of the clips to score.
     """
 
     features: Tensor
@@ -43,7 +42,7 @@ class Clips(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Folders: where drawn clips and pretrained features are kept, and where the user's real clips are, if any."""
+    """Folders: the cache of drawn clips and pretrained features, and the user's real clips, if any."""
 
     cache: Path
     clips: Path | None
@@ -53,12 +52,12 @@ class Setting(NamedTuple):
     """A setting of the study.
 
     Attributes:
-        title: in the table.
-        role: "shaped" the rule (a row of it led to the rule), "test" did not, "development" chose its knobs.
-        num_clips: that are trained on; 0 for all there are.
-        make: makes the clips, so many to train on and so many fresh ones.
-        slots: of the model.
-        seeds: of the trainings where the command line names none.
+        title: title in the table.
+        role: "shaped" led to the rule, "test" did not, "development" served to choose its parameters.
+        num_clips: number of training clips; 0 for all.
+        make: makes the clips, given the numbers of training clips and of fresh clips.
+        slots: number of slots.
+        seeds: default seeds of the runs.
     """
 
     title: str
@@ -70,7 +69,7 @@ class Setting(NamedTuple):
 
 
 def sprites(num_clips: int, num_fresh: int, _: Places, *, feature_noise: float = 0.0, **options: Any) -> Clips:
-    """Make moving objects with hand-made features, which may be noisy."""
+    """Make moving objects with hand-made features and feature noise."""
     clips, fresh = (
         moving_objects(number, seed=seed, **options)
         for number, seed in ((num_clips, TRAIN_SEED), (num_fresh, TEST_SEED))
@@ -94,12 +93,12 @@ def drawn_large(
     """Make the clips of `real_data.py`, with pretrained or hand-made features.
 
     Args:
-        num_clips: to train on.
-        num_fresh: to score on; composites are of photographs that are not trained on.
+        num_clips: number of training clips.
+        num_fresh: number of fresh clips; composites are cut from other photographs than in training.
         places: folders.
         kind: "sprites" or "composites".
-        pretrained: whether the features are.
-        swapped: train on the photographs that are else kept for the test, and score on the others.
+        pretrained: whether to use pretrained features.
+        swapped: whether to swap the photographs of training and test.
     """
     sources = real_data.sources(kind)
     if swapped:
@@ -113,13 +112,13 @@ def drawn_large(
     return Clips(*made)
 
 
-def real_clips(num_clips: int, num_fresh: int, places: Places) -> Clips:  # noqa: ARG001 (there are as many as there are)
+def real_clips(num_clips: int, num_fresh: int, places: Places) -> Clips:  # noqa: ARG001 (the folder decides)
     """Read the user's videos, every fifth of them fresh.
 
-    A video `NAME_video.mp4` may have a `NAME_colormap.mp4`, in which every segment has one color: its truth, or what
-    another model predicted. The largest segment of a video is its background.
+    Every `NAME_video.mp4` needs a `NAME_colormap.mp4`, in which every segment has one color. The segments are ground
+    truth or the prediction of another model. The largest segment of a video is its background.
     """
-    assert places.clips is not None  # else this is not run
+    assert places.clips is not None  # without them, main leaves this setting out
     video, sources, *_ = load_clips(places.clips, match="*_video.mp4")
     names = list(dict.fromkeys(sources))
     groups = torch.tensor([names.index(one) for one in sources])
@@ -137,10 +136,10 @@ def real_clips(num_clips: int, num_fresh: int, places: Places) -> Clips:  # noqa
 
 
 def segments(video: Tensor) -> Tensor:
-    """Tell the colors of a color map (..., 3, H, W) in [0, 1] apart: ids (..., H, W), the largest segment is 0.
+    """Turn a color map (..., 3, H, W) in [0, 1] into ids (..., H, W). The largest segment has id 0.
 
-    Colors that fill less than a two-hundredth, or are close to a more frequent one, come from the compression of the
-    video: what has them is given to the nearest of the others.
+    Video compression adds colors, which fill less than 1/200 of the pixels or are close to a more frequent color. Their
+    pixels get the nearest of the other colors.
 
     >>> segments(torch.tensor([0.9, 0.1, 0.1, 0.12]).view(1, 1, 4).expand(3, 1, 4)).tolist()
     [[1, 0, 0, 0]]
@@ -191,5 +190,5 @@ SETTINGS: dict[str, Setting] = {
     "photos-300": Setting("photo composites", "development", 300, HAND_PHOTOS, seeds=(5, 6)),
     "photos-500": Setting("photo composites", "development", 500, HAND_PHOTOS, seeds=(5, 6)),
 }
-# those in which levels held fixed and other thresholds are trained, too
+# settings with additional runs at fixed levels and other thresholds
 LEVELS = ("sprites", "photos", "photos-few", "vit-photos")

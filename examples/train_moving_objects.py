@@ -1,18 +1,18 @@
-"""Train a small video slot model twice, with and without one line, and show what the line did.
+"""Train a small video slot model twice, with and without one line, and show the effect of the line.
 
     python examples/train_moving_objects.py                    # one seed, about two minutes on one core
     python examples/train_moving_objects.py --seeds 0 1 2      # mean ± sd over three
     python examples/train_moving_objects.py --clips my_videos  # your own mp4 files or folders of frames
-    python examples/train_moving_objects.py --compare dense    # a third run, with dense alignment; takes its time
-    python examples/train_moving_objects.py --compare adaptive # a third run, that asks which form of SSync it may use
+    python examples/train_moving_objects.py --compare dense    # a third run with dense alignment; slow
+    python examples/train_moving_objects.py --compare adaptive # a third run with adaptive SSync
     python examples/train_moving_objects.py --table runs/moving_objects/results.json
 
-Both runs share the first 30 % of the steps: the same weights, optimizer state and order of the data. Then one
-goes on with the model's own losses, reconstruction and slot contrast, and the other with `SSyncLoss` added.
-With `--compare adaptive` a third run branches off, too, with `AdaptiveSSyncLoss`.
-With `--compare dense` a third run adds what SSync replaces. It begins at the first step, as its terms do, and shares
-the weights that the seed gives and the order of the data.
-Ctrl-C stops after the current step and keeps what was trained; `--resume` goes on from there.
+Both runs share the first 30 % of the steps: the same weights, optimizer state and order of the data. Then one run
+continues with the model's own losses, reconstruction and slot contrast. The other run adds `SSyncLoss`.
+`--compare adaptive` adds a third run with `AdaptiveSSyncLoss`, which branches off at the same step.
+`--compare dense` adds a third run with dense alignment, which SSync replaces. It begins at the first step, like its
+terms. It shares the initial weights and the order of the data.
+Ctrl-C stops after the current step and keeps the finished steps; `--resume` continues from there.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from threading import Event
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lets this file run as a script
 
 from examples.arguments import Bounded, add_training_options, at_least, explained, within
 from examples.checkpoint import Settings, TrainingState
@@ -44,9 +44,9 @@ CHECKPOINT_BYTES = 2_000_000
 def train_one_seed(
     seed: int, settings: Settings, data: Data, checkpoints: Path, *, compare: str | None, resume: bool, stop: Event
 ) -> SeedReport:
-    """Train the shared part, ask for the premise, train both branches, and what they are compared with.
+    """Train the shared part, check the premise, and train the branches and the run to compare.
 
-    When stopped, report what there is.
+    After a stop, the report holds the runs so far.
     """
     criterion = settings.criterion()
     report = SeedReport(seed)
@@ -68,12 +68,12 @@ def train_one_seed(
             print(f"{title}: {state.adaptive.describe()}")
         return state
 
-    # before its start step the criterion is exactly zero: this part belongs to both runs
+    # before its start step the criterion is exactly zero, so both runs share this part
     shared = run("shared", None, criterion, settings.start_step)
     if stop.is_set():
         report.runs["shared"] = Run.of(shared, evaluate(shared.model, data.test, settings.threshold))
         return report
-    # of the clips trained on, where the loss acts; fresh ones tell whether those are known by heart
+    # the loss acts on training clips; fresh clips show whether the model has memorized these
     trained, fresh = (
         None if asked is None else ask_premise(shared.model, asked, settings.threshold)
         for asked in (data.trained, data.fresh)
@@ -98,7 +98,7 @@ def train_one_seed(
 
 
 def checkpoint_path(checkpoints: Path, seed: int, stage: str) -> Path:
-    """Name the checkpoint of a seed's shared part, or of one of its runs."""
+    """Return the checkpoint of a seed's stage."""
     return checkpoints / f"seed{seed}_{stage}.pt"
 
 
@@ -113,14 +113,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threshold", type=float, default=0.6, action=Bounded, rules=[within(0, 1)], help="merge threshold of the loss"
     )
-    third = "a third run: with the adaptive loss, or with dense alignment (SRL), several times as long"
+    third = "a third run: with the adaptive loss, or with dense alignment (SRL), which takes several times as long"
     add("--compare", choices=["adaptive", "dense"], help=third)
     add("--clips", type=Path, help="your own videos or folders of frames instead of the moving objects")
     add("--match", default="*", help="with --clips: pattern for the names of videos and folders")
     every = "with --clips: take every n-th frame"
     add("--stride", type=int, default=1, action=Bounded, rules=[at_least(1)], help=every)
-    add("--out", type=Path, help="where everything is written; runs/moving_objects or runs/clips if not given")
-    add("--resume", action="store_true", help="go on with what --out holds")
+    add("--out", type=Path, help="output folder; runs/moving_objects or runs/clips if not given")
+    add("--resume", action="store_true", help="continue the run in --out")
     options = parser.parse_args(arguments)
     if options.out is None:
         options.out = Path("runs/moving_objects" if options.clips is None else "runs/clips")
@@ -175,20 +175,20 @@ def train_all(
     """Train the runs of all seeds, then print the table and draw the picture.
 
     Args:
-        data: to train on, to ask the premise of, and to score on.
-        settings: of all runs.
-        seeds: one after the other.
+        data: clips for training, for the premise and for scoring.
+        settings: settings of all runs.
+        seeds: training seeds.
         compare: a third run, "adaptive" or "dense".
-        out: where everything is written; see `look_into`.
-        resume: go on with what is there.
-        again: the options that go on from a stop, besides `--resume`.
+        out: output folder; see `look_into`.
+        resume: whether to continue the run in the folder.
+        again: the options that continue a stopped run, besides `--resume`.
 
     Returns:
         0, or 130 when Ctrl-C cut it short.
     """
     checkpoints, results = out / "checkpoints", out / "results.json"
     if resume:
-        # the last one is read when all others are trained
+        # check them now, as a run is read only after those before it are trained
         for path, seed in ((checkpoint_path(checkpoints, seed, s), seed) for seed in seeds for s in stages_of(compare)):
             if path.exists():
                 with explained():
@@ -223,16 +223,16 @@ def train_all(
 
 
 def stages_of(compare: str | None) -> tuple[str, ...]:
-    """Name the stages of a seed."""
+    """Return the stages of a seed."""
     return STAGES if compare is None else (*STAGES, compare)
 
 
 def look_into(out: Path, *, resume: bool, num_checkpoints: int) -> None:
-    """See whether everything can be written, and whether something is there that would be lost.
+    """Check that all files can be written, and that nothing would be lost.
 
     Raises:
-        ValueError: if a file cannot be written, or one of the same name is not ours.
-        SystemExit: if there is an unfinished run, and it is not to go on.
+        ValueError: if a file cannot be written, or another program wrote it.
+        SystemExit: if there is an unfinished run, and `resume` is false.
     """
     results, checkpoints = out / "results.json", out / "checkpoints"
     for path in (results, out / "comparison.png", checkpoint_path(checkpoints, 0, STAGES[0])):
@@ -245,7 +245,7 @@ def look_into(out: Path, *, resume: bool, num_checkpoints: int) -> None:
 
 
 def start_over(checkpoints: Path, results: Path) -> None:
-    """Make room for a fresh run."""
+    """Delete the results and checkpoints of an earlier run."""
     results.unlink(missing_ok=True)
     for checkpoint in checkpoints.glob("seed*_*.pt"):
         checkpoint.unlink()

@@ -1,4 +1,4 @@
-"""The loop that every example trains with: the model's own losses, and what a run adds to them."""
+"""The training loop of every example: the model's own losses, and the terms that a run adds to them."""
 
 import signal
 import time
@@ -18,12 +18,12 @@ from ssync_loss import SSyncLoss
 
 SAVE_EVERY = 100
 
-# what a run adds to the loss of a step, by name: from the model's output, the features of the batch, and the step
+# the terms that a run adds to its loss, by name, given the model's output, the features of the batch and the step
 Terms = Callable[[SlotOutput, Tensor, int], dict[str, Tensor]]
 
 
 class Trained(Protocol):
-    """What the loop needs of a run, and what it writes down there: steps, their seconds and their losses."""
+    """A run that the loop can train. The loop records steps, seconds and losses in it."""
 
     settings: Settings
     seed: int
@@ -34,13 +34,13 @@ class Trained(Protocol):
     history: list[dict[str, float]]
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what is trained."""
+        """Return the parameters to train."""
 
     def forward(self, features: Tensor) -> SlotOutput:
         """Run the model on the features of a step."""
 
     def after_step(self) -> None:
-        """Do what is to be done after the optimizer's step."""
+        """Update the run after the optimizer's step."""
 
 
 def train(
@@ -56,13 +56,13 @@ def train(
     """Train a run up to a step, and show its losses.
 
     Args:
-        run: goes on from its step.
+        run: the run; training continues from its step.
         features: (B, T, D, H, W), of all training clips.
-        terms: what is added to the model's own losses.
-        until: the step before which it ends.
-        title: of the bar.
+        terms: the terms to add to the model's own losses.
+        until: the step before which training ends.
+        title: title of the progress bar.
         save: called every 100 steps and at the end.
-        stop: once it is set, the training ends after the present step.
+        stop: once set, it ends the training after the current step.
     """
     settings = run.settings
     with tqdm(total=until, initial=run.step, desc=title, dynamic_ncols=True) as bar:
@@ -94,7 +94,7 @@ def train(
 
 
 def terms_of(state: TrainingState, criterion: SSyncLoss | None) -> Terms:
-    """Return what a run adds: SSync, or the loss that asks, or neither; and dense alignment in the run that has it."""
+    """Return the terms of a run: SSync, adaptive SSync or neither, and dense alignment if the run has it."""
 
     def terms(output: SlotOutput, features: Tensor, step: int) -> dict[str, Tensor]:
         ssync = features.new_zeros(())
@@ -103,11 +103,10 @@ def terms_of(state: TrainingState, criterion: SSyncLoss | None) -> Terms:
             ssync = criterion(output.enc_logits, output.dec_logits, step=step)
             # ----------------------------------------------------------------
         if state.adaptive is not None:
-            # the same, but that it asks the features
+            # the adaptive loss also takes the features
             ssync = state.adaptive(output.enc_logits, output.dec_logits, features, step=step)
         if state.alignment is None:
             return {"ssync": ssync}
-        # what the line is compared with
         return {"ssync": ssync, "dense": state.alignment(output, features, step=step)}
 
     return terms
@@ -115,7 +114,7 @@ def terms_of(state: TrainingState, criterion: SSyncLoss | None) -> Terms:
 
 @contextmanager
 def stop_on_ctrl_c() -> Iterator[Event]:
-    """Let the first Ctrl-C ask for a stop between two steps, and the second one have its usual effect."""
+    """Turn the first Ctrl-C into a stop between two steps. A second Ctrl-C has its usual effect."""
     stop = Event()
     usual = signal.getsignal(signal.SIGINT)
 

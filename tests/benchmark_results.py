@@ -17,8 +17,7 @@ def options(**changes: Any) -> Options:
 
 
 def origin(chosen: Options | None = None, **changes: Any) -> dict[str, Any]:
-    words = dict.fromkeys(("cpu", "system", "python", "torch"), "Abacus")
-    words |= {"commit": "abcdef0123", "sources": "0123456789ab", "date": "2026-11-20T12:00:00+00:00"}
+    words = dict.fromkeys(("cpu", "system", "python", "torch", "commit", "sources", "date"), "Abacus")
     return run.origin(chosen or options()) | words | changes
 
 
@@ -33,37 +32,24 @@ def cost(key: Key, per_patch: float, per_pair: float, power: str, per_size: floa
         window = int(key.contender[-1]) if "windows" in key.contender else key.sizes["T"]
         return per_pair * growth.size_of(key) * window * patches
     if key.contender in BY_NAME:
-        exponent = getattr(BY_NAME[key.contender], power)
-        return float(per_size * growth.size_of(key) ** exponent) if exponent or power == "time" else 0.0
+        return float(per_size * growth.size_of(key) ** getattr(BY_NAME[key.contender], power))
     return per_patch * key.sizes["B"] * key.sizes["T"] * patches
 
 
-def seconds(key: Key) -> float:
-    """Return a microsecond a patch for SSync, 10 ns a pair for dense alignment, and 0.1 us a size for add-ons."""
-    return cost(key, 1e-6, 1e-8, "time", 1e-7)
-
-
 def values_of(key: Key) -> Values:
+    """Measure a microsecond a patch for SSync, 10 ns a pair for dense alignment, 0.1 us a size for add-ons."""
     if key.suite == "gate":
         return {}
     if key.suite == "training_step":
         return {"with": spread(1.01), "alone_over_with": spread(0.002)}
     held: dict[str, Any] = {"allocated": int(cost(key, 100, 16, "memory", 8))}
     if key.suite == "kernels":
-        counted = {"launches": 9, "maps_beyond_gradients": 0.5, "maps_waiting": 0.05}
+        counted = {"launches": 9, "maps_beyond_gradients": 0.5, "maps_waiting": 0.05, "speedup": spread(1.9)}
         step = spread(2.5 if key.case.startswith("first") else 1e-3)
-        return {
-            "step": step,
-            "over_floor": spread(2.0),
-            "over_exp": spread(3.1),
-            "speedup": spread(1.9),
-            **held,
-            **counted,
-        }
-    ratio = spread(seconds(key) / seconds(key._replace(contender="SSync cpu")))
-    return {"step": spread(seconds(key)), **held} | (
-        {"ratio": ratio} if base_of(key.contender) == key.contender else {}
-    )
+        return {"step": step, "over_floor": spread(2.0), "over_exp": spread(3.1), **held, **counted}
+    own, first = (cost(one, 1e-6, 1e-8, "time", 1e-7) for one in (key, key._replace(contender="SSync cpu")))
+    ratio = {"ratio": spread(own / first)} if base_of(key.contender) == key.contender else {}
+    return {"step": spread(own), **held, **ratio}
 
 
 class Machine:

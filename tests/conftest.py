@@ -1,6 +1,6 @@
 """Seeds and hypothesis profiles.
 
-``ci`` (the default) draws 130 examples of 16 clips each: 2,080 cases a property. ``slow`` draws 1,250, so
+``ci`` (the default) draws 130 examples of 16 clips each, 2,080 cases per property. ``slow`` draws 1,250 examples,
 20,000 cases: ``python -m pytest --hypothesis-profile=slow tests/test_against_reference.py``. ``quick`` draws 10.
 """
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# its assertions show what they compared
+# its assertions show the values that they compare
 pytest.register_assert_rewrite("contract")
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that compile and tests that run kernels: `matrix.py` counts them separately."""
-    # once it is known below whether kernels are interpreted
+    """Mark tests that compile and tests that run kernels, because `matrix.py` counts them separately."""
+    # this import needs TRITON_INTERPRET, which is set below
     from ssync_loss.ssync.engines.triton._limits import MIN_VERSION, VERSION
 
     for item in items:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def frames_compiled() -> int:
-    # not imported for this: it takes a second
+    # looked up, because the import takes a second
     module = sys.modules.get("torch._dynamo.convert_frame")
     return module.FRAME_COUNTER if module else 0
 
@@ -78,12 +78,12 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder for the default compiler's code."""
+    """Give the default compiler an empty folder for its code."""
     folder = tmp_path_factory.getbasetemp() / "kernels"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # read by triton when a kernel is defined: kernels then run on the CPU, slowly
+    # Triton reads this when a kernel is defined; kernels then run on the CPU, slowly
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,6 +1,6 @@
-"""Checks of every loss: a test class inherits them and supplies one case.
+"""The checks that every loss must pass. A test class inherits them and supplies one case.
 
-A check that does not apply is named in ``not_applicable``, with the reason, and is skipped.
+``not_applicable`` names the checks to skip, with reasons.
 """
 
 import copy
@@ -24,11 +24,11 @@ EXPORTS = pytest.mark.parametrize("strict", [False, True], ids=["traced", "stric
 
 
 def refusal(message: str, strict: bool) -> str | None:
-    """Return what is to be matched of a refusal to export: torch 2.6 has words of its own when strict."""
+    """Return the expected message of a refused export. Strict export in torch 2.6 replaces every message."""
     return None if strict and torch.__version__ < "2.7" else message
 
 
-# the same values with other strides; the last one makes all clips the first
+# the same values with other strides; "expanded" repeats the first clip
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda one: one.mT.contiguous().mT,
     "channels last": lambda one: one.movedim(min(2, one.ndim - 2), -1).contiguous().movedim(-1, min(2, one.ndim - 2)),
@@ -38,10 +38,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Case(NamedTuple):
-    """A module and its arguments; every tensor has a first axis of clips, and at least one more."""
+    """A module and its arguments. The first axis of every tensor is clips, and there is a second axis."""
 
     module: nn.Module
-    # these get gradients
+    # the inputs get gradients
     inputs: dict[str, Tensor]
     others: dict[str, Any]
 
@@ -62,21 +62,21 @@ class Case(NamedTuple):
         return self.replaced(**{name: change(one) for name, one in self.tensors().items()})
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """Return the case with its floating-point tensors in a type."""
+        """Return the case with its floating-point tensors converted to a type."""
         return self.replaced(**{name: one.to(dtype) for name, one in self.floats().items()})
 
     def clips(self, *numbers: int) -> "Case":
-        """Return the case with these clips of its batch."""
+        """Return the case with the given clips of its batch."""
         return self.mapped(lambda one: one[torch.tensor(numbers, dtype=torch.int64)])
 
     def owned(self) -> "Case":
-        """Return the case with a module of its own, and inputs that are leaves."""
+        """Return the case with a copy of the module, and with inputs that are leaves."""
         inputs = {name: one.detach().requires_grad_() for name, one in self.inputs.items()}
         return Case(copy.deepcopy(self.module), inputs, self.others)
 
 
 class Step(NamedTuple):
-    """The results of a forward and a backward."""
+    """The results of a forward and a backward pass."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -84,7 +84,7 @@ class Step(NamedTuple):
 
 
 def value(case: Case, call: Callable[..., Tensor] | None = None) -> Tensor:
-    """Return the loss of a case, through the module or something around it."""
+    """Return the loss of a case, computed by the module or by a wrapper of it."""
     return (case.module if call is None else call)(**case.inputs, **case.others)
 
 
@@ -100,7 +100,7 @@ def step(case: Case) -> Step:
 
 
 def assert_same(actual: Step, expected: Step, tol: float = 0.0) -> None:
-    """Compare two steps; differences are fractions of the largest magnitude of a tensor."""
+    """Compare two steps. The tolerance is a fraction of each tensor's largest magnitude."""
     pairs = [(actual.loss, expected.loss)]
     for some, other in ((actual.gradients, expected.gradients), (actual.state, expected.state)):
         assert some.keys() == other.keys()
@@ -111,27 +111,27 @@ def assert_same(actual: Step, expected: Step, tol: float = 0.0) -> None:
 
 
 class LossContract:
-    """The checks; a test class sets these attributes for its loss."""
+    """The checks. A test class sets these attributes for its loss."""
 
     loss: ClassVar[type[nn.Module]]
-    # the function of the module, as a static method
+    # the functional form of the module, as a static method
     function: ClassVar[Callable[..., Tensor] | None] = None
     # the settings of the case
     knobs: ClassVar[dict[str, Any]] = {}
-    # another value of every setting: those that change the loss of the case, and those that do not
+    # another value of every setting: `settings` change the loss of the case, `inert` ones do not
     settings: ClassVar[dict[str, Any]] = {}
     inert: ClassVar[dict[str, Any]] = {}
-    # whether the loss has second derivatives; else they must be an error
+    # whether the loss has second derivatives; otherwise they must raise an error
     twice_differentiable: ClassVar[bool] = False
-    # names in the state dict
+    # keys of the state dict
     state: ClassVar[list[str]] = []
-    # why a compiled graph is for one batch size only
+    # the reason why a compiled graph serves only one batch size
     one_size: ClassVar[str] = ""
-    # tolerance of another order of summation, in float32
+    # tolerance for another order of summation in float32
     tolerance: ClassVar[float] = 1e-6
-    # arguments whose type may not vary, with the reason
+    # arguments that do not promote the loss to float64, with the reason
     narrow: ClassVar[dict[str, str]] = {}
-    # arguments whose NaN and infinity need not show in the loss, with the reason
+    # arguments whose NaN and infinity may leave the loss finite, with the reason
     hides_dirt: ClassVar[dict[str, str]] = {}
     # wrong arguments or settings, and their error messages
     refused: ClassVar[list[tuple[dict[str, Any], type[Exception], str]]] = []
@@ -142,11 +142,11 @@ class LossContract:
         raise NotImplementedError
 
     def make(self, **settings: Any) -> nn.Module:
-        """Return a module with the settings of the case, except those given."""
+        """Return a module with the settings of the case, updated by the given ones."""
         return self.loss(**self.knobs | settings)
 
     def large_case(self) -> Case:
-        """Return a case for the default compiler: whole vectors of a processor, and parts of them."""
+        """Return a case for the default compiler, whose sizes fill whole processor vectors and parts of them."""
         return self.fresh()
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
@@ -154,16 +154,16 @@ class LossContract:
         return {"no clips": case.clips()}
 
     def unselected(self, case: Case) -> dict[str, Tensor]:
-        """Return, by argument, masks of the cells that must not matter."""
+        """Return masks of the cells that must not matter, by argument."""
         raise NotImplementedError
 
     def fresh(self) -> Case:
-        """Return the case, always the same."""
+        """Return the case, which is the same in every call."""
         torch.manual_seed(0)
         return self.case().mapped(Tensor.detach)
 
     def closed(self, case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
-        """Return the loss as a function of its inputs alone, and the inputs."""
+        """Return the loss as a function of only its inputs, and the inputs."""
 
         def loss(*given: Tensor) -> Tensor:
             module = copy.deepcopy(case.module)
@@ -183,7 +183,7 @@ class LossContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "wrong" in metafunc.fixturenames:
-            # once, not for every subclass
+            # the class that defines the refusals runs them, its subclasses do not
             own = type(self).__dict__.get("refused", [])
             nothing = pytest.param({}, Exception, "", marks=pytest.mark.skip("another case of the loss has them"))
             metafunc.parametrize(("wrong", "error", "message"), own or [nothing])
@@ -213,7 +213,7 @@ class LossContract:
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 assert torch.equal(value(case.owned()), expected)
-        # a loss in training may warn of a detached map
+        # in training mode a loss may warn about a detached map
         case.module.eval()
         assert not value(case).requires_grad
 
@@ -251,7 +251,7 @@ class LossContract:
             assert_same(step(self.fresh()), expected)
 
     def test_in_place(self) -> None:
-        """Overwriting a tensor before the backward is an error of autograd, or changes nothing."""
+        """If a tensor is overwritten before the backward pass, autograd raises an error or the gradient is right."""
         expected = step(self.fresh()).gradients
         given = self.fresh()
         for name in [*given.tensors(), *given.module.state_dict()]:
@@ -272,7 +272,7 @@ class LossContract:
         case = self.fresh()
         expected = step(case)
         assert_same(step(case), expected)
-        # uninitialized memory holds NaN
+        # deterministic mode fills uninitialized memory with NaN
         torch.use_deterministic_algorithms(True)
         try:
             assert_same(step(case), expected)
@@ -314,7 +314,7 @@ class LossContract:
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self) -> None:
-        """Batches of any size are one graph, or those of one size are."""
+        """One graph serves batches of any size, or of one size if `one_size` is set."""
         counter = CompileCounterWithBackend("aot_eager")
         module = self.fresh().owned().module
         compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -324,7 +324,7 @@ class LossContract:
             expected = step(batch)
             batch = batch.owned()._replace(module=module)
             for one in batch.tensors().values() if len(batches) > 1 else ():
-                # specializing the size is an error
+                # makes it an error to specialize the size
                 torch._dynamo.mark_dynamic(one, 0)
             assert_same(run(batch, compiled), expected, self.tolerance)
         assert counter.frame_count == 1
@@ -337,7 +337,7 @@ class LossContract:
         program = torch.export.export(case.module, (), case.inputs | case.others, strict=strict).module()
         assert_same(run(self.fresh().owned()._replace(module=program)), step(self.fresh()), self.tolerance)
 
-    # deprecations and hints of the compiler's own modules
+    # the compiler's own modules emit deprecations and hints
     @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
     @pytest.mark.usefixtures("fresh_compiler", "fresh_kernels")
     def test_default_compiler(self) -> None:
@@ -346,7 +346,7 @@ class LossContract:
         assert_same(run(case, torch.compile(case.module, fullgraph=True)), expected, 10 * self.tolerance)
 
     def test_fake_tensors(self) -> None:
-        """No data is read."""
+        """The loss reads no data on the host."""
         case = self.fresh().owned()
         expected = step(self.fresh())
         with FakeTensorMode() as mode:
@@ -359,7 +359,7 @@ class LossContract:
         for name, one in expected.gradients.items():
             assert (actual.gradients[name].shape, actual.gradients[name].dtype) == (one.shape, one.dtype)
 
-    # --- nothing to do, nothing to see ---
+    # --- empty, masked and nonfinite input ---
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_empty(self, dtype: torch.dtype) -> None:
@@ -386,7 +386,7 @@ class LossContract:
 
     @pytest.mark.parametrize("dirt", [NAN, INF])
     def test_dirt(self, dirt: float) -> None:
-        """NaN or infinity in a cell that counts makes the loss undefined."""
+        """NaN or infinity in a selected cell makes the loss undefined."""
         case = self.fresh()
         masks = {} if "poison" in self.not_applicable else self.unselected(case)
         for name, one in case.floats().items():
@@ -420,7 +420,7 @@ class LossContract:
         assert_same(step(case._replace(module=twin)), step(case))
 
     def test_settings(self) -> None:
-        """Each setting is an attribute, and takes effect when it is set."""
+        """Each setting is an attribute that takes effect when it is set."""
         case = self.fresh()
         expected = step(case).loss
         parameters = inspect.signature(type(case.module)).parameters.values()
@@ -443,7 +443,7 @@ class LossContract:
             assert made.settings[name] == module.settings[name]
 
     def test_repr(self) -> None:
-        """The repr shows settings that are not the default."""
+        """The repr shows every setting that differs from its default."""
         parameters = inspect.signature(type(self.make())).parameters
         for name, other in (self.settings | self.inert).items():
             shown = repr(self.make(**{name: other}))
@@ -455,7 +455,7 @@ class LossContract:
         """The module passes its settings to the function."""
         function = type(self).function
         if function is None:
-            pytest.skip("there is no function beside the module")
+            pytest.skip("the module has no functional form")
         for changed in [{}, *({name: other} for name, other in (self.settings | self.inert).items())]:
             knobs = self.knobs | changed
             case = self.fresh()._replace(module=self.make(**knobs)).owned()
@@ -463,7 +463,7 @@ class LossContract:
             assert torch.equal(value(case), function(**case.inputs, **case.others, **parts, **knobs))
 
     def test_wrong_tensors(self) -> None:
-        """Tensors of a wrong kind, shape or device are refused by name."""
+        """The error names a tensor of a wrong kind, shape or device."""
         case = self.fresh()
         case.module.eval()
         given = case.inputs | case.others

@@ -1,8 +1,8 @@
-"""Compiles every kernel for GPUs that need not be present, and prints the assembler's report, one line of JSON each.
+"""Compiles every kernel for a GPU that need not be present, and prints a line of JSON with the assembler's report.
 
-``python cross_compile.py 80``, without ``TRITON_INTERPRET``. A launch is not carried out but compiled, for the very
-arguments and constants it has: what a kernel is specialized for (strides of 1, multiples of 16) is what it would be
-specialized for on that GPU.
+``python cross_compile.py 80``, without ``TRITON_INTERPRET``. Every launch compiles its kernel instead of running it.
+The arguments and constants are those of the launch, so the kernel is specialized (strides of 1, multiples of 16) as on
+the GPU.
 """
 
 import argparse
@@ -29,7 +29,7 @@ REPORT = re.compile(
 
 
 class Variant(NamedTuple):
-    """Maps and settings to compile for."""
+    """The maps and settings of a compilation."""
 
     num_slots: int
     grid: tuple[int, int]
@@ -41,9 +41,9 @@ class Variant(NamedTuple):
 
 
 def variants(num_slots: int) -> list[Variant]:
-    """List large frames: one without common divisors, and the published one if it is another.
+    """Return a large frame, an odd frame without common divisors, and for few slots the published frame.
 
-    The odd one's decoder has its slots side by side in memory, as attention leaves them.
+    The decoder map of the odd frame has its slots adjacent in memory, like the output of attention.
     """
     large = Variant(num_slots, (64, 64), torch.float16, torch.float16, "mse", False, False)
     odd = Variant(num_slots, (37, 37), torch.float32, torch.bfloat16, "cross_entropy", True, True)
@@ -52,7 +52,7 @@ def variants(num_slots: int) -> list[Variant]:
 
 
 class Compiler:
-    """Replaces launching, and keeps the assembler's report."""
+    """Compiles kernels instead of launching them, and collects the assembler's reports."""
 
     def __init__(self, capability: int, max_registers: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -62,7 +62,7 @@ class Compiler:
 
     def __call__(self, kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
         constants["maxnreg"] = self.max_registers
-        # as in a launch
+        # the same steps as in a launch
         bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
         bound, specialization, options = bind(*arguments, **constants)
         options, signature, given, hints = kernel._pack_args(self.backend, constants, bound, specialization, options)
@@ -86,7 +86,7 @@ class Compiler:
 
 
 def launch_all(variant: Variant) -> None:
-    """Go through a step and a distillation, forward and backward."""
+    """Run a step and a distillation, forward and backward."""
     patches = (2, 4, *variant.grid)
     shape = (2, 4, variant.num_slots, *variant.grid)
     enc = torch.empty(shape, dtype=variant.enc_dtype, requires_grad=True)
@@ -110,11 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", type=int)
     parser.add_argument("--slots", type=int, nargs="+", default=NUM_SLOTS)
-    parser.add_argument("--variants", type=int, help="how many of each number of slots; all by default")
+    parser.add_argument("--variants", type=int, help="variants per number of slots; all by default")
     parser.add_argument("--max-registers", type=int, default=_launch.MAX_REGISTERS)
     chosen = parser.parse_args()
     triton.knobs.nvidia.dump_ptxas_log = True
-    # report every kernel once
+    # cached kernels would have no report
     triton.knobs.compilation.always_compile = True
     compiler = Compiler(chosen.capability, chosen.max_registers)
     _launch.launch = compiler

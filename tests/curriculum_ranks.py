@@ -1,16 +1,15 @@
-"""Trains a curriculum in two processes, or in one: python curriculum_ranks.py RANK FOLDER.
+"""Trains a curriculum in one or two processes: python curriculum_ranks.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: slots, errors, moments and what was sent, step by step.
+Each rank writes the slots, errors, moments and collectives of every step to FOLDER/RANK.pt.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from ssync_loss.curriculum import SlotCurriculum
 
 NUM_CLIPS = 6
@@ -21,7 +20,7 @@ BUDGETS, MILESTONES = [2, 3, 5], [1, 3]
 
 
 class Host(nn.Module):
-    """Slots that are colors, and masks by likeness; the curriculum is a part of it."""
+    """A model whose slots are colors and whose masks compare them with the target. It contains the curriculum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,51 +34,38 @@ class Host(nn.Module):
 
 
 def clips(step: int) -> Tensor:
-    """The whole batch of a step; later clips are harder."""
+    """Return the whole batch of a step. Later clips are harder."""
     target = torch.randn(NUM_CLIPS, 2, 4, 3, 3, generator=torch.Generator().manual_seed(step))
     return target * torch.arange(1, NUM_CLIPS + 1).view(-1, 1, 1, 1, 1)
 
 
 def train(share: slice, *, distributed: bool) -> dict[str, Any]:
     """Train on some of the clips."""
-    sent: list[tuple[str, int]] = []
-    kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
-
-    def counted(name: str) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            sent.append((name, tensor.numel()))
-            return kept[name](tensor, *args, **kwargs)
-
-        return call
-
     host = Host()
     model: nn.Module = DistributedDataParallel(host) if distributed else host
     optimizer = torch.optim.AdamW(host.parameters(), lr=0.01)
     results: dict[str, Any] = {"slots": [], "errors": [], "sent": [], "expanded": [], "moments": []}
-    for name in kept:
-        setattr(dist, name, counted(name))
     for step in range(NUM_STEPS):
         target = clips(step)[share]
         recon, masks = model(target)
-        sent.clear()
-        host.curriculum.observe(recon, target, masks, step)
+        with recorded("all_reduce", "broadcast") as observed:
+            host.curriculum.observe(recon, target, masks, step)
         results["errors"].append(host.curriculum.errors.clone())
         optimizer.zero_grad()
-        # weighted, so that the mean over ranks is the mean over all clips
+        # the weight makes the mean over ranks the mean over all clips
         weight = len(target) * (WORLD_SIZE if distributed else 1) / NUM_CLIPS
         ((recon - target).square().mean() * weight).backward()
         optimizer.step()
-        results["expanded"].append(host.curriculum.maybe_expand(host.slots, step, optimizer))
-        results["sent"].append(list(sent))
+        with recorded("all_reduce", "broadcast") as expanded:
+            results["expanded"].append(host.curriculum.maybe_expand(host.slots, step, optimizer))
+        results["sent"].append([(name, numel) for name, numel, _ in observed + expanded])
         results["slots"].append(host.slots.detach().clone())
         results["moments"].append(optimizer.state[host.slots]["exp_avg"].clone())
-    for name, function in kept.items():
-        setattr(dist, name, function)
     return results
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    # jitter that differs between ranks unless the curriculum prevents it
+    # the jitter differs between ranks unless the curriculum prevents it
     torch.manual_seed(rank)
     return train(SHARES[rank], distributed=True)
 

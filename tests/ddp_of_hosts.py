@@ -1,4 +1,4 @@
-"""Started by torchrun: ``ddp_of_hosts.py FOLDER`` trains a miniature on this rank's clips, in each precision."""
+"""Trains a miniature on this rank's clips in each precision: torchrun starts ``ddp_of_hosts.py FOLDER``."""
 
 import sys
 from datetime import timedelta
@@ -21,7 +21,7 @@ Batches = list[list[Tensor]]
 
 
 def scene(precision: str) -> tuple[nn.Module, Batches]:
-    """The model, and two steps of two parts of four clips."""
+    """Return the model and two steps, each with two parts of four clips."""
     torch.manual_seed(0)
     dtype = torch.float64 if precision == "float64" else torch.float32
     model = genera1z.build(genera1z.BroadcastMLPDecoder).to(dtype)

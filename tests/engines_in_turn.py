@@ -15,7 +15,7 @@ def by_torch() -> AbstractContextManager[Any]:
 
 
 def by_c() -> AbstractContextManager[Any]:
-    """Take the C library, as ``"auto"`` does on a CPU."""
+    """Select the C library, as ``"auto"`` does on a CPU."""
     return mock.patch.dict(FAST, {"cpu": "cpu"})
 
 

@@ -1,4 +1,4 @@
-"""The golden files as arguments and expectations; see golden/README.md."""
+"""The golden files as arguments and expected results; see golden/README.md."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class GoldenCase(NamedTuple):
     dec_logits: Tensor
     label_args: dict[str, Any]
     temperature: float
-    # as in the file, labels int64 and gradients (B, T, S, H, W); an empty region's loss is 0
+    # labels are int64, gradients (B, T, S, H, W); the loss of an empty region is 0
     expected: dict[str, Tensor]
 
 

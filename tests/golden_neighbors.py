@@ -36,7 +36,7 @@ class Golden:
         return str(self.fields.get(f"param_{name}", default))
 
     def assert_same_step(self, loss: Tensor, source: Tensor, name: str, *, loss_name: str = "loss") -> None:
-        """Compare a loss, and its gradient with respect to the input of that name."""
+        """Compare a loss, and its gradient with respect to the named input."""
         (gradient,) = torch.autograd.grad(loss, source)
         assert loss.dtype == source.dtype
         assert deviation(loss, self.tensor(f"{loss_name}_f64")) <= LOSS_TOL[source.dtype]
@@ -44,14 +44,14 @@ class Golden:
 
 
 def golden_names(prefix: str, number: int) -> list[str]:
-    """Return the names of the files with a prefix; there must be some."""
+    """Return the names of the files with a prefix, after checking their number."""
     names = sorted(path.stem for path in FOLDER.glob(f"{prefix}*.npz"))
     assert len(names) == number, f"{prefix}*.npz: {names}"
     return names
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a fraction of the largest magnitude; infinity if only that is 0."""
+    """Return the largest difference as a fraction of the largest expected magnitude."""
     worst = (actual.detach().double() - expected).abs().max().item()
     scale = expected.abs().max().item()
     if scale == 0:

@@ -1,4 +1,4 @@
-"""Steps through the kernels, without the modules."""
+"""Runs of the kernels without the modules."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,14 +14,14 @@ from ssync_loss.ssync.maps import Maps
 from ssync_loss.ssync.settings import Settings
 from ssync_loss.testing import DistillationCase, SSyncCase
 
-# kernels run in the interpreter where there is no GPU, see conftest.py; the torch path runs on the CPU
+# without a GPU, kernels run in the interpreter, see conftest.py; the torch path runs on the CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = TritonEngine()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Prepare Triton's language once a module of device functions instead of at every call, in half of the time."""
+    """Patch Triton's language once per module of device functions, not at every call, which halves the time."""
     if DEVICE == "cuda":
         yield
         return
@@ -41,7 +41,7 @@ def quick_interpreter() -> Iterator[None]:
 
 
 class Run:
-    """Terms and gradients of one step by an engine, moved to the CPU."""
+    """The terms and gradients of one step of an engine, moved to the CPU."""
 
     def __init__(self, backend: str, case: SSyncCase, *, clean: Tensor | None = None, **settings: Any) -> None:
         device = DEVICE if backend == "triton" else "cpu"
@@ -57,7 +57,7 @@ class Run:
 
 
 def labels_of(case: SSyncCase, **settings: Any) -> PseudoLabels:
-    """Label a case through the kernels."""
+    """Compute the labels of a case with the kernels."""
     enc, dec, valid, slot_mask = (None if part is None else part.to(DEVICE) for part in case)
     assert enc is not None
     assert dec is not None
@@ -66,7 +66,7 @@ def labels_of(case: SSyncCase, **settings: Any) -> PseudoLabels:
 
 
 def distilled(case: DistillationCase, *, reduction: Any = "mean", **settings: Any) -> Tensor:
-    """Compare one map with labels through the kernels."""
+    """Distill labels into one map with the kernels."""
     logits, target, region, slot_mask = (None if part is None else part.to(DEVICE) for part in case)
     assert logits is not None
     assert target is not None

@@ -1,4 +1,4 @@
-"""The part of ``lightning`` that a training needs, if it is not installed. The order of calls is Lightning's."""
+"""The part of ``lightning`` that training needs, for machines without it. The order of calls is Lightning's."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +13,12 @@ class LightningModule(nn.Module):
     global_step = 0
 
     def log(self, name: str, value: Any) -> None:
-        """Keep the last value."""
+        """Store the last value."""
         self.logged = {name: float(value)}
 
 
 class Trainer:
-    """Fits as Lightning does: ``on_fit_start``, a sanity validation, training, and a validation after an epoch."""
+    """Calls ``on_fit_start``, a sanity validation, training steps and a validation after every epoch, as Lightning."""
 
     def __init__(self, *, max_epochs: int, accumulate_grad_batches: int = 1, **_: Any) -> None:
         self.max_epochs, self.accumulate = max_epochs, accumulate_grad_batches

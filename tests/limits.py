@@ -1,6 +1,6 @@
-"""What a version of torch or Triton cannot: such a test is skipped, and the table of versions says why.
+"""Marks that skip tests which a version of torch or Triton cannot pass.
 
-A reason begins with the name and the version; `matrix.py` lists those.
+Each reason begins with a name and a version. `matrix.py` lists these reasons in the table of versions.
 """
 
 import pytest

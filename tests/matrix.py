@@ -1,11 +1,11 @@
-"""Which versions the suite passes on: one run is one row of the table in README.md, beside this file.
+"""The versions on which the suite passes. One run is one row of the table in tests/README.md.
 
-The README of the repository has the same rows in short.
+The README of the repository has a short form of the same rows.
 
-``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package;
-``--torch 2.6.0`` makes one first, by pip, from the interpreter of ``--python`` or this one. Counts are those of the
-run; a row of the same Python and torch, up to patches, is replaced. Without either the table is written again from
-versions.json.
+``python -m tests.matrix --python PATH`` runs all tests with the interpreter of an environment that has the package.
+``--torch 2.6.0`` first makes such an environment with pip and the interpreter of ``--python`` or this one. The new row
+replaces a row with the same Python and torch, up to patch versions. Without both options, the command only rewrites the
+tables from versions.json.
 """
 
 import argparse
@@ -27,30 +27,30 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MARKERS = ("<!-- versions: python -m tests.matrix -->", "<!-- end of versions -->")
 IN_SHORT = ("<!-- support: python -m tests.matrix -->", "<!-- end of support -->")
-# the mark of a test, and the column it counts in; the first that it has
+# the mark of a test and its column; the first mark of a test decides
 COLUMNS = {"cuda": "GPU", "kernels": "Triton's kernels", "compiles": "compile", "": "eager"}
-# from best to worst: of a test's setup, call and teardown the worst counts
+# from best to worst; the worst of a test's setup, call and teardown counts
 OUTCOMES = ("passed", "skipped", "untested", "failed")
-# so begins the reason of a skip that is a version's, see limits.py
+# beginnings of the reasons in limits.py
 LIMITED = ("torch ", "Triton ")
 
 
 class Recorder:
-    """A plugin of pytest: how every test ended, and in which column it counts."""
+    """A pytest plugin that records the outcome and the column of every test."""
 
     def __init__(self) -> None:
         self.ends: dict[str, tuple[str, str]] = {}
         self.limits: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note a setup, a call or a teardown."""
+        """Record a setup, a call or a teardown."""
         column = next(name for mark, name in COLUMNS.items() if not mark or mark in report.keywords)
         self._note(report.nodeid, column, outcome(report))
         if reason(report).startswith(LIMITED):
             self.limits[reason(report)] += 1
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Note a file that could not be imported, as one test."""
+        """Record a file that could not be imported as one failed test."""
         if report.failed:
             self._note(report.nodeid, "eager", "failed")
 
@@ -59,7 +59,7 @@ class Recorder:
         self.ends[test] = column, max(before, end, key=OUTCOMES.index)
 
     def row(self) -> Row:
-        """Return the counts by column, and the names of what failed."""
+        """Return the counts by column, and the names of the failed tests."""
         counts = Counter(self.ends.values())
         return {column: {end: counts[column, end] for end in OUTCOMES} for column in sorted(COLUMNS.values())} | {
             "failures": sorted(test for test, (_, end) in self.ends.items() if end == "failed"),
@@ -68,18 +68,18 @@ class Recorder:
 
 
 def reason(report: Any) -> str:
-    """Return why a test was skipped; of another, or one that is known to fail, nothing."""
+    """Return the reason of a skip, or an empty text for other tests and expected failures."""
     skipped = report.skipped and isinstance(report.longrepr, tuple | list)
     return str(report.longrepr[2]).removeprefix("Skipped: ") if skipped else ""
 
 
 def outcome(report: Any) -> str:
-    """Tell how a part of a test ended; what is skipped as it needs what is not there is untested."""
+    """Return the outcome of a part of a test. A test that was skipped for a missing requirement is untested."""
     return "untested" if reason(report).startswith("needs ") else str(report.outcome)
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package, without what says how it was built."""
+    """Return the version of a package without the build suffix."""
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError:
@@ -87,11 +87,11 @@ def installed(package: str) -> str | None:
 
 
 def record(out: Path, arguments: Sequence[str]) -> int:
-    """Run pytest in this process, and write what ran; return pytest's exit status."""
+    """Run pytest in this process, write the counts, and return pytest's exit status."""
     import pytest
 
     if installed("ssync-loss") is None:
-        # tests of the package as a stranger has it
+        # the tests must see an installed package
         print(f"{sys.executable} lacks the package: -m pip install --no-deps -e .", file=sys.stderr)
         return 4
     recorder = Recorder()
@@ -105,15 +105,15 @@ def measured(python: str, root: Path, *arguments: str) -> Row:
     """Run the tests of a folder with an interpreter, and return the row.
 
     Raises:
-        ValueError: if they were not run to their end.
+        ValueError: if pytest did not finish.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        # warnings are those of other versions, and fail no test
+        # other versions emit other warnings, which must not fail a test
         command = [python, __file__, "--record", str(out), "--", "-q", "-W", "default", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors"]
         status = subprocess.run([*command, *arguments], cwd=root, check=False).returncode
-        # 1: some failed
+        # 1 means that some tests failed
         if status not in (0, 1) or not out.exists():
             raise ValueError(f"no row: pytest with {python} ended with exit status {status}.")
         row: Row = json.loads(out.read_text(encoding="utf-8"))
@@ -121,18 +121,18 @@ def measured(python: str, root: Path, *arguments: str) -> Row:
 
 
 def commit(root: Path) -> str:
-    """Return the commit that is checked out; a + says that files differ from it."""
+    """Return the current commit, with a + if files differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
-    # what this command writes is no change of what it runs
+    # this command's own output does not count as a difference
     own = [f":!{path}" for path in ("README.md", "tests/README.md", "tests/versions.json")]
     return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "--", ".", *own))
 
 
 def environment(python: str, torch: str, folder: Path) -> str:
-    """Make an environment with a version of torch and the newest of all else, and return its interpreter."""
+    """Make an environment with a version of torch and the newest other packages, and return its interpreter."""
     folder.mkdir(parents=True, exist_ok=True)
     pin = folder / "constraints.txt"
     pin.write_text(f"torch=={torch}\n", encoding="utf-8")
@@ -152,17 +152,17 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def key(row: Row) -> tuple[tuple[int, ...], ...]:
-    """Return what a row is of, by which rows are in order: torch and Python, up to patches."""
+    """Return the sort key of a row: torch and Python, without patch versions."""
     return numbers(row["torch"]), numbers(row["python"])
 
 
 def replaced(rows: Sequence[Row], row: Row) -> list[Row]:
-    """Return rows with one more, or another in its place."""
+    """Return the rows with a new row, which replaces the row with the same key."""
     return sorted([*(one for one in rows if key(one) != key(row)), row], key=key)
 
 
 def cell(counts: dict[str, int]) -> str:
-    """Write counts, failures first, and only those there are.
+    """Format the counts that are not 0, failures first.
 
     >>> cell({"passed": 1200, "skipped": 3, "untested": 0, "failed": 1})
     '**1 failed**, 1,200 passed, 3 skipped'
@@ -172,16 +172,16 @@ def cell(counts: dict[str, int]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Write rows as Markdown, and below them what failed."""
+    """Format rows as Markdown, with the failed and impossible tests below."""
     columns = list(COLUMNS.values())[::-1]
     lines = [f"| Python | torch | Triton | {' | '.join(columns)} | run |", "|---" * (4 + len(columns)) + "|"]
     for row in rows:
         versions = [row["python"], row["torch"], row["triton"] or "none"]
-        # a column that is younger than the row has nothing in it
+        # an old row may lack a new column
         cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
-        limits = [f"{reason} ({times} tests)" for reason, times in row["limits"].items()]
+        limits = [f"{reason} ({times} test{'s' * (times != 1)})" for reason, times in row["limits"].items()]
         for said, listed in (("Failed", [f"`{test}`" for test in row["failures"]]), ("Skipped as impossible", limits)):
             if listed:
                 lines += ["", f"{said} with Python {row['python']}, torch {row['torch']}:", ""]
@@ -190,7 +190,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def mark(counts: dict[str, int]) -> str:
-    """Say whether the tests of a column passed; untested is one most of whose tests need what was not there.
+    """Format whether the tests of a column passed. The column is untested if most of its tests lacked a requirement.
 
     >>> mark({"passed": 1200, "failed": 2}), mark({"passed": 200, "untested": 30}), mark({"untested": 30})
     ('✗ 2 of 1,202', '✓', 'untested')
@@ -202,7 +202,7 @@ def mark(counts: dict[str, int]) -> str:
 
 
 def in_short(rows: Sequence[Row]) -> str:
-    """Write rows as Markdown, a mark for each column."""
+    """Format rows as Markdown with one mark per column."""
     columns = list(COLUMNS.values())[::-1]
     lines = [f"| Python | torch | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for row in rows:
@@ -212,14 +212,14 @@ def in_short(rows: Sequence[Row]) -> str:
 
 
 def load(folder: Path) -> list[Row]:
-    """Read the rows there are."""
+    """Read the rows."""
     rows: list[Row] = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
     return rows
 
 
 def save(folder: Path, rows: Sequence[Row]) -> None:
-    """Write rows and both tables of them."""
-    # a process that records starts as a script, and does not find the examples
+    """Write the rows and both tables."""
+    # a recording process starts as a script and cannot import the examples
     from examples.markdown import between
 
     page, front = folder / "README.md", folder.parent / "README.md"
@@ -233,9 +233,9 @@ def save(folder: Path, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
-    parser.add_argument("--python", help="an interpreter; with --torch, what the environment is made of")
-    parser.add_argument("--torch", help="make an environment with this version of torch, in runs/")
-    parser.add_argument("--processes", type=int, default=1, help="processes to test in")
+    parser.add_argument("--python", help="interpreter to test with, or to make the environment with")
+    parser.add_argument("--torch", help="make an environment with this version of torch in runs/")
+    parser.add_argument("--processes", type=int, default=1, help="number of test processes")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

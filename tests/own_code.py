@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def own_code(path: Path) -> int:
-    """Count the lines that hold code: no blank ones, comments or docstrings."""
+    """Count the lines that hold code, without blank lines, comments and docstrings."""
     text = path.read_text()
     if path.suffix != ".py":
         return sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())

@@ -1,8 +1,8 @@
-"""Numbers of README.md and examples/README.md: ``python -m tests.quotes`` writes them again from where they stand.
+"""Copies numbers from their sources into README.md and examples/README.md: ``python -m tests.quotes``.
 
-A table below ``<!-- quotes: PAGE, TEXT -->`` has rows and columns of the first table after that text in that page. In
-place of a page there may be a file of results, as it is printed. What an add-on costs stands behind its name and a
-colon. The study's table stands between its markers.
+A table below ``<!-- quotes: PAGE, TEXT -->`` has rows and columns of the first table after TEXT in PAGE. PAGE may also
+be a file of results, whose printed table is used. The cost of an add-on follows its name and a colon. The study's table
+stands between its markers.
 """
 
 import re
@@ -41,7 +41,7 @@ def table_after(page: str, text: str) -> dict[tuple[str, str], str]:
 
 
 def quoted(match: re.Match[str]) -> str:
-    """Return a table with its values as they are now."""
+    """Return a table with current values."""
     start, page, text, table = match.groups()
     path = ROOT / page
     content = printed(Report.load(path)) if path.suffix == ".json" else path.read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def quoted(match: re.Match[str]) -> str:
 
 
 def again(page: str) -> str:
-    """Return a page with all of its numbers as they are now."""
+    """Return a page with current numbers."""
     if STUDY[0] in page:
         rows = Rows(ROOT / "examples" / "study" / "rows.jsonl").load()
         page = between(page, short(rows), "the page", STUDY)

@@ -3,22 +3,25 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 WORLD_SIZE = 2
 TESTS = Path(__file__).parent
 
 
 def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
-    """Run ``python SCRIPT RANK FOLDER`` for every rank; return what each wrote to FOLDER/RANK.pt."""
+    """Run ``python SCRIPT RANK FOLDER`` for every rank, and return the contents of the files FOLDER/RANK.pt."""
     paths = [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # without an interface gloo looks up the machine's name
+    # without this, gloo looks up the machine's name
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
@@ -34,7 +37,7 @@ def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
             output, _ = process.communicate(timeout=120)
             assert process.returncode == 0, output.decode()
     finally:
-        # if one fails, the other would wait
+        # if one process fails, the other waits
         for process in processes:
             process.kill()
             process.communicate()
@@ -42,7 +45,7 @@ def run_ranks(script: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def meet(work: Callable[[int], dict[str, Any]]) -> None:
-    """Join the other process, run, and write the result."""
+    """Join the other process, run `work`, and write its result."""
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -54,3 +57,20 @@ def meet(work: Callable[[int], dict[str, Any]]) -> None:
     )
     torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@contextmanager
+def recorded(*names: str) -> Iterator[list[tuple[str, int, torch.dtype]]]:
+    """Record the name, the number of elements and the type of every call of the collectives `names`."""
+    calls: list[tuple[str, int, torch.dtype]] = []
+
+    def recording(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((name, tensor.numel(), tensor.dtype))
+            return collective(tensor, *args, **kwargs)
+
+        return call
+
+    recordings: Any = {name: recording(name, getattr(dist, name)) for name in names}
+    with mock.patch.multiple(dist, **recordings):
+        yield calls

@@ -8,6 +8,6 @@ import pytest
 
 
 def refuses(error: type[Exception], message: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
-    """The message begins with these words, and names the argument, what was wanted and what came."""
+    """Check that a call raises an error whose message begins with these words."""
     with pytest.raises(error, match="^" + re.escape(message)):
         call(*given, **named)

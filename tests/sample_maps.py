@@ -1,4 +1,4 @@
-"""Two maps of a small scene on which both losses teach."""
+"""Two maps of a small scene in which both losses select patches."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ def sample_maps(
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return encoder and decoder logits (B, T, S, H, W): vertical stripes, a slot each, that move to the right.
+    """Return encoder and decoder logits (B, T, S, H, W) of moving vertical stripes, one per slot.
 
-    The decoder sees them one patch further, so that the maps disagree; noise is too weak to change a label.
+    The decoder map is shifted by one patch, so that the maps disagree. The noise is too weak to change a label.
     """
     generator = torch.Generator().manual_seed(seed)
     clip = torch.arange(num_clips)[:, None, None]

@@ -1,4 +1,4 @@
-"""A forward and a backward of a loss with its first argument as student, and the memory kept between them."""
+"""A forward and a backward pass of a loss whose first argument is the student, and the memory saved between them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: f
 
 
 def saved_elements(call: Callable[..., Any], *given: Any, **named: Any) -> list[int]:
-    """Return how many elements a call keeps in memory for its backward, tensor by tensor."""
+    """Return the number of elements of every tensor that a call saves for its backward pass."""
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The adaptive loss: sequences against loops, its levels by hand, when it asks, state, compilers, two processes."""
+"""The adaptive loss against loops and values computed by hand; its steps, state, compilers and two processes."""
 
 import copy
 import pickle
@@ -27,12 +27,12 @@ from test_ssync_contract import SSyncContract
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
 
-# enough earlier questions that debiasing no longer matters
+# debiasing no longer matters after this many measurements
 ASKED = 10_000
 
 
 def adaptive(level: str = "full", *, criterion: dict[str, Any] | None = None, **given: Any) -> AdaptiveSSyncLoss:
-    """Return a loss at a level, after many questions."""
+    """Return a loss at a level, after many measurements."""
     loss = AdaptiveSSyncLoss(SSyncLoss(**(criterion or {})), **given)
     signs = {"full": (-1.0, 1.0), "unmerged": (1.0, -1.0), "interior": (-1.0, -1.0)}
     loss.margins.copy_(0.5 * torch.tensor(signs[level]))
@@ -41,12 +41,12 @@ def adaptive(level: str = "full", *, criterion: dict[str, Any] | None = None, **
 
 
 def of_decoder(dec: Tensor) -> Tensor:
-    """Features that the decoder's partition explains completely: one channel per slot."""
+    """Return features with one channel per slot, which the decoder's partition explains completely."""
     return torch.nn.functional.one_hot(dec.detach().argmax(2), dec.shape[2]).movedim(-1, 2).float()
 
 
 def maps_of(labels: list[list[int]], num_slots: int = 3) -> Tensor:
-    """Confident logits of one clip of one frame of one row; (1, 1, S, 1, N) of the first of them."""
+    """Return confident logits (B, 1, S, 1, N) for rows of labels."""
     chosen = torch.nn.functional.one_hot(torch.tensor(labels), num_slots).movedim(-1, 1)
     return (9.0 * chosen)[:, None, :, None].requires_grad_()
 
@@ -109,7 +109,7 @@ def test_sequences_equal_loops(
         assert told["questions"] == state.questions
         assert told["margin"] == pytest.approx(state.margin / debias, abs=1e-5)
         assert told["merged_margin"] == pytest.approx(state.merged_margin / debias, abs=1e-5)
-        # a margin that is on the edge up to rounding
+        # rounding may move a margin across the dead zone
         off = [abs(one / debias - knobs["dead_zone"]) for one in state[:2]]
         assume(all(one == 0 or one > 1e-5 for one in off))
         assert told["level"] == level
@@ -131,9 +131,9 @@ def test_sequences_equal_loops(
         pytest.param("triton", torch.float32, marks=pytest.mark.skipif(not INSTALLED, reason="there is no triton")),
     ],
 )
-def test_every_level_is_a_loss_that_is_there(backend: Any, is_tensor: bool, dtype: torch.dtype) -> None:
+def test_every_level_equals_an_ssync_loss(backend: Any, is_tensor: bool, dtype: torch.dtype) -> None:
     enc, dec = sample_maps(dtype=dtype)
-    # the third slot equals the second: they merge
+    # the third slot equals the second, so they merge
     enc = torch.cat([enc[:, :, :2], enc[:, :, 1:2] - 0.1, enc[:, :, 3:]], 2)
     weights: dict[str, Any] = {"boundary_weight": 0.7, "interior_weight": 0.3}
     threshold: Any = 0.6
@@ -156,13 +156,13 @@ def test_every_level_is_a_loss_that_is_there(backend: Any, is_tensor: bool, dtyp
     assert len(set(found.values())) == 3
 
 
-def test_full_is_the_criterion_to_the_last_bit() -> None:
+def test_the_full_level_is_bitwise_the_criterion() -> None:
     enc, dec = sample_maps()
     assert_equal(step_of(adaptive(), enc, dec, of_decoder(dec)), step_of(SSyncLoss(), enc, dec))
 
 
 def test_margins_are_debiased() -> None:
-    # the encoder explains all, the decoder 16/3 of 16; and the other way round
+    # the encoder explains everything, the decoder 16/3 of 16; then they swap
     features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     right, wrong = maps_of([[0, 0, 1, 1]]), maps_of([[0, 0, 0, 1]])
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=1.0), momentum=0.75, warmup=1)
@@ -170,14 +170,14 @@ def test_margins_are_debiased() -> None:
     assert loss.margins.tolist() == pytest.approx([2 / 3 / 4] * 2)
     assert loss.describe()["margin"] == pytest.approx(2 / 3)
     loss(wrong, right, features)
-    # (3/4 * 1/4 - 1/4) * 2/3, over 1 - 9/16
+    # (3/4 * 1/4 - 1/4) * 2/3 / (1 - 9/16)
     assert loss.describe()["margin"] == loss.describe()["merged_margin"] == pytest.approx(-2 / 3 / 7)
     assert loss.describe()["level"] == "interior"
     assert loss.levels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.98, 1 - 1e-9])
-def test_one_question_is_its_own_mean_whatever_the_momentum(momentum: float) -> None:
+def test_the_first_measurement_is_the_mean_for_any_momentum(momentum: float) -> None:
     features = torch.tensor([0.0, 0.0, 4.0, 4.0]).view(1, 1, 1, 1, 4)
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=1.0), momentum=momentum, warmup=1)
     loss(maps_of([[0, 0, 1, 1]]), maps_of([[0, 0, 0, 1]]), features)
@@ -185,22 +185,22 @@ def test_one_question_is_its_own_mean_whatever_the_momentum(momentum: float) -> 
     assert loss.describe()["level"] == "full"
 
 
-def test_merging_what_differs_costs_the_merged_margin_alone() -> None:
-    # three objects, of which the encoder's logits of the first two overlap
+def test_a_bad_merge_lowers_only_the_merged_margin() -> None:
+    # there are three objects, and the encoder's logits of the first two overlap
     enc = torch.tensor([[9.0, 0, 9, 8, 0, 0], [8, 0, 8, 9, 0, 9], [0, 9, 0, 0, 9, 0]]).view(1, 1, 3, 1, 6)
     dec = maps_of([[0, 0, 0, 1, 1, 2]])
     features = torch.tensor([0.0, 8, 0, 4, 8, 4]).view(1, 1, 1, 1, 6)
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=0.4), warmup=1)
     loss(enc.requires_grad_(), dec, features)
     told = loss.describe()
-    # of 64, the encoder explains all, merged 16/3 * ... : 8 apart from 2 on average
+    # the total variance is 64, which the unmerged encoder explains
     merged = (4 * 2.0**2 + 2 * 4.0**2) / 64
     decoder = (3 * (4 - 8 / 3) ** 2 + 2 * 2.0**2) / 64
     assert told["margin"] == pytest.approx(1 - decoder)
     assert told["merged_margin"] == pytest.approx(merged - decoder)
 
 
-def test_listening_is_exactly_zero_and_attached() -> None:
+def test_the_warm_up_is_exactly_zero_and_has_a_graph() -> None:
     enc, dec = sample_maps()
     loss = AdaptiveSSyncLoss(SSyncLoss(), warmup=3)
     values = []
@@ -208,12 +208,12 @@ def test_listening_is_exactly_zero_and_attached() -> None:
         value, *gradients = step_of(loss, enc, dec, of_decoder(dec))
         values.append(value.item())
         assert [bool(one.any()) for one in gradients] == ([False] * 2 if len(values) < 3 else [True, False])
-    # the third question decides its own step
+    # the third measurement decides its own step
     assert values[:2] == [0.0, 0.0] != values[2:]
     assert loss.levels.tolist() == [2, 1, 0, 0]
 
 
-def test_the_dead_zone_must_be_exceeded_by_both() -> None:
+def test_a_margin_must_exceed_the_dead_zone() -> None:
     for margin, wanted in ((0.5, "interior"), (0.49, "full")):
         loss = adaptive(dead_zone=margin)
         loss.margins[0] = -1.0
@@ -224,7 +224,7 @@ def test_the_dead_zone_must_be_exceeded_by_both() -> None:
     assert loss.describe()["level"] == "interior"
 
 
-def test_one_slot_is_the_interior_and_teaches_nothing() -> None:
+def test_a_single_slot_has_no_loss() -> None:
     enc, dec = (one[:, :, :1].detach().requires_grad_() for one in sample_maps())
     loss = AdaptiveSSyncLoss(SSyncLoss(), warmup=1)
     value = loss(enc, dec, torch.randn(2, 2, 5, 5, 12))
@@ -234,10 +234,10 @@ def test_one_slot_is_the_interior_and_teaches_nothing() -> None:
     assert loss.describe()["margin"] == loss.describe()["merged_margin"] == 0
 
 
-# --- what a question counts ---
+# --- which clips a measurement counts ---
 
 
-def test_constant_features_and_invalid_clips_leave_the_means() -> None:
+def test_constant_features_and_invalid_clips_do_not_count() -> None:
     enc, dec = sample_maps(3)
     features, valid = torch.randn(3, 2, 5, 5, 12), torch.ones(3, 2, dtype=torch.bool)
     alone, together = AdaptiveSSyncLoss(SSyncLoss()), AdaptiveSSyncLoss(SSyncLoss())
@@ -246,7 +246,7 @@ def test_constant_features_and_invalid_clips_leave_the_means() -> None:
     together(enc, dec, features, valid=valid)
     torch.testing.assert_close(together.margins, alone.margins)
     assert alone.margins.any()
-    # none is left: not even a question
+    # without any clip there is no measurement
     before = together.state_dict()
     before = {name: one.clone() for name, one in before.items()}
     together(enc, dec, features * 0)
@@ -257,7 +257,7 @@ def test_constant_features_and_invalid_clips_leave_the_means() -> None:
 
 @pytest.mark.parametrize("broken", ["features", "enc", "dec"])
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_a_margin_that_is_not_finite_skips_both(broken: str, bad: float) -> None:
+def test_a_nonfinite_margin_skips_the_measurement(broken: str, bad: float) -> None:
     enc, dec = sample_maps(requires_grad=False)
     given = {"enc": enc, "dec": dec, "features": of_decoder(dec)}
     given[broken][1, 0, 0, 2, 2] = bad
@@ -265,19 +265,19 @@ def test_a_margin_that_is_not_finite_skips_both(broken: str, bad: float) -> None
     before = copy.deepcopy(loss.state_dict())
     value, *_ = step_of(loss, *given.values())
     assert all(torch.equal(one, before[name]) for name, one in loss.state_dict().items())
-    # broken maps make the loss NaN; broken features do not
+    # nonfinite maps make the loss NaN; nonfinite features do not
     assert value.isfinite() == (broken == "features")
-    # but not in cells that must not matter
+    # invalid cells do not matter
     valid = torch.ones(2, 2, 5, 12, dtype=torch.bool)
     valid[1, 0, 2, 2] = False
     assert step_of(loss, *given.values(), valid=valid)[0].isfinite()
     assert loss.describe()["questions"] == ASKED + 1
 
 
-# --- when it asks ---
+# --- when it measures ---
 
 
-def test_before_the_start_nothing_is_asked_and_the_ramp_goes_on_meanwhile() -> None:
+def test_it_does_not_measure_before_the_start_and_the_ramp_continues_during_warm_up() -> None:
     enc, dec = sample_maps()
     features = of_decoder(dec)
     criterion = SSyncLoss(start_step=5, ramp_steps=10)
@@ -293,7 +293,7 @@ def test_before_the_start_nothing_is_asked_and_the_ramp_goes_on_meanwhile() -> N
     refuses(ValueError, "`step` must be given with a schedule", loss, enc, dec, features)
 
 
-def test_every_kth_step_from_the_start_on() -> None:
+def test_it_measures_every_kth_step_from_the_start() -> None:
     enc, dec = sample_maps()
     loss = AdaptiveSSyncLoss(SSyncLoss(start_step=2), every=3, warmup=2)
     asked = []
@@ -301,14 +301,14 @@ def test_every_kth_step_from_the_start_on() -> None:
         before = int(loss.levels.sum())
         value = loss(enc, dec, of_decoder(dec), step=step)
         asked.append(int(loss.levels.sum()) > before)
-        # between questions the level stays
+        # between measurements the level stays
         assert bool(value > 0) == (step >= 5)
     assert [step for step, one in enumerate(asked) if one] == [2, 5, 8]
     refuses(ValueError, "`step` must be given with every=3; got None.", loss, enc, dec, of_decoder(dec))
     refuses(TypeError, "`step` must be a Python int; got float.", loss, enc, dec, of_decoder(dec), step=3.0)
 
 
-def test_evaluation_asks_nothing() -> None:
+def test_it_does_not_measure_in_evaluation() -> None:
     enc, dec = sample_maps()
     features = of_decoder(dec)
     for loss in (adaptive("interior").eval(), adaptive("interior")):
@@ -317,13 +317,13 @@ def test_evaluation_asks_nothing() -> None:
             value = loss(enc, dec, features)
         assert torch.equal(value, SSyncLoss(merge_threshold=None, boundary_weight=0.0)(enc, dec))
         assert all(torch.equal(one, before[name]) for name, one in loss.state_dict().items())
-    # before the first question the level is "listening"
+    # before the first measurement the level is "listening"
     assert AdaptiveSSyncLoss(SSyncLoss()).eval()(enc, dec, features) == 0
     assert AdaptiveSSyncLoss(SSyncLoss(), warmup=0).eval().describe()["level"] == "interior"
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_what_is_computed_again_is_not_asked_again(accumulated: int) -> None:
+def test_recomputation_does_not_measure_again(accumulated: int) -> None:
     enc, dec = sample_maps()
     loss = adaptive()
     values = [checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=False) for _ in range(accumulated)]
@@ -332,15 +332,15 @@ def test_what_is_computed_again_is_not_asked_again(accumulated: int) -> None:
     assert loss.describe()["questions"] == ASKED + accumulated
 
 
-def test_a_reentrant_checkpoint_asks_nothing_and_says_so() -> None:
+def test_a_reentrant_checkpoint_does_not_measure_and_warns() -> None:
     enc, dec = sample_maps()
     loss = AdaptiveSSyncLoss(SSyncLoss())
     with pytest.warns(UserWarning, match="with use_reentrant=True it never asks"):
         checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=True).backward()
-    # once
+    # the warning comes once
     checkpoint(loss, enc, dec, of_decoder(dec), use_reentrant=True).backward()
     assert loss.describe()["questions"] == 0
-    # nor is there a warning before the start
+    # there is no warning before the start
     loss = AdaptiveSSyncLoss(SSyncLoss(start_step=5))
     checkpoint(loss, enc, dec, of_decoder(dec), step=0, use_reentrant=False).backward()
 
@@ -348,7 +348,7 @@ def test_a_reentrant_checkpoint_asks_nothing_and_says_so() -> None:
 # --- state ---
 
 
-def test_the_state_is_in_the_checkpoint_and_an_old_one_lacks_it() -> None:
+def test_the_state_dict_holds_the_margins_and_levels() -> None:
     host = torch.nn.ModuleDict({"loss": adaptive("unmerged")})
     state = host.state_dict()
     assert list(state) == ["loss.margins", "loss.levels"]
@@ -356,7 +356,7 @@ def test_the_state_is_in_the_checkpoint_and_an_old_one_lacks_it() -> None:
     torch.nn.ModuleDict({"loss": loss}).load_state_dict(state)
     assert loss.describe() == adaptive("unmerged").describe()
     assert loss.describe()["level"] == "unmerged"
-    # from a host with plain SSync
+    # a checkpoint of a host with plain SSync lacks them
     loss = AdaptiveSSyncLoss(SSyncLoss())
     fresh = torch.nn.ModuleDict({"loss": loss})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "loss.margins", "loss.levels"'):
@@ -365,7 +365,7 @@ def test_the_state_is_in_the_checkpoint_and_an_old_one_lacks_it() -> None:
     assert loss.describe()["level"] == "listening"
 
 
-def test_a_module_cast_down_goes_on_in_float32() -> None:
+def test_margins_stay_float32_after_a_cast_to_half_precision() -> None:
     enc, dec = sample_maps()
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         loss = adaptive().to(dtype)
@@ -375,7 +375,7 @@ def test_a_module_cast_down_goes_on_in_float32() -> None:
         assert loss.describe()["questions"] == ASKED + 1
 
 
-def test_one_made_in_inference_mode_learns() -> None:
+def test_a_loss_from_inference_mode_measures() -> None:
     enc, dec = sample_maps()
     with torch.inference_mode():
         loss, features = AdaptiveSSyncLoss(SSyncLoss()), of_decoder(dec)
@@ -383,7 +383,7 @@ def test_one_made_in_inference_mode_learns() -> None:
     assert loss.describe()["questions"] == 1
 
 
-def test_copies_go_their_own_way() -> None:
+def test_copies_are_independent() -> None:
     enc, dec = sample_maps()
     loss = adaptive(criterion={"merge_threshold": 0.7}, momentum=0.9)
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -393,7 +393,7 @@ def test_copies_go_their_own_way() -> None:
     assert loss.describe()["questions"] == ASKED
 
 
-def test_what_is_told() -> None:
+def test_describe() -> None:
     loss = adaptive()
     loss.levels.copy_(torch.tensor([10, 20, 30, 40]))
     shares = {"listening": 0.1, "interior": 0.2, "unmerged": 0.3, "full": 0.4}
@@ -410,7 +410,7 @@ def test_what_is_told() -> None:
 # --- arguments ---
 
 
-def test_maps_and_features_are_laid_out_as_axes_say() -> None:
+def test_axes_describe_maps_and_features() -> None:
     enc, dec = sample_maps()
     features = torch.randn(2, 2, 5, 5, 12)
     wanted, loss = (
@@ -424,7 +424,7 @@ def test_maps_and_features_are_laid_out_as_axes_say() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 9])
-def test_features_on_another_grid_are_refused_before_the_start_too(step: int) -> None:
+def test_features_on_another_grid_are_refused_even_before_the_start(step: int) -> None:
     enc, dec = sample_maps()
     loss = adaptive(criterion={"start_step": 5})
     message = "`features` must have shape (B=2, T=2, D, H=5, W=12); got (2, 2, 5, 12, 5)."
@@ -434,7 +434,7 @@ def test_features_on_another_grid_are_refused_before_the_start_too(step: int) ->
 
 
 @pytest.mark.parametrize("step", [0, 9])
-def test_maps_away_from_the_margins_are_refused_before_the_start_too(step: int) -> None:
+def test_maps_on_another_device_are_refused_even_before_the_start(step: int) -> None:
     enc, dec = (one.to("meta") for one in sample_maps())
     loss = adaptive(criterion={"start_step": 5})
     message = "`enc_logits` must be on the device of `margins` (cpu); got meta."
@@ -461,7 +461,7 @@ def test_wrong_settings_are_refused_by_name(settings: dict[str, Any], error: Any
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_step_is_one_graph_and_learns() -> None:
+def test_a_compiled_step_is_one_graph_and_measures() -> None:
     enc, dec = sample_maps()
     eager = AdaptiveSSyncLoss(SSyncLoss(start_step=1), every=2, warmup=2)
     counter = CompileCounterWithBackend("aot_eager")
@@ -476,7 +476,7 @@ def test_a_compiled_step_is_one_graph_and_learns() -> None:
             torch.testing.assert_close(one, other)
     assert module.describe() == pytest.approx(eager.describe())
     assert eager.describe()["questions"] == 6
-    # two graphs with and without a question; the first step is a constant, later ones a variable
+    # graphs with and without a measurement; the first step is a constant, later steps are variables
     assert counter.frame_count <= 4
 
 
@@ -488,32 +488,32 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(two_adaptive.__file__, tmp_path_factory.mktemp("ranks"))
 
 
-def test_ranks_decide_together(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_all_ranks_have_the_same_level(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     whole = two_adaptive.train(slice(None))
     for rank in ranks:
         for way in ("together", "compiled"):
             torch.testing.assert_close(rank[way]["margins"], whole["margins"])
             assert torch.equal(rank[way]["levels"], whole["levels"])
-        # one all-reduce of three numbers a question
+        # one all-reduce of three numbers per measurement
         assert rank["sent"] == [3] * two_adaptive.STEPS
     assert len(set(whole["levels"].tolist())) > 1
-    # alone they would have reached other levels
+    # alone the ranks reach different levels
     alone = [two_adaptive.train(one)["levels"].tolist() for one in two_adaptive.SHARES]
     assert alone[0] != alone[1]
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class AdaptiveContract(SSyncContract):
-    """Features that the decoder explains: one question changes no level, but alone it would decide for the interior."""
+    """The decoder explains the features. One measurement keeps the level, but alone it would select the interior."""
 
     loss = AdaptiveSSyncLoss
     settings: ClassVar = {"momentum": 0.0, "warmup": 2 * ASKED, "dead_zone": 0.9}
     inert: ClassVar = {"every": 2, "features_axes": "b t d h w"}
     state: ClassVar = ["margins", "levels"]
-    narrow: ClassVar = {"features": "they teach nothing"}
-    hides_dirt: ClassVar = {"features": "a question that has no answer is left out"}
+    narrow: ClassVar = {"features": "they are only measured"}
+    hides_dirt: ClassVar = {"features": "a nonfinite measurement is skipped"}
     taught = ("enc_logits", "dec_logits")
     more: ClassVar = {"step": 4}
 
@@ -536,10 +536,10 @@ class AdaptiveContract(SSyncContract):
 
 
 class TestContract(AdaptiveContract):
-    """By plain torch."""
+    """The contract in plain torch."""
 
 
 class TestContractInC(AdaptiveContract):
     backend = "cpu"
     twice_differentiable: ClassVar = False
-    not_applicable: ClassVar = {"default_compiler": "TestContract has gone through it"}
+    not_applicable: ClassVar = {"default_compiler": "TestContract covers it"}

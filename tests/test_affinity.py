@@ -1,4 +1,4 @@
-"""Affinity consistency: published numbers, the slow definition, masks, chunks, gradients, memory, bad input."""
+"""Affinity consistency: published values, the reference, masks, chunks, gradients, memory, errors."""
 
 import math
 from typing import Any, ClassVar
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from contract import Case, LossContract
 from golden_neighbors import Golden, golden_names
+from meter import Meter
 from ssync_loss import AffinityConsistencyLoss
 from ssync_loss.functional import affinity_consistency_loss
 from ssync_loss.methods.ino.reference import reference_affinity_consistency_loss
 from steps import assert_same, step_of
-from test_memory import Meter
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return tokens (B, T, N, D) of a student and of a teacher that has other channels."""
+    """Return tokens (B, T, N, D) of a student, and of a teacher with more channels."""
     clips, frames, tokens, channels = shape or (2, 3, 6, 4)
     generator = torch.Generator().manual_seed(seed)
     s = torch.randn(clips, frames, tokens, channels, generator=generator, dtype=torch.float64)
@@ -28,7 +28,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
 
 
 def random_mask(clips: int, frames: int, tokens: int, kept: int, seed: int = 0) -> Tensor:
-    """Return masks that keep the same number of positions in every frame, but different ones."""
+    """Return masks that keep the same number of positions in every frame, but different positions."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(clips, frames, tokens, generator=generator).argsort(2) < kept
 
@@ -63,7 +63,7 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
     chunk_size=st.none() | st.integers(1, 12),
     zero=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     shape: tuple[int, ...],
     seed: int,
     share: float | None,
@@ -84,13 +84,13 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7])
-def test_a_student_that_sees_no_difference_pays_the_logarithm_of_the_tokens(num_tokens: int) -> None:
+def test_equal_tokens_have_the_logarithm_of_their_number(num_tokens: int) -> None:
     _, t = sample(2, 3, num_tokens, 4)
     loss = affinity_consistency_loss(torch.ones(2, 3, num_tokens, 5), t)
     assert math.isclose(loss.item(), math.log(num_tokens), rel_tol=1e-6, abs_tol=1e-7)
 
 
-def test_a_grid_is_a_list_of_its_patches() -> None:
+def test_a_grid_equals_the_list_of_its_patches() -> None:
     s, t = sample()
     grids = [one.detach().mT.unflatten(3, (2, 3)) for one in (s, t)]
     mask = random_mask(2, 3, 6, 4)
@@ -99,7 +99,7 @@ def test_a_grid_is_a_list_of_its_patches() -> None:
         assert_same((loss, gradient.flatten(3).mT), step(s, t, mask=listed), 1e-6)
 
 
-def test_kept_positions_may_be_given_as_lists() -> None:
+def test_a_mask_equals_the_list_of_kept_positions() -> None:
     s, t = sample(dtype=torch.float64)
     tube = torch.tensor([True, False, True, True, False, True])
     loss, gradient = step(s, t, mask=tube.expand(2, 3, 6))
@@ -108,11 +108,11 @@ def test_kept_positions_may_be_given_as_lists() -> None:
     assert_same((loss, gradient[:, :, tube]), listed, 1e-12)
 
 
-# --- empty, single, undefined ---
+# --- edge cases ---
 
 
 @pytest.mark.parametrize("tau", [1e-4, 50.0])
-def test_extreme_temperatures_are_finite_and_right(tau: float) -> None:
+def test_extreme_temperatures(tau: float) -> None:
     s, t = sample()
     mask = random_mask(2, 3, 6, 4)
     for knobs in ({"tau_s": tau}, {"tau_t": tau}):
@@ -124,8 +124,8 @@ def test_extreme_temperatures_are_finite_and_right(tau: float) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_counts_that_cannot_be_looked_at_are_taken_patch_by_patch() -> None:
-    # as on an accelerator, which does not check: frames with 6, 4 and 0 kept positions
+def test_unequal_counts_under_compile_are_weighted_per_patch() -> None:
+    # compiled code cannot check the counts: frames keep 6, 4 and 0 positions
     mask = torch.ones(1, 3, 6, dtype=torch.bool)
     mask[:, 1, :2] = mask[:, 2] = False
     s, t = sample(1, 3, 6, 4, dtype=torch.float64)
@@ -145,20 +145,20 @@ def cost(clips: int, frames: int, num_tokens: int, chunk_size: int | None) -> Me
     return meter
 
 
-def test_a_chunk_bounds_what_is_held() -> None:
+def test_chunks_limit_the_memory() -> None:
     for num_tokens in (100, 200):
-        # two maps of 6 pairs of frames, and about ten lists of features
+        # two maps of 6 pairs of frames, and the memory of about ten features
         whole, linear = 4 * 6 * num_tokens**2, 10 * 4 * 4 * 2 * num_tokens * 4
         assert 2 * whole <= cost(2, 4, num_tokens, None).peak < 2 * whole + linear
         for rows in (10, 3 * num_tokens):
             assert 2 * 4 * rows * num_tokens <= cost(2, 4, num_tokens, rows).peak < 2 * 4 * rows * num_tokens + linear
 
 
-def test_clips_and_frames_are_not_walked_through() -> None:
+def test_there_is_no_loop_over_clips_and_frames() -> None:
     assert len({cost(*size, 2, None).num_operators for size in ((2, 3), (3, 5), (9, 4))}) == 1
 
 
-def test_nothing_quadratic_waits_for_the_backward() -> None:
+def test_nothing_quadratic_is_saved_for_backward() -> None:
     s, t = sample(1, 2, 50, 3)
     with Meter([s, t]) as meter:
         loss = affinity_consistency_loss(s, t)
@@ -166,7 +166,7 @@ def test_nothing_quadratic_waits_for_the_backward() -> None:
     assert loss.requires_grad
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 BITS = torch.ones(2, 3, 6, dtype=torch.bool)
 
@@ -230,4 +230,4 @@ class TestInChunks(TestMasked):
     knobs: ClassVar = {"chunk_size": 5}
     inert: ClassVar = {"chunk_size": None}
     one_size = "the loop over chunks is unrolled"
-    not_applicable: ClassVar = {"default_compiler": "it takes a minute for the unrolled loop over chunks"}
+    not_applicable: ClassVar = {"default_compiler": "the unrolled loop over chunks takes it a minute"}

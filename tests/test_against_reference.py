@@ -1,4 +1,4 @@
-"""The fast path against the slow definitions: labels and regions to the bit, losses and gradients to rounding."""
+"""The fast path against the reference: labels and regions to the bit, losses and gradients to rounding."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_merging_equals_union_find(graph: SlotGraph, threshold: float | None) ->
 
 @given(slot_graphs(max_slots=70, batch=2), thresholds())
 @settings(max_examples=40)
-def test_merging_reaches_the_end_of_long_chains(graph: SlotGraph, threshold: float | None) -> None:
+def test_merging_of_long_chains(graph: SlotGraph, threshold: float | None) -> None:
     expected = reference_merge_slots(*graph, threshold=threshold)
     assert torch.equal(merge_slots(*graph, threshold=threshold), expected)
 
@@ -118,7 +118,7 @@ def test_losses_and_gradients_equal(
     with engine():
         actual.backward(upstream)
     expected.backward(upstream)
-    # the largest gradient of one patch: of a mean over the selected patches, or of its own value
+    # the largest gradient of one patch, for a mean over the region or for a single value
     scale = 2.0 / temperature
     if reduction == "mean":
         scale = gradient_scale(

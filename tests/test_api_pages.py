@@ -1,4 +1,4 @@
-"""The API reference builds without a warning, has every public name, and no link leads nowhere."""
+"""The API reference builds without a warning, has every public name, and has no broken link."""
 
 import re
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ needs_pdoc = pytest.mark.skipif(find_spec("pdoc") is None, reason="needs pdoc")
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
-    """Every page by its place."""
+    """Return the text of every page by its path."""
     folder = tmp_path_factory.mktemp("api")
     build(folder)
     return {path.relative_to(folder): path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
@@ -28,21 +28,21 @@ def place(module: str) -> Path:
 
 @needs_pdoc
 class TestPages:
-    def test_every_public_name_has_its_place(self, pages: dict[Path, str]) -> None:
+    def test_pages_have_all_public_names(self, pages: dict[Path, str]) -> None:
         assert set(pages) == {*map(place, PAGES), Path("index.html")}
         for module in PAGES:
             shown = {name for name in re.findall(r'<section id="([\w.]+)"', pages[place(module)]) if "." not in name}
             assert set(public_names(module)) - {"__version__"} <= shown, module
-            # a helper is on no page, where a module says what it offers
+            # a module with `__all__` shows no helpers
             assert module in WITHOUT_ALL or shown <= set(public_names(module)), module
 
-    def test_every_page_is_linked_from_the_first_and_fits_a_phone(self, pages: dict[Path, str]) -> None:
+    def test_every_page_is_linked_and_fits_a_phone(self, pages: dict[Path, str]) -> None:
         assert "./ssync_loss.html" in pages[Path("index.html")]
         for module in PAGES[1:]:
             assert f'href="{place(module)}"' in pages[place("ssync_loss")]
             assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in pages[place(module)]
 
-    def test_no_link_leads_nowhere(self, pages: dict[Path, str]) -> None:
+    def test_no_link_is_broken(self, pages: dict[Path, str]) -> None:
         anchors = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in pages.items()}
         count = 0
         for path, text in pages.items():
@@ -59,28 +59,28 @@ class TestPages:
     def test_references_are_links(self, pages: dict[Path, str]) -> None:
         for path, text in pages.items():
             assert re.findall(r":(?:func|class|mod|meth|attr):", text) == [], path
-            # a name in full that is no link
+            # a full name without a link
             assert re.findall(r"<code>(ssync_loss\.[\w.]+)</code>", text) == [], path
         labels = pages[place("ssync_loss.functional")]
         assert '<a href="#slot_overlap">ssync_loss.functional.slot_overlap</a>' in labels
 
-    def test_formulas_and_tables_are_drawn(self, pages: dict[Path, str]) -> None:
+    def test_formulas_and_tables_are_formatted(self, pages: dict[Path, str]) -> None:
         whole = "".join(pages.values())
         drawn = re.findall(r'<span class="formula">.*?</span>', whole)
         assert len(drawn) > 100
         for one in drawn:
-            # as it was written, whatever Markdown makes of signs
+            # Markdown must not change the markup of formulas
             ElementTree.fromstring(re.sub("<wbr>|&(?!lt|gt)[a-z]+;", "", one))
         assert to_mathml("P = softmax_s(logits / temperature)") in whole
         assert "====" not in whole
         assert "<th>level</th>" in whole
 
-    def test_nothing_is_asked_of_a_network(self, pages: dict[Path, str]) -> None:
+    def test_pages_load_nothing_from_a_network(self, pages: dict[Path, str]) -> None:
         for path, text in pages.items():
             assert re.findall(r'(?:src|<link[^>]*href)="http[^"]*"', text) == [], path
 
 
-def test_what_is_written_in_full() -> None:
+def test_references_become_full_names() -> None:
     names = Names()
     text = (
         "See :func:`slot_overlap`, :class:`ssync_loss.SSyncLoss`, :meth:`SSyncLoss.terms`, :mod:`ssync_loss.testing`."
@@ -110,7 +110,7 @@ class TestFormulas:
     @pytest.mark.parametrize(
         "code", ["e", "n < warmup", "-log P_y", "|s_i|", "floor(r N)", "O_t[p] O'_j[e(p)]", "c1 = k1^2", "Σ_b M_b"]
     )
-    def test_what_is_one(self, code: str) -> None:
+    def test_formulas(self, code: str) -> None:
         assert is_formula(code)
 
     @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ class TestFormulas:
             "()",
         ],
     )
-    def test_what_is_code(self, code: str) -> None:
+    def test_code(self, code: str) -> None:
         assert not is_formula(code)
 
     @pytest.mark.parametrize(
@@ -153,21 +153,21 @@ class TestFormulas:
             ("mean of x", "<mi>mean</mi><mtext>&nbsp;of&nbsp;</mtext><mi>x</mi>"),
         ],
     )
-    def test_how_it_is_written(self, code: str, markup: str) -> None:
+    def test_markup(self, code: str, markup: str) -> None:
         assert to_mathml(code) == math(markup)
 
-    def test_where_a_long_one_may_be_broken(self) -> None:
+    def test_long_formulas_can_be_broken(self) -> None:
         written = to_mathml("loss = mean over all frames of a_k * l - momentum")
         assert re.sub(r"<(?!/?math|wbr)[^>]*>", "", written) == (
             "<math>loss</math><wbr><math>=mean</math> over <math>all</math> <math>frames</math> of "
             "<math>ak</math> <math>&middot;</math> <math>l</math><wbr><math>&minus;momentum</math>"
         )
 
-    def test_a_long_product_is_divided_in_one_line(self) -> None:
+    def test_a_long_product_is_divided_on_one_line(self) -> None:
         assert "mfrac" in to_mathml("share of patches / 2")
         assert "mfrac" not in to_mathml("(a_1 + a_2 + a_3) (b_1 + b_2 + b_3) (c_1 + c_2 + c_3) / 2")
 
     @pytest.mark.parametrize("code", ["(a", "a)", "a / ", "/ b", "|a", "a_", "a ! b", "{a]"])
-    def test_what_has_no_meaning(self, code: str) -> None:
+    def test_invalid_formulas_are_refused(self, code: str) -> None:
         with pytest.raises(ValueError, match=re.escape(code)):
             to_mathml(code)

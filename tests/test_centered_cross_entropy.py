@@ -1,4 +1,4 @@
-"""Centered cross-entropy: published numbers and centers, moves of the center, two processes."""
+"""Centered cross-entropy: published values and centers, updates of the center, two processes."""
 
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from two_centers import NUM_PROTOTYPES, SHARES, scene
 def sample(
     num_rows: int = 6, Kp: int = 5, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return logits (R, Kp) of a student and of its teacher, in the range of cosines."""
+    """Return logits (R, Kp) of a student and its teacher, in the range of cosines."""
     generator = torch.Generator().manual_seed(seed)
     s, t = (torch.rand(num_rows, Kp, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
     return s.to(dtype).requires_grad_(), t.to(dtype)
@@ -67,7 +67,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     taus=st.sampled_from(((0.1, 0.04), (1.0, 2.0), (0.01, 0.003))),
     m_c=st.sampled_from((0.0, 0.9, 1.0)),
 )
-def test_value_gradient_and_move_are_those_of_the_slow_definition(
+def test_value_gradient_and_update_equal_the_reference(
     num_rows: int, Kp: int, seed: int, taus: tuple[float, float], m_c: float
 ) -> None:
     s, t = sample(num_rows, Kp, dtype=torch.float64, seed=seed)
@@ -94,7 +94,7 @@ def test_rows_may_have_any_shape() -> None:
 # --- the center ---
 
 
-def test_a_loss_does_not_move_the_center() -> None:
+def test_the_loss_does_not_change_the_center() -> None:
     s, t = sample()
     criterion = centered(torch.arange(5.0))
     for mode in (criterion.train, criterion.eval):
@@ -104,7 +104,7 @@ def test_a_loss_does_not_move_the_center() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_explicit_call_moves_it_in_any_mode(training: bool) -> None:
+def test_update_center_works_in_any_mode(training: bool) -> None:
     _, t = sample()
     criterion = centered(torch.arange(5.0)).train(training)
     criterion.update_center(t.requires_grad_())
@@ -112,7 +112,7 @@ def test_an_explicit_call_moves_it_in_any_mode(training: bool) -> None:
     assert not criterion.center.requires_grad
 
 
-def test_rows_outside_a_mask_do_not_move_it() -> None:
+def test_masked_rows_do_not_count() -> None:
     _, t = sample()
     mask = torch.tensor([True, False, True, True, False, False])
     criterion, expected = centered(), centered()
@@ -124,21 +124,21 @@ def test_rows_outside_a_mask_do_not_move_it() -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "mask"), [(0, None), (6, torch.zeros(6, dtype=torch.bool))])
-def test_no_rows_move_nothing(num_rows: int, mask: Tensor | None) -> None:
+def test_without_rows_the_center_stays(num_rows: int, mask: Tensor | None) -> None:
     _, t = sample(num_rows)
     criterion = centered(torch.arange(5.0))
     criterion.update_center(t, mask=mask)
     assert torch.equal(criterion.center, torch.arange(5.0))
 
 
-def test_one_made_in_inference_mode_moves() -> None:
+def test_a_center_from_inference_mode_can_be_updated() -> None:
     with torch.inference_mode():
         criterion = CenteredCrossEntropy(2)
     criterion.update_center(torch.tensor([[0.0, 1.0]]))
     torch.testing.assert_close(criterion.center, torch.tensor([0.0, 0.1]))
 
 
-def test_it_stays_in_its_memory() -> None:
+def test_updates_are_in_place() -> None:
     criterion = centered()
     memory = criterion.center.data_ptr()
     criterion.update_center(sample()[1])
@@ -146,7 +146,7 @@ def test_it_stays_in_its_memory() -> None:
     assert criterion.center.data_ptr() == memory
 
 
-def test_it_is_as_wide_as_the_widest_logits_and_never_narrower_than_float32() -> None:
+def test_the_center_has_the_widest_type_of_the_logits() -> None:
     _, t = sample(dtype=torch.float64)
     for dtypes, expected in (
         ((torch.float16, torch.bfloat16), torch.float32),
@@ -160,7 +160,7 @@ def test_it_is_as_wide_as_the_widest_logits_and_never_narrower_than_float32() ->
         assert criterion(t.half(), t.half()).dtype == torch.float32
 
 
-def test_in_float16_a_mean_of_many_rows_is_exact_and_finite() -> None:
+def test_the_mean_of_many_float16_rows_is_exact() -> None:
     t = torch.ones(100_000, 2, dtype=torch.float16)
     criterion = centered(Kp=2, m_c=0.0)
     criterion.update_center(t)
@@ -183,7 +183,7 @@ def test_a_center_gets_no_gradient() -> None:
     assert criterion.center.grad is None
 
 
-def test_autocast_moves_the_center_as_far() -> None:
+def test_autocast_does_not_change_updates() -> None:
     _, t = sample()
     expected, criterion = centered(), centered()
     expected.update_center(t)
@@ -196,7 +196,7 @@ def test_autocast_moves_the_center_as_far() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_step_and_its_move_compile_to_one_graph() -> None:
+def test_a_step_and_its_update_compile_to_one_graph() -> None:
     s, t = sample()
     criterion, expected = centered(), centered()
     counter = CompileCounterWithBackend("aot_eager")
@@ -215,7 +215,7 @@ def test_a_step_and_its_move_compile_to_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_fake_tensors_move_a_center() -> None:
+def test_fake_tensors_update_a_center() -> None:
     with FakeTensorMode():
         criterion = CenteredCrossEntropy(5)
         criterion.update_center(torch.randn(6, 5), mask=torch.ones(6, dtype=torch.bool))
@@ -227,7 +227,7 @@ def test_fake_tensors_move_a_center() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank found."""
+    """Return the results of every rank."""
     return run_ranks(two_centers.__file__, tmp_path_factory.mktemp("ranks"))
 
 
@@ -236,7 +236,7 @@ KINDS = ("explicit", "masked", "frames", "pairs")
 
 @pytest.mark.parametrize("group", ["all ranks", "a named group"])
 @pytest.mark.parametrize("share", SHARES)
-def test_two_processes_move_the_center_as_one(share: str, group: str, ranks: list[dict[str, Any]]) -> None:
+def test_two_processes_update_the_center_like_one(share: str, group: str, ranks: list[dict[str, Any]]) -> None:
     whole = two_centers.moved(**scene(), all_reduce=False)
     for found, _ in (rank[f"{share}, {group}"] for rank in ranks):
         for kind in KINDS:
@@ -246,14 +246,14 @@ def test_two_processes_move_the_center_as_one(share: str, group: str, ranks: lis
         torch.testing.assert_close(ranks[0][f"{share}, {group}"][0], whole, rtol=1e-12, atol=1e-15)
 
 
-def test_unasked_every_process_has_a_center_of_its_own(ranks: list[dict[str, Any]]) -> None:
+def test_without_all_reduce_every_process_has_its_own_center(ranks: list[dict[str, Any]]) -> None:
     for share in SHARES:
         (first, first_sent), (second, second_sent) = (rank[f"{share}, alone"] for rank in ranks)
         assert first_sent == second_sent == []
         assert all(not torch.allclose(first[kind], second[kind]) for kind in KINDS)
 
 
-def test_a_group_of_one_rank_is_that_rank(ranks: list[dict[str, Any]]) -> None:
+def test_a_group_of_one_rank_uses_only_its_rows(ranks: list[dict[str, Any]]) -> None:
     for share in SHARES:
         for rank in ranks:
             found, sent = rank[f"{share}, by itself"]
@@ -261,15 +261,15 @@ def test_a_group_of_one_rank_is_that_rank(ranks: list[dict[str, Any]]) -> None:
             assert len(sent) == 8
 
 
-def test_a_move_is_one_collective(ranks: list[dict[str, Any]]) -> None:
-    # two steps each: a move, a move, those of four frames, those of two pairs
+def test_an_update_is_one_collective(ranks: list[dict[str, Any]]) -> None:
+    # two steps of each kind: one update, one update, four frames, two pairs
     expected = [(NUM_PROTOTYPES + 1) * moves for moves in (1, 1, 1, 1, 4, 4, 2, 2)]
     for rank in ranks:
         for share in SHARES:
             assert rank[f"{share}, all ranks"][1] == expected
 
 
-def test_without_a_process_group_a_rank_is_all_there_is() -> None:
+def test_all_reduce_does_nothing_without_a_process_group() -> None:
     _, t = sample()
     asked, unasked = centered(all_reduce=True), centered()
     asked.update_center(t)
@@ -277,7 +277,7 @@ def test_without_a_process_group_a_rank_is_all_there_is() -> None:
     assert torch.equal(asked.center, unasked.center)
 
 
-# --- bad input ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -294,12 +294,12 @@ def test_a_wrong_mask_is_named(mask: Any, error: type[Exception], message: str) 
         centered().update_center(sample()[1], mask=mask)
 
 
-# --- what is not finite moves nothing ---
+# --- nonfinite rows ---
 
 
 @pytest.mark.parametrize("dirt", [NAN, INF, -INF])
 @pytest.mark.parametrize("kind", ["explicit", "mask", "frames", "pairs"])
-def test_rows_that_are_not_finite_are_left_out_and_counted(kind: str, dirt: float) -> None:
+def test_nonfinite_rows_are_skipped_and_counted(kind: str, dirt: float) -> None:
     torch.manual_seed(0)
     t = torch.randn(2, 2, 3, 5)
     dirty = t.clone()
@@ -319,45 +319,39 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(kind: str, dirt: floa
         loss = found(t, dirty)
     torch.testing.assert_close(found.center, wanted.center)
     assert found.num_left_out == 1
-    # left out rows are counted
+    # the loss shows NaN and infinity; a logit of -inf is a probability of 0
     assert dirt == -INF or loss.isnan()
     assert wanted.num_left_out == 0
     assert list(found.state_dict()) == ["center"]
 
 
-def test_a_batch_without_a_finite_row_moves_nothing() -> None:
+def test_the_center_stays_without_a_finite_row() -> None:
     criterion = centered(torch.arange(5.0))
     criterion.update_center(torch.full((4, 5), NAN))
     assert criterion.center.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert criterion.num_left_out == 4
 
 
-def test_finite_rows_that_overflow_together_move_nothing() -> None:
+def test_the_center_stays_if_the_sum_overflows() -> None:
     criterion = centered(torch.arange(5.0))
     criterion.update_center(torch.full((4, 5), 3e38))
     assert criterion.center.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("all_reduce", [False, True])
-def test_a_group_that_is_none_is_named(*, all_reduce: bool) -> None:
+def test_wrong_groups_are_refused(*, all_reduce: bool) -> None:
     wrong: Any = "g"
     criterion = CenteredCrossEntropy(5, all_reduce=all_reduce, group=wrong)
     with pytest.raises(TypeError, match="`group` must be None where no process group is initialized; got 'g'"):
         criterion.update_center(torch.zeros(1, 5))
 
 
-@pytest.mark.parametrize(
-    ("t", "error", "message"),
-    [
-        (torch.zeros(6, 4), ValueError, r"`t` must have shape \(..., Kp=5\); got \(6, 4\)"),
-    ],
-)
-def test_wrong_rows_move_nothing(t: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        centered().update_center(t)
+def test_rows_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`t` must have shape \(..., Kp=5\); got \(6, 4\)"):
+        centered().update_center(torch.zeros(6, 4))
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):

@@ -1,4 +1,4 @@
-"""Arguments of `.ci/run`, and the names in it."""
+"""The arguments of `.ci/run`, and the test files that it names."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import pytest
 RUN = Path(__file__).parents[1] / ".ci" / "run"
 
 
-def test_the_fast_run_names_tests_that_are_there() -> None:
+def test_the_fast_run_names_existing_tests() -> None:
     (names,) = re.findall(r"tests/test_\{([\w,]+)\}\.py", RUN.read_text())
     named = names.split(",")
     assert named == sorted(set(named))
@@ -19,7 +19,7 @@ def test_the_fast_run_names_tests_that_are_there() -> None:
 
 
 def test_the_fast_run_stops_at_the_first_failure_and_runs_all_steps(tmp_path: Path) -> None:
-    # a copy, whose python records its arguments
+    # the python of this copy records its arguments
     (tmp_path / ".ci").mkdir()
     shutil.copy(RUN, tmp_path / ".ci")
     python = tmp_path / ".venv" / "bin" / "python"
@@ -37,8 +37,8 @@ def test_the_fast_run_stops_at_the_first_failure_and_runs_all_steps(tmp_path: Pa
 
 
 @pytest.mark.parametrize("words", [["--quick"], ["--slow", "--fast"], ["--fast", "--slow"]])
-def test_another_word_is_refused(words: list[str], tmp_path: Path) -> None:
-    # in a folder without the project
+def test_other_arguments_are_refused(words: list[str], tmp_path: Path) -> None:
+    # run in a folder without the project
     (tmp_path / ".ci").mkdir()
     done = subprocess.run([shutil.copy(RUN, tmp_path / ".ci"), *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "usage: .ci/run [--fast]\n")

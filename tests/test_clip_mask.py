@@ -1,4 +1,4 @@
-"""The tube mask: how many patches, which ones, how often, and that the generator alone decides."""
+"""The tube mask: its number of patches, its distribution, its probability and its generator."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def draw(seed: int, num_patches: int = 50, **given: Any) -> Tensor:
     num_patches=st.integers(0, 60),
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_as_many_patches_as_the_ratio_says(seed: int, num_patches: int, shares: tuple[float, float]) -> None:
+def test_the_number_of_patches_is_within_the_ratio(seed: int, num_patches: int, shares: tuple[float, float]) -> None:
     low, high = sorted(shares)
     mask = draw(seed, num_patches, ratio=(low, high), prob=1.0)
     assert mask.shape == (num_patches,)
@@ -45,26 +45,26 @@ def test_half_of_the_iterations_mask_nothing() -> None:
     drawn = counts[counts > 0]
     assert drawn.min() == 10
     assert drawn.max() == 49
-    # uniform over 10 .. 49
+    # the numbers are uniform over 10 .. 49
     assert abs(drawn.double().mean().item() - 29.5) < 4 * (1600 / 12 / len(drawn)) ** 0.5
 
 
 @pytest.mark.parametrize(("prob", "expected"), [(0.0, 0), (1.0, 300)])
-def test_never_and_always(prob: float, expected: int) -> None:
+def test_probabilities_of_zero_and_one(prob: float, expected: int) -> None:
     assert sum(int(draw(seed, prob=prob).any()) for seed in range(300)) == expected
 
 
-def test_all_patches_are_as_likely() -> None:
+def test_all_patches_are_equally_likely() -> None:
     generator = torch.Generator().manual_seed(0)
     masks = torch.stack([clip_mask(20, ratio=(0.25, 0.25), prob=1.0, generator=generator) for _ in range(4000)])
     assert (masks.sum(1) == 5).all()
     assert (masks.double().mean(0) - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    # pairs, too: neighbors are independent
+    # all pairs are equally likely, too
     together = (masks[:, :-1] & masks[:, 1:]).double().mean(0)
     assert (together - 0.25 * 4 / 19).abs().max() < 4 * (0.0526 / 4000) ** 0.5
 
 
-def test_the_generator_alone_decides() -> None:
+def test_only_the_generator_determines_the_mask() -> None:
     for seed in range(20):
         expected = draw(seed)
         torch.rand(7)
@@ -72,7 +72,7 @@ def test_the_generator_alone_decides() -> None:
     assert any(not torch.equal(draw(seed), draw(seed + 1)) for seed in range(20))
 
 
-def test_a_generator_is_moved_as_far_whatever_comes_out() -> None:
+def test_the_generator_always_advances_equally() -> None:
     states = []
     for prob, ratio in ((0.0, (0.1, 0.5)), (1.0, (0.1, 0.5)), (1.0, (0.0, 0.0))):
         generator = torch.Generator().manual_seed(3)
@@ -81,7 +81,7 @@ def test_a_generator_is_moved_as_far_whatever_comes_out() -> None:
     assert all(torch.equal(one, states[0]) for one in states)
 
 
-def test_without_a_generator_it_is_torchs_own() -> None:
+def test_the_default_generator_is_torchs() -> None:
     torch.manual_seed(4)
     expected = clip_mask(50, prob=1.0)
     torch.manual_seed(4)
@@ -89,13 +89,13 @@ def test_without_a_generator_it_is_torchs_own() -> None:
     assert not torch.equal(clip_mask(50, prob=1.0), expected)
 
 
-def test_nothing_is_read_on_the_host() -> None:
+def test_no_tensor_is_read_on_the_host() -> None:
     with FakeTensorMode():
         assert clip_mask(50).shape == (50,)
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
-def test_it_fits_the_losses(prob: float) -> None:
+def test_it_works_with_the_losses(prob: float) -> None:
     s, t = (torch.randn(2, 3, 5, 2, 4) for _ in range(2))
     mask = draw(0, 8, ratio=(0.5, 0.5), prob=prob).view(2, 4).expand(2, 3, 2, 4)
     affinity = affinity_consistency_loss(s, t, mask=mask)
@@ -127,7 +127,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception],
         clip_mask(**{"N": 10, **wrong})
 
 
-def test_what_is_no_generator_is_named() -> None:
+def test_wrong_generators_are_refused() -> None:
     wrong: Any = 0
     with pytest.raises(TypeError, match="`generator` must be Generator; got int"):
         clip_mask(4, generator=wrong)

@@ -1,4 +1,4 @@
-"""All losses together, SSync among them: one backward, a training step, a curriculum with a teacher."""
+"""All losses together: one backward pass, training, and a curriculum with a teacher."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -36,7 +36,7 @@ SLOTS, INSTANCES, PROTOTYPES = 3, 2, 7
 
 
 class Views(NamedTuple):
-    """The outputs of a model, by the names of the losses' arguments."""
+    """The outputs of a model, named like the arguments of the losses."""
 
     features: Tensor
     recon: Tensor
@@ -50,7 +50,7 @@ class Views(NamedTuple):
 
 
 class Host(nn.Module):
-    """A model of all the library's parts, with a decoder of one layer."""
+    """A model with all modules of the library and a decoder of one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def validity(views: Views) -> Tensor:
 
 Given = Callable[[Views, Views, Tensor, Tensor], tuple[Tensor, ...]]
 
-# every criterion, and its arguments from student, teacher, video and mask
+# every criterion, and a function that selects its arguments
 LOSSES: dict[str, tuple[nn.Module, Given]] = {
     "ssync": (SSyncLoss(merge_threshold=0.6), lambda ours, theirs, video, mask: (ours.enc_logits, ours.dec_logits)),
     "structure": (StructureAwareLoss(), lambda ours, theirs, video, mask: (ours.recon, video)),
@@ -174,7 +174,7 @@ def total_of(case: Scene, names: Iterable[str] = LOSSES) -> Tensor:
 
 
 def gradients(case: Scene, *names: str) -> list[Tensor]:
-    """One backward of the sum of some losses, to all parameters of the student."""
+    """Return the gradients of the sum of some losses at all parameters of the student."""
     case = case.again()
     weights = list(case.student.parameters())
     found = torch.autograd.grad(total_of(case, names), weights, allow_unused=True, materialize_grads=True)
@@ -185,14 +185,14 @@ def gradients(case: Scene, *names: str) -> list[Tensor]:
 # --- one backward ---
 
 
-def test_every_loss_is_here() -> None:
+def test_every_loss_is_tested() -> None:
     named = {name for name in losses.__all__ if name.endswith("Loss")}
-    # parts of SSync, and other forms of it
+    # terms and variants of SSync
     ours = {"BoundaryRefinementLoss", "InteriorDenoisingLoss", "AdaptiveSSyncLoss"}
     assert {type(criterion).__name__ for criterion, _ in LOSSES.values()} == named - ours
 
 
-def test_one_backward_of_all_losses_is_the_sum_of_all() -> None:
+def test_gradients_of_all_losses_add_up() -> None:
     case = scene()
     together = gradients(case, *LOSSES)
     parts = [gradients(case, name) for name in LOSSES]
@@ -206,7 +206,7 @@ def test_one_backward_of_all_losses_is_the_sum_of_all() -> None:
 # --- training ---
 
 
-def test_a_student_learns_from_all_of_them_at_once() -> None:
+def test_a_student_learns_from_all_losses() -> None:
     case = scene(torch.float32)
     optimizer = torch.optim.Adam(case.student.parameters(), lr=0.01)
     patches, views = CenteredCrossEntropy(PROTOTYPES), CenteredCrossEntropy(PROTOTYPES)
@@ -235,7 +235,7 @@ def test_a_student_learns_from_all_of_them_at_once() -> None:
 
 
 class Painter(nn.Module):
-    """Placeholders of a curriculum, slot attention of one step, a decoder of one layer."""
+    """A model with the slots of a curriculum, slot attention of one step and a decoder of one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_ssync_and_a_teacher_follow_a_curriculum() -> None:
         optimizer.step()
         teacher.update(model)
         if model.curriculum.maybe_expand(model.slots, step, optimizer):
-            # as documented
+            # the documented way to give the teacher the new slots
             teacher.model.load_state_dict(model.state_dict())
         assert loss.isfinite()
     assert counts == [(2, 2)] * 4 + [(3, 3)] * 3 + [(5, 5)] * 2

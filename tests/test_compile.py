@@ -1,4 +1,4 @@
-"""One graph without reading data: torch.compile, symbolic and fake tensors, other devices, CUDA graphs."""
+"""The loss is one graph and reads no data: torch.compile, symbolic and fake tensors, meta device, CUDA graphs."""
 
 import warnings
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from ssync_loss.functional import (
 )
 from ssync_loss.testing import assert_close_loss, assert_same_labels
 
-# every test starts with a fresh compiler
+# every test starts with a reset compiler
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 Case = tuple[Callable[..., Any], tuple[Tensor, Tensor], dict[str, Any]]
@@ -41,7 +41,7 @@ def probabilities(maps: Tensor) -> Tensor:
 
 
 def cases() -> dict[str, Case]:
-    """Return by name a callable of two maps, the maps and the other arguments."""
+    """Return named cases: a callable of two maps, the maps, and the other arguments."""
     enc, dec = sample_maps()
     valid = torch.rand(2, 2, 5, 12, generator=torch.Generator().manual_seed(1)) > 0.2
     masks = {"valid": valid, "slot_mask": torch.tensor([[True] * 4, [True, True, False, True]])}
@@ -76,16 +76,16 @@ def cases() -> dict[str, Case]:
 
 
 CASES = list(cases())
-# the contract and the tests of all engines compile the others
+# the contract and the engine tests compile the other cases
 BY_C = [one for one in CASES if one not in ("default", "both masks")]
-# functions that need no engine
+# cases to compile with the torch engine
 BY_TORCH = ["no merging", "other knobs", "another grid, masked", "enc without gradient", "two types", "NaN"]
 
 
 def assert_same_step(
     actual: Callable[..., Any], wanted: Callable[..., Any], maps: tuple[Tensor, ...], **rest: Any
 ) -> None:
-    """Loss and gradients of one function equal those of another; a mode that warns of missing gradients is off."""
+    """Compare loss and gradients of two functions, without warnings about missing gradients."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(enc|dec)_logits`", UserWarning)
         expected = wanted(*maps, **rest)
@@ -102,12 +102,12 @@ def assert_same_step(
             torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-8, equal_nan=True)
 
 
-# torch's compiler reads the .grad of all inputs; a host's maps are no leaves
+# the compiler reads the .grad of all inputs, and some maps are not leaves
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     ("engine", "name"), [*((by_c, name) for name in BY_C), *((by_torch, name) for name in BY_TORCH)]
 )
-def test_a_step_is_one_graph_with_the_values_of_eager(engine: Any, name: str) -> None:
+def test_a_step_is_one_graph_with_eager_values(engine: Any, name: str) -> None:
     function, maps, rest = cases()[name]
     counter = CompileCounterWithBackend("aot_eager")
     with engine():
@@ -115,7 +115,7 @@ def test_a_step_is_one_graph_with_the_values_of_eager(engine: Any, name: str) ->
     assert counter.frame_count == 1
 
 
-def test_compiling_with_a_map_without_gradient_warns_of_nothing() -> None:
+def test_compiling_does_not_warn_about_missing_gradients() -> None:
     enc, dec = sample_maps()
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
@@ -135,14 +135,14 @@ def test_terms_compile() -> None:
     assert_same_labels(actual.labels, expected.labels)
 
 
-def test_labels_compile_apart_from_the_losses() -> None:
+def test_labels_compile() -> None:
     maps = sample_maps(requires_grad=False)
     compiled = torch.compile(pseudo_labels, fullgraph=True, backend="aot_eager")
     assert_same_labels(compiled(*maps, merge_threshold=0.3), pseudo_labels(*maps, merge_threshold=0.3))
 
 
 @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
-def test_a_compiled_label_out_of_range_has_no_value(criterion: Any) -> None:
+def test_a_compiled_label_out_of_range_gives_nan(criterion: Any) -> None:
     _, dec = sample_maps()
     target = torch.zeros(2, 2, 5, 12, dtype=torch.int64)
     target[0, 0, 0, 0] = 4
@@ -151,7 +151,7 @@ def test_a_compiled_label_out_of_range_has_no_value(criterion: Any) -> None:
         assert compiled(dec, target, region, criterion=criterion).isnan() == wanted
 
 
-def test_a_compiled_step_goes_back_twice() -> None:
+def test_the_backward_of_a_compiled_step_can_run_twice() -> None:
     maps = sample_maps()
     loss = torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")(*maps)
     once = torch.autograd.grad(loss, maps, retain_graph=True)
@@ -169,7 +169,7 @@ def test_autocast_around_a_compiled_loss_changes_nothing() -> None:
 def test_a_batch_declared_dynamic_is_not_specialized() -> None:
     maps = sample_maps(3, 3)
     for one in maps:
-        # specializing one of these sizes is an error
+        # makes it an error to specialize these sizes
         torch._dynamo.mark_dynamic(one, [0, 1, 3, 4])
     criterion = SSyncLoss()
     counter = CompileCounterWithBackend("aot_eager")
@@ -181,7 +181,7 @@ def test_a_batch_declared_dynamic_is_not_specialized() -> None:
 
 
 @pytest.mark.parametrize(("start_step", "ramp_steps"), [(30, 0), (30, 40), (0, 500)])
-def test_a_hundred_steps_across_start_and_ramp_are_at_most_three_graphs(start_step: int, ramp_steps: int) -> None:
+def test_a_hundred_steps_with_a_schedule_are_at_most_three_graphs(start_step: int, ramp_steps: int) -> None:
     maps = sample_maps()
     criterion = SSyncLoss(start_step=start_step, ramp_steps=ramp_steps)
     counter = CompileCounterWithBackend("aot_eager")
@@ -195,11 +195,11 @@ def test_a_hundred_steps_across_start_and_ramp_are_at_most_three_graphs(start_st
     assert counter.frame_count <= 3
 
 
-# --- no look at the data ---
+# --- no data is read ---
 
 
 @pytest.mark.parametrize("name", [one for one in CASES if one != "given labels"])
-def test_fake_tensors_carry_a_step(name: str) -> None:
+def test_fake_tensors_run_a_step(name: str) -> None:
     function, maps, rest = cases()[name]
     data = [one.detach() for one in maps]
     with FakeTensorMode() as mode, warnings.catch_warnings():
@@ -215,7 +215,7 @@ def test_fake_tensors_carry_a_step(name: str) -> None:
             assert any(one.grad is not None for one in fake)
 
 
-def test_fake_tensors_carry_every_function() -> None:
+def test_fake_tensors_run_every_function() -> None:
     with FakeTensorMode():
         logits = torch.randn(2, 3, 4, 5, 6)
         labels, region = torch.zeros(2, 3, 5, 6, dtype=torch.int64), torch.ones(2, 3, 5, 6, dtype=torch.bool)
@@ -283,7 +283,7 @@ class HostTraffic(TorchFunctionMode):
 
 
 class CpuTensors(TorchDispatchMode):
-    """Records operators that take or give a CPU tensor."""
+    """Records operators that take or return a CPU tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -300,9 +300,9 @@ class CpuTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [one for one in CASES if one != "given labels"])
-def test_nothing_travels_between_device_and_host(name: str) -> None:
+def test_no_data_moves_between_device_and_host(name: str) -> None:
     function, maps, rest = cases()[name]
-    # the meta device has no data, so a read fails and tensors of the host are seen
+    # the meta device has no data, so a read fails, and CPU tensors are noticed
     there = [one.detach().to("meta").requires_grad_(one.requires_grad) for one in maps]
     masks = {key: one.to("meta") if isinstance(one, Tensor) else one for key, one in rest.items()}
     with warnings.catch_warnings(), HostTraffic() as traffic, CpuTensors() as operators:
@@ -315,7 +315,7 @@ def test_nothing_travels_between_device_and_host(name: str) -> None:
     assert not traffic.calls
 
 
-def test_the_records_of_host_traffic_see_some() -> None:
+def test_the_recorders_notice_host_traffic() -> None:
     with HostTraffic() as traffic, CpuTensors() as operators:
         x = torch.arange(3)
         assert x[x > 1].tolist() == [2]
@@ -340,7 +340,7 @@ def on_cuda(name: str) -> Case:
 @pytest.mark.cuda
 @needs_cuda
 @pytest.mark.parametrize("name", CUDA_CASES)
-def test_a_gpu_gives_the_values_of_the_cpu(name: str) -> None:
+def test_a_gpu_gives_the_same_values_as_the_cpu(name: str) -> None:
     function, maps, rest = on_cuda(name)
     function_cpu, maps_cpu, rest_cpu = cases()[name]
     assert_close_loss(function(*maps, **rest).cpu(), function_cpu(*map(leaf, maps_cpu), **rest_cpu), rtol=2e-5)
@@ -362,7 +362,7 @@ def test_a_step_never_waits_for_the_gpu(name: str) -> None:
 @pytest.mark.cuda
 @needs_cuda
 @pytest.mark.parametrize("name", ["default", "both masks", "probabilities"])
-def test_a_step_is_captured_once_and_replayed_on_new_data(name: str) -> None:
+def test_a_captured_step_can_be_replayed_on_new_data(name: str) -> None:
     function, maps, rest = on_cuda(name)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""The parts of the slot curriculum: schedule, errors, allotment, children, state of the optimizer."""
+"""The parts of the slot curriculum: schedule, errors, allotment, children, optimizer state."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from golden_neighbors import Golden, deviation, golden_names
+from meter import Meter
 from ssync_loss.curriculum import (
     allot_children,
     hold_rows,
@@ -28,7 +29,6 @@ from ssync_loss.methods.slotcurri.reference import (
     reference_place_children,
     reference_slot_error,
 )
-from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,7 +41,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 @pytest.mark.parametrize(("total", "sigma", "budgets"), [(7, 1, [2, 3, 7]), (11, 3, [2, 5, 11]), (15, 5, [2, 7, 15])])
-def test_published_schedules_follow_from_both_rules(total: int, sigma: int, budgets: list[int]) -> None:
+def test_both_rules_give_the_published_schedules(total: int, sigma: int, budgets: list[int]) -> None:
     assert slot_schedule(total) == slot_schedule(total, sigma=sigma) == budgets
 
 
@@ -58,12 +58,12 @@ def test_a_schedule_grows_from_start_to_total(total: int, start: int, stages: in
 
 
 @given(start=st.integers(1, 5), stages=st.integers(2, 6), sigma=st.integers(1, 8))
-def test_the_papers_rule_is_written_out(start: int, stages: int, sigma: int) -> None:
+def test_a_schedule_equals_the_papers_formula(start: int, stages: int, sigma: int) -> None:
     expected = [start + m * sigma + 3 * m * (m - 1) // 2 for m in range(stages)]
     assert slot_schedule(expected[-1], stages=stages, start=start, sigma=sigma) == expected
 
 
-def test_a_stage_that_adds_nothing_is_left_out() -> None:
+def test_a_stage_without_new_slots_is_dropped() -> None:
     assert [slot_schedule(total) for total in (2, 3, 4, 5, 6)] == [[2], [2, 3], [2, 4], [2, 5], [2, 3, 6]]
     assert slot_schedule(8, start=5) == [5, 8]
     assert slot_schedule(8, stages=2) == [2, 8]
@@ -93,7 +93,7 @@ def test_milestones_are_a_tenth_and_a_quarter(max_steps: int) -> None:
         (7, {"sigma": "1"}, TypeError, r"`sigma` must be a number; got str"),
     ],
 )
-def test_a_schedule_that_does_not_exist_is_named(
+def test_impossible_schedules_are_refused(
     total: Any, knobs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -137,7 +137,7 @@ def test_published_errors(name: str, dtype: torch.dtype, tol: float) -> None:
     num_slots=st.sampled_from((1, 2, 5)),
     seed=st.integers(0, 999),
 )
-def test_errors_are_those_of_the_slow_definition_and_sum_to_the_mean_squared_error(
+def test_errors_equal_the_reference_and_sum_to_the_mean_squared_error(
     shape: tuple[int, ...], num_slots: int, seed: int
 ) -> None:
     recon, target, masks = scene(*shape, num_slots=num_slots, seed=seed)
@@ -161,7 +161,7 @@ def test_an_idle_slot_has_no_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_errors_of_halves_are_float32(dtype: torch.dtype) -> None:
+def test_errors_of_half_precision_are_float32(dtype: torch.dtype) -> None:
     data = scene(dtype=dtype)
     errors = slot_error(*data)
     assert errors.dtype == torch.float32
@@ -199,7 +199,7 @@ def test_errors_and_their_allotment_compile_to_one_graph() -> None:
         ("masks", torch.zeros(2, 3, 0, 2, 4), ValueError, r"`masks` must have S >= 1; got S=0"),
     ],
 )
-def test_a_wrong_scene_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_wrong_tensors_are_named(name: str, value: Any, error: type[Exception], message: str) -> None:
     names = ("recon", "target", "masks")
     with pytest.raises(error, match=message):
         slot_error(**{**dict(zip(names, scene(), strict=True)), name: value})
@@ -231,7 +231,7 @@ def test_published_allotments(dtype: torch.dtype) -> None:
 @example(errors=[1, 1, 1], n_new=2)
 @example(errors=[0, 3, 0], n_new=5)
 @example(errors=[1, 1], n_new=1)
-def test_children_are_shared_out_by_largest_remainders(errors: list[float], n_new: int) -> None:
+def test_children_are_allotted_by_largest_remainders(errors: list[float], n_new: int) -> None:
     tensor = torch.tensor(errors, dtype=torch.float64)
     counts = allot_children(tensor, n_new)
     assert counts.dtype == torch.int64
@@ -251,7 +251,7 @@ def test_children_are_shared_out_by_largest_remainders(errors: list[float], n_ne
             assert counts[i] >= counts[j]
         else:
             assert counts[i] <= counts[j]
-    # in fractions, as different remainders may be equal in float64
+    # fractions, because different remainders may be equal in float64
     remainders = sorted(share - int(share) for share in shares)
     gaps = [other - one for one, other in pairwise(remainders)]
     assume(all(gap == 0 or gap > 1e-9 for gap in gaps) and all(one == 0 or 1e-9 < one < 1 - 1e-9 for one in remainders))
@@ -260,7 +260,7 @@ def test_children_are_shared_out_by_largest_remainders(errors: list[float], n_ne
     assert torch.equal(allot_children(tensor * 4, n_new), counts)
 
 
-def test_of_equal_remainders_the_lower_index_gains() -> None:
+def test_ties_go_to_the_lower_index() -> None:
     assert allot_children(torch.ones(4), 6).tolist() == [2, 2, 1, 1]
     assert allot_children(torch.tensor([1.0, 2.0, 1.0]), 2).tolist() == [1, 1, 0]
     assert reference_allot_children([1.0, 2.0, 1.0], 2) == [1, 1, 0]
@@ -268,12 +268,12 @@ def test_of_equal_remainders_the_lower_index_gains() -> None:
 
 def test_shares_are_computed_in_float64() -> None:
     assert allot_children(torch.tensor([2.0**24, 2.0**24 + 1], dtype=torch.float64), 1).tolist() == [0, 1]
-    # float32 cannot represent a third of this
+    # float32 cannot represent a third of this number
     assert allot_children(torch.full((3,), 2.0**100), 2**30).tolist() == [357913942, 357913941, 357913941]
 
 
 @pytest.mark.parametrize("unknown", [[0.0, 0.0, 0.0], [1.0, NAN, 2.0], [1.0, INF, 2.0], [3.0, -1.0, 2.0]])
-def test_errors_that_say_nothing_let_slots_take_turns(unknown: list[float]) -> None:
+def test_useless_errors_allot_children_in_turn(unknown: list[float]) -> None:
     assert allot_children(torch.tensor(unknown), 4).tolist() == [2, 1, 1]
     assert reference_allot_children(unknown, 4) == [2, 1, 1]
 
@@ -286,7 +286,7 @@ def test_errors_that_say_nothing_let_slots_take_turns(unknown: list[float]) -> N
         (torch.ones(2), torch.tensor(2), TypeError, r"`n_new` must be an integer; got Tensor"),
     ],
 )
-def test_a_wrong_allotment_is_named(errors: Any, n_new: Any, error: type[Exception], message: str) -> None:
+def test_wrong_allotments_are_refused(errors: Any, n_new: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         allot_children(errors, n_new)
 
@@ -323,7 +323,7 @@ def test_published_children(name: str, rule: Any, dtype: torch.dtype, suffix: st
 
 @st.composite
 def families(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Draw slots, some equal or zero, numbers and directions of children, and settings."""
+    """Draw slots (some equal or zero), numbers and directions of children, and settings."""
     num_active, num_unborn, width = draw(st.integers(1, 5)), draw(st.integers(0, 6)), draw(st.integers(1, 6))
     rows = randn(num_active + num_unborn, width, seed=draw(st.integers(0, 999)))
     what = draw(st.sampled_from(["plain", "twins", "zero", "nothing"]))
@@ -347,12 +347,12 @@ def families(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
 
 @settings(max_examples=150)
 @given(family=families())
-def test_children_are_where_the_slow_definition_has_them(
+def test_children_equal_the_reference(
     family: tuple[Tensor, Tensor, Tensor, dict[str, Any]],
 ) -> None:
     slots, counts, directions, knobs = family
     before = slots.clone(), knobs["unborn"].clone()
-    # in one dimension all are equally similar, and rounding picks
+    # in one dimension all slots are equally similar, and rounding decides
     assume(slots.shape[1] > 1)
     children = place_children(slots, counts, directions, **knobs)
     expected = reference_place_children(slots, counts.tolist(), directions, **knobs)
@@ -362,7 +362,7 @@ def test_children_are_where_the_slow_definition_has_them(
     assert children.isfinite().all()
 
 
-def test_a_child_lies_at_the_radius_of_its_parent() -> None:
+def test_the_distance_of_a_child_is_the_radius_of_its_parent() -> None:
     slots, counts = randn(4, 8), torch.tensor([2, 0, 1, 3])
     children = spawn_children(slots, counts, generator=torch.Generator().manual_seed(0))
     units = torch.nn.functional.normalize(slots, dim=1)
@@ -371,7 +371,7 @@ def test_a_child_lies_at_the_radius_of_its_parent() -> None:
     radius = 0.2 * (slots - slots[nearest]).norm(dim=1) * length / length.mean()
     parents = torch.tensor([0, 0, 2, 3, 3, 3])
     torch.testing.assert_close((children - slots[parents]).norm(dim=1), radius[parents], rtol=1e-7, atol=0)
-    # each in a direction of its own
+    # every child has its own direction
     directions = torch.nn.functional.normalize(children - slots[parents], dim=1)
     assert (directions @ directions.T - torch.eye(6, dtype=torch.float64)).abs().max() < 0.95
 
@@ -384,7 +384,7 @@ def test_directions_are_uniform_on_the_sphere() -> None:
     torch.testing.assert_close(directions.T @ directions / 4000, torch.eye(3) / 3, rtol=0, atol=0.03)
 
 
-def test_a_seed_decides() -> None:
+def test_the_seed_determines_the_children() -> None:
     slots, counts = randn(3, 4), torch.tensor([1, 1, 0])
     first, again, other = (
         spawn_children(slots, counts, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
@@ -397,7 +397,7 @@ def test_a_seed_decides() -> None:
 
 @pytest.mark.parametrize("neighbors", ["active", "all"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_placed_in_float32(dtype: torch.dtype, neighbors: Any) -> None:
+def test_children_in_half_precision_are_computed_in_float32(dtype: torch.dtype, neighbors: Any) -> None:
     slots, unborn = randn(3, 4, dtype=dtype), randn(2, 4, seed=1, dtype=dtype)
     knobs: dict[str, Any] = {"neighbors": neighbors, "beta": 0.2, "min_radius": 1e-3}
     directions, counts = randn(2, 4, seed=2, dtype=torch.float32), torch.tensor([1, 0, 1])
@@ -406,7 +406,7 @@ def test_halves_are_placed_in_float32(dtype: torch.dtype, neighbors: Any) -> Non
     assert torch.equal(children, wide.to(dtype))
 
 
-def test_children_carry_no_graph() -> None:
+def test_children_have_no_graph() -> None:
     slots = nn.Parameter(randn(3, 4))
     assert not spawn_children(slots, torch.tensor([1, 0, 1])).requires_grad
 
@@ -424,13 +424,13 @@ def test_children_carry_no_graph() -> None:
         ({"unborn": torch.ones(2, 4)}, ValueError, r"`unborn` must have a row per child, 3; got 2"),
     ],
 )
-def test_a_wrong_family_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_of_children_are_refused(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     given: dict[str, Any] = {"slots_active": torch.ones(3, 4), "counts": torch.tensor([1, 0, 2]), **wrong}
     with pytest.raises(error, match=message):
         spawn_children(**given)
 
 
-# --- what an optimizer remembers ---
+# --- optimizer state ---
 
 OPTIMIZERS: dict[str, Any] = {
     "Adam": lambda one: torch.optim.Adam([one], lr=0.01, amsgrad=True),
@@ -442,7 +442,7 @@ ALL_OPTIMIZERS = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def train(slots: nn.Parameter, optimizer: torch.optim.Optimizer, num_active: int, steps: int, seed: int = 0) -> None:
-    """Take steps in which only the active rows get a gradient."""
+    """Run steps in which only the active rows get gradients."""
     for step in range(steps):
         optimizer.zero_grad()
         active = slots[..., :num_active, :]
@@ -452,7 +452,7 @@ def train(slots: nn.Parameter, optimizer: torch.optim.Optimizer, num_active: int
 
 @ALL_OPTIMIZERS
 @pytest.mark.parametrize("leading", [(), (1,)])
-def test_newborn_rows_inherit_the_moments_of_their_parents(name: str, leading: tuple[int, ...]) -> None:
+def test_children_inherit_the_moments_of_their_parents(name: str, leading: tuple[int, ...]) -> None:
     slots = nn.Parameter(randn(*leading, 5, 3))
     optimizer = OPTIMIZERS[name](slots)
     train(slots, optimizer, 2, 5)
@@ -471,7 +471,7 @@ def test_newborn_rows_inherit_the_moments_of_their_parents(name: str, leading: t
     assert changed == {"Adam": 3, "SGD": 1}.get(name, 2)
 
 
-def test_before_its_first_step_an_optimizer_has_nothing_to_inherit() -> None:
+def test_an_optimizer_before_its_first_step_stays_empty() -> None:
     slots = nn.Parameter(randn(5, 3))
     optimizer = torch.optim.Adam([slots])
     inherit_moments(optimizer, slots, torch.tensor([0]), 2)
@@ -480,7 +480,7 @@ def test_before_its_first_step_an_optimizer_has_nothing_to_inherit() -> None:
 
 @ALL_OPTIMIZERS
 @pytest.mark.parametrize("leading", [(), (1,)])
-def test_held_rows_stay_as_they_are(name: str, leading: tuple[int, ...]) -> None:
+def test_held_rows_do_not_change(name: str, leading: tuple[int, ...]) -> None:
     slots = nn.Parameter(randn(*leading, 5, 3))
     alone = nn.Parameter(slots.detach()[..., :2, :].clone())
     before = slots.detach().clone().view(5, 3)
@@ -496,27 +496,24 @@ def test_held_rows_stay_as_they_are(name: str, leading: tuple[int, ...]) -> None
         if one.shape == slots.shape:
             assert not one.view(5, 3)[2:].any()
             assert one.view(5, 3)[:2].any()
-    # later fewer rows are held
+    # then fewer rows are held
     first = 4
     train(slots, optimizer, 4, 1)
     assert (rows[2:4] != before[2:4]).all()
     assert torch.equal(rows[4:], before[4:])
 
 
-def test_an_optimizer_of_other_parameters_is_named() -> None:
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
     slots = nn.Parameter(randn(5, 3))
     other = torch.optim.Adam([nn.Parameter(randn(5, 3))])
-    message = r"`optimizer` must hold `slots_param`, \(5, 3\); got another's optimizer"
+    message = r"`optimizer` must hold `slots_param`, \(5, 3\); got another optimizer"
     with pytest.raises(ValueError, match=message):
         inherit_moments(other, slots, torch.tensor([0]), 2)
     with pytest.raises(ValueError, match=message):
         hold_rows(other, slots, lambda: 2)
 
 
-# --- arguments of another kind ---
-
-
-def test_what_is_no_generator_or_optimizer_is_named() -> None:
+def test_wrong_generators_and_optimizers_are_refused() -> None:
     wrong: Any = "x"
     with pytest.raises(TypeError, match="`generator` must be Generator; got str"):
         spawn_children(torch.ones(3, 4), torch.tensor([1, 0, 2]), generator=wrong)
@@ -526,8 +523,8 @@ def test_what_is_no_generator_or_optimizer_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
-def test_parents_are_integers_of_any_width(dtype: torch.dtype) -> None:
-    # read as a mask, the bytes 1 and 1 would select another row
+def test_parents_may_be_integers_of_any_width(dtype: torch.dtype) -> None:
+    # a uint8 index would be a mask, which selects other rows
     slots = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0], [0.0]]))
     optimizer = torch.optim.Adam([slots])
     (slots[:2] * torch.tensor([[2.0], [3.0]])).sum().backward()

@@ -1,4 +1,4 @@
-"""The slot curriculum in training: its events, checkpoints, optimizers, two processes, bad input."""
+"""The slot curriculum in training: events, checkpoints, optimizers, two processes, errors."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def placeholders(num_rows: int = 7, width: int = 8, *leading: int) -> nn.Paramet
 def run(
     curriculum: SlotCurriculum, slots: nn.Parameter, steps: range, optimizer: torch.optim.Optimizer | None = None
 ) -> list[int]:
-    """Run a training loop; return the number of slots in use at every step."""
+    """Run a training loop, and return the number of active slots at every step."""
     counts = []
     for step in steps:
         counts.append(curriculum.take(slots).shape[-2])
@@ -45,10 +45,10 @@ def run(
 # --- events ---
 
 
-def test_slots_come_after_the_milestones() -> None:
+def test_slots_are_added_after_milestones() -> None:
     curriculum, slots = SlotCurriculum(slot_schedule(7), milestones(40)), placeholders()
     counts = run(curriculum, slots, range(40))
-    # a milestone's own step is the last of its stage
+    # the step of a milestone is the last one of its stage
     assert counts == [2] * 5 + [3] * 6 + [7] * 29
     assert counts == [curriculum.n_active(step) for step in range(40)]
     assert curriculum.n_active() == 7
@@ -72,7 +72,7 @@ def test_there_is_an_event_per_milestone(growth: list[int], gaps: list[int], fir
     assert sorted(set(counts)) == budgets
 
 
-def test_clones_are_of_the_slots_with_the_errors() -> None:
+def test_children_are_copies_of_the_slots_with_errors() -> None:
     slots = placeholders()
     before = slots.detach().clone()
     curriculum = SlotCurriculum([3, 6], [4])
@@ -91,7 +91,7 @@ def test_clones_are_of_the_slots_with_the_errors() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 3, 10])
-def test_errors_are_those_of_the_window_before_the_milestone(window: int) -> None:
+def test_errors_are_summed_over_the_window_before_a_milestone(window: int) -> None:
     curriculum = SlotCurriculum([2, 4], [5], window=window)
     for step in range(6):
         curriculum.observe(*scene(2, seed=step), step)
@@ -103,7 +103,7 @@ def test_errors_are_those_of_the_window_before_the_milestone(window: int) -> Non
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_a_checkpoint_computes_again_is_observed_once(*, use_reentrant: bool) -> None:
+def test_recomputation_is_not_observed_again(*, use_reentrant: bool) -> None:
     curriculum, (recon, target, masks) = SlotCurriculum([2, 3], [5]), scene(2)
 
     def host(recon: Tensor) -> Tensor:
@@ -115,13 +115,13 @@ def test_what_a_checkpoint_computes_again_is_observed_once(*, use_reentrant: boo
     assert torch.equal(curriculum.errors[:2], slot_error(recon, target, masks))
 
 
-def test_one_made_in_inference_mode_goes_through_its_stages() -> None:
+def test_a_curriculum_from_inference_mode_works() -> None:
     with torch.inference_mode():
         curriculum = SlotCurriculum([2, 3], [1])
     assert run(curriculum, placeholders(3), range(3)) == [2, 2, 3]
 
 
-def test_every_stage_begins_without_errors() -> None:
+def test_every_stage_starts_with_zero_errors() -> None:
     curriculum, slots = SlotCurriculum([2, 3, 7], [1, 4], window=2), placeholders()
     run(curriculum, slots, range(2))
     assert curriculum.n_active() == 3
@@ -132,7 +132,7 @@ def test_every_stage_begins_without_errors() -> None:
     torch.testing.assert_close(curriculum.errors[:3], expected)
 
 
-def test_far_from_a_milestone_nothing_is_looked_at() -> None:
+def test_arguments_are_ignored_outside_the_window() -> None:
     curriculum = SlotCurriculum([2, 3], [5])
     nothing: Any = None
     for step in (0, 1, 2, 3):
@@ -142,7 +142,7 @@ def test_far_from_a_milestone_nothing_is_looked_at() -> None:
     assert curriculum.errors.sum() == 0
 
 
-def test_the_jitter_follows_a_generator_and_the_settings() -> None:
+def test_the_generator_and_the_settings_determine_the_jitter() -> None:
     found = []
     for knobs in ({}, {}, {"beta": 0.4}, {"neighbors": "all"}, {"min_radius": 5.0}):
         curriculum, slots = SlotCurriculum([2, 3], [0], **knobs), placeholders()
@@ -158,24 +158,24 @@ def test_the_jitter_follows_a_generator_and_the_settings() -> None:
     torch.testing.assert_close(*(torch.nn.functional.normalize(found[i], dim=0) for i in (0, 3)))
 
 
-def test_a_stage_reached_late_is_made_up_for() -> None:
-    # a training resumed at step 20 has missed its milestones
+def test_missed_milestones_are_caught_up() -> None:
+    # a run that resumes at step 20 has missed its milestones
     curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
     assert run(curriculum, slots, range(20, 24)) == [2, 3, 7, 7]
-    # a training that skips a milestone's step
+    # this run skips the step of a milestone
     curriculum, slots = SlotCurriculum([2, 3, 7], [4, 10]), placeholders()
     assert run(curriculum, slots, range(4)) == [2] * 4
     assert run(curriculum, slots, range(6, 16)) == [2, 3, 3, 3, 3, 7, 7, 7, 7, 7]
 
 
 @pytest.mark.parametrize(("last", "written"), [(9, r"\(1, 0\)"), (10, r"\(1, 1\)")])
-def test_buffers_that_are_written_over_and_not_loaded_are_named(last: int, written: str) -> None:
-    # only the first rank loaded a checkpoint, and its buffers were copied to the others
+def test_overwritten_buffers_are_an_error(last: int, written: str) -> None:
+    # only the first rank loads a checkpoint, and its buffers are copied to the others
     first, other = (SlotCurriculum([2, 3, 7], [4, 10]) for _ in range(2))
     run(first, placeholders(), range(last))
     for name, one in other.named_buffers():
         one.copy_(first.get_buffer(name))
-    message = rf"are {written} in the buffers and \(0, 0\) by .*: every rank must load the checkpoint itself"
+    message = rf"are {written} in the buffers and \(0, 0\) by .*\. Every rank must load the checkpoint itself"
     with pytest.raises(RuntimeError, match=message):
         other.observe(*scene(2), last)
     other.load_state_dict(first.state_dict())
@@ -184,7 +184,7 @@ def test_buffers_that_are_written_over_and_not_loaded_are_named(last: int, writt
     assert other.n_active() == 7
 
 
-def test_a_milestone_without_errors_says_so() -> None:
+def test_a_milestone_without_observed_errors_is_an_error() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [4]), placeholders()
     assert not curriculum.maybe_expand(slots, 3)
     with pytest.raises(
@@ -193,7 +193,7 @@ def test_a_milestone_without_errors_says_so() -> None:
         curriculum.maybe_expand(slots, 4)
 
 
-def test_errors_that_are_negative_say_what_masks_must_be() -> None:
+def test_negative_errors_are_refused() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [0]), placeholders()
     recon, target, masks = scene(2)
     curriculum.observe(recon, target, masks.log(), 0)
@@ -201,7 +201,7 @@ def test_errors_that_are_negative_say_what_masks_must_be() -> None:
         curriculum.maybe_expand(slots, 0)
 
 
-def test_errors_that_are_not_numbers_let_slots_take_turns() -> None:
+def test_nan_errors_give_every_slot_a_child() -> None:
     curriculum, slots = SlotCurriculum([2, 4], [0]), placeholders()
     recon, target, masks = scene(2)
     curriculum.observe(recon * float("nan"), target, masks, 0)
@@ -220,7 +220,7 @@ def test_a_parameter_may_have_an_axis_of_clips(leading: tuple[int, ...]) -> None
     assert changed.tolist() == [False] * 2 + [True] * 3 + [False] * 2
 
 
-def test_slots_in_use_are_the_first_ones() -> None:
+def test_the_first_slots_are_active() -> None:
     curriculum = SlotCurriculum([2, 3], [4])
     for shape in ((7, 8), (1, 7, 8), (3, 7, 8), (3, 2, 7, 8)):
         slots = torch.randn(shape)
@@ -235,7 +235,7 @@ def test_slots_in_use_are_the_first_ones() -> None:
 # --- optimizers ---
 
 
-def test_newborn_rows_inherit_moments_only_from_an_optimizer_that_is_given() -> None:
+def test_children_inherit_moments_only_if_the_optimizer_is_given() -> None:
     for given_one in (True, False):
         curriculum, slots = SlotCurriculum([2, 3], [3]), placeholders()
         optimizer = torch.optim.Adam([slots])
@@ -251,7 +251,7 @@ def test_newborn_rows_inherit_moments_only_from_an_optimizer_that_is_given() -> 
             assert torch.equal(moment[2], moment[parent] if given_one else torch.zeros(8))
 
 
-def test_unborn_rows_are_held_until_they_are_born() -> None:
+def test_inactive_rows_do_not_change() -> None:
     curriculum, slots = SlotCurriculum([2, 3, 7], [3, 6], neighbors="all"), placeholders()
     before = slots.detach().clone()
     optimizer = torch.optim.AdamW([slots], lr=0.1, weight_decay=0.5)
@@ -273,14 +273,14 @@ def test_unborn_rows_are_held_until_they_are_born() -> None:
 
 
 @pytest.mark.parametrize("at", range(12))
-def test_a_training_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
+def test_training_resumes_from_a_checkpoint(at: int, tmp_path: Path) -> None:
     def fresh() -> tuple[SlotCurriculum, nn.Parameter]:
         return SlotCurriculum([2, 3, 7], [4, 9], window=3), placeholders()
 
     def go_on(curriculum: SlotCurriculum, slots: nn.Parameter, *steps: int) -> list[int]:
         counts = []
         for step in range(*steps):
-            # every event has its own jitter, which does not depend on the start of the training
+            # the seed of a step makes its jitter independent of the first step
             torch.manual_seed(step)
             counts += run(curriculum, slots, range(step, step + 1))
         return counts
@@ -296,7 +296,7 @@ def test_a_training_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
     assert torch.equal(second_slots, slots)
 
 
-def test_the_stage_is_in_the_checkpoint_of_the_model() -> None:
+def test_the_state_dict_holds_the_stage() -> None:
     curriculum, other = (SlotCurriculum([2, 3], [1]) for _ in range(2))
     run(curriculum, placeholders(), range(3))
     state = nn.ModuleDict({"curriculum": curriculum}).state_dict()
@@ -309,14 +309,14 @@ def test_the_stage_is_in_the_checkpoint_of_the_model() -> None:
         other = SlotCurriculum([2, 3], [1])
 
 
-def test_a_stage_of_another_curriculum_is_named() -> None:
+def test_a_stage_of_another_curriculum_is_refused() -> None:
     state = SlotCurriculum([2, 3, 7], [1, 2]).state_dict()
     state["stage"] = torch.tensor(2)
     with pytest.raises(ValueError, match=r"`stage` must be within \[0, 1\]; got 2"):
         SlotCurriculum([2, 7], [1]).load_state_dict(state)
 
 
-def test_copies_go_their_own_way() -> None:
+def test_copies_are_independent() -> None:
     curriculum, slots = SlotCurriculum([2, 3, 7], [1, 3]), placeholders()
     run(curriculum, slots, range(2))
     for twin in (copy.deepcopy(curriculum), pickle.loads(pickle.dumps(curriculum))):
@@ -342,7 +342,7 @@ def test_taking_slots_compiles_to_one_graph_per_stage() -> None:
     assert counter.frame_count == 2
 
 
-def test_a_curriculum_of_halves_goes_through_its_stages() -> None:
+def test_a_curriculum_works_in_half_precision() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [1]).half(), placeholders().to(torch.float16)
     slots = nn.Parameter(slots)
     assert run(curriculum, slots, range(3)) == [2, 2, 3]
@@ -354,13 +354,13 @@ def test_a_curriculum_of_halves_goes_through_its_stages() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of every rank."""
+    """Return the results of every rank."""
     return run_ranks(curriculum_ranks.__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
-    """One process with all clips."""
+    """Return the results of one process with all clips."""
     return curriculum_ranks.train(slice(0, NUM_CLIPS), distributed=False)
 
 
@@ -374,24 +374,24 @@ def test_all_ranks_have_the_same_slots_and_moments(ranks: list[dict[str, Any]]) 
 
 
 def test_errors_are_averaged_over_all_clips(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
-    # up to the first child, as jitter differs
+    # later steps differ in their jitter
     for step in range(MILESTONES[0] + 1):
         torch.testing.assert_close(ranks[0]["errors"][step], whole["errors"][step])
 
 
 def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str, Any]]) -> None:
     expected: list[list[tuple[str, int]]] = [[] for _ in range(NUM_STEPS)]
-    # in windows of two steps, before the milestones 1 (which cuts it off) and 3; errors and their weight
+    # the windows have two steps, and the start of training cuts off the first; errors are sent with their weight
     expected[0] = [("all_reduce", 3)]
     expected[1] = [("broadcast", 4)]
     expected[2] = [("all_reduce", 4)]
     expected[3] = [("broadcast", 8)]
-    # step 1 is also before the milestone 3, but its stage has not begun
+    # step 1 is also in the window of milestone 3, but that stage has not begun
     for rank in ranks:
         assert rank["sent"] == expected
 
 
-# --- bad input ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_one_collective_for_the_errors_and_one_for_the_rows(ranks: list[dict[str
         ([2, 3], [1], {"window": 0}, ValueError, r"`window` must be at least 1; got 0"),
     ],
 )
-def test_a_wrong_curriculum_is_named(
+def test_wrong_settings_are_named(
     budgets: Any, times: Any, knobs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -430,7 +430,7 @@ def test_a_wrong_curriculum_is_named(
         (nn.Parameter(torch.zeros(7)), ValueError, r"`slots_param` must have shape .*; got \(7,\)"),
     ],
 )
-def test_wrong_placeholders_are_named_from_the_first_step_on(slots: Any, error: type[Exception], message: str) -> None:
+def test_wrong_slots_are_refused_at_the_first_step(slots: Any, error: type[Exception], message: str) -> None:
     curriculum = SlotCurriculum([2, 3, 7], [4, 9])
     with pytest.raises(error, match=message):
         curriculum.maybe_expand(slots, 0)
@@ -457,7 +457,7 @@ def test_wrong_arguments_are_named() -> None:
     curriculum.observe(*scene(2), 0)
     with pytest.raises(ValueError, match="`optimizer` must hold `slots_param`"):
         curriculum.maybe_expand(placeholders(), 1, torch.optim.Adam([placeholders()]))
-    # no partial changes
+    # an error leaves no partial change
     assert curriculum.n_active() == 2
     assert curriculum.maybe_expand(placeholders(), 1)
 
@@ -471,7 +471,7 @@ def test_the_documented_recipe_ends_with_all_slots(total: int, num_steps: int) -
     budgets, times = slot_schedule(total), milestones(num_steps)
     curriculum, slots = SlotCurriculum(budgets, times), placeholders(total)
     counts = run(curriculum, slots, range(num_steps))
-    # slots in use at a step: the last stage whose milestone has passed
+    # the stage of a step is the last one whose milestone has passed
     passed = [sum(step > one for one in times[: len(budgets) - 1]) for step in range(num_steps)]
     assert counts == [budgets[one] for one in passed]
     assert counts == [curriculum.n_active(step) for step in range(num_steps)]
@@ -479,16 +479,13 @@ def test_the_documented_recipe_ends_with_all_slots(total: int, num_steps: int) -
     assert slots.isfinite().all()
 
 
-def test_of_stages_that_begin_together_the_last_one_does() -> None:
+def test_the_last_of_simultaneous_stages_counts() -> None:
     curriculum = SlotCurriculum([2, 3, 5, 7], [1, 4, 4, 9, 12])
     assert (curriculum.budgets, curriculum.milestones) == ((2, 3, 7), (1, 4))
 
 
-# --- a batch that failed ---
-
-
 @pytest.mark.parametrize("dirt", [float("nan"), float("inf")])
-def test_a_batch_that_failed_is_left_out_of_the_errors_and_counted(dirt: float) -> None:
+def test_a_nonfinite_batch_is_skipped_and_counted(dirt: float) -> None:
     curriculum, clean = (SlotCurriculum([2, 4], [2], window=3) for _ in range(2))
     for step in range(3):
         recon, target, masks = scene(2, seed=step)
@@ -507,10 +504,7 @@ def test_a_batch_that_failed_is_left_out_of_the_errors_and_counted(dirt: float) 
     assert torch.equal(one, other)
 
 
-# --- arguments of another kind ---
-
-
-def test_what_is_no_optimizer_generator_or_group_is_named_from_the_first_step_on() -> None:
+def test_wrong_optimizers_generators_and_groups_are_refused_at_the_first_step() -> None:
     curriculum, slots = SlotCurriculum([2, 3], [9]), placeholders()
     wrong: Any = "adam"
     with pytest.raises(TypeError, match="`optimizer` must be Optimizer; got str"):
@@ -526,7 +520,7 @@ def test_what_is_no_optimizer_generator_or_group_is_named_from_the_first_step_on
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (7, 1), (1, 1, 8)])
-def test_expanded_placeholders_are_named_from_the_first_step_on(shape: tuple[int, ...]) -> None:
+def test_expanded_slots_are_refused_at_the_first_step(shape: tuple[int, ...]) -> None:
     slots = nn.Parameter(torch.zeros(shape).expand(*shape[:-2], 7, 8))
     with pytest.raises(ValueError, match="`slots_param` must have memory of its own for every row; got an expanded"):
         SlotCurriculum([2, 3], [9]).maybe_expand(slots, 0)

@@ -1,4 +1,4 @@
-"""Dense alignment: published numbers, the slow definition, chunks, windows, gradients, memory, bad input."""
+"""Dense alignment: published values, the reference, chunks, windows, gradients, memory, errors."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -38,7 +38,7 @@ class Scene(NamedTuple):
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, num_labels: int = 3) -> Scene:
-    """Return random features, anchors and labels; the shape is (B, T, D, H, W)."""
+    """Return random features, anchors and labels for the shape (B, T, D, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     clips, frames, channels, height, width = shape or (2, 4, 5, 2, 3)
     size = (clips, frames, channels, height, width)
@@ -48,7 +48,7 @@ def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, num_l
 
 
 def settings_of(loss_of: Loss, **given: Any) -> dict[str, Any]:
-    """Return settings for small windows; ``top_k`` only for the encoder."""
+    """Return settings for small windows. Only the encoder has ``top_k``."""
     wanted = {"top_k": 2, **given}
     if "decoder" in loss_of.__name__:
         del wanted["top_k"]
@@ -61,13 +61,13 @@ def step(loss_of: Loss, case: Scene, **given: Any) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Scene, dict[str, Any]]:
-    """Draw small clips with tied cosines, duplicates, zero vectors, any labels; and settings."""
+    """Draw small clips with tied cosines, duplicates, zero vectors and any labels, and draw settings."""
     clips, frames, height, width = (draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2, 4), (1, 2), (1, 2, 3)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     shape = (clips, frames, 4, height, width)
     features = torch.randn(shape, generator=generator, dtype=torch.float64)
     if draw(st.booleans()):
-        # length 2, so that cosines are multiples of 1/4 in any precision
+        # anchors have norm 2, so that cosines are multiples of 1/4 in any precision
         anchors = torch.randint(2, shape, generator=generator).double() * 2 - 1
     else:
         anchors = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn) -> tuple[Scene, dict[str, Any]]:
     return Scene(features, anchors, labels), {
         "group_frames": group,
         "top_k": draw(st.integers(1, height * width)),
-        # the second subtracts the largest score
+        # at 0.005 the code subtracts the largest score
         "temperature": draw(st.sampled_from((0.1, 0.005, 1.0))),
         "base_temperature": draw(st.sampled_from((0.07, 1.0))),
     }
@@ -119,7 +119,7 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
 @BOTH
 @settings(max_examples=60)
 @given(case=cases(), chunk_size=st.none() | st.integers(1, 30))
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     loss_of: Loss, case: tuple[Scene, dict[str, Any]], chunk_size: int | None
 ) -> None:
     data, knobs = case
@@ -127,15 +127,15 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
     assert_same(actual, step(REFERENCE[loss_of], data, **knobs), 1e-11)
 
 
-def test_decoder_features_like_their_own_anchors_alone_cost_nothing() -> None:
+def test_the_decoder_loss_of_features_equal_to_distinct_anchors_is_zero() -> None:
     features = torch.eye(6).view(1, 2, 3, 6).movedim(3, 2).unsqueeze(3)
     labels = torch.arange(6).view(1, 2, 1, 3)
     assert dense_decoder_alignment_loss(features, features, labels, temperature=0.01) == 0
     assert dense_decoder_alignment_loss(features, features, labels, temperature=1.0) > 0.5
 
 
-def test_encoder_neighbors_are_those_of_the_anchors() -> None:
-    # anchors of patches 0 and 1 are equal, and of 2 and 3; features pair 0 with 2 and 1 with 3
+def test_anchors_determine_the_neighbors_of_the_encoder() -> None:
+    # anchors pair patches 0 and 1, and patches 2 and 3
     alike = torch.tensor([0, 0, 1, 1])
     anchors = torch.eye(2)[alike].T.reshape(1, 1, 2, 1, 4)
     labels = torch.arange(4).view(1, 1, 1, 4)
@@ -148,8 +148,8 @@ def test_encoder_neighbors_are_those_of_the_anchors() -> None:
     assert loss_of([0, 1, 0, 1]) > 5
 
 
-def test_encoder_neighbors_that_tie_with_the_last_one_are_in() -> None:
-    # patch 0 is nearest to itself, then to two others equally: with top_k=2 both are its neighbors
+def test_neighbors_tied_with_the_last_one_count() -> None:
+    # patch 0 is nearest to itself, then to two tied patches; with top_k=2 both are neighbors
     anchors = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [0, 0, 0, 1]]).T.reshape(1, 1, 4, 1, 4)
     data = sample(1, 1, 4, 1, 4, dtype=torch.float64)
     labels = torch.arange(4).view(1, 1, 1, 4)
@@ -163,31 +163,25 @@ def test_encoder_neighbors_that_tie_with_the_last_one_are_in() -> None:
     torch.testing.assert_close(actual.detach(), expected, rtol=1e-12, atol=0)
 
 
-def test_encoder_anchors_need_not_have_the_channels_of_the_features() -> None:
+def test_encoder_anchors_may_have_other_channels() -> None:
     data = sample(dtype=torch.float64)
     wide = torch.cat([data.anchors, torch.zeros_like(data.anchors)], 2)
     assert_same(step(ENCODER, data._replace(anchors=wide)), step(ENCODER, data), 1e-12)
 
 
-# --- empty, single, undefined ---
-
-
 @BOTH
 @pytest.mark.parametrize("temperature", [1e-4, 0.024, 0.026, 30.0])
-def test_extreme_temperatures_are_finite_and_right(loss_of: Loss, temperature: float) -> None:
+def test_extreme_temperatures(loss_of: Loss, temperature: float) -> None:
     data = sample(1, 2, 5, 2, 3)
     actual = step(loss_of, data, temperature=temperature)
     assert_same(actual, step(REFERENCE[loss_of], data, temperature=temperature), 2e-5)
-
-
-# --- types, layouts, devices ---
 
 
 # --- memory and work ---
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, and records the size of the largest storage."""
+    """Counts operators, and records the number of elements of the largest storage."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -210,35 +204,35 @@ def cost(loss_of: Loss, clips: int, side: int, chunk_size: int | None) -> Operat
 
 
 @BOTH
-def test_a_chunk_is_all_that_is_held(loss_of: Loss) -> None:
-    # (clips, side): patches of a window are 2 * side^2
+def test_the_largest_tensor_is_the_map_of_a_chunk(loss_of: Loss) -> None:
+    # a window has 2 * side^2 patches
     for clips, side, chunk_size in ((1, 6, 10), (4, 6, 10), (1, 12, 10), (4, 6, 150), (4, 6, 10**6)):
         patches = 2 * side**2
         held = min(chunk_size // patches, clips) * patches if chunk_size >= patches else chunk_size
-        # or of the features of all windows
+        # the features of all windows may be larger
         assert cost(loss_of, clips, side, chunk_size).largest == max(held * patches, clips * patches * 3)
     assert cost(loss_of, 4, 6, None).largest == 4 * 72**2
 
 
 @BOTH
-def test_clips_and_frames_are_not_walked_through(loss_of: Loss) -> None:
+def test_there_is_no_loop_over_clips_and_frames(loss_of: Loss) -> None:
     numbers = {cost(loss_of, clips, 2, None).number for clips in (1, 2, 9)}
     assert len(numbers) == 1
-    # torch 2.6 has a few operators less for a full slice
+    # torch 2.6 has fewer operators for a full slice
     assert cost(loss_of, 9, 2, 9 * 8).number <= numbers.pop()
 
 
 @BOTH
-def test_nothing_quadratic_waits_for_the_backward(loss_of: Loss) -> None:
+def test_nothing_quadratic_is_saved_for_backward(loss_of: Loss) -> None:
     data = sample(1, 2, 3, 6, 6)
-    # the features and their gradient
+    # only the features and their gradient
     assert saved_elements(loss_of, *data, **settings_of(loss_of)) == [data.features.numel()] * 2
 
 
-# --- bad input ---
+# --- errors ---
 
 
-def test_decoder_features_and_anchors_have_the_same_channels() -> None:
+def test_decoder_anchors_must_have_the_channels_of_the_features() -> None:
     data = sample()
     with pytest.raises(ValueError, match=r"`anchors` must have shape \(B=2, T=4, D=5, H=2, W=3\); got"):
         dense_decoder_alignment_loss(*data._replace(anchors=data.anchors[:, :, :4]))
@@ -261,11 +255,11 @@ def test_more_neighbors_than_patches_are_named() -> None:
         dense_encoder_alignment_loss(*data, group_frames=None)
 
 
-# --- features that are nearly equal ---
+# --- nearly equal features ---
 
 
 def by_autograd(features: Tensor, anchors: Tensor, labels: Tensor, num_neighbors: int) -> Tensor:
-    """The encoder's loss of one window in the public formulation, by autograd."""
+    """Compute the encoder loss of one window in the published formulation, for autograd."""
     x, y = (torch.nn.functional.normalize(one.transpose(1, 2).flatten(2).mT, dim=2) for one in (features, anchors))
     names = labels.flatten(1)
     others = ~torch.eye(names.shape[1], dtype=torch.bool)
@@ -281,7 +275,7 @@ def by_autograd(features: Tensor, anchors: Tensor, labels: Tensor, num_neighbors
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
-def test_of_features_that_are_nearly_equal_gradients_lose_less_than_those_of_autograd(spread: float, seed: int) -> None:
+def test_gradients_of_nearly_equal_features_are_more_exact_than_autograd(spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(1, 1, 32, 1, 1, generator=generator)
     features = features + spread * torch.randn(2, 2, 32, 5, 6, generator=generator)
@@ -306,7 +300,7 @@ def test_of_features_that_are_nearly_equal_gradients_lose_less_than_those_of_aut
 
 
 @pytest.mark.parametrize("offset", [10, 100, 1000])
-def test_what_all_anchors_share_costs_no_digits_of_the_gradient(offset: int) -> None:
+def test_a_common_offset_costs_no_digits_of_the_gradient(offset: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shared = offset * torch.randn(2, 1, 1, 16, 1, 1, generator=generator)
     features, anchors = torch.randn(2, 2, 4, 16, 6, 6, generator=generator) + shared
@@ -317,11 +311,11 @@ def test_what_all_anchors_share_costs_no_digits_of_the_gradient(offset: int) -> 
     assert (actual - exact).abs().max() < 2.5e-7 * offset * exact.abs().max()
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 def refusals(labels: str) -> list[tuple[dict[str, Any], type[Exception], str]]:
-    """Return the errors of both losses; their labels have different names."""
+    """Return the refusals of both losses, whose labels have different names."""
     return [
         ({"group_frames": 0}, ValueError, r"`group_frames` must be at least 1; got 0"),
         ({"temperature": 0.0}, ValueError, r"`temperature` must be finite and above 0.0; got 0.0"),

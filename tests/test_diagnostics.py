@@ -1,4 +1,4 @@
-"""Statistics by hand and against loops, the verdict on maps with a known answer, and its words."""
+"""Statistics against hand computations and loops, the verdict on maps with a known answer, and its text."""
 
 import math
 import pickle
@@ -51,12 +51,12 @@ PER_CLIP = Premise._fields[:9]
 
 
 def row(*values: float) -> Tensor:
-    """One clip of one frame of one row."""
+    """Return one clip with one frame of one row."""
     return torch.tensor(values)[None, None, None]
 
 
 def features_of(labels: Tensor, seed: int, *, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dyadic features (B, T, D, H, W) of few values, so that distances tie."""
+    """Return features (B, T, D, H, W) with few dyadic values, so that distances tie."""
     B, T, H, W = labels.shape
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-2, 3, (B, T, channels, H, W), generator=generator).to(dtype) / 2
@@ -68,7 +68,7 @@ def valid_of(labels: Tensor, valid: Tensor | None) -> Tensor:
     return valid if valid.dim() == 4 else valid[:, :, None, None].expand(labels.shape)
 
 
-# --- what they are checked against: a clip at a time, in numpy ---
+# --- references that loop over clips in numpy ---
 
 
 def slow_explained(features: Tensor, labels: Tensor, valid: Tensor) -> list[float]:
@@ -145,7 +145,7 @@ def test_summary_equals_loops(case: SSyncCase) -> None:
     assert actual.keys() == wanted.keys() == set(Summary._fields)
 
 
-# --- how well a partition fits ---
+# --- how well a partition fits features ---
 
 
 @few
@@ -169,8 +169,8 @@ def test_edge_alignment_equals_sklearn(labels: Tensor, seed: int, data: st.DataO
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_features_explain_nothing_whatever_their_size(dtype: torch.dtype) -> None:
-    # in some of these, the mean misses the constant by an ulp
+def test_constant_features_explain_nothing(dtype: torch.dtype) -> None:
+    # in some cases the mean differs from the constant by an ulp
     for value, width in product((0.0, 0.1, 1e-30, 12345.678, 1e30), (1, 3, 6, 7, 11)):
         labels = torch.arange(3 * width).view(1, 1, 3, width) % 4
         features = torch.full((1, 1, 4, 3, width), value, dtype=dtype)
@@ -189,7 +189,7 @@ def test_a_large_common_mean_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 63, 64, 65, 130])
-def test_channels_are_summed_over_blocks_of_any_number(channels: int) -> None:
+def test_any_number_of_channels_is_summed(channels: int) -> None:
     labels = torch.randint(4, (2, 2, 4, 5), generator=torch.Generator().manual_seed(0))
     features, valid = features_of(labels, 2, channels=channels), torch.ones(2, 2, 4, 5, dtype=torch.bool)
     assert explained_variance(features, labels, num_slots=4).tolist() == pytest.approx(
@@ -210,7 +210,7 @@ def test_products_in_single_precision_are_good_to_six_digits(dtype: torch.dtype,
     if kind == "common mean":
         features = features + 100 * torch.randn(2, 1, 70, 1, 1, generator=generator)
     elif kind == "outlier":
-        # all others are compared with the first
+        # the first patch is the reference of all others
         features[:, 0, :, 0, 0] *= 30
     features = (features * {"large": 1e25, "small": 1e-25}.get(kind, 1.0)).to(dtype)
     valid = torch.rand(labels.shape, generator=generator) < 0.9
@@ -220,7 +220,7 @@ def test_products_in_single_precision_are_good_to_six_digits(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_features_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_precision_and_autocast_change_nothing(dtype: torch.dtype) -> None:
     labels = torch.randint(4, (2, 2, 4, 5), generator=torch.Generator().manual_seed(0))
     features = features_of(labels, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -231,7 +231,7 @@ def test_features_of_any_precision_are_taken_as_they_are(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_features_that_are_not_finite_show_unless_invalid(bad: float) -> None:
+def test_nonfinite_features_give_nan_unless_invalid(bad: float) -> None:
     labels = torch.tensor([[[[0, 0, 1, 1]]]])
     features = row(0.0, 1.0, 3.0, bad)[:, :, None]
     assert explained_variance(features, labels, num_slots=2).isnan().all()
@@ -303,7 +303,7 @@ def test_the_merged_margin_equals_loops(case: SSyncCase, seed: int, threshold: f
 
 @few
 @given(ssync_cases(), SEEDS, st.sampled_from([math.nan, math.inf, 7.0]))
-def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value: float) -> None:
+def test_values_of_invalid_cells_do_not_matter(case: SSyncCase, seed: int, value: float) -> None:
     enc, dec, valid, slot_mask = case
     features = features_of(enc[:, :, 0], seed)
     seen = valid_of(enc[:, :, 0], valid)
@@ -320,7 +320,7 @@ def test_what_invalid_cells_hold_never_matters(case: SSyncCase, seed: int, value
 
 
 def blobs(seed: int, *, clips: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of a moving square on a background, logits that are sharp at its edge, and blurred ones."""
+    """Return features of a moving square on a background, sharp logits and blurred logits of the square."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.zeros(clips, 3, 12, 12, dtype=torch.int64)
     for t in range(3):
@@ -329,12 +329,12 @@ def blobs(seed: int, *, clips: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     direction = torch.randn(clips, 1, 8, 1, 1, generator=generator)
     features = direction * objects[:, :, 1:] + 0.3 * torch.randn(clips, 3, 8, 12, 12, generator=generator)
     sharp = 6 * objects + torch.randn(clips, 3, 2, 12, 12, generator=generator)
-    # shifted and smoothed: coherent, and wrong along the edge
+    # shifting and smoothing keep the shape but misplace its edge
     blurred = F.avg_pool2d(objects.roll(2, -1).flatten(0, 1), 5, 1, 2, count_include_pad=False).view_as(sharp)
     return features, sharp, 6 * blurred
 
 
-def test_premise_holds_where_the_encoder_is_the_sharper_map() -> None:
+def test_premise_holds_if_the_encoder_map_is_sharper() -> None:
     features, sharp, blurred = blobs(0)
     there, back, equal = (premise(*maps, features) for maps in ((sharp, blurred), (blurred, sharp), (sharp, sharp)))
     assert (there.margin > 0.1).all()
@@ -350,7 +350,7 @@ def test_premise_holds_where_the_encoder_is_the_sharper_map() -> None:
     assert "premise does not hold on these 4 clips" in report(back)
 
 
-def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:
+def test_premise_accepts_probabilities_flat_maps_and_another_decoder_grid() -> None:
     features, sharp, blurred = blobs(0)
     wanted = premise(sharp, blurred, features)
     for got in (
@@ -358,14 +358,14 @@ def test_probabilities_flat_maps_and_another_decoder_grid_are_taken() -> None:
         premise(sharp.flatten(3), blurred.flatten(3), features, grid=(12, 12)),
         premise(sharp, blurred.repeat_interleave(3, 3).repeat_interleave(3, 4), features),
     ):
-        # enlarging and shrinking blocks is not exact at their edges
+        # resizing blocks up and down is not exact at their edges
         assert got.enc_explained.tolist() == pytest.approx(wanted.enc_explained.tolist())
         assert got.dec_explained.tolist() == pytest.approx(wanted.dec_explained.tolist(), abs=0.05)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2], ids=["features", "encoder", "decoder"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_maps_and_features_never_hold(broken: int, bad: float) -> None:
+def test_premise_does_not_hold_for_nonfinite_inputs(broken: int, bad: float) -> None:
     features, sharp, blurred = given = blobs(0)
     given[broken][1, 0, 0, 4, 4] = bad
     verdict = premise(sharp, blurred, features)
@@ -373,7 +373,7 @@ def test_broken_maps_and_features_never_hold(broken: int, bad: float) -> None:
     assert not verdict.holds
 
 
-def test_a_slot_of_minus_infinity_is_no_trouble() -> None:
+def test_a_slot_of_minus_infinity_changes_nothing() -> None:
     features, sharp, blurred = blobs(0)
     dead = torch.full_like(sharp[:, :, :1], -math.inf)
     verdict = premise(torch.cat([sharp, dead], 2), torch.cat([blurred, dead], 2), features)
@@ -399,7 +399,7 @@ def test_pooled_batches_equal_one_batch() -> None:
     assert torch.equal(pooled.holds, whole.holds)
 
 
-def test_a_pool_is_judged_anew() -> None:
+def test_pooling_recomputes_holds() -> None:
     features, sharp, blurred = blobs(0)
     strong, weak = premise(sharp, blurred, features), premise(sharp, sharp, features)
     assert not weak.holds
@@ -408,10 +408,10 @@ def test_a_pool_is_judged_anew() -> None:
         pool([])
 
 
-def test_a_premise_of_an_earlier_version_is_read_pooled_and_reported() -> None:
+def test_a_premise_of_an_earlier_version_can_be_pooled_and_reported() -> None:
     features, sharp, blurred = blobs(0)
     whole = premise(sharp, blurred, features, merge_threshold=0.6)
-    # as in a pickle
+    # the way pickle restores it
     old = Premise.__new__(Premise, *whole[:12])
     assert old.merged_margin is None
     assert old.verdict() == whole.verdict() == "holds"
@@ -427,7 +427,7 @@ def test_a_premise_of_an_earlier_version_is_read_pooled_and_reported() -> None:
 
 def test_standard_errors_count_videos() -> None:
     features, sharp, blurred = blobs(0)
-    # nearly equal clips add no evidence
+    # repeated clips add no evidence
     apart = premise(sharp, blurred, features)
     again = torch.arange(4).repeat(5)
     named = premise(sharp[again], blurred[again], features[again], groups=again)
@@ -437,7 +437,7 @@ def test_standard_errors_count_videos() -> None:
     assert errors[2] < errors[0] / 2
     assert report(named).startswith("SSync's premise holds on these 20 clips of 4 videos: margin")
     assert report(unnamed).startswith("SSync's premise holds on these 20 clips: margin")
-    # pooling keeps the names of videos; clips without one are their own
+    # pooling keeps the videos; a clip without one counts as a video
     pooled = pool([named, named, apart])
     mean = pooled.over_clips(pooled.margin)
     assert (mean.num_clips, mean.num_videos) == (44, 8)
@@ -446,7 +446,7 @@ def test_standard_errors_count_videos() -> None:
     assert report(one).startswith("SSync's premise: cannot tell from these 4 clips of one video, margin")
 
 
-def test_merging_what_differs_is_told_from_a_bad_encoder() -> None:
+def test_a_bad_merge_is_distinguished_from_a_bad_encoder() -> None:
     features, sharp, blurred = blobs(0)
     # the object and its background are active on the same patches
     everywhere = sharp + 8 * torch.ones(12, 12).tril()
@@ -465,7 +465,7 @@ def test_merging_what_differs_is_told_from_a_bad_encoder() -> None:
     assert premise(*given_maps, merge_threshold=1.0).reasons() == ("encoder",)
 
 
-def test_nothing_merged_is_reported_without_a_threshold() -> None:
+def test_the_report_mentions_merging_only_with_a_threshold() -> None:
     features, sharp, blurred = blobs(0)
     features[0, 0, 0, 0, 0] = math.nan
     assert "merged" not in report(premise(sharp, blurred, features))
@@ -480,7 +480,7 @@ def test_constant_features_are_named() -> None:
     assert "are the features constant" in report(constant)
 
 
-def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
+def test_memorization_is_reported() -> None:
     features, sharp, blurred = blobs(0)
     trained, fresh = premise(blurred, sharp, features), premise(blurred, sharp, features.flip(0).roll(5, -1))
     found = memorization(trained, fresh)
@@ -491,18 +491,18 @@ def test_a_decoder_that_has_memorized_its_clips_is_named() -> None:
     assert found.is_alarming
     text = report(trained, fresh=fresh)
     assert text.startswith(report(trained).splitlines()[0])
-    assert f"explains {found.trained:.3f} of the clips trained on, and {found.fresh:.3f} of fresh ones" in text
-    assert "has memorized them" in text
+    assert f"explains {found.trained:.3f} of training clips, and {found.fresh:.3f} of fresh clips." in text
+    assert "has memorized the training clips" in text
     assert "memorized" not in report(trained, fresh=trained)
     broken, empty = premise(blurred, sharp, features * math.nan), premise(blurred[:0], sharp[:0], features[:0])
     for unknown in (broken, empty):
-        assert "Nothing can be said of memorized clips" in report(trained, fresh=unknown)
+        assert "Memorization cannot be judged" in report(trained, fresh=unknown)
         assert "nan" not in report(trained, fresh=unknown)
     # one clip gives no verdict
     assert not memorization(premise(blurred[:1], sharp[:1], features[:1]), fresh).is_alarming
 
 
-def test_nothing_is_read_on_the_host() -> None:
+def test_no_tensor_is_read_on_the_host() -> None:
     with FakeTensorMode():
         enc, dec = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 7, 9)
         valid, slot_mask = torch.rand(2, 3, 5, 6) > 0.2, torch.rand(2, 4) > 0.2
@@ -516,7 +516,7 @@ def test_nothing_is_read_on_the_host() -> None:
         assert all(value.shape == (2,) for value in (*counts, *summary(labels)))
 
 
-# --- its words ---
+# --- the report ---
 
 
 def verdict_of(*margins: float, measured: list[bool] | None = None) -> Premise:
@@ -537,14 +537,14 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
     # 0.1, 0.15 and 0.2
     assert "feature variance explained" in text
     assert f"0.150 ± {0.05 / math.sqrt(3):.3f}" in text
-    assert "one family of synthetic clips and one set of real ones" in text
-    assert "Ask the clips trained on, some 160 or more" in text
+    assert "one family of synthetic clips, one set of real clips" in text
+    assert "training clips, about 160 or more" in text
 
 
 @pytest.mark.parametrize(
     ("verdict", "first", "later"),
     [
-        (verdict_of(-0.03, -0.02, -0.025), "premise does not hold on these 3 clips: margin -0.025 ± 0.003", "to harm"),
+        (verdict_of(-0.03, -0.02, -0.025), "premise does not hold on these 3 clips: margin -0.025 ± 0.003", "worse"),
         (
             verdict_of(0.10, 0.0, 0.20, measured=[True, False, True]),
             "premise holds on these 2 clips: margin +0.150 ± 0.050",
@@ -553,13 +553,13 @@ def test_report_shows_mean_and_standard_error_over_clips() -> None:
         (
             verdict_of(0.25),
             "premise: cannot tell from one clip, margin +0.250 (no standard error).",
-            "One video says next to nothing: ask many.",
+            "Clips of one video do not decide. Measure clips of many videos.",
         ),
         (verdict_of(0.5, measured=[False]), "premise cannot be judged: no clip has a valid patch.", ""),
         (verdict_of(0.5, math.nan), "premise cannot be judged", "NaN or infinities"),
     ],
 )
-def test_report_says_how_much_it_rests_on(verdict: Premise, first: str, later: str) -> None:
+def test_report_states_its_evidence(verdict: Premise, first: str, later: str) -> None:
     text = report(verdict)
     assert text.startswith(f"SSync's {first}")
     assert later in text
@@ -573,7 +573,7 @@ def test_report_says_how_much_it_rests_on(verdict: Premise, first: str, later: s
         ((-0.30, -0.31, -0.29), "fails"),
         ((0.30, -0.25, 0.01), "cannot tell"),
         ((-0.30, 0.25, -0.01), "cannot tell"),
-        # a little less than 0.2 ± 0.1, and a little more
+        # just less than two standard errors, and just more
         ((0.099, 0.3), "cannot tell"),
         ((0.101, 0.3), "holds"),
         ((-0.099, -0.3), "cannot tell"),
@@ -590,7 +590,7 @@ def test_report_says_how_much_it_rests_on(verdict: Premise, first: str, later: s
         ((0.5, math.inf), "cannot tell"),
     ],
 )
-def test_the_verdict_is_open_within_two_standard_errors(margins: tuple[float, ...], wanted: str) -> None:
+def test_the_verdict_is_undecided_within_two_standard_errors(margins: tuple[float, ...], wanted: str) -> None:
     verdict = verdict_of(*margins)
     assert verdict.verdict() == wanted
     words = {"holds": " holds ", "fails": " does not hold ", "cannot tell": "cannot"}
@@ -607,7 +607,7 @@ def test_noise_seldom_gets_a_verdict(clips: int) -> None:
     maps = [torch.randn(100, clips, 2, 4, 8, 8, generator=generator) for _ in range(2)]
     features = torch.randn(100, clips, 2, 6, 8, 8, generator=generator)
     verdicts = Counter(premise(*draw).verdict() for draw in zip(*maps, features, strict=True))
-    # with two clips mean / error has Student's distribution with one degree of freedom
+    # mean / error has Student's distribution with clips - 1 degrees of freedom
     share = {2: 0.295, 4: 0.139, 8: 0.086, 16: 0.064}[clips]
     assert abs(verdicts["holds"] + verdicts["fails"] - 100 * share) < 3 * math.sqrt(100 * share)
 
@@ -649,7 +649,7 @@ def test_values_are_refused_by_name(call: Any, given: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize("wrong", [tuple(PSEUDO), "labels", None, LABELS])
-def test_other_things_are_refused_by_name(wrong: Any) -> None:
+def test_other_types_are_refused_by_name(wrong: Any) -> None:
     kind = type(wrong).__name__
     refuses(TypeError, f"`labels` must be PseudoLabels; got {kind}.", summary, wrong)
     refuses(TypeError, f"`premise` must be Premise; got {kind}.", report, wrong)

@@ -18,7 +18,7 @@ from two_processes import CASES, Host, scene, whole_batch
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of every rank."""
+    """Return the results of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
     return run_ranks(two_processes.__file__, folder)
 
@@ -41,13 +41,13 @@ def test_gradients_equal_those_of_one_process(name: str, ranks: list[dict[str, A
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_average_to_that_of_one_process(name: str, ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+def test_ranks_average_to_the_whole_batch(name: str, ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
     values = torch.stack([rank["global"][name]["value"] for rank in ranks])
     torch.testing.assert_close(values.mean(), whole[name]["value"], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", [one for one in CASES if one not in ("nothing anywhere", "before the start")])
-def test_the_mean_of_the_ranks_means_is_another_loss(
+def test_the_mean_of_rank_means_is_a_different_loss(
     name: str, ranks: list[dict[str, Any]], whole: dict[str, Any]
 ) -> None:
     for rank in ranks:
@@ -61,18 +61,18 @@ def test_the_mean_of_the_ranks_means_is_another_loss(
 @pytest.mark.parametrize("name", CASES)
 def test_one_collective_of_two_integers_and_none_before_the_start(name: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["global"][name]["sent"] == ([] if name == "before the start" else [(2, torch.int64)])
+        assert rank["global"][name]["sent"] == ([] if name == "before the start" else [("all_reduce", 2, torch.int64)])
         # the criterion alone calls no collective
         assert rank["local"][name]["sent"] == []
 
 
-def test_one_rank_without_selection_contributes_nothing(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+def test_a_rank_without_a_region_contributes_nothing(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
     first, second = (rank["global"]["nothing on one rank"]["value"] for rank in ranks)
     torch.testing.assert_close(first, 2.0 * whole["nothing on one rank"]["value"])
     assert second == 0
 
 
-def test_ranks_need_not_have_equal_batches(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_may_have_different_batches(ranks: list[dict[str, Any]]) -> None:
     model = Host()
     loss = SSyncLoss()(*model(*scene()))
     expected = two_processes.gradients(model, loss)
@@ -82,7 +82,7 @@ def test_ranks_need_not_have_equal_batches(ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(values.mean(), loss.detach())
 
 
-def test_the_cases_are_worth_telling_apart(whole: dict[str, Any]) -> None:
+def test_the_cases_differ(whole: dict[str, Any]) -> None:
     shares = []
     for half in (slice(0, 2), slice(2, 4)):
         terms = SSyncLoss().terms(*(maps[half].requires_grad_() for maps in scene()))
@@ -93,7 +93,7 @@ def test_the_cases_are_worth_telling_apart(whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("settings", "step"), [({}, None), ({"start_step": 3}, 2), ({"ramp_steps": 4}, 3)])
-def test_without_a_process_group_it_is_the_loss_itself(settings: dict[str, Any], step: int | None) -> None:
+def test_without_a_process_group_it_equals_the_loss(settings: dict[str, Any], step: int | None) -> None:
     assert not dist.is_initialized()
     maps = sample_maps()
     criterion = SSyncLoss(**settings)
@@ -106,12 +106,12 @@ def test_without_a_process_group_it_is_the_loss_itself(settings: dict[str, Any],
 
 
 class Renamed(SSyncLoss):
-    """A subclass is a criterion, too."""
+    """A subclass is also a valid criterion."""
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [Renamed, lambda: torch.compile(SSyncLoss(), backend="eager")])
-def test_subclasses_and_compiled_losses_are_taken(make: Any) -> None:
+def test_subclasses_and_compiled_losses_are_accepted(make: Any) -> None:
     maps = sample_maps(requires_grad=False)
     assert torch.equal(global_mean(make().eval(), *maps), SSyncLoss().eval()(*maps))
 

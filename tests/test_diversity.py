@@ -1,4 +1,4 @@
-"""Mask diversity: published numbers, the slow definition, its two ends, gradients, bad input."""
+"""Mask diversity: published values, the reference, its extremes, gradients, errors."""
 
 import math
 from typing import Any, ClassVar
@@ -16,13 +16,12 @@ from ssync_loss.functional import mask_diversity_loss
 from ssync_loss.methods.smtc.reference import reference_mask_diversity_loss
 from steps import assert_same, step_of
 
-# masks of about 1e-13 + 1e-8: float32 cannot represent the differences in their directions;
-# the public code is off by 2e-4
+# float32 cannot represent the directions of masks of about 1e-13 + 1e-8; the published code has an error of 2e-4
 COLLAPSED_TOL = {torch.float32: 2e-3, torch.float64: 1e-9}
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Return maps; the shape is (B, T, S, H, W)."""
+    """Return maps of the shape (B, T, S, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.randn(shape or (2, 3, 4, 2, 3), generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -52,28 +51,28 @@ DRAWN = {
 
 @settings(max_examples=60)
 @given(**DRAWN)
-def test_value_and_gradient_are_those_of_the_slow_definition(shape: tuple[int, ...], seed: int) -> None:
+def test_value_and_gradient_equal_the_reference(shape: tuple[int, ...], seed: int) -> None:
     logits = sample(*shape, dtype=torch.float64, seed=seed)
     assert_same(step(logits), step(logits, reference_mask_diversity_loss), 1e-12)
 
 
-def test_uniform_masks_cost_one() -> None:
+def test_the_loss_of_uniform_masks_is_one() -> None:
     assert math.isclose(mask_diversity_loss(torch.zeros(2, 3, 5, 2, 2)).item(), 1.0, rel_tol=1e-6)
 
 
-def test_a_slot_that_takes_every_patch_costs_one() -> None:
+def test_the_loss_is_one_if_a_slot_has_every_patch() -> None:
     logits = torch.zeros(1, 1, 4, 3, 3)
     logits[:, :, 0] = 60
-    # the others are equally empty: three of six pairs have cosine 1, and so have the three with the full mask
+    # the other masks are constant, like the full mask, so all six pairs have cosine 1
     assert math.isclose(mask_diversity_loss(logits).item(), 1.0, rel_tol=1e-6)
 
 
-def test_disjoint_masks_cost_nothing() -> None:
+def test_the_loss_of_disjoint_masks_is_zero() -> None:
     logits = 60 * torch.eye(4).view(1, 1, 4, 2, 2)
     assert mask_diversity_loss(logits) < 1e-7
 
 
-def test_a_slot_that_may_have_no_patch_is_finite() -> None:
+def test_a_slot_may_be_minus_infinity() -> None:
     logits = sample()
     logits[:, :, 1:3] = -INF
     loss, gradient = step(logits)
@@ -81,7 +80,7 @@ def test_a_slot_that_may_have_no_patch_is_finite() -> None:
     assert gradient.isfinite().all()
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):

@@ -1,4 +1,4 @@
-"""The teacher: the average, its schedule, buffers, checkpoints, wrappers, what it refuses."""
+"""The teacher: the average, its schedule, buffers, checkpoints, wrappers, errors."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from ssync_loss.ema import EmaTeacher
 
 
 class Student(nn.Module):
-    """Two layers, one called an encoder, statistics, a count, tied weights and dropout."""
+    """A model with two layers, batch norm, tied weights and dropout."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Student(nn.Module):
 
 
 def learn(student: nn.Module, steps: int = 1) -> None:
-    """Move parameters and buffers."""
+    """Change parameters and buffers by training steps."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     for _ in range(steps):
         student.train()
@@ -61,7 +61,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 @given(momentum=st.floats(0.0, 1.0), updates=st.integers(1, 4))
 @example(momentum=0.0, updates=1)
 @example(momentum=1.0, updates=1)
-def test_parameters_are_the_average_of_those_of_the_student(momentum: float, updates: int) -> None:
+def test_parameters_are_the_moving_average_of_the_student(momentum: float, updates: int) -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=momentum)
     expected = {name: one.double() for name, one in tensors(student).items()}
@@ -78,7 +78,7 @@ def test_parameters_are_the_average_of_those_of_the_student(momentum: float, upd
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_it_starts_as_a_copy_and_stays_one_until_it_is_updated() -> None:
+def test_it_starts_as_a_copy_and_changes_only_by_updates() -> None:
     student = Student()
     teacher = EmaTeacher(student)
     assert teacher.current_momentum() == 0.999
@@ -109,7 +109,7 @@ def test_tied_weights_stay_tied_and_are_averaged_once() -> None:
 # --- the schedule ---
 
 
-def test_the_momentum_rises_along_half_a_cosine_and_stays() -> None:
+def test_the_momentum_rises_along_half_a_cosine() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.9, final_momentum=1.0, num_steps=4)
     momenta = []
@@ -120,7 +120,7 @@ def test_the_momentum_rises_along_half_a_cosine_and_stays() -> None:
     assert momenta == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     knobs: dict[str, Any] = {"momentum": 0.5, "final_momentum": 1.0, "num_steps": 10}
     student = Student()
     teacher = EmaTeacher(student, **knobs)
@@ -138,10 +138,10 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(one, expected[name]) for name, one in tensors(resumed).items())
 
 
-# --- buffers, names that are skipped ---
+# --- buffers, skipped names ---
 
 
-def test_buffers_are_those_of_the_student_or_stay_as_published() -> None:
+def test_buffers_are_copied_only_if_asked() -> None:
     student = Student()
     copying, published = EmaTeacher(student, copy_buffers=True), EmaTeacher(student)
     before = tensors(copying.model)
@@ -155,7 +155,7 @@ def test_buffers_are_those_of_the_student_or_stay_as_published() -> None:
     assert not torch.equal(student.get_buffer("norm.running_mean"), before["norm.running_mean"])
 
 
-def test_names_that_are_skipped_stay_as_they_were() -> None:
+def test_skipped_names_do_not_change() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.5, copy_buffers=True, skip=("encoder", "running"))
     before = tensors(teacher.model)
@@ -168,7 +168,7 @@ def test_names_that_are_skipped_stay_as_they_were() -> None:
 # --- no gradient, evaluation ---
 
 
-def test_nothing_of_it_has_a_gradient() -> None:
+def test_it_has_no_gradient() -> None:
     student = Student()
     teacher = EmaTeacher(student)
     out = teacher(torch.randn(8, 3, requires_grad=True))
@@ -205,7 +205,7 @@ def test_arguments_and_results_pass_through() -> None:
 
 @pytest.fixture
 def _one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # without an interface gloo looks up the machine's name
+    # without this, gloo looks up the machine's name
     monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
@@ -213,7 +213,7 @@ def _one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_data_parallel_students_are_looked_into_and_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_students_are_unwrapped_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     student = Student()
     wrapped = DistributedDataParallel(student)
     teacher, plain = EmaTeacher(wrapped, momentum=0.5), EmaTeacher(student, momentum=0.5)
@@ -229,7 +229,7 @@ def test_data_parallel_students_are_looked_into_and_nothing_is_sent(monkeypatch:
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_a_teacher_inside_a_wrapped_model_is_no_parameter_of_it() -> None:
+def test_a_data_parallel_model_may_contain_a_teacher() -> None:
     class Host(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -246,7 +246,7 @@ def test_a_teacher_inside_a_wrapped_model_is_no_parameter_of_it() -> None:
     assert wrapped.module.teacher.num_updates == 1
 
 
-def test_compiled_and_replicated_students_are_looked_into() -> None:
+def test_compiled_and_replicated_students_are_unwrapped() -> None:
     student = Student()
     for wrapped in (torch.compile(student, backend="eager"), DataParallel(student)):
         assert isinstance(wrapped, nn.Module)
@@ -258,7 +258,7 @@ def test_compiled_and_replicated_students_are_looked_into() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_copy_compiles_to_one_graph_and_is_updated_outside() -> None:
+def test_the_teacher_compiles_to_one_graph() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.5)
     x = torch.randn(8, 3)
@@ -271,7 +271,7 @@ def test_the_copy_compiles_to_one_graph_and_is_updated_outside() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_student_in_a_half_is_averaged_in_floats() -> None:
+def test_a_student_in_half_precision_is_averaged_in_float32() -> None:
     student = nn.Linear(3, 4)
     teacher = EmaTeacher(student, momentum=0.999)
     before = teacher.model.get_parameter("weight").clone()
@@ -298,7 +298,7 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
     assert teacher.num_updates == 1
 
 
-# --- what it refuses ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], error: type[Exception],
         EmaTeacher(nn.Linear(1, 1), **wrong)
 
 
-def test_what_is_no_module_is_named() -> None:
+def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match=r"`model` must be a module; got dict"):
         EmaTeacher({})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`model` must be a module; got NoneType"):
@@ -326,7 +326,7 @@ def test_what_is_no_module_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_cannot_hold_an_average(dtype: torch.dtype) -> None:
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     message = rf"`model` must have parameters of 32 or 64 bits to be averaged; got {dtype} in weight"
     with pytest.raises(TypeError, match=message):
         EmaTeacher(nn.Linear(1, 1).to(dtype))
@@ -344,7 +344,7 @@ def test_a_half_cannot_hold_an_average(dtype: torch.dtype) -> None:
         (nn.Sequential(nn.Linear(3, 2)), r"for weight shape \(2, 3\); got None"),
     ],
 )
-def test_another_model_is_refused_and_nothing_is_changed(other: nn.Module, message: str) -> None:
+def test_another_model_is_refused_without_changes(other: nn.Module, message: str) -> None:
     teacher = EmaTeacher(nn.Linear(3, 2), momentum=0.0)
     before = tensors(teacher)
     with pytest.raises(ValueError, match=r"`model` must have the tensors of the teacher, " + message):
@@ -357,7 +357,7 @@ def test_another_model_is_refused_and_nothing_is_changed(other: nn.Module, messa
 
 
 class Kinds(nn.Module):
-    """Parameters and buffers of many types, first an integer."""
+    """Parameters and buffers of many types. The first one is an integer."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -377,7 +377,7 @@ class Kinds(nn.Module):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.75, 1.0])
-def test_what_is_no_float_is_copied_and_every_float_averaged(momentum: float) -> None:
+def test_floats_are_averaged_and_other_types_copied(momentum: float) -> None:
     teacher = EmaTeacher(Kinds(0.0), momentum=momentum, copy_buffers=True)
     student = Kinds(4.0)
     teacher.update(student)
@@ -392,7 +392,7 @@ def test_what_is_no_float_is_copied_and_every_float_averaged(momentum: float) ->
     assert teacher.num_left_out == 0
 
 
-def test_a_step_that_failed_does_not_spoil_the_teacher() -> None:
+def test_nonfinite_values_of_the_student_are_skipped() -> None:
     student = Student()
     teacher = EmaTeacher(student, momentum=0.5, copy_buffers=True)
     before = tensors(teacher.model)
@@ -413,21 +413,21 @@ def test_a_step_that_failed_does_not_spoil_the_teacher() -> None:
     assert teacher.num_left_out == 2
 
 
-def test_infinities_that_are_meant_stay() -> None:
+def test_infinities_of_the_teacher_stay() -> None:
     student = nn.ParameterList([torch.tensor([-math.inf, 1.0])])
     teacher = EmaTeacher(student)
     teacher.update(student)
     assert next(teacher.model.parameters()).tolist() == [-math.inf, 1.0]
 
 
-# --- what wraps, shards and caches ---
+# --- reparametrization, sharding ---
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "normed", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
 )
-def test_a_student_that_keeps_what_it_computes_has_a_teacher(normed: Any) -> None:
+def test_a_student_with_normalized_weights_has_a_teacher(normed: Any) -> None:
     student = nn.Sequential(normed(nn.Linear(3, 3)), nn.ReLU())
     x = torch.randn(2, 3)
     student(x).sum().backward()
@@ -441,7 +441,7 @@ def test_a_student_that_keeps_what_it_computes_has_a_teacher(normed: Any) -> Non
     assert not teacher(x).requires_grad
 
 
-def test_what_cannot_be_copied_is_named() -> None:
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
     student = nn.Linear(2, 2)
     student.kept = [student(torch.ones(2))]  # type: ignore[assignment]
     for model in (student, nn.LazyLinear(2)):
@@ -450,7 +450,7 @@ def test_what_cannot_be_copied_is_named() -> None:
 
 
 @pytest.mark.parametrize("inference", ["student", "teacher", "update"])
-def test_a_teacher_made_in_inference_mode_is_updated_outside_of_it(inference: str) -> None:
+def test_inference_mode_may_create_or_update_a_teacher(inference: str) -> None:
     with torch.inference_mode(inference == "student"):
         student = Student()
     with torch.inference_mode(inference == "teacher"):
@@ -464,7 +464,7 @@ def test_a_teacher_made_in_inference_mode_is_updated_outside_of_it(inference: st
 
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.parametrize("teacher_too", [False, True])
-def test_a_student_that_is_sharded_later_is_gathered(*, teacher_too: bool) -> None:
+def test_a_sharded_student_is_gathered(*, teacher_too: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -500,7 +500,7 @@ def test_a_setting_of_another_type_is_named(wrong: dict[str, Any], message: str)
         EmaTeacher(nn.Linear(1, 1), **wrong)
 
 
-def test_a_half_that_is_skipped_is_left_alone() -> None:
+def test_skipped_names_may_have_half_precision() -> None:
     student = nn.Sequential(nn.Linear(2, 2).half(), nn.Linear(2, 2))
     teacher = EmaTeacher(student, skip=["0."], momentum=0.0)
     teacher.update(student)

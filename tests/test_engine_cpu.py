@@ -1,4 +1,4 @@
-"""The C library: compilation, threads, forks, extreme numbers, and its memory under the sanitizers."""
+"""The C library: compilation, threads, forks, extreme values, and sanitizers."""
 
 import ctypes
 import os
@@ -33,11 +33,11 @@ SOURCE = Path(library.__file__).with_name("engine.c")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder; the loaded library is forgotten, and restored afterwards."""
+    """Give the test an empty cache folder, and unload the library before and after."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
     monkeypatch.setattr(cpu, "_reasons", [])
-    # compiled in a fifth of the time
+    # compiles five times as fast
     monkeypatch.setattr(library, "FLAGS", UNOPTIMIZED)
     library.load.cache_clear()
     yield folder
@@ -59,7 +59,7 @@ def run_python(program: str) -> "subprocess.CompletedProcess[str]":
 
 
 class TestLibrary:
-    def test_it_is_built_once_into_a_folder_of_its_own(self, cache: Path) -> None:
+    def test_it_is_built_once_into_a_private_folder(self, cache: Path) -> None:
         assert isinstance(library.load(), ctypes.CDLL)
         (built,) = cache.iterdir()
         assert cache.stat().st_mode & 0o777 == 0o700
@@ -69,7 +69,7 @@ class TestLibrary:
         library.load()
         assert [one.stat().st_mtime_ns for one in cache.iterdir()] == [first]
 
-    def test_the_cache_follows_xdg_and_the_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_cache_folder_follows_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(library.CACHE_VARIABLE, raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         assert library.cache_folder() == tmp_path / "xdg" / "ssync-loss"
@@ -78,7 +78,7 @@ class TestLibrary:
         assert library.cache_folder() == tmp_path / ".cache" / "ssync-loss"
 
     @pytest.mark.parametrize("part", ["source", "flags", "compiler", "processor"])
-    def test_another_source_flag_compiler_or_processor_is_another_file(
+    def test_source_flags_compiler_and_processor_determine_the_file(
         self, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         compiler = library.find_compiler()
@@ -96,9 +96,7 @@ class TestLibrary:
         assert library._key(compiler) != before
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "a byte", "a link", "writable by others"])
-    def test_what_is_not_as_it_was_written_is_never_loaded(
-        self, damage: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_changed_file_is_never_loaded(self, damage: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         library.load()
         (built,) = cache.iterdir()
         content = built.read_bytes()
@@ -108,7 +106,7 @@ class TestLibrary:
         elif damage == "writable by others":
             built.chmod(0o777)
         else:
-            # the loaded file does not change
+            # a new file, because the old one is loaded
             built.unlink()
             built.write_bytes({"truncated": content[:3000], "empty": b""}.get(damage, b"\0" + content[1:]))
             built.chmod(0o700)
@@ -129,7 +127,7 @@ class TestLibrary:
             ("owner", "another user"),
         ],
     )
-    def test_a_folder_that_others_could_have_filled_is_refused(
+    def test_a_folder_that_others_can_write_is_refused(
         self, wrong: str, words: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if wrong == "link":
@@ -145,15 +143,13 @@ class TestLibrary:
                 monkeypatch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(library.UnavailableError, match=words):
             library.load()
-        # `"auto"` silently takes torch; `"cpu"` says why
+        # `"auto"` silently falls back to torch; `"cpu"` gives the reason
         maps = sample_maps()
         assert_close_loss(SSyncLoss()(*maps), SSyncLoss(backend="torch")(*maps))
         with pytest.raises(ValueError, match=rf"`backend`='cpu' needs a cache folder.*{words}"):
             SSyncLoss(backend="cpu")
 
-    def test_without_a_compiler_torch_is_taken_without_a_word(
-        self, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_auto_falls_back_silently_without_a_compiler(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(cache.parent))
         monkeypatch.delenv("CC", raising=False)
         maps = sample_maps()
@@ -161,22 +157,18 @@ class TestLibrary:
         with pytest.raises(ValueError, match="`backend`='cpu' needs a C compiler; none of cc, gcc, clang"):
             SSyncLoss(backend="cpu")
 
-    def test_on_another_platform_torch_is_taken_without_a_word(
-        self, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_library_needs_a_posix_system(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "platform", "win32")
         assert cpu.missing_library() == "a POSIX system"
 
-    def test_where_libraries_cannot_be_loaded_torch_is_taken_without_a_word(
-        self, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_library_needs_a_folder_to_load_from(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(path: str) -> None:
             raise OSError(f"{path}: failed to map segment from shared object")
 
         monkeypatch.setattr(library, "CDLL", refuse)
         assert "a cache folder that libraries can be loaded from" in str(cpu.missing_library())
 
-    def test_a_folder_that_cannot_be_written_is_no_fault(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_library_needs_a_writable_folder(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(**_: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
@@ -203,8 +195,8 @@ class TestLibrary:
             SSyncLoss(backend="cpu")
         assert not list(cache.iterdir())
 
-    def test_many_processes_may_start_at_once(self, cache: Path) -> None:
-        # without torch, which takes seconds to import
+    def test_many_processes_can_build_at_once(self, cache: Path) -> None:
+        # loads the module without torch, which takes seconds to import
         code = (
             "import sys\nfrom importlib.util import module_from_spec, spec_from_file_location\n"
             "spec = spec_from_file_location('library', sys.argv[1])\nlibrary = module_from_spec(spec)\n"
@@ -214,7 +206,7 @@ class TestLibrary:
         assert [one.wait(timeout=120) for one in processes] == [0] * 10
         assert len(list(cache.iterdir())) == 1
 
-    def test_the_flags_assume_nothing_of_nan(self) -> None:
+    def test_the_flags_respect_nan(self) -> None:
         assert not {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"} & set(library.FLAGS)
 
 
@@ -234,7 +226,7 @@ class TestThreads:
     @pytest.mark.parametrize("shape", [(5, 3, 7, 49, 51), (1, 6, 2, 140, 133), (2, 9, 64, 15, 25)])
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_any_number_of_them_gives_the_same_bits(
+    def test_any_number_of_threads_gives_the_same_bits(
         self, threads: Any, shape: tuple[int, ...], criterion: str, dtype: torch.dtype
     ) -> None:
         maps = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2)]
@@ -245,11 +237,11 @@ class TestThreads:
         for result in results[1:]:
             assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
-    def test_a_forked_child_may_call_whatever_its_parent_did(self, threads: Any) -> None:
+    def test_a_forked_child_may_call_the_library_after_its_parent(self, threads: Any) -> None:
         threads(2)
         maps = [torch.randn(8, 4, 11, 24, 24).requires_grad_() for _ in range(2)]
         wanted = step(*maps)
-        # torch's threads are used, too
+        # start torch's threads, too
         torch.randn(1 << 20).exp().sum()
         context = get_context("fork")
         queue = context.SimpleQueue()
@@ -266,7 +258,7 @@ class TestThreads:
         assert queue.get() == [float(one) if one.dim() == 0 else one.flatten()[:50].tolist() for one in wanted]
 
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells of forks")
-    def test_a_child_that_imports_the_library_after_the_fork_may_call_it(self) -> None:
+    def test_a_forked_child_may_import_and_call_the_library(self) -> None:
         program = """
             import os, signal, torch
             torch.set_num_threads(2)
@@ -322,7 +314,7 @@ class TestThreads:
         assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
     @pytest.mark.parametrize("number", [2, 3])
-    def test_without_a_team_there_are_threads_and_the_same_bits(
+    def test_the_bits_are_the_same_without_a_team(
         self, threads: Any, number: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         maps = [torch.randn(4, 4, 11, 40, 41).requires_grad_() for _ in range(2)]
@@ -332,7 +324,7 @@ class TestThreads:
         assert all(torch.equal(one, other) for one, other in zip(step(*maps), wanted, strict=True))
 
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells of forks")
-    def test_a_child_may_call_what_torch_computes_a_part_of(self) -> None:
+    def test_a_forked_child_may_call_losses_that_use_torch(self) -> None:
         program = """
             import os, signal, torch, warnings
             from ssync_loss import AdaptiveSSyncLoss, BoundaryRefinementLoss, SSyncLoss
@@ -361,7 +353,7 @@ class TestThreads:
         done = run_python(program)
         assert (done.stdout, done.returncode) == ("0\n" * 6, 0), done.stderr
 
-    def test_torch_is_kept_to_one_thread_in_a_forked_process_and_it_says_so(
+    def test_a_forked_process_warns_and_limits_torch_to_one_thread(
         self, threads: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         threads(2)
@@ -378,14 +370,14 @@ class TestThreads:
         wanted, place = _forks._read(), Path("/proc/self/comm")
         before = place.read_bytes()
         try:
-            # the system truncates a name within a letter
+            # the system may truncate a name within a letter
             place.write_bytes("обучение".encode()[:15])
             assert _forks._read() is wanted
         finally:
             place.write_bytes(before)
 
     @pytest.mark.parametrize("told", [b"", b"1 (python) S 1", b"1 (python) S 1 1 1 0 -1 0 0 0 0 0"])
-    def test_without_a_word_about_forks_there_is_no_team(self, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_there_is_no_team_if_forks_are_unknown(self, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: told)
         assert _forks._read() is None
         monkeypatch.setattr(_forks, "_forked", [None])
@@ -393,13 +385,13 @@ class TestThreads:
 
 
 class TestNumbers:
-    """Parts that only the library implements by hand."""
+    """Operations that only the library implements itself."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_every_half_is_read_and_written_as_torch_does(self, dtype: torch.dtype) -> None:
+    def test_half_precision_is_converted_as_in_torch(self, dtype: torch.dtype) -> None:
         every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         every = every[every.isfinite()]
-        # with a single slot the gradient is 0, so this tests only the scaling
+        # the gradient of a single slot is 0, so this tests only the scaling
         grad = torch.cat([every.float(), torch.randn(5000) * torch.logspace(-12, 6, 5000)]).view(1, 1, 1, 1, -1)
         for factor in (1.0, 3.7, 1e-3):
             got = operators._scale(grad, torch.tensor(factor), dtype)
@@ -408,7 +400,7 @@ class TestNumbers:
             got = operators._scale(torch.full((1, 1, 1, 1, 1), special), torch.tensor(1.0), dtype)
             assert torch.equal(got.float().isnan(), torch.tensor(special).isnan().expand(got.shape))
             assert got.isnan().all() or got.item() == special
-        # and the loss
+        # the loss of half precision equals that of float32
         logits = torch.stack([every[: len(every) // 2 * 2], torch.zeros(len(every) // 2 * 2, dtype=dtype)]).view(
             1, 1, 2, 2, -1
         )
@@ -421,7 +413,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_the_exponential_is_exact_to_rounding(self, dtype: torch.dtype) -> None:
-        # one slot against another: P = 1 / (1 + exp(-x)), down to the smallest
+        # two slots give P = 1 / (1 + exp(-x)), down to the smallest numbers
         below = torch.linspace(0, 80 if dtype == torch.float32 else 700, 200_001, dtype=dtype)
         logits = torch.stack([torch.zeros_like(below), -below]).view(1, 1, 2, 1, -1)
         target, region = torch.zeros(1, 1, 1, len(below)).long(), torch.ones(1, 1, 1, len(below)).bool()
@@ -435,7 +427,7 @@ class TestNumbers:
         error = ((got - wanted).abs() / wanted)[normal] / (1 + below[normal])
         assert error.max() < 2 * eps
 
-    def test_operators_are_what_they_say(self) -> None:
+    def test_operators_pass_opcheck(self) -> None:
         enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())
         knobs = torch.tensor([0.6, 1.0, 0.5], dtype=torch.float64)
         target, region = torch.zeros(1, 2, 3, 4).long(), torch.ones(1, 2, 3, 4).bool()
@@ -456,7 +448,7 @@ class TestNumbers:
 
 
 def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
-    """A program of its own draws cases: addresses, leaks, undefined behavior, and the same bits for any threads."""
+    """A separate program checks addresses, leaks, undefined behavior, and equal bits for any number of threads."""
     compiler = library.find_compiler()
     program = tmp_path / "cases"
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
@@ -472,8 +464,10 @@ def test_the_library_runs_clean_under_the_sanitizers(tmp_path: Path) -> None:
     assert done.stdout == "400 cases\n"
 
 
-def test_a_mistake_in_the_library_is_seen(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake in any step makes it differ from torch."""
+def test_the_self_check_finds_mistakes_in_the_library(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in any step makes the result differ from torch."""
     source = SOURCE.read_text()
     breaks = {
         "value > largest[i]": "value < largest[i]",

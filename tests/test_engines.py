@@ -1,4 +1,4 @@
-"""Every engine passes the same tests, and the choice of an engine."""
+"""The tests that every engine passes, and the choice of an engine."""
 
 import math
 import warnings
@@ -44,11 +44,11 @@ from ssync_loss.testing import (
 
 __all__ = ["quick_interpreter"]
 
-# of the maps and masks that are drawn, some are as nobody means them
+# some drawn maps and masks look like mistakes
 pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
 
 INF, NAN = math.inf, math.nan
-# on a CPU the kernels run in Triton's interpreter
+# without a GPU the kernels run in Triton's interpreter
 DEVICES = dict.fromkeys(ENGINES, "cpu") | {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 SETTINGS: list[dict[str, Any]] = [
@@ -64,7 +64,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class Step:
-    """Terms, loss and gradients of a case by one engine, moved to the CPU."""
+    """The terms, loss and gradients of a case from one engine, moved to the CPU."""
 
     def __init__(self, backend: str, case: SSyncCase, **knobs: Any) -> None:
         device = DEVICES[backend]
@@ -99,7 +99,7 @@ def assert_same_step(actual: Step, wanted: Step, case: SSyncCase, **knobs: Any) 
         how = {name: knobs[name] for name in names if name in knobs}
         scale = weight * gradient_scale(region, right.shape[2], slot_mask=case.slot_mask, **how)
         if "kind" in knobs:
-            # the logarithm divides a gradient by a probability
+            # the derivative of the logarithm divides by a probability
             scale = max(scale, float(right.abs().max()))
         if got.dtype in (torch.float16, torch.bfloat16):
             # halves may round differently
@@ -119,7 +119,7 @@ FAST = [pytest.param(name, id=name) for name in ("torch", "cpu", "triton")]
 
 @pytest.mark.parametrize("backend", FAST)
 class TestEveryEngine:
-    """Against the slow definitions, and the public code's own numbers."""
+    """Engines against the reference and the golden files of the published code."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("name", NAMES)
@@ -150,7 +150,7 @@ class TestEveryEngine:
     @given(data=st.data())
     @settings(max_examples=20)
     def test_drawn_cases(self, backend: str, data: st.DataObject) -> None:
-        # an interpreter's work grows with the number of clips
+        # the interpreter's time grows with the number of clips
         times, batch, dtypes = (
             (1, 2, [torch.float32]) if backend == "triton" else (3, 8, [torch.float32, torch.float64])
         )
@@ -206,8 +206,8 @@ class TestEveryEngine:
         assert step.loss.dtype == (torch.float64 if torch.float64 in (enc_type, dec_type) else torch.float32)
         assert_same_step(step, Step("reference", case), case)
 
-    def test_halves_hold_what_halves_may(self, backend: str) -> None:
-        # subnormal numbers, the largest, and gradients that are too small for a half
+    def test_extreme_values_of_half_precision(self, backend: str) -> None:
+        # subnormal and large logits, and gradients too small for half precision
         enc, dec = (one.detach() * torch.tensor([1e-7, 3e-5, 1.0, 1e4]).view(4, 1, 1) for one in sample_maps())
         for dtype in (torch.float16, torch.bfloat16):
             case = SSyncCase(enc.to(dtype), dec.to(dtype), None, None)
@@ -224,7 +224,7 @@ class TestEveryEngine:
             "every other": lambda one: torch.stack([one, one], 5)[..., 0],
             "one channel of several": lambda one: torch.stack([one, one, one], 3)[:, :, :, 1],
         }
-        # the next way for the other map
+        # the other map has the next layout
         changes = list(ways.values())
         for one, other in zip(changes, [*changes[1:], changes[0]], strict=True):
             step = Step(backend, SSyncCase(one(enc), other(dec), None, None))
@@ -240,7 +240,7 @@ class TestEveryEngine:
         whole = SSyncCase(enc.contiguous(), dec.contiguous(), valid.contiguous(), slot_mask.contiguous())
         assert_same_step(Step(backend, case), Step(backend, whole), case)
 
-    def test_two_runs_are_equal_to_the_bit(self, backend: str) -> None:
+    def test_two_runs_are_bitwise_equal(self, backend: str) -> None:
         case = plain_case()
         one, other = Step(backend, case), Step(backend, case)
         assert torch.equal(one.loss, other.loss)
@@ -254,7 +254,7 @@ class TestEveryEngine:
         assert all(one.shape == (0, 2, 4, 5, 12) for one in step.grads)
 
     @pytest.mark.parametrize("masks", ["no valid patch", "no slot", "one slot", "no edge and nothing but edges"])
-    def test_nothing_to_teach_is_zero(self, backend: str, masks: str) -> None:
+    def test_the_loss_of_empty_regions_is_zero(self, backend: str, masks: str) -> None:
         enc, dec = (one.detach() for one in sample_maps())
         if masks == "no edge and nothing but edges":
             enc, dec = torch.zeros_like(enc), torch.nn.functional.one_hot(torch.arange(60).view(5, 12) % 4)
@@ -294,7 +294,7 @@ class TestEveryEngine:
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("threshold", [None, 0.3])
-    def test_what_was_found_is_not_computed_again(self, backend: str, threshold: float | None, masked: bool) -> None:
+    def test_given_slot_labels_are_used(self, backend: str, threshold: float | None, masked: bool) -> None:
         device, knobs = DEVICES[backend], Settings(threshold)
         valid = slot_mask = None
         if masked:
@@ -319,10 +319,10 @@ class TestEveryEngine:
             (step(knobs, found._replace(representative=itself)), step(Settings(None), None)),
         ):
             assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
-        # other labels, other regions: nothing is a boundary
+        # with constant labels there is no boundary
         assert not step(knobs, found._replace(hard=torch.zeros_like(found.hard)))[2].any()
 
-    def test_what_was_found_of_maps_with_nan_is_not_clean(self, backend: str) -> None:
+    def test_slot_labels_of_maps_with_nan_are_not_clean(self, backend: str) -> None:
         enc, dec = (one.detach().to(DEVICES[backend]) for one in sample_maps())
         enc[1, 0, 2, 3, 4] = NAN
         engine, maps = ENGINES[backend], Maps(enc, dec, None, None)
@@ -331,7 +331,7 @@ class TestEveryEngine:
         assert engine.loss(maps, Settings(), found).isnan()
 
     @pytest.mark.parametrize("function", [boundary_refinement_loss, interior_denoising_loss])
-    def test_the_halves(self, backend: str, function: Any) -> None:
+    def test_single_terms(self, backend: str, function: Any) -> None:
         pairs = []
         for name in (backend, "reference"):
             maps = [leaf(one.detach().to(DEVICES[name])) for one in sample_maps()]
@@ -379,7 +379,7 @@ class TestEveryEngine:
             assert all(one.grad is not None and one.grad.shape == one.shape for one in maps)
             assert SSyncLoss(backend=backend).terms(*maps).labels.boundary.dtype == torch.bool  # type: ignore[arg-type]
 
-    # torch's compiler reads the .grad of all inputs
+    # the compiler reads the .grad of all inputs
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("knobs", [{}, {"criterion": "cross_entropy", "boundary_weight": 0.5}])
@@ -401,13 +401,13 @@ def test_the_second_derivative_of_a_function_is_refused_by_the_library() -> None
 
 
 class TestChoice:
-    def test_auto_takes_c_on_a_cpu_and_torch_elsewhere(self) -> None:
+    def test_auto_selects_c_on_a_cpu_and_torch_elsewhere(self) -> None:
         assert resolve("auto", torch.zeros(1, 1, 2, 1, 1)) is ENGINES["cpu"]
         assert resolve("auto", torch.zeros(1, 1, 2, 1, 1, device="meta")) is ENGINES["torch"]
         assert resolve("auto", torch.zeros(1, 1, 65, 1, 1)) is ENGINES["torch"]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_auto_takes_the_kernels_on_cuda(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    def test_auto_selects_the_kernels_on_cuda(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
         maps = torch.zeros(1, 1, 64, 1, 1, dtype=dtype)
         on_cuda(monkeypatch)
         assert resolve("auto", maps, maps.float()) is ENGINES["triton"]
@@ -419,7 +419,7 @@ class TestChoice:
             (torch.zeros(1, 1, 2, 1, 1, dtype=torch.float64), "float16, bfloat16 or float32; got torch.float64"),
         ],
     )
-    def test_auto_falls_back_where_the_kernels_end(
+    def test_auto_falls_back_outside_the_limits_of_the_kernels(
         self, monkeypatch: pytest.MonkeyPatch, maps: Tensor, text: str
     ) -> None:
         on_cuda(monkeypatch)
@@ -427,7 +427,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=f"^`backend`='triton' needs {text}"):
             resolve("triton", maps, maps)
 
-    def test_on_an_old_gpu_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_falls_back_on_an_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps = torch.zeros(1, 1, 2, 1, 1)
         gpu = SimpleNamespace(major=6, minor=0)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -437,7 +437,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"needs a GPU of compute capability 7.0 or above; got 6.0"):
             resolve("triton", maps)
 
-    def test_without_triton_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_falls_back_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps = torch.zeros(1, 1, 2, 1, 1)
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INSTALLED", False)
         on_cuda(monkeypatch)
@@ -450,7 +450,7 @@ class TestChoice:
             with pytest.raises(ValueError, match="`backend`='triton' needs the package triton, which is not installed"):
                 ask()
 
-    def test_with_an_old_triton_auto_falls_back_and_asking_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_falls_back_with_an_old_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps = torch.zeros(1, 1, 2, 1, 1)
         on_cuda(monkeypatch)
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (3, 5))
@@ -461,7 +461,7 @@ class TestChoice:
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", (0, 0))
         assert resolve("auto", maps) is ENGINES["triton"]
 
-    def test_what_an_engine_cannot_take_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_limits_of_an_engine_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
         monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.INTERPRETED", False)
         enc, dec = torch.zeros(2, 1, 1, 2, 2, 2).unbind(0)
@@ -491,28 +491,26 @@ class TestChoice:
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make maps say that they are on a CUDA device that is trusted, and Triton that it is new enough."""
+    """Pretend that maps are on a trusted CUDA device, and that Triton is new enough."""
     monkeypatch.setattr("ssync_loss.ssync.engines.triton._limits.VERSION", MIN_VERSION)
     monkeypatch.setattr(Tensor, "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(engines, "_answers", {("triton", "cuda:0"): True})
 
 
 class TestTrust:
-    """``"auto"`` takes a fast engine only after it has agreed with torch."""
+    """``"auto"`` selects a fast engine only after a comparison with torch."""
 
     @pytest.fixture(autouse=True)
     def unasked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "_answers", {})
 
-    def test_engines_agree_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_engines_are_trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("cpu", "torch", "reference"):
             assert engines.is_trusted(name, "cpu")
         assert engines._answers == {("cpu", "cpu"): True, ("torch", "cpu"): True, ("reference", "cpu"): True}
 
     @pytest.mark.parametrize("part", ["loss", "terms", "pseudo_labels"])
-    def test_an_engine_that_is_wrong_or_fails_is_reported_once(
-        self, monkeypatch: pytest.MonkeyPatch, part: str
-    ) -> None:
+    def test_a_wrong_or_failing_engine_is_reported_once(self, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
         enc, dec = sample_maps()
         wanted = SSyncLoss(backend="torch")(enc, dec)
         right = getattr(ENGINES["cpu"], part)
@@ -533,28 +531,28 @@ class TestTrust:
             warnings.simplefilter("error")
             assert torch.equal(SSyncLoss()(enc, dec), wanted)
         if part != "terms":
-            # a named engine is not tested
+            # a named engine is not compared
             assert resolve("cpu", enc, dec) is ENGINES["cpu"]
 
     @pytest.mark.usefixtures("fresh_compiler")
-    def test_the_question_is_answered_while_a_compiler_traces(self) -> None:
+    def test_the_comparison_runs_while_a_compiler_traces(self) -> None:
         maps = sample_maps()
         compiled = torch.compile(SSyncLoss(), fullgraph=True, backend="aot_eager")
         assert_close_loss(compiled(*maps), SSyncLoss(backend="torch")(*maps))
         assert engines._answers == {("cpu", "cpu"): True}
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode])
-    def test_the_question_may_be_asked_in_any_mode(self, mode: Any) -> None:
+    def test_the_comparison_runs_in_any_mode(self, mode: Any) -> None:
         with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             assert engines.is_trusted("cpu", "cpu")
 
-    def test_the_question_may_be_asked_within_torch_func(self) -> None:
+    def test_the_comparison_runs_within_torch_func(self) -> None:
         enc, dec = (one.detach() for one in sample_maps())
         grad = torch.func.grad(lambda one: SSyncLoss().eval()(one, dec))(enc)
         assert engines._answers == {("cpu", "cpu"): True}
         assert grad.shape == enc.shape
 
-    def test_nothing_is_run_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_comparison_does_not_run_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(engines, "complaint_about", None)

@@ -1,4 +1,4 @@
-"""`python -m ssync_loss.env`: its report, also if parts are missing, hang or crash."""
+"""`python -m ssync_loss.env`: its report, even if parts are missing, hang or crash."""
 
 import os
 import subprocess
@@ -47,13 +47,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert said["variables"].startswith("CC=~/no-compiler")
     assert said["cache"].startswith("~/.cache/ssync-loss, ")
     assert str(home) not in done.stdout
-    # it takes another compiler than the missing one
+    # the library finds another compiler than the missing one
     if not said["C compiler"].startswith("none"):
         assert said["auto on CPU"] == "cpu"
         assert ", 1 libraries of " in said["cache"]
     if not torch.cuda.is_available():
         assert said["CUDA devices"].startswith("none")
-        assert said["auto on CUDA"].startswith("no device to ask")
+        assert said["auto on CUDA"].startswith("no CUDA device")
 
 
 class TestMissingParts:
@@ -77,17 +77,17 @@ class TestMissingParts:
         monkeypatch.setenv(library.CACHE_VARIABLE, str(tmp_path / "link"))
         assert "is a link" in env.cache()
 
-    def test_an_engine_that_cannot_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_unavailable_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines.ENGINES["cpu"], "missing", lambda *_: "a POSIX system")
         assert env.engine_on("cpu") == "torch; cpu needs a POSIX system"
 
-    def test_an_engine_that_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "is_trusted", lambda *_: False)
         monkeypatch.setattr(engines.ENGINES["cpu"], "missing", lambda *_: None)
         monkeypatch.setattr(engines.ENGINES["cpu"], "terms", lambda *_: 1 / 0)
         assert env.engine_on("cpu") == "torch; cpu differs from torch: ZeroDivisionError: division by zero"
 
-    def test_whatever_else_goes_wrong_is_an_answer(self) -> None:
+    def test_any_other_error_is_reported(self) -> None:
         def fail() -> str:
             raise RuntimeError("no driver\non this machine")
 
@@ -95,7 +95,7 @@ class TestMissingParts:
         assert env.answer(lambda: "first\nsecond") == "first\n    second"
 
 
-def test_gpus_are_told_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [SimpleNamespace(name=f"GPU {n}", major=9, minor=n, total_memory=80 * 2**30) for n in range(2)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -104,9 +104,9 @@ def test_gpus_are_told_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.cuda_devices() == "GPU 0 (9.0, 80 GiB), GPU 1 (9.1, 80 GiB); CUDA 12.8"
 
 
-class TestElsewhere:
-    def test_what_hangs_is_ended(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        # its child process would go on
+class TestOtherProcess:
+    def test_a_hanging_process_is_killed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        # the child process must end, too
         lines = ("printf 'C compiler: cc\\nauto on CPU: '", f"(sleep 4; touch {tmp_path}/late) &", "sleep 60")
         monkeypatch.setattr(sys, "executable", script(tmp_path / "python", *lines))
         started = time.monotonic()
@@ -115,11 +115,11 @@ class TestElsewhere:
         time.sleep(max(0.0, started + 5.5 - time.monotonic()))
         assert not (tmp_path / "late").exists()
 
-    def test_what_crashes_is_said(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_crash_is_reported(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(sys, "executable", script(tmp_path / "python", "printf 'auto on CPU: '", "kill -SEGV $$"))
         assert env.report(limit=20).endswith("\nauto on CPU: the process ended with status -11")
 
-    def test_a_compiler_that_hangs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_hanging_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("CC", script(tmp_path / "cc", "exec sleep 60"))
         monkeypatch.setattr(env, "COMPILER_SECONDS", 0.2)
         assert env.answer(env.compiler).startswith("unknown, TimeoutExpired")
@@ -134,16 +134,16 @@ class TestHome:
             ("/home/alice /home/al-2 /home/al_2", "/home/alice /home/al-2 /home/al_2"),
         ],
     )
-    def test_it_is_a_tilde(self, text: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_becomes_a_tilde(self, text: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/al")
         assert env.without_home(text) == short
 
-    def test_a_link_to_it_too(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_a_link_to_it_becomes_a_tilde(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "real").mkdir()
         (tmp_path / "linked").symlink_to(tmp_path / "real")
         monkeypatch.setenv("HOME", str(tmp_path / "linked"))
         assert env.without_home(f"{tmp_path}/linked/a {tmp_path}/real/b") == "~/a ~/b"
 
-    def test_nobody_lives_in_the_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_home_at_the_root_is_not_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/")
         assert env.without_home("/usr/bin/cc") == "/usr/bin/cc"

@@ -1,4 +1,4 @@
-"""The example, shortened: its data, its model, and that stopping and resuming lose nothing."""
+"""The main example in short: its data, its model, stopping and resuming."""
 
 import doctest
 import json
@@ -37,11 +37,12 @@ def train(state: TrainingState, features: Tensor, until: int, folder: Path, crit
 
 
 EXAMPLES = Path(moving_objects.__file__).parent
-DOCUMENTED = [path for path in sorted(EXAMPLES.rglob("*.py")) if ">>>" in path.read_text()]
+SCRIPTS = [path for name in ("examples", "benchmarks") for path in sorted((EXAMPLES.parent / name).rglob("*.py"))]
+DOCUMENTED = [path for path in SCRIPTS if ">>>" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.stem)
-def test_examples_in_docstrings_hold(path: Path) -> None:
+def test_doctests_of_examples_pass(path: Path) -> None:
     module = import_module(".".join(path.relative_to(EXAMPLES.parent).with_suffix("").parts))
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
@@ -62,18 +63,18 @@ class TestMovingObjects:
         assert torch.equal(clips.ids.flatten(1).amax(1), clips.num_objects)
         assert (clips.ids == 0).flatten(1).any(1).all()
 
-    def test_every_surface_has_a_color_of_its_own(self) -> None:
+    def test_surfaces_have_distinct_colors(self) -> None:
         clips = moving_objects.moving_objects(200, seed=0)
         gap = torch.cdist(clips.colors, clips.colors) + 9 * torch.eye(5)
         assert gap.min() >= 0.5 - 1e-4
 
-    def test_ids_say_whose_color_is_seen(self) -> None:
+    def test_ids_match_the_visible_colors(self) -> None:
         clips = moving_objects.moving_objects(8, seed=1, contrast=0.0, noise=0.0)
         rows = torch.arange(8).view(-1, 1, 1, 1)
         assert torch.equal(clips.video.movedim(2, -1), clips.colors[rows, clips.ids])
 
     def test_later_objects_cover_earlier_ones(self) -> None:
-        # shapes are convex: a whole object fills one run of pixels in every line
+        # shapes are convex, so a whole object fills one run of pixels in every line
         clips = moving_objects.moving_objects(150, seed=2)
         last = clips.ids == clips.num_objects.view(-1, 1, 1, 1)
         assert _runs(last).max() == 1
@@ -102,8 +103,8 @@ class TestFeatures:
         assert variance.mean().item() == pytest.approx(1, abs=1e-3)
         assert torch.equal(variance, variance.sort(descending=True).values)
 
-    def test_whitening_stops_half_way(self) -> None:
-        # the square root of a variance becomes the variance
+    def test_tokens_are_half_whitened(self) -> None:
+        # half-whitening takes the square root of every variance
         video = moving_objects.moving_objects(20, seed=0).video
         features = FrozenFeatures(6).fit(video)
         raw = torch.cat([features._raw(clip[None]) for clip in video]).movedim(2, -1).flatten(0, -2)
@@ -119,7 +120,7 @@ class TestFeatures:
         assert torch.equal(loaded(video), fitted(video))
         assert loaded(video).shape == (2, 2, 4, 6, 10)
 
-    def test_refuses_what_is_no_video_of_whole_patches(self) -> None:
+    def test_refuses_other_shapes(self) -> None:
         with pytest.raises(ValueError, match=r"`video` must have shape \(B, T, 3, H, W\); got \(2, 3, 16, 16\)"):
             FrozenFeatures()(torch.rand(2, 3, 16, 16))
         with pytest.raises(ValueError, match=r"`video` must have H and W that are multiples of 4; got \(16, 18\)"):
@@ -127,7 +128,7 @@ class TestFeatures:
 
 
 class TestSlotModel:
-    def test_maps_of_any_grid_reach_every_parameter(self) -> None:
+    def test_every_parameter_gets_a_gradient(self) -> None:
         torch.manual_seed(0)
         model, features = SlotModel(3, feature_dim=5, dim=8), torch.randn(2, 3, 5, 4, 6)
         output = model(features)
@@ -138,7 +139,7 @@ class TestSlotModel:
         (loss + SSyncLoss()(output.enc_logits, output.dec_logits)).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
-    def test_the_map_is_of_the_last_iteration_and_attention_of_all(self) -> None:
+    def test_the_map_is_from_the_last_iteration_and_attention_from_all(self) -> None:
         torch.manual_seed(0)
         model, features = SlotModel(3, feature_dim=5, dim=8), torch.randn(2, 1, 5, 4, 6)
         output = model(features)
@@ -152,7 +153,7 @@ class TestSlotModel:
         torch.testing.assert_close(output.tokens[0, 0, :, 1, 2], tokens[0, 0, 1 * 6 + 2])
 
     def test_slots_take_the_mean_of_their_tokens(self) -> None:
-        # a mean, not a sum: every token twice changes nothing
+        # a mean does not change if every token is repeated
         torch.manual_seed(0)
         attention = SlotModel(2, dim=8).attention
         tokens, slots = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
@@ -174,7 +175,7 @@ class TestSlotModel:
         assert torch.equal(basis[0], torch.ones(48).double())
         assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
 
-    def test_slot_contrast_is_small_only_for_slots_that_stay(self) -> None:
+    def test_slot_contrast_is_small_only_for_constant_slots(self) -> None:
         slots = torch.eye(4).view(2, 1, 2, 4).expand(2, 3, 2, 4)  # four orthogonal slots in two clips
         assert slot_contrast_loss(slots).item() == pytest.approx(math.log(1 + 3 * math.exp(-10)), abs=1e-6)
         swapped = torch.stack([slots[:, 0], slots[:, 0].flip(1)], dim=1)
@@ -182,7 +183,7 @@ class TestSlotModel:
 
 
 class TestTraining:
-    def test_a_pass_sees_every_clip_once_in_a_new_order(self) -> None:
+    def test_an_epoch_has_every_clip_once_in_a_new_order(self) -> None:
         def one_pass(number: int) -> Tensor:
             steps = range(4 * number, 4 * number + 4)
             return torch.cat([batch_of_step(step, num_clips=12, batch_size=3, seed=5) for step in steps])
@@ -192,7 +193,7 @@ class TestTraining:
         assert not torch.equal(one_pass(0), one_pass(1))
         assert len(batch_of_step(7, num_clips=2, batch_size=16, seed=0)) == 2
 
-    def test_before_its_start_the_line_changes_nothing(self, tmp_path: Path) -> None:
+    def test_the_loss_changes_nothing_before_its_start(self, tmp_path: Path) -> None:
         settings = Settings("noise", 8, slots=3, steps=20)
         features = torch.randn(8, 2, 24, 4, 4)
 
@@ -207,7 +208,7 @@ class TestTraining:
         assert not all(map(torch.equal, weights(line, 7), weights(None, 7)))
 
     @pytest.mark.parametrize("dense", [False, True])
-    def test_a_state_comes_back_from_disk_whole(self, dense: bool, tmp_path: Path) -> None:
+    def test_a_state_survives_saving_and_loading(self, dense: bool, tmp_path: Path) -> None:
         settings = Settings("noise", 8, slots=3, steps=10)
         state, start = (TrainingState.fresh(settings, 1, dense=dense) for _ in range(2))
         train(state, torch.randn(8, 4, 24, 3, 3), 3, tmp_path)
@@ -216,7 +217,7 @@ class TestTraining:
         assert torch.equal(torch.rand(3), drawn)
         for name, part in state.content().items():
             assert name == "rng" or _same(loaded.content()[name], part), name
-        # projections of dense alignment are trained, too
+        # the projections of dense alignment are trained, too
         assert (state.alignment is not None) == dense
         assert not any(map(torch.equal, state.parameters(), start.parameters()))
 
@@ -237,20 +238,20 @@ class TestDenseAlignment:
 
     @staticmethod
     def made(*, num_clips: int = 2) -> tuple[DenseAlignment, SlotOutput, Tensor]:
-        """Return the terms, an output of leaves, and the features."""
+        """Return the terms, a model output whose parts are leaves, and the features."""
         torch.manual_seed(0)
         features = torch.randn(num_clips, 4, 5, 4, 4, requires_grad=True)
         output = SlotModel(3, feature_dim=5, dim=8)(features)
         leaves = SlotOutput(*(part.detach().requires_grad_() for part in output))
         return DenseAlignment(DenseSettings(20), feature_dim=5, dim=8), leaves, features
 
-    def test_numbers_and_schedule_are_the_published_ones(self) -> None:
+    def test_settings_and_schedule_are_published(self) -> None:
         settings = DenseSettings(100_000)
         assert (settings.redundancy_end, settings.start_step) == (10_000, 20_000)
         assert (settings.weight, settings.redundancy_weight) == (0.1, 0.1)
         assert (settings.group_frames, settings.top_k) == (4, 8)
 
-    def test_both_terms_as_written_out(self) -> None:
+    def test_both_terms_equal_their_formulas(self) -> None:
         alignment, output, features = self.made()
         loss = alignment(output, features, step=4)
         given = (
@@ -280,7 +281,7 @@ class TestDenseAlignment:
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, (first, second, reconstruction, tokens)))
 
     @pytest.mark.parametrize(("step", "taught"), [(0, {"attention"}), (4, {"reconstruction", "tokens"})])
-    def test_attention_is_taught_first_then_the_features_of_both_maps(self, step: int, taught: set[str]) -> None:
+    def test_attention_gets_gradients_first_then_reconstruction_and_tokens(self, step: int, taught: set[str]) -> None:
         alignment, output, features = self.made()
         alignment(output, features, step=step).backward()
         for name, part in output._asdict().items():
@@ -288,7 +289,7 @@ class TestDenseAlignment:
         assert features.grad is None
         assert all((p.grad is not None and p.grad.abs().sum() > 0) == (step > 0) for p in alignment.parameters())
 
-    def test_redundancy_comes_first_then_nothing_then_alignment(self) -> None:
+    def test_schedule_is_redundancy_pause_alignment(self) -> None:
         alignment, output, features = self.made()
         redundancy = 0.1 * slot_redundancy_loss(output.attention, output.slots)
         losses = [alignment(output, features, step=step) for step in range(20)]
@@ -307,7 +308,7 @@ class TestDenseAlignment:
         trained = {id(p) for group in with_it.optimizer.param_groups for p in group["params"]}
         assert {id(p) for p in (*with_it.model.parameters(), *with_it.alignment.parameters())} == trained
 
-    def test_all_that_is_trained_is_clipped_together(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_all_gradients_are_clipped_together(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         clipped: list[set[int]] = []
         monkeypatch.setattr(
             torch.nn.utils, "clip_grad_norm_", lambda parameters, _: clipped.append({id(p) for p in parameters})
@@ -332,7 +333,7 @@ class TestEvaluation:
         assert scores["dec_slots"] == scores["enc_slots"] == 3
 
 
-def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path) -> None:
+def test_the_premise_holds_on_moving_objects_when_the_loss_starts(tmp_path: Path) -> None:
     data = make_data(num_train=1500, num_premise=48, num_test=1)
     settings = Settings(data=data.description, num_clips=1500, slots=9, steps=1500, threshold=0.6)
     state = TrainingState.fresh(settings, seed=0)
@@ -341,7 +342,7 @@ def test_the_premise_holds_on_moving_objects_when_the_loss_is_due(tmp_path: Path
     for asked in (data.trained, data.fresh):
         verdict = ask_premise(state.model, asked, settings.threshold)
         assert verdict.holds
-        # with a clear margin: three seeds of the example give +0.06 to +0.09 on fresh clips
+        # three seeds of the example give margins of +0.06 to +0.09 on fresh clips
         assert verdict.margin.mean() > 0.01
 
 
@@ -350,7 +351,7 @@ def saved(out: Path, *stages: str) -> list[dict[str, Any]]:
 
 
 def laid_out(*seeds: list[tuple[float, float | None]]) -> tuple[list[str], dict[str, list[str]]]:
-    """Lay out runs of one number for all scores and a time: the lines, and the cells of the table by row."""
+    """Tabulate runs that have one value for all scores, and a time. Return the lines, and the cells by row."""
     keys = [key for _, key, _ in report.COLUMNS]
     reports = []
     for number, runs in enumerate(seeds):
@@ -367,7 +368,7 @@ def laid_out(*seeds: list[tuple[float, float | None]]) -> tuple[list[str], dict[
 def stopped(
     step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """Press Ctrl-C during the n-th training step, and return the output."""
+    """Press Ctrl-C during a training step, and return the output."""
     calls = count(1)
 
     def pressed(output: SlotOutput, features: Tensor) -> Tensor:
@@ -390,7 +391,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestTheCommand:
-    def test_leaves_numbers_and_a_picture(self, finished: Path) -> None:
+    def test_it_writes_results_and_a_picture(self, finished: Path) -> None:
         results = json.loads((finished / "results.json").read_text())
         assert results["complete"]
         assert {"cpu", "torch", "commit", "date", "threads"} <= results["machine"].keys()
@@ -413,13 +414,11 @@ class TestTheCommand:
         assert baseline["history"][:3] == ssync["history"][:3] == shared["history"]
         assert all(losses["ssync"] == 0 for losses in baseline["history"])
         assert all(losses["ssync"] > 0 for losses in ssync["history"][3:])
-        # the first step with the line on is taken from the same weights, on the same clips
+        # the first step with the loss starts from the same weights and clips
         assert baseline["history"][3]["reconstruction"] == ssync["history"][3]["reconstruction"]
         assert not _same(baseline["model"], ssync["model"])
 
-    def test_prints_its_table_again_without_a_trace_of_a_third_run(
-        self, finished: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_printed_table_has_no_third_run(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert train_moving_objects.main(["--table", str(finished / "results.json")]) == 0
         printed = capsys.readouterr().out
         for part in ("| own losses", "| + SSync", "| difference, seed 1", "FG-ARI", " ± ", "Premise at step 3"):
@@ -437,7 +436,7 @@ class TestTheCommand:
         assert cells["difference, seed 1"][0] == "+0.300"
 
     def test_a_second_ctrl_c_is_not_swallowed(self) -> None:
-        # a process started in the background may ignore the signal
+        # a background process may ignore the signal
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with training.stop_on_ctrl_c() as stop:
@@ -461,7 +460,7 @@ class TestTheCommand:
 
 @pytest.fixture(scope="module")
 def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A third run, added to the finished pair."""
+    """Add a third run to the finished pair."""
     out: Path = tmp_path_factory.mktemp("compared")
     shutil.copytree(finished, out, dirs_exist_ok=True)
     arguments = [*QUICK, "--seeds", "0", "1", "--compare", "dense", "--resume", "--out", str(out)]
@@ -470,7 +469,7 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCompareDense:
-    def test_it_is_added_to_an_unchanged_pair(self, finished: Path, compared: Path) -> None:
+    def test_the_pair_is_unchanged(self, finished: Path, compared: Path) -> None:
         without, with_it = (json.loads((out / "results.json").read_text()) for out in (finished, compared))
         assert with_it["complete"]
         assert with_it["settings"].pop("dense") == {
@@ -519,7 +518,7 @@ class TestCompareDense:
         assert 1.3 < three.shape[0] / two.shape[0] < 1.5
 
     @pytest.mark.parametrize(("step", "dense"), [(2, False), (6, False), (14, False), (1, True), (2, True), (6, True)])
-    def test_ctrl_c_keeps_everything_and_resuming_loses_nothing(
+    def test_ctrl_c_and_resuming_give_the_uninterrupted_run(
         self,
         step: int,
         dense: bool,
@@ -547,7 +546,7 @@ class TestCompareDense:
             assert len(resumed.pop("times")) == len(whole.pop("times"))
             assert _same(whole, resumed)
 
-    def test_the_table_says_how_much_longer_a_step_takes(self) -> None:
+    def test_the_table_compares_the_time_of_a_step(self) -> None:
         lines, cells = laid_out([(0.5, 40.0), (0.5, 42.0), (0.5, 160.0)])
         assert cells[""][-1] == "ms per step"
         assert cells["+ dense alignment (SRL)"][-1] == "160.0"
@@ -556,13 +555,13 @@ class TestCompareDense:
             "Median step from step 3 on, seed 0: with SSync 1.05 times and with dense alignment 4.00 times "
             "as long as with own losses."
         )
-        # a run that ended before it could be timed
+        # one dense run stopped before it was timed
         lines, cells = laid_out([(0.5, 40.0), (0.5, 42.0), (0.5, 160.0)], [(0.5, 40.0), (0.5, 42.0), (0.5, None)])
         assert sum(line.startswith("Median step") for line in lines) == 1
         assert cells["+ dense alignment (SRL)"][-1] == "-"
 
 
-def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
+def test_the_adaptive_run_branches_off_and_resumes_with_its_state(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -575,7 +574,7 @@ def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
     assert "+ SSync, adaptive: difference" in printed
     (baseline,), (adaptive,) = saved(whole, "baseline"), saved(whole, "adaptive")
     assert baseline["history"][:3] == adaptive["history"][:3]
-    # it listens for more steps than these
+    # its warm-up takes more steps than these
     assert [losses["ssync"] > 0 for losses in adaptive["history"][:4]] == [False] * 3 + [True]
     assert adaptive["adaptive"]["levels"].sum() == 7
     assert adaptive["adaptive"]["levels"][0] == 0
@@ -587,7 +586,7 @@ def test_the_adaptive_run_branches_off_and_goes_on_with_what_it_learned(
     assert report.Report.load(cut / "results.json").seeds[0].runs["adaptive"].step == 10
 
 
-def test_the_readme_s_table_is_the_one_that_the_script_prints_first() -> None:
+def test_the_readme_has_the_printed_table() -> None:
     folder = Path(report.__file__).parent
     shown = re.search(r"<!-- table: .*-->\n((?:.+\n)+\n(?:\|.*\n)+)", (folder / "README.md").read_text())
     assert shown is not None
@@ -596,7 +595,7 @@ def test_the_readme_s_table_is_the_one_that_the_script_prints_first() -> None:
     assert report.table(results).startswith(f"{report.in_short(results)}\n\n")
 
 
-def test_the_numbers_bear_out_what_the_readme_says() -> None:
+def test_the_results_support_the_claims_of_the_readme() -> None:
     folder = Path(report.__file__).parent
     pair, compared = (report.Report.load(folder / name) for name in ("results.json", "results_dense.json"))
     assert compared.complete

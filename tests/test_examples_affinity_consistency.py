@@ -1,4 +1,4 @@
-"""The example of affinity consistency: its crops, its teacher, its scores, its table."""
+"""The example of affinity consistency: its crops, its teacher and its scores."""
 
 import pytest
 import torch
@@ -24,9 +24,7 @@ def features() -> Tensor:
 
 
 class TestAffinity:
-    def test_it_is_the_loss_of_the_library_and_teaches_the_encoder_only(
-        self, model: SlotModel, features: Tensor
-    ) -> None:
+    def test_it_uses_the_library_and_trains_only_the_encoder(self, model: SlotModel, features: Tensor) -> None:
         method = example.Affinity(model, SETTINGS)
         student, teacher = (torch.randn(2, 4, 5, 3, 3) for _ in range(2))
         torch.testing.assert_close(method.compare(student, teacher), affinity_consistency_loss(student, teacher))
@@ -45,7 +43,7 @@ class TestAffinity:
         moved = method.teacher.model.get_parameter("mlp.1.weight") - before
         assert 0 < moved.mean() < 0.01
 
-    def test_the_teacher_stops_at_the_end_of_the_training(self, model: SlotModel) -> None:
+    def test_the_teacher_is_constant_at_the_end_of_training(self, model: SlotModel) -> None:
         method = example.Affinity(model, SETTINGS)
         assert method.teacher.current_momentum() == 0.996
         for step in range(SETTINGS.steps):
@@ -60,7 +58,7 @@ class TestAffinity:
 
 
 class TestCarry:
-    def test_perfect_features_carry_every_object(self) -> None:
+    def test_perfect_features_score_one(self) -> None:
         ids = torch.zeros(1, example.NUM_FRAMES, 4, 4, dtype=torch.int64)
         for t in range(example.NUM_FRAMES):
             ids[0, t, :, t % 2 : t % 2 + 2] = 1
@@ -76,7 +74,7 @@ class TestCrops:
         monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor(corners))
         method = example.Affinity(model, SETTINGS)
         with torch.no_grad():
-            model.encoder.get_parameter("mlp.1.weight").mul_(2)  # the teacher depends on the earlier weights
+            model.encoder.get_parameter("mlp.1.weight").mul_(2)  # the teacher keeps the earlier weights
         student, teacher = [], []
         for t, (y, x) in enumerate(corners):
             here = (..., slice(y, y + 6), slice(x, x + 6))
@@ -86,7 +84,7 @@ class TestCrops:
         expected = 0.01 * affinity_consistency_loss(torch.cat(student, 1), torch.cat(teacher, 1))
         torch.testing.assert_close(method.loss(model(features), features, 0), expected)
 
-    def test_those_of_frames_are_drawn_apart_and_reach_every_place(
+    def test_frames_have_independent_crops_at_all_places(
         self, model: SlotModel, features: Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         drawn, randint = [], torch.randint
@@ -105,7 +103,7 @@ class TestCrops:
         assert (places[:, 0] != places[:, 1]).any(1).sum() > 30
 
 
-def test_scores_are_of_objects_that_the_first_frame_shows_and_of_later_frames() -> None:
+def test_scores_count_objects_of_the_first_frame_in_later_frames() -> None:
     torch.manual_seed(0)
     ids = torch.zeros(1, 3, 12, 12, dtype=torch.int64)
     ids[:, :, 2:6, 2:6], ids[:, 1:, 8:11, 8:11] = 1, 2

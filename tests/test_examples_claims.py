@@ -1,4 +1,4 @@
-"""The neighbors' README: its tables are those of the committed results, and its claims are true, seed by seed."""
+"""The neighbors' README has the tables of the committed results, and its claims hold for every seed."""
 
 import re
 from math import inf
@@ -17,10 +17,10 @@ AGAIN, WEAK, STRONG = "+ squared error again", "+ structure, weight 0.05", "+ st
 SMTC, AFFINITY, AGREEMENT = "+ SMTC", affinity_consistency.AFFINITY, affinity_consistency.AGREEMENT
 BOTH = [(run, run + cyclic_inference.CYCLIC, run + cyclic_inference.LONGER) for run in (OWN, with_ssync(OWN))]
 
-# a study, a run, another one, scores, and bounds of the difference on every seed. "a:b" is a less the other's b
+# study, run, other run, scores, and bounds of the difference on every seed; "a:b" compares a with the other's b
 ON_EVERY_SEED = [
     *((EDGES, STRONG, other, "contrast step_at_edges", 0, inf) for other in (OWN, AGAIN)),
-    # the first frame is as good as the last, which stays; a longer first look helps as much, but not against noise
+    # cyclic: the first frame scores like the last, which is unchanged; a longer look helps, too, but not with noise
     *((CYCLE, back, back, "fg_ari_0:fg_ari_7 mbo_0:mbo_7", -0.01, inf) for _, back, _ in BOTH),
     *((CYCLE, back, run, "fg_ari_7 mbo_7", -1e-12, 1e-12) for run, back, _ in BOTH),
     *((CYCLE, longer, back, "fg_ari_0 mbo_0", 0, inf) for _, back, longer in BOTH),
@@ -30,7 +30,7 @@ ON_EVERY_SEED = [
     (TOKENS, AFFINITY, OWN, "j_and_f:frozen_j_and_f", -inf, 0),
     (TOKENS, AGREEMENT, AFFINITY, "j_and_f", 0, inf),
 ]
-# and those where the mean difference is no larger than the spread of the differences
+# comparisons whose mean difference is at most the spread of the differences
 WITHIN_SPREAD = [
     *(
         (CURRICULUM, run, OWN, " ".join(column.key for column in slot_curriculum.COLUMNS))
@@ -60,7 +60,7 @@ def test_within_the_spread(study: str, run: str, other: str, keys: str) -> None:
         assert abs(fmean(values)) <= stdev(values), key
 
 
-def test_tables_in_the_readme_are_those_that_the_scripts_print_first() -> None:
+def test_the_readme_has_the_printed_tables() -> None:
     shown = re.findall(r"<!-- table: results/(\w+)\.json -->\n(.*\n\n(?:\|.*\n)+)", (FOLDER / "README.md").read_text())
     assert {name for name, _ in shown} == {path.stem for path in FOLDER.glob("*.py")} - {"study"}
     for name, text in shown:
@@ -73,9 +73,7 @@ def test_tables_in_the_readme_are_those_that_the_scripts_print_first() -> None:
     ("study", "steps", "slots"),
     [(CURRICULUM, 1500, 6), (EDGES, 1000, 9), (CYCLE, 1500, 9), (IDENTITY, 1000, 9), (TOKENS, 1200, 9)],
 )
-def test_committed_results_are_of_three_seeds_and_of_the_settings_of_the_scripts(
-    study: str, steps: int, slots: int
-) -> None:
+def test_committed_results_have_three_seeds_and_the_settings_of_the_scripts(study: str, steps: int, slots: int) -> None:
     report = REPORTS[study]
     assert list(report.seeds) == [0, 1, 2]
     found = [report.settings[name] for name in ("num_clips", "steps", "slots", "start_step")]

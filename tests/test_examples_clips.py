@@ -1,4 +1,4 @@
-"""Your own clips: pictures and videos of every kind have their right mean, and bad files are named and left out."""
+"""Your own clips: pictures and videos of all formats have the right brightness, and bad files are skipped."""
 
 import io
 import os
@@ -18,13 +18,13 @@ from examples.data import read_data
 from PIL import Image
 
 QUARTER_TURN = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-# samples of a pixel by PNG's color type
+# channels by the color type of a PNG
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 GRAY = 0.2
 
 
 def png(color: int, depth: int, *, transparent: bool) -> bytes:
-    """Write a picture of 16 x 16 by hand: black on the left, and on the right `GRAY`, or white if it has no gray."""
+    """Encode a picture of 16 x 16 that is black on the left and `GRAY` on the right, or white without grays."""
     white = 2**depth - 1
     level = white * GRAY if (white * GRAY).is_integer() else white
     left, right = ([value] * CHANNELS[color] for value in (0, int(level)))
@@ -59,7 +59,7 @@ def write_frames(folder: Path, contents: bytes | list[bytes], *, name: str = "{}
 
 
 def gray_frames(count: int) -> list[bytes]:
-    """Make frames of brightness 20 n."""
+    """Return frames with brightness 20 n."""
     return [encoded(np.full((20, 16, 3), 20 * n, np.uint8), kind="PNG") for n in range(count)]
 
 
@@ -81,7 +81,7 @@ def colored(levels: list[float], pixels: str = "yuv420p") -> list[av.VideoFrame]
 
 
 class TestClips:
-    def test_frames_are_read_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
+    def test_frames_are_sorted_by_number(self, tmp_path: Path) -> None:
         write_frames(tmp_path / "a", gray_frames(11), name="frame_{}.png", count=11)
         clips = load_clips(tmp_path, num_frames=5, size=8)
         assert clips.sources == ["a", "a"]
@@ -97,7 +97,7 @@ class TestClips:
         write_frames(tmp_path, encoded(picture, kind="PNG"))
         assert load_clips(tmp_path, size=8).video.min() == 1
 
-    def test_videos_are_found_at_any_depth_by_their_names_and_once(self, tmp_path: Path) -> None:
+    def test_matching_videos_are_found_once_at_any_depth(self, tmp_path: Path) -> None:
         levels = [n * 20 / 255 for n in range(10)]
         for name in ("1_video.mp4", "1_colors.mp4"):
             write_video(tmp_path / "deep" / name, colored(levels))
@@ -106,7 +106,7 @@ class TestClips:
         assert clips.sources == ["deep/1_video.mp4"] * 2
         assert (clips.video.flatten(2).mean(2).flatten() - torch.tensor(levels[:8])).abs().max() < 0.03
 
-    def test_says_what_is_missing(self, tmp_path: Path) -> None:
+    def test_errors(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"`clips` must be a directory; got .*nowhere"):
             load_clips(tmp_path / "nowhere")
         write_frames(tmp_path / "a", gray_frames(4))
@@ -116,7 +116,7 @@ class TestClips:
         with pytest.raises(ValueError, match=r"must hold a video of at least 4 frames; .*2 frames at stride 2, a clip"):
             load_clips(tmp_path, stride=2)
 
-    def test_what_is_hidden_is_said_in_one_line(self, tmp_path: Path) -> None:
+    def test_hidden_files_are_reported_in_one_line(self, tmp_path: Path) -> None:
         write_frames(tmp_path / "a", gray_frames(4))
         write_frames(tmp_path / "a", b"Mac OS X", name="._{}.png")
         write_frames(tmp_path / ".b", gray_frames(4))
@@ -127,7 +127,7 @@ class TestClips:
 
 
 class TestPictures:
-    """They are black on the left, and `GRAY` or white on the right; 16 bits read as 8 would be all white."""
+    """Pictures that are black on the left and `GRAY` or white on the right. Truncated 16 bits would be white."""
 
     @pytest.mark.parametrize(
         ("color", "depth", "transparent"),
@@ -157,14 +157,14 @@ class TestPictures:
         ],
         ids=lambda given: f"{given[1] or given[0].dtype.str}-{given[2]}-{given[0].max()}",
     )
-    def test_every_mode_whatever_the_file_is_called(self, values: tuple[np.ndarray, str, str], tmp_path: Path) -> None:
+    def test_every_mode_and_format(self, values: tuple[np.ndarray, str, str], tmp_path: Path) -> None:
         write_frames(tmp_path, encoded(values[0], mode=values[1], kind=values[2]))
-        # one bit scatters white dots
+        # one bit is dithered
         tolerance = 0.03 if values[1] == "1" else 0.002
         assert load_clips(tmp_path).video.mean().item() == pytest.approx(GRAY, abs=tolerance)
 
     @pytest.mark.parametrize("kind", ["jpg", "mp4"])
-    def test_what_was_taken_on_its_side_is_turned(self, kind: str, tmp_path: Path) -> None:
+    def test_rotated_pictures_are_turned_upright(self, kind: str, tmp_path: Path) -> None:
         picture = np.zeros((48, 64, 3), np.uint8)
         picture[:, :32] = 255
         if kind == "jpg":
@@ -180,7 +180,7 @@ class TestPictures:
             matrix = data.index(b"tkhd") + 44
             path.write_bytes(data[:matrix] + QUARTER_TURN + data[matrix + 36 :])
             if not hasattr(av.VideoFrame, "rotation"):
-                pytest.skip("this PyAV does not read it")
+                pytest.skip("this version of PyAV does not read the rotation")
         video = load_clips(tmp_path).video
         assert video[..., :20, :].min() > 0.9
         assert video[..., 28:, :].max() < 0.1
@@ -202,7 +202,7 @@ class TestVideos:
 
     @pytest.mark.parametrize("pixels", ["yuv420p", "yuv420p10le", "gray", "gray10le"])
     @pytest.mark.parametrize("full", [False, True])
-    def test_black_and_white_are_where_the_file_says(self, pixels: str, full: bool, tmp_path: Path) -> None:
+    def test_the_color_range_is_applied(self, pixels: str, full: bool, tmp_path: Path) -> None:
         depth, kind = (10, np.uint16) if "10" in pixels else (8, np.uint8)
         frame = av.VideoFrame(64, 48, pixels)
         level = GRAY * (2**depth - 1) if full else (16 + GRAY * 219) * 2 ** (depth - 8)
@@ -223,9 +223,9 @@ def _audio(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_videos", "kept"), [(1, []), (2, [1]), (4, [3]), (11, [4, 9])])
-def test_videos_are_trained_on_or_fresh_and_never_cut_in_two(num_videos: int, kept: list[int], tmp_path: Path) -> None:
+def test_whole_videos_are_held_out(num_videos: int, kept: list[int], tmp_path: Path) -> None:
     for video in range(num_videos):
-        # two clips of different grays
+        # every video has two clips with different grays
         grays = [np.full((48, 48, 3), 20 * video + clip, np.uint8) for clip in (3, 7) for _ in range(4)]
         write_frames(tmp_path / f"{video:02}", [encoded(gray, kind="PNG") for gray in grays], count=8)
     data = read_data(tmp_path, match="*", stride=1, num_premise=9, num_test=99)
@@ -277,7 +277,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 class TestBadFiles:
-    def test_one_of_many_is_left_out_and_said_so_in_a_line(
+    def test_a_bad_file_is_skipped_with_one_line(
         self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         make, reason = BAD[name]
@@ -290,7 +290,7 @@ class TestBadFiles:
         assert re.fullmatch(f"a/{re.escape(repr(name)[1:-1])} is skipped: {reason}", line)
         assert summary == f"1 clips of 4 frames from 1 videos in {tmp_path}; 1 skipped"
 
-    def test_alone_it_is_an_error_that_names_it(self, name: str, tmp_path: Path) -> None:
+    def test_a_single_bad_file_is_an_error(self, name: str, tmp_path: Path) -> None:
         make, _ = BAD[name]
         (tmp_path / "a").mkdir()
         make(tmp_path / "a" / name)

@@ -1,4 +1,4 @@
-"""The example of cyclic inference: its scans, its scores, its table, and what its results bear out."""
+"""The example of cyclic inference: its scans and its scores."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def features(frames: int, clips: int = 2) -> Tensor:
 def looks(
     scan: example.Scan, model: SlotModel, clip: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[int, bool]]:
-    """Scan, and list the frame of every step, and whether it was a first one."""
+    """Scan a clip, and return the frame of every step and whether it was treated as the first."""
     tokens, see, seen = model.encoder(clip), model.see, []
 
     def spy(prior: Tensor, frame: Tensor, *, first: bool) -> object:
@@ -44,12 +44,12 @@ def assert_frame_equal(output: SlotOutput, t: int, expected: SlotOutput, expecte
 
 
 class TestCyclic:
-    def test_it_goes_forward_and_then_back(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_scans_forward_and_back(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
         first = (0, True)
         rest = [(1, False), (2, False), (3, False), (2, False), (1, False), (0, False)]
         assert looks(example.cyclic, model, features(4), monkeypatch) == [first, *rest]
 
-    def test_it_returns_what_is_seen_on_the_way_back(self, model: SlotModel) -> None:
+    def test_it_returns_the_backward_pass(self, model: SlotModel) -> None:
         clip = features(3)
         tokens = model.encoder(clip)
         prior = model.initial_slots.expand(2, -1, -1)
@@ -66,23 +66,23 @@ class TestCyclic:
         torch.testing.assert_close(output.dec_logits[:, :1], alpha)
         torch.testing.assert_close(output.reconstruction[:, :1], painted)
 
-    def test_the_last_frame_stays_and_all_others_change(self, model: SlotModel) -> None:
+    def test_only_the_last_frame_equals_the_forward_scan(self, model: SlotModel) -> None:
         clip = features(4)
         there, back = example.forward(model, clip), example.cyclic(model, clip)
         assert_frame_equal(back, -1, there, -1)
         assert (there.dec_logits - back.dec_logits).abs().flatten(2).amax(2)[:, :-1].min() > 1e-6
 
-    def test_of_a_single_frame_it_is_the_forward_scan(self, model: SlotModel) -> None:
+    def test_a_single_frame_equals_the_forward_scan(self, model: SlotModel) -> None:
         clip = features(1)
         assert_frame_equal(example.cyclic(model, clip), 0, example.forward(model, clip), 0)
 
 
 class TestLongerFirstLook:
-    def test_it_takes_as_many_steps_as_the_cycle(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_has_as_many_steps_as_the_cyclic_scan(self, model: SlotModel, monkeypatch: pytest.MonkeyPatch) -> None:
         rest = [(0, False), (0, False), (0, False), (1, False), (2, False), (3, False)]
         assert looks(example.longer_first_look, model, features(4), monkeypatch) == [(0, True), *rest]
 
-    def test_it_returns_the_clip_alone(self, model: SlotModel) -> None:
+    def test_it_returns_only_the_clip(self, model: SlotModel) -> None:
         clip = features(3)
         output = example.longer_first_look(model, clip)
         again = example.forward(model, clip[:, [0, 0, 0, 1, 2]])
@@ -92,24 +92,24 @@ class TestLongerFirstLook:
 
 
 class TestScores:
-    def test_identity_is_asked_of_objects_seen_at_both_ends(self) -> None:
-        # object 1 keeps its slot, 2 changes it, 3 is gone, 4 keeps it by its larger part
+    def test_identity_counts_objects_in_the_first_and_last_frame(self) -> None:
+        # object 1 keeps its slot, 2 changes it, 3 disappears, and 4 keeps the slot of its larger part
         ids = torch.tensor([[[[0, 1, 2, 3, 4, 4, 4]], [[0, 0, 0, 0, 0, 0, 0]], [[0, 1, 2, 0, 4, 4, 4]]]])
         labels = torch.tensor([[[[0, 1, 2, 3, 4, 4, 0]], [[5, 5, 5, 5, 5, 5, 5]], [[0, 1, 1, 0, 2, 4, 4]]]])
         assert example.identity(labels, ids) == pytest.approx(2 / 3)
 
-    def test_frames_are_scored_one_by_one_and_together(self) -> None:
-        # the same two objects twice: segmented, and divided wrongly
+    def test_frames_are_scored_alone_and_together(self) -> None:
+        # the same two objects, first segmented correctly, then wrongly
         ids = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 1, 2, 2]]]])
         labels = torch.tensor([[[[0, 1, 1, 2, 2]], [[0, 1, 2, 1, 2]]]])
         scores = example.score(labels, ids)
         assert (scores["fg_ari_0"], scores["mbo_0"]) == (1, 1)
-        # two by two pixels, one in each cell: 0 pairs together, 2 · 2 / 6 expected, (2 + 2) / 2 at most
+        # every cell of the table has one pixel: 0 common pairs, 2 · 2 / 6 expected, (2 + 2) / 2 at most
         assert scores["fg_ari_1"] == pytest.approx((0 - 2 / 3) / (2 - 2 / 3))
         assert scores["mbo_1"] == pytest.approx(1 / 3)
         assert scores["fg_ari_mean"] == pytest.approx((1 - 0.5) / 2)
         assert scores["mbo_mean"] == pytest.approx((1 + 1 / 3) / 2)
-        # 3 + 1 pixels of each: 2 · 3 pairs together, 12 · 12 / 28 expected, 12 at most
+        # every object has 3 + 1 pixels: 2 · 3 common pairs, 12 · 12 / 28 expected, 12 at most
         assert scores["fg_ari_clip"] == pytest.approx((6 - 144 / 28) / (12 - 144 / 28))
 
     def test_only_the_first_frame_gets_noise(self) -> None:

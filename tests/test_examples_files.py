@@ -1,4 +1,4 @@
-"""Bad inputs of the commands: checkpoints, files of results, numbers, output paths."""
+"""Invalid inputs of the commands: checkpoints, files of results, numbers, output paths."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ import torch
 from benchmarks import plan as benchmark_plan
 from benchmarks import report as benchmark_report
 from benchmarks import run as benchmarks
-from benchmarks.results import Results
+from benchmarks.results import Key, Results, Row, Spread
 from examples import arguments, report, train_moving_objects
 from examples.checkpoint import Settings, TrainingState, batch_of_step
 from examples.neighbors import slot_curriculum, study
@@ -31,7 +31,7 @@ from examples.slot_model import SlotModel
 from examples.training import terms_of, train
 from torch import Tensor, nn
 
-from benchmark_results import Machine
+from benchmark_results import Machine, origin
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--quick", "--steps", "10", "--slots", "3"]
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def refusal(name: str, *given: object) -> str:
-    """Return the last line of a command's output."""
+    """Return the error with which a command ends, after checking that it is one line."""
     with pytest.raises(SystemExit) as ended:
         COMMANDS[name](list(map(str, given)))
     said = str(ended.value.code)
@@ -132,7 +132,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def read(name: str, path: Path) -> object:
-    """Read a file of results as its command does, and make its tables."""
+    """Read a file of results like its command, and format its tables."""
     if name == "example":
         return report.table(Report.load(path))
     if name == "neighbor":
@@ -142,7 +142,7 @@ def read(name: str, path: Path) -> object:
 
 class TestResults:
     @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in OURS for kind in OTHERS if kind != name])
-    def test_another_file_is_no_table_and_is_not_replaced(
+    def test_a_foreign_file_is_refused_and_not_replaced(
         self, name: str, kind: str, tmp_path: Path, untrained: None
     ) -> None:
         make, reason = OTHERS[kind]
@@ -157,7 +157,7 @@ class TestResults:
         assert (path.read_bytes() if path.is_file() else b"") == before
 
     @pytest.mark.parametrize("name", OURS)
-    def test_a_table_is_made_of_what_is_there_or_refused_in_a_line(self, name: str, tmp_path: Path) -> None:
+    def test_a_corrupted_file_gives_a_table_or_a_named_error(self, name: str, tmp_path: Path) -> None:
         whole = json.loads(OURS[name].read_text())
         if name == "benchmark":
             whole["rows"] = whole["rows"][::40]
@@ -215,7 +215,7 @@ PLACES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("name", OURS)
 class TestOut:
     @pytest.mark.parametrize("reason", PLACES)
-    def test_where_nothing_can_be_written_nothing_begins(
+    def test_an_unwritable_path_is_refused_before_the_work(
         self, reason: str, name: str, tmp_path: Path, untrained: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").touch()
@@ -234,7 +234,7 @@ class TestOut:
         assert re.search(f"--out must be a place to write to; .* cannot be written: .*({reason})", said)
         assert not list(tmp_path.rglob("*.partial"))
 
-    def test_a_disk_that_is_full_later_is_said_in_a_line(
+    def test_a_disk_that_fills_up_ends_in_one_line(
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study, "run_seed", lambda *_: {})
@@ -258,9 +258,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_who_is_interrupted_while_writing_leaves_what_was_there(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_keeps_the_old_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, link = tmp_path / "results.partial", tmp_path / "link"
     path.write_text("before")
     link.symlink_to(path)
@@ -279,7 +277,7 @@ def test_who_is_interrupted_while_writing_leaves_what_was_there(
     assert sorted(tmp_path.iterdir()) == [link, path]
 
 
-def test_a_finished_run_is_kept_until_the_next_one_has_its_clips(tmp_path: Path) -> None:
+def test_a_finished_run_is_kept_until_the_new_clips_are_read(tmp_path: Path) -> None:
     results, checkpoint = tmp_path / "results.json", tmp_path / "checkpoints" / "seed0_ssync.pt"
     checkpoint.parent.mkdir()
     checkpoint.touch()
@@ -308,7 +306,7 @@ def test_an_interrupted_study_keeps_its_seeds(
 
 
 class Trap:
-    """Leaves a trace if it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -323,7 +321,7 @@ def _folder(path: Path) -> None:
 
 
 def _like_a_script(path: Path) -> None:
-    """Add a file that only archives of TorchScript have."""
+    """Add a file that only TorchScript archives have."""
     with ZipFile(path, "a") as archive:
         archive.writestr(f"{archive.namelist()[0].split('/')[0]}/constants.pkl", b"")
 
@@ -367,7 +365,7 @@ class TestCheckpoints:
         return path
 
     @pytest.mark.parametrize("kind", [*NO_CHECKPOINT, *CHANGES])
-    def test_what_is_none_is_refused_and_nothing_in_it_is_executed(self, kind: str, path: Path) -> None:
+    def test_other_files_are_refused_and_not_executed(self, kind: str, path: Path) -> None:
         TrainingState.load(path, SETTINGS, 0)
         if kind in CHANGES:
             content = torch.load(path, weights_only=True)
@@ -379,21 +377,75 @@ class TestCheckpoints:
             TrainingState.load(path, SETTINGS, 0)
         assert not path.with_name("trace").exists()
 
-    def test_all_settings_that_differ_are_named(self, path: Path) -> None:
+    def test_all_differing_settings_are_named(self, path: Path) -> None:
         with pytest.raises(
             ValueError, match=r"trained with `slots` = 3; got 4, with `steps` = 10; got 20, with `seed` ="
         ):
             TrainingState.load(path, Settings("noise", 8, slots=4, steps=20), 1)
 
-    def test_those_of_another_version_of_torch_are_read(self, path: Path) -> None:
+    def test_checkpoints_of_another_version_of_torch_load(self, path: Path) -> None:
         content = torch.load(path, weights_only=True)
         content["optimizer"]["param_groups"][0]["new"] = content["scheduler"]["new"] = 3
         del content["optimizer"]["param_groups"][0]["fused"], content["scheduler"]["_get_lr_called_within_step"]
         torch.save(content, path)
         assert TrainingState.load(path, SETTINGS, 0).step == 1
 
-    def test_the_command_looks_at_all_of_them_first(self, tmp_path: Path, untrained: None) -> None:
+    def test_the_command_checks_all_checkpoints_first(self, tmp_path: Path, untrained: None) -> None:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "seed1_ssync.pt").touch()
         said = refusal("example", *QUICK, "--seeds", "0", "1", "--resume", "--out", tmp_path)
         assert "seed1_ssync.pt is no checkpoint of this example, or a damaged one. Delete it, or take another" in said
+
+
+KEY = Key("linear_vs_quadratic", "H*W", "dense", (("B", 1), ("T", 4), ("S", 3), ("H", 2), ("W", 2)))
+ROW = Row(KEY, values={"step": Spread(2.0, 1.0, 3.0, 5), "ratio": 4.0})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with one row."""
+    Results(origin(), path=tmp_path / "results.json").add([ROW])
+    return tmp_path / "results.json"
+
+
+class TestBenchmarkResults:
+    def test_committed_results_have_the_schema_and_come_back_as_they_were(self) -> None:
+        results = Results.load(OURS["benchmark"])
+        assert results.text() == OURS["benchmark"].read_text()
+        # a step that would take too long is a row without a number
+        assert {"measured", "time"} <= {row.status for row in results.rows.values()}
+
+    def test_a_row_is_written_at_once_and_tried_again_after_a_failure(self, file: Path) -> None:
+        failed = Row(KEY._replace(contender="SSync cpu"), "failed", "no idea")
+        Results.load(file).add([failed])
+        assert Results.load(file).rows == {KEY: ROW, failed.key: failed}
+        assert Results.resume(file, origin()).rows == {KEY: ROW}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c.update(schema="benchmarks 0"), "must have the schema .* found 'benchmarks 0'"),
+            (lambda c: c["origin"].pop("commit"), r"`origin` must have other fields; missing are \['commit'\]"),
+            (lambda c: c["rows"].append(c["rows"][0]), r"`rows\[1\]` must have another subject"),
+            (lambda c: c["rows"][0].update(suite="speed"), r"`rows\[0\]`: `suite` must be one of .*; found 'speed'"),
+            (lambda c: c["rows"][0].update(status="time"), "the status 'time' must have a note"),
+            (lambda c: c["rows"][0]["shape"].update(T=0), "`shape.T` must be a positive integer; found 0"),
+            (lambda c: c["rows"][0]["values"].update(step=[2, 3, 4, 1]), "`values.step` must have its median between"),
+            (lambda c: c["rows"][0]["values"]["step"].pop(), "`values.step` must be a finite number, or .median"),
+        ],
+    )
+    def test_what_is_not_of_the_schema_is_refused(self, change: Any, message: str, file: Path) -> None:
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"results.json.*{message}"):
+            Results.load(file)
+
+    @pytest.mark.parametrize(("name", "value"), [("sources", "ba98"), ("quick", True)])
+    def test_a_run_does_not_continue_elsewhere(self, name: str, value: Any, file: Path) -> None:
+        before, now = file.read_bytes(), origin(**{name: value})
+        with pytest.raises(ValueError, match=f"measured with `{name}` = .*, and now it is .*--out, or --restart"):
+            Results.resume(file, now)
+        assert not Results.resume(file, now, restart=True).rows
+        # until there is a new row
+        assert file.read_bytes() == before

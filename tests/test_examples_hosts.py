@@ -1,4 +1,4 @@
-"""Every way of registering the loss runs on a small model of its host."""
+"""Every example that registers the loss runs on a miniature of its host."""
 
 import copy
 import importlib
@@ -45,7 +45,7 @@ def batches_of(host: Miniature, number: int) -> list[Any]:
     return [host.batch(2, 3 if host.is_video else 1) for _ in range(number)]
 
 
-def test_an_entry_of_ones_own_finds_both_maps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_entry_finds_both_maps(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(HOSTS / "own_model.py"), run_name="__main__")
     encoder, decoder, call = capsys.readouterr().out.splitlines()[1:]
     assert encoder == "encoder: dots of `to_q` (slots) and `to_k` (patches), scale 0.3536, 1 head"
@@ -63,7 +63,7 @@ class TestPlainLoop:
         dec = None if host.decoder_is_linked else OutputTap(model.decoder, lambda out: out[..., -1])
         return plain_loop.train(model, batches, loss_of(host), start_step=start_step, dec=dec), model
 
-    def test_before_the_start_it_is_the_training_without(self, name: str) -> None:
+    def test_before_the_start_training_is_unchanged(self, name: str) -> None:
         torch.manual_seed(3)
         host = MINIATURES[name]
         model = host.build()
@@ -82,7 +82,7 @@ class TestPlainLoop:
         for one, other in zip(model.parameters(), untaught.parameters(), strict=True):
             assert torch.equal(one, other)
 
-    def test_from_then_on_it_teaches(self, name: str) -> None:
+    def test_after_the_start_the_weights_change(self, name: str) -> None:
         never, untaught = self.run(name, start_step=4)
         some, taught = self.run(name, start_step=2)
         assert torch.equal(some[:2], never[:2])
@@ -127,7 +127,7 @@ class TestSlotContrastLoss:
         assert taught["state"] == plain["state"]
 
     @pytest.mark.usefixtures("registered")
-    def test_its_value_is_that_of_the_dots(self) -> None:
+    def test_its_value_is_computed_from_the_dots(self) -> None:
         model = models.build(config_of("SlotMixerDecoder", "video", {**MSE, **SSYNC})["model"])
         model.global_step = 2
         corrector: Any = model.get_submodule("processor.module.corrector")
@@ -143,14 +143,14 @@ class TestSlotContrastLoss:
         total, each = model.compute_loss(outputs)
         corrector.step = noted
         model.forward(batch)
-        # the last iterations of 3, 2 and 2
+        # the last of 3, 2 and 2 iterations
         enc = torch.stack([dots[index] for index in (2, 4, 6)], 1)
         expected = SSyncLoss(merge_threshold=0.7)(enc, outputs["decoder"]["masks"].log())
         torch.testing.assert_close(each["loss_ssync"], expected)
         torch.testing.assert_close(total, each["loss_featrec"] + 0.5 * expected)
 
     @pytest.mark.usefixtures("registered")
-    def test_slots_that_grow_and_a_validation_that_goes_back(self) -> None:
+    def test_growing_slots_and_cyclic_validation(self) -> None:
         config = config_of("MLPDecoder", "video", {**MSE, "loss_ssync": {"name": "SSync"}}, cycle=True, n_slots=7)
         model = models.build(config["model"])
         initializer: Any = model.initializer
@@ -167,7 +167,7 @@ class TestSlotContrastLoss:
         new.load_state_dict(old.state_dict(), strict=True)
         copy.deepcopy(new)
 
-    def test_their_script_from_a_command_line(self, tmp_path: Path) -> None:
+    def test_the_hosts_script_trains_from_the_command_line(self, tmp_path: Path) -> None:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config_of("MLPDecoder", "video", {**MSE, **SSYNC})))
         environment = {**os.environ, **PATHS, "RUN": "miniatures.slotcontrast.train", "OMP_NUM_THREADS": "1"}
@@ -176,7 +176,7 @@ class TestSlotContrastLoss:
         assert ran.returncode == 0, ran.stderr
         assert len(json.loads(ran.stdout)["train"]) == 4
 
-    def test_without_it_their_script_does_not_know_the_loss(
+    def test_the_hosts_script_alone_does_not_know_the_loss(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "config.json"
@@ -218,14 +218,14 @@ class TestGenera1ZMetric:
     def test_it_trains_and_validates(self, name: str) -> None:
         said, pack = self.run(name, {"ssync": ssync_term(SSyncMetric, weight=2.0, start_step=2)}, epochs=2)
         values = [one["ssync"] for one in said]
-        # three steps and a validation, twice
+        # two epochs of three steps and a validation
         assert values[:2] == [0, 0]
         assert all(0 < value < 10 for value in values[2:])
         assert pack["step_count"] == 6
         assert not any(one._forward_hooks or one._forward_pre_hooks for one in pack["model"].modules())
 
     @pytest.mark.parametrize("name", ["smoothsa masked", "xssc"])
-    def test_its_value_is_that_of_the_masks(self, name: str) -> None:
+    def test_its_value_uses_the_masks(self, name: str) -> None:
         _, pack = self.run(name, {"ssync": ssync_term(SSyncMetric, weight=2.0)})
         genera1z.run_epoch(pack, [MINIATURES[name].batch(2, 4)["batch"]])
         output = pack["output"]
@@ -240,7 +240,7 @@ class TestGenera1ZMetric:
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """Read nested mappings in YAML; a scalar is a number or a string."""
+    """Parse nested mappings in YAML whose scalars are numbers or strings."""
     tree: dict[str, Any] = {}
     open_at: list[tuple[int, dict[str, Any]]] = [(-1, tree)]
     for line in text.splitlines():
@@ -289,14 +289,14 @@ class TestOCLFConfiguration:
 class TestLightningModule:
     @pytest.fixture
     def lightning(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        """The real one if it is installed."""
+        """Return Lightning if it is installed, or else the stand-in."""
         try:
             return importlib.import_module("lightning")
         except ModuleNotFoundError:
             monkeypatch.setitem(sys.modules, "lightning", lightning_stand_in)
             return lightning_stand_in
 
-    # the real one warns of few workers, and of deprecations
+    # Lightning warns about few workers and deprecations
     @pytest.mark.filterwarnings("default")
     def test_it_fits(self, lightning: Any) -> None:
         module = runpy.run_path(str(HOSTS / "lightning_module.py"))["SSyncModule"]
@@ -314,12 +314,12 @@ class TestLightningModule:
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         quiet |= {"enable_model_summary": False}
         trainer = lightning.Trainer(max_epochs=2, accumulate_grad_batches=2, accelerator="cpu", **quiet)
-        # a list would be several loaders
+        # Lightning would take a list for several loaders
         training, validation = (loader(batches) for batches in (batches_of(host, 4), [host.batch(1, 5)]))
         trainer.fit(model, training, validation)
-        # two steps of two parts an epoch
+        # two epochs of two steps with two parts
         assert [step for step, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
-        # the same batches again, with little change except for the line
+        # the second epoch repeats the batches, so only SSync raises the loss
         assert all(later > 1.02 * earlier for (_, earlier), (_, later) in zip(seen[:4], seen[4:], strict=True))
         assert not any(name.startswith(("maps", "criterion")) for name in model.state_dict())
         assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
@@ -331,7 +331,7 @@ def loader(batches: Any) -> DataLoader[Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The weights of two processes, by precision."""
+    """Return the weights of two processes, by precision."""
     folder = tmp_path_factory.mktemp("ranks")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1", ddp_of_hosts.__file__, str(folder)]
@@ -343,7 +343,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 class TestDataParallel:
     @pytest.mark.parametrize("precision", ddp_of_hosts.PRECISIONS)
-    def test_ranks_stay_together(self, precision: str, ranks: list[Any]) -> None:
+    def test_ranks_have_equal_weights(self, precision: str, ranks: list[Any]) -> None:
         first, second = (rank[precision] for rank in ranks)
         before = ddp_of_hosts.scene(precision)[0].state_dict()
         for name, one in first.items():
@@ -351,7 +351,7 @@ class TestDataParallel:
         assert any(not torch.equal(one, before[name]) for name, one in first.items())
 
     def test_two_processes_train_as_one(self, ranks: list[Any]) -> None:
-        """With the whole batch, by hand."""
+        """The expected weights come from a loop with the whole batch."""
         model, batches = ddp_of_hosts.scene("float64")
         maps, criterion = attach(model), SSyncLoss()
         optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)

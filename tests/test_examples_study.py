@@ -1,4 +1,4 @@
-"""The frame of the examples of neighboring methods: its runs, its table, its command."""
+"""The framework of the examples of neighboring methods: its runs, its table, its command."""
 
 import copy
 import re
@@ -37,7 +37,7 @@ def train(run: Training, until: int, criterion: SSyncLoss | None = None) -> Trai
 
 
 @pytest.mark.parametrize("make", [Method, Noisy, slot_curriculum.Curriculum, temporal_correspondence.Correspondence])
-def test_a_copy_goes_on_as_the_run_itself(make: type[Method]) -> None:
+def test_a_copy_continues_like_the_run(make: type[Method]) -> None:
     whole = train(Training.start(make, SETTINGS, 0), 10)
     part = train(Training.start(make, SETTINGS, 0), 4)
     torch.rand(3)
@@ -47,7 +47,7 @@ def test_a_copy_goes_on_as_the_run_itself(make: type[Method]) -> None:
     assert len(whole.times) == len(other.times) == 10
 
 
-def test_runs_of_a_seed_start_alike_and_those_of_another_do_not() -> None:
+def test_runs_of_a_seed_have_the_same_initial_weights() -> None:
     plain, curriculum, other = (
         Training.start(make, SETTINGS, seed)
         for make, seed in ((Method, 0), (slot_curriculum.Curriculum, 0), (Method, 1))
@@ -56,7 +56,7 @@ def test_runs_of_a_seed_start_alike_and_those_of_another_do_not() -> None:
     assert not torch.equal(weights(plain), weights(other))
 
 
-def test_ssync_changes_nothing_before_its_start_and_much_after_it() -> None:
+def test_ssync_changes_the_weights_only_after_its_start() -> None:
     criterion = SSyncLoss(start_step=SETTINGS.start_step)
     runs = [Training.start(Method, SETTINGS, 0) for _ in range(2)]
     for until, same in ((SETTINGS.start_step, True), (10, False)):
@@ -64,7 +64,7 @@ def test_ssync_changes_nothing_before_its_start_and_much_after_it() -> None:
         assert torch.equal(weights(with_line), weights(without)) == same
 
 
-def test_every_method_is_run_without_and_with_ssync_and_read_in_every_way() -> None:
+def test_every_method_has_all_runs_and_readings() -> None:
     study = Study(
         title="Norms.",
         methods={OWN: Method, "+ noise": Noisy, "+ more noise": Noisy},
@@ -77,7 +77,7 @@ def test_every_method_is_run_without_and_with_ssync_and_read_in_every_way() -> N
     rows = ["own losses", "+ SSync", "+ noise", "+ noise + SSync", "+ more noise"]
     assert list(scores) == [row + end for row in rows for end in ("", ", twice")]
     assert all(scores[f"{row}, twice"]["norm"] == 2 * scores[row]["norm"] for row in rows)
-    assert len({scores[row]["norm"] for row in rows}) == 4  # both kinds of noise are equal
+    assert len({scores[row]["norm"] for row in rows}) == 4  # both noisy methods are equal
     assert all(run["ms"] > 0 for run in scores.values())
 
 
@@ -97,7 +97,7 @@ def report(*seeds: tuple[float, float, float], compared_with: dict[str, str] | N
 
 
 class TestTable:
-    def test_it_has_means_spreads_and_paired_differences(self) -> None:
+    def test_it_has_means_spreads_and_differences(self) -> None:
         lines = table(report((0.25, 0.5, 0.75), (0.75, 1.0, 1.5))).splitlines()
         cells = dict(re.findall(r"^\| ([^|]+?) +\| ([^|]+?) +\|", "\n".join(lines), flags=re.MULTILINE))
         assert cells["own losses"] == "0.50 ± 0.35"
@@ -118,7 +118,7 @@ class TestTable:
         assert re.search(r"\+ x \+ SSync \(to \+ x\) +\| \+0\.25 ", text)
 
 
-# the runs of every example, and what each is compared with
+# the runs of every example, and the runs that they are compared with
 ROWS = {
     "slot_curriculum": "+ SSync; + curriculum; + curriculum, longer stages; + curriculum, longer stages + SSync to + "
     "curriculum, longer stages",
@@ -132,7 +132,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_rehearsal_has_every_run_and_prints_what_it_writes(
+def test_a_quick_run_has_every_run_and_prints_its_table(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = import_module(f"examples.neighbors.{name}")

@@ -1,4 +1,4 @@
-"""The example of correspondence over time: its terms and its teacher, its measures, what its results bear out."""
+"""The example of correspondence over time: its terms, its teacher and its scores."""
 
 import copy
 
@@ -32,16 +32,16 @@ def method() -> example.Correspondence:
 
 
 class TestCorrespondence:
-    def test_it_is_the_sum_of_the_three_terms(self, method: example.Correspondence) -> None:
+    def test_the_loss_is_the_sum_of_three_terms(self, method: example.Correspondence) -> None:
         with torch.no_grad():
-            # a student that differs from its teacher, with masks sharp enough for slots to count
+            # the student differs from its teacher, and its masks are sharp enough for valid slots
             method.model.attention.to_query.weight.mul_(30)
             next(method.project.parameters()).mul_(2)
         ours, taught = method.model(FEATURES), method.teacher.model(FEATURES)
         assert not torch.equal(ours.enc_logits, taught.enc_logits)
         embedded = F.normalize(method.project(ours.slots), dim=3).unsqueeze(2)
         teacher_embedded = F.normalize(method.teacher_project.model(taught.slots), dim=3).unsqueeze(2)
-        # a slot counts if its probability is above a half on more than a twentieth of a frame
+        # a slot is valid if its probability exceeds 1/2 on more than 1/20 of a frame
         shares = ((output.enc_logits.softmax(2) > 0.5).double().mean((3, 4)) for output in (ours, taught))
         valid, teacher_valid = (share.unsqueeze(2) > 0.05 for share in shares)
         assert valid.any()
@@ -52,7 +52,7 @@ class TestCorrespondence:
         )
         torch.testing.assert_close(method.loss(ours, FEATURES, 0), 0.1 * expected)
 
-    def test_all_but_the_decoder_is_taught_and_the_teacher_is_not(self, method: example.Correspondence) -> None:
+    def test_only_the_student_without_its_decoder_gets_gradients(self, method: example.Correspondence) -> None:
         with torch.no_grad():
             method.model.attention.to_query.weight.mul_(30)
         method.loss(method.model(FEATURES), FEATURES, 0).backward()
@@ -65,7 +65,7 @@ class TestCorrespondence:
         for teacher in (method.teacher, method.teacher_project):
             assert all(parameter.grad is None for parameter in teacher.parameters())
 
-    def test_the_teacher_starts_as_the_model_and_follows_it_by_a_hundredth(self) -> None:
+    def test_the_teacher_is_a_moving_average(self) -> None:
         run = Training.start(example.Correspondence, SETTINGS, 0)
         assert isinstance(run.method, example.Correspondence)
         pairs = ((run.method.teacher.model, run.model), (run.method.teacher_project.model, run.method.project))
@@ -73,7 +73,7 @@ class TestCorrespondence:
         for first, (_, student) in zip(before, pairs, strict=True):
             assert all(torch.equal(first[name], value) for name, value in student.state_dict().items())
         with torch.no_grad():
-            run.model.attention.to_query.weight.mul_(30)  # otherwise no slot counts
+            run.model.attention.to_query.weight.mul_(30)  # otherwise no slot is valid
         run.train(FEATURES, until=1, criterion=None, title="")
         for first, (teacher, student) in zip(before, pairs, strict=True):
             now = student.state_dict()
@@ -94,26 +94,26 @@ def clip(*frames: list[int]) -> Tensor:
 
 
 class TestKept:
-    def test_slots_that_swap_their_objects_keep_nothing(self) -> None:
+    def test_swapped_slots_score_zero(self) -> None:
         ids, masks = clip([1, 1, 2, 2], [1, 1, 2, 2]), clip([0, 0, 1, 1], [1, 1, 0, 0])
         assert example.kept(ids - 1, ids) == (1, 1)
         assert example.kept(masks, ids) == (0, 0)
-        # the same is lost over time, as the FG-ARI of clips has it
+        # the FG-ARI of the clip falls, too
         assert video_fg_ari(masks, ids, background=0) < video_fg_ari(ids, ids, background=0) == 1
 
-    def test_what_comes_back_is_lost_on_the_way_alone(self) -> None:
+    def test_a_slot_that_comes_back_counts_in_the_last_frame(self) -> None:
         ids, masks = clip([1, 1], [1, 1], [1, 1]), clip([4, 4], [2, 2], [4, 4])
         assert example.kept(masks, ids) == (0, 1)
 
     def test_objects_must_be_seen_in_both_frames(self) -> None:
-        # the first is seen in two consecutive frames, the second only in the first frame
+        # object 1 is visible in two consecutive frames, object 2 only in the first frame
         ids, masks = clip([1, 1, 2, 2], [1, 1, 0, 0], [0, 0, 0, 0]), clip([0, 0, 1, 1], [0, 0, 2, 2], [3, 3, 3, 3])
         following, last = example.kept(masks, ids)
         assert following == 1
-        assert last != last  # no object is seen in the first and the last frame
+        assert last != last  # no object is visible in both the first and the last frame
 
-    def test_the_best_slot_is_that_of_the_largest_overlap_per_union(self) -> None:
-        # slot 0 has two thirds of the object, and all that is around it; slot 1 has nothing else
+    def test_the_best_slot_has_the_largest_iou(self) -> None:
+        # slot 0 covers two thirds of the object and its surroundings; slot 1 covers only a third of the object
         ids = clip([1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0])
         masks = clip([0, 0, 1, 0, 0, 0, 0], [2, 2, 1, 2, 2, 2, 2])
         assert example.kept(masks, ids) == (1, 1)
@@ -123,13 +123,13 @@ class TestKept:
         ids, masks = torch.cat([many, few]), torch.cat([many, clip([0, 0, 0], [5, 5, 5])])
         assert example.kept(masks, ids) == (0.5, 0.5)
 
-    def test_a_clip_that_shows_nothing_twice_says_nothing(self) -> None:
+    def test_a_clip_without_recurring_objects_does_not_count(self) -> None:
         ids = torch.cat([clip([0, 0], [1, 1]), clip([1, 1], [1, 1])])
         masks = torch.cat([clip([0, 0], [1, 1]), clip([3, 3], [3, 3])])
         assert example.kept(masks, ids) == (1, 1)
 
 
-def test_scores_are_those_of_the_decoders_masks() -> None:
+def test_scores_use_the_masks_of_the_decoder() -> None:
     featurize = FrozenFeatures().fit(moving_objects(8, seed=0).video)
     data = held_out(featurize, 8, seed=5, speed=example.SPEED)
     assert data.ids is not None
@@ -143,9 +143,9 @@ def test_scores_are_those_of_the_decoders_masks() -> None:
     assert scores["lost_over_time"] == scores["frame_fg_ari"] - scores["dec_fg_ari"]
 
 
-def test_fast_objects_are_slow_ones_seen_less_often() -> None:
+def test_fast_clips_equal_slow_clips_with_skipped_frames() -> None:
     slow, fast = moving_objects(30, seed=4, num_frames=10), moving_objects(30, seed=4, speed=0.15)
     assert torch.equal(slow.colors, fast.colors)
-    # rounding moves an edge here and there
+    # rounding moves some edges
     assert (slow.ids[:, ::3] == fast.ids).double().mean() > 0.9999
     assert (slow.ids[:, :4] == fast.ids).double().mean() < 0.95

@@ -1,4 +1,4 @@
-"""The short examples run, and show what they claim."""
+"""The short examples run, and their claims hold."""
 
 import runpy
 import subprocess
@@ -26,12 +26,12 @@ def printed_by(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_model_of_ten_lines_trains_with_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quickstart_trains(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.replace(",", "").split() for line in printed_by("quickstart.py", capsys)]
     assert [int(row[1].rstrip(":")) for row in rows] == list(range(20, 201, 20))
     own, ssync = ([float(row[column]) for row in rows] for column in (4, 6))
     assert own[-1] < own[0]
-    # the loss starts at step 60, and is then above 0
+    # the loss starts at step 60 and is positive from there on
     assert ssync[:3] == [0, 0, 0]
     assert ssync[3] > ssync[-1] > 0
 
@@ -71,4 +71,4 @@ class TestPropertyTest:
 
         monkeypatch.setattr(property_test, "my_merging", wrong)
         with pytest.raises(AssertionError):
-            property_test.test_it_merges_as_the_slow_definition()
+            property_test.test_merging_equals_the_reference()

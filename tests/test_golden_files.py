@@ -1,4 +1,4 @@
-"""The READMEs of the golden files name every file, and no other; test files say what they are for."""
+"""The READMEs of the golden files list exactly these files, and every test file has a docstring."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def rows(readme: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", ["golden", "golden/neighbors"])
-def test_every_golden_file_is_said_to_be_there(folder: str) -> None:
+def test_the_readme_lists_every_golden_file(folder: str) -> None:
     there = sorted(path.stem for path in (TESTS / folder).glob("*.npz"))
     named = [name for row in rows(TESTS / folder / "README.md") for name in re.findall(r"`([\w*]+)`", row)]
     matched = [path.stem for name in named for path in (TESTS / folder).glob(f"{name}.npz")]
@@ -24,14 +24,14 @@ def test_every_golden_file_is_said_to_be_there(folder: str) -> None:
     assert there
 
 
-def test_golden_files_hold_numbers_and_remarks_alone() -> None:
+def test_golden_files_hold_only_numbers_and_text() -> None:
     for path in TESTS.glob("golden/**/*.npz"):
         with np.load(path, allow_pickle=False) as file:
             kinds = {file[key].dtype.kind for key in file.files}
         assert kinds <= set("fibU"), path.name
 
 
-def test_every_test_file_says_in_its_first_line_what_it_checks() -> None:
+def test_every_test_file_has_its_own_docstring() -> None:
     lines = [path.read_text(encoding="utf-8").partition("\n")[0] for path in TESTS.glob("test_*.py")]
     assert [line for line in lines if not re.match(r'"""[`A-Z]\S* .*\w', line)] == []
     assert len({*lines}) == len(lines) > 50

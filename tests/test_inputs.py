@@ -1,4 +1,4 @@
-"""What may come in: shapes, grids, probabilities, dirt, precisions, strides; and what is refused, in which words."""
+"""Accepted inputs (shapes, grids, probabilities, NaN, precisions, strides) and the messages for refused ones."""
 
 import inspect
 import math
@@ -32,15 +32,14 @@ INF, NAN = math.inf, math.nan
 TINY = torch.finfo(torch.float32).tiny
 SOFT = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 CRITERIA = pytest.mark.parametrize(("criterion", "smoothing"), SOFT, ids=["mse", "cross_entropy", "smoothed"])
-HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 Settings: TypeAlias = dict[str, Any]
 
-# encoder grid of `maps`
+# the encoder grid of `maps`
 H, W = 4, 6
 
 
 def maps(*size: int, clips: int = 2, frames: int = 2, slots: int = 3, dtype: torch.dtype = torch.float32) -> Any:
-    """An encoder map on 4 x 6 and a decoder map on its own size, with something to select in both."""
+    """Return an encoder map on 4 x 6 and a decoder map of its own size. Both have patches to select."""
     enc, dec = (
         torch.randn(clips, frames, slots, *one, dtype=dtype).requires_grad_() for one in ((H, W), size or (H, W))
     )
@@ -48,7 +47,7 @@ def maps(*size: int, clips: int = 2, frames: int = 2, slots: int = 3, dtype: tor
 
 
 def masks() -> Settings:
-    """Some patches and slots of `maps` that do not count."""
+    """Return masks that exclude some patches and slots of `maps`."""
     return {
         "valid": torch.rand(2, 2, H, W) < 0.8,
         "slot_mask": torch.tensor([[True, True, True], [True, False, True]]),
@@ -56,7 +55,7 @@ def masks() -> Settings:
 
 
 def loss_of(enc: Tensor, dec: Tensor, **arguments: Any) -> SSyncTerms:
-    """Terms with regions that are seldom empty, whether or not slots merge."""
+    """Return terms whose regions are seldom empty, whether or not slots merge."""
     call = {key: arguments.pop(key) for key in ("step", "valid", "slot_mask") if key in arguments}
     return SSyncLoss(**{"max_different": 4, **arguments}).train(enc.requires_grad).terms(enc, dec, **call)
 
@@ -66,7 +65,7 @@ def grads(terms: SSyncTerms, *leaves: Tensor) -> list[Tensor]:
 
 
 def assert_same_terms(actual: SSyncTerms, expected: SSyncTerms) -> None:
-    """To the last bit; nothing of it is trivial."""
+    """Compare two non-trivial terms to the last bit."""
     assert expected.num_boundary > 0
     assert expected.num_interior > 0
     assert_same_labels(actual.labels, expected.labels)
@@ -93,7 +92,7 @@ class TestShapes:
         wanted = loss_of(enc, dec)
         wanted_grads = grads(wanted, enc, dec)
         for grid in ((H, W), [H, W], ((H, W), (H, W)), torch.Size((H, W))):
-            # as an attention leaves them, slots last
+            # slots are last in memory, like the output of attention
             strided = enc.flatten(3).mT.contiguous().mT
             for flat in ((enc.flatten(3), dec.flatten(3)), (enc, dec.flatten(3)), (strided, dec), (enc, dec)):
                 actual = loss_of(*flat, grid=grid)
@@ -114,14 +113,14 @@ class TestShapes:
             assert torch.equal(apart.flatten(2), wanted.argmax(2))
             assert torch.equal(got, labels.representative.gather(1, apart.flatten(1)).view_as(got))
 
-    def test_a_flat_map_beside_a_whole_one_has_its_grid(self) -> None:
+    def test_a_flat_map_takes_the_grid_of_the_other_map(self) -> None:
         # 2 * 8 is the square of 4
         enc, dec = torch.randn(2, 2, 3, 2, 8), torch.randn(2, 2, 3, 2, 8)
         wanted = loss_of(enc, dec)
         assert_same_terms(loss_of(enc.flatten(3), dec), wanted)
         assert_same_terms(loss_of(enc, dec.flatten(3)), wanted)
 
-    def test_a_flat_map_beside_a_whole_one_of_another_size_is_square(self) -> None:
+    def test_a_flat_map_with_another_number_of_patches_is_square(self) -> None:
         enc, dec = torch.randn(2, 2, 3, 2, 8), torch.randn(2, 2, 3, 4, 4)
         wanted = loss_of(enc[..., :4], dec)
         assert_same_terms(loss_of(enc[..., :4], dec.flatten(3)), wanted)
@@ -131,10 +130,10 @@ class TestShapes:
         enc, dec = maps(3, 8)
         wanted = loss_of(enc, dec)
         assert_same_terms(loss_of(enc.flatten(3), dec.flatten(3), grid=((H, W), (3, 8))), wanted)
-        # the grid of the encoder says nothing about a decoder map that has its own
+        # the grid of the encoder does not constrain a decoder map that has its own grid
         assert_same_terms(loss_of(enc.flatten(3), dec, grid=(H, W)), wanted)
 
-    def test_frames_may_be_given_for_all_their_patches(self) -> None:
+    def test_a_mask_of_frames_applies_to_all_their_patches(self) -> None:
         enc, dec = maps()
         valid = torch.tensor([[True, False], [True, True]])
         assert_same_terms(
@@ -161,14 +160,14 @@ class TestOtherGrids:
             torch.testing.assert_close(got, grad)
 
     @SIZES
-    def test_masks_that_hide_nothing_change_nothing(self, size: tuple[int, int]) -> None:
+    def test_masks_of_ones_change_nothing(self, size: tuple[int, int]) -> None:
         enc, dec = maps(*size)
         wanted = loss_of(enc, dec)
         for hide in ({"valid": torch.ones(2, 2, H, W).bool()}, {"slot_mask": torch.ones(2, 3).bool()}):
             assert_close_terms(loss_of(enc, dec, **hide), wanted)
 
-    def test_only_valid_cells_are_mixed(self) -> None:
-        # two decoder cells over four patches: 10 and 20, the second under invalid patches only
+    def test_interpolation_reads_only_valid_cells(self) -> None:
+        # two decoder cells, 10 and 20, cover four patches; all patches of the second are invalid
         enc = torch.randn(1, 1, 2, 1, 4)
         valid = torch.tensor([[[[True, True, False, False]]]])
         half_valid = torch.tensor([[[[True, True, True, False]]]])
@@ -184,7 +183,7 @@ class TestOtherGrids:
             )
 
     def test_minus_infinity_spreads_where_it_has_weight(self) -> None:
-        # patches read cell 0, cells 0 and 1 twice, and cell 1
+        # the first patch reads cell 0, the next two read both cells, and the last reads cell 1
         enc = torch.randn(1, 1, 2, 1, 4)
         dec = torch.tensor([[-INF, 1.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2).requires_grad_()
         spelled = torch.tensor([[-INF, -INF, -INF, 1.0], [0.0] * 4]).view(1, 1, 2, 1, 4)
@@ -201,7 +200,7 @@ class TestOtherGrids:
         assert actual.labels.dec_labels.tolist() == [[[[1, 1, 1, 0]]]]
 
     @SIZES
-    def test_a_dead_decoder_map_is_finite(self, size: tuple[int, int]) -> None:
+    def test_a_decoder_map_of_minus_infinity_has_a_finite_loss(self, size: tuple[int, int]) -> None:
         enc, dec = maps(*size)
         dead = torch.full_like(dec, -INF).requires_grad_()
         terms = loss_of(enc, dead, merge_threshold=None)
@@ -218,7 +217,7 @@ def shares(logits: Tensor) -> Tensor:
 class TestProbabilities:
     @CRITERIA
     @pytest.mark.parametrize("kind", ["probs", ("probs", "logits"), ["logits", "probs"]])
-    def test_losses_are_those_of_the_logits(self, kind: Any, criterion: Any, smoothing: float) -> None:
+    def test_losses_equal_those_of_logits(self, kind: Any, criterion: Any, smoothing: float) -> None:
         enc, dec = maps()
         knobs: Settings = {"criterion": criterion, "label_smoothing": smoothing, "merge_threshold": None}
         kinds = (kind, kind) if isinstance(kind, str) else kind
@@ -246,9 +245,9 @@ class TestProbabilities:
         assert torch.equal(actual.labels.boundary, wanted.labels.boundary)
 
     @CRITERIA
-    def test_a_zero_is_the_smallest_normal_number(self, criterion: Any, smoothing: float) -> None:
+    def test_zero_counts_as_the_smallest_normal_number(self, criterion: Any, smoothing: float) -> None:
         probs = torch.rand(2, 2, 3, H, W)
-        # of the first slot none, so that every patch has something to divide by
+        # the first slot has no zeros, so that no patch has sum 0
         probs[:, :, 1:][torch.rand(2, 2, 2, H, W) < 0.3] = 0.0
         spelled = (probs / probs.sum(2, keepdim=True)).clamp_min(TINY).log()
         probs.requires_grad_()
@@ -269,7 +268,7 @@ class TestProbabilities:
     @pytest.mark.parametrize("call", [loss_of, pseudo_labels, boundary_refinement_loss, interior_denoising_loss])
     @pytest.mark.parametrize("dirty", [0, 1])
     @pytest.mark.parametrize("size", [(H, W), (2, 3)])
-    def test_negative_ones_are_refused_unless_nobody_looks(self, call: Any, dirty: int, size: tuple[int, int]) -> None:
+    def test_negative_ones_are_refused_unless_masked(self, call: Any, dirty: int, size: tuple[int, int]) -> None:
         given = [shares(one).detach().requires_grad_() for one in maps(*size)]
         wrong = given[dirty].detach().clone()
         wrong[1, 1, 2, -1, -1] = -0.5
@@ -282,7 +281,7 @@ class TestProbabilities:
             call(*given, kind="probs", **hide)
 
     @pytest.mark.usefixtures("fresh_compiler")
-    def test_negative_ones_that_cannot_be_looked_at_are_nan(self) -> None:
+    def test_negative_ones_give_nan_under_compile(self) -> None:
         enc, dec = (shares(one).detach() for one in maps())
         enc[1, 1, 2, -1, -1] = -0.5
         criterion = SSyncLoss(kind="probs").eval()
@@ -293,8 +292,8 @@ class TestProbabilities:
         wanted = loss_of(enc, resized(shares(dec).log(), H, W))
         assert_close_terms(loss_of(enc, shares(dec), kind=("logits", "probs")), wanted)
 
-    def test_merging_follows_another_rule(self) -> None:
-        # a third slot takes the right half; there the logarithms of both others sink below their means
+    def test_probabilities_and_logits_merge_differently(self) -> None:
+        # a third slot takes the right half, where the logarithms of both other slots fall below their means
         rows = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 9.0, 9.0]]
         logits = torch.tensor(rows).view(1, 1, 3, 1, 4)
         assert slot_overlap(logits)[0, 0, 1] == 0
@@ -302,10 +301,10 @@ class TestProbabilities:
         assert pseudo_labels(logits, logits).representative.tolist() == [[0, 1, 2]]
         probs = shares(logits)
         assert pseudo_labels(probs, probs, kind="probs").representative.tolist() == [[0, 0, 2]]
-        # of the decoder nothing is merged, so its kind changes no group
+        # only the encoder's slots merge, so the decoder's kind changes no group
         assert pseudo_labels(logits, probs, kind=("logits", "probs")).representative.tolist() == [[0, 1, 2]]
 
-    def test_it_is_the_rule_of_the_logarithms(self) -> None:
+    def test_probabilities_merge_like_their_logarithms(self) -> None:
         enc, dec = maps(slots=5)
         for threshold in (0.2, 0.3, 0.4):
             actual = pseudo_labels(shares(enc), dec, kind=("probs", "logits"), merge_threshold=threshold)
@@ -314,7 +313,7 @@ class TestProbabilities:
 
 
 class TestDirt:
-    """NaN and +inf in a valid patch of a present slot are never finite; -inf is legal."""
+    """NaN and +inf in a valid patch of a present slot make the loss NaN; -inf is legal."""
 
     @pytest.mark.parametrize("value", [NAN, INF])
     @pytest.mark.parametrize("dirty", [0, 1])
@@ -338,7 +337,7 @@ class TestDirt:
             assert SSyncLoss(**knobs, interior_weight=0.0)(*given).isnan()
             assert boundary_refinement_loss(*given, **knobs).isnan()
             assert interior_denoising_loss(*given, **knobs).isnan()
-            # but for the labels: some slot, before and after the start
+            # labels remain slots, and the loss is 0 before its start
             assert terms.labels.enc_labels.max() < 3
             assert terms.labels.enc_labels.min() >= 0
             off = SSyncLoss(**knobs, start_step=2)
@@ -347,22 +346,22 @@ class TestDirt:
             assert off(*given, step=2).isnan()
 
     @pytest.mark.parametrize("value", [NAN, INF])
-    def test_a_cell_that_resizing_never_reads_counts_too(self, value: float) -> None:
+    def test_dirt_counts_in_a_cell_that_resizing_never_reads(self, value: float) -> None:
         enc, dec = maps(4 * H, 4 * W)
         dirty = dec.detach().clone()
         dirty[1, 0, 2, 0, 0] = value
         assert torch.equal(resized(dirty, H, W), resized(dec, H, W))
         assert loss_of(enc, dec).total.isfinite()
         assert loss_of(enc, dirty.requires_grad_()).total.isnan()
-        # unless it lies under invalid patches or belongs to an absent slot
+        # the cell does not count under invalid patches or in an absent slot
         valid = torch.ones(2, 2, H, W).bool()
         valid[1, 0, 0, 0] = False
         assert loss_of(enc, dirty, valid=valid).total.isfinite()
         assert loss_of(enc, dirty, slot_mask=torch.tensor([[True] * 3, [True, True, False]])).total.isfinite()
 
     @pytest.mark.parametrize("value", [NAN, INF])
-    def test_a_decoder_cell_that_is_partly_valid_counts(self, value: float) -> None:
-        # one decoder cell over two patches, of which one is valid
+    def test_dirt_counts_in_a_partly_valid_decoder_cell(self, value: float) -> None:
+        # one decoder cell covers two patches, of which one is valid
         enc, dec = torch.randn(1, 1, 2, 1, 4), torch.randn(1, 1, 2, 1, 2)
         dec[..., 1] = value
         valid = torch.tensor([[[[True, True, False, False]]]])
@@ -371,8 +370,8 @@ class TestDirt:
         assert loss_of(enc, dec, valid=valid).total.isnan()
 
     @pytest.mark.parametrize("value", [NAN, INF])
-    def test_a_patch_that_nobody_selects_counts_too(self, value: float) -> None:
-        # everything is interior, nothing is boundary, and only a boundary would teach the decoder
+    def test_dirt_counts_in_a_patch_outside_both_regions(self, value: float) -> None:
+        # there is no boundary, and only the boundary teaches the decoder
         enc = 2.0 * F.one_hot(torch.zeros(1, 1, 2, 2).long(), 2).movedim(-1, 2)
         dec = enc.clone()
         dec[0, 0, 1, 0, 0] = value
@@ -384,7 +383,7 @@ class TestDirt:
     @pytest.mark.parametrize("value", [NAN, INF])
     @pytest.mark.parametrize("label", [0, 1])
     @CRITERIA
-    def test_a_selected_patch_with_dirt_is_nan(
+    def test_dirt_in_a_selected_patch_is_nan(
         self, backend: Any, value: float, label: int, criterion: Any, smoothing: float
     ) -> None:
         logits = torch.tensor([[0.0, 1.0], [value, 0.0]]).view(1, 1, 2, 1, 2)
@@ -403,7 +402,7 @@ class TestDirt:
         assert not overlap[:, 1].any()
         assert not overlap[:, :, 1].any()
         counted = loss_of(*(one.requires_grad_() for one in lost), merge_threshold=0.0)
-        # it loses every patch and adds nothing to a sum, but a mean is over S slots with it and S - 1 without
+        # it wins no patch and adds nothing to a sum, but the mean is over S slots with it and over S - 1 without it
         present = torch.tensor([[True, False, True]] * 2)
         masked = loss_of(enc, dec, merge_threshold=0.0, slot_mask=present)
         assert_same_labels(counted.labels, masked.labels)
@@ -413,13 +412,13 @@ class TestDirt:
             assert grad.isfinite().all()
             assert not grad[:, :, 1].any()
 
-    def test_a_dead_patch_belongs_to_the_first_present_slot(self) -> None:
+    def test_a_patch_of_minus_infinity_belongs_to_the_first_present_slot(self) -> None:
         logits = torch.full((1, 1, 3, 1, 2), -INF)
         labels = pseudo_labels(logits, logits, slot_mask=torch.tensor([[False, True, True]]))
         assert labels.enc_labels.tolist() == [[[[1, 1]]]]
         assert labels.dec_labels.tolist() == [[[[1, 1]]]]
 
-    def test_numbers_far_apart_are_exact(self) -> None:
+    def test_losses_of_confident_patches_are_exact(self) -> None:
         logits = torch.tensor([0.0, 200.0]).view(1, 1, 2, 1, 1)
         target, region = torch.zeros(1, 1, 1, 1).long(), torch.ones(1, 1, 1, 1).bool()
         assert selective_distillation_loss(logits, target, region, criterion="cross_entropy").item() == 200.0
@@ -433,21 +432,21 @@ class TestDirt:
 
 class TestPrecision:
     def test_float16_means_do_not_overflow(self) -> None:
-        # 4096 times 60000 is infinite in float16; the mean of a constant is the constant, and nothing exceeds it
+        # 4096 * 60000 overflows float16; the mean of a constant is the constant, which no value exceeds
         logits = torch.full((1, 1, 2, 64, 64), 60000.0, dtype=torch.float16)
         assert not slot_overlap(logits).any()
         logits[0, 0, :, 0, 0] = 0.0
         assert slot_overlap(logits).tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_counts_are_exact_beyond_what_halves_hold(self, dtype: torch.dtype) -> None:
+    def test_counts_are_exact_beyond_the_range_of_half_precision(self, dtype: torch.dtype) -> None:
         def active(*places: slice) -> Tensor:
             logits = torch.zeros(1, 1, len(places), 4096, dtype=dtype)
             for slot, place in enumerate(places):
                 logits[:, :, slot, place] = 1.0
             return logits.view(1, 1, len(places), 64, 64)
 
-        # 2049 in common of 4095, 257 of 515
+        # 2049 of 4095 patches in common, 257 of 515
         cases = [
             (slice(0, 3072), slice(1023, 4095), Fraction(2049, 4095)),
             (slice(0, 386), slice(129, 515), Fraction(257, 515)),
@@ -515,7 +514,7 @@ class TestStrides:
             merge_slots(overlap.mT, area, threshold=0.6), merge_slots(overlap, area.clone(), threshold=0.6)
         )
 
-    def test_patches_may_be_weighed_in_place(self) -> None:
+    def test_unreduced_losses_may_be_weighted_in_place(self) -> None:
         _, dec = maps()
         target, region = torch.randint(3, (2, 2, H, W)), torch.rand(2, 2, H, W) < 0.7
         for criterion, smoothing in SOFT:
@@ -524,7 +523,7 @@ class TestStrides:
             wanted = torch.autograd.grad((2 * patches).sum(), dec, retain_graph=True)
             torch.testing.assert_close(torch.autograd.grad(patches.mul_(2).sum(), dec), wanted)
 
-    def test_a_gradient_that_comes_expanded_or_strided(self) -> None:
+    def test_the_upstream_gradient_may_be_expanded_or_strided(self) -> None:
         _, dec = maps()
         target, region = torch.randint(3, (2, 2, H, W)), torch.rand(2, 2, H, W) < 0.7
         for criterion, smoothing in SOFT:
@@ -535,9 +534,9 @@ class TestStrides:
                 (wanted,) = torch.autograd.grad(patches, dec, upstream.contiguous(), retain_graph=True)
                 assert torch.equal(got, wanted)
 
-    def test_the_loss_may_be_one_of_several_users_of_a_map(self) -> None:
+    def test_a_map_may_have_other_uses(self) -> None:
         enc, dec = maps()
-        # products before and after, and twice the same map
+        # both maps enter two losses, before and after other operations
         total = loss_of(2.0 * enc, dec * dec).total + enc.square().sum() + loss_of(enc, dec).total
         both = torch.autograd.grad(total, (enc, dec))
         parts = [
@@ -553,10 +552,10 @@ class TestGradcheck:
     @CRITERIA
     @pytest.mark.parametrize("kind", ["logits", "probs"])
     @pytest.mark.parametrize("size", [(2, 4), (6, 6)])
-    def test_of_the_whole(self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int]) -> None:
+    def test_the_whole_loss(self, criterion: Any, smoothing: float, kind: Any, size: tuple[int, int]) -> None:
         enc, dec = (torch.randn(2, 1, 3, *one, dtype=torch.float64) for one in ((3, 3), size))
         if kind == "probs":
-            # unnormalized, so that the way through the normalization is seen
+            # unnormalized, so that the gradient passes through the normalization
             enc, dec = enc.exp(), dec.exp()
         hide: dict[str, Any] = {
             "valid": torch.rand(2, 1, 3, 3) < 0.8,
@@ -581,7 +580,7 @@ class TestGradcheck:
 
 class TestEmptyBatch:
     @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
-    def test_the_pieces_are_empty(self, backend: Any) -> None:
+    def test_results_are_empty(self, backend: Any) -> None:
         logits, labels = torch.zeros(0, 2, 3, H, W, requires_grad=True), torch.zeros(0, 2, H, W).long()
         region = labels.bool()
         assert slot_overlap(logits).shape == (0, 3, 3)
@@ -609,7 +608,7 @@ PSEUDO = PseudoLabels(LABELS, LABELS, REGION, REGION, torch.zeros(2, 4, dtype=to
 
 
 def made(make: Any, use: Any = nn.Module.__call__, **settings: Any) -> Any:
-    """Return a function of maps, masks and settings that makes a module and uses it, before its start if it has one."""
+    """Return a function of maps, masks and settings that builds a module and calls it, if possible before its start."""
     early = {"step": 0} if settings else {}
 
     def call(enc: Any, dec: Any, *, valid: Any = None, slot_mask: Any = None, **others: Any) -> Any:
@@ -630,7 +629,7 @@ TWO_MAPS: dict[str, Any] = FUNCTIONS | MODULES | BEFORE_THE_START_AND_OVER_RANKS
 
 @pytest.mark.parametrize("call", TWO_MAPS.values(), ids=TWO_MAPS)
 class TestRefusedMaps:
-    """The same words everywhere two maps go in, before the start already."""
+    """All calls with two maps give the same messages, even before the start step."""
 
     @pytest.mark.parametrize(
         ("enc", "dec", "message"),
@@ -667,7 +666,7 @@ class TestRefusedMaps:
         "grid",
         [30, (30,), (5, 6, 1), (5.0, 6.0), (0, 30), (-5, -6), (True, 30), "56", ((5, 6),), ((5, 6), 4)],
     )
-    def test_what_is_no_grid(self, call: Any, grid: Any) -> None:
+    def test_values_that_are_no_grid(self, call: Any, grid: Any) -> None:
         wanted = "`grid` must be (H, W) or ((H, W), (H_d, W_d)) for encoder and decoder, positive integers; "
         refuses(ValueError, f"{wanted}got {grid!r}.", call, FLAT, FLAT, grid=grid)
 
@@ -699,7 +698,7 @@ class TestRefusedMaps:
         refuses(ValueError, f"`{name}` must have shape {message}", call, LOGITS, LOGITS, **hide)
 
 
-# what a number may be, and one on either side of it
+# the range of every setting, and values outside
 RANGES: dict[str, tuple[str, tuple[float, ...]]] = {
     "merge_threshold": ("within [0.0, 1.0]", (-0.1, 1.5, NAN, INF)),
     "label_smoothing": ("within [0.0, 1.0]", (-0.1, 1.1, NAN)),
@@ -736,12 +735,11 @@ class TestRefusedSettings:
         )
 
     @pytest.mark.parametrize("call", [*MODULES.values(), boundary_refinement_loss, interior_denoising_loss])
-    def test_smoothing_is_for_the_cross_entropy(self, call: Any) -> None:
+    def test_smoothing_needs_the_cross_entropy(self, call: Any) -> None:
         wanted = "`label_smoothing` must be 0 with criterion='mse'; got 0.1. Smoothing is defined for "
         refuses(ValueError, f"{wanted}criterion='cross_entropy'.", call, LOGITS, LOGITS, label_smoothing=0.1)
 
-    def test_settings_are_refused_where_they_are_given(self) -> None:
-        # not at the first step
+    def test_settings_are_refused_by_the_constructor(self) -> None:
         for make in (SSyncLoss, BoundaryRefinementLoss, InteriorDenoisingLoss):
             refuses(ValueError, "`merge_threshold` must be within [0.0, 1.0]; got 2.", make, merge_threshold=2)
             refuses(ValueError, "`kind` must be one of", make, kind="p")
@@ -765,7 +763,7 @@ class TestRefusedSettings:
 
     @pytest.mark.parametrize("step", [1.0, True, torch.tensor(1), "1", np.float64(1), np.bool_(True), np.array([1])])
     @pytest.mark.parametrize("settings", [{}, {"start_step": 3}])
-    def test_a_step_that_is_no_integer(self, step: Any, settings: Settings) -> None:
+    def test_a_step_must_be_an_integer(self, step: Any, settings: Settings) -> None:
         criterion = SSyncLoss(**settings).eval()
         message = f"`step` must be a Python int; got {type(step).__name__}."
         for call in (criterion, criterion.terms):
@@ -773,8 +771,8 @@ class TestRefusedSettings:
         refuses(TypeError, message, global_mean, criterion, LOGITS, LOGITS, step=step)
 
     @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.array])
-    def test_a_step_of_numpy(self, kind: Any) -> None:
-        """Unsigned ones too, in which a difference would wrap around."""
+    def test_numpy_integers_are_steps(self, kind: Any) -> None:
+        """Differences of unsigned integers would wrap around."""
         criterion = SSyncLoss(start_step=3, ramp_steps=4)
         enc, dec = sample_maps()
         for step in (2, 3, 5, 9):
@@ -799,7 +797,7 @@ class TestRefusedSettings:
     ids=["boundary", "interior", "boundary module", "interior module"],
 )
 class TestRefusedLabels:
-    """Labels that were computed before and handed over."""
+    """Precomputed labels with errors."""
 
     def test_labels(self, call: Any, label_name: str, region_name: str) -> None:
         name = f"`labels.{label_name}`"
@@ -814,7 +812,7 @@ class TestRefusedLabels:
         message = f"`labels.{region_name}` must have shape (B=2, T=3, H=5, W=6); got (2, 3, 5, 2)."
         refuses(ValueError, message, call, LOGITS, LOGITS, labels=labels)
 
-    def test_the_other_half_is_not_read(self, call: Any, label_name: str, region_name: str) -> None:
+    def test_fields_of_the_other_loss_are_not_read(self, call: Any, label_name: str, region_name: str) -> None:
         others: Settings = dict.fromkeys(set(PseudoLabels._fields) - {label_name, region_name})
         labels = PSEUDO._replace(**others)
         assert call(LOGITS, LOGITS, labels=labels) == 0
@@ -904,7 +902,7 @@ def test_a_label_of_an_absent_slot_is_refused(backend: Any) -> None:
     region = torch.ones(2, 1, 1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"`target` must name .*present slot.*\[0, 1\].*; got 2"):
         selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend)
-    # where nothing is selected, or in a clip without slots, no label is read
+    # labels outside the region or in a clip without slots are not read
     region[1, 0, 0, 0] = False
     assert selective_distillation_loss(logits, target, region, slot_mask=slot_mask, backend=backend).isfinite()
     region[1] = True
@@ -922,7 +920,7 @@ def test_given_labels_of_an_absent_slot_are_refused() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
-def test_a_tiny_temperature_is_a_hard_choice(criterion: Any) -> None:
+def test_a_tiny_temperature_gives_hard_probabilities(criterion: Any) -> None:
     logits = torch.tensor([1e3, -1e3, 1e3 - 1]).view(1, 1, 3, 1, 1).requires_grad_()
     region = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     for label, value in ((0, 0.0), (1, 2 / 3 if criterion == "mse" else None)):
@@ -939,7 +937,7 @@ def test_a_float_of_eight_bits_is_refused_by_name() -> None:
         pseudo_labels(small, small)
 
 
-def test_any_kind_of_area_names_a_member_of_the_group() -> None:
+def test_the_representative_is_a_member_of_the_group_for_any_area() -> None:
     linked = torch.tensor([[[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]])
     for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int64, torch.float16, torch.float64):
         area = torch.tensor([[1, 2, 9]]).to(dtype)
@@ -954,7 +952,7 @@ def test_any_kind_of_area_names_a_member_of_the_group() -> None:
     assert merge_slots(linked, torch.tensor([[nan, nan, nan]]), threshold=0.5).tolist() == [[0, 0, 2]]
 
 
-def test_a_link_in_one_direction_counts_whatever_the_other_holds() -> None:
+def test_a_link_in_one_direction_suffices() -> None:
     for other in (0.0, float("nan"), float("-inf")):
         overlap = torch.tensor([[[1.0, 0.9], [other, 1.0]]])
         for one in (overlap, overlap.mT):
@@ -965,7 +963,7 @@ def test_a_link_in_one_direction_counts_whatever_the_other_holds() -> None:
     assert merge_slots(nothing, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[0, 1]]
 
 
-def test_true_may_be_any_byte_but_zero() -> None:
+def test_any_nonzero_byte_is_true() -> None:
     target = torch.zeros(1, 1, 2, 2, dtype=torch.int64)
     region = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8).view(torch.bool)
     logits = torch.randn(1, 1, 3, 2, 2)

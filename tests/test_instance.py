@@ -1,4 +1,4 @@
-"""Instance consistency: published numbers and assignments, the slow definition, invariances, scipy, bad input."""
+"""Instance consistency: published values and assignments, the reference, scipy, errors."""
 
 import math
 import sys
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, share: float = 0.6) -> Scene:
-    """Return unit vectors of a student and a teacher, and valid masks; the shape is (B, T, S, P, D)."""
+    """Return unit vectors of a student and a teacher, and valid masks, for the shape (B, T, S, P, D)."""
     size = shape or (2, 3, 2, 3, 5)
     generator = torch.Generator().manual_seed(seed)
     embeddings, teacher = (
@@ -88,39 +88,37 @@ def test_published_validity(name: str, p_thr: float, published: str, dtype: torc
 
 @settings(max_examples=100)
 @given(**DRAWN)
-def test_value_and_gradient_are_those_of_the_slow_definition(
-    shape: tuple[int, ...], seed: int, share: float, **knobs: Any
-) -> None:
+def test_value_and_gradient_equal_the_reference(shape: tuple[int, ...], seed: int, share: float, **knobs: Any) -> None:
     case = sample(*shape, dtype=torch.float64, seed=seed, share=share)
     assert_same(step(case, **knobs), step(case, reference_instance_consistency_loss, **knobs), 1e-11)
 
 
-def test_beyond_six_instances_too() -> None:
+def test_more_than_six_instances_equal_the_reference() -> None:
     case = sample(1, 2, 1, 7, 9, dtype=torch.float64)
     assert_same(step(case), step(case, reference_instance_consistency_loss), 1e-12)
 
 
 @pytest.mark.parametrize("num_instances", [3, 7])
-def test_what_is_found_again_and_told_apart_costs_minus_one(num_instances: int) -> None:
+def test_perfectly_matched_instances_have_the_value_minus_one(num_instances: int) -> None:
     embeddings = torch.eye(num_instances).expand(2, 3, 2, -1, -1)
     everyone = torch.ones(2, 3, 2, num_instances, dtype=torch.bool)
     order = torch.randperm(num_instances)
     assert math.isclose(step(Scene(embeddings, embeddings[:, :, :, order], everyone, everyone))[0].item(), -1.0)
 
 
-def test_what_the_teacher_does_not_count_only_repels() -> None:
+def test_invalid_teacher_instances_only_repel() -> None:
     case = sample(share=1.0)
     nobody = torch.zeros_like(case.valid)
     close = case._replace(embeddings=case.teacher, teacher_valid=nobody)
     assert 0 <= step(close)[0] <= 0.5
-    # a close instance pushes, valid or not
+    # a close instance repels even if it is invalid
     twins = torch.ones(1, 1, 1, 2, 1)
     everyone = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     assert step(Scene(twins, twins, everyone, ~everyone))[0] == 0.5
     assert step(Scene(twins, twins, everyone, everyone))[0] == -0.5
 
 
-def test_a_distance_of_one_is_a_cosine_of_a_half() -> None:
+def test_margins_of_distances_and_cosines() -> None:
     half = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]]).view(1, 1, 1, 2, 2)
     everyone = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     case = Scene(half, half, everyone, ~everyone)
@@ -134,7 +132,7 @@ def test_a_distance_of_one_is_a_cosine_of_a_half() -> None:
 
 @settings(max_examples=60)
 @given(size=st.integers(1, 6), seed=st.integers(0, 2**31))
-def test_permutations_and_scipy_assign_alike(size: int, seed: int) -> None:
+def test_permutations_and_scipy_agree(size: int, seed: int) -> None:
     from scipy.optimize import linear_sum_assignment
 
     scores = torch.randn(3, 2, size, size, generator=torch.Generator().manual_seed(seed))
@@ -142,21 +140,21 @@ def test_permutations_and_scipy_assign_alike(size: int, seed: int) -> None:
     assert best_assignment(scores).tolist() == expected
 
 
-def test_of_equally_good_assignments_the_first_is_taken() -> None:
+def test_the_first_of_equal_assignments_wins() -> None:
     for size in range(1, 7):
         assert best_assignment(torch.zeros(size, size)).tolist() == list(range(size))
     tied = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert best_assignment(tied.flip(1)).tolist() == [1, 2, 0]
 
 
-def test_few_instances_need_no_scipy_and_many_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_many_instances_need_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert step(sample(1, 1, 1, 6, 3))[0].isfinite()
     with pytest.raises(ImportError, match=r"More than 6 instances .* pip install \"ssync-loss\[metrics\]\""):
         step(sample(1, 1, 1, 7, 3))
 
 
-# --- empty, single, undefined ---
+# --- edge cases ---
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -168,7 +166,7 @@ def test_equal_vectors_have_a_finite_gradient(metric: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_scipy_breaks_the_graph_and_nothing_else() -> None:
+def test_scipy_only_breaks_the_graph() -> None:
     case = sample(1, 2, 1, 7, 4)
     compiled = torch.compile(instance_consistency_loss, backend="aot_eager")
     assert_same((compiled(*case),), (instance_consistency_loss(*case),), 1e-6)
@@ -181,7 +179,7 @@ def test_scipy_breaks_the_graph_and_nothing_else() -> None:
 
 
 def found(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maps, semantics and instances; the shape is (B, T, S, P)."""
+    """Return maps, semantic slots and instances for the shape (B, T, S, P)."""
     generator = torch.Generator().manual_seed(seed)
     clips, frames, semantics, num_instances = shape or (2, 2, 3, 4)
     logits = 3 * torch.randn(clips, frames, semantics, 3, 3, generator=generator, dtype=torch.float64)
@@ -198,7 +196,7 @@ def found(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     area_thr=st.sampled_from((0.0, 0.2, 0.5)),
     sim_thr=st.sampled_from((-0.5, 0.0, 0.5)),
 )
-def test_validity_is_that_of_the_slow_definition(shape: tuple[int, ...], seed: int, **knobs: Any) -> None:
+def test_validity_equals_the_reference(shape: tuple[int, ...], seed: int, **knobs: Any) -> None:
     data = found(*shape, seed=seed)
     assert torch.equal(valid_instances(*data, **knobs), reference_valid_instances(*data, **knobs))
 
@@ -214,14 +212,14 @@ def test_an_area_at_the_threshold_is_not_enough(dtype: torch.dtype) -> None:
     assert valid_instances(logits, slots, slots.unsqueeze(3)).all()
 
 
-def test_what_has_no_direction_is_not_of_its_kind() -> None:
+def test_zero_vectors_and_nan_are_invalid() -> None:
     logits, slots, instances = found()
     assert not valid_instances(logits, slots * 0, instances, area_thr=0.0, sim_thr=0.0).any()
     assert not valid_instances(logits, slots, instances * 0, area_thr=0.0, sim_thr=0.0).any()
     assert not valid_instances(logits * NAN, slots, instances, area_thr=0.0).any()
 
 
-def test_no_clips_have_no_valid_instances() -> None:
+def test_the_validity_of_an_empty_batch_is_empty() -> None:
     logits, slots, instances = (one[:0] for one in found())
     assert valid_instances(logits, slots, instances).shape == (0, 2, 3, 4)
 
@@ -246,13 +244,13 @@ def test_validity_compiles_to_one_graph_and_has_no_gradient() -> None:
         ({"instances": torch.zeros(2, 2, 3, 0, 3)}, ValueError, r"`instances` must have P >= 1; got P=0"),
     ],
 )
-def test_what_is_wrong_with_validity_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_of_validity_are_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     names = ("logits", "slots", "instances")
     with pytest.raises(error, match=message):
         valid_instances(**{**dict(zip(names, found(), strict=True)), **wrong})
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 MASK = torch.ones(2, 3, 2, 3, dtype=torch.bool)
 
@@ -262,7 +260,7 @@ class TestContract(LossContract):
     function = staticmethod(instance_consistency_loss)
     twice_differentiable = True
     settings: ClassVar = {"margin": 0.1, "metric": "euclidean", "same_frame": False}
-    not_applicable: ClassVar = {"poison": "all vectors have a say in the assignment, valid or not"}
+    not_applicable: ClassVar = {"poison": "the assignment reads invalid vectors, too"}
     refused: ClassVar = [
         ({"margin": 1.5}, ValueError, r"`margin` must be within \[-1.0, 1.0\]; got 1.5"),
         ({"margin": -0.1, "metric": "euclidean"}, ValueError, r"`margin` must be within \[0.0, 2.0\]; got -0.1"),
@@ -277,20 +275,20 @@ class TestContract(LossContract):
 
     def case(self) -> Case:
         embeddings, teacher, valid, teacher_valid = sample(*self.shape)
-        # an infinite teacher has an infinite cosine; a far one would have value 0
+        # positive channels give an infinite teacher an infinite cosine, not a value of 0
         valid[0] = teacher_valid[0] = True
         embeddings[..., 0].abs_()
         others = {"teacher_embeddings": teacher, "valid": valid, "teacher_valid": teacher_valid}
         return Case(self.make(), {"embeddings": embeddings}, others)
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
-        return {"nobody is valid": case.replaced(valid=case.others["valid"] & False), **super().empty_cases(case)}
+        return {"no valid instance": case.replaced(valid=case.others["valid"] & False), **super().empty_cases(case)}
 
 
 class TestDistances(TestContract):
     knobs: ClassVar = {"metric": "euclidean", "margin": 0.9, "same_frame": False}
     settings: ClassVar = {"margin": 0.7, "metric": "cosine", "same_frame": True}
-    # torch has one of its distances since 2.14
+    # torch can differentiate its distances twice from 2.14 on
     twice_differentiable = torch.__version__ >= "2.14"
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
@@ -298,7 +296,7 @@ class TestDistances(TestContract):
 
 
 class TestByScipy(TestContract):
-    """More instances than permutations are enumerated for."""
+    """The contract with so many instances that scipy assigns them."""
 
     not_applicable: ClassVar = TestContract.not_applicable | dict.fromkeys(
         ("compile", "default_compiler", "fake_tensors"), "scipy assigns on the host"

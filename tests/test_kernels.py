@@ -1,6 +1,6 @@
-"""Tests of the kernels alone: sizes, tiles, strides, precision. ``test_engines.py`` tests all engines.
+"""Sizes, tiles, strides and precision of the kernels. ``test_engines.py`` tests all engines.
 
-They run in Triton's interpreter, or on a GPU if there is one, against the torch path and the definitions.
+The kernels run in Triton's interpreter, or on a GPU if there is one, against the torch path and the references.
 """
 
 import math
@@ -33,14 +33,14 @@ __all__ = ["quick_interpreter"]
 
 INF, NAN = math.inf, math.nan
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
-# the interpreter's time grows with the number of tiles, at least one a frame of every clip
+# the interpreter's time grows with the number of tiles, and every frame has at least one
 MAPS = map_pairs(batch=3, max_frames=2, minus_inf=True)
 
 
 def random_case(
     *shape: int, seed: int = 0, masks: bool = True, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2
 ) -> SSyncCase:
-    """Return blurred noise: slots overlap, neighbors agree, and no comparison is close."""
+    """Return blurred noise, so that slots overlap, neighbors agree, and no comparison is close."""
     generator = torch.Generator().manual_seed(seed)
     B, T, S, H, W = shape
 
@@ -75,7 +75,7 @@ def assert_kernels_equal_torch(case: SSyncCase, **how: Any) -> None:
     reduction=st.sampled_from(("mean", "sum", "none")),
 )
 @settings(max_examples=8)
-def test_a_distillation_equals_the_definition(
+def test_a_distillation_equals_the_reference(
     criterion: str, smoothing: float, case: DistillationCase, temperature: float, reduction: str
 ) -> None:
     how: dict[str, Any] = {
@@ -105,8 +105,8 @@ class TestSizes:
         assert_kernels_equal_torch(random_case(2, 2, num_slots, 4, 7, masks=num_slots > 1), merge_threshold=0.35)
 
     @pytest.mark.parametrize("num_slots", [64, 41])
-    def test_a_chain_of_slots_is_merged_to_its_end(self, num_slots: int) -> None:
-        # neighbors share one of the two patches each is active on, so every overlap is 1/3
+    def test_a_long_chain_of_slots_merges(self, num_slots: int) -> None:
+        # every slot is active on two patches and shares one with each neighbor, so overlaps are 1/3
         enc = torch.zeros(1, 1, num_slots, 1, num_slots + 1)
         for slot in range(num_slots):
             enc[0, 0, slot, 0, slot : slot + 2] = 9.0
@@ -130,7 +130,7 @@ class TestSizes:
     @pytest.mark.parametrize("num_warps", [1, 4])
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     def test_work_cut_into_many_pieces(self, criterion: str, num_warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        # several tiles a frame, parts a clip, chunks a frame, shares a loss, without common divisors
+        # several tiles per frame, parts per clip, chunks per frame and shares per loss, without common divisors
         monkeypatch.setattr(_tiling, "THREAD_CELLS", 2)
         monkeypatch.setattr(_tiling, "NUM_WARPS", num_warps)
         monkeypatch.setattr(_tiling, "MANY_TILES", 1)
@@ -163,7 +163,7 @@ class TestSizes:
 
 
 class TestMemoryLayout:
-    """Maps, masks and gradients with permuted, gapped or repeated memory."""
+    """Maps, masks and gradients with permuted, strided or repeated memory."""
 
     @pytest.mark.parametrize(
         "view",
@@ -202,20 +202,20 @@ class TestMemoryLayout:
                 assert_close_gradient(grad, other, scale=2.0 * float(upstream.abs().max()))
 
     def test_offsets_beyond_32_bits(self) -> None:
-        # reserved memory, of which only a few pages are used
+        # only a few pages of this memory are used
         far = 2**30 + 64
         try:
             memory = torch.empty(2 * far + 256, dtype=torch.float16, device=DEVICE)
         except RuntimeError as error:
             pytest.fail(f"4 GiB of address space are needed: {error}")
         case = on_device(random_case(1, 3, 3, 3, 4, dtypes=(torch.float16, torch.float16)))
-        # from slot to slot, from frame to frame, from row to row
+        # large strides of slots, of frames, of rows
         for strides in ((0, 16, far, 4, 1), (0, far, 16, 4, 1), (0, 64, 16, far, 1)):
             enc = memory.as_strided(case.enc_logits.shape, strides)
             enc.copy_(case.enc_logits)
             assert_kernels_equal_torch(case._replace(enc_logits=enc), merge_threshold=0.2)
 
-    def test_gradients_lie_as_their_maps_do(self) -> None:
+    def test_gradients_have_the_strides_of_their_maps(self) -> None:
         case = on_device(random_case(2, 2, 3, 4, 6))
         enc = case.enc_logits.movedim(2, -1).contiguous().movedim(-1, 2)
         run = Run("triton", case._replace(enc_logits=enc))
@@ -225,8 +225,8 @@ class TestMemoryLayout:
 class TestPrecision:
     @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
     @pytest.mark.parametrize("confidence", [1e-3, 3.0, 8.0, 15.0, 40.0, 3e4])
-    def test_from_undecided_to_saturated(self, confidence: float, criterion: str, smoothing: float) -> None:
-        # the label's slot is the largest on even patches, the smallest on odd ones
+    def test_any_confidence(self, confidence: float, criterion: str, smoothing: float) -> None:
+        # the target has the largest logit on even patches and the smallest on odd patches
         logits = torch.randn(1, 2, 6, 3, 4)
         target = torch.randint(6, (1, 2, 3, 4))
         sign = torch.tensor([1.0, -1.0]).repeat(12).view(1, 2, 1, 3, 4)
@@ -240,7 +240,7 @@ class TestPrecision:
         (grad,) = torch.autograd.grad(actual.sum(), case.logits)
         assert_close_gradient(grad, torch.autograd.grad(expected.sum(), slow)[0], scale=2.0)
 
-    # a sum of the values of wrong labels at the smallest temperature
+    # losses of wrong labels at the smallest temperature overflow in a sum
     @pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning")
     @pytest.mark.parametrize("temperature", [1.2e-38, 0.07, 1e4])
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
@@ -254,8 +254,8 @@ class TestPrecision:
             torch.testing.assert_close(one * temperature, other * temperature, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("num_patches", [41, 47, 55, 61, 83])
-    def test_a_mean_is_a_sum_divided_by_a_count(self, num_patches: int) -> None:
-        # a sum of ones times the rounded 1/41 is below 1: all slots would be active, with overlap 1
+    def test_a_mean_divides_a_sum_by_a_count(self, num_patches: int) -> None:
+        # a sum of ones times the rounded 1/41 is below 1, which would make all slots active
         enc = torch.ones(1, 1, 3, 1, num_patches)
         labels = labels_of(SSyncCase(enc, enc, None, None), merge_threshold=0.0)
         assert labels.representative.tolist() == [[0, 1, 2]]
@@ -263,7 +263,7 @@ class TestPrecision:
 
 class TestUndefined:
     @pytest.mark.parametrize("value", [NAN, INF, -INF, 3.0])
-    def test_dirt_that_does_not_count_changes_nothing(self, value: float) -> None:
+    def test_nan_in_masked_cells_changes_nothing(self, value: float) -> None:
         case = random_case(2, 2, 4, 3, 5)
         assert case.valid is not None
         assert case.slot_mask is not None
@@ -277,13 +277,13 @@ class TestUndefined:
         assert all(torch.equal(*pair) for pair in zip(actual.grads, clean.grads, strict=True))
 
     @pytest.mark.parametrize("clean", [True, False])
-    def test_what_was_found_before_counts_too(self, clean: bool) -> None:
+    def test_a_given_flag_of_nan_counts(self, clean: bool) -> None:
         case = random_case(1, 2, 3, 4, 5)
         run = Run("triton", case, clean=torch.tensor(clean, device=DEVICE))
         assert run.loss.isnan() == (not clean)
         assert run.grads[0].isnan().any() == (not clean)
 
-    def test_a_patch_with_nan_is_labeled_with_a_present_slot(self) -> None:
+    def test_the_label_of_a_nan_patch_is_a_present_slot(self) -> None:
         enc = torch.full((1, 1, 3, 1, 2), NAN)
         mask = torch.tensor([[False, True, True]])
         labels = labels_of(SSyncCase(enc, torch.zeros_like(enc), None, mask))
@@ -291,9 +291,7 @@ class TestUndefined:
 
     @pytest.mark.parametrize(("criterion", "smoothing"), CRITERIA)
     @pytest.mark.parametrize("value", [NAN, INF])
-    def test_a_distillation_looks_at_selected_patches_only(
-        self, value: float, criterion: str, smoothing: float
-    ) -> None:
+    def test_a_distillation_reads_only_selected_patches(self, value: float, criterion: str, smoothing: float) -> None:
         logits = torch.zeros(1, 1, 2, 1, 3)
         logits[..., :2] = value
         logits = leaf(logits)
@@ -307,12 +305,12 @@ class TestUndefined:
         assert not grad[..., 1].any()
         assert distilled(case, **how).isnan()
 
-    def test_a_label_that_is_no_slot_makes_its_patch_nan(self) -> None:
+    def test_a_label_out_of_range_makes_its_patch_nan(self) -> None:
         logits = leaf(torch.zeros(1, 1, 2, 1, 5))
         target = torch.tensor([[[[0, 2, -1, 1, 2**40]]]])
         region = torch.tensor([[[[True, True, True, False, True]]]])
         patches = distilled(DistillationCase(logits, target, region, None), reduction="none")
         assert patches.isnan().flatten().tolist() == [False, True, True, False, True]
-        # and nothing outside the map is read or written
+        # no memory outside the map is read or written
         (grad,) = torch.autograd.grad(patches, logits, torch.ones_like(patches))
         assert grad[..., [1, 2, 4]].eq(0).all()

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for three generations of GPUs that need not be present, spills no registers."""
+"""Every kernel compiles for three generations of GPUs, which need not be present, and spills no registers."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from ssync_loss.ssync.engines.triton._limits import VERSION
 
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536
-# shared memory that every GPU has by default
+# the default shared memory of every GPU
 SHARED_MEMORY = 48 * 1024
 
 Report = dict[str, Any]
 
 
 def compiling(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start the compiler in a process without the interpreter."""
+    """Start the compiler in a process without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     source = str(Path(__file__).parents[1] / "src")
     environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
@@ -40,7 +40,7 @@ def reports_of(process: subprocess.Popen[str]) -> list[Report]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    """The assembler's report of all kernels, from two processes at a time."""
+    """Return the assembler's reports of all kernels, from two processes at a time."""
     folder = tmp_path_factory.mktemp("compiled")
     halves = [[str(one) for one in NUM_SLOTS[::2]], [str(one) for one in NUM_SLOTS[1::2]]]
     found: list[Report] = []
@@ -61,12 +61,12 @@ def test_every_kernel_is_compiled_for_every_gpu(reports: list[Report]) -> None:
     for capability in CAPABILITIES:
         for_all = [one for one in reports if one["capability"] == capability]
         assert sorted({one["kernel"] for one in for_all}) == kernel_names()
-        # kernels with slots in registers, for every number of slots
+        # kernels with slots in registers are compiled for every number of slots
         for name in ("label_kernel", "overlap_kernel", "merge_kernel", "loss_kernel", "gradient_kernel"):
             assert {one["num_slots"] for one in for_all if one["kernel"] == name} == set(NUM_SLOTS)
 
 
-def test_nothing_is_spilled(reports: list[Report]) -> None:
+def test_no_register_is_spilled(reports: list[Report]) -> None:
     spilled = [one for one in reports if one["spilled"]]
     kernels = {(one["kernel"].removeprefix("distill_"), one["num_slots"]) for one in spilled}
     known = {("gradient_kernel", 32)} if VERSION < (3, 9) else {("gradient_kernel", 16), ("gradient_kernel", 32)}
@@ -82,6 +82,6 @@ def test_shared_memory_fits_any_gpu(reports: list[Report]) -> None:
     assert max(one["shared_memory"] for one in reports) <= SHARED_MEMORY
 
 
-def test_spills_would_be_seen(tmp_path: Path) -> None:
+def test_spills_are_detected(tmp_path: Path) -> None:
     tight = reports_of(compiling(tmp_path, "80", "--slots", "8", "--variants", "1", "--max-registers", "32"))
     assert any(one["spilled"] for one in tight)

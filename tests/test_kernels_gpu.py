@@ -1,4 +1,4 @@
-"""The kernels on a GPU: values, races, waiting, CUDA graphs, reads and writes out of bounds."""
+"""The kernels on a GPU: values, races, synchronization, CUDA graphs, access out of bounds."""
 
 import os
 import shutil
@@ -27,16 +27,16 @@ pytestmark = [
 ]
 
 PUBLISHED = [(64, 4, 11, 24, 24), (64, 4, 7, 37, 37), (16, 4, 15, 24, 24)]
-# tiles of four warps, chunks of frames, every power of two of slots, one clip of very many patches
+# tiles of four warps, chunks of frames, all powers of two for slots, very many patches, very many clips
 LARGE = [(2, 3, 8, 96, 128), (2, 2, 24, 130, 67), (1, 2, 64, 80, 80), (1, 16, 11, 256, 256), (4096, 1, 5, 6, 6)]
-# far from small fractions
+# not close to any small fraction
 THRESHOLD = 0.6180339887
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CRITERIA = [("mse", 0.0), ("cross_entropy", 0.0), ("cross_entropy", 0.2)]
 
 
 def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, seed: int = 0) -> SSyncCase:
-    """Return blobs and noise on the device, as multiples of 1/8: comparisons with a mean do not depend on order."""
+    """Return blobs and noise on the device in multiples of 1/8, whose sums do not depend on the order."""
     generator = torch.Generator("cuda").manual_seed(seed)
     B, T, S, H, W = shape
     maps = []
@@ -44,7 +44,7 @@ def scene(*shape: int, dtype: torch.dtype = torch.float32, masks: bool = False, 
         coarse = torch.randint(-24, 25, (B * T, S, (H + 5) // 6, (W + 5) // 6), generator=generator, device="cuda")
         blobs = torch.nn.functional.interpolate(coarse.float(), size=(H, W)).view(shape)
         maps.append(((blobs + torch.randint(-6, 7, shape, generator=generator, device="cuda")) / 8).to(dtype))
-    # copies of slots, which merge
+    # copied slots merge
     maps[0][:, :, 1::3] = maps[0][:, :, : maps[0][:, :, 1::3].shape[2]].clone()
     enc, dec = maps
     if not masks:
@@ -60,7 +60,7 @@ def leaves(case: SSyncCase) -> Maps:
 
 
 def taken(case: SSyncCase, *, backend: str = "triton", **settings: Any) -> tuple[SSyncTerms, tuple[Tensor, ...]]:
-    """Take one step without leaving the GPU."""
+    """Run one step without leaving the GPU."""
     maps = leaves(case)
     terms = ENGINES[backend].terms(maps, Settings(**settings))
     return terms, torch.autograd.grad(terms.total, (maps.enc, maps.dec))
@@ -101,7 +101,7 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [*PUBLISHED, *LARGE])
-    def test_runs_do_not_differ_by_a_bit(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def test_runs_are_bitwise_equal(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         case = scene(*shape, dtype=dtype)
         first, first_grads = taken(case)
         for _ in range(10):
@@ -111,7 +111,7 @@ class TestValues:
             assert all(torch.equal(one, other) for one, other in zip(grads, first_grads, strict=True))
 
     def test_maps_of_more_than_2_31_cells(self) -> None:
-        # a batch of which the last clip is the first: 4.3 GB a map
+        # every clip is the first clip, and a map takes 4.3 GB
         if torch.cuda.mem_get_info()[0] < 40 * 2**30:
             pytest.skip("needs 40 GB of the GPU's memory")
         shape = (65, 16, 8, 512, 512)
@@ -120,7 +120,7 @@ class TestValues:
         labels = KERNELS.pseudo_labels(Maps(enc, dec, None, None, None), Settings())
         for one in labels:
             assert torch.equal(one[-1], one[0])
-        # else gradients, divided by the number of patches, would be below the smallest half
+        # without these weights, gradients of a mean would underflow float16
         weights: dict[str, Any] = {"boundary_weight": 2.0**24, "interior_weight": 2.0**24}
         terms, grads = taken(SSyncCase(enc, dec, None, None), **weights)
         for one in grads:
@@ -128,9 +128,9 @@ class TestValues:
             assert one[-1].any()
         assert terms.num_boundary == shape[0] * labels.boundary[0].sum()
 
-    def test_the_current_device_need_not_be_that_of_the_maps(self) -> None:
+    def test_maps_may_be_on_another_device_than_the_current_one(self) -> None:
         if torch.cuda.device_count() == 1:
-            # one GPU can test that the device is set and restored
+            # one GPU can only test that the device is restored
             with torch.cuda.device(0):
                 taken(scene(1, 1, 3, 8, 8))
             assert torch.cuda.current_device() == 0
@@ -145,14 +145,14 @@ class TestWaiting:
     @pytest.mark.parametrize("masks", [False, True])
     def test_a_step_never_waits_for_the_gpu(self, masks: bool) -> None:
         case = scene(4, 2, 5, 16, 16, masks=masks)
-        # compiled here
+        # the first run compiles
         taken(case)
         torch.cuda.set_sync_debug_mode("error")
         taken(case)
 
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     @pytest.mark.parametrize("masks", [False, True])
-    def test_a_step_is_captured_once_and_replayed_on_new_data(self, masks: bool, criterion: Any) -> None:
+    def test_a_captured_step_can_be_replayed_on_new_data(self, masks: bool, criterion: Any) -> None:
         case = scene(8, 4, 11, 24, 24, dtype=torch.float16, masks=masks)
         maps, settings = leaves(case), Settings(criterion=criterion)
 
@@ -186,7 +186,7 @@ class TestWaiting:
             torch.autograd.grad(KERNELS.loss(maps, Settings()), (maps.enc, maps.dec))
             torch.cuda.synchronize()
         launches = [one.name for one in profile.events() or [] if one.device_type.name == "CUDA"]
-        # with the 1 at the start of a backward
+        # seven kernels, and the 1 at the start of the backward pass
         assert len(launches) == 8, launches
 
 
@@ -202,12 +202,12 @@ torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_the_sanitizer_has_nothing_to_say(tool: str) -> None:
+def test_the_sanitizer_reports_nothing(tool: str) -> None:
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
-    # torch's pool would hide reads of neighboring memory and of old contents
+    # torch's memory pool would hide reads of neighboring and of freed memory
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False

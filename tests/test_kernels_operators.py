@@ -65,7 +65,7 @@ OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]
         _labels.label,
         lambda enc, dec: (enc, dec, *list(masks().values())[:2], *(None,) * 4, 1, 1, 0, False, True),
     ),
-    "label, of what was found": (
+    "label, with slot labels": (
         _labels.label,
         lambda enc, dec: (
             *(enc, dec, None, None, None, None, torch.stack([PATCHES] * 2).char()),
@@ -113,11 +113,11 @@ OPERATOR_CASES: dict[str, tuple[Any, Callable[[Tensor, Tensor], tuple[Any, ...]]
 
 class TestOperators:
     @pytest.mark.parametrize("name", OPERATOR_CASES)
-    def test_they_are_what_they_say(self, name: str) -> None:
+    def test_opcheck(self, name: str) -> None:
         operator, arguments = OPERATOR_CASES[name]
         torch.library.opcheck(operator, arguments(*maps()))
 
-    def test_terms_of_masked_maps_are_one_graph_with_the_values_of_eager(self) -> None:
+    def test_terms_of_masked_maps_compile_to_one_graph(self) -> None:
         chosen, settings = masks(), Settings()
         counter = CompileCounterWithBackend("aot_eager")
 
@@ -159,18 +159,18 @@ class TestOperators:
 
 
 class TestGradients:
-    def test_each_term_has_its_own(self) -> None:
+    def test_each_term_has_its_own_gradient(self) -> None:
         for name, weight in (("boundary", 0.5), ("interior", 2.0)):
             enc, dec = maps()
             terms = KERNELS.terms(of(enc, dec), Settings(boundary_weight=0.5, interior_weight=2.0))
             grads = torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
             alone = torch.autograd.grad(getattr(terms, name), (enc, dec), allow_unused=True)
             taught, other = (1, 0) if name == "boundary" else (0, 1)
-            # not a map of zeros, which would be filled
+            # zeros would have to be filled
             assert alone[other] is None
             torch.testing.assert_close(alone[taught] * weight, grads[taught])
 
-    def test_all_of_them_add_up(self) -> None:
+    def test_gradients_of_a_sum_add_up(self) -> None:
         enc, dec = maps()
         terms = KERNELS.terms(of(enc, dec), Settings())
         grads = torch.autograd.grad(terms.total, (enc, dec), retain_graph=True)
@@ -180,7 +180,7 @@ class TestGradients:
         torch.testing.assert_close(grad_dec, -grads[1])
 
     @pytest.mark.parametrize("which", [0, 1])
-    def test_a_map_without_gradient_costs_none(self, which: int) -> None:
+    def test_a_map_may_need_no_gradient(self, which: int) -> None:
         given = maps()
         full = torch.autograd.grad(total(*given), given)
         enc, dec = (one.detach() if place == which else one for place, one in enumerate(given))
@@ -193,7 +193,7 @@ class TestGradients:
         with torch.no_grad():
             assert not total(*maps()).requires_grad
 
-    def test_backward_can_be_run_again(self) -> None:
+    def test_backward_can_run_twice(self) -> None:
         enc, dec = maps()
         loss = total(enc, dec)
         once = torch.autograd.grad(loss, (enc, dec), retain_graph=True)
@@ -214,7 +214,7 @@ class TestGradients:
         with pytest.raises(RuntimeError, match="no second derivative"):
             grad.sum().backward()
 
-    def test_gradients_of_functions_are_those_of_autograd(self) -> None:
+    def test_functional_gradients_equal_those_of_autograd(self) -> None:
         enc, dec = maps()
         expected = torch.autograd.grad(total(enc, dec), (enc, dec))
         actual = torch.func.grad(total, argnums=(0, 1))(enc.detach(), dec.detach())
@@ -223,7 +223,7 @@ class TestGradients:
         assert torch.equal(torch.func.grad(distill)(dec.detach()), expected_one)
 
     @pytest.mark.parametrize("which", [0, 1])
-    def test_the_value_of_a_function_gradient_can_be_differentiated_too(self, which: int) -> None:
+    def test_the_value_of_a_functional_gradient_is_differentiable(self, which: int) -> None:
         given = [one.detach() for one in maps()]
 
         def loss(taught: Tensor, weight: Tensor) -> Tensor:
@@ -240,10 +240,10 @@ class TestGradients:
         assert plain.grad != 0
         assert_close_loss(weight.grad, plain.grad)
 
-    # torch's own rules of forward derivatives are scripts
+    # torch implements forward derivatives with torch.jit.script
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     @pytest.mark.parametrize("function", [lambda one: total(one, one), distill])
-    def test_there_is_no_forward_derivative_and_it_is_not_zero(self, function: Callable[[Tensor], Tensor]) -> None:
+    def test_a_forward_derivative_is_an_error(self, function: Callable[[Tensor], Tensor]) -> None:
         enc = maps()[0].detach()
         with pytest.raises(NotImplementedError, match="jvp"):
             torch.func.jvp(function, (enc,), (enc,))
@@ -260,7 +260,7 @@ OPERATORS = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches of kernels, and all other operators of torch except allocations."""
+    """Records launches of kernels, and all other operators of torch except allocations."""
 
     FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten.view", "aten.alias", "aten.expand")
 
@@ -272,7 +272,7 @@ class Launches(TorchDispatchMode):
 
         def counted(kernel: Any, *arguments: Any, **constants: Any) -> None:
             self.kernels.append(kernel.__name__)
-            # the interpreter's own memory does not count
+            # operators of the interpreter do not count
             with torch._C._DisableTorchDispatch():
                 launch(kernel, *arguments, **constants)
 
@@ -291,9 +291,7 @@ class Launches(TorchDispatchMode):
 
 class TestLaunches:
     @pytest.mark.parametrize("masked", [False, True])
-    def test_a_step_takes_seven_and_one_that_autograd_starts_with(
-        self, masked: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_step_has_seven_launches(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         given = of(*maps(), **masks() if masked else {})
         with Launches(monkeypatch) as launches:
             KERNELS.loss(given, Settings()).backward()
@@ -306,15 +304,15 @@ class TestLaunches:
             "finish_kernel",
             "gradient_kernel",
         ]
-        # the 1 at the start of a backward
+        # autograd starts the backward pass with a 1
         assert launches.others == ["aten.ones_like.default"]
 
     @pytest.mark.parametrize("masked", [False, True])
-    def test_the_module_adds_none(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_module_adds_no_launch(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         enc, dec = maps()
         chosen = {name: masks()[name] for name in ("valid", "slot_mask")} if masked else {}
         criterion = SSyncLoss(backend="triton")
-        # a first call on a CPU looks at the numbers
+        # the first call on a CPU reads values
         criterion(enc, dec, **chosen)
         with Launches(monkeypatch) as launches:
             criterion(enc, dec, **chosen).backward()
@@ -337,10 +335,10 @@ class TestLaunches:
         with Launches(monkeypatch) as launches:
             call(given)
         assert len(launches.kernels) == number
-        # the backward starts with a 1
+        # autograd starts the backward pass with a 1
         assert launches.others in ([], ["aten.ones_like.default"])
 
-    def test_the_record_sees_what_torch_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_recorder_sees_operators_of_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         find = _labels.find_labels
 
         def find_after_an_addition(tiling: Any, enc: Tensor, *rest: Any, **how: Any) -> Any:
@@ -354,7 +352,7 @@ class TestLaunches:
         assert launches.others == ["aten.zeros.default", "aten.add.Tensor"]
         assert len(OPERATORS) == 6
 
-    def test_no_axis_of_a_grid_but_the_first_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_the_first_axis_of_a_grid_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         grids = []
 
         class Kernel:
@@ -369,7 +367,7 @@ class TestLaunches:
 class TestMemory:
     @pytest.fixture
     def kept(self) -> Iterator[list[Tensor]]:
-        """The tensors that autograd keeps for a backward."""
+        """Collect the tensors that autograd saves for the backward pass."""
         kept: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -380,7 +378,7 @@ class TestMemory:
             yield kept
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    def test_two_bytes_a_patch_are_kept_for_the_backward(self, kept: list[Tensor], dtype: torch.dtype) -> None:
+    def test_two_bytes_per_patch_are_saved(self, kept: list[Tensor], dtype: torch.dtype) -> None:
         enc, dec = (leaf(one.to(dtype)) for one in maps())
         loss = KERNELS.loss(of(enc, dec, **masks()), Settings())
         stored = {one.untyped_storage().data_ptr(): one for one in kept}
@@ -388,11 +386,11 @@ class TestMemory:
         assert all(one.dtype == dtype for one in own)
         assert loss.requires_grad
         by_type = {one.dtype: one.untyped_storage().nbytes() for one in stored.values()}
-        # targets, scales, and the given slot mask, one row
+        # targets, scales, and one row of the given slot mask
         assert by_type == {torch.int8: 2 * PATCHES.numel(), torch.float32: 8, torch.bool: 4}
 
     @pytest.mark.parametrize("which", [0, 1])
-    def test_a_teacher_is_not_kept(self, kept: list[Tensor], which: int) -> None:
+    def test_a_teacher_is_not_saved(self, kept: list[Tensor], which: int) -> None:
         given = list(maps())
         given[which] = given[which].detach()
         assert total(*given).requires_grad
@@ -400,14 +398,14 @@ class TestMemory:
         assert given[which].data_ptr() not in places
         assert given[1 - which].data_ptr() in places
 
-    def test_a_distillation_keeps_one(self, kept: list[Tensor]) -> None:
+    def test_a_distillation_saves_one_byte_per_patch(self, kept: list[Tensor]) -> None:
         logits, _ = maps()
         distill(logits)
         assert sorted(one.nbytes for one in kept) == [4, PATCHES.numel(), logits.nbytes]
 
 
-class TestFacts:
-    def test_what_can_be_taken(self) -> None:
+class TestRequirements:
+    def test_supported_inputs(self) -> None:
         assert kernels.missing() is None
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             assert kernels.missing(torch.empty(1, 1, kernels.MAX_SLOTS, 2, 2, dtype=dtype, device=DEVICE)) is None
@@ -427,18 +425,18 @@ class TestFacts:
             ),
         ],
     )
-    def test_what_cannot_is_said(self, lacking: Tensor, message: str) -> None:
+    def test_the_missing_requirement_is_named(self, lacking: Tensor, message: str) -> None:
         assert kernels.missing(lacking) == message
         fine = torch.empty(1, 1, 4, 2, 2, device=DEVICE)
         assert kernels.missing(fine, lacking) == message
 
-    def test_the_other_maker_of_cuda_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rocm_is_not_supported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_limits, "IS_ROCM", True)
         with FakeTensorMode():
             assert kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda")) == "a CUDA tensor; got one of ROCm"
 
     @pytest.mark.parametrize(("capability", "lacks"), [((6, 1), True), ((7, 0), False), ((9, 0), False)])
-    def test_old_gpus_are_too_old(
+    def test_old_gpus_are_not_supported(
         self, capability: tuple[int, int], lacks: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gpus = {torch.device("cuda", 0): SimpleNamespace(major=capability[0], minor=capability[1])}
@@ -448,7 +446,7 @@ class TestFacts:
             said = kernels.missing(torch.empty(1, 1, 4, 2, 2, device="cuda"))
         assert said == ("a GPU of compute capability 7.0 or above; got 6.1" if lacks else None)
 
-    def test_a_gpu_that_is_not_there_is_asked_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_absent_gpu_is_not_queried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_properties", None)
         with FakeTensorMode():
@@ -466,8 +464,8 @@ class TestFacts:
         assert done.stdout.strip() == "the package triton, which is not installed"
 
 
-def test_the_torch_path_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # else comparisons with it would prove nothing
+def test_the_torch_path_launches_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # otherwise comparisons with it would prove nothing
     monkeypatch.setattr(_launch, "launch", None)
     enc, dec = maps()
     run = Run("torch", SSyncCase(enc, dec, None, None))

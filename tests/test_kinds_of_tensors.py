@@ -1,4 +1,4 @@
-"""Every public function with tensors of every kind: it works, or names the wrong argument."""
+"""Every public function with every kind of tensor. It works, or its error names the argument."""
 
 import inspect
 import re
@@ -39,7 +39,7 @@ NARROW = [torch.int8, torch.int16, torch.int32]
 
 
 class Call(NamedTuple):
-    """A function, the tensors it is given by name, and its settings."""
+    """A function, its tensors by name, and its settings."""
 
     function: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -58,7 +58,7 @@ def integers(high: int, *size: int) -> Tensor:
 
 
 def taking_labels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Name the fields of pseudo-labels as messages do, although they are one argument."""
+    """Let a function take the fields of pseudo-labels as separate arguments, named as in messages."""
 
     @wraps(function)
     def call(**given: Any) -> Any:
@@ -191,7 +191,7 @@ CALLS |= READERS | {"has_objects": Call(metrics.has_objects, {"target": LABELS},
 
 
 def cases(calls: dict[str, Call], wanted: Callable[[Tensor], bool] = lambda _: True) -> pytest.MarkDecorator:
-    """Every call with each of its tensors of a kind."""
+    """Parametrize over the wanted tensors of every call."""
     found = [(name, tensor) for name, call in calls.items() for tensor, one in call.tensors.items() if wanted(one)]
     return pytest.mark.parametrize(("name", "argument"), found)
 
@@ -201,14 +201,14 @@ def is_integer(tensor: Tensor) -> bool:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Require the same numbers in any class."""
+    """Compare the values of tensors of any class."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# --- what is no dense tensor ---
+# --- tensors that are not dense ---
 
 with warnings.catch_warnings():
-    # these are called prototypes
+    # torch warns that these are prototypes
     warnings.simplefilter("ignore")
     PIECES = [torch.ones(2), torch.ones(3)]
     NOT_DENSE = {
@@ -237,7 +237,7 @@ TYPES = {
     torch.int64: ("hold integers", torch.bool, torch.complex64, torch.float8_e4m3fn),
     torch.bool: ("be boolean", torch.uint8, torch.float32),
 }
-# of any number of axes
+# functions that accept any number of axes
 OPEN = ("CenteredCrossEntropy", "update_center", "PrototypeHead")
 
 
@@ -271,7 +271,7 @@ def test_a_tensor_on_another_device_is_refused_by_name(name: str, argument: str)
 
 # --- wrong settings ---
 
-# wrong values of a setting of each type, and the error messages
+# wrong values for settings of each type, with the error messages
 SETTINGS: dict[type, list[tuple[object, type[Exception], str]]] = {
     float: [("1", TypeError, "must be a number; got str."), (True, TypeError, "must be a number; got bool.")],
     int: [(1.5, TypeError, "must be an integer; got float."), (True, TypeError, "must be an integer; got bool.")],
@@ -322,7 +322,7 @@ def test_integers_of_any_width_are_equal(name: str, argument: str, dtype: torch.
     assert_same(call(**{argument: call.tensors[argument].to(dtype)}), wanted)
 
 
-# elsewhere integers are only names
+# in other functions integers are only names
 INDEXED = {
     "selective_distillation_loss": "target",
     "boundary_refinement_loss": "labels.enc_labels",
@@ -349,7 +349,7 @@ def test_an_integer_beyond_int64_is_refused_by_name(name: str, argument: str) ->
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_as_index_is_for_compilers_too() -> None:
+def test_as_index_compiles() -> None:
     def index(labels: Tensor) -> Tensor:
         return _checks.as_index("labels", labels) + 1
 
@@ -364,15 +364,15 @@ def test_as_index_is_for_compilers_too() -> None:
             index(torch.zeros(2).to(other))
 
 
-# --- what can be read, and what cannot ---
+# --- tensors whose values can be read, and others ---
 
 
 class Sub(Tensor):
-    """A subclass with its own numbers, like those of torchvision."""
+    """A subclass with its own memory, like torchvision's."""
 
 
 class Wrapper(Tensor):
-    """A subclass with the numbers of another tensor, like distributed tensors."""
+    """A subclass without memory that wraps a tensor, like distributed tensors."""
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> "Wrapper":
@@ -405,7 +405,7 @@ NEGATIVE = torch.tensor([[1.0, -2.0]])
     ],
     ids=["plain", "half", "integers", "expanded", "subclass", "parameter", "with a graph"],
 )
-def test_numbers_in_the_memory_of_the_cpu_are_read(numbers: Tensor) -> None:
+def test_values_in_cpu_memory_are_read(numbers: Tensor) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False):
         for one in (numbers, numbers + 0):
             with pytest.raises(ValueError, match=r"^`numbers` must be at least 0; got -2(\.0)?\.$"):
@@ -438,7 +438,7 @@ def traced(mode: Any) -> Callable[[Tensor], Any]:
         lambda x: look(Wrapper(x)),
         lambda x: look(x[:0]),
         in_fake_mode,
-        # from torch 2.15 on
+        # exporting counts as compiling from torch 2.15 on
         pytest.param(exported, marks=pytest.mark.compiles),
         traced("real"),
         traced("fake"),
@@ -454,12 +454,12 @@ def traced(mode: Any) -> Callable[[Tensor], Any]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_numbers_of_other_kinds_are_not_read(use: Callable[[Tensor], Any]) -> None:
+def test_values_of_other_tensors_are_not_read(use: Callable[[Tensor], Any]) -> None:
     use(NEGATIVE)
 
 
 @cases(CALLS)
-def test_a_subclass_gives_what_its_numbers_give(name: str, argument: str) -> None:
+def test_a_subclass_gives_the_result_of_its_values(name: str, argument: str) -> None:
     call = CALLS[name]
     torch.manual_seed(0)
     wanted = call()
@@ -470,23 +470,23 @@ def test_a_subclass_gives_what_its_numbers_give(name: str, argument: str) -> Non
 
 @pytest.mark.parametrize("kind", [lambda x: x, lambda x: x.as_subclass(Sub), lambda x: nn.Parameter(x, False)])
 @pytest.mark.parametrize(("name", "argument"), INDEXED.items())
-def test_labels_of_a_subclass_are_checked_as_plain_ones(name: str, argument: str, kind: Any) -> None:
+def test_labels_of_a_subclass_are_checked(name: str, argument: str, kind: Any) -> None:
     with pytest.raises(ValueError, match=rf"^`{argument}` must lie within \[0, 2\]; got values from 1 to 3\.$"):
         CALLS[name](**{argument: kind(LABELS + 1)})
 
 
-def test_labels_that_are_mapped_over_are_not_read() -> None:
+def test_labels_under_vmap_are_not_read() -> None:
     both = torch.stack([LABELS, LABELS.flip(1)])
     values = torch.vmap(lambda labels: diagnostics.explained_variance(FEATURES, labels, num_slots=3))(both)
     wanted = [diagnostics.explained_variance(FEATURES, labels, num_slots=3) for labels in both]
     torch.testing.assert_close(values, torch.stack(wanted))
 
 
-# --- what holds no numbers ---
+# --- tensors without values ---
 
 
 @pytest.mark.parametrize("call", READERS.values(), ids=READERS)
-def test_metrics_refuse_tensors_that_hold_no_numbers(call: Call) -> None:
+def test_metrics_refuse_tensors_without_values(call: Call) -> None:
     with FakeTensorMode() as mode:
         fakes = {key: mode.from_tensor(one) for key, one in call.tensors.items()}
     for tensors in ({key: one.to("meta") for key, one in call.tensors.items()}, fakes):
@@ -494,14 +494,14 @@ def test_metrics_refuse_tensors_that_hold_no_numbers(call: Call) -> None:
             call(**tensors)
 
 
-def test_whether_there_is_an_object_is_a_question_of_shape_on_meta_tensors() -> None:
+def test_has_objects_accepts_meta_tensors() -> None:
     answer = metrics.has_objects(LABELS.to("meta"), background=0)
     assert (answer.shape, answer.dtype, answer.device.type) == ((2,), torch.bool, "meta")
 
 
 # --- vectors of any length ---
 
-# in these only directions matter, up to a factor
+# functions of directions; a factor does not change the result
 TURNED = {
     "temporal_slot_contrast_loss": ["slots"],
     "affinity_consistency_loss": ["s", "t"],
@@ -513,7 +513,7 @@ TURNED = {
     "propagate_labels": ["features"],
     "propagate_masks": ["features"],
 }
-# the largest of float32 and the least normal one are 2^128 and 2^-126
+# float32 ends at 2^128, its normal numbers begin at 2^-126
 FACTORS = [2.0**100, 2.0**-66, 2.0**125, 2.0**-123]
 
 
@@ -523,7 +523,7 @@ def signed(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(("name", "argument"), [(name, one) for name, some in TURNED.items() for one in some])
-def test_the_length_of_a_vector_neither_overflows_nor_underflows(name: str, argument: str, factor: float) -> None:
+def test_the_norm_of_a_vector_neither_overflows_nor_underflows(name: str, argument: str, factor: float) -> None:
     call = CALLS[name]
     everywhere = {"mask": torch.ones_like(call.tensors["mask"])} if "mask" in call.tensors else {}
 
@@ -542,7 +542,7 @@ def test_the_length_of_a_vector_neither_overflows_nor_underflows(name: str, argu
 
 
 @pytest.mark.parametrize("factor", FACTORS[:2])
-def test_a_head_knows_prototypes_and_tokens_of_any_length(factor: float) -> None:
+def test_a_head_accepts_prototypes_and_tokens_of_any_norm(factor: float) -> None:
     head = PrototypeHead(5, Kp=6, hidden=7, bottleneck=4, layers=1)
     x = signed(numbers(4, 5))
     wanted = head(x)
@@ -554,8 +554,8 @@ def test_a_head_knows_prototypes_and_tokens_of_any_length(factor: float) -> None
 
 
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-20])
-def test_clones_of_slots_of_any_length_stretch_with_them(factor: float) -> None:
-    # the mean length includes 1e-8: smaller slots have smaller steps
+def test_the_jitter_of_children_scales_with_the_slots(factor: float) -> None:
+    # the mean norm includes 1e-8, so tiny slots have smaller jitter
     slots, counts = signed(numbers(3, 5)), torch.tensor([1, 2, 0])
     found, wanted = (
         fn.spawn_children(slots * scale, counts, generator=torch.Generator().manual_seed(0)) / scale
@@ -565,7 +565,7 @@ def test_clones_of_slots_of_any_length_stretch_with_them(factor: float) -> None:
 
 
 @pytest.mark.parametrize("dirt", [float("nan"), float("inf")])
-def test_a_vector_that_is_not_finite_has_no_direction(dirt: float) -> None:
+def test_a_nonfinite_vector_has_no_direction(dirt: float) -> None:
     units, inverse = _vectors.directions(torch.tensor([[dirt, 1.0], [3.0, 4.0], [1e-45, 0.0]]))
     assert units[0].isnan().all()
     assert inverse[0].isnan().all()
@@ -576,7 +576,7 @@ def test_a_vector_that_is_not_finite_has_no_direction(dirt: float) -> None:
 
 
 @cases(CALLS)
-def test_what_was_made_in_inference_mode_may_stand_beside_what_is_trained(name: str, argument: str) -> None:
+def test_inference_tensors_mix_with_trained_ones(name: str, argument: str) -> None:
     call = CALLS[name]
     torch.manual_seed(0)
     wanted = call()
@@ -593,7 +593,7 @@ def test_what_was_made_in_inference_mode_may_stand_beside_what_is_trained(name: 
             value.sum().backward()
 
 
-def test_frames_of_inference_mode_that_need_no_copy_may_stand_beside_what_is_trained() -> None:
+def test_a_single_inference_frame_mixes_with_trained_ones() -> None:
     student = numbers(2, 1, 1, 3, 4).requires_grad_()
     with torch.inference_mode():
         teacher, valid = numbers(2, 1, 1, 3, 4), torch.ones(2, 1, 1, 3, dtype=torch.bool)

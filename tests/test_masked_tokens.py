@@ -1,4 +1,4 @@
-"""Masked tokens: published numbers, the slow definition, moves of the center, gradients, bad input."""
+"""Masked tokens: published values, the reference, updates of the center, gradients, errors."""
 
 from typing import Any, ClassVar
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from contract import Case, LossContract
 from golden_neighbors import LOSS_TOL, Golden, deviation
+from meter import Meter
 from ssync_loss import CenteredCrossEntropy, MaskedTokenLoss
 from ssync_loss.functional import masked_token_loss
 from ssync_loss.methods.ino.reference import reference_masked_token_loss
 from steps import step_of
-from test_memory import Meter
 
 BITS = torch.ones(2, 3, 6, dtype=torch.bool)
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (B, T, N, Kp) of a student and of its teacher, and a mask that keeps some positions."""
+    """Return logits (B, T, N, Kp) of a student and its teacher, and a mask of some positions."""
     size = shape or (2, 3, 6, 5)
     generator = torch.Generator().manual_seed(seed)
     s, t = (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
@@ -63,12 +63,12 @@ def test_published_numbers(dtype: torch.dtype) -> None:
     update_center=st.booleans(),
     bare=st.booleans(),
 )
-def test_loss_gradient_and_center_are_those_of_the_slow_definition(
+def test_loss_gradient_and_center_equal_the_reference(
     shape: tuple[int, ...], seed: int, taus: tuple[float, float], m_c: float, update_center: bool, bare: bool
 ) -> None:
     s, t, mask = sample(*shape, dtype=torch.float64, seed=seed)
     if bare:
-        # a frame without masked positions does not count and does not move the center
+        # a frame without masked positions does not count and does not update the center
         mask[:, 0] = False
     criterion = centered(shape[3], seed % 7, tau_s=taus[0], tau_t=taus[1], m_c=m_c)
     knobs: dict[str, Any] = {"tau_s": taus[0], "tau_t": taus[1], "m_c": m_c, "update_center": update_center}
@@ -79,7 +79,7 @@ def test_loss_gradient_and_center_are_those_of_the_slow_definition(
     torch.testing.assert_close(criterion.center.double(), center.double(), rtol=1e-7, atol=1e-9)
 
 
-def test_a_grid_is_a_list_of_its_patches() -> None:
+def test_a_grid_equals_the_list_of_its_patches() -> None:
     s, t, mask = sample()
     grids = [one.detach().mT.unflatten(3, (2, 3)) for one in (s, t)]
     for update_center in (False, True):
@@ -93,7 +93,7 @@ def test_a_grid_is_a_list_of_its_patches() -> None:
 # --- the center ---
 
 
-def test_in_evaluation_it_stays_even_when_asked() -> None:
+def test_the_center_stays_in_evaluation() -> None:
     s, t, mask = sample()
     criterion = centered().eval()
     before = criterion.center.clone()
@@ -106,7 +106,7 @@ def test_in_evaluation_it_stays_even_when_asked() -> None:
     assert not torch.equal(criterion.center, before)
 
 
-def test_clips_and_frames_are_not_walked_through() -> None:
+def test_there_is_no_loop_over_clips_and_frames() -> None:
     numbers = set()
     for size in ((1, 2), (2, 3), (5, 9)):
         s, t, mask = sample(*size, 4, 5)
@@ -116,12 +116,12 @@ def test_clips_and_frames_are_not_walked_through() -> None:
     assert len(numbers) == 1
 
 
-def test_a_center_on_another_device_is_named() -> None:
+def test_a_center_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`s_pat` must be on the device of `center` \(meta\); got cpu"):
         masked_token_loss(*sample(), CenteredCrossEntropy(5).to("meta"))
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):
@@ -162,7 +162,7 @@ class TestContract(LossContract):
 
 
 class TestMovingCenter(TestContract):
-    """The published order: the center moves with every frame."""
+    """The contract in the published order, in which every frame updates the center."""
 
     knobs: ClassVar = {"update_center": True}
     settings: ClassVar = {"update_center": False}

@@ -1,4 +1,4 @@
-"""Both tables of versions equal versions.json, and a row holds pytest's results."""
+"""Both tables of versions equal versions.json, and a row holds the results of pytest."""
 
 import shutil
 import subprocess
@@ -85,7 +85,7 @@ def row(python: str = "3.11.7", torch: str = "2.13.0", **more: Any) -> matrix.Ro
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A repository with tests of every outcome."""
+    """Return a repository whose tests have every outcome."""
     folder = tmp_path / "suite"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    compiles\n    kernels\n    cuda\n")
@@ -98,7 +98,7 @@ def suite(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("several", [[], ["-n", "2", "--dist", "loadfile"]], ids=["one process", "two"])
-def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
+def test_a_row_holds_the_results(suite: Path, several: list[str]) -> None:
     found = matrix.measured(sys.executable, suite, *several)
     assert found["eager"] == counts(passed=1, skipped=3, failed=2)
     assert found["limits"] == {"torch 2.6 cannot": 2}
@@ -110,7 +110,7 @@ def test_a_row_is_what_ran(suite: Path, several: list[str]) -> None:
     assert found["python"] == sys.version.split()[0]
     assert found["torch"] == matrix.installed("torch")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=suite, check=True, capture_output=True, text=True).stdout
-    # not the one of this repository; a file of bytecode is no commit's
+    # the commit of that repository, perhaps with bytecode files as changes
     assert found["commit"].rstrip("+") == head[:7]
 
 
@@ -143,7 +143,7 @@ def test_a_test_that_compiles_is_marked(suite: Path) -> None:
     assert found["failures"] == ["test_tiny.py::test_unmarked"]
 
 
-def test_a_commit_with_changes_says_so(suite: Path) -> None:
+def test_a_commit_with_changes_has_a_plus(suite: Path) -> None:
     clean = matrix.commit(suite)
     (suite / "tests").mkdir()
     (suite / "tests" / "versions.json").write_text("[]")
@@ -153,7 +153,7 @@ def test_a_commit_with_changes_says_so(suite: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["no_such_file.py"]])
-def test_what_did_not_run_is_no_row(suite: Path, arguments: list[str]) -> None:
+def test_a_failed_start_gives_no_row(suite: Path, arguments: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^no row: pytest with .* ended with exit status 4\.$"):
         matrix.measured(sys.executable, suite, *arguments)
 
@@ -169,7 +169,7 @@ def test_an_environment_without_the_package_is_refused(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of tests with one row, in a repository."""
+    """Return a folder of tests with one row, and pages with markers."""
     tests = tmp_path / "tests"
     tests.mkdir()
     monkeypatch.setattr(matrix, "HERE", tests)
@@ -180,7 +180,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestRows:
-    def test_a_rerun_replaces_its_row_and_versions_are_in_order(self) -> None:
+    def test_a_rerun_replaces_its_row(self) -> None:
         rows: list[matrix.Row] = []
         old = row(torch="2.6.0")
         for one in (row(), row("3.13.0", "2.14.1"), old, row("3.10.1", "2.14.1")):
@@ -190,12 +190,12 @@ class TestRows:
         patched = row("3.11.9", "2.6.1")
         assert matrix.replaced(rows, patched) == [patched, *rows[1:]]
 
-    def test_a_cell_counts_what_there_is(self) -> None:
+    def test_a_cell_shows_nonzero_counts(self) -> None:
         assert matrix.cell(counts()) == "none"
         everything = counts(passed=4321, skipped=2, untested=3, failed=1)
         assert matrix.cell(everything) == "**1 failed**, 4,321 passed, 2 skipped, 3 untested"
 
-    def test_the_table_names_what_failed(self) -> None:
+    def test_the_table_names_failures(self) -> None:
         bad = row(triton=None, compile=counts(failed=1), failures=["tests/test_a.py::test_b"])
         head, line, first, second, *below = matrix.table([row(), bad]).split("\n")
         assert head == "| Python | torch | Triton | eager | compile | Triton's kernels | GPU | run |"
@@ -204,7 +204,7 @@ class TestRows:
         assert second.startswith("| 3.11.7 | 2.13.0 | none | 1 passed | **1 failed** |")
         assert below == ["", "Failed with Python 3.11.7, torch 2.13.0:", "", "- `tests/test_a.py::test_b`"]
 
-    def test_in_short_a_column_has_a_mark(self) -> None:
+    def test_the_short_table_has_marks(self) -> None:
         one = row(eager=counts(passed=1200, untested=3), compile=counts(passed=998, failed=2))
         del one["GPU"]
         assert matrix.in_short([one]).split("\n") == [
@@ -214,14 +214,14 @@ class TestRows:
         ]
         assert matrix.cell({}) == "none"
 
-    def test_the_table_says_what_a_version_cannot(self) -> None:
+    def test_the_table_lists_the_limits_of_a_version(self) -> None:
         *_, before, said, between, limit = matrix.table([row(limits={"torch 2.6 cannot": 7})]).split("\n")
         assert before == between == ""
         assert said == "Skipped as impossible with Python 3.11.7, torch 2.13.0:"
         assert limit == "- torch 2.6 cannot (7 tests)"
 
     @pytest.mark.parametrize("text", ["", START, f"{END}\n{START}"])
-    def test_a_page_without_markers_is_left_alone(self, folder: Path, text: str) -> None:
+    def test_a_page_without_markers_is_unchanged(self, folder: Path, text: str) -> None:
         page, rows = folder / "README.md", folder / "versions.json"
         before = page.read_text(), rows.read_text()
         (folder.parent / "README.md").write_text(text)
@@ -237,7 +237,7 @@ class TestRows:
 class TestCommand:
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-        """The commands that replaced the whole suite, and pip."""
+        """Record the commands instead of running the suite and pip."""
         calls: list[tuple[str, ...]] = []
 
         def measured(python: str, root: Path, *arguments: str) -> matrix.Row:
@@ -259,14 +259,14 @@ class TestCommand:
         start, end = matrix.IN_SHORT
         assert front == f"before\n{start}\n{matrix.in_short(rows)}\n{end}\nafter\n"
 
-    def test_without_a_python_the_table_is_written_again(self, folder: Path, asked: list[tuple[str, ...]]) -> None:
+    def test_without_a_python_the_tables_are_rewritten(self, folder: Path, asked: list[tuple[str, ...]]) -> None:
         page = (folder / "README.md").read_text()
         (folder / "README.md").write_text(page.replace("2.6.0", "9.9.9"))
         assert matrix.main([]) == 0
         assert (folder / "README.md").read_text() == page
         assert not asked
 
-    def test_an_environment_has_the_torch_that_was_asked_for(
+    def test_an_environment_has_the_wanted_torch(
         self, folder: Path, asked: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(matrix, "ROOT", folder)
@@ -281,13 +281,13 @@ class TestCommand:
         assert pin.read_text() == "torch==2.6.0\n"
 
 
-def test_the_committed_tables_are_those_of_the_rows() -> None:
+def test_the_committed_tables_equal_the_rows() -> None:
     text, front = ((folder / "README.md").read_text() for folder in (matrix.HERE, matrix.ROOT))
     rows = matrix.load(matrix.HERE)
     assert text == between(text, matrix.table(rows), "README.md", matrix.MARKERS)
     assert front == between(front, matrix.in_short(rows), "README.md", matrix.IN_SHORT)
 
 
-def test_marks_of_columns_are_those_of_the_suite(pytestconfig: pytest.Config) -> None:
+def test_the_marks_of_columns_exist(pytestconfig: pytest.Config) -> None:
     known = {one.partition(":")[0] for one in pytestconfig.getini("markers")}
     assert {mark for mark in matrix.COLUMNS if mark} <= known

@@ -1,18 +1,15 @@
-"""Counted work and memory: linear in patches and in clips, for all settings."""
+"""Work and memory are linear in patches and clips for all settings."""
 
 import gc
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engines_in_turn import ENGINES_IN_TURN
+from meter import Meter
 from ssync_loss import SSyncLoss
 
 # slots and grid of the published configurations
@@ -29,50 +26,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLAIN = [name for name, settings in SETTINGS.items() if "masks" not in settings]
 
 
-class Meter(TorchDispatchMode):
-    """Counts operators, the elements that they read and write, and the bytes that they keep.
-
-    Views do not count, nor does memory of the inputs.
-    """
-
-    def __init__(self, given: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_operators = 0
-        self.num_elements = 0
-        self.peak = 0
-        # these belong to the caller
-        self._given = [one.untyped_storage() for one in given]
-        self._ignored = {one._cdata for one in self._given}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        written = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        if not func.is_view:
-            read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-            self.num_operators += 1
-            self.num_elements += sum(one.numel() for one in read + written)
-        for one in written:
-            storage = one.untyped_storage()
-            if storage._cdata not in self._ignored:
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return out
-
-    @property
-    def alive(self) -> int:
-        """Bytes in use."""
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
-        return sum(size for _, size in self._alive.values())
-
-
 def random_maps(*shape: int, device: str = "cpu", probs: bool = False) -> list[Tensor]:
     maps = [torch.randn(shape, device=device) for _ in range(2)]
     return [(one.softmax(2) if probs else one).requires_grad_() for one in maps]
 
 
 def measure(*shape: int, device: str = "cpu", masks: bool = False, other_grid: bool = False, **settings: Any) -> Meter:
-    """One step, forward and backward."""
+    """Run a step, forward and backward."""
     enc, dec = random_maps(*shape, device=device, probs="kind" in settings)
     if other_grid:
         dec = dec.detach()[..., ::2, ::2].clone().requires_grad_()
@@ -88,7 +48,7 @@ def measure(*shape: int, device: str = "cpu", masks: bool = False, other_grid: b
 
 
 def slope(sizes: list[float], costs: list[float]) -> float:
-    """The largest p with cost ~ size^p between neighboring sizes."""
+    """Return the largest p with cost ~ size^p between neighboring sizes."""
     steps = zip(sizes, sizes[1:], costs, costs[1:], strict=False)
     return max(math.log(after / before) / math.log(big / small) for small, big, before, after in steps)
 
@@ -107,7 +67,7 @@ def test_work_and_memory_are_linear(engine: Any, name: str, grows: str) -> None:
         assert 0.7 < slope([float(one) for one in sizes], [float(one) for one in costs]) <= 1.05
 
 
-def test_the_meter_sees_what_is_quadratic() -> None:
+def test_the_meter_detects_quadratic_costs() -> None:
     costs = []
     for size in (64, 128, 256):
         x = torch.randn(size, 2)
@@ -128,7 +88,7 @@ def test_the_meter_counts_elements_operators_and_bytes() -> None:
         assert meter.alive == 400
         z.add_(1.0)
         z.view(10, 10)
-    # x, y; y, y, z; z, z
+    # elements of x, y; of y, y, z; of z, z
     assert meter.num_elements == 700
     assert meter.num_operators == 3
     assert meter.peak == 800
@@ -136,7 +96,7 @@ def test_the_meter_counts_elements_operators_and_bytes() -> None:
 
 @ENGINES_IN_TURN
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_operators_are_the_same_whatever_the_size(engine: Any, name: str) -> None:
+def test_the_number_of_operators_does_not_depend_on_the_size(engine: Any, name: str) -> None:
     with engine():
         counts = {measure(*size, *MOVI_C, **SETTINGS[name]).num_operators for size in [(1, 1), (2, 3), (16, 4)]}
     assert len(counts) == 1
@@ -145,9 +105,7 @@ def test_the_operators_are_the_same_whatever_the_size(engine: Any, name: str) ->
 @pytest.mark.parametrize("name", ["default", "cross entropy", "no merging"])
 @pytest.mark.parametrize("frame", [MOVI_C, YTVIS])
 @pytest.mark.parametrize("masks", [False, True])
-def test_of_the_library_nothing_waits_for_the_backward_but_the_gradients(
-    name: str, frame: tuple[int, int, int], masks: bool
-) -> None:
+def test_the_library_saves_only_gradients(name: str, frame: tuple[int, int, int], masks: bool) -> None:
     enc, dec = random_maps(16, 4, *frame)
     given: dict[str, Any] = {}
     if masks:
@@ -156,7 +114,7 @@ def test_of_the_library_nothing_waits_for_the_backward_but_the_gradients(
     with Meter([enc, dec, *given.values()]) as meter:
         loss = SSyncLoss(**SETTINGS[name], backend="cpu")(enc, dec, **given)
         assert 2.0 <= meter.alive / one_map < 2.001
-        # an incoming gradient of 1 needs no third map
+        # an upstream gradient of 1 needs no third map
         grads = torch.autograd.grad(loss, (enc, dec))
         assert meter.peak / one_map < 2.001
         del grads, loss
@@ -164,7 +122,7 @@ def test_of_the_library_nothing_waits_for_the_backward_but_the_gradients(
 
 
 @pytest.mark.parametrize("taught", ["enc", "dec", "neither"])
-def test_of_the_library_a_gradient_that_nobody_wants_is_not_made(taught: str) -> None:
+def test_the_library_computes_only_needed_gradients(taught: str) -> None:
     enc, dec = random_maps(4, 4, *MOVI_C)
     enc, dec = enc.detach().requires_grad_(taught == "enc"), dec.detach().requires_grad_(taught == "dec")
     criterion = SSyncLoss(backend="cpu").eval()
@@ -193,7 +151,7 @@ def test_before_the_start_nothing_is_allocated_or_read(kind: Any) -> None:
 @ENGINES_IN_TURN
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("backward", [True, False])
-def test_nothing_outlives_the_loss(engine: Any, name: str, backward: bool) -> None:
+def test_all_memory_is_freed_with_the_loss(engine: Any, name: str, backward: bool) -> None:
     enc, dec = random_maps(2, 2, 4, 8, 8, probs="kind" in SETTINGS[name])
     gc.collect()
     gc.disable()
@@ -205,7 +163,7 @@ def test_nothing_outlives_the_loss(engine: Any, name: str, backward: bool) -> No
                 terms.total.backward()
                 enc.grad = dec.grad = None
             del terms
-            # reference counting frees it: a cycle would need the collector
+            # reference counting frees everything; a cycle would need the collector
             assert meter.alive == 0
     finally:
         gc.enable()

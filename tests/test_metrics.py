@@ -1,4 +1,4 @@
-"""Metrics against slow counting, scikit-learn, every permutation and numbers worked out by hand."""
+"""Metrics against slow counting, scikit-learn, all permutations and values computed by hand."""
 
 import copy
 import inspect
@@ -51,8 +51,8 @@ from ssync_loss.metrics import (
 from ssync_loss.metrics._contingency import Per
 
 VOID = -1
-# ids are only names: adjacent ids, ids whose table is sorted rather than full
-# (0 and 299 on both sides), and ids too far apart to subtract
+# ids are only names: adjacent ids, ids that need a sorted table
+# (0 and 299 on both sides), and ids whose difference overflows
 TARGET_IDS = [VOID, 0, 1, 9, 299, 2**40, -(2**62)]
 PRED_IDS = [0, 1, 2, 299, -7, 2**62]
 
@@ -68,7 +68,7 @@ tracked = [
 
 @st.composite
 def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
-    """Draw a prediction and its ground truth: few pixels and few ids, so that empty sets are common."""
+    """Draw a prediction and its ground truth. Pixels and ids are few, so that empty sets are common."""
     shape = draw(hnp.array_shapes(min_dims=4, max_dims=4, max_side=frames))
     pred_ids = draw(st.lists(st.sampled_from(PRED_IDS), min_size=1, max_size=4))
     target_ids = draw(st.lists(st.sampled_from(TARGET_IDS), min_size=1, max_size=4))
@@ -80,7 +80,7 @@ def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
 backgrounds = st.sampled_from([None, 0, 9])
 units = st.sampled_from(["video", "image"])
 
-# ---------------------------------------------------------------- the slow reference: pixels one by one
+# --- the slow reference: a loop over pixels ---
 
 Pixel = tuple[int, int]
 
@@ -148,7 +148,7 @@ def reference_ari(pred: Tensor, target: Tensor, *, background: int | None, per: 
 
 
 def reference_overlap(score: Callable[[list[list[Fraction]]], float]) -> Callable[..., list[float]]:
-    """Return the mean over units that show an object of the score of their overlaps."""
+    """Return a metric that averages a score of overlaps over the units with an object."""
 
     def reference(pred: Tensor, target: Tensor, *, background: int | None, per: str) -> list[float]:
         return [
@@ -160,7 +160,7 @@ def reference_overlap(score: Callable[[list[list[Fraction]]], float]) -> Callabl
 
 
 reference_mbo = reference_overlap(lambda iou: fmean(float(max(row)) for row in iou))
-# the best of all permutations
+# the best permutation
 reference_miou = reference_overlap(lambda iou: float(best_matching(iou) / len(iou)))
 
 
@@ -233,7 +233,7 @@ class TestAgainstTheReference:
 
 def sklearn_ari(target: Tensor, pred: Tensor) -> float:
     with warnings.catch_warnings():
-        # it warns of a regression target if most labels differ
+        # it takes labels for a regression target if most of them differ
         warnings.filterwarnings("ignore", message="The number of unique classes")
         return float(adjusted_rand_score(target.flatten().numpy(), pred.flatten().numpy()))
 
@@ -265,7 +265,7 @@ class TestARI:
 
     @pytest.mark.parametrize("side", [1, 2, 142])
     @pytest.mark.parametrize(("num_objects", "num_slots"), [(1, 1), (0, 0)])
-    def test_is_exactly_1_where_the_denominator_is_0(self, side: int, num_objects: int, num_slots: int) -> None:
+    def test_is_exactly_1_if_the_denominator_is_0(self, side: int, num_objects: int, num_slots: int) -> None:
         shape = (1, 1, side, side)
         apart = torch.arange(side * side).view(shape)
         target = torch.zeros_like(apart) if num_objects else apart
@@ -274,27 +274,27 @@ class TestARI:
 
 
 class TestOverlap:
-    def test_a_slot_serves_two_objects_in_mbo_and_one_in_miou(self) -> None:
+    def test_a_slot_matches_two_objects_in_mbo_and_one_in_miou(self) -> None:
         target, pred = frames([1, 1, 2, 2]), frames([5, 5, 5, 5])
         assert_scores(mean_best_overlap(pred, target, background=None), [0.5])
         assert_scores(mean_iou(pred, target, background=None), [0.25])
 
-    def test_matching_gives_up_the_best_overlap_of_one_object_for_the_sum(self) -> None:
-        # slot 5 is the best of both objects: 4/7 of object 1, 3/8 of object 2; slot 6 covers 1 alone
+    def test_matching_maximizes_the_sum_of_overlaps(self) -> None:
+        # slot 5 is the best slot of objects 1 and 2; slot 6 covers only object 1
         target = frames([1] * 4 + [2] * 4 + [3] * 2)
         pred = frames([5] * 3 + [6] + [5] * 3 + [7] + [7] * 2)
         iou = [[3 / 7, 1 / 4, 0], [3 / 7, 0, 1 / 6], [0, 0, 2 / 3]]
         assert_scores(mean_best_overlap(pred, target, background=None), [fmean(max(row) for row in iou)])
         assert_scores(mean_iou(pred, target, background=None), [(1 / 4 + 3 / 7 + 2 / 3) / 3])
 
-    def test_the_background_is_no_object_yet_slots_pay_for_covering_it(self) -> None:
+    def test_background_pixels_count_in_the_union(self) -> None:
         target, pred = frames([0, 0, 0, 1]), frames([5, 6, 6, 6])
         assert_scores(mean_best_overlap(pred, target, background=0), [1 / 3])
         assert_scores(mean_best_overlap(pred, target, background=None), [(1 / 3 + 2 / 4) / 2])
         assert_scores(mean_iou(pred, target, background=0), [1 / 3])
         assert_scores(mean_iou(pred, target, background=None), [max(1 / 3 + 1 / 3, 0 + 2 / 4) / 2])
 
-    def test_miou_names_the_extra_that_brings_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_miou_without_scipy_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "scipy.optimize", None)
         with pytest.raises(ImportError, match=r'mIoU needs scipy: pip install "ssync-loss\[metrics\]"'):
             mean_iou(frames([0]), frames([0]), background=None)
@@ -312,7 +312,7 @@ class TestProperties:
     @pytest.mark.parametrize("metric", [video_fg_ari, image_fg_ari, video_mbo, video_miou, object_recall, *tracked])
     @given(clips(), backgrounds)
     @settings(max_examples=40, deadline=None)
-    def test_the_truth_itself_scores_1(
+    def test_the_ground_truth_scores_1(
         self, metric: Callable[..., Tensor], clip: tuple[Tensor, Tensor], background: int | None
     ) -> None:
         _, target = clip
@@ -324,7 +324,7 @@ class TestProperties:
     @pytest.mark.parametrize(
         ("name", "general"), [("ari", ari), ("fg_ari", fg_ari), ("mbo", mean_best_overlap), ("miou", mean_iou)]
     )
-    def test_names_say_the_definition(self, name: str, general: Callable[..., Tensor], per: str) -> None:
+    def test_prefixes_select_the_definition(self, name: str, general: Callable[..., Tensor], per: str) -> None:
         named = getattr(metrics, f"{per}_{name}")
         pred, target = frames([5, 5, 6], [6, 5, 5], [7, 7, 7]), frames([0, 1, 2], [0, 1, 2], [0, 2, 2])
         options = {} if general is ari else {"background": 0}
@@ -377,13 +377,13 @@ class TestLabels:
         assert has_objects(target, background=7).tolist() == [True]
 
     @pytest.mark.parametrize("metric", scored_on_ground_truth)
-    def test_more_ids_than_a_full_table_could_hold(self, metric: Callable[..., Tensor]) -> None:
+    def test_more_ids_than_a_full_table_holds(self, metric: Callable[..., Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
         pred = torch.randint(-(2**62), 2**62, (2, 3, 40, 40), generator=generator)
         target = torch.randint(0, 2**62, (2, 3, 40, 40), generator=generator)
         target[:, :, :20] = target[:, :, 20:]
         pred[:, :, :20] = pred[:, :, 20:]
-        # pairs of pixels, each pair one object and one slot: a perfect score
+        # every object has two pixels, which share a slot: a perfect score
         assert torch.equal(metric(pred, target, background=None), torch.ones(2, dtype=torch.float64))
 
     def test_strided_labels(self) -> None:
@@ -398,10 +398,10 @@ class TestLabels:
 
 class TestMasksToLabels:
     def test_resizes_probabilities_before_the_argmax(self) -> None:
-        # two patches of three slots: slot 1 wins neither, but by probability it wins half-way between them
+        # slot 1 wins neither of two patches, but its probability wins half-way between them
         probs = torch.tensor([[0.6, 0.0], [0.4, 0.45], [0.0, 0.55]])
         masks = probs.log().view(1, 1, 3, 1, 2)
-        # an odd width has a pixel on the border: .3 .425 .275
+        # an odd width has a pixel on the border, with probabilities .3 .425 .275
         assert masks_to_labels(masks, (1, 3)).tolist() == [[[[0, 1, 2]]]]
         assert masks_to_labels(masks, (1, 2)).tolist() == [[[[0, 2]]]]
 
@@ -432,12 +432,12 @@ class TestMasksToLabels:
     def test_ties_go_to_the_lowest_slot(self) -> None:
         assert masks_to_labels(torch.zeros(1, 1, 3, 2, 2), (1, 4)).tolist() == [[[[0] * 4]]]
 
-    def test_absent_slots_never_win_and_an_empty_patch_does_not_spread(self) -> None:
+    def test_absent_slots_never_win_and_empty_patches_have_no_weight(self) -> None:
         masks = torch.zeros(1, 1, 3, 1, 3)
         masks[:, :, 0] = -torch.inf
         masks[:, :, 2] = 1.0
         assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]
-        # no slot is present at the middle patch: pixels near a neighbor take its slot
+        # no slot is present at the middle patch, so pixels near a neighbor take its slot
         masks[..., 1] = -torch.inf
         assert masks_to_labels(masks, (1, 3)).tolist() == [[[[2, 0, 2]]]]
         assert masks_to_labels(masks, (1, 6)).tolist() == [[[[2] * 6]]]
@@ -447,7 +447,7 @@ class TestMasksToLabels:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     @pytest.mark.parametrize("kind", ["logits", "probs"])
-    def test_no_label_is_made_of_nan_or_infinity(self, bad: float, kind: Any) -> None:
+    def test_nan_and_infinity_are_refused(self, bad: float, kind: Any) -> None:
         masks = torch.full((1, 1, 2, 2, 2), 0.5)
         masks[0, 0, 1, 0, 1] = bad
         with pytest.raises(ValueError, match=r"`masks` must hold neither NaN nor \+inf"):
@@ -475,7 +475,7 @@ class TestObjectsToLabels:
         assert objects_to_labels(masks).tolist() == [[[[1, 2, 3, 3]], [[3, 1, 1, 2]]]]
         assert objects_to_labels(masks[:, :, 1:]).tolist() == [[[[0, 1, 2, 2]], [[2, 0, 0, 1]]]]
 
-    def test_overlaps_are_refused_or_dropped_from_truth_and_prediction(self) -> None:
+    def test_overlaps_are_refused_or_ignored(self) -> None:
         masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).view(1, 1, 2, 1, 4).bool()
         with pytest.raises(ValueError, match="`masks` must not overlap unless ignore_overlaps=True; got 1 pixels"):
             objects_to_labels(masks)
@@ -504,7 +504,7 @@ class TestMetricAverage:
 
     @given(st.lists(clips(), min_size=1, max_size=3))
     @settings(max_examples=50, deadline=None)
-    def test_is_the_mean_over_the_videos_that_show_an_object(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+    def test_is_the_mean_over_videos_with_an_object(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         average = MetricAverage(video_fg_ari, background=0)
         values: list[float] = []
         for pred, target in batches:
@@ -515,15 +515,15 @@ class TestMetricAverage:
         if values:
             assert average.compute().item() == pytest.approx(fmean(values), abs=1e-12)
 
-    def test_a_mean_over_frames_weighs_frames_and_not_videos(self) -> None:
+    def test_an_image_metric_weights_frames_equally(self) -> None:
         average = MetricAverage(image_mbo, background=0)
-        # one frame with an object at 1/2, then three at 1
+        # one frame scores 1/2, then three score 1
         average.update(frames([5, 5], [5, 5], [5, 5]), frames([1, 2], [0, 0], [0, 0]))
         average.update(frames([5, 6], [5, 6], [5, 6]), frames([1, 2], [1, 2], [1, 2]))
         assert average.compute().item() == (0.5 + 3) / 4
         assert repr(average) == "image_mbo(background=0) = 0.8750 over 4 frames"
 
-    def test_a_mean_over_objects_weighs_objects(self) -> None:
+    def test_an_object_metric_weights_objects_equally(self) -> None:
         recall = MetricAverage(object_recall, background=0)
         pieces = MetricAverage(fragmentation, background=0, over="found")
         for average in (recall, pieces):
@@ -532,13 +532,13 @@ class TestMetricAverage:
         assert recall.compute().item() == 2 / 3
         assert repr(pieces) == ("fragmentation(background=0, over='found') = 1.0000 over 2 objects in frames")
 
-    def test_takes_a_metric_without_ground_truth(self) -> None:
+    def test_accepts_a_metric_without_ground_truth(self) -> None:
         average = MetricAverage(unused_slots, num_slots=4)
         average.update(frames([0, 1]))
         average.update(frames([0, 0]))
         assert repr(average) == "unused_slots(num_slots=4) = 0.6250 over 8 slots"
 
-    def test_takes_every_metric_of_the_package(self) -> None:
+    def test_accepts_every_metric_of_the_package(self) -> None:
         pred, target = frames([0, 1, 1, 2], [0, 1, 2, 2]), frames([0, 0, 1, 2], [0, 1, 1, 2])
         scores = set(metrics.__all__) - {
             "MetricAverage",
@@ -556,7 +556,7 @@ class TestMetricAverage:
             average.update(*tensors)
             assert average.compute().item() == pytest.approx(metric(*tensors, **options).item(), abs=1e-12)
 
-    def test_compute_is_a_float64_number_and_reset_forgets(self) -> None:
+    def test_compute_is_float64_and_reset_clears(self) -> None:
         average = MetricAverage(video_ari)
         average.update(frames([1, 2, 2]), frames([1, 2, 2]))
         assert average.compute().dtype == torch.float64
@@ -566,7 +566,7 @@ class TestMetricAverage:
         average.update(frames([1, 1, 2]), frames([1, 2, 2]))
         assert average.compute().item() == ari(frames([1, 1, 2]), frames([1, 2, 2])).item()
 
-    def test_states_add_up_as_in_an_all_reduce(self) -> None:
+    def test_states_can_be_summed_over_ranks(self) -> None:
         ranks = [MetricAverage(video_mbo, background=None) for _ in range(2)]
         ranks[0].update(frames([5, 5]), frames([1, 2]))
         ranks[1].update(frames([5, 6]).expand(3, 1, 1, 2), frames([1, 2]).expand(3, 1, 1, 2))
@@ -581,7 +581,7 @@ class TestMetricAverage:
             assert repr(twin) == "video_fg_ari(background=0) = 0.5000 over 2 videos"
         assert repr(average) == "video_fg_ari(background=0) = 1.0000 over 1 videos"
 
-    def test_an_average_of_nothing_is_an_error_and_prints_as_nothing(self) -> None:
+    def test_an_empty_average_is_an_error(self) -> None:
         average = MetricAverage(video_fg_ari, background=0)
         message = r"video_fg_ari\(background=0\) has nothing to average: call update\(\) first"
         with pytest.raises(RuntimeError, match=message):

@@ -1,4 +1,4 @@
-"""J and F against loops over pixels, full disks, and numbers worked out by hand."""
+"""J and F against loops over pixels, dilation by full disks, and values computed by hand."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ measures = [region_similarity, contour_accuracy, j_and_f]
 
 @st.composite
 def clips(draw: st.DrawFn, frames: int = 3) -> tuple[Tensor, Tensor]:
-    """Draw a ground truth, and a prediction that is right at some pixels."""
+    """Draw a ground truth and a prediction that is right at some pixels."""
     shape = draw(st.tuples(st.integers(1, 2), st.integers(1, frames), st.integers(1, 4), st.integers(1, 5)))
     target_ids = draw(st.lists(st.sampled_from(TARGET_IDS), min_size=1, max_size=4))
     pred_ids = draw(st.lists(st.sampled_from(PRED_IDS), min_size=1, max_size=4))
@@ -45,12 +45,12 @@ tolerances = st.sampled_from([0, 0.008, 0.2, 0.3, 1.0])
 
 
 def at_most(clip: tuple[Tensor, Tensor], skip_first: int, skip_last: int) -> tuple[int, int]:
-    """Skip some frames, but leave one."""
+    """Limit the skipped frames so that one remains."""
     rest = clip[0].shape[1] - 1
     return min(skip_first, rest), min(skip_last, rest - min(skip_first, rest))
 
 
-# ---------------------------------------------------------------- the slow reference: pixels one by one
+# --- the slow reference: a loop over pixels ---
 
 
 class Measured(NamedTuple):
@@ -100,7 +100,7 @@ def reference_video(
     skip_first: int = 0,
     skip_last: int = 0,
 ) -> list[list[Measured]]:
-    """Return J and F of every object of a video, for every matching that is best by J&F."""
+    """Return J and F of every object of a video, for every matching with the best J&F."""
     objects = sorted({one for one in target.flatten().tolist() if one >= 0} - {background})
     frames = [
         (slots.numpy(), truth.numpy())
@@ -171,7 +171,7 @@ class TestAgainstTheReference:
         skip_first, _ = at_most(clip, first, 0)
         options: dict[str, Any] = {"background": background, "tolerance": tolerance, "skip_first": skip_first}
         options["matching"] = "hungarian"
-        # several matchings may be equally good; J and F are of one of them
+        # several matchings may be equally good, and J and F belong to one of them
         for i, video in enumerate(zip(*clip, strict=True)):
             j, f, both = (measure(*clip, **options)[i].item() for measure in measures)
             ways = reference_video(*video, **options)
@@ -189,12 +189,10 @@ class TestAgainstTheReference:
         assert np.array_equal(within(marks, radius).numpy(), expected)
         assert torch.equal(marks, before)
 
-    # two objects and two slots of six pixels: 24 a frame
+    # two objects and two slots with six pixels take 24 elements per frame
     @pytest.mark.parametrize("block", [1, 24, 48, 71, 72, 24 * 7])
     @pytest.mark.parametrize("matching", ["ids", "hungarian"])
-    def test_frames_taken_in_blocks_change_nothing(
-        self, block: int, matching: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_blocks_of_frames_change_nothing(self, block: int, matching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pred, target = torch.randint(1, 3, (2, 1, 7, 2, 3), generator=torch.Generator().manual_seed(0))
         at_once = j_and_f(pred, target, background=0, matching=matching)
         monkeypatch.setattr(jf, "_BLOCK", block)
@@ -208,12 +206,12 @@ def mean_of(values: Any) -> float:
 
 class TestByHand:
     @pytest.mark.parametrize(("radius", "matched"), [(0, 6), (1, 10), (2, 14), (3, 20)])
-    def test_f_of_a_square_and_one_moved_by_three(self, radius: int, matched: int) -> None:
-        # 5 x 5: the contour is the rim of 6 x 6, rows and columns 4 to 9, as it is marked above and to the left
+    def test_f_of_a_square_shifted_by_three(self, radius: int, matched: int) -> None:
+        # contours are marked above and to the left, so that of 5 x 5 is the rim of 6 x 6, rows and columns 4 to 9
         target, pred = square(5, (5, 5)), square(5, (5, 8))
         assert int(contours(target == 1).sum()) == 20
-        # matched are, of rows 4 and 9, columns 7 to 9 and one more for each pixel of the radius; of column 7, the
-        # ends next to these rows (radius 1), or all, as column 9 is two away; column 12 is three away
+        # rows 4 and 9 match in columns 7 to 9, and in one more column per pixel of the radius; column 7 matches at its
+        # ends (radius 1) or entirely (radius 2), as column 9 is two away; column 12 is three away
         tolerance = 0.99 * radius / math.hypot(20, 20)
         assert_scores(contour_accuracy(pred, target, background=0, tolerance=tolerance), [matched / 20])
 
@@ -229,26 +227,24 @@ class TestByHand:
         assert contour_accuracy(within_reach, target, background=0).tolist() == [1.0]
         assert contour_accuracy(beyond, target, background=0).tolist() == [0.0]
 
-    def test_the_border_of_the_frame_is_no_contour(self) -> None:
+    def test_the_border_of_the_frame_is_not_a_contour(self) -> None:
         full = torch.ones(1, 1, 3, 4, dtype=torch.int64)
         assert not contours(full == 1).any()
         assert contour_accuracy(full, full, background=0).tolist() == [1.0]
-        # the last pixel of a frame is never marked, its neighbors are
+        # the last pixel of a frame is never marked, but its neighbors are
         corner = torch.zeros(3, 4, dtype=torch.bool)
         corner[2, 3] = True
         assert contours(corner).nonzero().tolist() == [[1, 2], [1, 3], [2, 2]]
 
 
 class TestMatching:
-    def test_a_slot_without_an_annotated_pixel_is_no_empty_mask_to_choose(self) -> None:
+    def test_a_slot_without_annotated_pixels_cannot_be_matched(self) -> None:
         # an empty mask would be right in three of four frames
         target = frames([1, 1, VOID], [0, 0, 0], [0, 0, 0], [0, 0, 0])
         pred = frames([5, 5, 6], [5, 5, 5], [5, 5, 5], [5, 5, 5])
         assert_scores(region_similarity(pred, target, background=0, matching="hungarian"), [1 / 4])
 
-    def test_names_the_extra_that_brings_scipy_and_does_without_it_for_ids(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_only_hungarian_matching_needs_scipy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "scipy.optimize", None)
         labels = frames([0, 1])
         with pytest.raises(ImportError, match=r'`matching="hungarian"` needs scipy: pip .*"ssync-loss\[metrics\]"'):
@@ -257,9 +253,9 @@ class TestMatching:
 
 
 class TestMetricAverage:
-    def test_is_the_mean_over_objects_and_not_over_videos(self) -> None:
+    def test_is_the_mean_over_objects(self) -> None:
         average = MetricAverage(j_and_f, background=0, skip_first=1)
-        # three objects at 1, then one at 0, then none
+        # three objects score 1, one scores 0, and the last video has none
         average.update(frames([0, 1, 2, 3], [0, 1, 2, 3]), frames([0, 1, 2, 3], [0, 1, 2, 3]))
         average.update(frames([0, 1, 1, 0], [0, 0, 0, 0]), frames([0, 1, 1, 0], [0, 1, 1, 0]))
         average.update(frames([0, 1], [0, 1]), frames([0, 0], [0, 0]))
@@ -287,7 +283,7 @@ class TestErrors:
         labels = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
         refuses(error, message, measure, labels, labels, **{"background": 0, **options})
 
-    def test_skipping_frames_of_a_clip_without_any(self, measure: Callable[..., Tensor]) -> None:
+    def test_a_clip_without_frames_has_none_to_skip(self, measure: Callable[..., Tensor]) -> None:
         empty = torch.zeros(1, 0, 3, 3, dtype=torch.int64)
         with pytest.raises(ValueError, match="must leave a frame of T=0; got 1 and 0"):
             measure(empty, empty, background=0, skip_first=1)

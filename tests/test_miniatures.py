@@ -52,7 +52,7 @@ class Counter:
 
 
 @pytest.mark.parametrize(("training", "frames"), [(True, 4), (False, 7)])
-def test_the_validation_of_slotcurri_goes_there_and_back(training: bool, frames: int) -> None:
+def test_the_validation_of_slotcurri_is_cyclic(training: bool, frames: int) -> None:
     host = MINIATURES["slotcurri"]
     model: torch.nn.Module = host.build().train(training)
     keys = Counter(model.get_submodule("processor.module.corrector.to_k"))
@@ -70,7 +70,7 @@ def test_hooks_on_a_slotcontrast_model_never_fire() -> None:
     assert (whole.calls, part.calls) == (0, 2)
 
 
-def test_xssc_says_which_frame_a_frame_was_made_from() -> None:
+def test_xssc_returns_the_source_of_every_frame() -> None:
     model = MINIATURES["xssc"].build().train()
     decode = model.get_submodule("m.decode")
     _, _, fsti = decode(torch.randn(2, 5, 12, 8), torch.randn(2, 5, 4, 8))
@@ -79,14 +79,14 @@ def test_xssc_says_which_frame_a_frame_was_made_from() -> None:
     assert (fsti != now).any()
 
 
-def test_generation_calls_the_decoder_once_a_patch() -> None:
+def test_generation_calls_the_decoder_once_per_patch() -> None:
     model = steve.STEVE()
     calls = Counter(model.steve_decoder.tf)
     assert model.reconstruct_autoregressive(torch.randn(2, 3, 3, 16, 16)).shape == (6, 16)
     assert calls.calls == 16
 
 
-def test_the_dots_of_spot_are_its_map_and_lose_a_single_image() -> None:
+def test_the_dots_of_spot_match_its_map_and_squeeze_a_single_image() -> None:
     model = spot.SPOT()
     _, enc, *_, dots = model(torch.randn(2, 3, 4, 4))
     assert dots.shape == (2, 16, 4)
@@ -106,7 +106,7 @@ def test_the_cross_attention_of_spot_is_shuffled() -> None:
     torch.testing.assert_close(raw.sort(1).values, maps.sort(1).values)
 
 
-def test_an_epoch_of_the_configured_kind() -> None:
+def test_an_epoch_with_configured_metrics() -> None:
     model = genera1z.build(genera1z.BroadcastMLPDecoder)
     config = {
         "recon": {

@@ -17,14 +17,13 @@ from ssync_loss.methods.srl.temporal import TemporalSlotContrastLoss, temporal_s
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-# arguments of constructors that are no settings
+# arguments of constructors that are not settings
 POSITIONAL: dict[str, tuple[Any, ...]] = {
     "CenteredCrossEntropy": (2,),
     "MaskedTokenLoss": (CenteredCrossEntropy(2),),
     "OutGenerativeLoss": (CenteredCrossEntropy(2),),
 }
-# those of SSync have tests of their own
-# those of SSync have tests of their own
+# the losses of SSync have their own tests
 CLASSES = {name: getattr(losses, name) for name in losses.__all__ if issubclass(getattr(losses, name), LossModule)}
 LOSSES = [name for name, one in CLASSES.items() if one.__module__.startswith("ssync_loss.methods")]
 
@@ -70,7 +69,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_settings_are_attributes_under_their_own_names(name: str) -> None:
+def test_settings_are_attributes(name: str) -> None:
     wanted = {setting: OTHER[setting] for setting in defaults(name)}
     for criterion in (made(name, **wanted), made(name)):
         assert isinstance(criterion, LossModule)
@@ -82,14 +81,14 @@ def test_settings_are_attributes_under_their_own_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_differs_from_the_defaults_is_shown(name: str) -> None:
+def test_the_repr_shows_other_settings_than_the_defaults(name: str) -> None:
     assert "=" not in repr(made(name))
     for setting in defaults(name):
         assert f"{setting}={OTHER[setting]!r}" in repr(made(name, **{setting: OTHER[setting]}))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_settings_are_no_state(name: str) -> None:
+def test_settings_are_not_in_the_state_dict(name: str) -> None:
     criterion = made(name)
     assert {one for one in criterion.state_dict() if "center" not in one} == set()
     assert list(criterion.parameters()) == []
@@ -137,7 +136,7 @@ def test_the_merge_threshold_is_always_shown() -> None:
 
     assert repr(Merging()) == "Merging(merge_threshold=0.6)"
     assert repr(Merging(merge_threshold=None, step=3)) == "Merging(merge_threshold=None, step=3)"
-    # a loss may change the setting later
+    # the setting may be a tensor
     assert repr(Merging(merge_threshold=torch.tensor(0.5))) == "Merging(merge_threshold=tensor(0.5000))"  # type: ignore[arg-type]
 
 

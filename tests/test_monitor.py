@@ -53,11 +53,11 @@ class Recorder:
         self.images[name] = picture, step
 
 
-# --- what it measures ---
+# --- values ---
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_the_values_are_those_of_the_diagnostics(tmp_path: Path, is_masked: bool) -> None:
+def test_the_values_equal_the_diagnostics(tmp_path: Path, is_masked: bool) -> None:
     enc, dec = two_maps()
     masks: dict[str, Any] = {}
     features, criterion = torch.randn(2, 3, 7, 5, 6), SSyncLoss(merge_threshold=0.3, max_different=1)
@@ -86,7 +86,7 @@ def test_the_values_are_those_of_the_diagnostics(tmp_path: Path, is_masked: bool
     assert [*row] == ["step", *VALUES]
 
 
-def test_clips_of_constant_features_are_not_asked_and_maps_with_nan_have_no_margin(tmp_path: Path) -> None:
+def test_margins_skip_constant_features_and_are_nan_for_nan_maps(tmp_path: Path) -> None:
     enc, dec = two_maps()
     features = torch.randn(2, 3, 7, 5, 6)
     features[1] = 3.0
@@ -102,14 +102,14 @@ def test_clips_of_constant_features_are_not_asked_and_maps_with_nan_have_no_marg
     assert np.isnan(broken["margin"])
 
 
-def test_gradients_are_those_of_both_losses_at_both_maps(tmp_path: Path) -> None:
+def test_gradients_of_both_losses_at_both_maps(tmp_path: Path) -> None:
     enc, dec = two_maps()
     criterion = SSyncLoss()
     loss = criterion(enc, dec)
     host_loss = 3 * enc.sum() - 4 * dec.sum()
     values = Monitor(criterion, to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=host_loss)
     assert values is not None
-    # 3 and 4 times the root of the number of cells
+    # the norm of a constant is its size times the root of the number of cells
     assert values["host_enc_gradient"] == pytest.approx(3 * enc.numel() ** 0.5)
     assert values["host_dec_gradient"] == pytest.approx(4 * enc.numel() ** 0.5)
     assert [one.grad for one in (enc, dec)] == [None, None]
@@ -120,8 +120,8 @@ def test_gradients_are_those_of_both_losses_at_both_maps(tmp_path: Path) -> None
     assert values["host_loss"] == pytest.approx(host_loss.item())
 
 
-def test_a_map_that_is_stacked_of_frames_is_traced_back_to_them(tmp_path: Path) -> None:
-    # as in most hosts: (B, S, N) a frame, and the host's loss reads single frames
+def test_a_map_stacked_from_frames_is_traced_back_to_them(tmp_path: Path) -> None:
+    # most hosts have (B, S, N) per frame, and their losses read single frames
     leaf = torch.randn(3, 2, 4, 30, requires_grad=True)
     frames = [2 * one for one in leaf]
     enc = torch.stack(frames, 1).unflatten(3, (5, 6)).to(torch.float64)
@@ -130,14 +130,14 @@ def test_a_map_that_is_stacked_of_frames_is_traced_back_to_them(tmp_path: Path) 
     loss, host_loss = criterion(enc, dec), 5 * (frames[0].sum() + frames[2].sum())
     values = Monitor(criterion, to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=host_loss)
     assert values is not None
-    # two of three frames, with 240 numbers each
+    # two of three frames, with 240 values each
     for side in ("enc", "dec"):
         assert values[f"host_{side}_gradient"] == pytest.approx(5 * 480**0.5)
     by_hand = torch.autograd.grad(loss, [*frames])
     assert values["enc_gradient"] == pytest.approx(torch.stack(by_hand).norm().item())
 
 
-def test_a_map_that_is_part_of_another_is_not(tmp_path: Path) -> None:
+def test_a_map_sliced_from_a_tensor_is_not_traced_back(tmp_path: Path) -> None:
     whole = torch.randn(2, 3, 8, 5, 6, requires_grad=True) * 1
     enc, dec = whole[:, :, :4], whole[:, :, 4:]
     values = Monitor(SSyncLoss(), to=tmp_path)((enc, dec), step=0, loss=2 * enc.sum(), host_loss=whole.sum())
@@ -146,7 +146,7 @@ def test_a_map_that_is_part_of_another_is_not(tmp_path: Path) -> None:
     assert GRADIENTS & values.keys() == {"enc_gradient"}
 
 
-def test_training_is_the_same_with_it_and_without(tmp_path: Path) -> None:
+def test_training_is_the_same_with_a_monitor(tmp_path: Path) -> None:
     def train(monitor: Monitor | None) -> Tensor:
         torch.manual_seed(0)
         layer = torch.nn.Linear(6, 6)
@@ -169,11 +169,11 @@ def test_training_is_the_same_with_it_and_without(tmp_path: Path) -> None:
     assert sorted(one.name for one in tmp_path.glob("*.png")) == ["panel_0000000.png", "panel_0000002.png"]
 
 
-def test_what_cannot_be_had_is_left_out(tmp_path: Path) -> None:
+def test_unavailable_gradients_are_left_out(tmp_path: Path) -> None:
     enc, dec = two_maps()
     criterion = SSyncLoss()
     monitor = Monitor(criterion, to=tmp_path)
-    # a host whose own encoder map is another tensor
+    # the host's loss does not read this encoder map
     reached = monitor((enc, dec), step=0, loss=criterion(enc, dec), host_loss=dec.sum())
     assert reached is not None
     assert GRADIENTS - reached.keys() == {"host_enc_gradient"}
@@ -188,7 +188,7 @@ def test_what_cannot_be_had_is_left_out(tmp_path: Path) -> None:
     assert all(row["margin"] == "" for row in read_rows(tmp_path))
 
 
-def test_the_layout_and_the_settings_are_those_of_the_criterion(tmp_path: Path) -> None:
+def test_the_criterion_determines_layout_and_settings(tmp_path: Path) -> None:
     enc, dec = (one.detach() for one in two_maps())
     features = torch.randn(2, 3, 7, 5, 6)
     plain = Monitor(SSyncLoss(), to=tmp_path)((enc, dec), step=0, loss=torch.zeros(()), features=features)
@@ -203,7 +203,7 @@ def test_the_layout_and_the_settings_are_those_of_the_criterion(tmp_path: Path) 
     assert of_defaults == plain
 
 
-def test_a_schedule_needs_no_step_of_its_own(tmp_path: Path) -> None:
+def test_a_schedule_uses_the_monitors_step(tmp_path: Path) -> None:
     enc, dec = two_maps()
     criterion = SSyncLoss(start_step=10, ramp_steps=5)
     values = Monitor(criterion, to=tmp_path)((enc, dec), step=0, loss=criterion(enc, dec, step=0))
@@ -214,7 +214,7 @@ def test_a_schedule_needs_no_step_of_its_own(tmp_path: Path) -> None:
 # --- when it writes ---
 
 
-def test_between_it_looks_at_nothing(tmp_path: Path) -> None:
+def test_arguments_are_ignored_between_due_steps(tmp_path: Path) -> None:
     monitor = Monitor(SSyncLoss(), every=10, to=tmp_path / "new")
     nothing: Any = None
     assert [monitor(nothing, step=step, loss=nothing) for step in (1, 9, 11, np.int64(13))] == [None] * 4
@@ -235,7 +235,7 @@ def test_one_rank_writes_and_all_take_gradients(tmp_path: Path, monkeypatch: pyt
     assert len(read_rows(tmp_path)) == 1
 
 
-def test_a_run_that_goes_on_adds_to_its_file(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_to_its_file(tmp_path: Path) -> None:
     for step in (0, 100):
         Monitor(SSyncLoss(), to=str(tmp_path))(two_maps(), step=step, loss=torch.zeros(()))
     assert [row["step"] for row in read_rows(tmp_path)] == ["0", "100"]
@@ -257,7 +257,7 @@ def test_a_png_file_holds_the_panel_of_the_first_clip(tmp_path: Path) -> None:
         assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), wanted)
 
 
-def test_a_fixed_clip_is_drawn_alone(tmp_path: Path) -> None:
+def test_picture_writes_only_the_panel(tmp_path: Path) -> None:
     enc, dec = two_maps(1)
     video = torch.rand(1, 3, 3, 10, 12)
     Monitor(SSyncLoss(), to=tmp_path).picture(SlotMaps(enc, dec), video, step=100)
@@ -274,12 +274,12 @@ def test_tensorboard_gets_scalars_and_an_image() -> None:
     picture, step = writer.images["ssync/panel"]
     assert step == 300
     assert torch.equal(picture, panel(video, enc, dec)[0])
-    # one without images
+    # a writer without images
     numbers = SimpleNamespace(add_scalar=writer.add_scalar)
     assert Monitor(SSyncLoss(), to=numbers)((enc, dec), step=0, loss=enc.sum(), video=video)
 
 
-def test_lightning_gets_a_dictionary_and_counts_its_own_steps() -> None:
+def test_lightning_gets_a_dictionary_without_the_step() -> None:
     logged: list[dict[str, float]] = []
     module = SimpleNamespace(log=None, log_dict=logged.append)
     maps, monitor = two_maps(), Monitor(SSyncLoss(), to=module)
@@ -302,19 +302,19 @@ def test_weights_and_biases_get_a_dictionary_with_the_step_and_an_image(monkeypa
     kind, pixels = told.pop("ssync/panel")
     assert (told, step, kind) == ({f"ssync/{name}": value for name, value in values.items()}, 100, "image")
     assert np.array_equal(pixels, panel(video, *maps)[0].permute(1, 2, 0).numpy())
-    # another object with `log`
+    # without wandb there is no image
     monkeypatch.delitem(sys.modules, "wandb")
     monitor.picture(maps, video, step=100)
     assert len(logged) == 1
 
 
-# --- what it says ---
+# --- warnings ---
 
 
-def test_it_says_once_a_map_that_the_gradient_dwarfs_the_hosts(tmp_path: Path) -> None:
+def test_a_large_gradient_warns_once_per_map(tmp_path: Path) -> None:
     enc, dec = two_maps()
     monitor = Monitor(SSyncLoss(), to=tmp_path)
-    # eleven times at the decoder's map; ten at the encoder's is not more than ten
+    # 11 times at the decoder map is too much, 10 times at the encoder map is not
     loss, host_loss = 10 * enc.sum() + 11 * dec.sum(), enc.sum() + dec.sum()
     words = "At the decoder's map the gradient of SSync is 11 times that of the host's loss: lower `boundary_weight`"
     with pytest.warns(UserWarning, match=words) as said:
@@ -324,11 +324,11 @@ def test_it_says_once_a_map_that_the_gradient_dwarfs_the_hosts(tmp_path: Path) -
     monitor((enc, dec), step=100, loss=loss, host_loss=host_loss)
     with pytest.warns(UserWarning, match="At the encoder's map .* lower `interior_weight` and `boundary_weight`"):
         monitor((enc, dec), step=200, loss=2 * loss, host_loss=host_loss)
-    # without a host's loss
+    # a host loss of 0 gives no warning
     Monitor(SSyncLoss(), to=tmp_path)((enc, dec), step=0, loss=loss, host_loss=0 * host_loss)
 
 
-def test_after_backward_it_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_a_call_after_backward_warns(tmp_path: Path) -> None:
     enc, dec = two_maps()
     criterion = SSyncLoss(backend="torch")
     loss = criterion(enc, dec)
@@ -346,7 +346,7 @@ def test_after_backward_it_says_so_and_goes_on(tmp_path: Path) -> None:
 
 @contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
-    """Let writes fail in the middle, as on a full disk."""
+    """Make writes fail halfway, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -355,7 +355,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_stops_no_training_and_leaves_no_half_of_anything(tmp_path: Path) -> None:
+def test_a_full_disk_warns_and_leaves_no_partial_file(tmp_path: Path) -> None:
     maps, monitor = two_maps(), Monitor(SSyncLoss(), to=tmp_path)
     given: dict[str, Any] = {"loss": torch.zeros(()), "video": torch.rand(2, 3, 3, 10, 12)}
     monitor(maps, step=0, **given)
@@ -367,25 +367,25 @@ def test_a_full_disk_stops_no_training_and_leaves_no_half_of_anything(tmp_path: 
     assert said[0].filename == __file__
     assert all(values)
     assert (tmp_path / "values.csv").read_bytes() == table
-    # the picture's file is removed, too
+    # the partial picture is removed, too
     with no_file_larger_than(100):
         monitor.picture(maps, given["video"], step=300)
     assert [one.name for one in tmp_path.glob("*.png")] == ["panel_0000000.png"]
-    # there is room again
+    # the disk has space again
     monitor(maps, step=400, **given)
     assert [row["step"] for row in read_rows(tmp_path)] == ["0", "400"]
 
 
-def test_a_place_that_cannot_be_written_to_stops_no_training(tmp_path: Path) -> None:
+def test_an_unwritable_folder_only_warns(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     monitor = Monitor(SSyncLoss(), to=tmp_path / "file")
-    with pytest.warns(UserWarning, match=r"The monitor cannot write: .* Training goes on without it. \(Said once.\)"):
+    with pytest.warns(UserWarning, match=r"The monitor cannot write: .* Training continues without it. \(Said once.\)"):
         assert monitor(two_maps(), step=0, loss=torch.zeros(()))
     assert monitor(two_maps(), step=100, loss=torch.zeros(()))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_read_only_logger_stops_no_training() -> None:
+def test_a_failing_logger_only_warns() -> None:
     class Broken(Recorder):
         def add_scalar(self, name: str, value: float, step: int) -> None:
             raise OSError("Read-only file system")

@@ -1,4 +1,4 @@
-"""Import paths of earlier versions, and pickles of them."""
+"""Import paths and pickles of earlier versions."""
 
 import base64
 import pickle
@@ -21,7 +21,7 @@ from ssync_loss._moved import MOVED
 
 TESTS = Path(__file__).parent
 
-# names and paths of version 0.1.0
+# paths and names of version 0.1.0
 OLD = {
     "attention": ["CorrelationFusion", "SemanticAwareSlotAttention", "SemanticSlots"],
     "attention.correlation": ["CorrelationFusion"],
@@ -93,20 +93,20 @@ def test_an_old_path_has_its_names(old: str) -> None:
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_path_holds_the_objects_of_the_new_one(old: str) -> None:
+def test_an_old_path_has_the_objects_of_the_new_one(old: str) -> None:
     places = [import_module(f"ssync_loss.{new}") for new in MOVED[old].split()]
     here = vars(import_module(f"ssync_loss.{old}"))
     there: dict[str, Any] = {name: one for place in places for name, one in vars(place).items()}
     shared = {name for name in there if not name.startswith("__")} & here.keys()
     assert len(shared) > 1
     assert all(here[name] is there[name] for name in shared)
-    # a removed file has all of its names
+    # the module of a removed file has all of its names
     if not Path(here.get("__file__") or "").is_file():
         assert {name for name in there if not name.startswith("__")} <= here.keys()
         assert here["__doc__"].startswith("Moved to ssync_loss.")
 
 
-def test_several_places_make_one_module_and_a_package_without_names_has_children(
+def test_a_moved_module_may_have_several_places_and_an_empty_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(MOVED, "old", "")
@@ -121,21 +121,21 @@ def test_several_places_make_one_module_and_a_package_without_names_has_children
     delattr(ssync_loss, "old")
 
 
-def test_other_names_are_left_alone() -> None:
+def test_other_names_are_not_found() -> None:
     for name in ("ssync_loss.losses.nothing", "ssync_loss.nothing", "other.sinkhorn"):
         with pytest.raises(ModuleNotFoundError):
             import_module(name)
     assert find_spec("sinkhorn") is None
 
 
-def test_the_finder_is_there_once_and_asked_before_those_of_files() -> None:
+def test_the_finder_is_installed_once_before_the_path_finder() -> None:
     _moved.install()
     (place,) = [i for i, one in enumerate(sys.meta_path) if type(one).__module__ == "ssync_loss._moved"]
-    # an update may leave folders behind, and a folder is a package
+    # an update may leave empty folders, which the path finder takes for packages
     assert place < sys.meta_path.index(PathFinder)
 
 
-def test_old_paths_cost_nothing_until_they_are_asked_for() -> None:
+def test_old_paths_are_imported_on_demand() -> None:
     code = (
         "import sys, ssync_loss\n"
         "assert not [one for one in sys.modules if one.removeprefix('ssync_loss.') in ssync_loss._moved.MOVED\n"
@@ -153,13 +153,13 @@ def test_old_paths_cost_nothing_until_they_are_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def unpickled() -> dict[str, nn.Module]:
-    """Modules that were pickled by version 0.1.0, with other settings than the default ones."""
+    """Return modules that version 0.1.0 pickled with settings other than the defaults."""
     text = "".join((TESTS / "old_losses.b85").read_text().split())
     modules = pickle.loads(zlib.decompress(base64.b85decode(text)))
     return {type(one).__name__: one for one in modules}
 
 
-def test_every_loss_is_among_the_old_pickles(unpickled: dict[str, nn.Module]) -> None:
+def test_every_loss_has_an_old_pickle(unpickled: dict[str, nn.Module]) -> None:
     classes = {name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)}
     # version 0.1.0 did not have it
     classes.remove("AdaptiveSSyncLoss")
@@ -172,7 +172,7 @@ def randn(*shape: int) -> Tensor:
 
 LABELS = torch.arange(16).view(1, 2, 2, 4) % 3
 EVERYWHERE = torch.ones(1, 2, 3, 2, dtype=torch.bool)
-# settings that are not the default ones, and arguments
+# settings other than the defaults, and arguments
 CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "AffinityConsistencyLoss": ({"tau_s": 0.2}, (randn(1, 2, 5, 3), 2 * randn(1, 2, 5, 3))),
     "BoundaryRefinementLoss": ({"min_same": 2}, (randn(1, 2, 3, 2, 4), randn(1, 2, 3, 4, 2).mT)),
@@ -199,7 +199,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_old_pickle_computes_what_a_new_module_does(name: str, unpickled: dict[str, nn.Module]) -> None:
+def test_an_old_pickle_equals_a_new_module(name: str, unpickled: dict[str, nn.Module]) -> None:
     settings, given = CASES[name]
     old, new = unpickled[name].eval(), getattr(losses, name)(**settings).eval()
     assert type(old) is type(new)
@@ -209,7 +209,7 @@ def test_an_old_pickle_computes_what_a_new_module_does(name: str, unpickled: dic
     assert old(*given, **step) != 0
 
 
-def test_old_pickles_with_a_state_know_it(unpickled: dict[str, Any]) -> None:
+def test_old_pickles_have_their_state(unpickled: dict[str, Any]) -> None:
     assert unpickled["CenteredCrossEntropy"].center.tolist() == [0.0, 0.0]
     assert unpickled["CenteredCrossEntropy"].tau_s == 0.3
     assert unpickled["MaskedTokenLoss"].update_center

@@ -1,4 +1,4 @@
-"""Out-generative learning: published numbers, the slow definition, pairs, balance, the center, bad input."""
+"""Out-generative learning: published values, the reference, pairs, balance, the center, errors."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from contract import Case, LossContract
 from golden_neighbors import GRADIENT_TOL, LOSS_TOL, Golden, deviation
+from meter import Meter
 from ssync_loss import CenteredCrossEntropy, OutGenerativeLoss
 from ssync_loss.functional import out_generative_loss
 from ssync_loss.methods.ino.reference import reference_out_generative_loss
-from test_memory import Meter
 
 Views = tuple[Tensor, Tensor, Tensor]
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Views:
-    """Return the student's global, its local and the teacher's global views; the shape is (B, T, g, l, Kp)."""
+    """Return global and local views of the student, and global views of the teacher, for (B, T, g, l, Kp)."""
     clips, frames, num_global, num_local, Kp = shape or (2, 4, 1, 3, 5)
     generator = torch.Generator().manual_seed(seed)
     s_glob, s_loc, t_glob = (
@@ -69,7 +69,7 @@ def test_published_numbers(dtype: torch.dtype) -> None:
     balance=st.sampled_from(("flat", "per_term")),
     update_center=st.booleans(),
 )
-def test_loss_gradients_and_center_are_those_of_the_slow_definition(
+def test_loss_gradients_and_center_equal_the_reference(
     shape: tuple[int, ...], seed: int, taus: tuple[float, float], m_c: float, balance: Any, update_center: bool
 ) -> None:
     views = sample(*shape, dtype=torch.float64, seed=seed)
@@ -84,13 +84,13 @@ def test_loss_gradients_and_center_are_those_of_the_slow_definition(
     torch.testing.assert_close(criterion.center.double(), center.double(), rtol=1e-7, atol=1e-9)
 
 
-def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() -> None:
-    # distributions are one-hot: a match has value 0, all else 1 / tau_s = 10
+def test_one_global_and_eight_local_crops_have_34_terms() -> None:
+    # distributions are one-hot: a match has value 0, a mismatch 1 / tau_s = 10
     views = torch.eye(2)[:, None].expand(1, 2, 1, 2)
     wrong, right = views.flip(1), views
     local = torch.tensor([1.0, 0.0]).expand(1, 2, 8, 2)
     criterion = CenteredCrossEntropy(2, tau_t=1e-3)
-    # the frames have different prototypes: global crops predict the other frame's
+    # global crops predict the prototype of the other frame, which differs; 2 of 34 terms are global
     nothing_global = out_generative_loss(wrong, local, views, criterion)
     all_global = out_generative_loss(right, local, views, criterion)
     assert (all_global - nothing_global).item() == pytest.approx(10 * 2 / 34, rel=1e-4)
@@ -105,7 +105,7 @@ def test_one_global_and_eight_local_crops_make_34_terms_of_which_2_are_global() 
 # --- the center ---
 
 
-def test_in_evaluation_it_stays_even_when_asked() -> None:
+def test_the_center_stays_in_evaluation() -> None:
     views = sample()
     criterion, before = centered().eval(), centered().center
     assert torch.equal(step(views, criterion, update_center=True)[0], step(views, criterion)[0])
@@ -115,7 +115,7 @@ def test_in_evaluation_it_stays_even_when_asked() -> None:
 # --- work ---
 
 
-def test_clips_and_views_are_not_walked_through() -> None:
+def test_there_is_no_loop_over_clips_and_views() -> None:
     numbers = set()
     for shape in ((2, 4, 2, 3, 5), (3, 6, 2, 2, 5), (5, 8, 3, 8, 5)):
         views = sample(*shape)
@@ -125,8 +125,8 @@ def test_clips_and_views_are_not_walked_through() -> None:
     assert len(numbers) == 1
 
 
-def test_views_meet_without_a_copy_of_their_prototypes_for_each() -> None:
-    # 34 terms a pair, whose distributions would be 34 x 2 x 1000 numbers
+def test_pairs_of_views_do_not_copy_distributions() -> None:
+    # the distributions of 34 terms per pair would have 34 x 2 x 1000 values
     views = sample(1, 4, 1, 8, 1000)
     with Meter(views) as meter:
         out_generative_loss(*views, centered(1000)).backward()
@@ -134,17 +134,17 @@ def test_views_meet_without_a_copy_of_their_prototypes_for_each() -> None:
     assert meter.peak < 4 * 4 * rows * 1000
 
 
-# --- bad input ---
+# --- errors ---
 
 
 @pytest.mark.parametrize("num_frames", [3, 5])
-def test_an_odd_number_of_frames_is_named(num_frames: int) -> None:
+def test_an_odd_number_of_frames_is_refused(num_frames: int) -> None:
     message = rf"`s_glob` must have an even T, for the pairs of frames \(i, i \+ T / 2\); got T={num_frames}"
     with pytest.raises(ValueError, match=message):
         out_generative_loss(*sample(2, num_frames, 1, 3, 5), centered())
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):
@@ -181,7 +181,7 @@ class TestContract(LossContract):
 
 
 class TestMovingCenter(TestContract):
-    """The published order: the center moves with every pair of frames."""
+    """The contract in the published order, in which every pair of frames updates the center."""
 
     knobs: ClassVar = {"balance": "per_term", "update_center": True}
     settings: ClassVar = {"balance": "flat", "update_center": False}

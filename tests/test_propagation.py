@@ -1,19 +1,19 @@
-"""Label propagation: the slow definition, chunks, memory, context and window, the read-out, bad input."""
+"""Label propagation: the reference, context and window, the read-out, chunks, memory, errors."""
 
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from meter import Meter
 from ssync_loss.functional import propagate_labels, propagate_masks
 from ssync_loss.methods.ino import propagation
-from ssync_loss.methods.ino.reference import reference_propagate_masks
+from ssync_loss.methods.ino.reference import reference_propagate_labels, reference_propagate_masks
 from ssync_loss.metrics import image_miou
-from test_memory import Meter
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,7 +29,7 @@ def sample(*shape: int, num_masks: int = 3, dtype: torch.dtype = torch.float64, 
 
 
 def a_scene(num_frames: int, *, step: int = 1) -> tuple[Tensor, Tensor]:
-    """Return features and labels (1, T, 8, 12) of two squares that move over a background, each with its texture."""
+    """Return features and labels (1, T, 8, 12) of two moving squares and a background with distinct features."""
     labels = torch.zeros(1, num_frames, 8, 12, dtype=torch.int64)
     for now in range(num_frames):
         labels[0, now, 1:4, now * step : now * step + 3] = 1
@@ -54,7 +54,7 @@ def a_scene(num_frames: int, *, step: int = 1) -> tuple[Tensor, Tensor]:
     ties=st.booleans(),
     zero=st.booleans(),
 )
-def test_masks_are_those_of_the_slow_definition(
+def test_masks_equal_the_reference(
     shape: tuple[int, ...],
     seed: int,
     num_context: int,
@@ -67,7 +67,7 @@ def test_masks_are_those_of_the_slow_definition(
 ) -> None:
     features, masks = sample(*shape, seed=seed)
     if ties:
-        # cosines are multiples of 1/4, so ties are ties in any precision
+        # cosines are multiples of 1/4, so they tie in any precision
         features = torch.zeros(*shape[:2], 4, *shape[3:]).double()
         features += torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     if zero:
@@ -77,12 +77,29 @@ def test_masks_are_those_of_the_slow_definition(
     torch.testing.assert_close(actual, reference_propagate_masks(features, masks, **knobs), rtol=1e-10, atol=1e-12)
 
 
+@settings(max_examples=20)
+@given(
+    shape=st.tuples(*(st.sampled_from(sizes) for sizes in ((1, 2), (1, 2, 4), (1, 3), (1, 2), (1, 3)))),
+    seed=st.integers(0, 2**31),
+    top_k=st.sampled_from((1, 2, 100)),
+)
+def test_labels_equal_the_reference(shape: tuple[int, ...], seed: int, top_k: int) -> None:
+    features, _ = sample(*shape, seed=seed)
+    labels = torch.randint(4, (shape[0], *shape[3:]), generator=torch.Generator().manual_seed(seed))
+    masks = reference_propagate_masks(features, F.one_hot(labels).movedim(3, 1), top_k=top_k)[:, 1:]
+    spread = (masks.amax((3, 4)) - masks.amin((3, 4)))[masks.sum((3, 4)) > 0]
+    # rounding decides what becomes of a constant mask
+    assume((spread > 1e-9).all())
+    expected = reference_propagate_labels(features, labels, top_k=top_k)
+    assert torch.equal(propagate_labels(features, labels, top_k=top_k), expected)
+
+
 # --- the context and the window ---
 
 
 @pytest.mark.parametrize(("num_context", "found"), [(0, False), (2, False), (3, True), (4, True), (9, True)])
-def test_a_frame_is_found_again_while_it_is_in_the_context(num_context: int, found: bool) -> None:
-    # two patches swap in frame 1, and so do the masks; frame 4 is similar to frame 1 only
+def test_a_frame_is_matched_only_while_it_is_in_the_context(num_context: int, found: bool) -> None:
+    # two patches and their masks swap in frame 1, and frame 4 is similar only to frame 1
     left, right = [0, 2, 4, 6, 3], [1, 3, 5, 7, 2]
     features = torch.stack([torch.eye(8)[left], torch.eye(8)[right]], 2).view(1, 5, 8, 1, 2)
     # a weak similarity links frame 1 to frame 0
@@ -95,8 +112,8 @@ def test_a_frame_is_found_again_while_it_is_in_the_context(num_context: int, fou
 
 @pytest.mark.parametrize(("radius", "reached"), [(0, False), (1, False), (2, True), (3, True)])
 @pytest.mark.parametrize("axis", [3, 4])
-def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int) -> None:
-    # one patch in seven is special, and it jumps by two
+def test_the_radius_limits_the_window(radius: int, reached: bool, axis: int) -> None:
+    # one of seven patches differs, and it moves by two
     features = torch.zeros(1, 2, 2, 1, 7)
     features[:, :, 0] = 1
     features[0, 0, :, 0, 2] = features[0, 1, :, 0, 4] = torch.tensor([0.0, 1.0])
@@ -107,7 +124,7 @@ def test_a_patch_sees_as_far_as_the_radius(radius: int, reached: bool, axis: int
     assert (carried[4] == 1) == reached
 
 
-def test_all_that_tie_with_the_last_are_in() -> None:
+def test_patches_tied_with_the_last_one_count() -> None:
     features = torch.ones(1, 2, 1, 1, 4)
     masks = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     carried = propagate_masks(features, masks, top_k=1)
@@ -118,7 +135,7 @@ def test_all_that_tie_with_the_last_are_in() -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_objects_are_followed(normalize: bool) -> None:
+def test_objects_are_tracked(normalize: bool) -> None:
     features, labels = a_scene(7)
     found = propagate_labels(features, labels[:, 0], normalize=normalize)
     assert found.dtype == torch.int64
@@ -128,7 +145,7 @@ def test_objects_are_followed(normalize: bool) -> None:
     assert image_miou(still, labels, background=0).item() < 0.5
 
 
-def test_labels_may_be_finer_than_features_and_have_any_names() -> None:
+def test_labels_may_be_finer_than_features_and_have_any_ids() -> None:
     features, labels = a_scene(7)
     names = torch.tensor([0, 255, 7])
     fine = names[labels].repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -140,7 +157,7 @@ def test_labels_may_be_finer_than_features_and_have_any_names() -> None:
     assert image_miou(coarse, names[labels], background=0).item() > 0.97
 
 
-def test_labels_are_put_on_the_grid_by_their_centers() -> None:
+def test_labels_are_resized_by_nearest_centers() -> None:
     labels = torch.arange(6 * 9).view(1, 6, 9)
     seen = propagate_labels(torch.randn(1, 1, 2, 2, 3), labels, size=(2, 3))
     assert seen.tolist() == [[[[10, 13, 16], [37, 40, 43]]]]
@@ -148,7 +165,7 @@ def test_labels_are_put_on_the_grid_by_their_centers() -> None:
     assert torch.equal(propagate_labels(torch.randn(1, 1, 2, 2, 3), labels, size=(4, 5)), expected)
 
 
-def test_the_read_out_is_bilinear_then_normalized_then_the_largest() -> None:
+def test_the_read_out_is_bilinear_then_normalized_then_argmax() -> None:
     features, labels = a_scene(5)
     masks = F.one_hot(labels[:, 0], 3).movedim(3, 1).double()
     soft = propagate_masks(features, masks, top_k=20, temperature=1.0)
@@ -161,11 +178,11 @@ def test_the_read_out_is_bilinear_then_normalized_then_the_largest() -> None:
         assert torch.equal(found[0, 1:], pixels.argmax(1)[1:])
 
 
-def test_a_mask_that_is_the_same_everywhere_is_not_normalized() -> None:
+def test_a_constant_mask_is_not_normalized() -> None:
     features, labels = a_scene(3)
     found = propagate_labels(features, torch.full((1, 8, 12), 9))
     assert (found == 9).all()
-    # object 2 equals the background from frame 1 on: its mask is 0 everywhere
+    # object 2 looks like the background from frame 1 on, so its mask is 0
     features, labels = a_scene(3)
     gone = labels == 2
     gone[:, 0] = False
@@ -174,13 +191,13 @@ def test_a_mask_that_is_the_same_everywhere_is_not_normalized() -> None:
     assert torch.equal(found, labels.masked_fill(gone, 0))
 
 
-def test_what_a_clip_does_not_show_is_never_assigned() -> None:
-    # the clips of a batch have labels of their own
+def test_labels_of_other_clips_are_never_assigned() -> None:
+    # the clips of a batch have different labels
     features, labels = a_scene(4)
     both = torch.cat([labels[:, 0] + 3, labels[:, 0]])
     found = propagate_labels(features.repeat(2, 1, 1, 1, 1), both)
     assert torch.equal(found[0], found[1] + 3)
-    # one pixel that no center of the grid is in
+    # no center of the grid lies in this pixel
     fine = labels[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2)
     fine[0, 0, 0] = 8
     found = propagate_labels(features, fine)
@@ -188,8 +205,8 @@ def test_what_a_clip_does_not_show_is_never_assigned() -> None:
     assert not (found[:, 1:] == 8).any()
 
 
-def test_not_even_rounding_assigns_what_a_clip_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    # label 0 is only in the second clip; the masks of 1 and 2 are smallest at the same pixel
+def test_labels_of_other_clips_are_not_assigned_by_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    # only the second clip has label 0; the masks of 1 and 2 are smallest at the same pixel
     masks = torch.zeros(2, 1, 3, 1, 2)
     masks[0, 0, 1:] = torch.tensor([0.5, 0.6])
     masks[1, 0, 0] = 1
@@ -198,7 +215,7 @@ def test_not_even_rounding_assigns_what_a_clip_does_not_show(monkeypatch: pytest
     assert found[0, 1].tolist() == [[1, 1]]
 
 
-def test_frames_are_read_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_read_out_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = a_scene(7)
     peaks, results = [], []
     for block in (propagation.BLOCK_ELEMENTS, 2 * 3 * 40 * 60):
@@ -208,7 +225,7 @@ def test_frames_are_read_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         peaks.append(meter.peak)
         results.append(found)
     assert torch.equal(results[0], results[1])
-    # two frames at once and not seven, in float64
+    # a block has two frames instead of seven, in float64
     assert peaks[1] < peaks[0] - 2 * 4 * 3 * 40 * 60 * 8
 
 
@@ -216,7 +233,7 @@ def test_frames_are_read_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     features, masks = sample(dtype=dtype)
     carried = propagate_masks(features, masks)
     assert carried.dtype == torch.float32
@@ -233,14 +250,14 @@ def test_autocast_and_gradients_change_nothing() -> None:
     assert not carried.requires_grad
 
 
-def test_strides_mean_nothing() -> None:
+def test_strides_do_not_matter() -> None:
     features, masks = sample()
     views = (features.transpose(0, 3).contiguous().transpose(0, 3), masks.mT.contiguous().mT)
     assert not any(one.is_contiguous() for one in views)
     torch.testing.assert_close(propagate_masks(*views), propagate_masks(features, masks))
 
 
-def test_no_clips_have_no_labels() -> None:
+def test_an_empty_batch_has_empty_results() -> None:
     features, masks = sample(0, 5, 4, 3, 4)
     assert propagate_masks(features, masks).shape == (0, 5, 3, 3, 4)
     assert propagate_labels(features, torch.zeros(0, 6, 8, dtype=torch.int64)).shape == (0, 5, 6, 8)
@@ -254,28 +271,28 @@ def peak(frames: int, side: int, chunk_size: int | None, num_context: int = 2) -
     return meter.peak
 
 
-def test_a_chunk_bounds_what_is_held() -> None:
+def test_chunks_limit_the_memory() -> None:
     for side in (12, 16):
         places = side**2
-        # at most two maps of scores, and linear memory: the context, the result and a frame
+        # two maps of scores, and the linear memory of context, result and a frame
         linear = 4 * places * (3 * 5 + 6 * 2 + 8 * 3)
         for chunk_size in (8, 32):
             assert peak(6, side, chunk_size) < linear + 2 * 4 * chunk_size * 3 * places
         assert peak(6, side, places) > linear + 4 * places * 3 * places
 
 
-def test_what_is_held_does_not_grow_with_the_video() -> None:
+def test_only_the_result_grows_with_the_video() -> None:
     result = 4 * 2 * 16**2
     short, long = peak(6, 16, 64), peak(40, 16, 64)
     assert long - short == 34 * result
 
 
-def test_by_default_scores_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_limits_the_memory_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(propagation, "BLOCK_ELEMENTS", 4 * 3 * 16**2)
     assert peak(6, 16, None) == peak(6, 16, 4)
 
 
-# --- bad input ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -322,7 +339,7 @@ def test_a_wrong_size_is_named(size: Any, error: type[Exception], message: str) 
         ("masks", torch.full((2, 3, 3, 4), NAN), ValueError, r"`masks` must hold neither NaN nor infinity; got some"),
         ("labels", torch.zeros(1, 3, 4).long(), ValueError, r"`labels` must have shape \(B=2, h, w\); got \(1, 3, 4\)"),
         ("labels", torch.zeros(2, 0, 4).long(), ValueError, r"`labels` must have h >= 1; got h=0"),
-        ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Give what is not"),
+        ("labels", torch.full((2, 3, 4), -1), ValueError, r"`labels` must be at least 0; got -1. Label pixels without"),
     ],
 )
 def test_a_wrong_tensor_is_named(name: str, value: Any, error: type[Exception], message: str) -> None:

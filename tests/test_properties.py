@@ -1,4 +1,4 @@
-"""Properties of any maps: renaming, merging, flips, NaN, cropping, shifts, empty selections, order."""
+"""Properties of arbitrary maps: renaming, flips, NaN, cropping, shifts, empty selections, order."""
 
 import math
 from itertools import product
@@ -40,7 +40,7 @@ from ssync_loss.testing import (
     valid_masks,
 )
 
-# of the maps and masks that are drawn, some are as nobody means them
+# some drawn maps and masks look like mistakes
 pytestmark = pytest.mark.filterwarnings("ignore:.*looks like probabilities", "ignore:.*`slot_mask` leaves")
 
 INF, NAN = math.inf, math.nan
@@ -48,7 +48,7 @@ RUBBISH = (NAN, INF, -INF)
 SOFT = [("mse", 0.0), ("cross_entropy", 0.2)]
 Settings: TypeAlias = dict[str, Any]
 
-# batches of 16 clips: 240 cases a property
+# 15 batches of 16 clips are 240 cases per property
 few = settings(max_examples=15)
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 MAPS = map_pairs(minus_inf=True)
@@ -56,7 +56,7 @@ GENERIC = thresholds(tied=False)
 
 
 class Result(NamedTuple):
-    """The terms of a loss, and the total's gradients at both maps."""
+    """The terms of a loss, and the gradients of the total at both maps."""
 
     terms: SSyncTerms
     enc_grad: Tensor
@@ -85,7 +85,7 @@ def assert_same(actual: Result, expected: Result) -> None:
 
 
 def assert_close(actual: Result, expected: Result, *, slot_mask: Tensor | None = None, **knobs: Any) -> None:
-    """Require the same selection, losses and gradients up to rounding; labels may have other names."""
+    """Require equal counts, and equal losses and gradients up to rounding. Labels may differ."""
     labels = expected.terms.labels
     assert torch.equal(actual.terms.num_boundary, expected.terms.num_boundary)
     assert torch.equal(actual.terms.num_interior, expected.terms.num_interior)
@@ -111,7 +111,7 @@ def clips_of(case: SSyncCase, clips: Tensor) -> SSyncCase:
 
 
 def cells_of(case: SSyncCase) -> Tensor:
-    """Valid patches (B, T, H, W), without clips that have no present slot."""
+    """Return the valid patches (B, T, H, W) of clips with a present slot."""
     cells = torch.ones_like(case.enc_logits[:, :, 0], dtype=torch.bool)
     if case.valid is not None:
         cells = cells & (case.valid if case.valid.ndim == 4 else case.valid[:, :, None, None])
@@ -119,7 +119,7 @@ def cells_of(case: SSyncCase) -> Tensor:
 
 
 def seen_by(case: SSyncCase) -> Tensor:
-    """The cells of a map that may matter, (B, T, S, H, W)."""
+    """Return the cells of a map that may matter, (B, T, S, H, W)."""
     cells = cells_of(case)[:, :, None].expand_as(case.enc_logits)
     return cells if case.slot_mask is None else cells & case.slot_mask[:, None, :, None, None]
 
@@ -162,7 +162,7 @@ class TestRenaming:
     @pytest.mark.parametrize(
         ("num_slots", "names"), [(128, (0, 127, 3)), (129, (0, 128, 3)), (256, (1, 255, 2)), (257, (0, 256, 44))]
     )
-    def test_a_step_with_more_slots_than_a_byte_can_name(self, num_slots: int, names: tuple[int, int, int]) -> None:
+    def test_slot_indices_may_exceed_a_byte(self, num_slots: int, names: tuple[int, int, int]) -> None:
         labels = torch.tensor(names)[torch.randint(3, (1, 2, 3, 4))]
         enc, dec = (
             F.one_hot(labels, num_slots).movedim(-1, 2).float() * 3 + torch.rand(1, 2, num_slots, 3, 4)
@@ -174,14 +174,14 @@ class TestRenaming:
         assert_close(run(enc, dec, merge_threshold=None), expected)
 
 
-# time, up-down, left-right, and some together, as axes of (B, T, H, W)
+# axes of (B, T, H, W) to flip
 FLIPS = [(1,), (2,), (3,), (2, 3), (1, 3), (1, 2, 3)]
 
 
 class TestFlips:
     @given(axes=st.sampled_from(FLIPS), maps=MAPS, threshold=GENERIC, knobs=region_knobs())
     @settings(max_examples=30)
-    def test_the_loss_does_not_know_directions(
+    def test_flipped_maps_flip_labels_and_gradients(
         self, axes: tuple[int, ...], maps: MapPair, threshold: float | None, knobs: Settings
     ) -> None:
         # the slot axis of maps lies between time and height
@@ -198,10 +198,10 @@ class TestFlips:
 class TestAgreement:
     @given(labels=label_videos(), threshold=thresholds(), criterion=st.sampled_from(("mse", "cross_entropy")))
     @few
-    def test_confident_maps_that_agree_cost_nothing(
+    def test_confident_maps_that_agree_have_no_loss(
         self, labels: Tensor, threshold: float | None, criterion: str
     ) -> None:
-        # slots are active on disjoint places, so nothing is merged
+        # slots are active on disjoint patches, so none merge
         maps = 60.0 * F.one_hot(labels, 4).movedim(-1, 2).float()
         result = run(maps, maps, merge_threshold=threshold, criterion=criterion)
         assert torch.equal(result.terms.labels.enc_labels, labels)
@@ -209,7 +209,7 @@ class TestAgreement:
         assert result.enc_grad.abs().max() < 1e-20
         assert result.dec_grad.abs().max() < 1e-20
 
-    def test_confident_maps_that_disagree_cost_the_most(self) -> None:
+    def test_confident_maps_that_disagree_have_the_largest_loss(self) -> None:
         labels = torch.tensor([[[[0, 0, 1, 1]]]])
         enc, dec = (60.0 * F.one_hot(one, 2).movedim(-1, 2).float() for one in (labels, 1 - labels))
         terms = SSyncLoss().eval().terms(enc, dec)
@@ -219,14 +219,14 @@ class TestAgreement:
 
 
 def shared_length(first: int, first_of: int, second: int, second_of: int) -> int:
-    """The overlap of cell `first` of `first_of` and cell `second` of `second_of`, in units of 1 / (product)."""
+    """Return the overlap of cell `first` of `first_of` and cell `second` of `second_of`, in units of 1 / (product)."""
     low = max(first * second_of, second * first_of)
     high = min((first + 1) * second_of, (second + 1) * first_of)
     return max(high - low, 0)
 
 
 def seen_from(cells: Tensor, height: int, width: int) -> Tensor:
-    """The cells of another grid that share area with a valid patch, looked up one by one."""
+    """Return the cells of another grid that share area with a valid patch, in a loop over all pairs."""
     rows, columns = cells.shape[2:]
     seen = torch.zeros(*cells.shape[:2], height, width, dtype=torch.bool)
     for h, w, y, x in product(range(rows), range(columns), range(height), range(width)):
@@ -246,7 +246,7 @@ class TestPoison:
         value=st.sampled_from((*RUBBISH, 1e30)),
     )
     @settings(max_examples=30)
-    def test_what_invalid_patches_and_absent_slots_hold_never_matters(
+    def test_values_of_invalid_patches_and_absent_slots_do_not_matter(
         self,
         engine: Any,
         case: SSyncCase,
@@ -284,7 +284,7 @@ class TestPoison:
         generator=generators,
     )
     @settings(max_examples=40)
-    def test_nor_does_it_on_a_decoder_grid_of_its_own(
+    def test_nor_do_they_on_another_decoder_grid(
         self, size: tuple[int, int], kind: str, data: st.DataObject, value: float, generator: torch.Generator
     ) -> None:
         enc, dec = (torch.randn(6, 2, 3, *one, generator=generator) for one in ((4, 6), size))
@@ -312,7 +312,7 @@ class TestPoison:
 
     @given(case=ssync_cases(maps=MAPS), value=st.sampled_from(RUBBISH))
     @few
-    def test_the_overlap_does_not_look_there(self, case: SSyncCase, value: float) -> None:
+    def test_nor_do_they_in_the_overlap(self, case: SSyncCase, value: float) -> None:
         masks: Settings = {"valid": case.valid, "slot_mask": case.slot_mask}
         dirty = poison(case.enc_logits, value=value, **masks)
         assert torch.equal(slot_overlap(dirty, **masks), slot_overlap(case.enc_logits, **masks))
@@ -320,7 +320,7 @@ class TestPoison:
     @ENGINES_IN_TURN
     @given(case=distillation_cases(maps=MAPS), value=st.sampled_from(RUBBISH), soft=st.sampled_from(SOFT))
     @few
-    def test_a_loss_does_not_look_at_patches_it_does_not_teach(
+    def test_values_of_patches_outside_the_region_do_not_matter(
         self, engine: Any, case: DistillationCase, value: float, soft: tuple[Any, float]
     ) -> None:
         results = []
@@ -343,7 +343,7 @@ class TestPoison:
     @ENGINES_IN_TURN
     @pytest.mark.parametrize(("criterion", "smoothing"), SOFT)
     @pytest.mark.parametrize("temperature", [1.0, 0.5])
-    def test_what_overflows_there_does_not_matter(
+    def test_overflow_in_invalid_patches_does_not_matter(
         self, engine: Any, criterion: Any, smoothing: float, temperature: float
     ) -> None:
         enc, dec = torch.randn(2, 2, 2, 4, 5, 6).unbind()
@@ -360,7 +360,7 @@ class TestPoison:
             torch.testing.assert_close(loud, quiet)
 
     @pytest.mark.parametrize("value", RUBBISH)
-    def test_labels_from_elsewhere_teach_no_invalid_patch(self, value: float) -> None:
+    def test_given_labels_do_not_teach_invalid_patches(self, value: float) -> None:
         enc, dec = torch.randn(2, 2, 3, 4, 5), torch.randn(2, 2, 3, 4, 5)
         everywhere = pseudo_labels(enc, dec, min_different=0, min_same=0, max_different=10)
         valid = torch.rand(2, 2, 4, 5) < 0.5
@@ -377,7 +377,7 @@ class TestPoison:
 
 
 class Box(NamedTuple):
-    """A box of patches, as slices of (T, H, W)."""
+    """A box of patches, given by slices of (T, H, W)."""
 
     frames: slice
     rows: slice
@@ -415,7 +415,7 @@ def boxes(draw: st.DrawFn, frames: int, height: int, width: int, step: int = 1) 
 class TestCropping:
     @given(maps=map_pairs(minus_inf=True, max_height=6), data=st.data(), threshold=GENERIC, knobs=region_knobs())
     @settings(max_examples=25)
-    def test_a_valid_box_is_a_crop(
+    def test_a_valid_box_equals_a_crop(
         self, maps: MapPair, data: st.DataObject, threshold: float | None, knobs: Settings
     ) -> None:
         b, t, _, h, w = maps.enc_logits.shape
@@ -425,13 +425,13 @@ class TestCropping:
         torch.testing.assert_close(
             slot_overlap(maps.enc_logits, valid=valid), slot_overlap(cropped[0]), rtol=0, atol=1e-6
         )
-        # labels for any counts
+        # labels are equal for any neighbor counts
         whole = pseudo_labels(*maps, merge_threshold=threshold, valid=valid, **knobs)
         part = pseudo_labels(*cropped, merge_threshold=threshold, **knobs)
         assert torch.equal(box.labels(whole.enc_labels), part.enc_labels)
         assert torch.equal(box.labels(whole.dec_labels), part.dec_labels)
         assert torch.equal(whole.representative, part.representative)
-        # regions and losses for the default counts
+        # regions and losses are equal for the default counts
         before = run(*maps, merge_threshold=threshold, valid=valid)
         after = run(*cropped, merge_threshold=threshold)
         assert torch.equal(box.labels(before.terms.labels.boundary), after.terms.labels.boundary)
@@ -442,8 +442,8 @@ class TestCropping:
         assert not (before.enc_grad * ~valid[:, :, None]).any()
 
     @pytest.mark.parametrize("knobs", [{"min_different": 2}, {"max_different": 2}, {"min_same": 8}])
-    def test_for_other_counts_it_need_not_be(self, knobs: Settings) -> None:
-        # a middle row of three: cropped, rows above and below are the row itself, and a neighbor counts thrice
+    def test_a_valid_box_may_differ_from_a_crop_for_other_counts(self, knobs: Settings) -> None:
+        # the middle of three rows is cropped; padding repeats the row, so each neighbor counts three times
         labels = torch.tensor([[[[0, 0, 1]] * 3]])
         maps = F.one_hot(labels, 2).movedim(-1, 2).float()
         valid = torch.tensor([[[[False] * 3, [True] * 3, [False] * 3]]])
@@ -463,7 +463,7 @@ class TestCropping:
         numerator, denominator = ratio
         size = (h * numerator // denominator, w * numerator // denominator)
         enc, dec = (torch.randn(b, t, s, *one, dtype=torch.float64, generator=generator) for one in ((h, w), size))
-        # the box ends at ends of cells of both grids
+        # the box ends on cell borders of both grids
         box = data.draw(boxes(t, h, w, step=denominator))
         before = run(enc, dec, valid=box.valid(b, (t, h, w)))
         dec_box = box.scaled(numerator, denominator)
@@ -477,7 +477,7 @@ class TestCropping:
 class TestSlotMask:
     @given(maps=MAPS, data=st.data(), soft=st.sampled_from(SOFT), threshold=GENERIC, knobs=region_knobs())
     @few
-    def test_masking_slots_is_taking_them_away(
+    def test_masking_slots_equals_removing_them(
         self, maps: MapPair, data: st.DataObject, soft: tuple[str, float], threshold: float | None, knobs: Settings
     ) -> None:
         b, _, s, _, _ = maps.enc_logits.shape
@@ -496,7 +496,7 @@ class TestSlotMask:
 
     @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
     @few
-    def test_a_clip_without_slots_is_no_clip(self, case: SSyncCase, threshold: float | None) -> None:
+    def test_a_clip_without_slots_counts_as_no_clip(self, case: SSyncCase, threshold: float | None) -> None:
         clips = len(case.enc_logits)
         mask = torch.ones(clips, case.enc_logits.shape[2]).bool() if case.slot_mask is None else case.slot_mask.clone()
         mask[::2] = False
@@ -515,12 +515,12 @@ class TestSlotMask:
 
 
 def shift_of(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """A dyadic constant for every patch, (B, T, 1, H, W), so that rounding makes no ties."""
+    """Return a constant for every patch, (B, T, 1, H, W). It is dyadic, so that rounding makes no ties."""
     return torch.randint(-64, 65, (*maps.shape[:2], 1, *maps.shape[3:]), generator=generator) / 8
 
 
 class TestShifts:
-    """A softmax does not see a constant added to all slots of a patch."""
+    """A constant added to all slots of a patch does not change the softmax."""
 
     @pytest.mark.parametrize("both", [False, True], ids=["the decoder", "both, without merging"])
     @given(maps=MAPS, threshold=GENERIC, knobs=region_knobs(), generator=generators)
@@ -548,7 +548,7 @@ class TestShifts:
             assert_close_loss(loss(enc + shift, dec, labels=labels), loss(enc, dec, labels=labels))
 
     def test_a_shift_of_the_encoder_can_change_the_groups(self) -> None:
-        # slots are active on the first and the last patch, until both rise on the first
+        # one slot is active on the first patch, the other on the last; the shift makes both active on the first
         enc = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 4.0]]).view(1, 1, 2, 1, 3)
         raised = enc + torch.tensor([90.0, 0.0, 0.0])
         assert torch.equal(torch.softmax(raised, 2), torch.softmax(enc, 2))
@@ -591,7 +591,7 @@ class TestOrder:
 
     @given(case=ssync_cases(maps=MAPS), threshold=GENERIC)
     @settings(max_examples=8)
-    def test_a_batch_is_the_mean_over_all_that_its_clips_select(self, case: SSyncCase, threshold: float | None) -> None:
+    def test_a_batch_averages_over_all_selected_patches(self, case: SSyncCase, threshold: float | None) -> None:
         whole = run(**case._asdict(), merge_threshold=threshold).terms
         clips, _, slots = case.enc_logits.shape[:3]
         sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -612,22 +612,22 @@ class TestOrder:
     @ENGINES_IN_TURN
     @pytest.mark.parametrize("size", [(24, 24), (1024, 1024), (1, 1 << 16)])
     @pytest.mark.parametrize("constant", [True, False])
-    def test_large_planes_are_added_up_as_small_ones(self, engine: Any, size: tuple[int, int], constant: bool) -> None:
+    def test_large_frames_are_summed_exactly(self, engine: Any, size: tuple[int, int], constant: bool) -> None:
         enc, dec = torch.randn(2, 1, 1, 3, *size).unbind()
         if constant:
-            # every square is rounded in the same direction
+            # every square rounds in the same direction
             enc, dec = torch.zeros_like(enc), torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand_as(dec)
         everywhere: Settings = {"min_different": 0, "min_same": 0, "max_different": 10, "merge_threshold": None}
         criterion = SSyncLoss(**everywhere).eval()
         exact = criterion.terms(enc.double(), dec.double())
         with engine():
             terms = criterion.terms(enc, dec)
-        # needs more than two bytes
+        # the largest count exceeds two bytes
         assert terms.num_boundary == terms.num_interior == math.prod(size)
         assert terms.boundary.item() == pytest.approx(exact.boundary.item(), rel=2e-6)
         assert terms.interior.item() == pytest.approx(exact.interior.item(), rel=2e-6)
 
-    def test_dirt_in_any_clip_is_dirt(self) -> None:
+    def test_nan_in_any_clip_makes_the_loss_nan(self) -> None:
         enc, dec = torch.randn(2, 5, 2, 3, 4, 5).unbind()
         assert SSyncLoss().eval()(enc, dec).isfinite()
         for maps, dirty in product((enc, dec), range(5)):
@@ -639,7 +639,7 @@ class TestOrder:
 class TestSmallShapes:
     @given(maps=map_pairs(max_frames=1), threshold=GENERIC)
     @few
-    def test_an_image_is_a_clip_that_stands_still(self, maps: MapPair, threshold: float | None) -> None:
+    def test_an_image_equals_a_static_clip(self, maps: MapPair, threshold: float | None) -> None:
         still = run(*maps, merge_threshold=threshold)
         moving = run(*(one.expand(-1, 3, -1, -1, -1) for one in maps), merge_threshold=threshold)
         for field in PseudoLabels._fields[:4]:
@@ -648,7 +648,7 @@ class TestSmallShapes:
         assert_close_loss(moving.terms.boundary, still.terms.boundary)
         assert_close_loss(moving.terms.interior, still.terms.interior)
 
-    def test_one_patch_has_no_neighbor_but_itself(self) -> None:
+    def test_a_single_patch_is_interior(self) -> None:
         enc, dec = torch.tensor([2.0, 0.0]).view(1, 1, 2, 1, 1), torch.tensor([3.0, 1.0]).log().view(1, 1, 2, 1, 1)
         terms = SSyncLoss().eval().terms(enc, dec)
         assert not terms.labels.boundary.any()

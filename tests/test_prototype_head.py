@@ -1,4 +1,4 @@
-"""The prototype head: cosines with prototypes, initial weights, gradients, types, bad input."""
+"""The prototype head: cosines with prototypes, initial weights, gradients, types, errors."""
 
 import copy
 import pickle
@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss import CenteredCrossEntropy, PrototypeHead
+from ssync_loss.methods.ino.reference import reference_prototype_head
 
 
 def small(**given: Any) -> PrototypeHead:
@@ -27,20 +28,11 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def by_hand(head: PrototypeHead, x: Tensor) -> Tensor:
-    """The definition, step by step, in float64."""
-    linears = [one for one in head.mlp if isinstance(one, nn.Linear)]
-    x = x.double()
-    for number, linear in enumerate(linears):
-        x = x @ linear.weight.double().T + linear.bias.double()
-        if number < len(linears) - 1:
-            x = x * (1 + torch.erf(x / 2**0.5)) / 2
-    x = x / x.square().sum(-1, keepdim=True).sqrt()
-    prototypes = head.prototypes.double()
-    return x @ (prototypes / prototypes.square().sum(1, keepdim=True).sqrt()).T
+    return reference_prototype_head(x.double(), head.state_dict())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
-def test_it_is_linear_layers_a_direction_and_cosines(layers: int) -> None:
+def test_it_equals_its_definition(layers: int) -> None:
     head = small(layers=layers)
     x = tokens()
     torch.testing.assert_close(head(x).double(), by_hand(head, x), rtol=0, atol=1e-5)
@@ -48,7 +40,7 @@ def test_it_is_linear_layers_a_direction_and_cosines(layers: int) -> None:
     assert sum(isinstance(one, nn.GELU) for one in head.mlp) == layers - 1
 
 
-def test_the_defaults_are_the_published_ones() -> None:
+def test_the_defaults_are_published() -> None:
     head = PrototypeHead(384)
     shapes = {name: tuple(one.shape) for name, one in head.named_parameters()}
     assert shapes == {
@@ -69,7 +61,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)])
-def test_tokens_may_have_any_shape_and_do_not_see_each_other(shape: tuple[int, ...]) -> None:
+def test_tokens_may_have_any_shape_and_are_independent(shape: tuple[int, ...]) -> None:
     head = small()
     x = tokens(*shape)
     cosines = head(x)
@@ -78,7 +70,7 @@ def test_tokens_may_have_any_shape_and_do_not_see_each_other(shape: tuple[int, .
         torch.testing.assert_close(head(one), other)
 
 
-def test_lengths_of_prototypes_mean_nothing_and_get_no_gradient() -> None:
+def test_norms_of_prototypes_do_not_matter() -> None:
     head = small().double()
     x = tokens(dtype=torch.float64)
     expected = head(x)
@@ -97,10 +89,10 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, *_: head(x), (x, *head.parameters()))
 
 
-def test_a_token_of_zeros_has_cosines_of_zero_and_finite_gradients() -> None:
+def test_a_zero_token_has_finite_gradients() -> None:
     head = PrototypeHead(6, Kp=7, hidden=5, bottleneck=4)
     x = tokens().clone()
-    # biases are 0: all layers return 0
+    # biases are 0, so all layers return 0
     x[0, 0] = 0
     x.requires_grad_()
     cosines = head(x)
@@ -113,7 +105,7 @@ def test_a_token_of_zeros_has_cosines_of_zero_and_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_head_of_halves_gives_float32_cosines_and_gradients_of_its_type(dtype: torch.dtype) -> None:
+def test_a_head_in_half_precision_gives_float32_cosines(dtype: torch.dtype) -> None:
     head = small().to(dtype)
     x = tokens(dtype=dtype).requires_grad_()
     cosines = head(x)
@@ -126,7 +118,7 @@ def test_a_head_of_halves_gives_float32_cosines_and_gradients_of_its_type(dtype:
     assert head.prototypes.grad.dtype == dtype
 
 
-def test_under_autocast_layers_are_narrow_and_cosines_are_not() -> None:
+def test_autocast_applies_to_layers_but_not_to_cosines() -> None:
     head = small()
     x = tokens()
     seen = []
@@ -154,7 +146,7 @@ def test_it_compiles_to_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-def test_fake_tensors_carry_a_step() -> None:
+def test_fake_tensors() -> None:
     head = small()
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.randn(2, 3, 6, requires_grad=True)
@@ -164,7 +156,7 @@ def test_fake_tensors_carry_a_step() -> None:
         assert x.grad is not None
 
 
-def test_a_teacher_is_a_copy() -> None:
+def test_copies_are_equal() -> None:
     head = small()
     x = tokens()
     twins = [copy.deepcopy(head), pickle.loads(pickle.dumps(head)), small()]
@@ -175,7 +167,7 @@ def test_a_teacher_is_a_copy() -> None:
     assert not torch.allclose(twins[0](x), head(x), atol=1e-2)
 
 
-def test_a_head_shows_what_it_has() -> None:
+def test_repr() -> None:
     assert repr(small()).startswith("PrototypeHead(\n  Kp=7\n  (mlp): Sequential(\n    (0): Linear(in_features=6")
 
 
@@ -202,7 +194,7 @@ def test_a_wrong_tensor_is_named(x: Any, error: type[Exception], message: str) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layers", [torch.bfloat16, torch.float32, torch.float64])
-def test_tokens_of_any_type_are_brought_to_that_of_the_layers(layers: torch.dtype, dtype: torch.dtype) -> None:
+def test_tokens_are_cast_to_the_type_of_the_layers(layers: torch.dtype, dtype: torch.dtype) -> None:
     head = PrototypeHead(3, Kp=4, hidden=5, bottleneck=2).to(layers)
     x = torch.randn(6, 3).to(dtype).requires_grad_()
     cosines = head(x)

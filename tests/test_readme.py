@@ -1,4 +1,4 @@
-"""The README's code runs, its commands are CI's, its numbers and figure are the scripts'; links of all READMEs hold."""
+"""The README's code runs, its commands, numbers and figure match their sources, and all links are valid."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_there_is_code_to_run() -> None:
 
 
 def test_code_blocks_run_one_after_the_other() -> None:
-    # what a user of a known model has at hand
+    # the names that a user of a known model has
     host = MINIATURES["slotcontrast mlp"]
     given = {"model": host.build(), "batch": host.batch(2, 3), "step": 0}
     given["training_step"] = lambda model, batch: host.step(model, batch)[0]
@@ -32,7 +32,7 @@ def test_code_blocks_run_one_after_the_other() -> None:
         exec(compile(block, f"README.md, block {number}", "exec"), names)
 
 
-def test_two_commands_set_everything_up() -> None:
+def test_commands_match_ci() -> None:
     main_job, tests = (command.strip() for command in COMMANDS)
     assert main_job.endswith("python examples/train_moving_objects.py")
     assert "\n" not in main_job + tests
@@ -41,7 +41,7 @@ def test_two_commands_set_everything_up() -> None:
 
 
 @pytest.mark.parametrize("readme", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(readme: Path) -> None:
+def test_links_are_valid(readme: Path) -> None:
     links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', readme.read_text(encoding="utf-8"))
     for target in map("".join, links):
         path, _, heading = target.partition("#")
@@ -52,16 +52,16 @@ def test_links_lead_somewhere(readme: Path) -> None:
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 
 
-def test_numbers_are_those_of_the_scripts() -> None:
+def test_numbers_match_their_sources() -> None:
     for page in quotes.PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert quotes.again(text) == text
-    # and stand where they are looked for
+    # the pages contain numbers to compare
     assert [len(quotes.QUOTE.findall((ROOT / page).read_text(encoding="utf-8"))) for page in quotes.PAGES] == [2, 3]
     assert len(quotes.COST.findall(README)) > 10
 
 
-def test_numbers_of_another_day_are_written_again() -> None:
+def test_outdated_numbers_are_rewritten() -> None:
     old = re.sub(r"[\d.]+ ± [\d.]+", "9.9 ± 9.9", README)
     old = re.sub(r"(?<=: )[\d.]+x, \w+", "<99x, cubic", old)
     assert old.count("9.9 ± 9.9") > 10
@@ -73,5 +73,5 @@ def test_numbers_of_another_day_are_written_again() -> None:
             quotes.again(unknown)
 
 
-def test_the_figure_is_the_one_that_is_drawn() -> None:
+def test_the_figure_matches_its_script() -> None:
     assert (ROOT / "examples" / "method.svg").read_text(encoding="utf-8") == method_figure.figure()

@@ -1,4 +1,4 @@
-"""Slot redundancy: published numbers and picks, the slow definition, gradients, bad input."""
+"""Slot redundancy: published values and picks, the reference, gradients, errors."""
 
 import math
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from steps import assert_same, step_of
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, channels: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return attention (B, T, S, N), a softmax over N, and slots (B, T, S, D)."""
+    """Return attention (B, T, S, N), which is a softmax over N, and slots (B, T, S, D)."""
     size = shape or (2, 3, 5, 8)
     generator = torch.Generator().manual_seed(seed)
     attention = (2 * torch.randn(size, generator=generator, dtype=torch.float64)).softmax(3)
@@ -63,31 +63,31 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**31),
     twins=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     shape: tuple[int, ...], num_picked: int, seed: int, twins: bool
 ) -> None:
     attention, slots = sample(*shape, dtype=torch.float64, seed=seed)
     if twins:
-        # equal slots, equally far from uniform
+        # equal slots with equal attention
         attention = attention.detach().clone()
         attention[:, :, -1], slots[:, :, -1] = attention[:, :, 0], slots[:, :, 0]
     expected = step_of(reference_slot_redundancy_loss, attention, slots, num_picked=num_picked)
     assert_same(step(attention, slots, num_picked=num_picked), expected, 1e-12)
 
 
-def test_the_less_decided_slot_of_the_most_similar_pair_is_picked() -> None:
+def test_the_more_uniform_slot_of_the_most_similar_pair_is_picked() -> None:
     slots = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.2]]])
     far, near = torch.tensor([[9.0, 2.0, 3.0, 0.0]]), torch.tensor([[9.0, 3.0, 2.0, 0.0]])
     assert redundant_slots(far, slots, num_picked=1).tolist() == [[1]]
     assert redundant_slots(near, slots, num_picked=1).tolist() == [[2]]
-    # then 2 of the pair (0, 2), and 3 of (0, 3); 0 remains
+    # the next picks are 2 of the pair (0, 2) and 3 of the pair (0, 3); slot 0 remains
     assert redundant_slots(far, slots, num_picked=9).tolist() == [[1, 2, 3]]
 
 
-def test_of_slots_equally_far_from_uniform_the_lower_index_is_picked() -> None:
+def test_ties_pick_the_lower_index() -> None:
     slots = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
     assert redundant_slots(torch.ones(1, 3), slots, num_picked=2).tolist() == [[1, 0]]
-    # all pairs equally similar: the first pair comes first
+    # all pairs are equally similar, so the first pair comes first
     assert redundant_slots(torch.ones(1, 3), torch.ones(1, 3, 2), num_picked=2).tolist() == [[0, 1]]
 
 
@@ -100,22 +100,21 @@ def test_attention_of_zero_is_finite() -> None:
     assert gradient.isfinite().all()
 
 
-def test_maps_may_keep_their_grid() -> None:
+def test_maps_may_have_a_grid() -> None:
     attention, slots = sample()
     grid = attention.detach().view(2, 3, 5, 2, 4)
     loss, gradient = step(grid, slots)
     assert_same((loss, gradient.flatten(3)), step(attention, slots), 0.0)
 
 
-@pytest.mark.parametrize("dirty", [0, 1])
-def test_dirt_raises_nothing(dirty: int) -> None:
-    data = [one.detach().clone() for one in sample()]
-    data[dirty][0, -1, 0, 0] = NAN
-    loss, _ = step(data[0], data[1])
-    assert loss.isnan()
+def test_attention_of_nan_gives_nan() -> None:
+    attention, slots = sample()
+    attention = attention.detach().clone()
+    attention[0, -1, 0, 0] = NAN
+    assert step(attention, slots)[0].isnan()
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):
@@ -123,8 +122,8 @@ class TestContract(LossContract):
     function = staticmethod(slot_redundancy_loss)
     twice_differentiable = True
     settings: ClassVar = {"num_picked": 2}
-    narrow: ClassVar = {"slots": "they only say whose attention counts"}
-    hides_dirt: ClassVar = {**narrow, "attention": "who is not picked does not count"}
+    narrow: ClassVar = {"slots": "they only select the attention that counts"}
+    hides_dirt: ClassVar = {**narrow, "attention": "the attention of other slots does not count"}
     not_applicable: ClassVar = {"poison": "every slot of every frame counts"}
     refused: ClassVar = [
         ({"num_picked": 0}, ValueError, r"`num_picked` must be at least 1; got 0"),
@@ -137,7 +136,7 @@ class TestContract(LossContract):
 
     def case(self) -> Case:
         attention, slots = sample()
-        # the second derivative of nearly empty patches cannot be measured
+        # numerical second derivatives are inexact at nearly empty patches
         attention = attention.sqrt()
         return Case(self.make(), {"attention": attention}, {"slots": slots})
 
@@ -148,9 +147,7 @@ class TestContract(LossContract):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dirt", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("frame", [0, -1])
-def test_slots_that_are_not_finite_make_the_loss_and_its_gradient_nan(
-    frame: int, dirt: float, dtype: torch.dtype
-) -> None:
+def test_nonfinite_slots_make_the_loss_and_its_gradient_nan(frame: int, dirt: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     attention = torch.randn(2, 3, 4, 5).softmax(3).requires_grad_()
     slots = torch.randn(2, 3, 4, 6).to(dtype)

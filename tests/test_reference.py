@@ -1,4 +1,4 @@
-"""The slow reference against golden files, numbers worked out by hand and brute force."""
+"""The slow reference against golden files, values computed by hand and brute force."""
 
 import math
 from functools import partial
@@ -38,7 +38,7 @@ NAN = math.nan
 
 
 class TestGoldenFiles:
-    def test_they_cover_what_they_should(self) -> None:
+    def test_they_cover_empty_regions_and_merges(self) -> None:
         cases = [load_golden(name).expected for name in NAMES]
         assert len(cases) == 9
         for region in ("is_boundary", "is_interior"):
@@ -63,7 +63,7 @@ class TestGoldenFiles:
         assert torch.equal(rename.gather(3, wanted["enc_labels"]), wanted["enc_labels_merged"])
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_overlap_agrees_up_to_their_epsilon(self, name: str) -> None:
+    def test_overlap_agrees_up_to_the_published_epsilon(self, name: str) -> None:
         case = load_golden(name)
         overlap = reference_slot_overlap(case.enc_logits)
         torch.testing.assert_close(overlap, case.expected["slot_iou"], rtol=0, atol=2e-6)
@@ -89,7 +89,7 @@ class TestGoldenFiles:
 
 
 def closure(links: Tensor) -> Tensor:
-    """Reachability (S, S) by Warshall's algorithm."""
+    """Return reachability (S, S) by Warshall's algorithm."""
     reach = links | torch.eye(len(links), dtype=torch.bool)
     for middle in range(len(links)):
         reach = reach | (reach[:, middle, None] & reach[middle])
@@ -120,7 +120,7 @@ class TestMergeSlots:
     def test_equals_brute_force(self, graph: SlotGraph, threshold: float | None) -> None:
         merged = reference_merge_slots(*graph, threshold=threshold)
         for overlap, area, names in zip(*graph, merged, strict=True):
-            # a new tensor compares in its own precision
+            # a tensor compares in the precision of the overlap
             linked = overlap > torch.tensor(INF if threshold is None else threshold)
             linked.fill_diagonal_(False)
             for slot, reach in enumerate(closure(linked)):
@@ -128,7 +128,7 @@ class TestMergeSlots:
                 assert names[slot] == (reach & (area == largest)).nonzero().min()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_links_strictly_above_the_threshold_only(self, dtype: torch.dtype) -> None:
+    def test_links_only_strictly_above_the_threshold(self, dtype: torch.dtype) -> None:
         exactly = torch.tensor([[[1.0, 0.6], [0.6, 1.0]]], dtype=dtype)
         above = exactly.nextafter(torch.ones_like(exactly))
         area = torch.tensor([[1, 2]])
@@ -145,11 +145,11 @@ class TestMergeSlots:
         merged = reference_merge_slots(torch.ones(2, 3, 3), torch.ones(2, 3), threshold=threshold)
         assert merged.tolist() == [[0, 1, 2]] * 2
 
-    def test_one_direction_is_a_link(self) -> None:
+    def test_a_link_in_one_direction_suffices(self) -> None:
         overlap = torch.tensor([[[0.0, 0.0], [0.9, 0.0]]])
         assert reference_merge_slots(overlap, torch.tensor([[1, 2]]), threshold=0.5).tolist() == [[1, 1]]
 
-    def test_says_what_is_wrong(self) -> None:
+    def test_errors(self) -> None:
         with pytest.raises(ValueError, match=r"`overlap` must have shape \(B=1, S=2, S=2\); got \(1, 2, 3\)"):
             reference_merge_slots(torch.zeros(1, 2, 3), torch.zeros(1, 2), threshold=0.5)
         with pytest.raises(TypeError, match=r"`overlap` must be floating point"):
@@ -174,7 +174,7 @@ class TestNeighborDifference:
         plain = [[0, 0, 0]] * 3
         assert self.count(plain, [[0, 0, 0], [0, 1, 0], [0, 0, 0]], plain)[1][1][1] == 10
 
-    def test_invalid_patches_agree_with_everyone(self) -> None:
+    def test_invalid_patches_differ_from_no_neighbor(self) -> None:
         labels = torch.tensor([[[[0, 1, 2]]]])
         valid = torch.tensor([[[[True, False, True]]]])
         assert reference_neighbor_difference(labels, valid=valid).tolist() == [[[[0, 0, 0]]]]
@@ -186,7 +186,7 @@ class TestNeighborDifference:
         counts = reference_neighbor_difference(torch.zeros(2, 3, 4, 5, dtype=torch.int32))
         assert (counts.shape, counts.dtype) == ((2, 3, 4, 5), torch.uint8)
 
-    def test_says_what_is_wrong(self) -> None:
+    def test_errors(self) -> None:
         with pytest.raises(TypeError, match="`labels` must hold integers"):
             reference_neighbor_difference(torch.zeros(1, 1, 1, 1))
         with pytest.raises(ValueError, match=r"`valid` must have shape \(B=1, T=2\)"):
@@ -196,25 +196,25 @@ class TestNeighborDifference:
 
 
 class TestRegions:
-    # counts 0, 3, 3 in the row, 1 … 8 in the square
+    # differing neighbors: 0, 3, 3 in the row, 1 to 8 in the square
     row = torch.tensor([[[[0, 0, 1]]]])
     square = torch.tensor([[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]])
 
-    def test_boundary_wants_both_kinds_of_neighbors(self) -> None:
+    def test_boundary_needs_differing_and_equal_neighbors(self) -> None:
         assert reference_boundary_region(self.row).flatten().tolist() == [False, True, True]
         assert reference_boundary_region(self.row, min_different=3).flatten().tolist() == [False, True, True]
         assert not reference_boundary_region(self.row, min_different=4).any()
-        # eight differ and two agree in the middle
+        # in the middle eight neighbors differ and two are equal
         assert reference_boundary_region(self.square, min_different=2, min_same=2).sum() == 1
         assert not reference_boundary_region(self.square, min_different=2, min_same=3).any()
 
-    def test_an_isolated_patch_is_no_boundary(self) -> None:
+    def test_an_isolated_patch_is_not_a_boundary(self) -> None:
         labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
         labels[0, 1, 1, 1] = 1
         assert not reference_boundary_region(labels)[0, 1, 1, 1]
         assert reference_boundary_region(labels, min_same=0)[0, 1, 1, 1]
 
-    def test_interior_allows_some_to_differ(self) -> None:
+    def test_interior_allows_some_differing_neighbors(self) -> None:
         assert reference_interior_region(self.row).flatten().tolist() == [True, False, False]
         assert reference_interior_region(self.row, max_different=2).sum() == 1
         assert reference_interior_region(self.row, max_different=3).all()
@@ -228,17 +228,17 @@ class TestRegions:
 
 class TestSlotOverlap:
     def overlap(self, *slots: list[list[float]], valid: Tensor | None = None) -> list[list[float]]:
-        """Overlap of slots given as frames of patches."""
+        """Return the overlap of slots that are given as frames of patches."""
         logits = torch.tensor(slots).movedim(0, 1)[None, :, :, None]
         rows: list[list[float]] = reference_slot_overlap(logits, valid=valid)[0].tolist()
         return rows
 
-    def test_averages_the_frames(self) -> None:
-        # means 0.5 and 0.75: active {0, 1} | {2, 3} against {0, 1, 2} | {1, 2, 3}
+    def test_is_the_mean_over_frames(self) -> None:
+        # the slots are active on {0, 1} | {2, 3} and on {0, 1, 2} | {1, 2, 3}
         first = [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
         second = [[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
         assert self.overlap(first, second)[0][1] == pytest.approx(2 / 3)
-        # the second frame is empty for both: 0 there
+        # neither slot is active in the second frame, whose overlap is 0
         first, second = [[2.0, 2.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]]
         assert self.overlap(first, second) == [[0.5, 0.25], [0.25, 0.5]]
 
@@ -257,7 +257,7 @@ class TestSlotOverlap:
         assert self.overlap([[2.0, 2.0]], [[2.0, 0.0]]) == [[0.0, 0.0], [0.0, 1.0]]
 
     def test_minus_infinity(self) -> None:
-        # -inf everywhere: inactive; -inf once: the mean is -inf and every other patch exceeds it
+        # a slot of -inf is inactive; a single -inf makes the mean -inf, which every other patch exceeds
         never, once = [[-INF, -INF, -INF]], [[-INF, 0.0, -9.0]]
         assert self.overlap(never, once, [[0.0, 1.0, 1.0]]) == [[0, 0, 0], [0, 1, 1], [0, 1, 1]]
 
@@ -281,13 +281,13 @@ class TestHardLabels:
         mask = torch.tensor([[False, True, True]])
         assert reference_hard_labels(logits, slot_mask=mask).item() == 1
 
-    def test_first_of_equals_wins(self) -> None:
+    def test_the_first_of_equal_slots_wins(self) -> None:
         assert reference_hard_labels(torch.tensor([0.0, 2.0, 2.0]).view(1, 1, 3, 1, 1)).item() == 1
 
 
 class TestPseudoLabels:
-    def test_merged_slots_are_one_object(self) -> None:
-        # slots 1 and 2 are active in the same two places, and share them by the label
+    def test_merged_slots_share_a_label(self) -> None:
+        # slots 1 and 2 are active on the same two patches, and each wins one
         rows = [[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 4.0, 5.0], [0.0, 0.0, 5.0, 5.0]]
         logits = torch.tensor(rows).view(1, 1, 3, 1, 4)
         apart = reference_pseudo_labels(logits, logits, merge_threshold=None)
@@ -299,8 +299,8 @@ class TestPseudoLabels:
         assert merged.interior.flatten().tolist() == [True, False, False, True]
 
     def test_only_valid_encoder_labels_count_as_area(self) -> None:
-        # both slots are active on the first two patches; slot 1 wins two of the valid ones, slot 0 one and
-        # both invalid ones
+        # both slots are active on the first two patches; slot 1 wins two valid patches, slot 0 wins one valid patch
+        # and both invalid patches
         enc = torch.tensor([[4.0, 5.0, 0.0, 9.0, 9.0], [5.0, 4.0, 1.0, 0.0, 0.0]]).view(1, 1, 2, 1, 5)
         dec = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1, 1).expand_as(enc)
         valid = torch.tensor([[[[True, True, True, False, False]]]])
@@ -315,7 +315,7 @@ class TestPseudoLabels:
         assert torch.equal(labels.boundary, valid)
         assert torch.equal(labels.interior, valid)
 
-    def test_a_clip_without_slots_is_invalid_throughout(self) -> None:
+    def test_a_clip_without_slots_is_invalid(self) -> None:
         logits = torch.randn(2, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         mask = torch.tensor([[False] * 3, [True] * 3])
         labels = reference_pseudo_labels(logits, logits, slot_mask=mask, max_different=10)
@@ -339,7 +339,7 @@ class TestPseudoLabels:
         assert labels.representative.shape == (2, 4)
         assert [field.dtype for field in labels] == [torch.int64] * 2 + [torch.bool] * 2 + [torch.int64]
 
-    def test_says_what_is_wrong(self) -> None:
+    def test_errors(self) -> None:
         maps = torch.zeros(1, 2, 3, 4, 5)
         with pytest.raises(ValueError, match=r"`dec_logits` must have shape \(B=1, T=2, S=3, H=4, W=5\)"):
             reference_pseudo_labels(maps, maps[:, :1])
@@ -375,7 +375,7 @@ class TestSelectiveDistillationLoss:
 
     @pytest.mark.parametrize(
         ("criterion", "mean", "total"),
-        # uniform rows over 2 and 4 slots, one and two patches selected
+        # one patch with 2 uniform slots is selected, and two patches with 4 uniform slots
         [
             ("mse", (1 / 2 + 2 * 3 / 4) / (2 + 2 * 4), 1 / 4 + 2 * 3 / 16),
             ("cross_entropy", (math.log(2) + 2 * math.log(4)) / 3, math.log(2) + 2 * math.log(4)),
@@ -407,7 +407,7 @@ class TestSelectiveDistillationLoss:
         )
         assert value.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
 
-    def test_mse_gradient_is_the_closed_form(self) -> None:
+    def test_mse_gradient_equals_the_closed_form(self) -> None:
         generator = torch.Generator().manual_seed(1)
         logits = torch.randn(2, 2, 5, 2, 3, dtype=torch.float64, generator=generator).requires_grad_()
         target = torch.randint(0, 5, (2, 2, 2, 3), generator=generator)
@@ -423,7 +423,7 @@ class TestSelectiveDistillationLoss:
         torch.testing.assert_close(logits.grad, wanted)
 
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
-    def test_nothing_selected_is_zero_with_a_graph(self, criterion: str) -> None:
+    def test_an_empty_region_is_zero_with_a_graph(self, criterion: str) -> None:
         logits = torch.full((1, 1, 2, 1, 2), NAN, requires_grad=True)
         target, region = torch.zeros(1, 1, 1, 2).long(), torch.zeros(1, 1, 1, 2).bool()
         for reduction in ("mean", "sum", "none"):
@@ -434,7 +434,7 @@ class TestSelectiveDistillationLoss:
 
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
     @pytest.mark.parametrize("rubbish", [NAN, INF, -INF])
-    def test_what_is_not_taught_never_matters(self, criterion: str, rubbish: float) -> None:
+    def test_values_outside_the_region_do_not_matter(self, criterion: str, rubbish: float) -> None:
         clean = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.0]]).view(1, 1, 3, 1, 2)
         dirty = clean.clone()
         dirty[0, 0, :, 0, 1] = rubbish
@@ -485,7 +485,7 @@ class TestSelectiveDistillationLoss:
         smooth = self.loss(logits, *at(1), criterion="cross_entropy", label_smoothing=0.3)
         assert smooth.item() == pytest.approx(0.8 * math.log(4 / 3) + 0.1 * math.log(4) - 0.1 * tiny)
         (gradient,) = torch.autograd.grad(smooth, logits)
-        # only the finite targets, 0.8 and 0.1, pull
+        # only the finite slots, with targets 0.8 and 0.1, get gradients
         torch.testing.assert_close(gradient.flatten().tolist(), [0.0, 0.9 * 0.75 - 0.8, 0.9 * 0.25 - 0.1])
 
     @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
@@ -497,7 +497,9 @@ class TestSelectiveDistillationLoss:
         ("given", "wanted"),
         [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
     )
-    def test_is_float32_or_wider_with_gradients_as_given(self, given: torch.dtype, wanted: torch.dtype) -> None:
+    def test_loss_is_float32_or_wider_and_gradients_keep_their_type(
+        self, given: torch.dtype, wanted: torch.dtype
+    ) -> None:
         logits = one_patch(1.0, 0.0).detach().to(given).requires_grad_()
         loss = self.loss(logits, *at(0))
         torch.autograd.backward(loss)
@@ -513,7 +515,7 @@ class TestSelectiveDistillationLoss:
             loss = partial(self.loss, criterion=criterion, reduction=reduction)
             assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), target, region))
 
-    def test_says_what_is_wrong(self) -> None:
+    def test_errors(self) -> None:
         logits, (target, region) = one_patch(1.0, 0.0), at(0)
         with pytest.raises(ValueError, match="`label_smoothing` needs criterion='cross_entropy'"):
             self.loss(logits, target, region, label_smoothing=0.1)
@@ -551,7 +553,7 @@ class TestSSync:
             assert terms.labels.enc_labels.min() >= 0
             assert terms.labels.enc_labels.max() < 3
 
-    def test_minus_infinity_is_legal(self) -> None:
+    def test_minus_infinity_is_allowed(self) -> None:
         enc, dec = (x.detach().clone() for x in self.maps())
         enc[:, :, 1] = -INF
         dec[:, 0, :, 0, 0] = -INF
@@ -560,7 +562,7 @@ class TestSSync:
         assert terms.interior.isfinite()
 
     @pytest.mark.parametrize("rubbish", [NAN, INF, -INF])
-    def test_invalid_patches_and_absent_slots_may_hold_anything(self, rubbish: float) -> None:
+    def test_values_of_invalid_patches_and_absent_slots_do_not_matter(self, rubbish: float) -> None:
         enc, dec = self.maps()
         valid = torch.ones(2, 2, 3, 4, dtype=torch.bool)
         valid[:, :, 0], valid[0, 1] = False, False

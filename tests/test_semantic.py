@@ -1,4 +1,4 @@
-"""Semantic consistency: published numbers, the slow definition, invariances, streaming, memory, bad input."""
+"""Semantic consistency: published values, the reference, edge cases, streaming, memory, errors."""
 
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from contract import INF, NAN, Case, LossContract
 from golden_neighbors import Golden, golden_names
+from meter import Meter
 from ssync_loss import SemanticConsistencyLoss
 from ssync_loss.functional import semantic_consistency_loss
 from ssync_loss.methods.smtc.reference import reference_semantic_consistency_loss
 from steps import assert_same, saved_elements, step_of
-from test_memory import Meter
 
 
 class Scene(NamedTuple):
@@ -25,7 +25,7 @@ class Scene(NamedTuple):
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, channels: int = 5) -> Scene:
-    """Return maps of a student and a teacher, and features; the shape is (B, T, S, H, W)."""
+    """Return maps of a student and a teacher, and features, for the shape (B, T, S, H, W)."""
     clips, frames, slots, height, width = shape or (2, 3, 4, 2, 3)
     generator = torch.Generator().manual_seed(seed)
     logits, teacher, feats = (
@@ -42,7 +42,7 @@ def step(case: Scene, loss_of: Any = semantic_consistency_loss, **given: Any) ->
 DRAWN = {
     "shape": st.tuples(*(st.sampled_from(sizes) for sizes in ((1, 2), (1, 2, 3, 4), (1, 3), (1, 2), (1, 3)))),
     "seed": st.integers(0, 2**31),
-    # the second takes logarithms
+    # 0.02 selects the computation in logarithms
     "eps": st.sampled_from((0.05, 0.02, 1.0)),
     "iters": st.integers(1, 4),
     "marginals": st.sampled_from(("l1", "uniform")),
@@ -71,7 +71,7 @@ def test_published_numbers(name: str, dtype: torch.dtype, chunk_size: int | None
 
 @settings(max_examples=40)
 @given(**DRAWN, empty=st.sampled_from(("nothing", "a patch", "a frame")), chunk_size=st.none() | st.integers(1, 7))
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     shape: tuple[int, ...], seed: int, empty: str, chunk_size: int | None, **knobs: Any
 ) -> None:
     case = sample(*shape, dtype=torch.float64, seed=seed)
@@ -84,21 +84,21 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.01])
-def test_pooling_is_the_loss_of_coarser_patches(eps: float) -> None:
+def test_pooling_equals_the_reference(eps: float) -> None:
     case = sample(1, 2, 3, 4, 6, dtype=torch.float64)
     assert_same(step(case, pool=2, eps=eps), step(case, reference_semantic_consistency_loss, pool=2, eps=eps), 1e-10)
 
 
 @settings(max_examples=20)
 @given(**DRAWN)
-def test_uniform_masks_cost_the_logarithm_of_the_slots(shape: tuple[int, ...], seed: int, **knobs: Any) -> None:
+def test_uniform_masks_have_the_logarithm_of_the_slots(shape: tuple[int, ...], seed: int, **knobs: Any) -> None:
     case = sample(*shape, dtype=torch.float64, seed=seed)
     loss, _ = step(case._replace(logits=case.logits * 0), **knobs)
     expected = math.log(shape[2]) if shape[1] > 1 else 0.0
     assert math.isclose(loss.item(), expected, rel_tol=1e-7, abs_tol=1e-7)
 
 
-def test_a_slot_without_a_patch_costs_what_the_logarithm_allows() -> None:
+def test_the_loss_of_an_empty_slot_is_bounded() -> None:
     feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     masks = torch.tensor([200.0, 0.0]).view(1, 1, 2, 1, 1).expand(1, 2, 2, 1, 2)
     loss, gradient = step(Scene(masks, masks.flip(2), feats))
@@ -106,7 +106,7 @@ def test_a_slot_without_a_patch_costs_what_the_logarithm_allows() -> None:
     assert gradient.isfinite().all()
 
 
-# --- empty, single, undefined ---
+# --- edge cases ---
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.01])
@@ -118,7 +118,7 @@ def test_features_without_a_direction_are_finite(eps: float, marginals: Any) -> 
         loss, gradient = step(case, eps=eps, marginals=marginals)
         assert loss.isfinite()
         assert gradient.isfinite().all()
-    # a frame without weight has no target
+    # with "l1" a frame without features has no target
     assert (loss == 0) == (marginals == "l1")
     assert gradient.any() == (marginals == "uniform")
 
@@ -126,7 +126,7 @@ def test_features_without_a_direction_are_finite(eps: float, marginals: Any) -> 
 @pytest.mark.parametrize("eps", [0.05, 0.01])
 @pytest.mark.parametrize("which", ["logits", "teacher"])
 @pytest.mark.parametrize("where", [(slice(None), slice(None)), (0, 0)])
-def test_a_slot_may_not_have_a_patch(where: tuple[Any, Any], which: str, eps: float) -> None:
+def test_a_slot_may_be_minus_infinity(where: tuple[Any, Any], which: str, eps: float) -> None:
     case = sample()
     getattr(case, which)[where[0], where[1], 0, 0, 0] = -INF
     loss, gradient = step(case, eps=eps)
@@ -135,7 +135,7 @@ def test_a_slot_may_not_have_a_patch(where: tuple[Any, Any], which: str, eps: fl
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.04, 0.0399, 100.0])
-def test_extreme_entropies_are_finite_and_right(eps: float) -> None:
+def test_extreme_entropies(eps: float) -> None:
     case = sample()
     loss, gradient = step(case, eps=eps)
     assert gradient.isfinite().all()
@@ -147,7 +147,7 @@ def test_extreme_entropies_are_finite_and_right(eps: float) -> None:
 
 
 def peak_in_kernels(frames: int, **given: Any) -> float:
-    """Peak memory of a step, in kernels (B, N, N)."""
+    """Return the peak memory of a step, in multiples of a kernel (B, N, N)."""
     case = sample(2, frames, 2, 16, 16, channels=3)
     with Meter(case) as meter:
         step(case, **given)
@@ -155,27 +155,27 @@ def peak_in_kernels(frames: int, **given: Any) -> float:
 
 
 @pytest.mark.parametrize("frames", [2, 4, 8])
-def test_one_pair_of_frames_is_held_at_a_time(frames: int) -> None:
-    # the rest are maps, linear in the frames
+def test_one_pair_of_frames_is_in_memory(frames: int) -> None:
+    # the rest is maps, which are linear in the frames
     assert 1.0 < peak_in_kernels(frames) < 1.2 + 0.05 * frames
     assert 2.0 < peak_in_kernels(frames, eps=0.01) < 3.2 + 0.05 * frames
 
 
-def test_as_many_pairs_are_held_as_are_asked_for() -> None:
+def test_chunk_size_sets_the_number_of_pairs_in_memory() -> None:
     assert 3.0 < peak_in_kernels(4, chunk_size=3) < 3.7
     assert 6.0 < peak_in_kernels(4, chunk_size=None) < 6.9
 
 
-def test_nothing_quadratic_waits_for_the_backward() -> None:
+def test_nothing_quadratic_is_saved_for_backward() -> None:
     case = sample(1, 3, 2, 8, 8)
     case.logits.requires_grad_()
     assert 0 < max(saved_elements(semantic_consistency_loss, *case)) <= case.logits.numel()
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
-def test_a_square_that_does_not_fill_the_grid_is_named() -> None:
+def test_pool_must_divide_the_grid() -> None:
     with pytest.raises(ValueError, match=r"`pool` must divide the grid, H=2 and W=3; got 2"):
         semantic_consistency_loss(*sample(), pool=2)
 
@@ -213,7 +213,7 @@ class TestContract(LossContract):
 
 
 class TestInLogarithms(TestContract):
-    """A small entropy uses logarithms."""
+    """The contract with a small entropy, which uses logarithms."""
 
     knobs: ClassVar = {"eps": 0.01, "iters": 2, "marginals": "uniform", "pool": 2, "chunk_size": None}
     settings: ClassVar = {"eps": 0.02, "iters": 3, "marginals": "l1", "pool": 1}

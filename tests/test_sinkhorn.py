@@ -1,4 +1,4 @@
-"""Optimal transport: published plans, the slow definition, marginals, extremes, bad input."""
+"""Optimal transport: published plans, the reference, marginals, extreme values, errors."""
 
 from typing import Any
 
@@ -46,14 +46,14 @@ DRAWN = {
 
 @settings(max_examples=60)
 @given(**DRAWN, eps=st.sampled_from((0.01, 0.05, 0.3, 5.0)))
-def test_a_plan_is_that_of_the_slow_definition(shape: tuple[int, ...], seed: int, iters: int, eps: float) -> None:
+def test_a_plan_equals_the_reference(shape: tuple[int, ...], seed: int, iters: int, eps: float) -> None:
     data = sample(*shape, dtype=torch.float64, seed=seed)
     expected = reference_sinkhorn(*data, eps=eps, iters=iters)
     torch.testing.assert_close(sinkhorn(*data, eps=eps, iters=iters), expected, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-3, 1e3])
-def test_no_entropy_underflows(eps: float) -> None:
+def test_extreme_entropies(eps: float) -> None:
     cost, mu, nu = sample()
     plan = sinkhorn(cost, mu, nu, eps=eps)
     assert plan.isfinite().all()
@@ -77,12 +77,12 @@ def test_a_plan_has_no_gradient() -> None:
     assert not sinkhorn(cost, mu, nu).requires_grad
 
 
-def test_no_clips_give_no_plans() -> None:
+def test_an_empty_batch_has_an_empty_plan() -> None:
     assert sinkhorn(*sample(0, 3, 4)).shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("dirt", [NAN, INF, -INF])
-def test_dirt_is_seen(dirt: float) -> None:
+def test_nonfinite_costs_give_nan(dirt: float) -> None:
     cost, mu, nu = sample()
     spoiled = cost.clone()
     spoiled[0] = dirt
@@ -92,7 +92,7 @@ def test_dirt_is_seen(dirt: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_are_widened(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     data = sample(dtype=dtype)
     plan = sinkhorn(*data)
     assert plan.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_halves_are_widened(dtype: torch.dtype) -> None:
         assert torch.equal(sinkhorn(*data), plan)
 
 
-def test_the_widest_type_is_computed_in() -> None:
+def test_the_widest_type_is_used() -> None:
     cost, mu, nu = sample()
     assert sinkhorn(cost, mu.double(), nu.half()).dtype == torch.float64
 
@@ -116,7 +116,7 @@ def test_it_compiles_to_one_graph() -> None:
     torch.testing.assert_close(plan, sinkhorn(*data))
 
 
-def test_fake_tensors_give_a_plan() -> None:
+def test_fake_tensors() -> None:
     with FakeTensorMode():
         assert sinkhorn(torch.rand(2, 3, 4), torch.rand(2, 3), torch.rand(2, 4)).shape == (2, 3, 4)
 
@@ -134,7 +134,7 @@ def test_fake_tensors_give_a_plan() -> None:
         ({"nu": torch.ones(2, 7).index_fill(1, torch.tensor([6]), -2)}, ValueError, r"`nu` must be above 0 .*got -2.0"),
     ],
 )
-def test_what_is_wrong_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     cost, mu, nu = sample()
     with pytest.raises(error, match=message):
         sinkhorn(**{"cost": cost, "mu": mu, "nu": nu, **wrong})

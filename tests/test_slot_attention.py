@@ -1,4 +1,4 @@
-"""Semantic-aware slot attention and correlation fusion: the slow definitions, symmetries, gradients, bad input."""
+"""Semantic-aware slot attention and correlation fusion against their references, gradients, types, errors."""
 
 import copy
 import pickle
@@ -14,7 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssync_loss.attention import CorrelationFusion, SemanticAwareSlotAttention, SemanticSlots
 from ssync_loss.functional import valid_instances
-from ssync_loss.methods.smtc.reference import reference_correlation_fusion, reference_slot_attention
+from ssync_loss.methods.smtc.reference import (
+    reference_correlation_fusion,
+    reference_semantic_aware_slot_attention,
+    reference_slot_attention,
+)
 from steps import assert_same, saved_elements
 
 NAN = float("nan")
@@ -30,7 +34,7 @@ def attention(*, seed: int = 0, dtype: torch.dtype = torch.float64, **given: Any
 def sample(
     *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, sizes: tuple[int, int] = (SEMANTICS, INSTANCES)
 ) -> tuple[Tensor, Tensor]:
-    """Return features and noise; the shape is (B, T, H, W)."""
+    """Return features and noise for the shape (B, T, H, W)."""
     clips, frames, height, width = shape or (2, 2, 2, 3)
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(clips, frames, DIM, height, width, generator=generator, dtype=torch.float64)
@@ -39,30 +43,9 @@ def sample(
 
 
 def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, iters: int) -> SemanticSlots:
-    """The two stages of every frame by the slow definition of one."""
+    settings: dict[str, Any] = {"iters": iters, "gate": module.gate, "gate_thr": module.gate_thr}
     weights = module.state_dict()
-    mu, sigma = module.mu.detach(), module.log_sigma.detach().exp()
-    clips, frames, _, height, width = features.shape
-    found: list[list[Tensor]] = [[], [], [], []]
-    for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
-        patches = frame.flatten(1).T
-        slots, logits = reference_slot_attention(mu, patches, weights, iters=iters)
-        gate = logits.softmax(0)
-        if module.gate == "prob":
-            gate = (gate > module.gate_thr).double()
-        if module.gate == "logit":
-            gate = (logits > module.gate_thr).double()
-        inside = [
-            reference_slot_attention(mu[s] + sigma[s] * draws[s], patches, weights, iters=iters, gate=gate[s])
-            for s in range(module.num_slots)
-        ]
-        parts = (slots, logits, torch.stack([one[0] for one in inside]), torch.stack([one[1] for one in inside]))
-        for some, one in zip(found, parts, strict=True):
-            some.append(one)
-    slots, logits, instances, instance_logits = (torch.stack(one).unflatten(0, (clips, frames)) for one in found)
-    return SemanticSlots(
-        slots, logits.unflatten(-1, (height, width)), instances, instance_logits.unflatten(-1, (height, width))
-    )
+    return SemanticSlots(*reference_semantic_aware_slot_attention(features, noise, weights, **settings))
 
 
 # --- values ---
@@ -75,19 +58,17 @@ def slowly(module: SemanticAwareSlotAttention, features: Tensor, noise: Tensor, 
     iters=st.integers(1, 4),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 2)),
 )
-def test_two_stages_are_those_of_the_slow_definition(
-    shape: tuple[int, ...], seed: int, iters: int, sizes: tuple[int, int]
-) -> None:
+def test_both_stages_equal_the_reference(shape: tuple[int, ...], seed: int, iters: int, sizes: tuple[int, int]) -> None:
     module = attention(seed=seed, num_slots=sizes[0], num_instances=sizes[1])
     features, noise = sample(*shape, seed=seed, sizes=sizes)
     assert_same(module(features, noise, iters=iters), slowly(module, features, noise, iters), 1e-9)
 
 
 @pytest.mark.parametrize(("gate", "gate_thr"), [("prob", 0.3), ("logit", -0.1), ("logit", 0.0)])
-def test_hard_gates_are_those_of_the_slow_definition(gate: Any, gate_thr: float) -> None:
+def test_hard_gates_equal_the_reference(gate: Any, gate_thr: float) -> None:
     module, (features, noise) = attention(gate=gate, gate_thr=gate_thr), sample(1, 1, 3, 4)
     actual = module(features, noise)
-    # all gates are open, and only the 1e-8 of hard gates differs
+    # every gate is open somewhere, so only the 1e-8 of hard gates differs
     logits = actual.logits.softmax(2) if gate == "prob" else actual.logits
     open_ = logits > gate_thr
     assert open_.flatten(3).any(3).all()
@@ -95,14 +76,14 @@ def test_hard_gates_are_those_of_the_slow_definition(gate: Any, gate_thr: float)
     assert_same(actual, slowly(module, features, noise, 3), 1e-6)
 
 
-def test_a_hard_gate_that_is_shut_leaves_instances_to_the_mlp() -> None:
+def test_a_closed_hard_gate_leaves_only_the_mlp() -> None:
     module, (features, noise) = attention(gate="prob", gate_thr=1.0), sample()
     found = module(features, noise, iters=1)
     start = module.mu.unsqueeze(1) + module.log_sigma.exp().unsqueeze(1) * noise
     torch.testing.assert_close(found.instances, start + module.mlp(module.norm_mlp(start)))
 
 
-def test_draws_are_fresh_for_every_frame_and_reproducible() -> None:
+def test_every_frame_draws_new_noise() -> None:
     module, (features, _) = attention(), sample()
     same_frames = features[:, :1].expand(features.shape)
     torch.manual_seed(3)
@@ -113,7 +94,7 @@ def test_draws_are_fresh_for_every_frame_and_reproducible() -> None:
     assert_same(module(same_frames), found, 0.0)
 
 
-def test_masks_are_shares_and_scores_are_cosines() -> None:
+def test_masks_sum_to_one_and_scores_are_cosines() -> None:
     module, (features, noise) = attention(), sample()
     found = module(features, noise)
     assert found.masks().shape == (2, 2, SEMANTICS, INSTANCES, 2, 3)
@@ -126,7 +107,7 @@ def test_masks_are_shares_and_scores_are_cosines() -> None:
     assert torch.equal(valid, alike)
 
 
-def test_sigma_starts_at_about_one() -> None:
+def test_initial_parameters() -> None:
     module = SemanticAwareSlotAttention(384)
     assert module.mu.shape == (16, 384)
     assert 0.02 < module.log_sigma.abs().max() < 0.0304
@@ -138,9 +119,9 @@ def test_sigma_starts_at_about_one() -> None:
 # --- gradients ---
 
 
-def test_only_the_last_step_and_the_start_get_a_gradient() -> None:
+def test_only_the_last_step_and_the_initial_slots_get_gradients() -> None:
     module, (features, noise) = attention(), sample()
-    # a step from the present slots, with the gradient of the initial ones
+    # the last step starts from the current slots and passes its gradient to the initial slots
     frames = module.norm_features(features.flatten(0, 1).flatten(2).mT)
     keys, values = module.to_k(frames), module.to_v(frames)
     start = module.mu.expand(len(frames), 1, -1, -1)
@@ -156,17 +137,17 @@ def test_only_the_last_step_and_the_start_get_a_gradient() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_single_step_is_differentiated_whole() -> None:
+def test_a_single_step_has_the_full_gradient() -> None:
     module, (features, noise) = attention(iters=1), sample(1, 1, 2, 3)
     found = module(features, noise).slots.square().sum()
     (actual,) = torch.autograd.grad(found, module.mu)
-    # the slow definition has the whole gradient
+    # the reference has the full gradient
     mu = module.mu.detach().requires_grad_()
     slots, _ = reference_slot_attention(mu, features[0, 0].flatten(1).T, module.state_dict(), iters=1)
     torch.testing.assert_close(actual, torch.autograd.grad(slots.square().sum(), mu)[0])
 
 
-def test_earlier_steps_leave_nothing_for_the_backward() -> None:
+def test_earlier_steps_save_no_memory() -> None:
     module, (features, noise) = attention(), sample()
     saved = [sum(saved_elements(module, features, noise, iters=iters)) for iters in (1, 2, 7)]
     assert saved[0] > 0
@@ -182,9 +163,7 @@ def test_earlier_steps_leave_nothing_for_the_backward() -> None:
         ("logit", False, ["mu", "log_sigma"]),
     ],
 )
-def test_draws_teach_where_they_come_from_and_published_ones_through_a_soft_gate_alone(
-    gate: Any, reparam: bool, unreached: list[str]
-) -> None:
+def test_parameters_without_a_gradient(gate: Any, reparam: bool, unreached: list[str]) -> None:
     module, (features, noise) = attention(reparam=reparam, gate=gate, gate_thr=0.2), sample()
     module(features.requires_grad_(), noise).instances.square().sum().backward()
     weights = [("features", features), *module.named_parameters()]
@@ -199,7 +178,7 @@ def test_gradcheck_of_one_step(wanted: str) -> None:
 
 
 def test_a_gate_that_underflows_is_finite() -> None:
-    # more semantics than patches, each of which goes to one of them
+    # each patch has one semantic slot, and there are more semantic slots than patches
     module, features = attention(num_slots=9, dtype=torch.float32), sample(dtype=torch.float32)[0].requires_grad_()
     with torch.no_grad():
         module.to_q.weight.mul_(1e4)
@@ -228,7 +207,7 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("half_weights", [True, False])
-def test_halves_give_floats(dtype: torch.dtype, half_weights: bool) -> None:
+def test_half_precision_gives_float32(dtype: torch.dtype, half_weights: bool) -> None:
     module, (features, noise) = attention(dtype=torch.float32), sample(dtype=torch.float32)
     expected = module(features, noise)
     found = (module.to(dtype) if half_weights else module)(features.to(dtype), noise.to(dtype))
@@ -238,12 +217,12 @@ def test_halves_give_floats(dtype: torch.dtype, half_weights: bool) -> None:
     assert all(one.grad is not None and one.grad.isfinite().all() for one in module.parameters())
 
 
-def test_no_clips_have_no_slots() -> None:
+def test_an_empty_batch_has_empty_results() -> None:
     found = attention()(sample(0, 2, 2, 3)[0])
     assert [tuple(one.shape) for one in found] == [(0, 2, 3, 6), (0, 2, 3, 2, 3), (0, 2, 3, 2, 6), (0, 2, 3, 2, 2, 3)]
 
 
-def test_dirt_stays_in_its_frame() -> None:
+def test_nan_stays_in_its_frame() -> None:
     module, (features, noise) = attention(), sample()
     clean = module(features, noise)
     features[0, 1, 0, 0, 0] = NAN
@@ -269,7 +248,7 @@ def test_a_step_compiles_to_one_graph(gate: Any) -> None:
     assert compiled(features).instances.shape == found.instances.shape
 
 
-def test_fake_tensors_carry_a_step() -> None:
+def test_fake_tensors() -> None:
     with FakeTensorMode():
         module = SemanticAwareSlotAttention(6, num_slots=3, num_instances=2)
         found = module(torch.randn(2, 2, 6, 2, 3))
@@ -287,7 +266,7 @@ def test_copies_are_equal_and_settings_are_shown() -> None:
         assert_same(twin(features, noise), module(features, noise), 0.0)
 
 
-# --- bad input ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -331,7 +310,7 @@ def fusion(grid: Any = (2, 3), *, dtype: torch.dtype = torch.float64) -> Correla
 
 
 def keys(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return features; the shape is (B, T, H, W)."""
+    """Return features for the shape (B, T, H, W)."""
     clips, frames, height, width = shape or (2, 3, 2, 3)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(clips, frames, 4, height, width, generator=generator, dtype=torch.float64).to(dtype)
@@ -339,7 +318,7 @@ def keys(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 @settings(max_examples=20)
 @given(shape=st.tuples(st.integers(1, 2), st.integers(1, 3)), seed=st.integers(0, 2**31))
-def test_fusion_is_its_quadratic_definition(shape: tuple[int, ...], seed: int) -> None:
+def test_fusion_equals_its_quadratic_definition(shape: tuple[int, ...], seed: int) -> None:
     module, given_ = fusion(), keys(*shape, 2, 3, seed=seed)
     weights = (module.project.weight, module.project.bias)
     one, other = given_.requires_grad_(), given_.detach().clone().requires_grad_()
@@ -350,27 +329,27 @@ def test_fusion_is_its_quadratic_definition(shape: tuple[int, ...], seed: int) -
         torch.testing.assert_close(slope, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_no_correlation_of_all_patches_is_formed() -> None:
+def test_fusion_does_not_form_the_correlation_matrix() -> None:
     module, frames = fusion((32, 32), dtype=torch.float32), keys(1, 2, 32, 32, dtype=torch.float32)
     assert 0 < max(saved_elements(module, frames.requires_grad_())) <= 2 * 4 * 32**2
 
 
-def test_another_grid_is_resized_to_that_of_training() -> None:
+def test_another_grid_is_resized_to_the_grid_of_training() -> None:
     module = fusion((2, 3))
     coarse = keys(1, 2, 2, 3)
     fine = coarse.repeat_interleave(2, 3).repeat_interleave(2, 4)
-    # bilinear halving averages four equal cells
+    # bilinear downsampling by two averages four equal cells
     expected = module(coarse).repeat_interleave(2, 3).repeat_interleave(2, 4)
     torch.testing.assert_close(module(fine), expected)
 
 
-def test_a_number_of_cells_is_a_square_grid() -> None:
+def test_a_number_of_cells_means_a_square_grid() -> None:
     assert fusion(9).grid == (3, 3)
     assert repr(fusion(9)).startswith("CorrelationFusion(\n  dim=4, n_ref=(3, 3)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fusion_is_computed_in_floats_and_keeps_the_type(dtype: torch.dtype) -> None:
+def test_fusion_computes_in_float32_and_keeps_the_type(dtype: torch.dtype) -> None:
     module, frames = fusion(dtype=torch.float32), keys(dtype=dtype)
     expected = module(frames.float()).to(dtype)
     assert torch.equal(module(frames), expected)
@@ -392,7 +371,7 @@ def test_fusion_compiles_to_one_graph(grid: tuple[int, int]) -> None:
         assert CorrelationFusion(4, grid)(torch.randn(2, 3, 4, 2, 3)).shape == fused.shape
 
 
-def test_no_clips_are_fused_to_none() -> None:
+def test_fusion_of_an_empty_batch_is_empty() -> None:
     assert fusion()(keys(0, 2, 2, 3)).shape == (0, 2, 4, 2, 3)
 
 
@@ -407,7 +386,7 @@ def test_no_clips_are_fused_to_none() -> None:
         ((4, "4"), TypeError, r"`n_ref` must be an integer; got str"),
     ],
 )
-def test_a_wrong_fusion_is_named(given_: Any, error: type[Exception], message: str) -> None:
+def test_wrong_settings_of_fusion_are_named(given_: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CorrelationFusion(*given_)
 

@@ -1,4 +1,4 @@
-"""The pair of maps as a tuple and as a mapping, and how shapes become (B, T, S, ...)."""
+"""The pair of maps as a tuple and as a mapping, and conversions to (B, T, S, ...)."""
 
 import copy
 import pickle
@@ -58,7 +58,7 @@ class TestPair:
         for name, one in {"enc_logits": maps[0], "dec_logits": maps[1], **masks}.items():
             assert torch.equal(twin[name], one)
 
-    def test_replaces_one_and_keeps_the_rest(self, masks: dict[str, Tensor]) -> None:
+    def test_replace(self, masks: dict[str, Tensor]) -> None:
         maps = pair(**masks)
         changed = maps._replace(dec_logits=maps[0])
         assert dict(**changed) == {**maps, "dec_logits": maps[0]}
@@ -95,7 +95,7 @@ class TestPair:
 class TestJoin:
     @pytest.mark.parametrize("dec_shape", [(B, T, S, N), (B, T, S, 5, 5), (B * T, S, N), (B * T, S, 5, 5)])
     @pytest.mark.parametrize("enc_shape", [(B, T, S, N), (B, T, S, 2, 3)])
-    def test_reads_the_decoder_as_the_encoder_says(
+    def test_the_encoder_map_determines_the_decoder_axes(
         self, enc_shape: tuple[int, ...], dec_shape: tuple[int, ...]
     ) -> None:
         enc, dec = torch.randn(enc_shape), torch.randn(dec_shape)
@@ -106,7 +106,7 @@ class TestJoin:
 
     @pytest.mark.parametrize("rest", [(N,), (5, 5)])
     @pytest.mark.parametrize(("frames", "slots"), [(T, S), (1, S), (3, 3), (T, 1)])
-    def test_takes_slots_out_of_the_batch(self, frames: int, slots: int, rest: tuple[int, ...]) -> None:
+    def test_splits_slots_from_the_batch(self, frames: int, slots: int, rest: tuple[int, ...]) -> None:
         enc, dec = torch.randn(B, frames, slots, N), torch.randn(B * frames * slots, *rest)
         maps = SlotMaps.join(enc, dec)
         assert torch.equal(maps.dec_logits, dec.reshape(B, frames, slots, *rest))
@@ -115,7 +115,7 @@ class TestJoin:
     @pytest.mark.parametrize("lead", ["b t s", "(b t) s", "(b t s)"])
     @pytest.mark.parametrize("rest", ["n", "h w"])
     @pytest.mark.parametrize("frames", [1, T, S])
-    def test_puts_what_a_tap_has_in_order(self, lead: str, rest: str, frames: int) -> None:
+    def test_reorders_the_map_of_a_tap(self, lead: str, rest: str, frames: int) -> None:
         wanted = torch.randn(B, frames, S, *((N,) if rest == "n" else (2, 3)))
         decoder = nn.Identity()
         enc, dec = torch.randn(B, frames, S, N), OutputTap(decoder)
@@ -148,14 +148,14 @@ class TestJoin:
             assert maps.dec_logits.dim() == (4 if "(h w)" in axes else 5)
 
     @pytest.mark.parametrize("num_frames", [None, T])
-    def test_takes_a_decoders_dots_apart(self, num_frames: int | None) -> None:
+    def test_splits_the_dots_of_a_decoder(self, num_frames: int | None) -> None:
         to_q, to_k = nn.Identity(), nn.Identity()
         dec = LogitTap(to_q, to_k, 1.0)
         key, query = to_k(torch.randn(B * T, N, 8)), to_q(torch.randn(B * T, S, 8))
         maps = SlotMaps.join(torch.randn(B, T, S, N), dec, num_frames=num_frames)
         torch.testing.assert_close(maps.dec_logits, (query @ key.mT).reshape(B, T, S, N))
 
-    def test_refuses_a_decoders_dots_of_another_length(self) -> None:
+    def test_refuses_dots_of_another_length(self) -> None:
         to_q, to_k = nn.Identity(), nn.Identity()
         dec = LogitTap(to_q, to_k, 1.0)
         for _ in range(2):
@@ -184,7 +184,7 @@ class TestJoin:
             with pytest.raises(RuntimeError, match=r"`module` \(Identity\) has not run since the last pop"):
                 SlotMaps.join(enc, dec)
 
-    def test_asks_whether_slots_are_last(self) -> None:
+    def test_the_error_suggests_that_slots_are_last(self) -> None:
         with pytest.raises(ValueError, match=r"to go with `enc`; got \(2, 3, 6, 4\)\. Are its last two axes the other"):
             SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(B, T, N, S))
 
@@ -238,7 +238,7 @@ class TestJoin:
         ):
             SlotMaps.join(torch.zeros(B, T, S, N), torch.zeros(dec_shape))
 
-    def test_refuses_what_is_no_map(self) -> None:
+    def test_refuses_other_types(self) -> None:
         wrong: Any = "masks"
         with pytest.raises(TypeError, match="`enc` must be a tensor; got str"):
             SlotMaps.join(wrong, torch.zeros(B, T, S, N))

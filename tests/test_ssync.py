@@ -27,7 +27,7 @@ def gradients(loss: Tensor, *maps: Tensor) -> tuple[Tensor | None, ...]:
 # --- settings ---
 
 
-def test_the_signature_is_the_documented_one() -> None:
+def test_the_signature_is_as_documented() -> None:
     expected = {
         "merge_threshold": 0.6,
         "boundary_weight": 1.0,
@@ -54,7 +54,7 @@ def test_the_signature_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("method", [SSyncLoss.forward, SSyncLoss.terms])
-def test_maps_are_positional_and_the_rest_is_by_name(method: Any) -> None:
+def test_only_maps_are_positional(method: Any) -> None:
     parameters = list(inspect.signature(method).parameters.values())
     names = ["self", "enc_logits", "dec_logits", "step", "valid", "slot_mask", "num_frames"]
     assert [one.name for one in parameters] == names
@@ -63,19 +63,19 @@ def test_maps_are_positional_and_the_rest_is_by_name(method: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("movi_c", 0.7), ("movi_e", 0.65), ("ytvis", 0.6), ("coco", 0.9)])
-def test_presets_carry_the_published_thresholds(name: str, threshold: float) -> None:
+def test_presets_have_the_published_thresholds(name: str, threshold: float) -> None:
     criterion = SSyncLoss.from_preset(name)
     assert isinstance(criterion, SSyncLoss)
     assert criterion.merge_threshold == threshold
     assert repr(criterion) == f"SSyncLoss(merge_threshold={threshold})"
 
 
-def test_settings_win_over_a_preset() -> None:
+def test_settings_override_a_preset() -> None:
     criterion = SSyncLoss.from_preset("coco", merge_threshold=None, start_step=30, ramp_steps=5)
     assert (criterion.merge_threshold, criterion.start_step, criterion.ramp_steps) == (None, 30, 5)
 
 
-def test_a_preset_makes_a_subclass_of_its_own_class() -> None:
+def test_a_preset_of_a_subclass_builds_the_subclass() -> None:
     class MyLoss(SSyncLoss):
         pass
 
@@ -85,7 +85,7 @@ def test_a_preset_makes_a_subclass_of_its_own_class() -> None:
 # --- terms ---
 
 
-def test_terms_are_tensors_of_known_types() -> None:
+def test_types_and_shapes_of_terms() -> None:
     terms = SSyncLoss().terms(*sample_maps(dtype=torch.bfloat16))
     assert SSyncTerms._fields == ("total", "boundary", "interior", "num_boundary", "num_interior", "labels")
     assert PseudoLabels._fields == ("enc_labels", "dec_labels", "boundary", "interior", "representative")
@@ -97,21 +97,21 @@ def test_terms_are_tensors_of_known_types() -> None:
     assert all(isinstance(one, Tensor) for one in tree_leaves(terms))
 
 
-def test_terms_count_their_regions_and_carry_the_merged_labels() -> None:
+def test_terms_hold_counts_and_merged_labels() -> None:
     enc, dec = sample_maps()
-    # a slot that is active where the first one is, but wins no patch
+    # the new slot is active on the same patches as the first, but wins none
     enc = torch.cat([enc, enc[:, :, :1] - 0.5], 2)
     dec = torch.cat([dec, dec[:, :, :1] + 9.0], 2)
     terms = SSyncLoss().terms(enc, dec)
     assert torch.equal(terms.num_boundary, terms.labels.boundary.sum())
     assert torch.equal(terms.num_interior, terms.labels.interior.sum())
     assert terms.labels.representative.tolist() == [[0, 1, 2, 3, 0]] * 2
-    # slot 4 wins everywhere in the decoder's map; its representative is slot 0
+    # slot 4 wins every patch of the decoder map, and its representative is slot 0
     assert not terms.labels.dec_labels.any()
     assert_same_labels(terms.labels, pseudo_labels(enc, dec))
 
 
-def test_the_total_applies_weights_and_ramp_and_the_terms_do_not() -> None:
+def test_weights_and_ramp_apply_only_to_the_total() -> None:
     maps = sample_maps()
     plain = SSyncLoss().terms(*maps)
     assert plain.boundary > 0
@@ -151,16 +151,16 @@ def test_no_gradient_crosses_between_the_maps() -> None:
     assert torch.equal(grad_enc.abs().sum(2) > 0, terms.labels.interior)
 
 
-@pytest.mark.parametrize(("module", "pupil"), [(BoundaryRefinementLoss, 1), (InteriorDenoisingLoss, 0)])
-def test_half_a_loss_warns_of_its_own_pupil_only(module: Any, pupil: int) -> None:
+@pytest.mark.parametrize(("module", "student"), [(BoundaryRefinementLoss, 1), (InteriorDenoisingLoss, 0)])
+def test_a_single_term_warns_only_about_its_student(module: Any, student: int) -> None:
     maps = sample_maps()
-    teacher_detached = [one if i == pupil else one.detach() for i, one in enumerate(maps)]
-    pupil_detached = [one.detach() if i == pupil else one for i, one in enumerate(maps)]
+    teacher_detached = [one if i == student else one.detach() for i, one in enumerate(maps)]
+    student_detached = [one.detach() if i == student else one for i, one in enumerate(maps)]
     criterion = module()
     criterion(*teacher_detached)
-    with pytest.warns(UserWarning, match=("`enc_logits`", "`dec_logits`")[pupil]):
-        criterion(*pupil_detached)
-    criterion(*pupil_detached)
+    with pytest.warns(UserWarning, match=("`enc_logits`", "`dec_logits`")[student]):
+        criterion(*student_detached)
+    criterion(*student_detached)
 
 
 # --- schedule ---
@@ -174,7 +174,7 @@ def test_the_ramp_is_linear_from_the_start_to_its_end() -> None:
     for step, ramp in table.items():
         assert_close_loss(criterion(*maps, step=step), ramp * full)
     assert torch.equal(criterion(*maps, step=50), full)
-    # without a ramp the start is sudden, and without a schedule the step is free
+    # without a ramp the loss starts at once, and without a schedule any step is valid
     sudden = SSyncLoss(start_step=30)
     assert sudden(*maps, step=29) == 0
     assert torch.equal(sudden(*maps, step=30), full)
@@ -183,7 +183,7 @@ def test_the_ramp_is_linear_from_the_start_to_its_end() -> None:
 
 @pytest.mark.parametrize("method", ["forward", "terms"])
 @pytest.mark.parametrize("dirt", [0.0, NAN, -INF])
-def test_before_the_start_the_total_is_an_attached_zero_whatever_the_maps_hold(method: str, dirt: float) -> None:
+def test_the_total_is_zero_with_a_graph_before_the_start(method: str, dirt: float) -> None:
     enc, dec = sample_maps(requires_grad=False)
     enc[0], dec[1] = dirt, dirt
     enc.requires_grad_()
@@ -192,20 +192,20 @@ def test_before_the_start_the_total_is_an_attached_zero_whatever_the_maps_hold(m
     total = result if method == "forward" else result.total
     assert total.item() == 0.0
     assert total.grad_fn is not None
-    # with a host's loss, and through the layers that made the maps
+    # backward works together with a host's loss
     (total + 0.0 * torch.nan_to_num(enc).sum()).backward()
     for one in (enc, dec):
         assert one.grad is not None
         assert torch.equal(one.grad, torch.zeros_like(one))
 
 
-def test_before_the_start_maps_that_do_not_fit_are_found_already() -> None:
+def test_shapes_are_checked_before_the_start() -> None:
     enc, dec = sample_maps()
     with pytest.raises(ValueError, match=r"`dec_logits` must have shape .*T=2"):
         SSyncLoss(start_step=9)(enc, dec[:, :1], step=0)
 
 
-def test_before_the_start_terms_give_what_they_would_be() -> None:
+def test_terms_are_computed_before_the_start() -> None:
     maps = sample_maps()
     before, after = SSyncLoss(start_step=1).terms(*maps, step=0), SSyncLoss().terms(*maps)
     assert before.total == 0
@@ -221,7 +221,7 @@ def test_the_type_of_the_loss_does_not_change_at_the_start(dtype: torch.dtype) -
     assert len({criterion(*maps, step=step).dtype for step in range(4)}) == 1
 
 
-# --- the warning about maps without gradient ---
+# --- the warning about maps without gradients ---
 
 
 def caught(criterion: SSyncLoss, enc: Tensor, dec: Tensor, **settings: Any) -> list[str]:
@@ -264,7 +264,7 @@ def test_a_term_without_weight_needs_no_gradient() -> None:
     assert len(caught(SSyncLoss(boundary_weight=0.0), enc.detach(), dec)) == 1
 
 
-def test_nobody_is_warned_who_does_not_train() -> None:
+def test_the_warning_needs_training() -> None:
     enc, dec = sample_maps(requires_grad=False)
     criterion = SSyncLoss()
     assert caught(criterion.eval(), enc, dec) == []
@@ -272,16 +272,16 @@ def test_nobody_is_warned_who_does_not_train() -> None:
         assert caught(criterion.train(), enc, dec) == []
     with torch.inference_mode():
         assert caught(criterion, enc, dec) == []
-    # none of these has warned
+    # the module has not warned yet
     assert len(caught(criterion, enc, dec)) == 1
 
 
-def test_the_warning_comes_before_the_start_too() -> None:
+def test_the_warning_comes_even_before_the_start() -> None:
     enc, dec = sample_maps()
     assert len(caught(SSyncLoss(start_step=100), enc.detach(), dec, step=0)) == 1
 
 
-def test_the_warning_points_at_the_line_that_called() -> None:
+def test_the_warning_points_at_the_calling_line() -> None:
     enc, dec = sample_maps()
     enc = enc.detach()
     hooked = SSyncLoss()
@@ -296,7 +296,7 @@ def test_the_warning_points_at_the_line_that_called() -> None:
     assert lines == ["plain", "terms", "hooked", "global mean"]
 
 
-def test_a_map_without_gradient_still_lets_the_other_learn() -> None:
+def test_the_other_map_gets_gradients() -> None:
     enc, dec = sample_maps()
     expected = gradients(SSyncLoss()(enc, dec), enc, dec)
     with pytest.warns(UserWarning, match="dec_logits"):
@@ -309,11 +309,11 @@ def test_a_map_without_gradient_still_lets_the_other_learn() -> None:
 # --- gradients ---
 
 
-def test_terms_can_be_added_by_hand() -> None:
+def test_gradients_of_summed_terms() -> None:
     enc, dec = sample_maps()
     expected = gradients(SSyncLoss(boundary_weight=2.0, interior_weight=0.5)(enc, dec), enc, dec)
     terms = SSyncLoss().terms(enc, dec)
-    # a term may be added to the total once more
+    # the total already contains both terms
     actual = gradients(terms.total + terms.boundary - 0.5 * terms.interior, enc, dec)
     for one, other in zip(actual, expected, strict=True):
         assert one is not None
@@ -322,7 +322,7 @@ def test_terms_can_be_added_by_hand() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("criterion", ["mse", "cross_entropy"])
-def test_a_map_overwritten_before_the_backward_changes_nothing(criterion: Any, backend: Any) -> None:
+def test_overwriting_maps_before_backward_changes_nothing(criterion: Any, backend: Any) -> None:
     enc, dec = sample_maps()
     loss = SSyncLoss(criterion=criterion, backend=backend)
     wanted = gradients(loss(enc, dec), enc, dec)
@@ -336,7 +336,7 @@ def test_a_map_overwritten_before_the_backward_changes_nothing(criterion: Any, b
         assert torch.equal(got, right)
 
 
-def test_functional_gradients_are_those_of_autograd() -> None:
+def test_functional_gradients_equal_those_of_autograd() -> None:
     enc, dec = sample_maps()
     criterion = SSyncLoss()
     expected = gradients(criterion(enc, dec), enc, dec)
@@ -345,7 +345,7 @@ def test_functional_gradients_are_those_of_autograd() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-# --- the terms as modules of their own ---
+# --- modules of a single term ---
 
 SINGLES: dict[str, tuple[Any, Any]] = {
     "boundary": (BoundaryRefinementLoss, boundary_refinement_loss),
@@ -357,7 +357,7 @@ SHARED = {"merge_threshold": 0.4, "criterion": "cross_entropy", "label_smoothing
 
 @pytest.mark.parametrize("term", list(SINGLES))
 @pytest.mark.parametrize("settings", [{}, SHARED])
-def test_a_module_of_one_term_equals_that_term(term: str, settings: dict[str, Any]) -> None:
+def test_a_module_of_a_single_term_equals_the_term(term: str, settings: dict[str, Any]) -> None:
     enc, dec = sample_maps()
     knobs: dict[str, Any] = {**settings, **(REGION_KNOBS[term] if settings else {})}
     masks: dict[str, Any] = {
@@ -385,7 +385,7 @@ def test_shared_labels_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(apart, total)
 
 
-def test_labels_are_there_to_be_written_into() -> None:
+def test_labels_may_be_overwritten() -> None:
     enc, dec = sample_maps()
     expected = gradients(SSyncLoss()(enc, dec), enc, dec)
     terms = SSyncLoss().terms(enc, dec)
@@ -402,7 +402,7 @@ def test_labels_are_there_to_be_written_into() -> None:
     "knobs", [{}, {"merge_threshold": None}, {"criterion": "cross_entropy"}, {"boundary_weight": 0.5, "ramp_steps": 9}]
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_comes_out_in_inference_mode(masked: bool, knobs: dict[str, Any], tracked: bool) -> None:
+def test_results_are_not_inference_tensors(masked: bool, knobs: dict[str, Any], tracked: bool) -> None:
     enc, dec = sample_maps()
     masks: dict[str, Any] = {}
     if masked:
@@ -418,10 +418,10 @@ def test_nothing_comes_out_in_inference_mode(masked: bool, knobs: dict[str, Any]
     assert not [one for one in made if one.is_inference()]
 
 
-def test_given_labels_are_taught_whatever_the_maps_say() -> None:
+def test_given_labels_override_the_maps() -> None:
     enc, dec = sample_maps()
     labels = pseudo_labels(enc, dec)
-    # one patch, slot 2, in both regions
+    # both regions are one patch, and its label is slot 2
     here = torch.zeros_like(labels.boundary)
     here[0, 1, 2, 3] = True
     two = torch.full_like(labels.enc_labels, 2)
@@ -434,17 +434,17 @@ def test_given_labels_are_taught_whatever_the_maps_say() -> None:
 
 
 @pytest.mark.parametrize("term", list(SINGLES))
-def test_labels_of_another_kind_are_named(term: str) -> None:
+def test_labels_of_another_type_are_refused(term: str) -> None:
     enc, dec = sample_maps()
     with pytest.raises(TypeError, match="`labels` must be PseudoLabels; got Tensor"):
         SINGLES[term][0]()(enc, dec, labels=torch.zeros(2, 2, 5, 12).long())
 
 
-# --- a module among others ---
+# --- other transforms and modes ---
 
 
 @pytest.mark.parametrize("weighed", ["enc", "dec"])
-def test_the_value_of_a_function_gradient_can_be_differentiated_too(weighed: str) -> None:
+def test_the_value_of_a_functional_gradient_is_differentiable(weighed: str) -> None:
     enc, dec = (one.detach() for one in sample_maps())
     criterion = SSyncLoss(max_different=10).eval()
 
@@ -461,7 +461,7 @@ def test_the_value_of_a_function_gradient_can_be_differentiated_too(weighed: str
     assert_close_loss(weight.grad, plain.grad)
 
 
-def test_a_teacher_is_not_kept() -> None:
+def test_a_teacher_may_be_an_inference_tensor() -> None:
     with torch.inference_mode():
         enc = torch.randn(2, 2, 3, 4, 4)
     dec = leaf(torch.randn(2, 2, 3, 4, 4))

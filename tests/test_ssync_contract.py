@@ -10,28 +10,28 @@ from contract import NAN, Case, LossContract
 from ssync_loss import BoundaryRefinementLoss, InteriorDenoisingLoss, SSyncLoss
 from ssync_loss.functional import boundary_refinement_loss, interior_denoising_loss
 
-# the contract tries masks that leave nothing
+# the contract uses masks without any present slot
 pytestmark = pytest.mark.filterwarnings("ignore:.*`slot_mask` leaves")
 
-# settings of labels and criteria, other than those of the case
+# values of settings that differ from those of the case
 LABELS: dict[str, Any] = {"merge_threshold": 0.2}
 BOUNDARY: dict[str, Any] = {"min_different": 4, "min_same": 4}
 INTERIOR: dict[str, Any] = {"max_different": 6}
 CRITERIA: dict[str, Any] = {"criterion": "mse", "label_smoothing": 0.1, "temperature": 0.5, "kind": "probs"}
 SCHEDULE: dict[str, Any] = {"boundary_weight": 2.0, "interior_weight": 0.5, "start_step": 5, "ramp_steps": 9}
-# a compiler takes half a minute
-COMPILED_BEFORE = {"default_compiler": "TestSSync has gone through it"}
-ONE_TERM = COMPILED_BEFORE | {"compile": "TestSSync has gone through it, and test_compile.py does with one term"}
+# compiling takes half a minute
+COMPILED_BEFORE = {"default_compiler": "TestSSync covers it"}
+ONE_TERM = COMPILED_BEFORE | {"compile": "TestSSync and test_compile.py cover it"}
 
 
 class SSyncContract(LossContract):
-    """Random maps, good as logits and as probabilities, of which some patches and slots do not count."""
+    """The contract with positive maps, which are valid logits and probabilities, and with masks."""
 
     backend: ClassVar[str] = "torch"
     twice_differentiable: ClassVar = True
     knobs: ClassVar = {"criterion": "cross_entropy"}
     inert: ClassVar = {"grid": (3, 4), "axes": "b t s h w", "backend": "auto"}
-    # arguments with gradients, and arguments besides maps and masks
+    # `taught` arguments get gradients; `more` are arguments besides maps and masks
     taught: ClassVar[tuple[str, ...]]
     more: ClassVar[dict[str, Any]] = {}
 
@@ -91,7 +91,7 @@ class TestInterior(SSyncContract):
 
 
 class TestProbabilitiesOnTwoGrids(TestSSync):
-    """The other criterion, the other kind, a decoder on a grid of its own, and no masks."""
+    """The contract with mse, probabilities and another decoder grid, without masks."""
 
     knobs: ClassVar = {"max_different": 4, "kind": "probs"}
     not_applicable: ClassVar = {

@@ -1,4 +1,4 @@
-"""Structure of features: published numbers, the slow definition, both filters, chunks, gradients, memory, bad input."""
+"""The structure-aware loss: published values, the reference, both filters, chunks, gradients, memory, errors."""
 
 import subprocess
 import sys
@@ -15,22 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 from contract import EXPORTS, Case, LossContract, refusal
 from golden_neighbors import Golden, deviation, golden_names
+from meter import Meter
 from ssync_loss import StructureAwareLoss
 from ssync_loss.functional import structure_aware_loss
 from ssync_loss.methods.slotcurri.reference import reference_structure_aware_loss
 from steps import saved_elements, step_of
-from test_memory import Meter
 
 # relative to the largest magnitude
 EXACT = {torch.float64: 1e-10, torch.float32: 5e-6}
-# kornia's error by that is 1e-6, also in float64
+# this gives kornia an error of 1e-6, even in float64
 ROUNDED = "kornia 0.8 rounds its window to float32" if version("kornia").startswith("0.8.") else ""
 EXACT_KORNIA = pytest.mark.skipif(bool(ROUNDED), reason=ROUNDED)
 FILTERS = pytest.mark.parametrize("filters", ["torch", "kornia"])
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return features close to their target; the shape is (B, T, D, H, W)."""
+    """Return features close to their target for the shape (B, T, D, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     target, noise = torch.randn(2, *(shape or (2, 4, 5, 5, 4)), generator=generator, dtype=torch.float64)
     return (target + noise / 2).to(dtype).requires_grad_(), target.to(dtype)
@@ -49,7 +49,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tol: f
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Draw small clips, some with short axes, twins, constants or an outlier channel; and settings."""
+    """Draw small clips, some with short axes, equal channels, constants or an outlier channel, and draw settings."""
     shape = [draw(st.sampled_from(sizes)) for sizes in ((1, 2), (1, 2, 3, 4), (1, 2, 3), (1, 2, 3, 5), (1, 3, 4))]
     pred, target = (one.detach().clone() for one in sample(*shape, dtype=torch.float64, seed=draw(st.integers(0, 999))))
     what = draw(st.sampled_from(["plain", "twins", "constant channel", "outlier", "shifted"]))
@@ -94,7 +94,7 @@ def test_published_numbers(name: str, filters: Any, dtype: torch.dtype, chunk_si
     assert loss.dtype == dtype
     assert deviation(loss, golden.tensor("loss_exact_window_f64")) <= EXACT[dtype]
     assert deviation(gradient, golden.tensor("grad_pred_exact_window_f64")) <= EXACT[dtype]
-    # the public code rounds its window
+    # the published code rounds its window
     assert deviation(loss, golden.tensor("loss_f64")) <= 5e-6
     assert deviation(gradient, golden.tensor("grad_pred_f64")) <= 5e-6
     assert golden.count("window") == 3
@@ -103,7 +103,7 @@ def test_published_numbers(name: str, filters: Any, dtype: torch.dtype, chunk_si
     assert unused is None
 
 
-def test_the_defaults_are_the_published_settings() -> None:
+def test_the_defaults_are_published() -> None:
     for name in golden_names("ssim3d", 2):
         golden = Golden(name)
         wanted = golden.numbers("window", "sigma", "k1", "k2", "eps")
@@ -112,7 +112,7 @@ def test_the_defaults_are_the_published_settings() -> None:
 
 @settings(max_examples=80)
 @given(case=cases(), chunk_size=st.sampled_from((None, 1, 2, 64)))
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     case: tuple[Tensor, Tensor, dict[str, Any]], chunk_size: int | None
 ) -> None:
     pred, target, knobs = case
@@ -136,9 +136,9 @@ def test_both_filters_agree(window: int, normalize: str) -> None:
     assert all(torch.equal(*both) for both in zip(chosen, (loss, gradient), strict=True))
 
 
-def test_own_filters_keep_what_outliers_leave() -> None:
+def test_own_filters_are_exact_with_outliers() -> None:
     pred, target = (one.detach().clone() for one in sample(1, 4, 16, 8, 8))
-    # all else is near 1, where squares are large and their differences small
+    # normalization puts all other values near 1, where squares are large and their differences small
     pred[:, :, 0, 0, 0] = target[:, :, 0, 0, 0] = -20.0
     expected = step(pred.double(), target.double(), filters="torch")
     for filters, tol in (("torch", 5e-6), ("kornia", 5e-4)):
@@ -147,22 +147,22 @@ def test_own_filters_keep_what_outliers_leave() -> None:
 
 
 @FILTERS
-def test_what_is_equal_costs_nothing(filters: Any) -> None:
+def test_equal_features_have_no_loss(filters: Any) -> None:
     _, target = sample(2, 4, 5, 6, 6)
     for features in (target, torch.full_like(target, 3.5), torch.zeros_like(target)):
         loss, gradient = step(features, features, filters=filters)
-        # the own filters lose nothing here
+        # the library's own filters are exact here
         assert loss.abs() <= (0.0 if filters == "torch" else 1e-6)
         # kornia's error of about 1e-8 is divided by constants of 1e-6
         assert gradient.abs().max() <= (0.0 if filters == "torch" else 1e-2)
 
 
-# --- empty, undefined ---
+# --- constant features ---
 
 
-def test_a_clip_without_contrast_has_finite_gradients() -> None:
+def test_a_constant_clip_has_finite_gradients() -> None:
     flat = torch.ones(1, 4, 3, 5, 5)
-    # float32 keeps no contrast below 1e-7, which eps sees as a tenth of the whole
+    # float32 resolves no contrast below 1e-7, which is a tenth of eps
     almost = flat + 1e-7 * torch.randn(1, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     for pred, target in ((flat, flat), (almost, flat), (flat, almost), (flat * 0, flat * 0)):
         for filters in ("torch", "kornia"):
@@ -185,7 +185,7 @@ def test_functional_gradients_work(filters: Any) -> None:
 
 
 def measure(channels: int, chunk_size: int | None, *, filters: Any = "torch", backward: bool = True) -> float:
-    """The peak of a step beyond its inputs, in volumes of all channels."""
+    """Return the peak memory of a step without its inputs, in multiples of the prediction."""
     pred, target = sample(1, 4, channels, 8, 8)
     if not backward:
         pred = pred.detach()
@@ -196,18 +196,18 @@ def measure(channels: int, chunk_size: int | None, *, filters: Any = "torch", ba
     return float(meter.peak / (pred.numel() * 4))
 
 
-def test_memory_is_that_of_the_gradient_and_of_a_chunk() -> None:
+def test_memory_is_the_gradient_and_a_chunk() -> None:
     whole = measure(64, None)
-    # the gradient, and in the backward its product with the incoming one
+    # the gradient, and its product with the upstream gradient
     assert measure(64, 1) < 2.3
     assert measure(64, 8) < 1 + 2 * whole / 8 + 0.5
     assert whole > 8
     assert measure(64, 8, backward=False) < 2
-    # with a fixed chunk the memory per channel falls to that of its gradient
+    # with a fixed chunk, the memory per channel approaches that of the gradient
     assert measure(512, 64) < 1 + 2 * whole / 8 + 0.5
 
 
-def test_kornia_is_held_within_a_chunk_too() -> None:
+def test_chunks_limit_the_memory_of_kornia() -> None:
     whole = measure(32, None, filters="kornia")
     assert whole > 12
     assert measure(32, 1, filters="kornia") < 2.8
@@ -228,7 +228,7 @@ def test_work_is_linear_in_cells(backward: bool) -> None:
     assert elements[2] - elements[1] == pytest.approx(2 * (elements[1] - elements[0]), rel=1e-3)
 
 
-def test_only_the_gradient_waits_for_the_backward() -> None:
+def test_only_the_gradient_is_saved_for_backward() -> None:
     pred, target = sample()
     assert saved_elements(structure_aware_loss, pred, target, filters="torch") == [pred.numel()] * 2
 
@@ -267,7 +267,7 @@ print(before, between, "kornia" in sys.modules)
         ((1, 4, 3, 5, 5), {"k2": 0.02}, "sigma=1.5, k1=0.01 and k2=0.03; got"),
     ],
 )
-def test_where_kornia_is_not_exact_it_is_refused_and_left_alone(
+def test_kornia_is_refused_and_not_selected_if_inexact(
     shape: tuple[int, ...], knobs: dict[str, Any], missing: str
 ) -> None:
     data = sample(*shape)
@@ -278,7 +278,7 @@ def test_where_kornia_is_not_exact_it_is_refused_and_left_alone(
     assert torch.equal(actual[1], expected[1])
 
 
-def test_kornia_is_not_asked_in_a_checkpoint() -> None:
+def test_kornia_is_not_used_in_a_checkpoint() -> None:
     data = sample()
     expected = step(*data, filters="torch")
     loss = checkpoint(structure_aware_loss, *data, use_reentrant=False)
@@ -291,14 +291,14 @@ def test_kornia_is_not_asked_in_a_checkpoint() -> None:
         structure_aware_loss(*data, filters="kornia")
 
 
-def test_kornia_is_not_asked_on_other_devices() -> None:
+def test_kornia_is_not_used_on_other_devices() -> None:
     data = torch.zeros(1, 4, 3, 5, 5, device="meta")
     with pytest.raises(ValueError, match=r"filters='kornia' needs a CPU tensor; got .* on meta"):
         structure_aware_loss(data, data, filters="kornia")
     assert structure_aware_loss(data, data).device.type == "meta"
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestContract(LossContract):
@@ -306,7 +306,7 @@ class TestContract(LossContract):
     function = staticmethod(structure_aware_loss)
     knobs: ClassVar = {"filters": "torch"}
     settings: ClassVar = {"window": 1, "sigma": 1.0, "k1": 3.0, "k2": 0.5, "eps": 0.1, "normalize": "channel"}
-    # kornia's values are those of the others but for rounding
+    # both filters agree up to rounding
     inert: ClassVar = {"chunk_size": None, "filters": "auto"}
     tolerance = 1e-5
     not_applicable: ClassVar = {"poison": "every cell counts"}
@@ -324,13 +324,13 @@ class TestContract(LossContract):
 
     def case(self, *shape: int) -> Case:
         pred, target = sample(*(shape or (2, 4, 2, 3, 4)))
-        # extremes get no gradient of their own: they are the target's, and each channel has its own
+        # the extremes belong to the target, one pair per channel, so that they get no gradient
         ends = 9.0 - torch.arange(target.shape[2]) / 2
         target[:, 0, :, 0, 0], target[:, 0, :, 0, 1] = -ends, ends
         return Case(self.make(), {"pred": pred}, {"target": target})
 
     def large_case(self) -> Case:
-        # averaged along one axis only: each axis takes the compiler several seconds
+        # only one axis is larger than the window, because each such axis takes the compiler several seconds
         return self.case(2, 2, 8, 6, 2)
 
     def empty_cases(self, case: Case) -> dict[str, Case]:
@@ -338,16 +338,16 @@ class TestContract(LossContract):
 
 
 class TestByKornia(TestContract):
-    """Without a compiler; under one its own filters are taken."""
+    """The contract with kornia, which a compiler replaces by the library's own filters."""
 
     knobs: ClassVar = {"normalize": "channel", "chunk_size": 1, "filters": "kornia"}
     settings: ClassVar = {**TestContract.settings, "normalize": "joint"}
     inert: ClassVar = {"chunk_size": None, "filters": "torch"}
     tolerance = 1e-4
     not_applicable: ClassVar = TestContract.not_applicable | {
-        "settings": "kornia takes the published ones alone",
-        "function": "kornia takes the published ones alone",
-        "default_compiler": "a compiler takes other filters",
+        "settings": "kornia accepts only the published settings",
+        "function": "kornia accepts only the published settings",
+        "default_compiler": "a compiler uses other filters",
         "checkpoint": "torch.func refuses hooks on saved tensors",
         "save_on_cpu": "torch.func refuses hooks on saved tensors",
     }
@@ -377,7 +377,7 @@ def test_own_filters_are_the_default_and_as_exact_as_float32() -> None:
     assert torch.equal(gradient, chosen[1])
 
 
-def test_the_default_is_kept_by_hooks_for_saved_tensors() -> None:
+def test_the_default_works_with_hooks_for_saved_tensors() -> None:
     pred, target = sample(2, 6, 7, 6, 8)
     expected = step(pred, target)
     with torch.autograd.graph.save_on_cpu():

@@ -1,4 +1,4 @@
-"""The study: its rows, its runs, and what its table says of them, good or bad."""
+"""The study: its rows, its runs, and its tables."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "SETTINGS", TINY)
     monkeypatch.setattr(study, "LEVELS", ("two",))
     monkeypatch.setattr(study, "NUM_SCORED", 4)
-    # it takes longer than the runs
+    # drawing takes longer than the runs
     monkeypatch.setattr(study, "save_figure", lambda *_: None)
 
 
@@ -55,7 +55,7 @@ def without_time(rows: list[Row]) -> list[Row]:
 
 
 class TestTheCommand:
-    def test_every_setting_has_its_runs_and_the_first_seeds_come_first(self, settings: None) -> None:
+    def test_the_plan_orders_groups_and_seeds(self, settings: None) -> None:
         jobs = list(study.plan(list(TINY), None, None))
         assert [(job.name, job.seed) for job in jobs] == [
             *[("one", 0), ("two", 0), ("three", 5), ("one", 1)],
@@ -66,7 +66,7 @@ class TestTheCommand:
         (job,) = study.plan(["one"], [7], ["ssync"])
         assert job == study.Job("one", 7, ["ssync"])
 
-    def test_what_was_stopped_goes_on_and_two_may_run_side_by_side(
+    def test_a_stopped_study_resumes_to_the_same_rows(
         self, settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -96,14 +96,12 @@ class TestTheCommand:
         }
         assert all(found[row["setting"], row["seed"], row["run"]] == row for row in without_time(rows))
         before = (parts / "rows.jsonl").read_bytes()
-        monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("everything is there"))
+        monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("all rows exist"))
         assert run(parts, "--only", "one", "two", *usual) == 0
         assert (parts / "rows.jsonl").read_bytes() == before
         assert (parts / "table.md").read_text().startswith("Paired changes")
 
-    def test_a_beginning_that_was_lost_and_came_out_otherwise_is_not_paired_with_former_runs(
-        self, settings: None, tmp_path: Path
-    ) -> None:
+    def test_runs_from_different_beginnings_are_not_paired(self, settings: None, tmp_path: Path) -> None:
         assert run(tmp_path, "--only", "one", "--seeds", "0", "--runs", "baseline") == 0
         rows = Rows(tmp_path / "rows.jsonl")
         former = [{**row, "shared": "of another machine"} for row in rows.load()]
@@ -113,7 +111,7 @@ class TestTheCommand:
         assert [row["run"] for row in found] == ["shared", "baseline", "shared", "baseline", "ssync"]
         assert [pair.row["run"] for pair in pairs(found)] == ["ssync"]
 
-    def test_another_file_is_not_added_to(self, settings: None, tmp_path: Path) -> None:
+    def test_a_foreign_file_is_refused(self, settings: None, tmp_path: Path) -> None:
         for text in ("a diary\n", "[1]\n", '{"setting":"one"}\n', '{"setting": 1}\n'):
             (tmp_path / "rows.jsonl").write_text(text)
             with pytest.raises(SystemExit, match="error: --out must not lead to a file of something else"):
@@ -131,9 +129,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", [*study.FORMS])
-def test_forms_are_what_they_are_called(
-    name: str, settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forms_have_their_settings(name: str, settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
     def terms_of(state: Any, criterion: SSyncLoss | None) -> Any:
@@ -159,7 +155,7 @@ def test_forms_are_what_they_are_called(
         assert [step for step, *_ in row["course"]] == [3]
 
 
-def test_families_of_test_settings_are_no_settings_that_shaped_the_rule() -> None:
+def test_test_settings_did_not_shape_the_rule() -> None:
     by_role = {
         role: [one for one in SETTINGS.values() if one.role == role] for role in ("shaped", "test", "development")
     }
@@ -171,7 +167,7 @@ def test_families_of_test_settings_are_no_settings_that_shaped_the_rule() -> Non
 
 
 @pytest.mark.parametrize("name", ["sprites-noisy", "shapes", "grainy"])
-def test_sprites_differ_as_they_say(name: str) -> None:
+def test_variants_of_sprites(name: str) -> None:
     usual, other = (SETTINGS[one].make(3, 2, PLACES) for one in ("sprites", name))
     assert other.features.shape == usual.features.shape == (3, 4, 24, 12, 12)
     assert other.fresh.features.shape == (2, 4, 24, 12, 12)
@@ -189,7 +185,7 @@ def test_sprites_differ_as_they_say(name: str) -> None:
 
 
 def made_up(setting: str, role: str, margins: tuple[float, float], **effects: float) -> list[Row]:
-    """Make the rows of a setting, of which the run with own losses scores a half."""
+    """Return the rows of a setting in which the run on own losses scores 0.5."""
     row = {"setting": setting, "title": setting, "role": role, "clips": 5, "slots": 3, "steps": 10, "seed": 0}
     row |= {"shared": setting, "machine": {"cpu": "CPU", "torch": "2", "commit": "abc"}}
 
@@ -204,7 +200,7 @@ def made_up(setting: str, role: str, margins: tuple[float, float], **effects: fl
 
 
 class TestTheTable:
-    def test_it_says_how_often_margins_have_the_sign_and_where_not(self) -> None:
+    def test_it_counts_and_lists_the_signs_of_margins(self) -> None:
         rows = [
             *made_up("a", "test", (0.5, 0.25), ssync=0.1, adaptive=0.1),
             *made_up("b", "test", (0.5, -0.25), ssync=-0.1, adaptive=0.0),
@@ -224,7 +220,7 @@ class TestTheTable:
         marks = re.findall(r"^\| ([a-d]), 5 clips, 3 slots ?(.) +\| 0     \| [+-]0", text, flags=re.MULTILINE)
         assert marks == [("a", " "), ("b", " "), ("c", "*"), ("d", "d")]
 
-    def test_a_harm_of_the_cascade_is_said_as_plainly_as_a_gain(self) -> None:
+    def test_it_shows_harms_of_the_cascade(self) -> None:
         rows = [
             *made_up("a", "test", (0.5, 0.25), ssync=0.2, adaptive=-0.1),
             *made_up("b", "test", (0.5, 0.25), ssync=-0.04, adaptive=-0.3),
@@ -239,34 +235,34 @@ class TestTheTable:
         for margins, zone in (((0.1, -0.1), "margin above 0, merged below"), ((-0.1, -0.2), "both margins below 0")):
             assert f"| {zone}, fresh" in table(made_up("a", "test", margins, ssync=0.2, adaptive=0.1))
 
-    def test_other_forms_have_a_table_of_their_own(self) -> None:
+    def test_other_forms_have_a_separate_table(self) -> None:
         assert "Other forms" not in table(made_up("a", "test", (0.5, 0.25), ssync=0.2))
         text = table(made_up("a", "test", (0.5, 0.25), ssync=0.2, interior=0.04))
         assert re.search(r"^\| interior +\| \+0.040 +\| \+0.020 +\|$", text, flags=re.MULTILINE)
 
-    def test_of_nothing_it_says_so(self) -> None:
+    def test_it_is_empty_without_pairs(self) -> None:
         assert table([]).startswith("Nothing to compare yet")
         assert table(made_up("a", "test", (0.5, 0.25))).startswith("Nothing to compare yet")
 
-    def test_runs_are_points_of_the_picture(self, tmp_path: Path) -> None:
+    def test_the_picture_has_a_point_per_run(self, tmp_path: Path) -> None:
         rows = made_up("a", "test", (0.5, 0.25), ssync=0.2, adaptive=0.1, interior=0.3)
         save_figure(rows, tmp_path / "a.png")
         picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
         red, green, blue = picture.reshape(-1, 3).T
-        # in four panels and the legend, and so is the cascade
+        # every run has a point in four panels and the legend
         assert 5 * 30 < ((red > 180) & (green < 90) & (blue < 90)).sum() < 5 * 300
         assert 5 * 30 < ((red < 90) & (blue > 140)).sum() < 5 * 300
 
 
 class TestRows:
-    def test_of_two_rows_of_a_run_the_first_is_taken(self, tmp_path: Path) -> None:
+    def test_the_first_row_of_a_run_counts(self, tmp_path: Path) -> None:
         first, second = (made_up("a", "test", (0.5, 0.25), ssync=effect)[-1] for effect in (0.1, 0.2))
         rows = Rows(tmp_path / "rows.jsonl")
         for row in (first, second):
             rows.add(row)
         assert rows.load() == [first]
 
-    def test_a_row_that_was_cut_off_is_none_and_harms_no_other(self, tmp_path: Path) -> None:
+    def test_a_broken_row_is_skipped(self, tmp_path: Path) -> None:
         one, two = made_up("a", "test", (0.5, 0.25))
         rows = Rows(tmp_path / "rows.jsonl")
         rows.add(one)
@@ -280,7 +276,7 @@ class TestRows:
 FOLDER = Path(study.__file__).parent
 
 
-def test_the_readme_s_tables_are_those_of_the_committed_rows() -> None:
+def test_the_readme_has_the_tables_of_the_committed_rows() -> None:
     shown = re.search(
         r"<!-- study: .*?-->\n(.*?)<!-- end of study -->", (FOLDER / "README.md").read_text(), flags=re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""Temporal slot contrast: published numbers, the slow definition, invariances, bad input."""
+"""Temporal slot contrast: published values, the reference, values computed by hand, errors."""
 
 import math
 from typing import Any, ClassVar
@@ -59,7 +59,7 @@ def test_published_numbers(name: str, dtype: torch.dtype) -> None:
     temperature=st.sampled_from((0.1, 0.003, 2.0)),
     empty=st.booleans(),
 )
-def test_value_and_gradient_are_those_of_the_slow_definition(
+def test_value_and_gradient_equal_the_reference(
     kind: str, negatives: str, shape: tuple[int, ...], seed: int, temperature: float, empty: bool
 ) -> None:
     slots = sample(*shape, dtype=torch.float64, seed=seed % 2**31).detach()
@@ -69,32 +69,32 @@ def test_value_and_gradient_are_those_of_the_slow_definition(
     assert_same(step(slots, **knobs), step_of(reference_temporal_slot_contrast_loss, slots, **knobs), 1e-9)
 
 
-def test_a_slot_that_is_found_again_costs_what_the_others_leave() -> None:
-    # cosines 1 and 0: -log(e^20 / (e^20 + 2)) = 4.1e-9, which float32 cannot tell from 1
+def test_the_loss_of_constant_orthogonal_slots() -> None:
+    # cosines are 1 and 0: -log(e^20 / (e^20 + 2)) = 4.1e-9, although float32 rounds the ratio to 1
     slots = torch.eye(3).repeat(1, 2, 1, 1).requires_grad_()
     loss = temporal_slot_contrast_loss(slots, temperature=0.05)
     assert math.isclose(loss.item(), math.log1p(2 * math.exp(-20)), rel_tol=1e-5)
 
 
-def test_the_scale_of_the_supervised_kind_is_its_temperature_over_the_published_one() -> None:
-    # one slot in four frames: frames 0 and 3 have one positive and nothing else, log 1 = 0; frames 1 and 2
-    # have two equal ones, log 2
+def test_the_supervised_kind_scales_with_the_temperature() -> None:
+    # one slot in four frames: frames 0 and 3 have a single positive, log 1 = 0; frames 1 and 2 have two equal
+    # positives, log 2
     slots = torch.ones(1, 4, 1, 2)
     for temperature in (0.07, 0.14, 1.0):
         loss = temporal_slot_contrast_loss(slots, kind="supervised", temperature=temperature)
         assert math.isclose(loss.item(), math.log(2) / 2 * temperature / 0.07, rel_tol=1e-6)
 
 
-# --- empty, single, undefined ---
+# --- edge cases ---
 
 
-def test_a_slot_without_others_costs_nothing() -> None:
+def test_a_single_slot_has_no_loss() -> None:
     loss, gradient = step(sample(2, 3, 1, 5), negatives="video")
     assert loss == 0
     assert torch.equal(gradient, torch.zeros(2, 3, 1, 5))
 
 
-# --- what every loss must do ---
+# --- the contract of every loss ---
 
 
 class TestAdjacent(LossContract):

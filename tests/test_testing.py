@@ -1,4 +1,4 @@
-"""The strategies draw what they promise, and the comparisons can fail."""
+"""The strategies draw the documented cases, and the comparisons can fail."""
 
 import os
 import subprocess
@@ -51,14 +51,14 @@ Drawn = TypeVar("Drawn")
 
 @pytest.fixture(autouse=True)
 def _the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep hypothesis from drawing constants of the modules that other tests load."""
+    """Keep hypothesis from drawing constants of modules that other tests load."""
     monkeypatch.setattr(providers, "_get_local_constants", Constants)
 
 
 def tally(
     strategy: st.SearchStrategy[Drawn], count: Callable[[Drawn], dict[str, int]], examples: int = 40
 ) -> Counter[str]:
-    """Draw the same examples every time, and add up counts of each."""
+    """Draw the same examples in every call, and sum the counts of all examples."""
     totals: Counter[str] = Counter()
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
@@ -102,7 +102,7 @@ def count_maps(maps: MapPair) -> dict[str, int]:
 
 
 class TestMapPairs:
-    def test_everything_that_breaks_code_is_common(self) -> None:
+    def test_edge_cases_are_common(self) -> None:
         seen = tally(map_pairs(), count_maps)
         assert seen["clips"] == 16 * seen["examples"]
         for kind in ("one frame", "one slot", "one row"):
@@ -133,7 +133,7 @@ class TestMapPairs:
         assert not seen["not dyadic"]
         assert seen["merging"] > 0.1 * seen["clips"]
 
-    def test_sizes_and_dtype_are_as_asked(self) -> None:
+    def test_sizes_and_dtype_follow_the_arguments(self) -> None:
         def count(maps: MapPair) -> dict[str, int]:
             b, t, s, h, w = maps.enc_logits.shape
             assert maps.enc_logits.dtype == maps.dec_logits.dtype == torch.float64
@@ -147,7 +147,7 @@ class TestMapPairs:
         wanted = {"T=1", "T=2", "S=1", "S=2", "S=3", "H=1", "W=1", "W=2"}
         assert set(seen) == wanted | {"examples"}
 
-    def test_a_failure_shrinks_to_one_clip_among_plain_ones(self) -> None:
+    def test_a_failure_shrinks_to_one_nonzero_clip(self) -> None:
         def has_a_boundary(maps: MapPair) -> bool:
             return bool(reference_pseudo_labels(*maps).boundary.any())
 
@@ -197,7 +197,7 @@ class TestSlotGraphs:
 
 
 def longest_detour(overlap: Tensor, threshold: float | None) -> int:
-    """Return the largest number of links between two slots of a group."""
+    """Return the largest distance between two slots of a group, in links."""
     if threshold is None:
         return 0
     links = overlap > torch.tensor(threshold)
@@ -294,7 +294,7 @@ class TestCases:
 
 class TestConditions:
     def test_an_overlap_at_the_threshold_is_undecidable(self) -> None:
-        # active in two places and one of them: overlap 1/2
+        # one slot is active on two patches, the other on one of these: overlap 1/2
         logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
         assert decidable_clips(logits, merge_threshold=0.5 + 2e-6).item()
         assert not decidable_clips(logits, merge_threshold=0.5 + 5e-7).item()
@@ -339,7 +339,7 @@ class TestConditions:
     def test_untied_clips_have_unique_winners_and_areas(self) -> None:
         logits = torch.tensor([[5.0, 5.0, 0.0, 0.0], [6.0, 4.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]])
         logits = logits.view(1, 1, 3, 1, 4)
-        # slots 0 and 1 are merged, with one patch each
+        # slots 0 and 1 merge, and each wins one patch
         assert untied_clips(logits, logits, merge_threshold=None).item()
         assert not untied_clips(logits, logits, merge_threshold=0.6).item()
         valid = torch.tensor([[[[False, True, True, True]]]])
@@ -348,7 +348,7 @@ class TestConditions:
         assert untied_clips(logits, logits, merge_threshold=0.0, slot_mask=mask).item()
         assert not untied_clips(logits, torch.zeros_like(logits), merge_threshold=None).item()
 
-    def test_poison_is_everywhere_nobody_may_look(self) -> None:
+    def test_poison_fills_all_masked_cells(self) -> None:
         valid, mask = torch.tensor([[[[True, False]]]]), torch.tensor([[False, True]])
         poisoned = poison(torch.zeros(1, 1, 2, 1, 2), valid=valid, slot_mask=mask, value=7.0)
         assert poisoned.flatten().tolist() == [7.0, 7.0, 0.0, 7.0]
@@ -359,7 +359,7 @@ class TestComparisons:
     labels = reference_pseudo_labels(torch.eye(3).view(1, 1, 3, 1, 3), torch.eye(3).view(1, 1, 3, 1, 3))
 
     @pytest.mark.parametrize("field", ["enc_labels", "dec_labels", "representative"])
-    def test_another_label_fails(self, field: str) -> None:
+    def test_a_different_label_fails(self, field: str) -> None:
         assert_same_labels(self.labels, self.labels._replace(boundary=self.labels.boundary.clone()))
         wrong = getattr(self.labels, field).clone()
         wrong.view(-1)[1] += 5
@@ -367,12 +367,12 @@ class TestComparisons:
             assert_same_labels(self.labels._replace(**{field: wrong}), self.labels)
 
     @pytest.mark.parametrize("field", ["boundary", "interior"])
-    def test_another_region_fails(self, field: str) -> None:
+    def test_a_different_region_fails(self, field: str) -> None:
         wrong = getattr(self.labels, field).logical_not()
         with pytest.raises(AssertionError, match=f"{field} differ in 3 places"):
             assert_same_labels(self.labels._replace(**{field: wrong}), self.labels)
 
-    def test_another_dtype_or_shape_fails(self) -> None:
+    def test_a_different_dtype_or_shape_fails(self) -> None:
         with pytest.raises(AssertionError, match=r"enc_labels: got torch.int32"):
             assert_same_labels(self.labels._replace(enc_labels=self.labels.enc_labels.int()), self.labels)
         with pytest.raises(AssertionError, match=r"interior: got torch.bool \(1, 1, 3\)"):
@@ -394,14 +394,14 @@ class TestComparisons:
         with pytest.raises(AssertionError):
             assert_close_loss(loss, loss * torch.nan)
 
-    def test_gradients_are_measured_by_their_scale(self) -> None:
+    def test_gradients_are_compared_relative_to_their_scale(self) -> None:
         wanted = torch.tensor([0.1, 0.0])
         assert_close_gradient(wanted + 2e-7, wanted, scale=0.1)
         for wrong in (wanted + 4e-7, wanted * torch.nan, wanted[None], None):
             with pytest.raises(AssertionError):
                 assert_close_gradient(wrong, wanted, scale=0.1)
 
-    def test_without_a_selection_gradients_are_zero(self) -> None:
+    def test_gradients_of_an_empty_region_must_be_zero(self) -> None:
         zero, scale = torch.zeros(2), gradient_scale(torch.zeros(1, 1, 1, 2).bool(), 3)
         assert_close_gradient(zero, zero, scale=scale)
         with pytest.raises(AssertionError):
@@ -435,11 +435,11 @@ except ImportError as error:
             "`map_pairs` needs hypothesis, which is not installed: pip install 'ssync-loss[test]'."
         )
 
-    def test_every_public_name_is_there(self) -> None:
+    def test_every_public_name_exists(self) -> None:
         assert all(getattr(testing, name) is not None for name in testing.__all__)
         assert dir(testing) == sorted(testing.__all__)
 
-    def test_other_names_are_not(self) -> None:
+    def test_other_names_do_not_exist(self) -> None:
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             _ = testing.nothing
 

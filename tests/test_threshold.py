@@ -1,4 +1,4 @@
-"""Overlaps of slots in bins, and the rule for the merge threshold that the study tried."""
+"""The histogram of slot overlaps, and the rule for the merge threshold that the study tried."""
 
 from itertools import pairwise
 
@@ -22,16 +22,16 @@ from ssync_loss.testing import (
 )
 
 few = settings(max_examples=25, deadline=None)
-# far from small fractions, so that rounding does not decide
+# not close to small fractions, so that rounding does not decide
 KEEP = st.sampled_from([0.3183098862, 0.6180339887, 0.9091909391])
 
 
 def row(*slots: list[float]) -> Tensor:
-    """One clip of one frame of one row."""
+    """Return one clip with one frame of one row."""
     return torch.tensor(slots)[None, None, :, None]
 
 
-# 0 and 1 overlap by 1/2, 2 and 3 by 2/3
+# slots 0 and 1 overlap by 1/2, slots 2 and 3 by 2/3
 CHAIN = row(
     [9.0, 0.0, 0.0, 0.0, 0.0, 0.0],
     [8.0, 9.0, 0.0, 0.0, 0.0, 0.0],
@@ -56,7 +56,7 @@ class TestHistogram:
         assert overlap_histogram(overlap, slot_mask=case.slot_mask, num_bins=num_bins).tolist() == wanted
 
     def test_by_hand(self) -> None:
-        # six pairs: four without overlap, 1/2 and 2/3
+        # four of six pairs do not overlap, and the others overlap by 1/2 and 2/3
         counts = overlap_histogram(slot_overlap(CHAIN))
         assert {place: count for place, count in enumerate(counts.tolist()) if count} == {0: 4, 10: 1, 13: 1}
         masked = overlap_histogram(slot_overlap(CHAIN), slot_mask=torch.tensor([[True, True, True, False]]))
@@ -78,13 +78,13 @@ class TestHistogram:
 class TestRule:
     @few
     @given(map_pairs(), st.integers(0, 99), KEEP)
-    def test_no_lower_threshold_keeps_enough(self, case: MapPair, seed: int, keep: float) -> None:
+    def test_it_is_the_lowest_threshold_that_keeps_enough(self, case: MapPair, seed: int, keep: float) -> None:
         enc = case.enc_logits
         B, T, S, H, W = enc.shape
         assume(B > 0)
         features = torch.randint(-2, 3, (B, T, 3, H, W), generator=torch.Generator().manual_seed(seed)) / 2
         levels = sorted({0.0, *reference_slot_overlap(enc).triu(1).flatten().tolist()})
-        # equal overlaps with different rounding
+        # equal overlaps may round differently
         assume(all(high - low > 1e-6 for low, high in pairwise(levels)))
 
         def explained(threshold: float | None) -> float:
@@ -96,20 +96,20 @@ class TestRule:
             assert threshold == 1
             return
         kept = [explained(level) for level in levels]
-        # more merging explains less
+        # merging more slots explains less
         assert all(low <= high + 1e-6 for low, high in pairwise(kept))
         lowest = next(number for number, one in enumerate(kept) if one >= keep * whole - 1e-9)
         assert threshold == pytest.approx((levels[lowest] + [*levels[1:], 1.0][lowest]) / 2, abs=1e-6)
 
     def test_by_hand(self) -> None:
-        # slots 2 and 3 hold the same features, and merge without loss; 0 and 1 do not
+        # slots 2 and 3 have the same features, so only they merge without loss
         assert suggest_merge_threshold(CHAIN, STEPS, keep=1.0) == pytest.approx((1 / 2 + 2 / 3) / 2)
         assert suggest_merge_threshold(CHAIN, STEPS, keep=0.0) == pytest.approx(1 / 4)
-        # 0 and 1 overlap as much as 2 and 3; the first two have different features, the last two equal ones
+        # both pairs overlap equally, but only the second pair has equal features
         tied = row([9.0, 0, 0, 0], [8.0, 9, 0, 0], [0, 0, 9.0, 0], [0, 0, 8.0, 9])
         assert suggest_merge_threshold(tied, row([0.0, 4.0, 9.0, 9.0]), keep=1.0) == pytest.approx((1 / 2 + 1) / 2)
         # a threshold of 1 does not merge an overlap of 1
         same = row([9.0, 8.0, 0.0, 0.0], [8.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0])
         assert suggest_merge_threshold(same, row([0.0, 6.0, 3.0, 3.0]), keep=0.5) == 1
-        # constant features
+        # constant features are not explained
         assert suggest_merge_threshold(CHAIN, torch.ones_like(STEPS)) == 1

@@ -1,4 +1,4 @@
-"""Pictures by hand, pixel by pixel, and properties of all pictures."""
+"""Pictures against hand computations, pixel by pixel, and properties of all pictures."""
 
 import math
 from itertools import pairwise
@@ -45,7 +45,7 @@ def noise_maps(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def cell(picture: Tensor, line: int, frame: int, *, height: int, width: int, gap: int) -> Tensor:
-    """Cut one frame of one row out of a panel: (B, 3, height, width)."""
+    """Return one frame of one row of a panel: (B, 3, height, width)."""
     top, left = line * (height + gap), frame * (width + gap)
     return picture[..., top : top + height, left : left + width]
 
@@ -53,7 +53,7 @@ def cell(picture: Tensor, line: int, frame: int, *, height: int, width: int, gap
 # --- colors ---
 
 
-def test_every_slot_has_a_color_of_its_own() -> None:
+def test_every_slot_has_a_distinct_color() -> None:
     colors = palette(256)
     assert colors.dtype == torch.uint8
     assert colors.shape == (256, 3)
@@ -61,7 +61,7 @@ def test_every_slot_has_a_color_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("num_slots", "apart"), [(9, 75), (12, 70), (16, 60), (24, 45)])
-def test_colors_of_a_usual_model_are_far_apart(num_slots: int, apart: float) -> None:
+def test_colors_of_a_typical_model_are_far_apart(num_slots: int, apart: float) -> None:
     colors = palette(num_slots).double()
     between = torch.cdist(colors, colors)[~torch.eye(num_slots, dtype=torch.bool)]
     assert between.min() >= apart
@@ -91,15 +91,15 @@ def test_overlay_mixes_video_and_color_by_alpha() -> None:
     assert quarter.tolist() == [round(75 + part / 4) for part in palette(1)[0].tolist()]
 
 
-def test_patches_are_enlarged_to_the_nearest_pixel() -> None:
+def test_patches_are_enlarged_by_nearest_neighbor() -> None:
     labels = torch.tensor([[[[0, 1], [2, 3]]]])
     picture = overlay(torch.zeros(1, 1, 3, 4, 5), labels, alpha=1.0)
-    # five pixels for two patches: pixel i shows patch i * 2 // 5
+    # two patches fill five pixels: pixel i shows patch i * 2 // 5
     names = [[0, 0, 0, 1, 1]] * 2 + [[2, 2, 2, 3, 3]] * 2
     assert torch.equal(picture[0, 0].permute(1, 2, 0), palette(4)[torch.tensor(names)])
 
 
-def test_floating_videos_are_clamped_and_uint8_videos_kept() -> None:
+def test_floating_videos_are_clamped_and_uint8_videos_unchanged() -> None:
     video = torch.tensor([-1.0, 0.0, 0.5, 1.0, 7.0, math.nan, math.inf]).expand(1, 1, 3, 1, 7)
     labels = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     assert overlay(video, labels, alpha=0.0)[0, 0, 0, 0].tolist() == [0, 0, 128, 255, 255, 0, 255]
@@ -109,7 +109,7 @@ def test_floating_videos_are_clamped_and_uint8_videos_kept() -> None:
     assert torch.equal(overlay(half, labels), overlay(half.float(), labels))
 
 
-def test_invalid_patches_go_dark() -> None:
+def test_invalid_patches_are_dark() -> None:
     labels = torch.zeros(1, 2, 1, 2, dtype=torch.int64)
     video = torch.ones(1, 2, 3, 1, 2)
     frames = overlay(video, labels, alpha=1.0, valid=torch.tensor([[True, False]]))
@@ -117,7 +117,7 @@ def test_invalid_patches_go_dark() -> None:
     assert frames[0, 1, :, 0, 1].tolist() == list(INVALID)
 
 
-def test_labels_beyond_the_palette_start_over() -> None:
+def test_labels_beyond_the_palette_repeat_colors() -> None:
     video = torch.zeros(1, 1, 3, 1, 1)
     first, later = torch.tensor([[[[3]]]]), torch.tensor([[[[259]]]])
     assert torch.equal(overlay(video, first), overlay(video, later))
@@ -126,14 +126,14 @@ def test_labels_beyond_the_palette_start_over() -> None:
 # --- outlines ---
 
 
-def test_an_outline_is_the_rim_of_a_region_and_closes_at_the_frame() -> None:
+def test_an_outline_is_the_closed_rim_of_a_region() -> None:
     region = torch.zeros(1, 1, 1, 2, dtype=torch.bool)
     region[..., 0] = True
     picture = outline(torch.zeros(1, 1, 3, 5, 10), region, (9, 8, 7))
     rim = [[9, 9, 9, 9, 9], [9, 0, 0, 0, 9], [9, 0, 0, 0, 9], [9, 0, 0, 0, 9], [9, 9, 9, 9, 9]]
     assert picture[0, 0, 0].tolist() == [line + [0] * 5 for line in rim]
     assert (picture[0, 0, :, 0, 0]).tolist() == [9, 8, 7]
-    # a wider line grows inward, and an empty region has none
+    # a wider line grows inward, and an empty region has no line
     wide = outline(torch.zeros(1, 1, 3, 6, 6), region[..., :1], width=2)[0, 0, 0]
     assert (wide == 255).sum() == 36 - 4
     assert (wide[2:4, 2:4] == 0).all()
@@ -143,7 +143,7 @@ def test_an_outline_is_the_rim_of_a_region_and_closes_at_the_frame() -> None:
 # --- roles ---
 
 
-def test_roles_say_who_is_taught() -> None:
+def test_roles_show_the_taught_maps() -> None:
     labels = torch.zeros(1, 1, 1, 5, dtype=torch.int64)
     boundary = torch.tensor([[[[False, True, True, False, False]]]])
     interior = torch.tensor([[[[True, False, True, False, False]]]])
@@ -168,7 +168,7 @@ def test_a_filmstrip_lays_frames_side_by_side() -> None:
     assert torch.equal(filmstrip(video[:, :1], gap=9), filmstrip(video[:, :1]))
 
 
-def test_a_histogram_has_bars_like_roots_and_a_line() -> None:
+def test_a_histogram_has_square_root_bars_and_a_line() -> None:
     picture = histogram(torch.tensor([16, 4, 0, 1], dtype=torch.uint8), at=0.5, height=8, width=2)
     blue, orange = (torch.tensor(one, dtype=torch.uint8)[:, None] for one in (ENCODER_TAUGHT, DECODER_TAUGHT))
     # the line at 0.5 is the first column of the third bin
@@ -214,7 +214,7 @@ def test_a_panel_has_a_row_per_view_and_a_column_per_frame() -> None:
         assert (picture[:, :, :, t * 13 - 1] == 255).all()
 
 
-def test_a_panel_computes_the_labels_it_is_not_given() -> None:
+def test_a_panel_computes_missing_labels() -> None:
     video, (enc, dec) = noise_video(2, 2, 3, 8, 8), noise_maps(2, 2, 5, 4, 4)
     for threshold in (0.2, None):
         labels = pseudo_labels(enc, dec, merge_threshold=threshold)
@@ -226,12 +226,12 @@ def test_scale_enlarges_every_pixel_of_the_video() -> None:
     video, maps = noise_video(1, 2, 3, 6, 9), noise_maps(1, 2, 3, 3, 3)
     small, large = panel(video, *maps, gap=0), panel(video, *maps, gap=0, scale=3)
     assert large.shape == (1, 3, 5 * 18, 2 * 27)
-    # lines around disagreements are scaled with the frames; all else is the same pixels three times
+    # outlines scale with the frames, like all other pixels
     enlarged = small.repeat_interleave(3, 2).repeat_interleave(3, 3)
     assert torch.equal(large, enlarged)
 
 
-def test_the_rows_over_maps_are_gray_underneath() -> None:
+def test_overlays_have_a_gray_video() -> None:
     video, maps = noise_video(1, 1, 3, 6, 6), noise_maps(1, 1, 3, 3, 3)
     picture = panel(video, *maps, alpha=0.0, gap=0)
     under = cell(picture, 1, 0, height=6, width=6, gap=0)[0]
@@ -244,7 +244,7 @@ def test_the_rows_over_maps_are_gray_underneath() -> None:
 
 @few
 @given(ssync_cases(), st.sampled_from([math.nan, math.inf, 7.0]))
-def test_what_invalid_cells_hold_never_shows(case: SSyncCase, value: float) -> None:
+def test_values_of_invalid_cells_do_not_show(case: SSyncCase, value: float) -> None:
     enc, dec, valid, slot_mask = case
     video = noise_video(*enc.shape[:2], 3, *enc.shape[3:])
     hidden = [poison(logits, valid=valid, slot_mask=slot_mask, value=value) for logits in (enc, dec)]
@@ -254,7 +254,7 @@ def test_what_invalid_cells_hold_never_shows(case: SSyncCase, value: float) -> N
     )
 
 
-def test_flat_maps_probabilities_and_another_decoder_grid_are_taken() -> None:
+def test_a_panel_accepts_flat_maps_probabilities_and_another_decoder_grid() -> None:
     video, (enc, dec) = noise_video(1, 2, 3, 8, 12), noise_maps(1, 2, 3, 4, 6)
     labels = pseudo_labels(enc, dec)
     wanted = panel(video, enc, dec, labels=labels)
@@ -266,7 +266,7 @@ def test_flat_maps_probabilities_and_another_decoder_grid_are_taken() -> None:
     assert panel(video[:, :1, :, :2, :3], enc[:, :1, :1], dec[:, :1, :1], gap=0).shape == (1, 3, 10, 3)
 
 
-def test_pictures_carry_no_graph_and_change_no_input() -> None:
+def test_pictures_have_no_graph_and_change_no_input() -> None:
     video, (enc, dec) = noise_video(1, 2, 3, 8, 8).requires_grad_(), noise_maps(1, 2, 3, 4, 4)
     before = [one.detach().clone() for one in (video, enc, dec)]
     picture = panel(video, enc.requires_grad_(), dec.requires_grad_())
@@ -275,7 +275,7 @@ def test_pictures_carry_no_graph_and_change_no_input() -> None:
         assert torch.equal(one, other)
 
 
-def test_nothing_is_read_on_the_host() -> None:
+def test_no_tensor_is_read_on_the_host() -> None:
     with FakeTensorMode():
         video, valid = torch.rand(2, 3, 3, 20, 24), torch.rand(2, 3, 5, 6) > 0.2
         enc, dec = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 7, 9)

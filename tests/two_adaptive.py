@@ -1,27 +1,26 @@
 """Trains the adaptive loss in two processes: python two_adaptive.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: its last state, and how many numbers were sent.
+Each rank writes its last state and the sizes of its collectives to FOLDER/RANK.pt.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ranks import meet
+from ranks import meet, recorded
 from sample_maps import sample_maps
 from ssync_loss import AdaptiveSSyncLoss, SSyncLoss
 
 STEPS = 4
-# clips a rank
+# clips of each rank
 SHARES = [slice(0, 1), slice(1, 4)]
 
 
 def scene(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maps, features and valid patches of a step: the encoder is right in the first clip, the decoder in the others.
+    """Return maps, features and valid patches. The encoder is right in the first clip, the decoder in the others.
 
-    Later the second rank's features are constant, then NaN, then no patch is valid.
+    The second rank's features are constant in step 1 and NaN in step 2. In step 3 it has no valid patch.
     """
     enc, dec = sample_maps(4)
     features = torch.stack([enc[0], *dec[1:]]).detach().clone()
@@ -36,7 +35,7 @@ def scene(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(share: slice, *, compiled: bool = False) -> dict[str, Any]:
-    """Take the steps with some of the clips, and return the state."""
+    """Train on some of the clips, and return the state."""
     loss = AdaptiveSSyncLoss(SSyncLoss(merge_threshold=None), momentum=0.5, warmup=1)
     step_of: Any = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
     for step in range(STEPS):
@@ -46,16 +45,9 @@ def train(share: slice, *, compiled: bool = False) -> dict[str, Any]:
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    sent: list[int] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    together = train(SHARES[rank])
-    dist.all_reduce = all_reduce
+    with recorded("all_reduce") as calls:
+        together = train(SHARES[rank])
+    sent = [numel for _, numel, _ in calls]
     return {"together": together, "sent": sent, "compiled": train(SHARES[rank], compiled=True)}
 
 

@@ -1,6 +1,6 @@
-"""Moves centers in two processes: python two_centers.py RANK FOLDER.
+"""Updates centers in two processes: python two_centers.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: its last centers, its losses, and how many numbers were sent.
+Each rank writes its last centers, its losses and the sizes of its collectives to FOLDER/RANK.pt.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from ssync_loss import CenteredCrossEntropy
 from ssync_loss.functional import masked_token_loss, out_generative_loss
 
@@ -24,12 +24,12 @@ SHARES = {
 
 
 def scene() -> dict[str, Tensor]:
-    """The whole batch of four clips, four frames; the clips have different numbers of masked positions."""
+    """Return a batch of four clips of four frames. The clips have different numbers of masked positions."""
     generator = torch.Generator().manual_seed(3)
     shape = (4, 4, 6, NUM_PROTOTYPES)
     s, t = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
     mask = torch.rand(shape[:3], generator=generator) < torch.tensor([0.2, 0.8, 0.5, 0.0]).view(4, 1, 1)
-    # a frame that no clip masks
+    # no clip masks this frame
     mask[:, 2] = False
     return {"s": s, "t": t, "mask": mask}
 
@@ -57,26 +57,19 @@ def moved(s: Tensor, t: Tensor, mask: Tensor, *, all_reduce: bool, group: Any = 
 
 
 def of_rank(rank: int) -> dict[str, Any]:
-    """Return the moves of one rank, with the other and alone."""
-    sent: list[int] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
+    """Return the updates of one rank, with the other rank and alone."""
     results: dict[str, Any] = {}
-    # every rank must make every group
+    # every rank must create every group
     groups = [dist.new_group([one]) for one in range(WORLD_SIZE)]
     for name, shares in SHARES.items():
         mine = {key: one[shares[rank]] for key, one in scene().items()}
         for kind, group in (("all ranks", None), ("a named group", dist.group.WORLD), ("by itself", groups[rank])):
-            sent.clear()
-            results[f"{name}, {kind}"] = moved(**mine, all_reduce=True, group=group), list(sent)
-        sent.clear()
-        results[f"{name}, alone"] = moved(**mine, all_reduce=False), list(sent)
-    dist.all_reduce = all_reduce
+            with recorded("all_reduce") as calls:
+                centers = moved(**mine, all_reduce=True, group=group)
+            results[f"{name}, {kind}"] = centers, [numel for _, numel, _ in calls]
+        with recorded("all_reduce") as calls:
+            centers = moved(**mine, all_reduce=False)
+        results[f"{name}, alone"] = centers, calls
     return results
 
 

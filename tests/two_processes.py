@@ -1,6 +1,6 @@
-"""Runs every case of data parallelism in two processes, and in one: python two_processes.py RANK FOLDER.
+"""Runs every case of data parallelism in one and in two processes: python two_processes.py RANK FOLDER.
 
-Each rank writes FOLDER/RANK.pt: per case the gradients of the model, the values of the loss and what was sent.
+Each rank writes the gradients of the model, the loss and the collectives of every case to FOLDER/RANK.pt.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import WORLD_SIZE, meet
+from ranks import WORLD_SIZE, meet, recorded
 from sample_maps import sample_maps
 from ssync_loss import SSyncLoss
 from ssync_loss.distributed import global_mean
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
 
 
 class Host(nn.Module):
-    """A model of both maps that mixes the slots of given maps."""
+    """A model that computes both maps by mixing the slots of given maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Host(nn.Module):
 
 
 def scene() -> tuple[Tensor, Tensor]:
-    """The whole batch: later clips have fewer stripes, so that the ranks select different numbers of patches."""
+    """Return the whole batch. Later clips have fewer stripes, so the ranks select different numbers of patches."""
     enc, dec = sample_maps(NUM_CLIPS, requires_grad=False)
     for maps in (enc, dec):
         maps[2:, :, 1] += 1.5
@@ -75,29 +75,21 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def whole_batch() -> dict[str, Any]:
-    """One process, all clips."""
+    """Run all clips in one process."""
     results = {}
     for name, (settings, masks, step) in CASES.items():
         model = Host()
         enc, dec = model(*scene())
         loss = SSyncLoss(**settings)(enc, dec, step=step, **masks)
         value = loss.detach()
-        # a host's own loss is a mean over equal shares
+        # the host's own loss is a mean over equal shares
         loss = loss + 0.1 * (enc.square().mean() + dec.square().mean())
         results[name] = {"value": value, "gradients": gradients(model, loss)}
     return results
 
 
 def one_rank(rank: int, *, use_global_mean: bool) -> dict[str, Any]:
-    """One of two processes, half of the clips."""
-    sent: list[tuple[int, torch.dtype]] = []
-    all_reduce = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
+    """Run half of the clips in one of two processes."""
     share = slice(rank * NUM_CLIPS // WORLD_SIZE, (rank + 1) * NUM_CLIPS // WORLD_SIZE)
     results = {}
     for name, (settings, masks, step) in CASES.items():
@@ -105,20 +97,19 @@ def one_rank(rank: int, *, use_global_mean: bool) -> dict[str, Any]:
         enc, dec = model(*(maps[share] for maps in scene()))
         mine: Any = {key: mask[share] for key, mask in masks.items()}
         criterion = SSyncLoss(**settings)
-        sent.clear()
-        if use_global_mean:
-            loss = global_mean(criterion, enc, dec, step=step, **mine)
-        else:
-            loss = criterion(enc, dec, step=step, **mine)
-        value, calls = loss.detach(), list(sent)
+        with recorded("all_reduce") as calls:
+            if use_global_mean:
+                loss = global_mean(criterion, enc, dec, step=step, **mine)
+            else:
+                loss = criterion(enc, dec, step=step, **mine)
+        value = loss.detach()
         loss = loss + 0.1 * (enc.square().mean() + dec.square().mean())
         results[name] = {"value": value, "gradients": gradients(model, loss), "sent": calls}
-    dist.all_reduce = all_reduce
     return results
 
 
 def uneven(rank: int) -> dict[str, Any]:
-    """Batches of one clip and of three clips, and a named group."""
+    """Run batches of one clip and of three clips, with an explicit group."""
     share = slice(0, 1) if rank == 0 else slice(1, NUM_CLIPS)
     model = DistributedDataParallel(Host())
     enc, dec = model(*(maps[share] for maps in scene()))

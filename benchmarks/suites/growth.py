@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 from examples.markdown import significant
 
-from benchmarks.add_ons import ADD_ONS, CHANNELS, DENSE, WIDTH
+from benchmarks.add_ons import ADD_ONS, CHANNELS, DENSE
 from benchmarks.contenders import USUAL_MALLOC, name_of
 from benchmarks.measure import measure
 from benchmarks.plan import Job, Options
@@ -17,7 +17,7 @@ from ssync_loss.ssync.engines.cpu.calls import MAX_SLOTS
 LINEAR, NEIGHBORS = "linear_vs_quadratic", "add_ons"
 SLOTS = 11
 # the shape of MOVi-C with few channels; every sweep of the add-ons passes through it
-REFERENCE = {"B": 2, "T": 4, "S": SLOTS, "H": 24, "W": 24, "D": CHANNELS, "Kp": 4096, "weights": 64 * WIDTH**2}
+REFERENCE = {"B": 2, "T": 4, "S": SLOTS, "H": 24, "W": 24, "D": CHANNELS, "Kp": 4096, "weights": 1 << 22}
 CLIP = {"B": 1, "T": 4, "S": SLOTS, "H": 16, "W": 16}
 # the axes of a suite: a shape, and the least and the largest power of two that multiplies the axis
 SWEEPS = {
@@ -65,7 +65,7 @@ def predict(points: Points, size: int) -> float:
 
 def size_of(key: Key) -> int:
     """Return the patches of a batch, or the length of the axis of an add-on."""
-    axes = "BTHW" if key.suite == LINEAR else key.case.split("*")
+    axes = key.case.split("*") if key.suite == NEIGHBORS else "BTHW"
     return prod(key.sizes[axis] for axis in axes)
 
 
@@ -114,15 +114,20 @@ def plan(suite: str, options: Options) -> list[Job]:
 
 
 def too_much(results: Results, key: Key, options: Options) -> Row | None:
-    """Return the row of a step that must not run: it should take too long, or a smaller one did not run."""
-    cap = min(options.time_cap, LONGEST_STEP[key.suite])
+    """Return the row of a step that must not run: it should exceed a cap, or a smaller one did not run."""
     axis = "patches" if key.suite == LINEAR else key.case
-    known = history(results, key.suite, key.case, key.contender, "step")
-    known = [point for point in known if point[0] < size_of(key)]
-    if known and (wanted := predict(known, size_of(key))) > cap:
-        size, cost = known[-1]
-        after = f"after {significant(cost)} s at {size:,} {axis}"
-        return Row(key, "time", f"a step should take {significant(wanted)} s {after}; the cap is {cap:g} s")
+    time_cap, memory_cap = min(options.time_cap, LONGEST_STEP[key.suite]), options.memory_cap / 1e9
+    for status, value, cap, scale, unit in (
+        ("time", "step", time_cap, 1, "s"),
+        ("memory", "allocated", memory_cap, 1e9, "GB"),
+    ):
+        costs = history(results, key.suite, key.case, key.contender, value)
+        # zero bytes predict nothing
+        known = [(size, cost / scale) for size, cost in costs if cost > 0 and size < size_of(key)]
+        if known and (wanted := predict(known, size_of(key))) > cap:
+            after = f"after {significant(known[-1][1])} {unit} at {known[-1][0]:,} {axis}"
+            note = f"a step should take {significant(wanted)} {unit} {after}; the cap is {cap:g} {unit}"
+            return Row(key, status, note)
     for row in results.select(key.suite, case=key.case, contender=key.contender):
         if row.status != "measured" and size_of(row.key) < size_of(key):
             where = "" if row.note.startswith("as at ") else f"as at {size_of(row.key):,} {axis}: "

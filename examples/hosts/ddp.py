@@ -1,11 +1,11 @@
-"""Data parallelism with gradient accumulation and mixed precision: what a script started by ``torchrun`` does.
+"""Data parallelism with gradient accumulation and mixed precision, in a script that ``torchrun`` starts.
 
 ::
 
-    torchrun --nproc-per-node 2 train.py      # which calls `train` after it has built the model and its data
+    torchrun --nproc-per-node 2 train.py      # builds the model and its data, then calls `train`
 
-`global_mean` makes the gradients those of the mean over the patches of *all* ranks, as if one process had the whole
-batch; with ``criterion(...)`` in its place each rank's mean counts the same. A schedule counts the optimizer's steps.
+`global_mean` averages over the patches of *all* ranks, as if one process had the whole batch. A plain
+``criterion(...)`` would give each rank's mean the same weight. A schedule counts optimizer steps.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ def train(
     device: str = "cpu",
     amp: bool = True,
 ) -> nn.Module:
-    """Train this rank's replica; a batch is the parts whose gradients are accumulated to one step."""
+    """Train this rank's replica. A batch is a sequence of parts whose gradients accumulate to one step."""
     maps = attach(model)
     replica = DistributedDataParallel(model)
     criterion = SSyncLoss.from_preset("ytvis")
@@ -37,7 +37,7 @@ def train(
     scaler = torch.amp.GradScaler(device, enabled=amp)
     for step, parts in enumerate(batches):
         for part in parts:
-            # gradients travel with the last part
+            # ranks exchange gradients at the last part only
             with nullcontext() if part is parts[-1] else replica.no_sync():
                 with torch.autocast(device, enabled=amp):
                     loss = host_loss(replica, part)

@@ -1,16 +1,16 @@
-"""A metric and a callback for RandSF.Q, SmoothSA, xSSC and others of their kind, whose configurations are Python.
+"""A metric and a callback for RandSF.Q, SmoothSA, xSSC and related hosts, whose configurations are Python.
 
-In a configuration, with ``learn`` the host's ``object_centric_bench.learn``::
+A configuration gets these lines::
 
     from object_centric_bench import learn
 
     SSyncMetric, SSyncMaps = for_host(learn)
-    loss_fn["ssync"] = ssync_term(SSyncMetric, start_step=15000)  # in xSSC's, loss_fn_t and loss_fn_v
+    loss_fn["ssync"] = ssync_term(SSyncMetric, start_step=15000)  # xSSC has loss_fn_t and loss_fn_v
     callback_t.insert(1, dict(type=SSyncMaps))
     callback_v.insert(1, dict(type=SSyncMaps))
 
-The callback writes the maps of every forward into ``output``: the encoder's dots in place of probabilities, and with
-xSSC also ``valid``, the frames that the decoder made from themselves. A metric returns (loss (b,), valid (b,)), b = 1.
+The callback writes the maps of every forward pass into ``output``. The encoder map holds dots, not probabilities. xSSC
+also has ``valid``, the frames that are decoded from their own slots. A metric returns (loss (b,), valid (b,)), b = 1.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from ssync_loss.adapters import attach
 
 
 def for_host(learn: Any) -> tuple[type, type]:
-    """Return a metric and a callback of the host's own kinds."""
+    """Return a metric and a callback that subclass the host's."""
 
     class SSyncMetric(learn.metric.Metric):  # type: ignore[misc]
         def __init__(self, **settings: Any) -> None:
@@ -50,7 +50,7 @@ def for_host(learn: Any) -> tuple[type, type]:
 
 
 def ssync_term(metric: type, *, weight: float = 1.0, **settings: Any) -> dict[str, Any]:
-    """Return the entry of ``loss_fn``; what the host has not got, such as a slot mask, its maps give as None."""
+    """Return the entry of ``loss_fn``. Its maps are None where the host has none, such as a slot mask."""
     names = ("enc_logits", "dec_logits", "valid", "slot_mask")
     paths = {name: f"output.{name}" for name in names}
     return {"metric": {"type": metric, **settings}, "map": {**paths, "step": "step_count"}, "weight": weight}

@@ -1,7 +1,7 @@
-"""A LightningModule that trains a slot model with the line; for a host that is a LightningModule itself, subclass it.
+"""A LightningModule that trains a slot model with SSync. If your host is a LightningModule itself, subclass it.
 
-``global_step`` counts steps of the optimizer, also under gradient accumulation, so schedules mean what they say. The
-maps are attached when fitting starts, before the sanity validation; nothing of them is in the checkpoint.
+``global_step`` counts optimizer steps even under gradient accumulation, so schedules stay right. The maps are attached
+when fitting starts, before the sanity validation. The checkpoint does not hold them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ssync_loss.adapters import attach
 
 
 class SSyncModule(lightning.LightningModule):  # type: ignore[misc, unused-ignore]
-    """Trains ``model`` with ``host_loss(model, batch)``, the loss it had before, and the line."""
+    """Trains ``model`` with its own loss, ``host_loss(model, batch)``, and SSync."""
 
     def __init__(self, model: nn.Module, host_loss: Callable[[nn.Module, Any], Tensor], **settings: Any) -> None:
         super().__init__()
@@ -24,22 +24,22 @@ class SSyncModule(lightning.LightningModule):  # type: ignore[misc, unused-ignor
         self.criterion = SSyncLoss(**settings)
 
     def on_fit_start(self) -> None:
-        """Attach, once."""
+        """Attach the maps once."""
         self.maps = attach(self.model)
 
     def on_fit_end(self) -> None:
-        """Let the model go."""
+        """Detach the maps."""
         self.maps.remove()
 
     def training_step(self, batch: Any) -> Tensor:
-        """Return the loss of the host and the line."""
+        """Add SSync to the host's loss."""
         loss = self.host_loss(self.model, batch)
         return loss + self.criterion(**self.maps(), step=self.global_step)
 
     def validation_step(self, batch: Any) -> None:
-        """Validate as before; maps that nobody asks for are forgotten at the next forward."""
+        """Log the host's loss. The next forward pass discards maps that were not read."""
         self.log("val/loss", self.host_loss(self.model, batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer that the fields' papers use."""
+        """Return the optimizer that the field's papers use."""
         return torch.optim.Adam(self.model.parameters(), lr=4e-4)

@@ -1,7 +1,7 @@
-"""A model that `attach` does not know: an entry names the modules whose calls make its two maps.
+"""A model that `attach` does not know: a `Host` entry names the modules that compute its two maps.
 
-The entry has a name, the attributes by which the model is recognized, and a function that finds the maps; the model
-stays as it is. Entries of known models are in `ssync_loss.adapters.hosts`.
+The entry has a name, the attributes that identify the model, and a function that finds the maps. The model does not
+change. `ssync_loss.adapters.hosts` has the entries of known models.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ssync_loss.adapters.hosts import Dots, Found, Host, Output
 
 
 class Model(nn.Module):
-    """Slot attention and a decoder; the maps stay inside."""
+    """Slot attention and a decoder. The model does not return its logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 
 def find(model: Model) -> Found:
-    """Name the projections of slots and of patches, their scale, and the module whose call is one clip."""
+    """Name the projections of slots and patches, their scale, and the module that is called once per clip."""
     return Found(Dots(model.to_q, model.to_k, model.scale, covers=model), Output(model.alpha, covers=model))
 
 

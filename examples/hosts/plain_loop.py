@@ -1,7 +1,7 @@
-"""A training loop of one's own: attach once, and one line after the host's loss.
+"""A plain training loop: attach once, and add one line after the host's loss.
 
-For STEVE, SPOT, slot attention with a decoder of one's own, or any model that a script trains. ``host_loss(model,
-batch)`` is what the script did before; ``dec`` is a decoder that is the user's own, see `attach`.
+It suits STEVE, SPOT, slot attention with your own decoder, and any other model that a script trains.
+``host_loss(model, batch)`` is the loss that the script had before. ``dec`` is your own decoder, see `attach`.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ def train(
     start_step: int = 0,
     dec: Any = None,
 ) -> Tensor:
-    """Train on the batches, and return the loss of every step; the line is the same in every loop."""
+    """Train on the batches, and return the loss of every step."""
     maps = attach(model, dec=dec)
     criterion = SSyncLoss.from_preset("ytvis", start_step=start_step)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)

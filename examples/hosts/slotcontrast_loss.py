@@ -1,10 +1,10 @@
-"""A YAML loss for SlotContrast, VideoSAUR, SSync, SRL and SlotCurri: one class, and their ``train.py`` as it is.
+"""A YAML loss for SlotContrast, VideoSAUR, SSync, SRL and SlotCurri. Their ``train.py`` does not change.
 
 ::
 
     RUN=slotcontrast.train python examples/hosts/slotcontrast_loss.py configs/slotcontrast/ytvis.yaml
 
-runs that module after the loss has been put among the losses of its package, so that a configuration can say
+adds the loss to the losses of that module's package, then runs the module. A configuration can then say
 
 .. code-block:: yaml
 
@@ -14,9 +14,9 @@ runs that module after the loss has been put among the losses of its package, so
       loss_weights:
         loss_ssync: 1.0
 
-beside the losses that are there. Settings are those of `SSyncLoss`. The loss takes what the host gives all losses,
-returns a scalar and keeps nothing in the checkpoint, so old ones load. It does not read the host's outputs, which are
-probabilities: it takes the dots, as published, from the model.
+next to its other losses. The settings are those of `SSyncLoss`. The loss takes the arguments that the host gives every
+loss, and returns a scalar. It adds nothing to the checkpoint, so old checkpoints load. The host's outputs are
+probabilities, so the loss reads the dots from the model, as published.
 """
 
 import os
@@ -32,7 +32,7 @@ from ssync_loss.adapters import attach
 
 
 def register(package: str) -> None:
-    """Put ``SSync`` among the losses of a package, and attach it to the models that the package builds."""
+    """Add ``SSync`` to the losses of a package, and attach it to the models that the package builds."""
     losses, models = (import_module(f"{package}.{name}") for name in ("losses", "models"))
     build = models.build
 
@@ -67,7 +67,7 @@ def register(package: str) -> None:
 
 
 if __name__ == "__main__":
-    # from the environment, which the processes that Lightning starts for other GPUs inherit
+    # Lightning starts processes for other GPUs, and these inherit the environment
     module = os.environ.get("RUN", "slotcontrast.train")
     register(module.rpartition(".")[0])
     runpy.run_module(module, run_name="__main__")

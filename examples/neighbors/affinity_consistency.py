@@ -11,15 +11,15 @@ features are the reference.
 
 The published student sees masked frames, and its features are the logits of a prototype head. Here it sees a random
 crop of every frame, and the features are the tokens: this encoder sees single patches, so it could not guess a masked
-one. Without crops there is a shortcut. Tokens that only know their position have high affinity to the same position of
-all frames, and so have the teacher's. On development clips such tokens propagated labels worse than without the loss.
-A position in a crop is no position in the frame.
+one. Without crops there is a shortcut. Tokens that only encode their position have high affinity to the same position
+of all frames, like the teacher's tokens. On development clips such tokens propagated labels worse than without the
+loss. A position in a crop is not a position in the frame.
 
 What do the crops do alone? Another run has the same crops and the same teacher, but no affinities and no second frame:
 the token of a patch is compared with the teacher's token of that patch.
 
-The size of the crops and both weights were chosen on development clips with seed 0, the settings of the propagation by
-the frozen features there.
+The size of the crops and both weights were chosen on development clips with seed 0. The settings of the propagation
+were chosen there with the frozen features.
 """
 
 import sys
@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -58,7 +58,7 @@ class Affinity(Method):
     """Tokens of crops learn the affinities of a teacher that sees whole frames."""
 
     weight = 0.01
-    # of 12 patches
+    # side of a crop in patches; a frame has 12
     side = 6
 
     def __init__(self, model: SlotModel, settings: Settings) -> None:
@@ -111,7 +111,7 @@ def crop(maps: Tensor, corners: Sequence[tuple[int, int]], side: int) -> Tensor:
 
 
 def carry(features: Tensor, ids: Tensor) -> Scores:
-    """Score labels that features propagate from the first frame, which does not count itself.
+    """Score labels that features propagate from the first frame to the others.
 
     Objects that are not in the first frame become background.
 

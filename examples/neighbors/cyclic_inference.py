@@ -4,15 +4,15 @@
     python examples/neighbors/cyclic_inference.py --seeds 0 1 2     # mean ± sd over three
     python examples/neighbors/cyclic_inference.py --table examples/neighbors/results/cyclic_inference.json
 
-At the first frame slots have seen nothing, at the last the whole clip. On the way back they see the first frame again:
-is it then as good as the last? Both are equally hard here, as objects are half-way along their path in the middle of
-the clip. Nothing is trained for it, so every trained model is read in three ways: forward, cyclically, and forward with
-as many steps as cyclically, all additional ones on the first frame. The third separates the effect of the clip from
-that of a longer look.
+At the first frame, slots have seen nothing. At the last frame, they have seen the whole clip. On the way back they see
+the first frame again. Are its masks then as good as those of the last frame? Both frames are equally hard here, because
+objects are half-way along their path in the middle of the clip. The scan needs no training, so every trained model is
+read in three ways: forward, cyclic, and forward with as many steps as cyclic. In the third way, all additional steps
+see the first frame. It separates the effect of the clip from the effect of a longer look.
 
 As in the publication, clips are longer at evaluation than in training, here 8 frames instead of 4. They are scored
-again with a noisy first frame. This, its noise and the third way of reading were chosen on development clips with seed
-0.
+again with a noisy first frame. The noisy frame, its noise and the third way of reading were chosen on development clips
+with seed 0.
 """
 
 import sys
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -40,7 +40,7 @@ from ssync_loss.metrics import MetricAverage, image_fg_ari, image_mbo, masks_to_
 
 NUM_FRAMES = 8
 LAST = NUM_FRAMES - 1
-# noise of the first frame, in units of its range of colors
+# standard deviation of the first frame's noise; colors lie in [0, 1]
 NOISE = 0.4
 CYCLIC, LONGER = ", cyclic", ", longer first look"
 
@@ -85,7 +85,7 @@ def longer_first_look(model: SlotModel, features: Tensor) -> SlotOutput:
 
 
 class Clips:
-    """Clips to score, as they are and with a noisy first frame."""
+    """Clips to score, with the original and with a noisy first frame."""
 
     def __init__(self, featurize: FrozenFeatures, num_clips: int, *, seed: int) -> None:
         video, clean, ids = held_out(featurize, num_clips, seed=seed, num_frames=NUM_FRAMES)
@@ -123,7 +123,7 @@ def score(labels: Tensor, ids: Tensor) -> Scores:
 
 
 def identity(labels: Tensor, ids: Tensor) -> float:
-    """Share of the objects in the first and the last frame whose largest slot is the same in both.
+    """Return the share of objects whose largest slot is the same in the first and the last frame.
 
     >>> ids = torch.tensor([[[[0, 1, 1, 2, 2, 2]], [[0, 1, 1, 1, 2, 2]]]])
     >>> labels = torch.tensor([[[[0, 3, 3, 4, 4, 5]], [[0, 3, 3, 3, 5, 5]]]])

@@ -8,10 +8,10 @@ Every slot lowers the reconstruction error, so a model with all slots from the s
 into pieces. The curriculum starts with two slots and adds children of those with the largest error, as published after
 10 % and 25 % of the training. Is there less fragmentation?
 
-Six slots meet three to five things here, so a piece too many of one thing is missing at another. With nine, the default
-of the other examples (`--slots 9`), all things have several. Of 1500 steps the published shares leave 150 to two slots,
-a quarter of them with a rising rate. So the curriculum also runs with longer stages, which end after 15 % and 30 %,
-where SSync starts.
+Here six slots share three to five things, so a second slot for one thing is missing at another. With nine slots
+(`--slots 9`), the default of the other examples, every thing has several. The published shares train two slots for 150
+of the 1500 steps, and the learning rate rises in a quarter of these. So the curriculum also runs with longer stages,
+which end after 15 % and 30 %. SSync starts at 30 %, too.
 """
 
 import sys
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 class Curriculum(Method):
-    """Two slots, then more, then all, in two calls a step."""
+    """Two slots, then more, then all, with two calls per step."""
 
     def __init__(self, model: SlotModel, settings: Settings, *, shares: tuple[float, float] = (0.10, 0.25)) -> None:
         super().__init__(model, settings)
@@ -70,16 +70,16 @@ class Curriculum(Method):
 
 
 def pieces(model: SlotModel, data: EvaluationSet) -> Scores:
-    """Count the slots mostly inside an object, over objects with one, and those mostly inside the background."""
+    """Count the slots mostly inside an object, over objects that have one, and the slots mostly in the background."""
     assert data.ids is not None  # these have ground truth
     with torch.no_grad():
         labels = masks_to_labels(maps_of(model, data.features)[1], (data.ids.shape[-2], data.ids.shape[-1]))
     objects = MetricAverage(fragmentation, background=0, over="found")
     objects.update(labels, data.ids)
     background = MetricAverage(fragmentation, background=0)
-    # here the background is the object, and objects are the background
+    # swap the roles of objects and background
     background.update(labels, (data.ids == 0).long())
-    # with few slots, or after few steps, no object may have one
+    # with few slots or after few steps, no object may have a slot
     found = objects.compute().item() if objects.state[1] > 0 else nan
     return {"fragmentation_found": found, "fragmentation_background": background.compute().item()}
 

@@ -8,10 +8,10 @@
 A mean squared error averages, and edges blur. One line more compares the structure of cubes of features, which should
 keep edges sharp in the reconstruction and in the masks.
 
-The squared error grows with the square of the features, the structure term does not, so the effect of the published
-weight of 0.05 depends on the backbone. Here its gradient is a small part of the squared error's. So the loss also gets
-the weight at which both gradients are about equal. A run with the squared error twice shows how much sharper a
-reconstruction is that only has more weight beside the slot contrast.
+The squared error grows with the square of the features, but the structure term does not. So the effect of the published
+weight of 0.05 depends on the backbone. Here its gradient is a small part of the squared error's. So another run has the
+weight at which both gradients are about equal. A run with the squared error twice shows how much more weight against
+the slot contrast sharpens the reconstruction.
 """
 
 import sys
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -120,10 +120,10 @@ def edge_contrast(made: Tensor, wanted: Tensor, ids: Tensor) -> float:
 
 
 def mask_steps(masks: Tensor, ids: Tensor) -> tuple[float, float]:
-    """Measure the part of a patch that changes slots to the next one, across edges and inside surfaces.
+    """Measure how much neighboring masks differ across edges and inside surfaces.
 
-    It is the mean of ``1/2 sum over slots of |mask_p - mask_q|`` over neighboring patches p, q of different surfaces,
-    and of the same one. Masks as sharp as the objects have 1 and 0, constant masks have 0 and 0.
+    Returns the mean of ``1/2 sum over slots of |mask_p - mask_q|`` over neighboring patches p, q of different surfaces,
+    and over those of the same surface. Perfect masks have 1 and 0, and constant masks have 0 and 0.
 
     Shape:
         masks: (B, T, S, H, W), a distribution over slots. ids: (B, T, H, W).
@@ -155,7 +155,7 @@ def patch_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def painted(features: Tensor, ids: Tensor) -> Tensor:
-    """Give every patch the mean feature of its surface in the frame: the best that one slot a surface could do.
+    """Give every patch the mean feature of its surface in the frame, the best reconstruction with a slot per surface.
 
     Shape:
         features: (B, T, D, H, W). ids: (B, T, H, W). Returns (B, T, D, H, W).

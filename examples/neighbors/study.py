@@ -50,7 +50,7 @@ class Method:
         output: SlotOutput = self.model(features)
         return output
 
-    def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (for those who override)
+    def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (subclasses use them)
         """Compute the term to add to the loss of a step."""
         return features.new_zeros(())
 
@@ -94,7 +94,7 @@ class Study:
 
 @dataclass
 class Training:
-    """A run: a deep copy of it goes on as the run itself would."""
+    """A run. A deep copy continues exactly as the run would."""
 
     settings: Settings
     seed: int
@@ -109,7 +109,7 @@ class Training:
 
     @classmethod
     def start(cls, make: Callable[[SlotModel, Settings], Method], settings: Settings, seed: int) -> "Training":
-        """Start from the weights that the seed gives: the model's are the same with every method."""
+        """Start from the seed's weights. The model's weights are the same with every method."""
         torch.manual_seed(seed)
         model = SlotModel(settings.slots)
         method = make(model, settings)
@@ -130,7 +130,7 @@ class Training:
         self.rng = torch.get_rng_state()
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what is trained: the model, and what the method has beside it."""
+        """Return the parameters of the model and of the method."""
         return [*self.model.parameters(), *self.method.parameters()]
 
     def forward(self, features: Tensor) -> SlotOutput:
@@ -143,7 +143,7 @@ class Training:
 
 
 def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
-    """Train and score every run of a seed: by name of run and reading, its scores."""
+    """Train every run of a seed, and return its scores by the names of run and reading."""
     settings, scores = study.settings, {}
     criterion = SSyncLoss(merge_threshold=settings.threshold, start_step=settings.start_step)
     for name, make in study.methods.items():
@@ -155,7 +155,7 @@ def run_seed(study: Study, features: Tensor, seed: int) -> dict[str, Scores]:
         for run, line in runs:
             title = with_ssync(name) if line is not None else name
             run.train(features, until=settings.steps, criterion=line, title=f"seed {seed}, {title}")
-            # of the steps from the start of SSync on
+            # over the steps since the start of SSync
             ms = 1000 * median(run.times[settings.start_step :])
             for reading, measure in study.readings.items():
                 scores[title + reading] = measure(run.model) | {"ms": ms}
@@ -218,7 +218,7 @@ class StudyReport:
 
 
 def table(report: StudyReport) -> str:
-    """Lay out what a run prints: what stands in the README, and where it comes from."""
+    """Format the table that a run prints: the README's table, and its origin."""
     settings, spread = report.settings, " (mean ± sd)" * (len(report.seeds) > 1)
     return "\n".join(
         [
@@ -234,7 +234,7 @@ def table(report: StudyReport) -> str:
 
 
 def in_short(report: StudyReport) -> str:
-    """Lay out the scores as Markdown: those of the first run, and what others gain on it, or on the run named."""
+    """Format the scores of the first run, and the gains of others over it or over another run, as Markdown."""
     columns, runs = report.columns, list(report.seeds.values())
     first, *others = runs[0]
     rows = [["", *(column.title for column in columns)]]
@@ -266,16 +266,16 @@ def main(
     """Run a study from the command line, write its results and print its table.
 
     Args:
-        name: of the study, for its results.
-        description: for --help.
-        build: makes the study and the features (B, T, D, H, W) that are trained on.
+        name: name of the study and of its results.
+        description: text for --help.
+        build: makes the study and the training features (B, T, D, H, W).
         arguments: the command line; None for the process's own.
-        steps: of a run, if the command line does not say.
-        slots: of the model, likewise.
+        steps: default number of steps.
+        slots: default number of slots.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_training_options(parser, steps=steps, slots=slots)
-    parser.add_argument("--out", type=Path, default=Path("runs") / f"{name}.json", help="where the results go")
+    parser.add_argument("--out", type=Path, default=Path("runs") / f"{name}.json", help="file for the results")
     options = parser.parse_args(arguments)
     if options.table is not None:
         with explained():

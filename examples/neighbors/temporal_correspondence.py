@@ -10,8 +10,8 @@ be similar (instance consistency). No two slots should cover the same patches (m
 model's moving average.
 
 To make identity hard, objects move three times as fast as in the other examples, and the own loss is the reconstruction
-alone. The slot contrast over time, elsewhere one of the own losses, is a run of its own with its usual weight. Student
-and teacher have the same frozen features, without the published changes of color. The speed, and the numbers that
+alone. The slot contrast over time, elsewhere one of the own losses, has a separate run with its usual weight. Student
+and teacher see the same frozen features, without the published changes of color. The speed, and the numbers that
 differ from the published ones (`WEIGHT`, `MOMENTUM`, `AREA` and `POOL`), were chosen with seed 0 on other clips than
 those of the table.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file be started as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets this file run as a script
 
 from examples.checkpoint import Settings
 from examples.data import DESCRIPTION, TEST_SEED, held_out, training_clips
@@ -36,7 +36,7 @@ from ssync_loss.ema import EmaTeacher
 from ssync_loss.functional import valid_instances
 from ssync_loss.metrics import MetricAverage, image_fg_ari, masks_to_labels
 
-# of all three terms. The published 1, without a reconstruction, keeps masks from forming here
+# weight of all three terms; with the published 1 (and no reconstruction loss), masks do not form here
 WEIGHT = 0.1
 # after a thousand steps the published 0.999 would still contain the initial weights
 MOMENTUM = 0.99
@@ -77,7 +77,7 @@ class Correspondence(Method):
         self.diversity = MaskDiversityLoss()
 
     def parameters(self) -> list[nn.Parameter]:
-        """List the projection's."""
+        """Return the parameters of the projection."""
         return list(self.project.parameters())
 
     def loss(self, output: SlotOutput, features: Tensor, step: int) -> Tensor:  # noqa: ARG002 (the same at every step)
@@ -98,7 +98,7 @@ class Correspondence(Method):
 
 
 def embeddings(output: SlotOutput, project: nn.Module) -> Tensor:
-    """Project the slots, at length 1: (B, T, 1, S, C)."""
+    """Project the slots to vectors of length 1: (B, T, 1, S, C)."""
     projected: Tensor = project(output.slots)
     return F.normalize(projected, dim=-1).unsqueeze(2)
 
@@ -113,14 +113,14 @@ def counted(output: SlotOutput) -> Tensor:
 def kept(masks: Tensor, ids: Tensor) -> tuple[float, float]:
     """Measure how often an object's best slot, by IoU in one frame, is its best slot in another.
 
-    It is a share of the objects in both frames, as a mean over clips. A single slot with all patches has 1, so read it
-    together with scores of the masks.
+    The result is a share of the objects in both frames, averaged over clips. It is 1 if a single slot has all patches,
+    so read it together with scores of the masks.
 
     Shape:
         masks, ids: (B, T, H, W), integers from 0; id 0 is the background.
 
     Returns:
-        The share in the next frame, and the share of the first frame's in the last.
+        The share from each frame to the next, and the share from the first frame to the last.
 
     >>> import torch
     >>> ids = torch.tensor([[[[1, 1, 2, 2]], [[1, 1, 2, 2]], [[1, 1, 2, 2]]]])

@@ -142,8 +142,8 @@ class _DeadEnd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004 (it ends here)
         raise RuntimeError(
-            "This loss has no second derivative: its gradient is written out by hand, and was differentiated. "
-            "Leave the loss out of what is differentiated twice (a gradient penalty, a Hessian)."
+            "This loss has no second derivative, but its gradient was differentiated. Leave the loss out of gradient "
+            "penalties and Hessians."
         )
 
 

@@ -111,8 +111,8 @@ class DetachedWarning:
             self.said = True
             warnings.warn(
                 f"{' and '.join(detached)} {'carries' if len(detached) == 1 else 'carry'} no gradient, so SSync "
-                "teaches nothing there. Does the model detach, or checkpoint with use_reentrant=True? If that is "
-                "meant, switch the term off. (Said once.)",
+                "teaches nothing there. Does the model detach the map, or use a checkpoint with use_reentrant=True? If "
+                "this is intended, switch the term off. (Said once.)",
                 stacklevel=_callers_stacklevel(),
             )
 

@@ -43,6 +43,8 @@ def report(limit: float = SECONDS) -> str:
 
     Returns: the text. The line of a missing part says why it is missing.
 
+    Raises: TypeError if ``limit`` is no number. An error of a part becomes the text of its line.
+
     >>> [line.partition(":")[0] for line in report(limit=0).splitlines()[:3]]
     ['ssync-loss', 'torch', 'einops']
     """
@@ -126,7 +128,7 @@ def cuda_engine() -> str:
     if torch.cuda.is_available():
         return engine_on("cuda")
     missing = ENGINES[FAST["cuda"]].missing()
-    return "no device to ask" + (f"; {FAST['cuda']} needs {missing}" if missing else "")
+    return "no CUDA device" + (f"; {FAST['cuda']} needs {missing}" if missing else "")
 
 
 def cuda_devices() -> str:
@@ -160,7 +162,7 @@ KNOWN: Parts = {
     "Python": lambda: f"{platform.python_version()}, {platform.python_implementation()}",
     "platform": platform.platform,
     "CPU": processor,
-    "threads": lambda: f"{torch.get_num_threads()} of torch",
+    "threads": lambda: f"{torch.get_num_threads()} in torch",
     "variables": variables,
 }
 ASKED: Parts = {

@@ -46,8 +46,8 @@ _REARRANGES = frozenset(
     )
 )
 _NO_GRADIENT = """\
-The gradients at the maps cannot be taken. Call the monitor before backward(); of a compiled model set \
-torch._functorch.config.donated_buffer = False; checkpoint with use_reentrant=False."""
+The gradients at the maps cannot be taken. Call the monitor before backward(). For a compiled model set \
+torch._functorch.config.donated_buffer = False. For checkpoints set use_reentrant=False."""
 
 # a sink writes the values of a step, and a picture (3, h, w) uint8 on the CPU unless it is None
 Sink: TypeAlias = Callable[[dict[str, float], Tensor | None, int], None]
@@ -261,7 +261,7 @@ class Monitor:
         try:
             self._sink(values, picture, step)
         except OSError as error:
-            self._say("disk", f"The monitor cannot write: {error}. Training goes on without it. (Said once.)")
+            self._say("disk", f"The monitor cannot write: {error}. Training continues without it. (Said once.)")
 
     def _say(self, what: str, words: str) -> None:
         if what not in self._said:

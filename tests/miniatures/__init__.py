@@ -1,7 +1,7 @@
-"""Small models of our own that stand for the hosts of others: the same attributes, call structure and quirks.
+"""Small models with the attributes, call structure and quirks of published hosts.
 
-``MINIATURES`` has one entry per kind of host: how to build it, a batch, one training forward with the host's own loss,
-and the host's own two maps, probabilities (B, T, S, N) without gradient, for comparison with what a tap gives.
+``MINIATURES`` has one entry per kind of host. An entry builds the model and a batch, and runs a training forward pass
+that returns the host's loss and its two maps: probabilities (B, T, S, N) without gradient, to compare with a tap's.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ class Miniature(NamedTuple):
     """A kind of host.
 
     Attributes:
-        build: makes the model.
-        batch: ``batch(B, T)``; an image model takes T = 1 only.
-        step: ``step(model, batch)`` runs the host's forward as its training (or, in ``eval()``, its validation) does,
-            and returns its loss, and the host's own maps.
-        is_video: whether it takes clips.
-        grids: (H, W) of the encoder's map and of the decoder's.
-        decoder_is_linked: whether the decoder's map is found without the user's help.
+        build: builds the model.
+        batch: ``batch(B, T)``; an image model takes only T = 1.
+        step: ``step(model, batch)`` runs the forward pass of the host's training (or validation, in ``eval()``), and
+            returns the host's loss and its maps.
+        is_video: whether the model takes clips.
+        grids: (H, W) of the encoder map and of the decoder map.
+        decoder_is_linked: whether `attach` finds the decoder map without the user's help.
     """
 
     build: Callable[[], nn.Module]
@@ -49,7 +49,7 @@ def _slotcontrast(input_type: str, decoder: str, **settings: Any) -> Miniature:
     is_video = input_type == "video"
 
     def step(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Maps]:
-        # the steps call forward, and not the model
+        # the host's steps call forward, not the model
         outputs = model.forward(batch, cycle=model.cycle and not model.training)
         maps = outputs["processor"]["corrector"]["masks"], outputs["decoder"]["masks"]
         return model.compute_loss(outputs)[0], _clips(*maps, has_time=is_video)
@@ -136,7 +136,7 @@ def _spot(num_heads: int) -> Miniature:
 
 
 def _clips(enc: Tensor, dec: Tensor, *, has_time: bool = True) -> Maps:
-    """(B, [T,] S, N) or (B, [T,] S, H, W) -> (B, T, S, N), without gradient."""
+    """Turn maps (B, [T,] S, N) or (B, [T,] S, H, W) into (B, T, S, N) without gradient."""
 
     def clip(maps: Tensor) -> Tensor:
         maps = maps.detach() if has_time else maps.detach().unsqueeze(1)

@@ -1,8 +1,9 @@
-"""RandSF.Q, SmoothSA and xSSC, in small: ``wrapper.m``, a decoder that returns a tuple, metrics from a configuration.
+"""A miniature of RandSF.Q, SmoothSA and xSSC: ``wrapper.m``, a decoder that returns a tuple, configured metrics.
 
-Quirks kept: 3 iterations on the first frame and 1 on others; the slot mask (True: there is a slot) is applied to the
-dots after the projections; maps come out as probabilities, (B, T, S, H, W). xSSC's decoder drops a token of time from
-its cross-attention, so the sum over slots is below one, and in training it makes a frame from an earlier one, ``fsti``.
+It keeps these quirks. The first frame has 3 iterations, other frames have 1. The slot mask (True: the slot exists)
+applies to the dots after the projections. Maps are probabilities (B, T, S, H, W). xSSC's decoder drops a time token
+from its cross-attention, so the sum over slots is below one. In training it decodes a frame from an earlier one,
+``fsti``.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ class SlotAttention(nn.Module):
 
 
 class BroadcastMLPDecoder(nn.Module):
-    """The last channel of ``backbone`` is alpha, slots stand in the batch."""
+    """The last channel of ``backbone`` is alpha. The batch axis contains the slots."""
 
     def __init__(self, dim: int, num_patches: int) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class BroadcastMLPDecoder(nn.Module):
 
 
 class ARTransformerDecoder(nn.Module):
-    """Shuffled patches look at the slots; attention comes out in order, the mean over heads."""
+    """Shuffled patches attend to the slots. The returned attention is unshuffled and averaged over heads."""
 
     def __init__(self, dim: int, num_patches: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class ARTransformerDecoder(nn.Module):
 
 
 class MarkovDecoder(nn.Module):
-    """xSSC's: a token of time stands before the slots, and goes from the attention without renormalizing it."""
+    """xSSC's decoder. A time token precedes the slots, and the attention drops it without renormalization."""
 
     def __init__(self, dim: int, num_patches: int) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class MarkovDecoder(nn.Module):
 
 
 class RandSFQ(nn.Module):
-    """RandSF.Q and SmoothSA with the first two decoders, xSSC with the last."""
+    """RandSF.Q and SmoothSA use the first two decoders, xSSC the last one."""
 
     def __init__(self, decode: nn.Module, dim: int, num_slots: int) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class RandSFQ(nn.Module):
 
 
 class ModelWrap(nn.Module):
-    """What the training script calls: it picks the inputs, and names the outputs."""
+    """The model that the training script calls. It selects the inputs and names the outputs."""
 
     def __init__(self, m: nn.Module, imap: Mapping[str, str], omap: list[str]) -> None:
         super().__init__()
@@ -149,14 +150,14 @@ def build(decoder: type[nn.Module], *, dim: int = 8, num_patches: int = 12, num_
 
 
 def getitem(tree: Any, path: str) -> Any:
-    """Follow ``"output.attenta"``; what is missing is None, as there."""
+    """Follow a path such as ``"output.attenta"``. A missing entry is None, as in the host."""
     for name in path.split("."):
         tree = tree.get(name)
     return tree
 
 
 def build_from_config(config: Any) -> Any:
-    """Build every dictionary that has a ``type``, its values first."""
+    """Build every dictionary that has a ``type``, after its values."""
     if isinstance(config, (list, tuple)):
         return [build_from_config(one) for one in config]
     if not isinstance(config, dict):
@@ -166,10 +167,10 @@ def build_from_config(config: Any) -> Any:
 
 
 class _Metric(nn.Module):
-    """Returns (loss (b,), valid (b,)); the host's own losses are means, so b is 1."""
+    """Returns (loss (b,), valid (b,)). The host's own losses are means, so b is 1."""
 
 
-# of a module of its own: the package has its metrics and callbacks, but not what metrics derive from
+# the host's package exports metrics and callbacks, but the base class only in a module
 metric = SimpleNamespace(Metric=_Metric)
 
 
@@ -180,7 +181,7 @@ class MSELoss(_Metric):
 
 
 class Callback:
-    """Called around epochs, and after each forward, with everything there is."""
+    """The host calls it around epochs and after each forward pass, with all of its state."""
 
     def before_epoch(self, **pack: Any) -> None: ...
     def after_forward(self, **pack: Any) -> None: ...
@@ -204,7 +205,7 @@ class MetricWrap(nn.Module):
 
 
 def run_epoch(pack: dict[str, Any], batches: list[dict[str, Any]], *, isval: bool = False) -> list[dict[str, float]]:
-    """Train (or validate) for an epoch as the training script does, under autocast and with a scaler."""
+    """Train or validate for an epoch under autocast and with a scaler, like the training script."""
     pack["model"].train(not isval)
     for one in pack["callbacks"]:
         one.before_epoch(**pack)

@@ -1,8 +1,8 @@
-"""``slot-attention`` of lucidrains, in small, with a decoder of the user's own.
+"""A miniature of ``slot-attention`` by lucidrains, with a user's decoder.
 
-Quirks kept: nothing of the attention is returned; the number of heads stands in the pattern of ``split_heads`` only;
-each head has a softmax of its own; slots are drawn anew in every call, so the frames of a video are images. The one
-addition is ``attention``, the host's own of the last iteration, for comparison.
+It keeps these quirks. The model does not return its attention. Only the pattern of ``split_heads`` has the number of
+heads. Each head has its own softmax. Every call draws new slots, so the frames of a video are images. The only addition
+is ``attention``, the attention of the last iteration, for comparison.
 """
 
 import torch
@@ -60,7 +60,7 @@ class MultiHeadSlotAttention(nn.Module):
 
 
 class AdaptiveSlotWrapper(nn.Module):
-    """Which slots to keep is drawn after slot attention has run on all."""
+    """Draws the slots to keep after slot attention has run on all of them."""
 
     def __init__(self, slot_attn: SlotAttention | MultiHeadSlotAttention) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class AdaptiveSlotWrapper(nn.Module):
 
 
 class UsersModel(nn.Module):
-    """Slot attention and a decoder that someone wrote around it: alpha is the last channel of ``decoder``."""
+    """Slot attention with a user's decoder, whose last channel is alpha."""
 
     def __init__(self, slot_attn: nn.Module, dim: int = 8, num_patches: int = 16) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""The object-centric learning framework (OCLF; DINOSAUR, AdaSlot and CTRL-O build on it), in small.
+"""A miniature of the object-centric learning framework (OCLF), which DINOSAUR, AdaSlot and CTRL-O build on.
 
-Quirks kept: parts find their inputs by paths in one tree of outputs; the encoder's map is the mean over heads of a
-joint softmax, so it sums to 1 / heads; the slot mask is True where a slot is **masked**; an image model gives
-(B, S, N); an autoregressive decoder without ``use_decoder_masks`` hands on the encoder's map as its own.
-``routed`` wraps a class of any package: ``<argument>_path`` says where its ``forward`` finds an argument.
+It keeps these quirks. Parts find their inputs by paths in one tree of outputs. The encoder map is the mean over heads
+of a joint softmax, so it sums to 1 / heads. The slot mask is True where a slot is **masked**. An image model returns
+(B, S, N). An autoregressive decoder without ``use_decoder_masks`` returns the encoder map as its own. ``routed`` wraps
+a class of any package, and ``<argument>_path`` is the path of an argument of its ``forward``.
 """
 
 import importlib
@@ -68,7 +68,7 @@ class SlotAttentionGrouping(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A part that runs frame by frame; its slots are the next frame's conditioning."""
+    """A part that runs frame by frame. The slots of a frame are the conditioning of the next frame."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class PatchDecoder(nn.Module):
 
 
 class AutoregressivePatchDecoder(nn.Module):
-    """The frames of its own masks stay in the batch."""
+    """Its masks keep the frames in the batch axis."""
 
     def __init__(self, dim: int, num_patches: int, *, use_decoder_masks: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ReconstructionLoss(nn.Module):
 
 
 def get_tree_element(tree: Any, path: str) -> Any:
-    """Follow ``"object_decoder.masks"`` through mappings and attributes; a ValueError says what is missing."""
+    """Follow a path such as ``"object_decoder.masks"`` through mappings and attributes."""
     for name in path.split("."):
         if isinstance(tree, Mapping) and name in tree:
             tree = tree[name]
@@ -135,7 +135,7 @@ def get_tree_element(tree: Any, path: str) -> Any:
 
 
 class Routed:
-    """First base of a routed class: takes ``<argument>_path`` out, and finds these arguments in ``inputs``."""
+    """First base of a routed class. It removes ``<argument>_path``, and finds these arguments in ``inputs``."""
 
     def __init__(self, **given: Any) -> None:
         paths = {key: given.pop(key) for key in list(given) if key.endswith("_path")}
@@ -156,7 +156,7 @@ class Routed:
 
 
 def instantiate(config: Mapping[str, Any]) -> Any:
-    """Build ``_target_``, and what stands in its arguments; ``routed.`` before a class makes it a routed one."""
+    """Build ``_target_`` and the targets in its arguments. The prefix ``routed.`` makes a class routed."""
     module, _, name = config["_target_"].removeprefix("routed.").rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     if config["_target_"].startswith("routed."):
@@ -171,7 +171,7 @@ def instantiate(config: Mapping[str, Any]) -> Any:
 
 
 class Combined(nn.ModuleDict):
-    """Parts in order, each of which finds its inputs in what came before."""
+    """Parts in order. Each part finds its inputs in the outputs of earlier parts."""
 
     def forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         for name, module in self.items():
@@ -180,7 +180,7 @@ class Combined(nn.ModuleDict):
 
 
 class CombinedModel(nn.Module):
-    """A LightningModule there, so it has a ``trainer`` with a ``global_step``."""
+    """The host's class is a LightningModule, so it has a ``trainer`` with a ``global_step``."""
 
     def __init__(self, models: dict[str, Any], losses: dict[str, Any], trainer: Any = None) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def build(
     num_patches: int = 16,
     trainer: Any = None,
 ) -> CombinedModel:
-    """Build a model from a configuration: ``decoder`` adds to or replaces what stands in the decoder's."""
+    """Build a model from a configuration. ``decoder`` updates the decoder's part."""
     grouping: dict[str, Any] = {
         "_target_": "routed.miniatures.oclf.SlotAttentionGrouping",
         "dim": dim,

@@ -1,8 +1,8 @@
-"""SPOT, in small: an image model that returns both maps, and whose decoder sees the patches in another order.
+"""A miniature of SPOT, an image model that returns both maps and whose decoder permutes the patches.
 
-Quirks kept: the forward returns (loss, encoder map, decoder map, slots, reconstruction, dots), maps (B, S, H, W) and
-dots (B, heads, N, S) after a ``squeeze`` that also takes B = 1; joint softmax over slots and heads; in training the
-patches are in a random order where the cross-attention is, and its dropout comes after.
+It keeps these quirks. The forward pass returns (loss, encoder map, decoder map, slots, reconstruction, dots). Maps are
+(B, S, H, W), dots are (B, heads, N, S) after a ``squeeze`` that also removes B = 1. The softmax runs jointly over slots
+and heads. In training, the cross-attention sees the patches in a random order, and dropout follows it.
 """
 
 import torch

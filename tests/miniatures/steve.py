@@ -1,8 +1,8 @@
-"""STEVE, in small: keys of a clip in one call, and an autoregressive decoder on half of the encoder's grid.
+"""A miniature of STEVE: one call for the keys of a clip, and an autoregressive decoder on half of the encoder's grid.
 
-Quirks kept: the decoder's projections see all frames in the batch, patches ask and slots answer, heads have a softmax
-each; the forward returns attention blended into the picture, and nothing of the decoder; generation calls the decoder
-once a patch, with ever more patches.
+It keeps these quirks. The decoder's projections see all frames in the batch axis. Patches are queries, slots are keys,
+and each head has its own softmax. The forward pass returns attention blended into the picture, and no decoder map.
+Generation calls the decoder once per patch, with a growing number of patches.
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 `attach` finds the maps of a known model, and gives them after every forward. What it is made of works on any model:
 `LogitTap` rebuilds the dots of slot attention, `OutputTap` takes a decoder's alpha, and `SlotMaps.join` makes them the
-two arguments of a criterion. `doctor` finds the maps in what a model returns.
+two arguments of a criterion. `doctor` finds the maps in what a model returns. `HeadSoftmax` is the type of the argument
+`head_softmax`: ``"per_head"`` or ``"joint"``.
 """
 
 from ssync_loss.adapters.attach import attach

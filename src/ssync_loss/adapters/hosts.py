@@ -1,7 +1,7 @@
 """Where slot models of others keep their two maps: one table, an entry a family.
 
 A host is recognized by its attributes, and none is imported. To add one, write an entry like those in `HOSTS` and hand
-it over, ``attach(model, host=entry)``.
+it over, ``attach(model, host=entry)``. `EXAMPLE` is the text of an entry.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,11 @@ class Dots:
         scale: the factor of their product.
         covers: the module whose forward makes the maps of one whole clip.
         heads, head_softmax, frames_in_key: as `LogitTap` has them.
+
+    Raises: nothing; fields are not checked.
+
+    >>> Dots(nn.Linear(4, 4), nn.Linear(4, 4), scale=0.5, covers=nn.Identity()).heads
+    1
     """
 
     slots: nn.Module
@@ -48,6 +53,11 @@ class Output:
         select: takes the map out of it, in an order that `SlotMaps.join` reads; None where it is all of it.
         kind: whether these are ``"logits"`` or ``"probs"``, probabilities over slots.
         covers: the module whose forward makes the maps of one whole clip, if it is not this one.
+
+    Raises: nothing; fields are not checked.
+
+    >>> Output(nn.Linear(4, 16)).kind
+    'logits'
     """
 
     module: nn.Module
@@ -63,6 +73,11 @@ class Seen:
     Attributes:
         module: the module; a call is a clip, or a frame.
         pick: takes its arguments, its keyword arguments and its output, and returns the tensor, or None without one.
+
+    Raises: nothing; fields are not checked.
+
+    >>> Seen(nn.ReLU(), pick=lambda args, kwargs, output: output > 0).pick((), {}, torch.tensor([0.0, 1.0])).tolist()
+    [False, True]
     """
 
     module: nn.Module
@@ -84,6 +99,11 @@ class Found:
         decodes_again: whether a forward decodes a second time, slots that are not the encoder's.
         enc_probs, dec_probs: what the host itself makes of its maps, probabilities (B, T, S, ...) or frame by frame;
             the maps are compared with it once in training and once in evaluation.
+
+    Raises: nothing; fields are not checked.
+
+    >>> Found(Dots(nn.Linear(4, 4), nn.Linear(4, 4), 0.5, nn.Identity()), dec="it decodes no slots").dec
+    'it decodes no slots'
     """
 
     enc: Dots
@@ -108,6 +128,8 @@ class Host:
             are looked through.
         find: takes a model with these marks and says where its maps are.
         uses: names in the code of its ``forward``, where the marks fit other models, too.
+
+    Raises: nothing; fields are not checked.
 
     >>> entry = next(host for host in HOSTS if host.name == "steve")
     >>> entry.marks

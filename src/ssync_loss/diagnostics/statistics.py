@@ -23,6 +23,13 @@ class Summary(NamedTuple):
         enc_slots, dec_slots: (B,) int64, number of different merged labels in each map.
         merges: (B,) int64, number of slots that merging renames.
         enc_flips, dec_flips: (B,), share of patches whose label changes from one frame to the next.
+
+    Raises: nothing; fields are not checked.
+
+    >>> labels, none = torch.tensor([[[[0, 1]]]]), torch.zeros(1, 1, 1, 2, dtype=torch.bool)
+    >>> found = summary(PseudoLabels(labels, labels, ~none, none, torch.tensor([[0, 1]])))
+    >>> found.enc_slots.item(), found.boundary_share.item()
+    (2, 1.0)
     """
 
     boundary_share: Tensor

@@ -51,6 +51,12 @@ class Premise(NamedTuple):
         groups: (B,) int64, the video of every clip; a clip with -1 counts as a whole video.
 
     The last four are None in a Premise of an earlier version.
+
+    Raises: nothing; fields are not checked.
+
+    >>> half, yes = torch.tensor([0.5]), torch.tensor([True])
+    >>> Premise(*[half] * 10, measured=yes, holds=yes[0], merged_margin=half / 2).decisive.item()
+    0.25
     """
 
     enc_explained: Tensor
@@ -267,6 +273,11 @@ class Memorization(NamedTuple):
     Attributes:
         trained, fresh: means over clips of ``dec_explained``.
         standard_error: standard error of their difference.
+
+    Raises: nothing; fields are not checked.
+
+    >>> Memorization(0.5, 0.25, 0.01).is_alarming, Memorization(0.5, 0.45, 0.01).is_alarming
+    (True, False)
     """
 
     trained: float
@@ -275,11 +286,7 @@ class Memorization(NamedTuple):
 
     @property
     def is_alarming(self) -> bool:
-        """Whether fresh clips are explained less than 3/4 as well, with a drop above two standard errors.
-
-        >>> Memorization(0.5, 0.25, 0.01).is_alarming, Memorization(0.5, 0.45, 0.01).is_alarming
-        (True, False)
-        """
+        """Whether fresh clips are explained less than 3/4 as well, with a drop above two standard errors."""
         return self.trained - self.fresh > 2 * self.standard_error and self.fresh < MEMORIZED * self.trained
 
 

@@ -62,9 +62,9 @@ def report(premise: Premise, *, fresh: Premise | None = None) -> str:
 def _compare(premise: Premise, fresh: Premise) -> str:
     drop = memorization(premise, fresh)
     if not isfinite(drop.trained - drop.fresh):
-        return "Nothing can be said of memorized clips: some sets hold NaN or infinities, or no valid patch."
-    told = f"The decoder explains {drop.trained:.3f} of the clips trained on, and {drop.fresh:.3f} of fresh ones"
-    return f"{told}{_MEMORIZED if drop.is_alarming else '.'}"
+        return "Memorization cannot be judged: a set of clips holds NaN, infinities or no valid patch."
+    told = f"The decoder explains {drop.trained:.3f} of training clips, and {drop.fresh:.3f} of fresh clips."
+    return f"{told}{_MEMORIZED if drop.is_alarming else ''}"
 
 
 def _clips(mean: MeanOverClips) -> str:
@@ -87,26 +87,26 @@ _READINGS: dict[Reason, str] = {
     "no clip": "no clip has a valid patch",
     "not finite": "maps or features of some clips hold NaN or infinities",
     "encoder": """\
-The encoder's partition explains more of the features than the decoder's: at boundaries it has
-something to teach, and the loss can be expected to help.""",
+The encoder's partition explains more of the features than the decoder's. At boundaries the encoder
+can teach the decoder, and the loss can be expected to help.""",
     "decoder": """\
-The encoder's partition explains no more of the features than the decoder's: copied into the
-decoder, it can be expected to harm. Leave the loss off, or switch it on later in training.""",
+The encoder's partition explains no more of the features than the decoder's. A decoder that learns
+this partition can be expected to get worse. Leave the loss off, or switch it on later in training.""",
     "undecided": """\
-Both partitions explain about as much of the features: the margin is within two standard errors of
-zero, so its sign is open. Take more clips.""",
-    "one video": "One video says next to nothing: ask many.",
+Both partitions explain about the same share of the features. The margin is within two standard
+errors of zero, so its sign is not known. Measure more clips.""",
+    "one video": "Clips of one video do not decide. Measure clips of many videos.",
     "merging": """\
-Unmerged, the encoder's partition is the better one; merged at this threshold it is not: slots are
-joined that differ. Do not merge, or raise the threshold.""",
+Before merging, the encoder's partition is the better one. After merging at this threshold it is not,
+because different slots are joined. Do not merge, or raise the threshold.""",
     "one slot": """\
-In most clips merging at this threshold leaves one slot: the target would be a single slot, and maps
-that learn it collapse. Raise the threshold, or switch the loss on later in training.""",
+In most clips merging at this threshold leaves one slot. A map that learns this target collapses into
+a single slot. Raise the threshold, or switch the loss on later in training.""",
     "unexplained": """\
-No partition explains anything: are the features constant, or is everything in one slot?""",
+No partition explains any of the features: are the features constant, or is every patch in one slot?""",
 }
-_MEMORIZED = """:
-it has memorized them. On memorized clips the decoder is the better map: train on more clips."""
+_MEMORIZED = """
+It has memorized the training clips. On these the decoder is the better map. Train on more clips."""
 _CAUTION = """\
-How far to trust it: the rule was found on one family of synthetic clips and one set of real ones,
-and on photographs that move. Ask the clips trained on, some 160 or more, of many videos."""
+This rule was found on one family of synthetic clips, one set of real clips, and moving photographs.
+Measure it on training clips, about 160 or more, of many videos."""

@@ -32,7 +32,7 @@ _KEPT = tuple(one.name for one in fields(Settings) if one.name not in _CHANGED)
 def _check_momentum(name: str, value: object) -> None:
     check_number(name, value, 0.0, 1.0)
     if value == 1:
-        raise ValueError(f"`{name}` must be below 1; got 1: no question would move the means.")
+        raise ValueError(f"`{name}` must be below 1; got 1, with which no question changes the means.")
 
 
 def _check_axes(_: str, axes: object) -> None:
@@ -203,9 +203,9 @@ class AdaptiveSSyncLoss(LossModule, check=_check_settings):
             self._recomputed = True
             if not self.levels.any():
                 warnings.warn(
-                    "AdaptiveSSyncLoss has asked no question before it is computed again: in a checkpoint with "
-                    "use_reentrant=True it never asks, and its level stays. Set use_reentrant=False, or call the loss "
-                    "outside of the checkpoint. (Said once.)",
+                    "A checkpoint computes AdaptiveSSyncLoss again, and it has asked no question before: with "
+                    "use_reentrant=True it never asks, and its level never changes. Set use_reentrant=False, or call "
+                    "the loss outside of the checkpoint. (Said once.)",
                     stacklevel=2,
                 )
         return False

@@ -98,10 +98,11 @@ class _OneTermLoss(_SSyncModule):
 
 
 class BoundaryRefinementLoss(_OneTermLoss):
-    """Module of :func:`boundary_refinement_loss`: the encoder's labels teach the decoder at boundaries.
+    """Module of :func:`boundary_refinement_loss`, with the same shapes and errors.
 
-    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``. To compute the
-    labels once, pass the same ``PseudoLabels`` as ``labels`` to this module and to :class:`InteriorDenoisingLoss`.
+    The encoder's labels teach the decoder at boundaries. To compute the labels once, pass the same ``PseudoLabels`` as
+    ``labels`` to this module and to :class:`InteriorDenoisingLoss`.
+    ``forward(enc_logits, dec_logits, *, labels=None, valid=None, slot_mask=None, num_frames=None)``.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), encoder-to-decoder boundary refinement.
 
@@ -130,9 +131,9 @@ class BoundaryRefinementLoss(_OneTermLoss):
 
 
 class InteriorDenoisingLoss(_OneTermLoss):
-    """Module of :func:`interior_denoising_loss`: the decoder's labels teach the encoder in interiors.
+    """Module of :func:`interior_denoising_loss`, with the same shapes and errors.
 
-    ``forward`` is that of :class:`BoundaryRefinementLoss`.
+    The decoder's labels teach the encoder in interiors. ``forward`` is that of :class:`BoundaryRefinementLoss`.
 
     Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527), decoder-to-encoder interior denoising.
 

@@ -32,6 +32,8 @@ LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 class UnionFind:
     """Disjoint sets over the integers 0 … size - 1, with path compression.
 
+    Raises: nothing of its own; items are not checked.
+
     >>> sets = UnionFind(5)
     >>> sets.union(3, 1)
     >>> sets.union(3, 4)
@@ -73,6 +75,12 @@ class ReferenceSSync(NamedTuple):
     Attributes:
         boundary, interior: scalars.
         labels: the merged labels and the regions behind them.
+
+    Raises: nothing; fields are not checked.
+
+    >>> terms = reference_ssync(torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 2, 1, 2))
+    >>> terms.boundary.item(), terms.labels.boundary.sum().item()  # (1/2 - 1)^2 on both patches
+    (0.25, 2)
     """
 
     boundary: Tensor
@@ -87,6 +95,8 @@ def reference_hard_labels(logits: Tensor, *, valid: Tensor | None = None, slot_m
     NaN gets some present slot.
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, H, W), int64.
+
+    Raises: TypeError, ValueError if a dtype or shape does not fit.
 
     >>> reference_hard_labels(torch.tensor([1.0, 3.0, 3.0]).view(1, 1, 3, 1, 1)).item()
     1
@@ -110,6 +120,8 @@ def reference_slot_overlap(logits: Tensor, *, valid: Tensor | None = None, slot_
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, S, S), float32 or
         wider.
+
+    Raises: TypeError, ValueError if a dtype or shape does not fit.
 
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> reference_slot_overlap(logits).tolist()
@@ -157,6 +169,8 @@ def reference_merge_slots(overlap: Tensor, area: Tensor, *, threshold: float | N
 
     Args: as :func:`ssync_loss.functional.merge_slots`; the diagonal of the overlap is not read.
 
+    Raises: TypeError, ValueError if a shape or the dtype of the overlap does not fit. The threshold is not checked.
+
     >>> chain = torch.tensor([[[1.0, 0.8, 0.0], [0.8, 1.0, 0.7], [0.0, 0.7, 1.0]]])
     >>> reference_merge_slots(chain, torch.tensor([[4, 9, 9]]), threshold=0.6).tolist()
     [[1, 1, 1]]
@@ -193,6 +207,8 @@ def reference_neighbor_difference(labels: Tensor, *, valid: Tensor | None = None
 
     Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), uint8, in [0, 10].
 
+    Raises: TypeError, ValueError if a dtype or shape does not fit.
+
     >>> reference_neighbor_difference(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[0, 3, 3]]]]
     """
@@ -225,6 +241,8 @@ def reference_boundary_region(
 
     Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
 
+    Raises: TypeError, ValueError if a dtype or shape does not fit. Settings are not checked.
+
     >>> reference_boundary_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[False, True, True]]]]
     """
@@ -238,6 +256,8 @@ def reference_interior_region(labels: Tensor, *, max_different: int = 0, valid: 
     ``different <= max_different`` with the count of :func:`reference_neighbor_difference`.
 
     Shape: labels: (B, T, H, W), integer, valid: (B, T) or (B, T, H, W). Returns (B, T, H, W), bool.
+
+    Raises: TypeError, ValueError if a dtype or shape does not fit. Settings are not checked.
 
     >>> reference_interior_region(torch.tensor([[[[0, 0, 1]]]])).tolist()
     [[[[True, False, False]]]]
@@ -267,6 +287,8 @@ def reference_pseudo_labels(
         regions (B, T, H, W) and the representatives (B, S).
 
     Args: as :func:`ssync_loss.functional.pseudo_labels`.
+
+    Raises: TypeError, ValueError if a dtype or shape does not fit. Settings are not checked.
 
     >>> logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 3.0]]).view(1, 1, 2, 1, 3)
     >>> labels = reference_pseudo_labels(logits, logits)
@@ -410,6 +432,8 @@ def reference_ssync(
         scalars and the labels.
 
     Args: as :class:`ssync_loss.SSyncLoss`.
+
+    Raises: as :func:`reference_pseudo_labels` and :func:`reference_selective_distillation_loss`.
 
     >>> enc = torch.tensor([[9.0, 0.0], [0.0, 9.0]]).view(1, 1, 2, 1, 2)
     >>> terms = reference_ssync(enc, torch.zeros_like(enc))

@@ -14,6 +14,14 @@ class PseudoLabels(NamedTuple):
         boundary: (B, T, H, W) bool, where ``enc_labels`` teach the decoder.
         interior: (B, T, H, W) bool, where ``dec_labels`` teach the encoder. May overlap with ``boundary``.
         representative: (B, S) int64, the slot that each slot was merged into, or itself.
+
+    Raises: nothing; fields are not checked.
+
+    >>> import torch
+    >>> from ssync_loss.functional import pseudo_labels
+    >>> maps = torch.eye(2).view(1, 1, 2, 1, 2)  # each slot wins a patch
+    >>> pseudo_labels(maps, maps).enc_labels.tolist()
+    [[[[0, 1]]]]
     """
 
     enc_labels: Tensor
@@ -47,6 +55,14 @@ class SSyncTerms(NamedTuple):
         num_boundary: scalar, the number of boundary patches in the batch, int64.
         num_interior: scalar, the number of interior patches in the batch, int64.
         labels: the merged labels and the regions behind them.
+
+    Raises: nothing; fields are not checked.
+
+    >>> import torch
+    >>> from ssync_loss import SSyncLoss
+    >>> terms = SSyncLoss().eval().terms(2 * torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 2, 1, 2))
+    >>> terms.boundary.item(), terms.num_boundary.item()  # (1/2 - 1)^2 on both patches
+    (0.25, 2)
     """
 
     total: Tensor

@@ -70,6 +70,8 @@ def gradient_scale(
 
     Shape: region: (B, T, H, W), bool, slot_mask: (B, S), bool.
 
+    Raises: nothing of its own; arguments are not checked.
+
     >>> gradient_scale(torch.ones(1, 1, 2, 2, dtype=torch.bool), 5)
     0.1
     """

@@ -28,6 +28,8 @@ def decidable_clips(
 
     Shape: enc_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,), bool.
 
+    Raises: as :func:`reference_slot_overlap`; without a threshold nothing is checked.
+
     >>> logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]).view(1, 1, 2, 1, 4)
     >>> [decidable_clips(logits, merge_threshold=threshold).item() for threshold in (0.6, 0.5)]
     [True, False]
@@ -64,6 +66,8 @@ def untied_clips(
     Shape: enc_logits, dec_logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B,),
         bool.
 
+    Raises: as :func:`reference_pseudo_labels`.
+
     >>> logits = torch.tensor([[2.0, 2.0], [2.0, 1.0]]).view(2, 1, 2, 1, 1)
     >>> untied_clips(logits, logits, merge_threshold=None).tolist()
     [False, True]
@@ -90,6 +94,8 @@ def poison(
     """Return a copy with ``value`` in every invalid patch and absent slot; results must not depend on these.
 
     Shape: logits: (B, T, S, H, W), valid: (B, T) or (B, T, H, W), slot_mask: (B, S). Returns (B, T, S, H, W).
+
+    Raises: nothing of its own; arguments are not checked.
 
     >>> poison(torch.zeros(1, 2, 1, 1, 1), valid=torch.tensor([[True, False]])).flatten().tolist()
     [0.0, nan]

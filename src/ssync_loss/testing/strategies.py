@@ -40,6 +40,13 @@ class SlotGraph(NamedTuple):
     Attributes:
         overlap: (B, S, S), symmetric.
         area: (B, S), int64.
+
+    Raises: nothing; fields are not checked.
+
+    >>> from ssync_loss.testing import reference_merge_slots
+    >>> graph = SlotGraph(overlap=torch.ones(1, 2, 2), area=torch.tensor([[4, 9]]))
+    >>> reference_merge_slots(*graph, threshold=0.6).tolist()
+    [[1, 1]]
     """
 
     overlap: Tensor
@@ -51,6 +58,13 @@ class MapPair(NamedTuple):
 
     Attributes:
         enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
+
+    Raises: nothing; fields are not checked.
+
+    >>> from ssync_loss.testing import reference_ssync
+    >>> maps = MapPair(torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 2, 1, 2))
+    >>> reference_ssync(*maps).boundary.item()  # (1/2 - 1)^2
+    0.25
     """
 
     enc_logits: Tensor
@@ -64,6 +78,13 @@ class SSyncCase(NamedTuple):
         enc_logits, dec_logits: (B, T, S, H, W), of the encoder and of the decoder.
         valid: (B, T) or (B, T, H, W), bool, valid patches, or None.
         slot_mask: (B, S), bool, present slots, or None.
+
+    Raises: nothing; fields are not checked.
+
+    >>> from ssync_loss.testing import reference_pseudo_labels
+    >>> case = SSyncCase(*torch.zeros(2, 1, 2, 1, 1, 1), valid=torch.tensor([[True, False]]), slot_mask=None)
+    >>> reference_pseudo_labels(**case._asdict()).interior.tolist()
+    [[[[True]], [[False]]]]
     """
 
     enc_logits: Tensor
@@ -80,6 +101,14 @@ class DistillationCase(NamedTuple):
         target: (B, T, H, W), int64. Every label names a present slot, except in a clip that has none, where it is 0.
         region: (B, T, H, W), bool.
         slot_mask: (B, S), bool, present slots, or None.
+
+    Raises: nothing; fields are not checked.
+
+    >>> from ssync_loss.testing import reference_selective_distillation_loss
+    >>> target = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    >>> case = DistillationCase(torch.zeros(1, 1, 2, 1, 1), target, region=target == 0, slot_mask=None)
+    >>> reference_selective_distillation_loss(**case._asdict()).item()  # (1/2 - 1)^2
+    0.25
     """
 
     logits: Tensor
@@ -94,12 +123,25 @@ def thresholds(*, tied: bool = True) -> st.SearchStrategy[float | None]:
     Tied thresholds are values of the overlaps of :func:`slot_graphs`, so that an overlap often equals the threshold.
     Other thresholds are 0, 1 and values far from small fractions, for end-to-end tests. Rounding must not decide there,
     see :func:`decidable_clips`.
+
+    Raises: nothing.
+
+    >>> from hypothesis import find
+    >>> find(thresholds(), lambda threshold: threshold is not None)
+    0.0
     """
     return st.sampled_from((None, *(_clips.OVERLAPS if tied else (0.0, 1.0, *GENERIC_THRESHOLDS))))
 
 
 def region_knobs() -> st.SearchStrategy[dict[str, int]]:
-    """Draw ``min_different``, ``min_same`` and ``max_different``, each in 0 … 10 and mostly small."""
+    """Draw ``min_different``, ``min_same`` and ``max_different``, each in 0 … 10 and mostly small.
+
+    Raises: nothing.
+
+    >>> from hypothesis import find
+    >>> find(region_knobs(), lambda knobs: knobs["min_same"] == 10)
+    {'min_different': 1, 'min_same': 10, 'max_different': 0}
+    """
     low, high = st.sampled_from((1, 0, 2, 3, 4, 10)), st.sampled_from((0, 1, 2, 5, 10))
     return st.fixed_dictionaries({"min_different": low, "min_same": low, "max_different": high})
 
@@ -117,6 +159,12 @@ def slot_graphs(
 
     Overlaps and areas have few values, so that overlaps often equal each other or the threshold, and largest areas of a
     group often tie. With ``distinct_areas`` all slots of a clip have different areas. The overlap has type ``dtype``.
+
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
+
+    >>> from hypothesis import find
+    >>> find(slot_graphs(batch=1), lambda graph: len(graph.area[0]) > 1).overlap.tolist()
+    [[[0.0, 0.0], [0.0, 0.0]]]
     """
     slots = draw(_up_to(max_slots))
     clips = [_clips.graph_clip(seed, slots, distinct_areas=distinct_areas) for seed in draw(_seeds(batch))]
@@ -134,7 +182,14 @@ def label_videos(
     max_height: int = 5,
     max_width: int = 6,
 ) -> Tensor:
-    """Draw labels (B, T, H, W), int64, within [0, num_slots): moving boxes, single dots, checkers, noise, constants."""
+    """Draw labels (B, T, H, W), int64, within [0, num_slots): moving boxes, single dots, checkers, noise, constants.
+
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
+
+    >>> from hypothesis import find
+    >>> find(label_videos(batch=1), lambda labels: labels.numel() > 1).flatten().tolist()
+    [0, 0]
+    """
     shape = draw(_shapes(max_frames, max_height, max_width))
     return _stack(_clips.label_clip(seed, shape, num_slots) for seed in draw(_seeds(batch)))
 
@@ -159,6 +214,12 @@ def map_pairs(
 
     Without ``ties`` all slots of a patch have different logits, and every argmax is unique. With ``minus_inf`` some
     logits, some whole slots and (with ``ties``) some whole patches are -inf.
+
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
+
+    >>> from hypothesis import find
+    >>> find(map_pairs(batch=1), lambda maps: maps.enc_logits.numel() > 1).dec_logits.flatten().tolist()
+    [0.0, 0.0]
     """
     slots = draw(_up_to(max_slots))
     shape = draw(_shapes(max_frames, max_height, max_width))
@@ -169,13 +230,27 @@ def map_pairs(
 
 @st.composite
 def valid_masks(draw: st.DrawFn, *size: int, empty: bool = True) -> Tensor:
-    """Draw valid patches of the given size, (B, T, H, W) or (B, T): all, a box, some frames, some patches, none."""
+    """Draw valid patches of the given size, (B, T, H, W) or (B, T): all, a box, some frames, some patches, none.
+
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
+
+    >>> from hypothesis import find
+    >>> find(valid_masks(1, 2), lambda valid: not valid.any()).tolist()
+    [[False, False]]
+    """
     batch, *shape = size
     return _stack(_clips.mask_clip(seed, shape, plain=True, empty=empty) for seed in draw(_seeds(batch)))
 
 
 def slot_masks(batch: int, slots: int, *, empty: bool = True) -> st.SearchStrategy[Tensor]:
-    """Draw present slots (B, S): all, some, one, none."""
+    """Draw present slots (B, S): all, some, one, none.
+
+    Raises: InvalidArgument of hypothesis, ValueError or TypeError at the first draw, if a size is below 1.
+
+    >>> from hypothesis import find
+    >>> find(slot_masks(1, 2), lambda mask: not mask.any()).tolist()
+    [[False, False]]
+    """
     return valid_masks(batch, slots, empty=empty)
 
 
@@ -190,6 +265,12 @@ def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[
             actual = pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
             wanted = reference_pseudo_labels(**case._asdict(), merge_threshold=threshold, **knobs)
             assert_same_labels(actual, wanted)
+
+    Raises: only what ``maps`` raises.
+
+    >>> from hypothesis import find
+    >>> find(ssync_cases(maps=map_pairs(batch=1)), lambda case: case.slot_mask is not None).slot_mask.tolist()
+    [[True]]
     """
     enc, dec = draw(map_pairs() if maps is None else maps)
     b, t, s, h, w = enc.shape
@@ -203,7 +284,14 @@ def ssync_cases(draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[
 def distillation_cases(
     draw: st.DrawFn, *, empty: bool = True, maps: st.SearchStrategy[MapPair] | None = None
 ) -> DistillationCase:
-    """Draw the decoder's map of ``maps``, labels, a region, often empty or full, and sometimes present slots."""
+    """Draw the decoder's map of ``maps``, labels, a region, often empty or full, and sometimes present slots.
+
+    Raises: only what ``maps`` raises.
+
+    >>> from hypothesis import find
+    >>> find(distillation_cases(maps=map_pairs(batch=1)), lambda case: case.region.any()).target.tolist()
+    [[[[0]]]]
+    """
     logits = draw(map_pairs() if maps is None else maps).dec_logits
     batch, frames, slots, height, width = logits.shape
     slot_mask = draw(st.none() | slot_masks(batch, slots, empty=empty))

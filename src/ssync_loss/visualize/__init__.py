@@ -12,6 +12,12 @@
     plt.imsave("ssync.png", picture[0].permute(1, 2, 0).numpy())
 
 Call ``.cpu()`` first if the picture is on an accelerator.
+
+``ROLE_COLORS`` is the legend of :func:`roles`, and ``PANEL_ROWS`` names the rows of a panel. A color is (red, green,
+blue):
+
+>>> ENCODER_TAUGHT, DECODER_TAUGHT, BOTH_TAUGHT, NOBODY_TAUGHT, INVALID
+((58, 134, 255), (255, 146, 20), (214, 70, 196), (150, 150, 150), (24, 24, 24))
 """
 
 from ssync_loss.visualize.colors import (

@@ -1,1 +1,1 @@
-"""SlotContrast and its forks in small: a package with ``models``, ``losses`` and ``train``, as theirs."""
+"""A miniature of SlotContrast and its forks: a package with their modules ``models``, ``losses`` and ``train``."""

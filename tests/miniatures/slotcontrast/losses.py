@@ -1,4 +1,4 @@
-"""Losses of the SlotContrast family, in small: a configuration names a class, and this module is searched for it."""
+"""A miniature of the SlotContrast family's losses. A configuration names a class of this module."""
 
 import sys
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """Build the class called ``config["name"]``, with the rest of the configuration as its arguments."""
+    """Build the class ``config["name"]`` with the rest of the configuration as its arguments."""
     cls = getattr(sys.modules[__name__], config["name"], None)
     if cls is None:
         raise ValueError(f"Unknown loss `{config['name']}`")
@@ -19,7 +19,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 class Loss(nn.Module):
-    """What the host does with every loss: ``get_target`` in the forward, then ``get_prediction`` and a call."""
+    """A loss. The host calls ``get_target`` in the forward pass, then ``get_prediction`` and the loss."""
 
     def __init__(
         self,

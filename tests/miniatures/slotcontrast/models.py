@@ -1,9 +1,9 @@
-"""Models of the SlotContrast family (SlotContrast, VideoSAUR, SSync, SRL, SlotCurri), in small.
+"""A miniature of the SlotContrast family's models (SlotContrast, VideoSAUR, SSync, SRL, SlotCurri).
 
-Quirks kept: a video model wraps its processor and decoder, an image model does not; the first frame has 3 iterations
-and the others 2; the steps call ``self.forward(batch)``, so hooks on the model never fire; maps are probabilities.
-SlotCurri's validation goes forward and back (2T - 1 frames, of which T are decoded), and its slots grow. With a
-``dynamics_predictor`` the decoder runs again in the same forward, on predicted slots.
+It keeps these quirks. A video model wraps its processor and decoder, an image model does not. The first frame has 3
+iterations, other frames have 2. The steps call ``self.forward(batch)``, so hooks on the model never fire. Maps are
+probabilities. SlotCurri's validation scans forward and back (2T - 1 frames, of which T are decoded), and the number of
+its slots grows. With a ``dynamics_predictor`` the decoder runs again in the same forward pass, on predicted slots.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from miniatures.slotcontrast import losses
 
 
 class FixedLearnedInit(nn.Module):
-    """As many of the learned slots as ``n_slots`` says; SlotCurri raises the number in training."""
+    """Returns the first ``n_slots`` of the learned slots. SlotCurri raises this number in training."""
 
     def __init__(self, max_slots: int, dim: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class LatentProcessor(nn.Module):
 
 
 class ScanOverTime(nn.Module):
-    """Frame after frame; with ``cycle``, SlotCurri's, then back to the first, and what came on the way back counts."""
+    """Runs frame by frame. SlotCurri's ``cycle`` then runs back to the first frame, and returns this second pass."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class MLPDecoder(nn.Module):
 
 
 class SlotMixerDecoder(nn.Module):
-    """Patches ask and slots answer: here ``to_q`` is of patches and ``to_k`` of slots."""
+    """Patches are queries and slots are keys: ``to_q`` projects patches, ``to_k`` slots."""
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class SlotMixerDecoder(nn.Module):
 
 
 class SpatialBroadcastDecoder(nn.Module):
-    """Slots stand in the batch, and the masks on a grid."""
+    """The batch axis contains the slots, and the masks have a grid."""
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ DECODERS = {one.__name__: one for one in (MLPDecoder, SlotMixerDecoder, SpatialB
 
 
 class ObjectCentricModel(nn.Module):
-    """A LightningModule there, so ``global_step`` counts the optimizer's steps."""
+    """The host's class is a LightningModule, so ``global_step`` counts optimizer steps."""
 
     global_step = 0
 
@@ -213,7 +213,7 @@ class ObjectCentricModel(nn.Module):
 
 
 def build(config: Mapping[str, Any]) -> ObjectCentricModel:
-    """Build what a configuration's ``model`` says."""
+    """Build the model of a configuration."""
     dim, grid = config.get("dim", 8), config.get("grid", (4, 4))
     is_video = config["input_type"] == "video"
     encoder: nn.Module = FrameEncoder(dim)

@@ -1,6 +1,6 @@
-"""``python -m miniatures.slotcontrast.train CONFIG``: the shape of the family's training script, in small.
+"""A miniature of the family's training script: ``python -m miniatures.slotcontrast.train CONFIG``.
 
-It prints, as JSON, the loss of every training step and of every validation; a validation comes before step 0, too.
+It prints JSON with the loss of every training step and of every validation. The first validation precedes step 0.
 """
 
 import json

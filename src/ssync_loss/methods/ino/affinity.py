@@ -112,7 +112,7 @@ def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AffinityConsistencyLoss(LossModule, check=_check_settings):
-    """Module of :func:`affinity_consistency_loss`: ``forward(s, t, mask=None)``.
+    """Module of :func:`affinity_consistency_loss`, with the same shapes and errors: ``forward(s, t, mask=None)``.
 
     >>> frames = torch.eye(2).expand(1, 2, 2, 2)
     >>> round(AffinityConsistencyLoss(tau_s=1.0, tau_t=1.0)(frames, frames).item(), 4)

@@ -145,8 +145,8 @@ class CenteredCrossEntropy(LossModule, check=_check_settings):
         check_group("group", self.group)
         if is_recomputing():
             raise RuntimeError(
-                "`center` would move twice, as a checkpoint computes this forward again: call `update_center` outside "
-                "of what is checkpointed."
+                "`center` would move twice, as a checkpoint computes this forward again. Call `update_center` outside "
+                "of the checkpoint."
             )
         low, high = rows.aminmax(dim=-1)
         used = counted & low.isfinite() & high.isfinite()

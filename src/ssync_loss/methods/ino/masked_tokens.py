@@ -69,7 +69,7 @@ def masked_token_loss(
 
 
 class MaskedTokenLoss(LossModule, check=check_by(update_center=check_flag)):
-    """Module of :func:`masked_token_loss`: ``forward(s_pat, t_pat, mask)``.
+    """Module of :func:`masked_token_loss`, with the same shapes and errors: ``forward(s_pat, t_pat, mask)``.
 
     >>> logits = torch.tensor([[0.0, 1.0], [5.0, 5.0]]).view(1, 1, 2, 2)
     >>> mask = torch.tensor([True, False]).view(1, 1, 2)

@@ -101,7 +101,7 @@ def _pairs(views: Tensor) -> Tensor:
 
 
 class OutGenerativeLoss(LossModule, check=_check_settings):
-    """Module of :func:`out_generative_loss`: ``forward(s_glob, s_loc, t_glob)``.
+    """Module of :func:`out_generative_loss`, with the same shapes and errors: ``forward(s_glob, s_loc, t_glob)``.
 
     >>> views, none = torch.tensor([0.0, 1.0]).expand(1, 2, 1, 2), torch.zeros(1, 2, 0, 2)
     >>> criterion = OutGenerativeLoss(CenteredCrossEntropy(2, tau_s=1.0, tau_t=1.0))

@@ -73,7 +73,7 @@ def propagate_labels(
     labels = as_index("labels", labels)
     if bool((labels < 0).any()):
         raise ValueError(
-            f"`labels` must be at least 0; got {int(labels.min())}. Give what is not annotated the background's label."
+            f"`labels` must be at least 0; got {int(labels.min())}. Label pixels without annotation as background."
         )
     check_flag("normalize", normalize)
     if size is None:

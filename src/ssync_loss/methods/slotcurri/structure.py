@@ -117,7 +117,7 @@ def structure_aware_loss(
 
 
 class StructureAwareLoss(LossModule, check=_check_settings):
-    """Module of :func:`structure_aware_loss`: ``forward(pred, target)``.
+    """Module of :func:`structure_aware_loss`, with the same shapes and errors: ``forward(pred, target)``.
 
     >>> pred = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     >>> target = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1, 1)

@@ -44,7 +44,7 @@ def mask_diversity_loss(logits: Tensor) -> Tensor:
 
 
 class MaskDiversityLoss(LossModule):
-    """Module of :func:`mask_diversity_loss`: ``forward(logits)``.
+    """Module of :func:`mask_diversity_loss`, with the same shapes and errors: ``forward(logits)``.
 
     >>> logits = torch.tensor([[50.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 1, 2)
     >>> round(MaskDiversityLoss()(logits).item(), 4)

@@ -164,7 +164,9 @@ def _by_frames(pairs: Tensor, num_instances: int) -> Tensor:
 
 
 class InstanceConsistencyLoss(LossModule, check=_check_settings):
-    """Module of :func:`instance_consistency_loss`: ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
+    """Module of :func:`instance_consistency_loss`, with the same shapes and errors.
+
+    ``forward(embeddings, teacher_embeddings, valid, teacher_valid)``.
 
     >>> embeddings, valid = torch.eye(2).view(1, 1, 1, 2, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> round(InstanceConsistencyLoss()(embeddings, embeddings, valid, valid).item(), 4)

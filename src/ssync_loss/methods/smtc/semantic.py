@@ -136,7 +136,9 @@ def _pooled(frames: Tensor, pool: int) -> Tensor:
 
 
 class SemanticConsistencyLoss(LossModule, check=_check_settings):
-    """Module of :func:`semantic_consistency_loss`: ``forward(logits, teacher_logits, feats)``.
+    """Module of :func:`semantic_consistency_loss`, with the same shapes and errors.
+
+    ``forward(logits, teacher_logits, feats)``.
 
     >>> feats = torch.eye(2).view(1, 1, 2, 1, 2).repeat(1, 2, 1, 1, 1)
     >>> round(SemanticConsistencyLoss()(feats * 4, feats * 400, feats).item(), 4)

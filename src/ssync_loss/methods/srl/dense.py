@@ -125,7 +125,9 @@ def dense_encoder_alignment_loss(
 
 
 class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
-    """Module of :func:`dense_decoder_alignment_loss`: ``forward(features, anchors, enc_labels)``.
+    """Module of :func:`dense_decoder_alignment_loss`, with the same shapes and errors.
+
+    ``forward(features, anchors, enc_labels)``.
 
     >>> import torch
     >>> features, labels = torch.eye(2).view(1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.int64)
@@ -150,7 +152,9 @@ class DenseDecoderAlignmentLoss(LossModule, check=_check_settings):
 
 
 class DenseEncoderAlignmentLoss(LossModule, check=_check_settings):
-    """Module of :func:`dense_encoder_alignment_loss`: ``forward(features, anchors, dec_labels)``.
+    """Module of :func:`dense_encoder_alignment_loss`, with the same shapes and errors.
+
+    ``forward(features, anchors, dec_labels)``.
 
     >>> import torch
     >>> features = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).view(1, 1, 2, 1, 3)

@@ -84,7 +84,7 @@ def redundant_slots(divergence: Tensor, slots: Tensor, *, num_picked: int) -> Te
 
 
 class SlotRedundancyLoss(LossModule, check=_check_settings):
-    """Module of :func:`slot_redundancy_loss`: ``forward(attention, slots)``.
+    """Module of :func:`slot_redundancy_loss`, with the same shapes and errors: ``forward(attention, slots)``.
 
     >>> attention = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]).view(1, 1, 3, 2)
     >>> slots = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).view(1, 1, 3, 2)

@@ -89,7 +89,7 @@ def _supervised(units: Tensor, temperature: float) -> Tensor:
 
 
 class TemporalSlotContrastLoss(LossModule, check=_check_settings):
-    """Module of :func:`temporal_slot_contrast_loss`: ``forward(slots)``.
+    """Module of :func:`temporal_slot_contrast_loss`, with the same shapes and errors: ``forward(slots)``.
 
     >>> slots = torch.eye(2).repeat(2, 1).view(1, 2, 2, 2)
     >>> round(TemporalSlotContrastLoss(temperature=1.0)(slots).item(), 4)

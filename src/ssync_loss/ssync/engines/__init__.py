@@ -85,7 +85,7 @@ def is_trusted(name: str, device: str) -> bool:
         _answers[name, device] = complaint is None
         if complaint is not None:
             warnings.warn(
-                f"Engine {name!r} does not agree with plain torch on {device}, so backend='auto' takes torch there. "
+                f"Engine {name!r} does not agree with plain torch on {device}, so backend='auto' uses torch there. "
                 f"Please report this with the output of `python -m ssync_loss.env`: {complaint} (Said once.)",
                 stacklevel=2,
             )

@@ -42,7 +42,7 @@ def _compare(engine: Engine, torch_engine: Engine, device: str) -> str | None:
                 off = float((got[part] - right).abs().max())
                 # NaN fails this comparison, but would pass `off > ...`
                 if not off <= TOLERANCE * scale:
-                    return f"{part} is off by {off} where {scale} is the largest, {masked=}, {settings}."
+                    return f"{part} differs by {off}, and its largest value is {scale}, for {masked=} and {settings}."
     return None
 
 

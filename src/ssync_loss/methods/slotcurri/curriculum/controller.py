@@ -237,8 +237,8 @@ class SlotCurriculum(nn.Module):
         known, written = (self._stage, self._num_observed), (int(self.stage), int(self.num_observed))
         if known != written:
             raise RuntimeError(
-                f"`stage` and `num_observed` are {written} in the buffers and {known} by what was called here: every "
-                "rank must load the checkpoint itself, by `load_state_dict`."
+                f"`stage` and `num_observed` are {written} in the buffers and {known} by the calls on this rank. Every "
+                "rank must load the checkpoint itself, with `load_state_dict`."
             )
         return True
 

@@ -84,7 +84,7 @@ def _row_states(optimizer: Optimizer, slots_param: nn.Parameter) -> list[Tensor]
     """Return the optimizer's state of every row."""
     check_type("optimizer", optimizer, Optimizer)
     if not any(one is slots_param for group in optimizer.param_groups for one in group["params"]):
-        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another's optimizer.")
+        raise ValueError(f"`optimizer` must hold `slots_param`, {tuple(slots_param.shape)}; got another optimizer.")
     # `optimizer.state[slots_param]` would create a state
     known = optimizer.state.get(slots_param, {}).values()
     return [rows_of(one) for one in known if isinstance(one, Tensor) and one.shape == slots_param.shape]

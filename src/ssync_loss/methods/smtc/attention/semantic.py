@@ -29,6 +29,12 @@ class SemanticSlots(NamedTuple):
         logits: (B, T, S, H, W), their masks before the softmax over S.
         instances: (B, T, S, P, D), the instances inside each semantic.
         instance_logits: (B, T, S, P, H, W), their masks before the softmax over P.
+
+    Raises: nothing; fields are not checked.
+
+    >>> found = SemanticSlots(*(torch.zeros(1, 1, 2, *rest) for rest in ((3,), (5, 5), (4, 3), (4, 5, 5))))
+    >>> found.masks().unique().tolist()  # two semantics with four instances each
+    [0.125]
     """
 
     slots: Tensor

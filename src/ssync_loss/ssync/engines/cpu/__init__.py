@@ -62,7 +62,7 @@ def missing_library() -> str | None:
         except BrokenError as error:
             _reasons.append(f"a C compiler that works: {error}")
             warnings.warn(
-                f"ssync_loss could not compile its CPU engine, and takes plain torch: {error} (Said once.)",
+                f"ssync_loss could not compile its CPU engine and uses plain torch: {error} (Said once.)",
                 stacklevel=2,
             )
     return _reasons[0]

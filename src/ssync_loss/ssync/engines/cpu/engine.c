@@ -1,16 +1,16 @@
 /* SSync on a CPU: hard labels, merged slots, regions, and both losses with their gradients.
 
-   Moon & Heo, ECCV 2026 (arXiv:2606.15527). The steps of the method:
+   Source: Moon & Heo, ECCV 2026 (arXiv:2606.15527). The steps of the method:
 
-     1. hard labels of both maps, and the mean of every encoder slot       hard_labels, add_slots
-     2. overlap of slots, from one bit a patch: is the slot active?         count_overlap
-     3. merging by union-find; the largest member represents its group      merge_slots
-     4. differing neighbors, the boundary and the interior                  select_region
-     5. distillation: softmax, loss and gradient in one pass                teach_frame
+     1. Compute hard labels of both maps, and the mean of every encoder slot.   hard_labels, add_slots
+     2. Compute the overlaps of slots. One bit per patch marks an active slot.   count_overlap
+     3. Merge slots by union-find. The largest slot represents its group.        merge_slots
+     4. Count differing neighbors, and select the boundary and the interior.     select_region
+     5. Compute softmax, loss and gradient in one pass.                          teach_frame
 
    Maps are (B, T, S, H, W) with any strides. The file includes itself twice, for float and for double. A task is a
-   clip (steps 1 to 4) or a frame (step 5). Every task writes its own result, and one thread adds the results up in
-   order, so the number of threads does not change a bit. */
+   clip (steps 1 to 4) or a frame (step 5). Every task writes its own result. One thread adds the results in order, so
+   they do not depend on the number of threads. */
 
 #ifndef REAL
 
@@ -25,7 +25,7 @@ enum { MAX_SLOTS = 64, MAX_THREADS = 64, BLOCK = 64, LANES = 16, RUN = 1024 };
 enum { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT = 3 };
 enum { NOT_TAUGHT = -1, NO_SLOT = -2 };
 
-/* Cells from which on another thread pays: to start one takes longer than to wake one of a team. */
+/* One more thread pays off per this number of logits. Starting a thread costs more than waking one of a team. */
 #ifndef CELLS_PER_THREAD
 #define CELLS_PER_THREAD 131072
 #endif
@@ -34,50 +34,50 @@ enum { NOT_TAUGHT = -1, NO_SLOT = -2 };
 #endif
 
 typedef struct {
-    void *data; /* NULL: absent */
+    void *data; /* NULL if absent */
     int64_t kind;
-    int64_t strides[5]; /* in elements; of (B, T, S, H, W), or of (B, T, -, H, W) */
+    int64_t strides[5]; /* in elements, of (B, T, S, H, W); labels and masks have no S */
 } Tensor;
 
-/* Runs a function on every thread of a team: `GOMP_parallel` of an OpenMP library. */
+/* The type of `GOMP_parallel` in an OpenMP library. It runs a function on every thread of a team. */
 typedef void Team(void (*function)(void *), void *data, unsigned num_threads, unsigned flags);
 
-/* What a call reads and writes; ctypes fills in the same fields. */
+/* Inputs, outputs and working memory of a call. Python declares the same fields for ctypes. */
 typedef struct {
     int64_t num_clips, num_frames, num_slots, height, width, num_threads;
-    Team *team;                 /* NULL, as in a forked child: threads are started for this call, and end with it */
-    Tensor enc, dec, valid;     /* one map alone is `enc` */
+    Team *team;                 /* NULL in a forked child; the call then starts its own threads */
+    Tensor enc, dec, valid;     /* a single map is `enc` */
     const uint8_t *slot_mask;   /* (B, S), or NULL */
-    const uint8_t *clean;       /* one bool, or NULL */
+    const uint8_t *clean;       /* one bool, or NULL; false if a map of the given labels holds NaN or +inf */
     const double *knobs;        /* merge threshold, weight of the boundary term, weight of the interior term */
     int64_t min_different, min_same, max_different;
     int64_t cross_entropy;
     double label_smoothing, temperature;
-    Tensor target, region;      /* one map alone: int64 and bool */
-    void *boundary_mean;        /* weighted; NULL if only labels are wanted */
+    Tensor target, region;      /* of a single map, int64 and bool */
+    void *boundary_mean;        /* weighted; NULL for labels only */
     void *interior_mean;        /* weighted; NULL if `boundary_mean` is the sum of both */
-    void *values;               /* one map alone: the loss, or the value of every patch */
-    int64_t *counts;            /* selected patches of both regions */
-    void *grad_enc, *grad_dec;  /* contiguous; NULL where not wanted */
-    int64_t *enc_labels, *dec_labels, *representative; /* merged; NULL where not wanted */
+    void *values;               /* of a single map: the loss, or the value of every patch */
+    int64_t *counts;            /* number of selected patches in each region */
+    void *grad_enc, *grad_dec;  /* contiguous; NULL if not needed */
+    int64_t *enc_labels, *dec_labels, *representative; /* merged; NULL if not needed */
     uint8_t *boundary, *interior;
-    int8_t *hard;               /* two planes (B, T, N): labels before merging, -1 at invalid patches */
+    int8_t *hard;               /* (2, B, T, N): labels before merging; -1 if invalid */
     int8_t *names;              /* (B, S): representatives */
-    uint8_t *found_clean;       /* one bool: no map holds NaN or +inf */
-    int64_t reduction;          /* one map alone: 0 every patch, 1 sum, 2 mean */
-    int64_t kind;               /* type of a scaled gradient */
-    /* the rest is working memory of a call */
-    int8_t *targets;            /* two planes (B, T, N): for the decoder's map, for the encoder's */
-    double *sums;               /* error of every frame, of both maps */
-    int64_t *selected;          /* number of patches of every clip, in both regions */
-    uint8_t *dirty;             /* 1 for a clip with NaN or +inf */
+    uint8_t *found_clean;       /* one bool, true if no map holds NaN or +inf */
+    int64_t reduction;          /* of a single map: 0 none, 1 sum, 2 mean */
+    int64_t kind;               /* type of the scaled gradient */
+    /* working memory */
+    int8_t *targets;            /* (2, B, T, N): for the decoder's map, and for the encoder's */
+    double *sums;               /* (2, B * T): sum of the errors of each frame */
+    int64_t *selected;          /* (2, B): number of patches in each region */
+    uint8_t *dirty;             /* (B,): 1 for a clip with NaN or +inf */
     int64_t given;              /* 1 if `hard` and `names` are inputs */
-    double scales[2];           /* factors of both gradients */
+    double scales[2];           /* factors of the gradients */
 } Call;
 
 typedef int Task(const Call *call, int64_t task, void *scratch);
 
-/* A crew of threads takes task after task. */
+/* Threads of a crew take the next task until none is left. */
 typedef struct {
     Task *task;
     const Call *call;
@@ -117,7 +117,7 @@ static int run(Task *task, const Call *call, int64_t num_tasks, size_t scratch_s
     if (useful > num_tasks) useful = num_tasks;
     if (useful < 2 || call->num_threads < 2)
         work(&crew);
-    else if (call->team) /* as many as torch takes: a team of another size would be made anew at every change */
+    else if (call->team) /* OpenMP would rebuild its team for another number of threads than torch's */
         call->team(work, &crew, (unsigned)call->num_threads, 0);
     else
         work_with_helpers(&crew, call->num_threads < useful ? call->num_threads : useful);
@@ -142,12 +142,12 @@ static float from_half(uint16_t half) {
     return as_float(as_bits(value) | (uint32_t)(half & 0x8000) << 16);
 }
 
-/* Rounds to the nearest, to even on a tie. */
+/* Rounds to the nearest half, and to an even one on a tie. */
 static uint16_t to_half(float value) {
     uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return sign | 0x7e00;
     if (magnitude >= 0x477ff000) return sign | 0x7c00;
-    /* below the smallest normal half, adding 0.5f rounds to a multiple of the smallest half */
+    /* below the smallest normal half, the addition of 0.5f rounds to a multiple of the smallest half */
     if (magnitude < 0x38800000) return sign | (uint16_t)(as_bits(as_float(magnitude) + 0.5f) - 0x3f000000);
     return sign | (uint16_t)((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
@@ -160,12 +160,11 @@ static uint16_t to_bfloat(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The offset of frame t of clip b. */
 static int64_t frame_offset(const Tensor *tensor, int64_t b, int64_t t) {
     return b * tensor->strides[0] + t * tensor->strides[1];
 }
 
-/* Reads the mask of a frame, one byte a patch; without a mask all patches count. */
+/* Copies the mask of a frame to one byte per patch. Without a mask all patches count. */
 static void read_bytes(const Call *call, const Tensor *tensor, int64_t b, int64_t t, uint8_t *bytes) {
     if (!tensor->data) {
         memset(bytes, 1, call->height * call->width);
@@ -177,7 +176,7 @@ static void read_bytes(const Call *call, const Tensor *tensor, int64_t b, int64_
             *bytes++ = first[h * tensor->strides[3] + w * tensor->strides[4]] != 0;
 }
 
-/* Lists the present slots of a clip; returns their number. */
+/* Lists the present slots of a clip, and returns their number. */
 static int list_slots(const Call *call, int64_t b, int *slots) {
     int number = 0;
     for (int s = 0; s < call->num_slots; s++)
@@ -185,7 +184,7 @@ static int list_slots(const Call *call, int64_t b, int *slots) {
     return number;
 }
 
-/* Step 3. */
+/* Step 3: returns the root of a slot, and shortens the path to it. */
 static int find(int *parent, int slot) {
     while (parent[slot] != slot) slot = parent[slot] = parent[parent[slot]];
     return slot;
@@ -204,8 +203,8 @@ static void merge_slots(int num_slots, const double *overlap, double threshold, 
     for (int s = 0; s < num_slots; s++) name[s] = (int8_t)largest[find(parent, s)];
 }
 
-/* Step 4: labels of a clip are -1 at invalid patches, which differ from no neighbor. `framed` holds the clip with a
-   replicated rim of one patch around every frame: each neighbor of all patches is then the same array, shifted. */
+/* Step 4: copies a clip's labels, and repeats the outermost patches around every frame. In `framed` a neighbor is then
+   at the same distance for all patches. */
 static void add_rims(const Call *call, const int8_t *labels, int8_t *framed) {
     int64_t H = call->height, W = call->width;
     for (int64_t t = 0; t < call->num_frames; t++, labels += H * W)
@@ -216,6 +215,8 @@ static void add_rims(const Call *call, const int8_t *labels, int8_t *framed) {
         }
 }
 
+/* Selects the patches with low to high differing neighbors, and returns their number. An invalid patch has label -1. It
+   is never selected, and does not count as a differing neighbor. */
 static int64_t select_region(const Call *call, const int8_t *framed, int64_t low, int64_t high, int8_t *chosen,
                              int8_t *targets) {
     int64_t H = call->height, W = call->width, T = call->num_frames, wide = W + 2, size = (H + 2) * wide, number = 0;
@@ -245,13 +246,13 @@ static void write_region(const int8_t *targets, uint8_t *to, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] = targets[i] >= 0;
 }
 
-/* Memory of `select_clip`: merged labels of a clip, and with rims a frame and a clip. */
+/* The memory of `select_clip` holds the merged labels of a clip, and a frame and a clip with rims. */
 static size_t select_scratch(const Call *call) {
     return call->num_frames * call->height * call->width +
            (call->num_frames + 1) * (call->height + 2) * (call->width + 2) + 1;
 }
 
-/* Step 4 of a clip: merged labels and both regions. */
+/* Step 4 for a clip: computes merged labels and both regions. */
 static int select_clip(const Call *call, int64_t b, void *memory) {
     int64_t S = call->num_slots, size = call->num_frames * call->height * call->width, start = b * size;
     const int8_t *name = call->names + b * S;
@@ -279,7 +280,7 @@ static int is_dirty(const Call *call) {
     return dirty;
 }
 
-/* Returns the divisor of a mean; writes the number of selected patches. */
+/* Returns the divisor of a mean, and writes the number of selected patches. */
 static double divisor(const Call *call, int map, int64_t *selected) {
     double by = 0;
     int slots[MAX_SLOTS];
@@ -314,8 +315,8 @@ static double divisor(const Call *call, int map, int64_t *selected) {
 
 #else /* REAL */
 
-/* 2^x for x <= 0; 0 below the normal numbers, and for NaN. The polynomial interpolates 2^f on [-1/2, 1/2] at Chebyshev
-   points, with errors of 2.5e-9 (float) and 4e-18 (double). */
+/* Returns 2^x for x <= 0, and 0 for NaN or if 2^x is below the normal numbers. The polynomial interpolates 2^f on
+   [-1/2, 1/2] at Chebyshev points, with errors of 2.5e-9 (float) and 4e-18 (double). */
 static inline REAL TYPED(power_of_two)(REAL x) {
 #if IS_FLOAT
     REAL low = -126, bounded = x > low ? x : low, whole = floorf(bounded + 0.5f), f = bounded - whole;
@@ -337,7 +338,7 @@ static inline REAL TYPED(power_of_two)(REAL x) {
     return x > low ? p * scale : 0;
 }
 
-/* Returns a frame of a map as contiguous (S, N) numbers: the frame itself, or a converted copy in `scratch`. */
+/* Returns a frame of a map as contiguous (S, N). A frame of another layout or type is copied to `scratch`. */
 static const REAL *TYPED(read_frame)(const Call *call, const Tensor *map, int64_t b, int64_t t, REAL *scratch) {
     int64_t S = call->num_slots, H = call->height, W = call->width, first = frame_offset(map, b, t);
     const int64_t *strides = map->strides;
@@ -367,7 +368,8 @@ static const REAL *TYPED(read_frame)(const Call *call, const Tensor *map, int64_
     return scratch;
 }
 
-/* Step 1: the first largest present slot of every patch, -1 if it is invalid. Returns whether NaN or +inf was found. */
+/* Step 1: labels every patch with its first largest present slot, or -1 if it is invalid. Returns 1 if a valid patch
+   holds NaN or +inf. */
 static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *slots, int num_present,
                               const uint8_t *valid, int8_t *labels) {
     int64_t N = call->height * call->width;
@@ -400,7 +402,7 @@ static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *sl
     return dirty;
 }
 
-/* Sums every present slot over the valid patches of a frame: in lanes within a run, in double over runs. */
+/* Sums every present slot over the valid patches of a frame. Lanes sum a run, and a double sums the runs. */
 static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slots, int num_present,
                              const uint8_t *valid, double *totals) {
     int64_t N = call->height * call->width;
@@ -420,8 +422,8 @@ static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slo
     }
 }
 
-/* Step 2: adds a frame's IoU of every two slots. A slot is a plane of bits: a bit is 1 where the slot exceeds its mean.
-   The order of the bits does not matter, as it is the same for all slots. */
+/* Step 2: adds the IoU of every two slots in a frame. Every slot has a plane of bits; a bit is 1 where the slot exceeds
+   its mean. The order of the bits is the same for all slots, and otherwise arbitrary. */
 static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int *slots, int num_present,
                                  const uint8_t *valid, const REAL *mean, uint64_t *planes, double *overlap) {
     int64_t N = call->height * call->width, words = (N + 63) / 64, S = call->num_slots, area[MAX_SLOTS];
@@ -437,7 +439,7 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
             for (int byte = 0; byte < 8; byte++) {
                 uint64_t eight;
                 memcpy(&eight, active + 8 * byte, 8);
-                /* the product has the lowest bits of the eight bytes in its highest byte */
+                /* the highest byte of the product holds the lowest bits of the eight bytes */
                 bits = bits << 8 | (eight * 0x0102040810204080u) >> 56;
             }
             plane[word] = bits;
@@ -454,13 +456,13 @@ static void TYPED(count_overlap)(const Call *call, const REAL *frame, const int 
         }
 }
 
-/* Memory of `find_slots`: a frame, bit planes, a mask. */
+/* The memory of `find_slots` holds a frame, bit planes and a mask. */
 static size_t TYPED(find_scratch)(const Call *call) {
     int64_t N = call->height * call->width;
     return sizeof(REAL) * call->num_slots * N + 8 * call->num_slots * ((N + 63) / 64) + call->num_frames * N + 1;
 }
 
-/* Steps 1 to 3 of a clip: labels before merging, and representatives. */
+/* Steps 1 to 3 for a clip: computes labels before merging, and representatives. */
 static int TYPED(find_slots)(const Call *call, int64_t b, void *memory) {
     int64_t N = call->height * call->width, T = call->num_frames, S = call->num_slots;
     int64_t num_valid = 0, num_frames = 0, area[MAX_SLOTS] = {0};
@@ -504,12 +506,12 @@ static int TYPED(find_slots)(const Call *call, int64_t b, void *memory) {
 
 /* The exponentials of a block of patches, and their sums. */
 typedef struct {
-    REAL exps[MAX_SLOTS][BLOCK]; /* of (logit - peak) / temperature; 0 if absent */
+    REAL exps[MAX_SLOTS][BLOCK]; /* of (logit - peak) / temperature; unset for absent slots */
     REAL peak[BLOCK];            /* the largest logit, or 0 if all are -inf */
-    REAL own[BLOCK];             /* exponential of the target */
+    REAL own[BLOCK];             /* exponential of the target slot */
     REAL others[BLOCK];          /* sum of the exponentials of all other slots */
     REAL squares[BLOCK];         /* sum of their squares */
-    int32_t illegal[BLOCK];      /* NaN or +inf in a present slot */
+    int32_t illegal[BLOCK];      /* 1 if a present slot holds NaN or +inf */
     int32_t target[BLOCK];
 } TYPED(Block);
 
@@ -544,8 +546,9 @@ static inline void TYPED(exponentials)(const REAL *block, int64_t N, const int *
     }
 }
 
-/* r^2 + Q with r = sum_{s != y} P_s and Q = sum_{s != y} P_s^2, without cancellation. Its gradient, over 2 / tau, is
-   -P_y (r^2 + Q) at y and P_s (P_s + P_y r - Q) elsewhere. If all logits are -inf: uniform, without gradient. */
+/* The error is r^2 + Q with r = sum_{s != y} P_s and Q = sum_{s != y} P_s^2, which avoids cancellation. Its gradient,
+   divided by 2 / tau, is -P_y (r^2 + Q) at y and P_s (P_s + P_y r - Q) elsewhere. If all logits are -inf, P is uniform
+   and the gradient is 0. */
 static inline void TYPED(squared_error)(const TYPED(Block) *in, int64_t N, const int *slots, int num_present, int size,
                                         REAL scale, REAL *error, REAL *grad) {
     REAL inverse[BLOCK], excess[BLOCK];
@@ -567,8 +570,9 @@ static inline void TYPED(squared_error)(const TYPED(Block) *in, int64_t N, const
     }
 }
 
-/* -(1 - e) log P_y - (e / S) sum_s log P_s; if the logit is -inf, P_s is the smallest normal float. Its gradient, over
-   1 / tau, is P_s sum_k q_k - q_s with q_s = (1 - e) 1[s = y] + e / S, over slots above -inf. */
+/* The error is -(1 - e) log P_y - (e / S) sum_s log P_s. If the logit of s is -inf, P_s is the smallest normal float.
+   With q_s = (1 - e) 1[s = y] + e / S, the gradient divided by 1 / tau is P_s sum_k q_k - q_s. The sum leaves out slots
+   at -inf, whose gradient is 0. */
 static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *block, int64_t N, const int *slots,
                                         int num_present, int size, double smoothing, double temperature, REAL scale,
                                         REAL *error, REAL *grad) {
@@ -576,7 +580,7 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
     REAL log_total[BLOCK], aims[BLOCK], possible[BLOCK], unmet[BLOCK];
     for (int i = 0; i < size; i++) {
         REAL total = in->own[i] + in->others[i];
-        /* a target with exponential 1 would round off the others in a sum, and they are the loss */
+        /* if the exponential of the target is 1, a sum would round off the others, which make up the loss */
         log_total[i] = (REAL)(in->own[i] == 1 ? log1p((double)in->others[i]) : log((double)total));
         error[i] = aims[i] = 0;
         possible[i] = total > 0, unmet[i] = aim;
@@ -593,7 +597,7 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
             aims[i] += is_possible ? aimed : 0;
         }
     }
-    /* a target that is absent has the log-probability of a slot at -inf */
+    /* an absent target slot has the log-probability of a slot at -inf */
     for (int i = 0; i < size; i++) error[i] -= unmet[i] * log_tiny;
     for (int i = 0; i < size; i++) error[i] = possible[i] > 0 ? error[i] : (REAL)log((double)num_present);
     for (int k = 0; grad && k < num_present; k++) {
@@ -608,8 +612,9 @@ static inline void TYPED(cross_entropy)(const TYPED(Block) *in, const REAL *bloc
     }
 }
 
-/* Step 5: a frame of one map. Patches that are not taught have no gradient. The value and the gradient are NaN for
-   patches with NaN or +inf, or with a target that is no slot. Returns the sum of the values; writes each if asked. */
+/* Step 5 for a frame of one map: returns the sum of the values, and writes them unless `values` is NULL. The value and
+   the gradient of a patch are 0 if it has no target. Else they are NaN if it holds NaN or +inf, or its target is no
+   slot. */
 static double TYPED(teach_frame)(const Call *call, const Tensor *map, int64_t b, int64_t t, const int8_t *targets,
                                  double scale, REAL *grads, REAL *values, REAL *scratch) {
     int64_t N = call->height * call->width, S = call->num_slots;
@@ -652,7 +657,7 @@ static double TYPED(teach_frame)(const Call *call, const Tensor *map, int64_t b,
     return sum;
 }
 
-/* A frame of the step. The first half of the tasks are frames of the decoder's map, the others of the encoder's. */
+/* The first half of the tasks are frames of the decoder's map, the second half of the encoder's. */
 static int TYPED(teach_task)(const Call *call, int64_t task, void *memory) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, frame = task % frames;
     int map = task >= frames;
@@ -672,7 +677,7 @@ static int TYPED(label_clip)(const Call *call, int64_t b, void *memory) {
     return select_clip(call, b, memory);
 }
 
-/* Labels of both maps before merging, and representatives. */
+/* Computes labels of both maps before merging, and representatives. */
 int TYPED(ssync_find)(Call *call) {
     call->dirty = calloc(call->num_clips + 1, 1);
     int failed = !call->dirty || run(TYPED(find_slots), call, call->num_clips, TYPED(find_scratch)(call));
@@ -681,7 +686,8 @@ int TYPED(ssync_find)(Call *call) {
     return failed;
 }
 
-/* Labels of both maps, and if wanted both means and their gradients. Computes `hard` and `names` unless given. */
+/* Computes merged labels and regions, and both means and their gradients unless `boundary_mean` is NULL. `hard` and
+   `names` are inputs unless they are NULL. */
 int TYPED(ssync_step)(Call *call) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, S = call->num_slots;
     int8_t *own = NULL;
@@ -718,7 +724,7 @@ int TYPED(ssync_step)(Call *call) {
     return failed;
 }
 
-/* Writes the targets of a frame, from labels and a region. */
+/* Computes the targets of a frame from labels and a region. */
 static int TYPED(target_task)(const Call *call, int64_t frame, void *memory) {
     int64_t N = call->height * call->width, b = frame / call->num_frames, t = frame % call->num_frames, number = 0;
     int slots[MAX_SLOTS], has_slots = list_slots(call, b, slots) > 0;
@@ -734,7 +740,7 @@ static int TYPED(target_task)(const Call *call, int64_t frame, void *memory) {
             targets[i] = !region[i] || !has_slots ? NOT_TAUGHT : in_range ? (int8_t)label : NO_SLOT;
             number += targets[i] != NOT_TAUGHT;
         }
-    /* one count a frame: threads must not share one */
+    /* every frame has its own count, because threads must not share one */
     call->sums[frame] = (double)number;
     return 0;
 }
@@ -744,7 +750,7 @@ static int TYPED(distill_task)(const Call *call, int64_t frame, void *memory) {
     int slots[MAX_SLOTS], number = list_slots(call, b, slots);
     double scale = call->scales[0];
     REAL *values = call->reduction == 0 ? (REAL *)call->values + frame * N : NULL;
-    /* a patch's value is a mean over slots; the mean over a batch divides by slots and patches at once */
+    /* the value of a patch is a mean over slots; for the mean over a batch, `scale` includes the number of slots */
     double over = call->reduction == 2 || call->cross_entropy || !number ? 1 : number;
     double sum = TYPED(teach_frame)(call, &call->enc, b, t, call->targets + frame * N, scale / over, call->grad_enc,
                                     values, memory);
@@ -753,7 +759,7 @@ static int TYPED(distill_task)(const Call *call, int64_t frame, void *memory) {
     return 0;
 }
 
-/* Distillation of one map. */
+/* Computes the distillation loss of one map, and its gradient. */
 int TYPED(ssync_distill)(Call *call) {
     int64_t frames = call->num_clips * call->num_frames, N = call->height * call->width, selected;
     call->targets = malloc(frames * N + 1);
@@ -775,7 +781,8 @@ int TYPED(ssync_distill)(Call *call) {
     return failed;
 }
 
-/* Multiplies a frame of a gradient by the incoming one, a number or one per patch, in the type of the map. */
+/* Multiplies a frame of a gradient by the incoming gradient, which is one number or one per patch. Writes the result in
+   the type of the map. */
 static int TYPED(scale_task)(const Call *call, int64_t frame, void *memory) {
     int64_t N = call->height * call->width, S = call->num_slots;
     const REAL *from = (const REAL *)call->enc.data + frame * S * N;

@@ -75,7 +75,7 @@ def cache_folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except (OSError, RuntimeError) as error:
-        raise UnavailableError(f"a cache folder; {CACHE_VARIABLE} names one ({error})") from None
+        raise UnavailableError(f"a cache folder; set {CACHE_VARIABLE} to one ({error})") from None
     for wrong, is_so in (
         ("is a link", stat.S_ISLNK(status.st_mode)),
         ("is no folder", not stat.S_ISDIR(status.st_mode)),
@@ -83,7 +83,7 @@ def cache_folder() -> Path:
         ("can be written by others", status.st_mode & 0o022),
     ):
         if is_so:
-            raise UnavailableError(f"a cache folder of its own: {folder} {wrong}; {CACHE_VARIABLE} names another")
+            raise UnavailableError(f"a cache folder of its own: {folder} {wrong}; set {CACHE_VARIABLE} to another")
     return folder
 
 
@@ -124,7 +124,7 @@ def _build(folder: Path, compiler: list[str]) -> Path:
     try:
         handle, beside = tempfile.mkstemp(dir=folder, suffix=".so.part")
     except OSError as error:
-        raise UnavailableError(f"a cache folder that can be written; {CACHE_VARIABLE} names one ({error})") from None
+        raise UnavailableError(f"a cache folder that can be written; set {CACHE_VARIABLE} to one ({error})") from None
     os.close(handle)
     try:
         # not every compiler accepts -march=native
