@@ -135,6 +135,7 @@ class SlotMaps(tuple[Tensor, Tensor]):
         return cls(enc_logits, ordered(dec_logits, enc_logits, by_frame=by_frame))
 
 
+# what `tree_map`, vmap, export and DDP go through
 register_pytree_node(
     SlotMaps,
     lambda maps: ([*{**maps}.values()], maps.keys()),
@@ -144,7 +145,7 @@ register_pytree_node(
 
 
 def _check_order(enc: Source, dec: Source) -> None:
-    """Refuse a decoder's map that is older than the encoder's: it belongs to an earlier forward."""
+    """Refuse a decoder's map that is older than the encoder's; allow slots that attend again after the decoder."""
     if not (isinstance(enc, Tap) and isinstance(dec, Tap)):
         return
     if dec._before(enc):
