@@ -12,7 +12,7 @@ from benchmarks.add_ons import BY_NAME
 from ssync_loss import SSyncLoss, testing
 from ssync_loss.functional import pseudo_labels, selective_distillation_loss
 
-# the fastest first; the gate compares all with "reference"
+# the fastest first
 BACKENDS = ("cpu", "triton", "torch")
 # the backend that "auto" prefers
 AUTO = {"cpu": "cpu", "cuda": "triton"}
@@ -29,7 +29,7 @@ OPERATIONS = (
 # the yardsticks of all operations, and the contender that runs them
 COPY, EXP, TORCH = "copy", "exp of both maps", "torch"
 COPY_BYTES = 128 << 20
-# each map is read or written in passes for statistics, counts and targets
+# how often a step reads or writes a map: for statistics, counts and targets
 STEP_PASSES = 9
 # suffixes of a contender
 COMPILED, TWO_THREADS, REPLAY, USUAL_MALLOC = " compiled", ", 2 threads", ", graph replay", ", malloc as it comes"

@@ -92,7 +92,7 @@ def count(work: Callable[[], object], device: str) -> dict[str, int]:
 
 def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
     """Count the kernels, copies and memory sets that the device records, and the warnings of synchronization."""
-    # doubts about the first call may be told in the second
+    # the criterion may warn in its second call of the maps of its first
     work()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -102,6 +102,7 @@ def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
     with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         work()
         torch.cuda.synchronize()

@@ -1,17 +1,18 @@
 """The gate: a contender is compared with the slow definitions before it is measured."""
 
+import os
 from collections.abc import Sequence
 
 import torch
 from examples.inputs import Inputs, Step, as_tuple
 
 from benchmarks.add_ons import BY_NAME
-from benchmarks.contenders import COMPILED, OPERATIONS, STEP, ssync_criterion, step_of
+from benchmarks.contenders import COMPILED, OPERATIONS, STEP, name_of, ssync_criterion, step_of
 from benchmarks.plan import Job, Options, attempt
 from benchmarks.results import Key, Row
 
 CASE = "agrees with the reference"
-# an even and an odd grid, one frame and several, few slots and many; rounding decides no label of them
+# grids even and odd, one frame and several, few slots and many. Rounding decides none of their labels
 SSYNC_SHAPES = (
     {"B": 2, "T": 3, "S": 5, "H": 5, "W": 7},
     {"B": 1, "T": 1, "S": 2, "H": 4, "W": 1},
@@ -23,9 +24,9 @@ SHAPE = {"B": 2, "T": 4, "S": 3, "H": 4, "W": 6, "D": 4, "Kp": 5, "weights": 32}
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
-def plan(contenders: Sequence[tuple[str, str]]) -> Job:
-    """Plan the gate of contenders and dtypes."""
-    return Job([Key("gate", CASE, name, tuple(_shapes(name)[0].items()), dtype) for name, dtype in contenders], check)
+def plan(contenders: Sequence[tuple[str, str]]) -> list[Job]:
+    """Plan a job for each contender and dtype."""
+    return [Job([Key("gate", CASE, name, tuple(_shapes(name)[0].items()), dtype)], check) for name, dtype in contenders]
 
 
 def _shapes(name: str) -> Sequence[dict[str, int]]:
@@ -41,7 +42,7 @@ def check(keys: Sequence[Key], options: Options) -> list[Row]:
 
 
 def _agree(key: Key, device: str) -> None:
-    # of compiled code the step is measured; a method is one operation
+    # a method has one operation, and compiled code is measured by its step
     one = key.contender in BY_NAME or key.contender.endswith(COMPILED)
     for shape in _shapes(key.contender):
         for case in (STEP,) if one else OPERATIONS:
@@ -66,6 +67,8 @@ def check_step(step: Step, definition: Step, tolerance: float = TOLERANCE["float
 
 def missing(contender: str, device: str) -> str:
     """Say why SSync cannot run on this backend here, or nothing."""
+    if contender == name_of("triton") and os.environ.get("TRITON_INTERPRET"):
+        return "TRITON_INTERPRET is set"
     try:
         ssync_criterion(contender)(*Inputs({"B": 1, "T": 1, "S": 2, "H": 2, "W": 2}, device).maps)
     except (ImportError, RuntimeError, ValueError) as error:

@@ -37,21 +37,25 @@ def measure(keys: Sequence[Key], options: Options) -> list[Row]:
     inputs = Inputs({"D": CHANNELS, **keys[0].sizes}, options.device, dtype=keys[0].dtype)
     rows: dict[Key, Row] = {}
     steps: dict[Key, Step] = {}
+    calls: dict[Key, Callable[[], object]] = {}
     losses: dict[Key, float] = {}
     for key in keys:
-        status, note, step = attempt(_checked, key, name_of(options.backends[0]), inputs, losses)
+        status, note, checked = attempt(_checked, key, name_of(options.backends[0]), inputs, losses)
         rows[key] = Row(key, status, note)
-        if step is not None:
-            steps[key] = step
-    for key, values in times(steps, options).items():
+        if checked is not None:
+            steps[key], calls[key] = checked
+    for key, values in times(steps, calls, options).items():
         status, note, counted = attempt(counts, key, steps[key], options.device)
         rows[key] = Row(key, status, note, {**values, **counted} if counted is not None else {})
     return list(rows.values())
 
 
-def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> Step:
-    """Take a first step. Its loss must be that of the contender that computes the same: the gate sees no large size."""
-    # an axis is no operation
+def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> Any:
+    """Take a first step; return it and the call to time.
+
+    Its loss must be that of the contender that computes the same: the gate sees no large size.
+    """
+    # the case of another suite is an axis
     step = step_of(key.case if key.suite == "kernels" else STEP, key.contender, inputs)
     step.prepare()
     loss = step.once()[0]
@@ -61,7 +65,7 @@ def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> 
         expected = losses.get(key._replace(contender=twin), losses[key])
         if abs(losses[key] - expected) > LOSS_RTOL * abs(expected):
             raise AssertionError(f"the loss is {losses[key]:.8g}, and {expected:.8g} by {twin}")
-    return step
+    return step, _call(key, step)
 
 
 def counts(key: Key, step: Step, device: str) -> Values:
@@ -82,9 +86,9 @@ def counts(key: Key, step: Step, device: str) -> Values:
     return {**values, **count(step.once, device)} if countable else values
 
 
-def times(steps: dict[Key, Step], options: Options) -> dict[Key, Values]:
-    """Time steps in turn. Ratios are taken within a round."""
-    works = {(key, "step"): Work(_call(key, step), step.before) for key, step in steps.items()}
+def times(steps: dict[Key, Step], calls: dict[Key, Callable[[], object]], options: Options) -> dict[Key, Values]:
+    """Time the calls of steps in turn. Ratios are taken within a round."""
+    works = {(key, "step"): Work(calls[key], step.before) for key, step in steps.items()}
     for key, step in steps.items():
         if key.suite == "kernels" and step.leaves and key.contender == base_of(key.contender):
             works[key, "forward"] = Work(step.forward)

@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import resource
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,13 +65,14 @@ class Outcome(NamedTuple):
 
 
 def do(job: Job, results: Results, options: Options) -> None:
-    """Measure a job, unless its rows are known, and write the rows."""
-    if all(key in results.rows for key in job.rows):
-        return
+    """Measure a job and write its rows, unless they are known or nothing that is missing may run."""
+    missing = [key for key in job.rows if key not in results.rows]
     stopped = {key: _stopped(results, key) or job.stop(results, key, options) for key in job.rows}
-    able = [key for key, row in stopped.items() if row is None]
-    rows = [row for row in stopped.values() if row is not None]
-    results.add([*rows, *(work(job, able, options) if able else [])])
+    # a ratio needs all rows of its job
+    able = [key for key, row in stopped.items() if row is None] if None in map(stopped.get, missing) else []
+    rows = [row for key in missing if (row := stopped[key]) is not None]
+    if missing:
+        results.add([*rows, *(work(job, able, options) if able else [])])
 
 
 def work(job: Job, keys: list[Key], options: Options) -> list[Row]:
@@ -85,8 +88,18 @@ def _prepared(job: Job, keys: list[Key], options: Options) -> list[Row]:
             if mallopt(number, value) != 1:
                 raise RuntimeError(f"this malloc has no {name}")
     torch.set_num_threads(job.threads or options.threads)
+    # a function is compiled for eight shapes at most
+    torch.compiler.reset()
     gc.collect()
-    return job.measure(keys, options)
+    if options.device != "cpu":
+        return job.measure(keys, options)
+    usual, most = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + options.memory_cap, most))
+    try:
+        return job.measure(keys, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (usual, most))
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:

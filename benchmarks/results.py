@@ -114,10 +114,10 @@ class Results:
             return cls(origin, path=path)
         earlier = cls.load(path)
         # the commit may differ, `sources` must not
-        for name in origin.keys() - {"date", "commit"}:
-            if earlier.origin[name] != origin[name]:
+        for name, value in origin.items():
+            if name not in ("date", "commit") and earlier.origin[name] != value:
                 raise ValueError(
-                    f"{path} was measured with `{name}` = {earlier.origin[name]!r}, and now it is {origin[name]!r}. "
+                    f"{path} was measured with `{name}` = {earlier.origin[name]!r}, and now it is {value!r}. "
                     "Choose another --out, or --restart to measure anew."
                 )
         earlier.rows = {key: row for key, row in earlier.rows.items() if row.status != "failed"}

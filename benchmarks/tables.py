@@ -56,7 +56,7 @@ def _caption(results: Results) -> list[str]:
         f"These agree with the slow definitions: {', '.join(ssync) or 'none'}, {len(agree) - len(ssync)} others."
     )
     parts += dict.fromkeys(
-        f"**{row.key.contender} is {row.status}**: {row.note.rpartition('Error: ')[2]}"
+        f"**{row.key.contender} {row.status.replace('wrong', 'is wrong')}**: {row.note.rpartition('Error: ')[2]}"
         for row in rows
         if row.status in ("failed", "wrong")
     )
@@ -119,7 +119,8 @@ def _steps(results: Results) -> list[str]:
             own = (row.number("resident") - row.number("allocated")) / growth.size_of(row.key)
             note += f" The C library holds {own:.1f} bytes a patch beside torch's allocator."
     for row in results.select(training_step.SUITE, case=training_step.EXAMPLE, contender="SSync torch"):
-        note += f" Plain torch takes {row.number('alone_over_with'):.2%} of the example's training step."
+        if "alone_over_with" in row.values:
+            note += f" Plain torch takes {row.number('alone_over_with'):.2%} of the example's training step."
     lines = [["BxTxSxHxW, dtype", "", "ms", "launches", "maps"]]
     for row in results.select(kernels.SUITE, case=STEP):
         if row.key.sizes["S"] != kernels.MOVI_C["S"]:

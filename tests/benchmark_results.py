@@ -1,5 +1,6 @@
 """The results of a machine with known costs, for tests of tables and commands."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -52,14 +53,13 @@ def values_of(key: Key) -> Values:
     return {"step": spread(own), **held, **ratio}
 
 
+@dataclass
 class Machine:
-    """Measures jobs by a rule. `refused` are the rows without values, by suite and contender."""
+    """Measures jobs by a rule. `refused` are rows without values; Ctrl-C comes instead of the job `stop_at`."""
 
-    def __init__(self, refused: dict[tuple[str, str], tuple[str, str]] | None = None) -> None:
-        self.refused = refused or {}
-        self.jobs = 0
-        # Ctrl-C comes instead of this job
-        self.stop_at = 0
+    refused: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    jobs: int = 0
+    stop_at: int = 0
 
     def work(self, _: Job, keys: list[Key], __: Options) -> list[Row]:
         self.jobs += 1

@@ -37,13 +37,16 @@ def made() -> Results:
 class TestPlan:
     @pytest.mark.parametrize("chosen", [options(), options(quick=True), ON_GPU])
     def test_every_contender_passes_the_gate_first(self, chosen: Options) -> None:
-        first, *jobs = run.plan(chosen)
+        jobs = run.plan(chosen)
+        gates = [job.rows[0] for job in jobs if job.measure is gate.check]
+        jobs = jobs[len(gates) :]
         rest = [key for job in jobs for key in job.rows]
         assert {key.suite for key in rest} == set(SUITES[1:])
         gated = {(base_of(key.contender), key.dtype) for key in rest if key.contender != "torch"}
-        assert gated == {(key.contender, key.dtype) for key in first.rows}
+        assert gated == {(key.contender, key.dtype) for key in gates}
         assert len(set(rest)) == len(rest)
-        assert [job.raised for job in jobs] == sorted(job.raised for job in jobs)
+        last = [job.rows[0].suite == "kernels" if chosen is ON_GPU else job.raised for job in jobs]
+        assert last == sorted(last)
 
     def test_sizes_go_from_256_to_a_million_patches_in_one_clip(self) -> None:
         for case, axes in (("H*W", "HW"), ("T", "T"), ("B", "B")):
@@ -70,15 +73,16 @@ class TestPlan:
         for suite, name, status, where, note in (
             ("gate", "SSync cpu", "wrong", "", "the loss is another"),
             ("gate", "sinkhorn", "wrong", "", "the loss is another"),
+            ("gate", "SSync torch", "failed", "", "an error"),
             ("linear_vs_quadratic", "dense", "memory", "as at 256 patches: ", "ran out"),
         ):
             results = measured(monkeypatch, Machine({(suite, name): (status, note)}), quick=True)
-            named = [row for row in results.rows.values() if base_of(row.key.contender) == name]
-            rows = [row for row in named if row.key.suite != "gate"]
+            rows = [row for key, row in results.rows.items() if base_of(key.contender) == name and key.suite != "gate"]
             assert {(row.status, *row.values) for row in rows} == {(status,)}
             assert where + note in {row.note for row in rows}
             assert {row.status for row in results.select("add_ons", contender="clip_mask")} == {"measured"}
-            assert (f"**{name} is wrong**: the loss is" in section(results, "x", "x.png")) == (status == "wrong")
+            said = {"wrong": [f"{name} is wrong"], "failed": [f"{name} failed"], "memory": []}[status]
+            assert re.findall(r"\n\*\*(.*)\*\*: ", section(results, "x", "x.png").partition("###")[0])[:1] == said
 
 
 class TestReport:
@@ -96,11 +100,9 @@ class TestReport:
         before = verdicts()
         assert len(before) == 16
         # a microsecond a patch is 164 times less than 10 ns a pair at 16,384 patches
-        (missed,) = ((claim, bar) for claim, bar in before.items() if bar[2] != "met")
-        assert missed == (
-            "SSync cpu: faster than dense alignment at 16,384 patches",
-            ("≥ 1,000x", "164x", "**missed**"),
-        )
+        missed = {claim: bar for claim, bar in before.items() if bar[2] != "met"}
+        claim = "SSync cpu: faster than dense alignment at 16,384 patches"
+        assert missed == {claim: ("≥ 1,000x", "164x", "**missed**")}
         assert {bar.verdict for bar in bars(Results(made.origin))} == {"**not measured**"}
         step = Key("kernels", STEP, "SSync cpu", (("B", kernels.BATCH), *MOVI_C))
         (first,) = (row.key for row in made.select("kernels", case=kernels.FIRST_USE))
@@ -142,8 +144,7 @@ class TestReport:
             "takes 0.20% of the example's",
         ):
             assert part in text
-        for one in ADD_ONS:
-            assert (f"\n| {one.name} " in text) == one.shown
+        assert [f"\n| {one.name} " in text for one in ADD_ONS] == [one.shown for one in ADD_ONS]
         # a microsecond for each of 4,608 patches, and 0.1 for one of a frame
         assert re.search(r"\| slot_error +\| 0\.0576, 0\.00461 \(0\.0125x\) +\| 1\.00, 1\.00 ", text)
         some = section(measured(monkeypatch, quick=True, suites=("kernels",)), "x", "x.png")
@@ -161,9 +162,7 @@ class TestReport:
         body = report.body(report.load_all(folder))
         assert body.startswith("**There is no GPU result yet.**")
         assert readme.read_text() == f"before\n{start}\n{body}\n{end}\nafter\n"
-        picture = imread(folder / "abacus.png")
-        assert min(picture.shape[:2]) > 500
-        assert picture.std() > 0.05
+        assert imread(folder / "abacus.png")[:500, :500].std() > 0.05
         assert report.main([*arguments, "--rows", "kernels"]) == 0
         assert every_row(made, "kernels") in capsys.readouterr().out
 
@@ -196,10 +195,8 @@ class TestCommand:
         assert (seen[0] == seen[1], len(set(seen))) == (True, 3)
 
     def test_a_rehearsal_does_not_touch_the_committed_results(self) -> None:
-        assert (run.parse(["--quick"]).out, run.parse([]).out) == (
-            Path("runs/benchmarks/cpu.json"),
-            run.RESULTS / "cpu.json",
-        )
+        here, there = (run.parse(one).out for one in ([], ["--quick"]))
+        assert (here, there) == (run.RESULTS / "cpu.json", Path("runs/benchmarks/cpu.json"))
 
     def test_a_backend_that_cannot_run_here_is_refused(self, machine: Machine, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="error: --backend triton cannot be had on cpu: it is not there"):
@@ -226,3 +223,6 @@ class TestCommand:
             jobs("part.json", "--threads", "2")
         assert 0 < jobs("part.json", "--suite", "kernels", "--threads", "2", "--restart") < whole
         assert Results.load(tmp_path / "part.json").origin["threads"] == 2
+        machine.refused = {("gate", "SSync torch"): ("failed", "an error")}
+        # all others are measured, then what failed is tried once more
+        assert [1 < jobs("failed.json") < whole, jobs("failed.json")] == [True, 1]

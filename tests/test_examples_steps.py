@@ -37,7 +37,7 @@ def test_an_agreeing_step_passes_and_a_wrong_one_is_refused(name: str) -> None:
     keys = [Key("gate", gate.CASE, name, (), dtype) for dtype in ("float32", "float16")]
     keys = keys[: 2 if name.startswith("SSync") else 1]
     assert gate.check(keys, options()) == [Row(key) for key in keys]
-    if name.startswith(SLOW):
+    if name.startswith(SLOW) and name != "dense":
         return
     shape = gate.SHAPE if name in BY_NAME else gate.SSYNC_SHAPES[0]
     right, again = (step_of(STEP, name, Inputs(shape), gate=True) for _ in range(2))

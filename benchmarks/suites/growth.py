@@ -105,7 +105,8 @@ def plan(suite: str, options: Options) -> list[Job]:
             names = [*map(name_of, options.backends), *(one.name for one in DENSE[: 2 if case == "B" else None])]
         for shape in shapes(suite, case, options):
             keys = [Key(suite, case, name, tuple(shape.items())) for name in names]
-            keys = [key for key in keys if key.contender != name_of("cpu") or shape["S"] <= MAX_SLOTS]
+            limited = (name_of("cpu"), name_of("triton")) if shape["S"] > MAX_SLOTS else ()
+            keys = [key for key in keys if key.contender not in limited]
             jobs.append(Job(keys, measure, raised=True, stop=too_much))
             if suite == LINEAR and options.device == "cpu":
                 usual = keys[0]._replace(contender=keys[0].contender + USUAL_MALLOC)

@@ -69,7 +69,11 @@ def first_use(keys: Sequence[Key], options: Options) -> list[Row]:
     for _ in range(1 if options.quick else 5):
         with tempfile.TemporaryDirectory() as empty:
             command = [sys.executable, "-m", "benchmarks.first_use"]
-            environment = os.environ | {"SSYNC_LOSS_CACHE": empty, "PYTHONPATH": os.pathsep.join(sys.path)}
+            environment = os.environ | {
+                "SSYNC_LOSS_CACHE": empty,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip().rpartition("\n")[2])

@@ -174,7 +174,14 @@ def reference_propagate_labels(features: Tensor, labels: Tensor, **settings: Any
 
 
 def reference_prototype_head(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return the cosines of tokens (..., C) with the prototypes; the weights of a head by name."""
+    """Return the cosines of tokens (..., C) with the prototypes; the weights of a head by name.
+
+    >>> layer = {"mlp.0.weight": torch.eye(2), "mlp.0.bias": torch.zeros(2)}
+    >>> prototypes = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> cosines = reference_prototype_head(torch.tensor([[3.0, 4.0]]), layer | {"prototypes": prototypes})
+    >>> [[round(one, 6) for one in row] for row in cosines.tolist()]
+    [[0.6, 0.8]]
+    """
     known = {name: one.double() for name, one in weights.items()}
     tokens = x.double().flatten(0, -2)
     layers = sorted(int(name.split(".")[1]) for name in known if name.startswith("mlp") and name.endswith("weight"))

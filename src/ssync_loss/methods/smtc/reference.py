@@ -176,6 +176,19 @@ def reference_semantic_aware_slot_attention(
     """Attend frame by frame: semantics (S, C), then P instances of each semantic, with the whole gradient.
 
     Returns slots, logits, instances and their logits, as the module with these weights does.
+
+    >>> from ssync_loss.attention import SemanticAwareSlotAttention
+    >>> module = SemanticAwareSlotAttention(1, num_slots=1, num_instances=1)
+    >>> weights = {name: torch.zeros_like(one) for name, one in module.named_parameters()}
+
+    The semantic starts at 1, its instance at 1 + 2, and all values are 5:
+
+    >>> weights["mu"] += 1
+    >>> weights["to_v.bias"] += 5
+    >>> patch, noise = torch.zeros(1, 1, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 2.0)
+    >>> slots, _, instances, _ = reference_semantic_aware_slot_attention(patch, noise, weights, iters=1)
+    >>> slots.item(), instances.item()
+    (6.0, 8.0)
     """
     frames, grid = [], features.shape[3:]
     for frame, draws in zip(features.flatten(0, 1), noise.flatten(0, 1), strict=True):
