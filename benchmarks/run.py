@@ -1,6 +1,6 @@
 """Measure everything, or one suite, on this machine: ``python -m benchmarks.run``.
 
-    python -m benchmarks.run                                     # all suites on the CPU, about twenty minutes
+    python -m benchmarks.run                                     # all suites on the CPU, about half an hour
     python -m benchmarks.run --quick                             # few sizes of all suites, a rehearsal of minutes
     python -m benchmarks.run --device cuda --out benchmarks/results/h200.json
     python -m benchmarks.report                                  # tables and figures from the results

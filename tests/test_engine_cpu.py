@@ -427,6 +427,21 @@ class TestNumbers:
         error = ((got - wanted).abs() / wanted)[normal] / (1 + below[normal])
         assert error.max() < 2 * eps
 
+    def test_a_process_that_compiles_nothing_loads_no_dynamo(self) -> None:
+        done = run_python(
+            """
+            import sys, torch
+            from ssync_loss import SSyncLoss
+            from ssync_loss.functional import pseudo_labels
+
+            maps = [torch.randn(1, 2, 3, 4, 4, requires_grad=True) for _ in range(2)]
+            (2 * SSyncLoss(merge_threshold=0.5)(*maps)).backward()
+            pseudo_labels(*maps, merge_threshold=0.5, backend="cpu")
+            print("torch._dynamo" in sys.modules)
+            """
+        )
+        assert (done.stdout, done.stderr) == ("False\n", "")
+
     def test_operators_pass_opcheck(self) -> None:
         enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())
         knobs = torch.tensor([0.6, 1.0, 0.5], dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from ssync_loss._autograd import differentiable, learns, once_differentiable
+from ssync_loss._autograd import differentiable, learns, once_differentiable, plain
 from ssync_loss._checks import read_numbers
 from ssync_loss._inputs import widest
 from ssync_loss.ssync.engines.contract import in_bytes, new_labels, new_slots
@@ -54,13 +54,13 @@ def find_slots(maps: Maps, settings: Settings) -> SlotLabels:
     """Compute labels before merging, and representatives."""
     knobs = _knobs(settings.merge_threshold, 1.0, 1.0)
     inputs = maps.enc.detach(), maps.dec.detach(), maps.valid, maps.slot_mask, maps.clean, knobs
-    found: tuple[Tensor, Tensor, Tensor] = _find_operator(*inputs)
+    found: tuple[Tensor, Tensor, Tensor] = _plain_find(*inputs)
     return SlotLabels(*found)
 
 
 def pseudo_labels(maps: Maps, settings: Settings) -> PseudoLabels:
     """Compute labels, regions and representatives."""
-    labels: Labels = _label_operator(
+    labels: Labels = _plain_label(
         maps.enc.detach(),
         maps.dec.detach(),
         maps.valid,
@@ -208,7 +208,7 @@ def _times(grad: Tensor, incoming: Tensor, dtype: torch.dtype, is_one: bool) -> 
     """Multiply a gradient that the forward wrote, never in place; a factor of 1 returns the gradient itself."""
     if is_one and grad.dtype == dtype:
         return grad
-    result: Tensor = _scale_operator(grad, incoming, dtype)
+    result: Tensor = _plain_scale(grad, incoming, dtype)
     return result
 
 
@@ -236,6 +236,7 @@ def _scale(grad: Tensor, incoming: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _scale_operator = _operator("scale", _scale, lambda grad, _, dtype: torch.empty_like(grad, dtype=dtype))
+_plain_scale = plain(_scale_operator, _scale)
 
 
 def _find(
@@ -262,6 +263,7 @@ def _new_find(enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _find_operator = _operator("find", _find, lambda enc, *_: _new_find(enc))
+_plain_find = plain(_find_operator, _find)
 
 
 def _label(
@@ -287,6 +289,7 @@ def _label(
 
 
 _label_operator = _operator("label", _label, lambda enc, *_: new_labels(enc))
+_plain_label = plain(_label_operator, _label)
 
 
 def _distill(
