@@ -62,7 +62,7 @@ def test_within_the_spread(study: str, run: str, other: str, keys: str) -> None:
 
 def test_the_readme_has_the_printed_tables() -> None:
     shown = re.findall(r"<!-- table: results/(\w+)\.json -->\n(.*\n\n(?:\|.*\n)+)", (FOLDER / "README.md").read_text())
-    assert {name for name, _ in shown} == {path.stem for path in FOLDER.glob("*.py")} - {"study"}
+    assert {name for name, _ in shown} == {path.stem for path in FOLDER.glob("*.py")} - {"study", "steps"}
     for name, text in shown:
         report = REPORTS[name]
         assert text.strip() == in_short(report), name
