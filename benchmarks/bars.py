@@ -1,4 +1,4 @@
-"""The bars: limits that the results of a machine are held against."""
+"""The bars: limits that the results of a machine must meet."""
 
 from collections.abc import Iterator, Sequence
 from operator import ge, le, lt
@@ -11,7 +11,7 @@ from benchmarks.suites import growth, kernels, training_step
 from benchmarks.suites.growth import LINEAR
 
 SWEEPS = ("H*W", "T", "B")
-# slopes are fitted from these patches on; below, a step takes the time of its calls
+# slopes are fitted from these patches on. Below, the cost of calls lowers a slope
 FIT_FROM = {"cpu": {"SSync": 65_536, "dense": 1024}, "cuda": {"SSync": 1_048_576, "dense": 4096}}
 MAX_TIME_SLOPE, MAX_MEMORY_SLOPE = 1.15, 1.05
 COMPARED_AT, LONG_CLIP = 16_384, 1_048_576

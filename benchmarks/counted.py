@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # operators that ask a device for a number
 HOST_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
-# torch 2.11 warns without this that a cycle forgets its events
+# without this, torch 2.11 warns that a cycle loses events
 recorder = partial(profile, acc_events=True)
 
 
@@ -26,7 +26,7 @@ def peak_memory(work: Callable[[], object], device: str) -> dict[str, int]:
     """Run a piece of work once; return the bytes that it held beyond its inputs, with what it returns.
 
     ``allocated`` is the peak of torch's allocator, ``kept`` is its end. ``resident``, on a CPU, is the growth of the
-    process at its peak, in pages. It has the memory of the profiler, and of operators that go past the allocator.
+    process at its peak, in bytes. It has the memory of the profiler, and of operators that go past the allocator.
     """
     gc.collect()
     if device == "cuda":
@@ -92,7 +92,7 @@ def count(work: Callable[[], object], device: str) -> dict[str, int]:
 
 def _count_on_gpu(work: Callable[[], object]) -> dict[str, int]:
     """Count the kernels, copies and memory sets that the device records, and the warnings of synchronization."""
-    # the criterion may warn in its second call of the maps of its first
+    # the second call may warn about the maps of the first
     work()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

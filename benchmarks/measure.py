@@ -28,7 +28,7 @@ from benchmarks.timing import Work, clock_of, interleave, over
 
 # multiples of the budget of a job
 BUDGETS = {"kernels": 4, "add_ons": 2}
-# losses add millions of patches in different orders; a wrong label moves a loss more
+# losses add millions of patches in different orders
 LOSS_RTOL = 1e-4
 
 
@@ -36,21 +36,25 @@ def measure(keys: Sequence[Key], options: Options) -> list[Row]:
     """Measure the steps of all keys, which share a shape; return their rows."""
     inputs = Inputs({"D": CHANNELS, **keys[0].sizes}, options.device, dtype=keys[0].dtype)
     rows: dict[Key, Row] = {}
-    steps: dict[Key, Step] = {}
-    calls: dict[Key, Callable[[], object]] = {}
+    steps: dict[Key, tuple[Step, Callable[[], object]]] = {}
     losses: dict[Key, float] = {}
     for key in keys:
         status, note, checked = attempt(_checked, key, name_of(options.backends[0]), inputs, losses)
         rows[key] = Row(key, status, note)
         if checked is not None:
-            steps[key], calls[key] = checked
-    for key, values in times(steps, calls, options).items():
-        status, note, counted = attempt(counts, key, steps[key], options.device)
-        rows[key] = Row(key, status, note, {**values, **counted} if counted is not None else {})
+            steps[key] = checked
+    together = attempt(times, steps, options).value
+    for key, one in steps.items():
+        # where a contender fails in its turn, the others are timed alone
+        status, note, timed = attempt(times, {key: one}, options) if together is None else ("measured", "", together)
+        rows[key] = Row(key, status, note)
+        if timed is not None:
+            status, note, counted = attempt(counts, key, one[0], options.device)
+            rows[key] = Row(key, status, note, {**timed[key], **counted} if counted is not None else {})
     return list(rows.values())
 
 
-def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> Any:
+def _checked(key: Key, first: str, inputs: Inputs, losses: dict[Key, float]) -> tuple[Step, Callable[[], object]]:
     """Take a first step; return it and the call to time.
 
     Its loss must be that of the contender that computes the same: the gate sees no large size.
@@ -86,15 +90,15 @@ def counts(key: Key, step: Step, device: str) -> Values:
     return {**values, **count(step.once, device)} if countable else values
 
 
-def times(steps: dict[Key, Step], calls: dict[Key, Callable[[], object]], options: Options) -> dict[Key, Values]:
+def times(steps: dict[Key, tuple[Step, Callable[[], object]]], options: Options) -> dict[Key, Values]:
     """Time the calls of steps in turn. Ratios are taken within a round."""
-    works = {(key, "step"): Work(calls[key], step.before) for key, step in steps.items()}
-    for key, step in steps.items():
+    works = {(key, "step"): Work(call, step.before) for key, (step, call) in steps.items()}
+    for key, (step, _) in steps.items():
         if key.suite == "kernels" and step.leaves and key.contender == base_of(key.contender):
             works[key, "forward"] = Work(step.forward)
     budget = options.budget * max((BUDGETS.get(key.suite, 1) for key in steps), default=1)
     rounds = interleave(works, clock_of(options.device), budget)
-    return {key: _values(key, step, rounds, options) for key, step in steps.items()}
+    return {key: _values(key, step, rounds, options) for key, (step, _) in steps.items()}
 
 
 def _values(key: Key, step: Step, rounds: dict[tuple[Key, str], list[float]], options: Options) -> Values:

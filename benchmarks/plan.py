@@ -4,8 +4,10 @@ import ctypes
 import gc
 import resource
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +19,12 @@ from benchmarks.results import Key, Results, Row
 # malloc returns large blocks to the system. Each step then faults its pages in again, which bends the slope of time.
 # With these settings of malloc.h, and their numbers there, the process keeps its memory.
 RAISED = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc", "MemoryError")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run: the backends of SSync that run here, the caps of a step in seconds and bytes, and more."""
+    """The options of a run. The caps of a step are in seconds and bytes, the backends are those that run here."""
 
     suites: tuple[str, ...]
     device: str
@@ -65,14 +67,15 @@ class Outcome(NamedTuple):
 
 
 def do(job: Job, results: Results, options: Options) -> None:
-    """Measure a job and write its rows, unless they are known or nothing that is missing may run."""
+    """Measure a job if a missing row of it may run. Write its rows, measured or stopped."""
     missing = [key for key in job.rows if key not in results.rows]
+    if not missing:
+        return
     stopped = {key: _stopped(results, key) or job.stop(results, key, options) for key in job.rows}
     # a ratio needs all rows of its job
     able = [key for key, row in stopped.items() if row is None] if None in map(stopped.get, missing) else []
     rows = [row for key in missing if (row := stopped[key]) is not None]
-    if missing:
-        results.add([*rows, *(work(job, able, options) if able else [])])
+    results.add([*rows, *(work(job, able, options) if able else [])])
 
 
 def work(job: Job, keys: list[Key], options: Options) -> list[Row]:
@@ -91,15 +94,28 @@ def _prepared(job: Job, keys: list[Key], options: Options) -> list[Row]:
     # a function is compiled for eight shapes at most
     torch.compiler.reset()
     gc.collect()
-    if options.device != "cpu":
+    with _capped(options.memory_cap) if options.device == "cpu" else nullcontext():
         return job.measure(keys, options)
+
+
+@contextmanager
+def _capped(extra: int) -> Iterator[None]:
+    """Let this process map so many bytes beyond those of its first job, or fewer if the user has a limit."""
     usual, most = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + options.memory_cap, most))
+    limits = [one for one in (usual, most, _mapped() + extra) if one != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), most))
     try:
-        return job.measure(keys, options)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (usual, most))
+
+
+@cache
+def _mapped() -> int:
+    """Return the bytes that this process has mapped at the first call; without /proc more than any limit."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return 1 << 62
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:

@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--memory-cap",
         metavar="GB",
-        help="largest step (default: 12, at most 55%% of the memory; 90%% of a GPU)",
+        help="largest step, and what a run may add (default: 12, at most 55%% of the memory; 90%% of a GPU)",
         **cap,
     )
     add_threads(parser, above(0), help="of torch (default: 1; kernels run on one and on two)")
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(asked: argparse.Namespace) -> Options:
-    """Complete the options by what this machine has; the contenders are compared with the first backend."""
+    """Complete the options by what this machine has. The first backend is the yardstick."""
     missing = {one: gate.missing(name_of(one), asked.device) for one in BACKENDS if asked.backend in (one, "all")}
     if missing.get(asked.backend):
         raise ValueError(f"--backend {asked.backend} cannot be had on {asked.device}: {missing[asked.backend]}")
@@ -93,7 +93,7 @@ def chosen(asked: argparse.Namespace) -> Options:
 def plan(options: Options) -> list[Job]:
     """Plan the gate of all contenders, then the suites. What changes the process for good comes last.
 
-    Raised malloc cannot be lowered, and a GPU stays slower after launches were counted.
+    Raised malloc cannot be lowered. The kernels' suite counts launches with a profiler, which may slow a GPU down.
     """
     jobs = [job for suite in options.suites for job in PLANS[suite](options)]
     jobs.sort(key=lambda job: job.rows[0].suite == kernels.SUITE if options.device == "cuda" else job.raised)
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = chosen(asked)
         results = Results.resume(asked.out, origin(options), restart=asked.restart)
     with tqdm(plan(options), unit="job", dynamic_ncols=True) as jobs, explained(OSError):
-        # malloc maps blocks up to the largest that was freed, 32 MB at most: let a continued run start there, too
+        # malloc maps no block below the largest that was freed, 32 MB at most. A continued run starts there, too
         torch.empty(31 << 20, dtype=torch.uint8)
         try:
             for job in jobs:

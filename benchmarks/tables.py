@@ -7,7 +7,7 @@ from examples.markdown import markdown, number, significant
 
 from benchmarks.add_ons import ADD_ONS, BY_NAME, CHANNELS, DENSE, Entry
 from benchmarks.bars import FIT_FROM, MAX_MEMORY_SLOPE, MAX_TIME_SLOPE, SWEEPS, bars, here, slope_of, verdict
-from benchmarks.contenders import STEP, USUAL_MALLOC
+from benchmarks.contenders import EXP, STEP, TORCH, USUAL_MALLOC
 from benchmarks.results import Key, Results, Row, Spread
 from benchmarks.suites import growth, kernels, training_step
 
@@ -49,12 +49,12 @@ def _caption(results: Results) -> list[str]:
             f"Growing sizes run with `{raised}`, unless malloc is named. All else runs with malloc as it comes."
         )
     caps = f"{settings['time_cap']:g} s or {settings['memory_cap'] / 1e9:.3g} GB"
-    parts.append(f"A step that should take more than {caps} does not run, but says `time` or `memory`.")
+    least = growth.LONGEST_STEP[growth.NEIGHBORS]
+    parts.append(f"A step that should take more than {caps}, an add-on {least:g} s, says `time` or `memory`.")
     agree = dict.fromkeys(row.key.contender for row in results.select("gate") if row.status == "measured")
     ssync = [name for name in agree if name not in BY_NAME]
-    parts.append(
-        f"These agree with the slow definitions: {', '.join(ssync) or 'none'}, {len(agree) - len(ssync)} others."
-    )
+    others = len(agree) - len(ssync)
+    parts.append(f"These agree with the slow definitions: {', '.join(ssync) or 'none'}, {others} others.")
     parts += dict.fromkeys(
         f"**{row.key.contender} {row.status.replace('wrong', 'is wrong')}**: {row.note.rpartition('Error: ')[2]}"
         for row in rows
@@ -71,7 +71,8 @@ def _growth(results: Results) -> list[str]:
     note = (
         f"A cell has ms, MB and times SSync of a step in H·W, {growth.SLOTS} slots. Dense alignment has both terms, "
         f"{CHANNELS} channels and free labels. In chunks it holds 1,024 rows of scores. Slopes in H·W, T and B are "
-        f"exponents from {starts['SSync']:,} patches on, dense from {starts['dense']:,}. Below, calls take the time."
+        f"exponents from {starts['SSync']:,} patches on, dense from {starts['dense']:,}. Below, calls lower slopes. "
+        "With malloc as it comes, SSync runs alone."
     )
     rows = {(row.key.contender, growth.size_of(row.key)): row for row in results.select(growth.LINEAR, case="H*W")}
     sizes = sorted({size for _, size in rows})[SHOWN_EVERY::SHOWN_EVERY]
@@ -108,16 +109,22 @@ def times(ratio: float) -> str:
 
 
 def _steps(results: Results) -> list[str]:
-    unit = "launches on the GPU" if results.origin["device"] == "cuda" else "operators dispatched"
+    unit = (
+        "launches on the GPU"
+        if results.origin["device"] == "cuda"
+        else "operators dispatched, a call of the C library as one"
+    )
     note = (
-        "SSync with mean squared error. In brackets: times `torch.exp(out=...)` over both maps. *Launches* are "
-        f"{unit}. *Maps* are the memory beyond inputs and gradients, in maps, at the peak and between forward and "
-        "backward."
+        "SSync with mean squared error. In brackets: times `torch.exp(out=...)` over both maps on one thread. "
+        f"*Launches* are {unit}. *Maps* are the memory beyond inputs and gradients, in maps, at the peak and between "
+        "forward and backward."
     )
     for row in results.select(kernels.SUITE, case=STEP, contender="SSync cpu"):
-        if row.key.sizes == {"B": kernels.BATCH, **kernels.MOVI_C} and "resident" in row.values:
-            own = (row.number("resident") - row.number("allocated")) / growth.size_of(row.key)
-            note += f" The C library holds {own:.1f} bytes a patch beside torch's allocator."
+        # a step that allocates nothing shows what the profiler takes
+        idle = results.rows.get(row.key._replace(case=EXP, contender=TORCH), row)
+        if row.key.sizes == {"B": kernels.BATCH, **kernels.MOVI_C} and "resident" in row.values.keys() & idle.values:
+            own = row.number("resident") - row.number("allocated") - idle.number("resident")
+            note += f" The C library holds {own / growth.size_of(row.key):.1f} bytes a patch beside torch's allocator."
     for row in results.select(training_step.SUITE, case=training_step.EXAMPLE, contender="SSync torch"):
         if "alone_over_with" in row.values:
             note += f" Plain torch takes {row.number('alone_over_with'):.2%} of the example's training step."

@@ -41,7 +41,7 @@ def clock_of(device: str) -> Callable[[], float]:
 def interleave(works: Mapping[Name, Work], clock: Callable[[], float], budget: float) -> dict[Name, list[float]]:
     """Warm all works up, then let them take turns; return the seconds of a call in each round.
 
-    The rounds together take the budget, and at least `MIN_ROUNDS` are made. A turn times its calls together. If
+    The rounds fill the budget, within `MIN_ROUNDS` and `MAX_ROUNDS`. A turn times its calls together. If
     something runs before each call, a turn times each call and takes the median.
     """
     timers = {name: timeit.Timer(work.call, work.before or "pass", clock) for name, work in works.items()}

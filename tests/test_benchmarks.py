@@ -160,6 +160,7 @@ def test_an_error_is_a_row_or_says_what_is_missing() -> None:
     def fail(error: Exception) -> list[Row]:
         raise error
 
+    plan._mapped.cache_clear()
     for call, status, note in (
         (lambda *_: fail(ValueError("as it was told")), "failed", "ValueError: as it was told"),
         (lambda *_: fail(AssertionError("it disagrees")), "wrong", "it disagrees"),
@@ -168,8 +169,7 @@ def test_an_error_is_a_row_or_says_what_is_missing() -> None:
         (row,) = plan.work(Job([KEY], call), [KEY], options(quick=True, memory_cap=1 << 28))
         assert (row.key, row.status) == (KEY, status)
         assert re.match(note, row.note)
-    assert len(torch.ones(1 << 28)) == 1 << 28
-    assert gate.missing("SSync cpu", "cpu") == ""
+    assert (len(torch.ones(1 << 28)), gate.missing("SSync cpu", "cpu")) == (1 << 28, "")
     assert "got 'abacus'" in gate.missing("SSync abacus", "cpu")
 
 

@@ -46,7 +46,7 @@ class TestPlan:
         assert gated == {(key.contender, key.dtype) for key in gates}
         assert len(set(rest)) == len(rest)
         last = [job.rows[0].suite == "kernels" if chosen is ON_GPU else job.raised for job in jobs]
-        assert last == sorted(last)
+        assert [*last, True] == sorted([*last, any(last)])
 
     def test_sizes_go_from_256_to_a_million_patches_in_one_clip(self) -> None:
         for case, axes in (("H*W", "HW"), ("T", "T"), ("B", "B")):
@@ -162,7 +162,7 @@ class TestReport:
         body = report.body(report.load_all(folder))
         assert body.startswith("**There is no GPU result yet.**")
         assert readme.read_text() == f"before\n{start}\n{body}\n{end}\nafter\n"
-        assert imread(folder / "abacus.png")[:500, :500].std() > 0.05
+        assert imread(folder / "abacus.png")[500:, 500:].std() > 0.05
         assert report.main([*arguments, "--rows", "kernels"]) == 0
         assert every_row(made, "kernels") in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from sample_maps import leaf, sample_maps
 from ssync_loss import SSyncLoss, _forks
 from ssync_loss._forks import take_one_thread_if_forked
-from ssync_loss.functional import selective_distillation_loss
+from ssync_loss.functional import pseudo_labels, selective_distillation_loss
 from ssync_loss.ssync.engines import ENGINES, cpu
 from ssync_loss.ssync.engines.cpu import library, operators, team
 from ssync_loss.ssync.engines.self_check import complaint_about
@@ -441,6 +442,23 @@ class TestNumbers:
             """
         )
         assert (done.stdout, done.stderr) == ("False\n", "")
+
+    def test_batched_gradients_and_traces_use_the_operators(self) -> None:
+        enc, dec = (leaf(one) for one in sample_maps())
+        loss = SSyncLoss(merge_threshold=0.5, backend="cpu")(enc, dec)
+        (one,) = torch.autograd.grad(loss, [enc], retain_graph=True)
+        (batch,) = torch.autograd.grad(loss, [enc], torch.tensor([1.0, 2.0]), is_grads_batched=True)
+        assert torch.equal(batch, torch.stack([one, 2 * one]))
+
+        def label(enc: Tensor, dec: Tensor) -> tuple[Tensor, ...]:
+            return tuple(pseudo_labels(enc, dec, merge_threshold=0.5, backend="cpu"))
+
+        with warnings.catch_warnings():
+            # a trace warns of every check of a shape
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(label, (enc.detach(), dec.detach()))
+        for got, wanted in zip(traced(dec, enc), label(dec, enc), strict=True):
+            assert torch.equal(got, wanted)
 
     def test_operators_pass_opcheck(self) -> None:
         enc, dec = (leaf(one[:1, :, :, :3, :4]) for one in sample_maps())

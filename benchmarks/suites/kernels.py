@@ -31,7 +31,7 @@ WORKLOADS = {
 
 
 def plan(options: Options) -> list[Job]:
-    """Plan a job for each workload on one thread and on two, and the first use."""
+    """Plan a job for each workload, and one for the first use."""
     jobs = []
     for batch, frames, dtype in WORKLOADS[options.device][: 2 if options.quick else None]:
         shape = {"B": batch, **frames}

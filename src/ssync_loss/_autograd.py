@@ -62,12 +62,12 @@ def differentiable(
 def plain(operator: CustomOpDef, compute: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function to call instead of an operator without a gradient.
 
-    Plain tensors call its function directly: the dispatcher doubles the time of a call, and imports Dynamo.
+    On plain tensors it calls ``compute``: the dispatcher adds 10 to 20 microseconds to a call, and imports Dynamo.
     """
 
     def call(*inputs: Any) -> Any:
-        is_direct = not torch.compiler.is_compiling() and _are_plain(inputs)
-        return (compute if is_direct else operator)(*inputs)
+        is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+        return (compute if not is_traced and _are_plain(inputs) else operator)(*inputs)
 
     return call
 
@@ -116,6 +116,8 @@ def _are_plain(inputs: tuple[Any, ...]) -> bool:
     """Tell whether all tensors are ordinary tensors, and no mode observes the calls."""
     tensors = [one for one in inputs if isinstance(one, Tensor)]
     plain = all(type(one) is Tensor and not one.is_neg() and not one._is_zerotensor() for one in tensors)
+    # the tensors of `is_grads_batched` have no memory
+    plain = plain and all(map(torch._C._has_storage, tensors))
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     return plain and not watched
 
