@@ -43,11 +43,11 @@ class Bar(NamedTuple):
         return cls(claim, f"{sign} {limit:{form}}{unit}", ", ".join(said) or "-", verdict)
 
 
-def verdict(found: Sequence[Bar]) -> str:
-    """Name the bars that are not met."""
-    by_verdict = {one: [bar.claim for bar in found if bar.verdict == one] for one in (MISSED, NOT_MEASURED)}
-    lines = [f"{one}: {'; '.join(claims)}." for one, claims in by_verdict.items() if claims]
-    return " ".join(lines) or f"All {len(found)} are met."
+def summary(found: Sequence[Bar]) -> str:
+    """Count the bars that are not met."""
+    counts = {one: sum(bar.verdict == one for bar in found) for one in (MISSED, NOT_MEASURED)}
+    parts = [f"{count} {one}" for one, count in counts.items() if count]
+    return f"Of {len(found)}: {', '.join(parts)}." if parts else f"All {len(found)} are met."
 
 
 def here(results: Results) -> list[str]:

@@ -6,7 +6,7 @@ from examples.machine import machine_line
 from examples.markdown import markdown, number, significant
 
 from benchmarks.add_ons import ADD_ONS, BY_NAME, CHANNELS, DENSE, Entry
-from benchmarks.bars import FIT_FROM, MAX_MEMORY_SLOPE, MAX_TIME_SLOPE, SWEEPS, bars, here, slope_of, verdict
+from benchmarks.bars import FIT_FROM, MAX_MEMORY_SLOPE, MAX_TIME_SLOPE, MET, SWEEPS, bars, here, slope_of, summary
 from benchmarks.contenders import EXP, STEP, TORCH, USUAL_MALLOC
 from benchmarks.results import Key, Results, Row, Spread
 from benchmarks.suites import growth, kernels, training_step
@@ -21,8 +21,9 @@ LEAST_RATIO = 0.01
 def section(results: Results, name: str, figure: str) -> str:
     """Write the section of a file of results."""
     found = bars(results)
-    parts = [f"## Results: {name}", *_caption(results), "### What must be shown", verdict(found)]
-    parts.append(table([["", "limit", "measured"], *(list(bar[:3]) for bar in found)]))
+    parts = [f"## Results: {name}", *_caption(results), "### What must be shown", summary(found)]
+    rows = [[*bar[:2], bar.measured if bar.verdict == MET else f"{bar.measured}, {bar.verdict}"] for bar in found]
+    parts.append(table([["", "limit", "measured"], *rows]))
     if results.select(growth.LINEAR):
         parts += ["### Linear against quadratic", f"![Time and memory of a step, and their slopes]({figure})"]
         parts += _growth(results)
