@@ -22,7 +22,7 @@ def section(results: Results, name: str, figure: str) -> str:
     """Write the section of a file of results."""
     found = bars(results)
     parts = [f"## Results: {name}", *_caption(results), "### What must be shown", summary(found)]
-    rows = [[*bar[:2], bar.measured if bar.verdict == MET else f"{bar.measured}, {bar.verdict}"] for bar in found]
+    rows = [[bar.claim, bar.limit + f": {bar.verdict}" * (bar.verdict != MET), bar.measured] for bar in found]
     parts.append(table([["", "limit", "measured"], *rows]))
     if results.select(growth.LINEAR):
         parts += ["### Linear against quadratic", f"![Time and memory of a step, and their slopes]({figure})"]
