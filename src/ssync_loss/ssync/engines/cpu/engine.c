@@ -402,19 +402,21 @@ static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *sl
     return dirty;
 }
 
-/* Sums every present slot over the valid patches of a frame. Lanes sum a run, and a double sums the runs. */
+/* Sums every present slot over the valid patches of a frame. Lanes sum a run, and a double sums the runs. The copy has a
+   loop of its own: where lanes add `valid ? row : 0`, GCC before 14 reads some of them by another lane's `valid`, if the
+   processor has AVX but not AVX-512 (bug 114375 of GCC). */
 static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slots, int num_present,
                              const uint8_t *valid, double *totals) {
     int64_t N = call->height * call->width;
     for (int k = 0; k < num_present; k++) {
         const REAL *row = frame + slots[k] * N;
         for (int64_t start = 0; start < N; start += RUN) {
-            int64_t end = N - start < RUN ? N : start + RUN, i = start;
-            REAL lanes[LANES] = {0};
-            for (; i + LANES <= end; i += LANES)
-                for (int lane = 0; lane < LANES; lane++)
-                    lanes[lane] += valid[i + lane] ? row[i + lane] : 0;
-            for (int lane = 0; i < end; i++, lane++) lanes[lane] += valid[i] ? row[i] : 0;
+            int size = (int)(N - start < RUN ? N - start : RUN), padded = (size + LANES - 1) / LANES * LANES;
+            REAL kept[RUN], lanes[LANES] = {0};
+            for (int i = 0; i < size; i++) kept[i] = valid[start + i] ? row[start + i] : 0;
+            for (int i = size; i < padded; i++) kept[i] = 0;
+            for (int i = 0; i < padded; i += LANES)
+                for (int lane = 0; lane < LANES; lane++) lanes[lane] += kept[i + lane];
             double total = 0;
             for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
             totals[slots[k]] += total;
