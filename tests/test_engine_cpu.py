@@ -520,7 +520,7 @@ def test_the_self_check_finds_mistakes_in_the_library(
     source = SOURCE.read_text()
     breaks = {
         "value > largest[i]": "value < largest[i]",
-        # the lane in which bug 114375 of GCC looks
+        # bug 114375 of GCC: another lane decides
         "kept[i] = valid[start + i]": "kept[i] = valid[start + i / LANES * LANES + i % 4]",
         "one[word] & other[word]": "one[word]",
         "area[s] > area[largest[root]]": "area[s] < area[largest[root]]",

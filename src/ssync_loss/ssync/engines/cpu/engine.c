@@ -403,8 +403,8 @@ static int TYPED(hard_labels)(const Call *call, const REAL *frame, const int *sl
 }
 
 /* Sums every present slot over the valid patches of a frame. Lanes sum a run, and a double sums the runs. The copy has a
-   loop of its own: where lanes add `valid ? row : 0`, GCC before 14 reads some of them by another lane's `valid`, if the
-   processor has AVX but not AVX-512 (bug 114375 of GCC). */
+   loop of its own: if lanes add `valid ? row : 0`, GCC 12.2 lets one lane's `valid` decide for another, on processors
+   with AVX but without AVX-512 (bug 114375 of GCC). */
 static void TYPED(add_slots)(const Call *call, const REAL *frame, const int *slots, int num_present,
                              const uint8_t *valid, double *totals) {
     int64_t N = call->height * call->width;
