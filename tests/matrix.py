@@ -181,11 +181,13 @@ def table(rows: Sequence[Row]) -> str:
         cells = [*versions, *(cell(row.get(column, {})) for column in columns), f"{row['date']}, {row['commit']}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in rows:
-        limits = [f"{reason} ({times} test{'s' * (times != 1)})" for reason, times in row["limits"].items()]
-        for said, listed in (("Failed", [f"`{test}`" for test in row["failures"]]), ("Skipped as impossible", limits)):
-            if listed:
-                lines += ["", f"{said} with Python {row['python']}, torch {row['torch']}:", ""]
-                lines += [f"- {one}" for one in listed]
+        if row["failures"]:
+            lines += ["", f"Failed with Python {row['python']}, torch {row['torch']}:", ""]
+            lines += [f"- `{test}`" for test in row["failures"]]
+    limits = {reason: times for row in rows for reason, times in row["limits"].items()}
+    if limits:
+        lines += ["", "What a version cannot do:", ""]
+        lines += [f"- {reason} ({times} test{'s' * (times != 1)})" for reason, times in limits.items()]
     return "\n".join(lines)
 
 

@@ -214,11 +214,12 @@ class TestRows:
         ]
         assert matrix.cell({}) == "none"
 
-    def test_the_table_lists_the_limits_of_a_version(self) -> None:
-        *_, before, said, between, limit = matrix.table([row(limits={"torch 2.6 cannot": 7})]).split("\n")
-        assert before == between == ""
-        assert said == "Skipped as impossible with Python 3.11.7, torch 2.13.0:"
-        assert limit == "- torch 2.6 cannot (7 tests)"
+    def test_the_table_lists_every_limit_once(self) -> None:
+        one, other = row(limits={"torch 2.6 cannot": 7}), row(limits={"torch 2.6 cannot": 7, "Triton 3.9 spills": 1})
+        lines = matrix.table([row(), one, other]).split("\n")
+        limits = ["- torch 2.6 cannot (7 tests)", "- Triton 3.9 spills (1 test)"]
+        assert lines[-5:] == ["", "What a version cannot do:", "", *limits]
+        assert lines[:-5] == matrix.table([row(), row(), row()]).split("\n")
 
     @pytest.mark.parametrize("text", ["", START, f"{END}\n{START}"])
     def test_a_page_without_markers_is_unchanged(self, folder: Path, text: str) -> None:
